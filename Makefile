@@ -1,0 +1,49 @@
+# Everything a person types. `make demo` and `make test` work on a fresh machine: they make .venv,
+# install the project into it, and go on; the second call finds it there.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
+
+.PHONY: install demo test lint format bench bench-gpu clean
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'deit_fast needs Python 3.10 or newer: make PYTHON=python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo 'python3-venv is missing: apt-get install python3-venv'; exit 1; }
+
+$(INSTALLED): $(BIN)/python pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/deit-fast demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench all
+
+# For a machine with a GPU that may have no network: takes the Python that holds torch there
+# (make bench-gpu PYTHON=...), installs nothing from outside, and ends in under nine minutes.
+bench-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	timeout 240 $(PYTHON) -m pytest -q -m gpu tests
+	timeout 280 $(PYTHON) -m bench all --seconds 240 --device cuda
+
+clean:
+	rm -rf build dist *.egg-info deit_fast/*.so

@@ -1,0 +1,122 @@
+"""Distillation loss of both heads, forward and backward, under mixed targets.
+
+Bytes: the logits of both heads and the teacher's answer read once, two gradients written. Ours gets
+the labels as (y_a, y_b, lam); the peers get the dense mixed target ready made, which costs
+them reading it but not building it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit_fast.kernels import TopK, distillation_loss
+
+from .common import Case, training_step
+
+ALPHA, TAU, SMOOTHING, K = 0.5, 3.0, 0.1, 16
+
+
+def base(zc: Tensor, target: Tensor) -> Tensor:
+    return torch.sum(-target * F.log_softmax(zc.float(), dim=-1), dim=-1).mean()
+
+
+def deit(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """The formula of facebookresearch/deit, in its own operations."""
+    if kind == "hard":
+        distillation = F.cross_entropy(zd.float(), teacher.argmax(1))
+    else:
+        log_p, log_q = F.log_softmax(zd.float() / TAU, 1), F.log_softmax(teacher.float() / TAU, 1)
+        kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+        distillation = kl * TAU**2 / zd.numel()
+    return (1 - ALPHA) * base(zc, target) + ALPHA * distillation
+
+
+def timm(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """timm's TokenDistillationTask: its soft term is a mean over the batch."""
+    if kind == "hard":
+        return deit(zc, zd, target, teacher, kind)
+    log_p, log_q = F.log_softmax(zd.float() / TAU, -1), F.log_softmax(teacher.float() / TAU, -1)
+    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return (1 - ALPHA) * base(zc, target) + ALPHA * kl * TAU**2
+
+
+def ours(zc: Tensor, zd: Tensor, target: Any, teacher: Tensor | TopK, kind: str) -> Tensor:
+    return distillation_loss(
+        zc, zd, target, teacher,
+        kind=kind, alpha=ALPHA, tau=TAU, smoothing=SMOOTHING, reduction="numel",
+    )  # fmt: skip
+
+
+def liger() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def loss(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(zd.float() / TAU, -1), F.log_softmax(teacher.float() / TAU, -1)
+        return (1 - ALPHA) * base(zc, target) + ALPHA * TAU**2 * divergence(log_p, log_q)
+
+    return loss
+
+
+def dense_target(first: Tensor, second: Tensor, lam: Tensor, classes: int) -> Tensor:
+    mixed = F.one_hot(first, classes) * lam[:, None]
+    mixed = mixed + F.one_hot(second, classes) * (1 - lam[:, None])
+    return mixed * (1 - SMOOTHING) + SMOOTHING / classes
+
+
+def top_k(logits: Tensor) -> TopK:
+    log_q = torch.log_softmax(logits.float() / TAU, 1)
+    values, ids = log_q.topk(K, 1)
+    tail = log_q.scatter(1, ids, -torch.inf).logsumexp(1)
+    return TopK(ids.int(), values, tail, "bucket")
+
+
+def cases(device: str) -> list[Case]:
+    batches = (64, 256) if device == "cpu" else (256, 1024, 4096)
+    sizes = [(batch, classes) for classes in (1000, 21841) for batch in batches]
+    # A CPU compiles for half a minute: there one graph serves all sizes.
+    compiled = torch.compile(deit, dynamic=device == "cpu")
+    kinds = ("soft", "soft top-16", "hard")
+    return [case(device, *size, kind, compiled) for size in sizes for kind in kinds]
+
+
+def case(device: str, batch: int, classes: int, kind: str, compiled: Callable[..., Tensor]) -> Case:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        draw = torch.Generator(device).manual_seed(0)
+        shape = (3, batch, classes)
+        zc, zd, dense = (torch.randn(shape, device=device, generator=draw) * 3).to(dtype)
+        zc, zd = zc.clone().requires_grad_(), zd.clone().requires_grad_()
+        first, second = torch.randint(classes, (2, batch), device=device, generator=draw)
+        lam = torch.rand(batch, device=device, generator=draw)
+        target = dense_target(first, second, lam, classes)
+        teacher = top_k(dense) if kind == "soft top-16" else dense
+        name = kind.split()[0]
+
+        def step(loss: Callable[..., Tensor], *arguments: Any) -> Callable[[], None]:
+            return training_step(lambda: loss(zc, zd, *arguments), zc, zd)
+
+        implementations: dict[str, Callable[[], Any] | str] = {
+            "ours": step(ours, (first, second, lam), teacher, name),
+            "deit eager": step(deit, target, dense, name),
+            "timm eager": step(timm, target, dense, name),
+            "deit torch.compile": step(compiled, target, dense, name),
+        }
+        if name == "soft":
+            try:
+                implementations["liger"] = step(liger(), target, dense)
+            except ImportError as error:
+                implementations["liger"] = str(error)
+        return implementations
+
+    cells = batch * classes * dtype.itemsize
+    answer = batch * (8 * K + 4) if kind == "soft top-16" else cells
+    label = f"C={classes} B={batch} {kind} {str(dtype).removeprefix('torch.')}"
+    return Case(label, build, bytes_moved=4 * cells + answer, items=batch)

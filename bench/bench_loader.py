@@ -1,0 +1,123 @@
+"""Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe parts.
+
+Both decode with Pillow, take a random resized crop (bicubic), flip and normalise to float32, in
+this process with one torch thread. The files are crops of scikit-learn's two photographs, 500 x 375
+pixels, JPEG quality 94, about the work of an ImageNet file.
+
+`3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit_fast.config import ViewRecipe
+from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
+from deit_fast.views import ViewPlan
+
+from .common import Case
+
+SIZE = 224
+FILES = 32
+PLANS = 4096
+
+
+def write_photographs(folder: Path) -> None:
+    """FILES crops of scikit-learn's photographs as an image folder."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    target = folder / "train" / "photo"
+    target.mkdir(parents=True)
+    for number in range(FILES):
+        image = Image.fromarray(load_sample_images().images[number % 2])
+        width = int(rng.integers(400, image.width + 1))
+        height = width * 3 // 4
+        left = int(rng.integers(0, image.width - width + 1))
+        top = int(rng.integers(0, max(image.height - height, 0) + 1))
+        crop = image.crop((left, top, left + width, min(top + height, image.height)))
+        crop.resize((500, 375), Image.Resampling.BICUBIC).save(
+            target / f"{number:03d}.jpg", quality=94
+        )
+
+
+def one_core(function: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """On one torch thread. On CUDA the timer's flush must end first: this is the host's work."""
+
+    def run() -> Any:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def build_loaders(device: str, repeats: int) -> dict[str, Callable[[], Any] | str]:
+    from timm.data import ImageDataset, create_loader
+
+    holder = tempfile.TemporaryDirectory()  # lives as long as the closures below
+    root = Path(holder.name)
+    write_photographs(root)
+
+    recipe = ViewRecipe(erase_prob=0, mix_prob=0)
+    source = ImageFolder(str(root), "train")
+    ids = np.repeat(np.arange(FILES), repeats)
+    views = np.tile(np.arange(repeats), FILES)
+    ours = ViewLoader(
+        source, ViewPlan(recipe, 0, FILES), [(ids, views)], workers=0, on_error="fail"
+    )
+
+    dataset = ImageDataset(str(root / "train"))
+    dataset.reader.samples = dataset.reader.samples * repeats
+    timms = create_loader(
+        dataset,
+        input_size=(3, SIZE, SIZE),
+        batch_size=len(ids),
+        is_training=True,
+        use_prefetcher=False,
+        color_jitter=0.0,
+        interpolation="bicubic",
+        num_workers=0,
+        persistent_workers=False,
+    )
+
+    def run_ours() -> None:
+        assert holder
+        for batch in ours:
+            ingest_batch(batch, recipe, torch.float32)
+
+    def run_timm() -> None:
+        for _ in timms:
+            pass
+
+    return {"ours": one_core(run_ours, device), "timm": one_core(run_timm, device)}
+
+
+def build_plans(crops: bool, device: str) -> dict[str, Callable[[], Any] | str]:
+    plan = ViewPlan(ViewRecipe(), 0, 1_281_167)
+    ids = np.random.default_rng(0).integers(0, plan.num_samples, PLANS)
+    views, widths, heights = (np.full(PLANS, value) for value in (7, 500, 375))
+    if crops:
+        return {"ours": one_core(lambda: plan.crop_boxes(ids, views, widths, heights), device)}
+    return {"ours": one_core(lambda: plan.rows(ids, views), device)}
+
+
+def cases(device: str) -> list[Case]:
+    return [
+        Case("plan rows", lambda: build_plans(False, device), items=PLANS),
+        Case("plan crop boxes", lambda: build_plans(True, device), items=PLANS),
+        Case("JPEG 500x375 to 224", lambda: build_loaders(device, 1), items=FILES),
+        Case("JPEG 500x375 to 224, 3 repeats", lambda: build_loaders(device, 3), items=3 * FILES),
+    ]

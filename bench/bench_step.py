@@ -1,0 +1,135 @@
+"""One whole training step from uint8 pixels: cached and online teacher, beside timm's own task.
+
+Ours is ``deit_fast.train.step.TrainStep`` with ingest, both heads' loss, backward, AdamW. The peer
+is timm's TokenDistillationTask with the same student, teacher, pixels and optimiser settings; it is
+given labels instead of mixed pairs, which saves it a little work. Weights are random: the figures
+are times, and the cache holds the answers of the same random teacher.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.task import TokenDistillationTask
+from torch import nn
+
+from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
+from deit_fast.config import CodecConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.data.ingest import ingest_batch
+from deit_fast.data.loader import ViewBatch, make_batch
+from deit_fast.data.sources import Synthetic
+from deit_fast.evaluate import build_model
+from deit_fast.models import Teacher
+from deit_fast.models.teachers import has_bf16
+from deit_fast.train.optim import create_optimizer
+from deit_fast.train.step import TrainStep
+from deit_fast.train.teaching import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
+from deit_fast.views import ViewPlan
+
+from .common import Case
+
+CLASSES = 1000
+LEARNING_RATE = 1e-4
+
+
+def settings(student: str, size: int, batch: int) -> RunConfig:
+    return RunConfig(
+        batch_size=batch,
+        view=ViewRecipe(image_size=size),
+        model=ModelConfig(name=student),
+        loss=LossConfig(kind="soft", reduction="batchmean"),
+    )
+
+
+def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.Tensor) -> None:
+    """A cache of view 0 that covers the batch's samples."""
+    manifest = build_manifest(
+        CodecConfig(block_records=len(batch)),
+        num_classes=CLASSES,
+        num_samples=len(batch),
+        tau=config.loss.tau,
+        fingerprint={},
+    )
+    with LogitCacheWriter(folder, manifest) as writer:
+        writer.write(batch.sample_ids, 0, logits)
+
+
+def ours(config: RunConfig, batch: ViewBatch, teaching: Teaching, device: torch.device) -> Callable:
+    torch.manual_seed(0)
+    model = build_model(config, CLASSES).to(device).train()
+    optimizer = create_optimizer(model, config.optim)
+    step = TrainStep(config, model, teaching, optimizer, None, device)
+    return lambda: step(batch, 0, LEARNING_RATE)
+
+
+def timms(
+    config: RunConfig, batch: ViewBatch, teacher: nn.Module, device: torch.device
+) -> Callable:
+    torch.manual_seed(0)
+    model = build_model(config, CLASSES).to(device).train()
+    optimizer = create_optimizer(model, config.optim)
+    task = TokenDistillationTask(
+        model,
+        teacher,
+        criterion=nn.CrossEntropyLoss(label_smoothing=config.loss.smoothing),
+        distill_type="soft",
+        task_loss_weight=0.5,
+        device=device,
+        verbose=False,
+    )
+
+    def step() -> None:
+        images = ingest_batch(batch, config.view, torch.float32)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            loss = task(images, batch.labels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        optimizer.step()
+
+    return step
+
+
+def cases(device: str) -> list[Case]:
+    place = torch.device(device)
+
+    def case(student: str, teacher: str, size: int, batch_size: int) -> Case:
+        def build() -> dict[str, Callable[[], Any] | str]:
+            config = settings(student, size, batch_size)
+            source = Synthetic(batch_size, CLASSES, size, 0)
+            plan = ViewPlan(config.view, 0, batch_size)
+            ids = np.arange(batch_size)
+            batch = make_batch(source, plan, ids, 0 * ids, on_error="fail").to(place)
+            torch.manual_seed(1)
+            network = timm.create_model(teacher, num_classes=CLASSES).to(place).eval()
+            answering = Teacher(network, teacher).to(place)
+            with tempfile.TemporaryDirectory() as folder:
+                logits = answering(ingest_batch(batch, config.view, torch.float32))
+                write_cache(str(Path(folder) / "cache"), config, batch, logits.float())
+                cache = LogitCache.open(Path(folder) / "cache")
+                stored = CachedTeacher(cache, tau=1.0, tail="bucket")
+                stored(batch, logits)  # the file stays mapped after its name is gone
+            plain = config.replace(loss={"kind": "none"})
+            return {
+                "ours, cached top-16": ours(config, batch, stored, place),
+                "ours, online teacher": ours(config, batch, OnlineTeacher(answering), place),
+                "ours, no teacher": ours(plain, batch, NoTeacher(), place),
+                "timm, online teacher": timms(config, batch, network, place),
+            }
+
+        short = student.removesuffix("_distilled_patch16_224")
+        return Case(f"{short} {teacher} {size}px B={batch_size}", build, items=batch_size)
+
+    if device == "cpu":
+        return [case("deit_tiny_distilled_patch16_224", "regnety_016", 96, 16)]
+    return [
+        case("deit_tiny_distilled_patch16_224", "regnety_160", 224, 256),
+        case("deit_small_distilled_patch16_224", "regnety_160", 224, 256),
+        case("deit_base_distilled_patch16_224", "regnety_160", 224, 256),
+    ]

@@ -1,0 +1,262 @@
+"""One harness for every bench: what a case is, how it is timed, what a result file holds.
+
+All implementations of a case are timed in the same run: one call of each per round, the order
+rotated from round to round, so that clocks and neighbours disturb all of them alike. Medians with
+the 20th and 80th percentile, after a warm-up. A peer that is missing or fails is a line with the
+reason, never a number.
+
+On CUDA every call finds a cold L2: a buffer larger than it is overwritten first. The overwriting
+is also repeated until the host is ahead, so that the time between the two events is the device's.
+Bandwidth counts the bytes that the best implementation must move, not those that one does move;
+roofline_pct is its share of what a large copy reached on the same device in the same run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+META = ("device", "driver", "versions", "commit", "date", "command")
+PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "pillow", "liger-kernel")
+FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+WARMUP_CALLS = 3
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload and the implementations to time on it.
+
+    name: readable and unique within the bench, e.g. "C=1000 B=256 soft bf16".
+    build: makes the inputs and returns {implementation: callable}. Ours begin with "ours". A string
+        in place of a callable is the reason why that implementation is skipped.
+    bytes_moved: least memory traffic of one call, for gbps and roofline_pct.
+    items: images or records of one call, for items_per_s.
+    """
+
+    name: str
+    build: Callable[[], dict[str, Callable[[], Any] | str]]
+    bytes_moved: int | None = None
+    items: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------
+
+
+class Timer:
+    """Times single calls on one device, in seconds."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.copy_gbps: float | None = None
+        if self.cuda:
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self.flush_seconds = statistics.median(self.wall(self.flush.zero_) for _ in range(5))
+        size = COPY_BYTES[device]
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        seconds = statistics.median(self.call(lambda: target.copy_(source)) for _ in range(9))
+        self.copy_gbps = 2 * size / seconds / 1e9
+
+    def wall(self, function: Callable[[], Any]) -> float:
+        """Host time until the device has finished."""
+        start = time.perf_counter()
+        function()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def call(self, function: Callable[[], Any], host_seconds: float = 0.0) -> float:
+        """Time of one call; ``host_seconds``: what the host needs to launch it."""
+        if not self.cuda:
+            return self.wall(function)
+        for _ in range(1 + math.ceil(host_seconds / self.flush_seconds)):
+            self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]:
+    """Rows of one case, timed for about ``seconds``."""
+    start = time.perf_counter()
+    ready: dict[str, Callable[[], Any]] = {}
+    walls: dict[str, float] = {}
+    rows: list[Row] = []
+    try:
+        implementations = case.build()
+    except Exception as error:  # a case that cannot be built must not end the other benches
+        return [skipped(bench, case.name, "all", error)]
+    for name, function in implementations.items():
+        if isinstance(function, str):
+            rows.append(skipped(bench, case.name, name, function))
+            continue
+        try:
+            timer.wall(function)  # compiles
+            walls[name] = min(timer.wall(function) for _ in range(WARMUP_CALLS))
+            ready[name] = function
+        except Exception as error:  # a peer's failure is a result of its own
+            rows.append(skipped(bench, case.name, name, error))
+    if not ready:
+        return rows
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    names = list(ready)
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(timer.call(ready[name], walls[name]))
+    return measured_rows(bench, case, times, timer) + rows
+
+
+def measured_rows(bench: str, case: Case, times: dict[str, list[float]], timer: Timer) -> list[Row]:
+    """Medians in ms; ``ratio`` is how many times faster than the fastest peer, ``ratio_to``."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    peers = [name for name in medians if not name.startswith("ours")]
+    best = min(peers, key=lambda name: medians[name]) if peers else None
+    rows = []
+    for name, median in medians.items():
+        low, high = percentile(times[name], 0.2), percentile(times[name], 0.8)
+        row: Row = {"bench": bench, "case": case.name, "impl": name, "ms": median * 1e3}
+        row |= {"ms_p20": low * 1e3, "ms_p80": high * 1e3}
+        if case.bytes_moved is not None:
+            row["gbps"] = case.bytes_moved / median / 1e9
+            if timer.cuda and timer.copy_gbps:  # a CPU's caches are warm: no roofline there
+                row["roofline_pct"] = 100 * row["gbps"] / timer.copy_gbps
+        if case.items is not None:
+            row["items_per_s"] = case.items / median
+        if best is not None and name != best:
+            row |= {"ratio": medians[best] / median, "ratio_to": best}
+        rows.append(row)
+    return rows
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Value at the nearest rank."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def skipped(bench: str, case: str, implementation: str, reason: Exception | str) -> Row:
+    """A line without a number."""
+    if isinstance(reason, Exception):
+        text = str(reason).strip().splitlines()
+        reason = f"{type(reason).__name__}: {text[0] if text else ''}".rstrip(": ")
+    return {"bench": bench, "case": case, "impl": implementation, "skipped": reason}
+
+
+def training_step(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of ``loss``, the gradients of ``leaves`` dropped first."""
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------
+# Result file
+# ---------------------------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    """First line that a command prints; empty where it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True, cwd=HERE
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().split("\n")[0]
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def collect_meta(device: str, command: str, commit: str | None) -> Row:
+    """What a figure depends on. ``commit`` stands in where there is no git repository."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    cuda = device == "cuda"
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "driver": driver if cuda else f"{platform.system()} {platform.release()}",
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--abbrev=9"),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+
+
+def default_path(device: str, meta: Row) -> Path:
+    """bench/results/<GPU name or cpu>/<date>-<commit>.json"""
+    folder = meta["device"].lower().replace(" ", "-") if device == "cuda" else "cpu"
+    return HERE / "results" / folder / f"{meta['date']}-{meta['commit']}.json"
+
+
+def write_results(path: Path, meta: Row, rows: list[Row]) -> None:
+    """Write the result file.
+
+    Raises:
+        ValueError: a field of ``META`` is missing or empty: a figure without it is worth nothing.
+    """
+    missing = [name for name in META if not meta.get(name)]
+    if missing:
+        raise ValueError(f"no result file without meta {', '.join(missing)}: {path} is not written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+
+
+def print_table(rows: list[Row]) -> None:
+    """Aligned table of the measured rows of one case; skipped ones follow with their reason."""
+    widths = (42, 26, 10, 19, 9, 7, 11)
+    for row in rows:
+        if "skipped" in row:
+            print(f"{row['case']:<42} {row['impl']:<26} skipped: {row['skipped']}", flush=True)
+            continue
+        cells = (
+            row["case"],
+            row["impl"],
+            f"{row['ms']:.4g} ms",
+            f"{row['ms_p20']:.4g} to {row['ms_p80']:.4g}",
+            f"{row['gbps']:.4g} GB/s" if "gbps" in row else "",
+            f"{row['roofline_pct']:.0f} %" if "roofline_pct" in row else "",
+            f"{row['items_per_s']:.5g}/s" if "items_per_s" in row else "",
+        )
+        line = " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        ratio = f"{row['ratio']:.2f}x of {row['ratio_to']}" if "ratio" in row else "best peer"
+        print(f"{line} {ratio}", flush=True)

@@ -1,0 +1,442 @@
+#include "logit_cache.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <unordered_map>
+
+#include "crc32c.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the cache format is little-endian and read without byte swaps"
+#endif
+
+namespace deit_fast {
+namespace {
+
+constexpr char kMagic[8] = {'D', 'F', 'L', 'O', 'G', 'I', 'T', '1'};
+constexpr uint32_t kVersion = 1;
+constexpr uint64_t kPage = 4096;
+constexpr size_t kHeaderCrcOffset = 4092;
+constexpr uint32_t kComplete = 0x454E4F44;  // the bytes "DONE"
+constexpr size_t kEntryBytes = 8;
+
+struct Header {
+  char magic[8];
+  uint32_t version;
+  uint32_t table_offset;
+  uint64_t num_records;
+  uint32_t record_bytes;
+  uint32_t block_records;
+  uint64_t view_id;
+  uint64_t data_offset;
+  unsigned char manifest_sha256[32];
+  unsigned char zeros[kHeaderCrcOffset - 80];
+  uint32_t crc;
+};
+static_assert(sizeof(Header) == kPage, "the header is one page");
+static_assert(offsetof(Header, crc) == kHeaderCrcOffset, "the header's checksum ends it");
+
+[[noreturn]] void fail_io(const std::string& path, const std::string& note, int code = errno) {
+  throw IoError(code, path, note);
+}
+
+BlockState state_of(uint32_t word) {
+  if (word == 0) return BlockState::pending;
+  return word == kComplete ? BlockState::complete : BlockState::broken;
+}
+
+std::string hex(uint32_t value) {
+  char text[16];
+  std::snprintf(text, sizeof text, "0x%08x", value);
+  return text;
+}
+
+void read_exact(int fd, const std::string& path, void* out, size_t size, uint64_t offset) {
+  auto* bytes = static_cast<unsigned char*>(out);
+  while (size > 0) {
+    const ssize_t got = ::pread(fd, bytes, size, static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail_io(path, "reading");
+    if (got == 0) {
+      throw FormatError(path + ": truncated: nothing to read at byte " + std::to_string(offset));
+    }
+    bytes += got;
+    offset += static_cast<uint64_t>(got);
+    size -= static_cast<size_t>(got);
+  }
+}
+
+void write_exact(int fd, const std::string& path, const void* data, size_t size, uint64_t offset) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  while (size > 0) {
+    const ssize_t put = ::pwrite(fd, bytes, size, static_cast<off_t>(offset));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) fail_io(path, "writing");
+    bytes += put;
+    offset += static_cast<uint64_t>(put);
+    size -= static_cast<size_t>(put);
+  }
+}
+
+Header make_header(const ViewSpec& spec) {
+  Header header{};
+  std::memcpy(header.magic, kMagic, sizeof kMagic);
+  header.version = kVersion;
+  header.table_offset = kPage;
+  header.num_records = spec.num_records;
+  header.record_bytes = spec.record_bytes;
+  header.block_records = spec.block_records;
+  header.view_id = spec.view_id;
+  header.data_offset = spec.data_offset();
+  std::memcpy(header.manifest_sha256, spec.manifest_sha256.data(), 32);
+  header.crc = crc32c(&header, kHeaderCrcOffset);
+  return header;
+}
+
+void check_header(const std::string& path, const Header& header, const ViewSpec& spec) {
+  if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) {
+    throw FormatError(path + ": not a view file (it does not start with DFLOGIT1)");
+  }
+  const uint32_t crc = crc32c(&header, kHeaderCrcOffset);
+  if (crc != header.crc) {
+    throw FormatError(path + ": header is damaged (checksum " + hex(crc) + ", stored " +
+                      hex(header.crc) + ")");
+  }
+  if (header.version != kVersion) {
+    throw FormatError(path + ": format version " + std::to_string(header.version) +
+                      "; this build reads version " + std::to_string(kVersion));
+  }
+  const auto expect = [&](const char* field, uint64_t found, uint64_t wanted) {
+    if (found == wanted) return;
+    throw FormatError(path + ": header has " + field + " " + std::to_string(found) +
+                      ", expected " + std::to_string(wanted));
+  };
+  expect("view_id", header.view_id, spec.view_id);
+  expect("num_records", header.num_records, spec.num_records);
+  expect("record_bytes", header.record_bytes, spec.record_bytes);
+  expect("block_records", header.block_records, spec.block_records);
+  expect("block table offset", header.table_offset, kPage);
+  expect("data_offset", header.data_offset, spec.data_offset());
+  if (std::memcmp(header.manifest_sha256, spec.manifest_sha256.data(), 32) != 0) {
+    throw FormatError(path + ": was written under another manifest (SHA-256 differs)");
+  }
+}
+
+// Makes the name of a new file survive a power cut. Some file systems refuse it on folders.
+void sync_folder_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  const int fd = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return;
+  ::fsync(fd);
+  ::close(fd);
+}
+
+// A complete empty view file under a temporary name, removed when this goes out of scope.
+class TemporaryFile {
+ public:
+  TemporaryFile(const std::string& temporary, const std::string& path, const ViewSpec& spec)
+      : name_(temporary) {
+    fd_ = ::open(name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd_ < 0) fail_io(path, "creating a temporary file beside it");
+    try {
+      fill(path, spec);
+    } catch (...) {
+      remove();
+      throw;
+    }
+  }
+  ~TemporaryFile() { remove(); }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+
+ private:
+  void fill(const std::string& path, const ViewSpec& spec) {
+    int code = 0;
+    do {
+      code = ::posix_fallocate(fd_, 0, static_cast<off_t>(spec.file_bytes()));
+    } while (code == EINTR);
+    if (code != 0) {
+      fail_io(path, "a view needs " + std::to_string(spec.file_bytes()) + " bytes", code);
+    }
+    const Header header = make_header(spec);
+    write_exact(fd_, path, &header, sizeof header, 0);
+    if (::fsync(fd_) != 0) fail_io(path, "syncing");
+  }
+
+  void remove() {
+    ::close(fd_);
+    ::unlink(name_.c_str());
+  }
+
+  std::string name_;
+  int fd_ = -1;
+};
+
+const std::string& create_or_keep(const std::string& path, const std::string& temporary,
+                                  const ViewSpec& spec) {
+  spec.check();
+  if (::access(path.c_str(), F_OK) == 0) return path;
+  const TemporaryFile file(temporary, path, spec);
+  if (::link(temporary.c_str(), path.c_str()) != 0 && errno != EEXIST) fail_io(path, "linking");
+  sync_folder_of(path);
+  return path;
+}
+
+}  // namespace
+
+IoError::IoError(int code, std::string path, std::string note)
+    : std::runtime_error(path + ": " + note + ": " + std::strerror(code)),
+      code(code),
+      path(std::move(path)),
+      note(std::move(note)) {}
+
+void ViewSpec::check() const {
+  if (num_records == 0 || record_bytes == 0 || block_records == 0) {
+    throw FormatError("a view needs at least one record of at least one byte in a block");
+  }
+  // 2^40 records of at most 2^21 bytes: every offset below fits 62 bits.
+  if (num_records > (uint64_t{1} << 40) || record_bytes > (1u << 21) || block_records > (1u << 31)) {
+    throw FormatError("a view holds at most 2^40 records of 2^21 bytes, in blocks of 2^31");
+  }
+
+  if ((id_bytes != 2 && id_bytes != 4) || uint64_t{ids_per_record} * id_bytes > record_bytes) {
+    throw FormatError("a record's class ids take 2 or 4 bytes each and lie inside it");
+  }
+}
+
+uint64_t ViewSpec::data_offset() const {
+  const uint64_t table_end = kPage + blocks() * kEntryBytes;
+  return (table_end + kPage - 1) / kPage * kPage;
+}
+
+uint64_t ViewSpec::block_offset(uint64_t block) const {
+  return data_offset() + block * block_records * record_bytes;
+}
+
+uint64_t ViewSpec::block_bytes(uint64_t block) const {
+  const uint64_t start = block * block_records;
+  return std::min<uint64_t>(block_records, num_records - start) * record_bytes;
+}
+
+ViewFile::ViewFile(std::string path, const ViewSpec& spec, bool writable)
+    : path_(std::move(path)), spec_(spec) {
+  spec_.check();
+  fd_ = ::open(path_.c_str(), (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+  if (fd_ < 0) fail_io(path_, "opening");
+  try {
+    Header header{};
+    read_exact(fd_, path_, &header, sizeof header, 0);
+    check_header(path_, header, spec_);
+    check_size();
+  } catch (...) {
+    ::close(fd_);
+    throw;
+  }
+}
+
+ViewFile::~ViewFile() { ::close(fd_); }
+
+void ViewFile::check_size() const {
+  struct stat status {};
+  if (::fstat(fd_, &status) != 0) fail_io(path_, "asking for the size");
+  const auto size = static_cast<uint64_t>(status.st_size);
+  if (size == spec_.file_bytes()) return;
+  throw FormatError(path_ + ": has " + std::to_string(size) + " bytes, expected " +
+                    std::to_string(spec_.file_bytes()));
+}
+
+std::string ViewFile::name(uint64_t block) const {
+  return path_ + ": view " + std::to_string(spec_.view_id) + " block " + std::to_string(block);
+}
+
+ViewFile::Entry ViewFile::read_entry(uint64_t block) const {
+  static_assert(sizeof(Entry) == kEntryBytes, "a table entry is two words");
+  if (block >= spec_.blocks()) {
+    throw FormatError(name(block) + " does not exist; the view has " +
+                      std::to_string(spec_.blocks()) + " blocks");
+  }
+  Entry entry{};
+  read_exact(fd_, path_, &entry, sizeof entry, kPage + block * kEntryBytes);
+  return entry;
+}
+
+std::vector<BlockState> ViewFile::table_states() const {
+  std::vector<Entry> entries(spec_.blocks());
+  read_exact(fd_, path_, entries.data(), entries.size() * kEntryBytes, kPage);
+  std::vector<BlockState> states;
+  states.reserve(entries.size());
+  for (const Entry& entry : entries) states.push_back(state_of(entry.state));
+  return states;
+}
+
+BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
+  const Entry entry = read_entry(block);
+  const BlockState state = state_of(entry.state);
+  if (state == BlockState::pending) return state;
+  if (state == BlockState::broken) {
+    *why = name(block) + " has the invalid state " + hex(entry.state);
+    return state;
+  }
+  // Read, not mapped: a bad sector or a shortened file is an error here and a signal there.
+  const uint64_t record_bytes = spec_.record_bytes;
+  const uint64_t chunk = std::max<uint64_t>(1, (1 << 20) / record_bytes) * record_bytes;
+  std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
+  uint64_t offset = spec_.block_offset(block);
+  uint64_t left = spec_.block_bytes(block);
+  uint32_t crc = 0;
+  int64_t bad_id = -1;
+  while (left > 0) {
+    const size_t size = std::min<uint64_t>(left, buffer.size());
+    read_exact(fd_, path_, buffer.data(), size, offset);
+    crc = crc32c(buffer.data(), size, crc);
+    if (bad_id < 0) bad_id = first_bad_id(buffer.data(), size / record_bytes);
+    offset += size;
+    left -= size;
+  }
+  if (crc != entry.crc) {
+    *why = name(block) + " is damaged (checksum " + hex(crc) + ", stored " + hex(entry.crc) + ")";
+    return BlockState::broken;
+  }
+  if (bad_id >= 0) {
+    *why = name(block) + " holds class id " + std::to_string(bad_id) + " of " +
+           std::to_string(spec_.id_limit) + " classes";
+    return BlockState::broken;
+  }
+  return BlockState::complete;
+}
+
+int64_t ViewFile::first_bad_id(const unsigned char* records, size_t count) const {
+  for (size_t record = 0; record < count; ++record) {
+    const unsigned char* place = records + record * spec_.record_bytes;
+    for (uint32_t i = 0; i < spec_.ids_per_record; ++i, place += spec_.id_bytes) {
+      uint32_t id = 0;
+      std::memcpy(&id, place, spec_.id_bytes);
+      if (id >= spec_.id_limit) return id;
+    }
+  }
+  return -1;
+}
+
+ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec)
+    : ViewFile(create_or_keep(path, temporary, spec), spec, true) {}
+
+void ViewWriter::commit(uint64_t block, const void* data, size_t size) {
+  const uint64_t table_offset = kPage + block * kEntryBytes;
+  const Entry before = read_entry(block);
+  if (size != spec_.block_bytes(block)) {
+    throw FormatError(name(block) + " takes " + std::to_string(spec_.block_bytes(block)) +
+                      " bytes, not " + std::to_string(size));
+  }
+  if (before.state != 0 || before.crc != 0) {  // a broken block: take its claim back first
+    const Entry none{0, 0};
+    write_exact(fd_, path_, &none, sizeof none, table_offset);
+  }
+  write_exact(fd_, path_, data, size, spec_.block_offset(block));
+  if (::fdatasync(fd_) != 0) fail_io(path_, "syncing");
+  const Entry done{crc32c(data, size), kComplete};
+  write_exact(fd_, path_, &done, sizeof done, table_offset);
+}
+
+void ViewWriter::sync() const {
+  if (::fdatasync(fd_) != 0) fail_io(path_, "syncing");
+}
+
+ViewReader::ViewReader(const std::string& path, const ViewSpec& spec)
+    : ViewFile(path, spec, false), verified_(new std::atomic<bool>[spec.blocks()]()) {
+  void* map = ::mmap(nullptr, spec_.file_bytes(), PROT_READ, MAP_SHARED, fd_, 0);
+  if (map == MAP_FAILED) fail_io(path_, "mapping");
+  map_ = map;
+  data_ = static_cast<const unsigned char*>(map) + spec_.data_offset();
+  const uint32_t records = spec_.block_records;
+  if ((records & (records - 1)) == 0) shift_ = __builtin_ctz(records);
+}
+
+ViewReader::~ViewReader() {
+  if (map_ != nullptr) ::munmap(map_, spec_.file_bytes());
+}
+
+void ViewReader::require_block(uint64_t block) const {
+  // Two threads may check the same block at once; both find the same.
+  if (verified_[block].load(std::memory_order_acquire)) return;
+  std::string why;
+  const BlockState state = check_block(block, &why);
+  if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");
+  if (state == BlockState::broken) throw FormatError(why);
+  verified_[block].store(true, std::memory_order_release);
+}
+
+void ViewReader::read(uint64_t start, uint64_t stop, void* out) const {
+  if (start > stop || stop > spec_.num_records) {
+    throw FormatError(path_ + ": records [" + std::to_string(start) + ", " + std::to_string(stop) +
+                      ") of " + std::to_string(spec_.num_records));
+  }
+  if (start == stop) return;
+  check_size();
+  for (uint64_t block = start / spec_.block_records; block * spec_.block_records < stop; ++block) {
+    require_block(block);
+  }
+  std::memcpy(out, data_ + start * spec_.record_bytes, (stop - start) * spec_.record_bytes);
+}
+
+std::vector<int64_t> ViewReader::distinct(const int64_t* ids, size_t count, int64_t* which) {
+  std::vector<int64_t> values;
+  std::unordered_map<int64_t, int64_t> places;
+  for (size_t i = 0; i < count; ++i) {
+    if (i > 0 && ids[i] == ids[i - 1]) {  // the rule: views of one sample stand side by side
+      which[i] = which[i - 1];
+      continue;
+    }
+    const auto [found, added] = places.try_emplace(ids[i], static_cast<int64_t>(values.size()));
+    if (added) values.push_back(ids[i]);
+    which[i] = found->second;
+  }
+  return values;
+}
+
+void ViewReader::gather(const std::vector<const ViewReader*>& views, const int64_t* which,
+                        const int64_t* rows, size_t count, void* out, size_t record_bytes) {
+  for (const ViewReader* view : views) {
+    view->check_size();  // a file shortened since it was opened: an error, not a SIGBUS
+    if (view->spec_.record_bytes != record_bytes) {
+      throw FormatError(view->path_ + ": records have another size");
+    }
+  }
+  // Random records miss every cache. Finding a handful of them asks for their first and last
+  // lines, so that their misses overlap and the copies after that hit.
+  constexpr size_t kHandful = 128;
+  const unsigned char* sources[kHandful];
+  auto* target = static_cast<unsigned char*>(out);
+  for (size_t begin = 0; begin < count; begin += kHandful) {
+    const size_t size = std::min(kHandful, count - begin);
+    for (size_t i = 0; i < size; ++i) {
+      const int64_t place = which[begin + i];
+      if (place < 0 || static_cast<uint64_t>(place) >= views.size()) {
+        throw FormatError("view index " + std::to_string(place) + " of " +
+                          std::to_string(views.size()));
+      }
+      const ViewReader& view = *views[static_cast<size_t>(place)];
+      const auto row = static_cast<uint64_t>(rows[begin + i]);
+      if (row >= view.spec_.num_records) {
+        throw FormatError(view.path_ + ": record " + std::to_string(rows[begin + i]) + " of " +
+                          std::to_string(view.spec_.num_records));
+      }
+      view.require_block(view.block_of(row));
+      sources[i] = view.data_ + row * record_bytes;
+      __builtin_prefetch(sources[i]);
+      __builtin_prefetch(sources[i] + record_bytes - 1);
+    }
+    for (size_t i = 0; i < size; ++i, target += record_bytes) {
+      std::memcpy(target, sources[i], record_bytes);
+    }
+  }
+}
+
+}  // namespace deit_fast

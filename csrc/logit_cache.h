@@ -1,0 +1,126 @@
+// View files of the teacher-logit cache: fixed-size records in checksummed blocks.
+// The format is specified in docs/cache-format.md. Plain C++17; knows nothing of Python or torch.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace deit_fast {
+
+// The bytes of a file are not what the format allows. The text names file and block.
+struct FormatError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A system call failed. `note` says what was being done, where errno alone would not tell.
+struct IoError : std::runtime_error {
+  IoError(int code, std::string path, std::string note);
+  int code;
+  std::string path;
+  std::string note;
+};
+
+// Everything that decides where a record lies, as the file's header says too, and what a record
+// must hold.
+struct ViewSpec {
+  uint64_t num_records = 0;
+  uint32_t record_bytes = 0;
+  uint32_t block_records = 0;
+  uint64_t view_id = 0;
+  // A record starts with so many class ids, unsigned, each below the limit. The file does not say.
+  uint32_t ids_per_record = 0;
+  uint32_t id_bytes = 2;
+  uint32_t id_limit = 0;
+  std::array<unsigned char, 32> manifest_sha256{};
+
+  void check() const;  // throws FormatError where a size is zero or does not fit 62 bits
+  uint64_t blocks() const { return (num_records + block_records - 1) / block_records; }
+  uint64_t data_offset() const;
+  uint64_t file_bytes() const { return data_offset() + num_records * record_bytes; }
+  uint64_t block_offset(uint64_t block) const;
+  uint64_t block_bytes(uint64_t block) const;
+};
+
+enum class BlockState : unsigned char { pending, complete, broken };
+
+// An open view file whose size and header agree with its spec.
+class ViewFile {
+ public:
+  ViewFile(std::string path, const ViewSpec& spec, bool writable);
+  ~ViewFile();
+  ViewFile(const ViewFile&) = delete;
+  ViewFile& operator=(const ViewFile&) = delete;
+
+  const std::string& path() const { return path_; }
+  const ViewSpec& spec() const { return spec_; }
+
+  // State of every block by the table alone; `broken` is a state word that no writer leaves.
+  std::vector<BlockState> table_states() const;
+  // State after reading the block, comparing its checksum and looking at every class id: an id
+  // beyond the limit would index past a student's logits. `why` names what is broken.
+  BlockState check_block(uint64_t block, std::string* why) const;
+
+ protected:
+  struct Entry {
+    uint32_t crc;
+    uint32_t state;
+  };
+  Entry read_entry(uint64_t block) const;
+  void check_size() const;
+  std::string name(uint64_t block) const;
+  int64_t first_bad_id(const unsigned char* records, size_t count) const;
+
+  std::string path_;
+  ViewSpec spec_;
+  int fd_ = -1;
+};
+
+// Writes whole blocks. Several processes may write disjoint blocks of one file.
+class ViewWriter : public ViewFile {
+ public:
+  // Creates the file under the unused name `temporary` and links it to `path`, or opens the file
+  // that is there already.
+  ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec);
+
+  // Data first, then (once it is on the disk) the table entry: a torn write leaves the block
+  // pending or its checksum wrong, never a complete block with wrong bytes.
+  void commit(uint64_t block, const void* data, size_t size);
+  void sync() const;
+};
+
+// Reads records through a memory map. Every block's checksum is compared before its first record
+// is handed out. Safe to use from several threads.
+class ViewReader : public ViewFile {
+ public:
+  ViewReader(const std::string& path, const ViewSpec& spec);
+  ~ViewReader();
+
+  // Copies records [start, stop) to `out`.
+  void read(uint64_t start, uint64_t stop, void* out) const;
+
+  // The distinct values among `ids`, in order of appearance; which[i] is the place of ids[i].
+  static std::vector<int64_t> distinct(const int64_t* ids, size_t count, int64_t* which);
+
+  // out[i] = record rows[i] of *views[which[i]]; all views have records of `record_bytes`.
+  static void gather(const std::vector<const ViewReader*>& views, const int64_t* which,
+                     const int64_t* rows, size_t count, void* out, size_t record_bytes);
+
+ private:
+  void require_block(uint64_t block) const;
+  uint64_t block_of(uint64_t row) const {
+    return shift_ >= 0 ? row >> shift_ : row / spec_.block_records;
+  }
+
+  int shift_ = -1;  // log2 of block_records where that is whole: a division costs as much as a copy
+  const unsigned char* data_ = nullptr;
+  void* map_ = nullptr;
+  std::unique_ptr<std::atomic<bool>[]> verified_;
+};
+
+}  // namespace deit_fast

@@ -1,0 +1,27 @@
+"""The teacher-logit cache: what a teacher said about every view, verified when read.
+
+The file format is docs/cache-format.md; the part in C++ is csrc/.
+"""
+
+from __future__ import annotations
+
+from .codecs import CODECS, Codec, codec_from_config
+from .errors import CacheError, CacheMismatch
+from .manifest import build_manifest
+from .reader import LogitCache, ResidentLogits
+from .verify import info, verify
+from .writer import LogitCacheWriter
+
+__all__ = [
+    "CODECS",
+    "CacheError",
+    "CacheMismatch",
+    "Codec",
+    "LogitCache",
+    "LogitCacheWriter",
+    "ResidentLogits",
+    "build_manifest",
+    "codec_from_config",
+    "info",
+    "verify",
+]

@@ -1,0 +1,227 @@
+"""Writing teacher logits: samples in any order, whole blocks on the disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from deit_fast import _C
+from deit_fast.cache.codecs import codec_from_manifest
+from deit_fast.cache.errors import CacheError, RowError, format_errors
+from deit_fast.cache.manifest import (
+    publish_manifest,
+    remove_orphans,
+    temporary_path,
+    view_path,
+    view_spec,
+)
+from deit_fast.config import InputError
+
+log = logging.getLogger("deit_fast")
+
+_OPEN_VIEWS = 64  # file handles kept; a view beyond them is opened again when it is needed
+
+
+class _Buffer:
+    """The records of one block that are there so far."""
+
+    def __init__(self, start: int, stop: int, record_bytes: int) -> None:
+        self.start = start
+        self.records = np.zeros((stop - start, record_bytes), np.uint8)
+        self.filled = np.zeros(stop - start, bool)
+
+
+class LogitCacheWriter:
+    """Writes blocks of a cache; creates the cache, or goes on with one of the same manifest.
+
+    A block is buffered until all its samples have come, then committed: data, sync, table entry.
+    Several processes may write disjoint blocks, in any order and with any interruption; the bytes
+    of the files depend on the logits alone. Not for use from several threads at once.
+
+    Raises:
+        CacheMismatch: the folder holds a cache made under other settings.
+        CacheError: a manifest or header there is damaged.
+        OSError: as from the file system, with the file's name; a view that does not fit the disk
+            is refused before its first block.
+    """
+
+    def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.manifest = publish_manifest(self.path, manifest)
+        self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
+        remove_orphans(self.path)
+        self._block_records: int = self.manifest["block_records"]
+        self._num_samples: int = self.manifest["num_samples"]
+        self._done: set[tuple[int, int]] = set()  # verified or committed
+        self._committed: set[tuple[int, int]] = set()  # by this object
+        self._warned: set[tuple[int, int]] = set()
+        self._buffers: dict[tuple[int, int], _Buffer] = {}
+        self._touched: set[int] = set()
+        folder, values = self.path, self.manifest
+
+        def open_view(view_id: int) -> _C.ViewWriter:
+            name = view_path(folder, view_id)
+            with format_errors():
+                spec = view_spec(values, view_id)
+                return _C.ViewWriter(str(name), str(temporary_path(name)), spec)
+
+        self._open = lru_cache(_OPEN_VIEWS)(open_view)
+        self._closed = False
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per view."""
+        return -(-self._num_samples // self._block_records)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Sample ids [start, stop) of a block."""
+        if not 0 <= block < self.num_blocks:
+            raise InputError(f"block {block} is not in [0, {self.num_blocks})")
+        start = block * self._block_records
+        return start, min(start + self._block_records, self._num_samples)
+
+    def is_done(self, view_id: int, block: int) -> bool:
+        """Whether the block is on the disk and its checksum holds. A damaged one is pending again,
+        with a warning in the log."""
+        self.block_range(block)
+        key = (_checked_view(view_id), block)
+        if key in self._done:
+            return True
+        if not view_path(self.path, view_id).exists():
+            return False
+        with format_errors():
+            state, why = self._open(view_id).check_block(block)
+        if state == _C.BlockState.complete:
+            self._done.add(key)
+            return True
+        if state == _C.BlockState.broken and key not in self._warned:
+            self._warned.add(key)
+            log.warning("%s; it will be written again", why)
+        return False
+
+    def pending(self, view_ids: Iterable[int]) -> list[tuple[int, int]]:
+        """(view, block) of every block of these views that is yet to be written. Reads and
+        verifies those that are there."""
+        return [
+            (view_id, block)
+            for view_id in map(int, view_ids)
+            for block in range(self.num_blocks)
+            if not self.is_done(view_id, block)
+        ]
+
+    def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
+        """Take the teacher's answers about one view of some samples.
+
+        Samples of blocks that were done before this object came are skipped.
+
+        Args:
+            sample_ids: integers [n], in any order.
+            view_id: the view of all of them.
+            logits: float [n, num_classes], on any device.
+
+        Raises:
+            InputError: an id twice or out of range, another class count, a logit that is not
+                finite or does not fit the codec. Nothing of the call is taken then.
+            OSError: a commit failed; its block stays pending.
+        """
+        if self._closed:
+            raise InputError(f"the writer of cache {self.path} is closed")
+        view_id = _checked_view(view_id)
+        ids = self._checked_samples(sample_ids, view_id)
+        if len(logits) != len(ids):
+            raise InputError(f"{len(ids)} sample ids came with {len(logits)} rows of logits")
+        try:
+            records = self.codec.encode(logits).cpu().numpy()
+        except RowError as error:
+            raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
+        places = self._places(ids, view_id)
+        for block, rows in places:
+            self._fill(view_id, block, ids[rows], records[rows])
+
+    def close(self) -> None:
+        """Sync what was committed; drop incomplete blocks, which stay pending."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._buffers:
+            log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
+            self._buffers.clear()
+        for view_id in sorted(self._touched):
+            self._open(view_id).sync()
+        self._open.cache_clear()
+
+    def __enter__(self) -> LogitCacheWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked_samples(self, sample_ids: Any, view_id: int) -> np.ndarray:
+        ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise InputError(f"sample ids must be integers [n], not {ids.dtype} {list(ids.shape)}")
+        ids = ids.astype(np.int64)
+        outside = ids[(ids < 0) | (ids >= self._num_samples)]
+        if len(outside):
+            raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")
+        values, counts = np.unique(ids, return_counts=True)
+        if (counts > 1).any():
+            twice = values[counts > 1][0]
+            raise InputError(f"view {view_id} sample {twice} was written twice")
+        return ids
+
+    def _places(self, ids: np.ndarray, view_id: int) -> list[tuple[int, np.ndarray]]:
+        """Blocks to fill, and which rows go there; refuses samples that came before."""
+        blocks = ids // self._block_records
+        places = []
+        for block in np.unique(blocks).tolist():
+            rows = np.flatnonzero(blocks == block)
+            key = (view_id, block)
+            again = ids[rows]
+            if key in self._buffers:
+                buffer = self._buffers[key]
+                again = again[buffer.filled[again - buffer.start]]
+            elif key not in self._committed:
+                if not self.is_done(view_id, block):
+                    places.append((block, rows))
+                continue
+            if len(again):
+                raise InputError(f"view {view_id} sample {again[0]} was written twice")
+            places.append((block, rows))
+        return places
+
+    def _fill(self, view_id: int, block: int, ids: np.ndarray, records: np.ndarray) -> None:
+        key = (view_id, block)
+        if key not in self._buffers:
+            self._open(view_id)  # a full disk is found before the work of a whole block
+            start, stop = self.block_range(block)
+            self._buffers[key] = _Buffer(start, stop, self.codec.record_bytes)
+        buffer = self._buffers[key]
+        buffer.records[ids - buffer.start] = records
+        buffer.filled[ids - buffer.start] = True
+        if not buffer.filled.all():
+            return
+        del self._buffers[key]
+        self._touched.add(view_id)
+        with format_errors():
+            self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
+        self._done.add(key)
+        self._committed.add(key)
+
+
+def _checked_view(view_id: int) -> int:
+    if not 0 <= int(view_id) < 2**31:
+        raise InputError(f"view id {view_id} is not in [0, 2^31)")
+    return int(view_id)

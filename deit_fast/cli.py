@@ -1,0 +1,487 @@
+"""The command line: ``deit-fast VERB``, the same as ``python -m deit_fast VERB``.
+
+A verb is a function of its raw arguments that returns the text for stdout; what it needs is
+imported inside it, so that help and errors answer without torch. Wrong input is one line on stderr
+and exit status 2, an interrupt 130; any other exception is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deit_fast.arguments import HELP, parse, quiet_pipe
+from deit_fast.config import (
+    InputError,
+    RunConfig,
+    closest,
+    did_you_mean,
+    dotted_keys,
+    load_config,
+    to_dict,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb leaves: text for stdout and the exit status."""
+
+    text: str
+    status: int = 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments of the verbs
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(RunConfig):
+    """Train a student against a teacher, or against its cached logits.
+
+    Settings come from --recipe, then --config, then the flags: the command line wins.
+    """
+
+    recipe: str = "custom"
+    """Start from this recipe; `deit-fast recipes list` names them."""
+    config: str | None = None
+    """Start from this JSON file, such as the config.json that every run writes."""
+    print_config: bool = False
+    """Print the resolved settings as JSON, ready for --config, and exit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeArguments(TrainArguments):
+    """Write a teacher's answers about every augmented view into a cache.
+
+    Settings come from --recipe, then --config, then the flags: the command line wins.
+    """
+
+    views: str | None = None
+    """Only the views A to B-1, written A:B; none: all views that the run needs."""
+
+
+Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
+
+
+def _run_arguments(cls: type[Arguments], verb: str, args: list[str]) -> Arguments:
+    """Recipe, then config file, then flags."""
+    base = RunConfig()
+    if name := _flag_value(args, "recipe"):
+        base = _recipe(name)()
+    if path := _flag_value(args, "config"):
+        base = load_config(path, base)
+    return parse(cls, verb, args, default=cls(**_fields(base)))
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(RunConfig)}
+
+
+def _flag_value(args: list[str], name: str) -> str | None:
+    value = None
+    for index, token in enumerate(args):
+        if token.startswith(f"--{name}="):
+            value = token.partition("=")[2]
+        elif token == f"--{name}" and index + 1 < len(args):
+            value = args[index + 1]
+    return value
+
+
+def _recipe(name: str) -> Callable[[], RunConfig]:
+    from deit_fast.recipes import RECIPES
+
+    if name not in RECIPES:
+        hint = did_you_mean(closest(name, list(RECIPES)))
+        raise InputError(f"unknown recipe {name!r}{hint}; see `deit-fast recipes list`")
+    return RECIPES[name]
+
+
+# ---------------------------------------------------------------------------------------------
+# Verbs
+# ---------------------------------------------------------------------------------------------
+
+Verb = Callable[[list[str]], Outcome]
+
+
+def _typed(verb: str) -> Callable[[Callable[..., Outcome]], Verb]:
+    """Turn a typed function into a verb; positional-only parameters are positional arguments."""
+
+    def wrap(function: Callable[..., Outcome]) -> Verb:
+        @functools.wraps(function)
+        def call(args: list[str]) -> Outcome:
+            return typing.cast(Outcome, parse(function, verb, args)())
+
+        return call
+
+    return wrap
+
+
+def demo(args: list[str]) -> Outcome:
+    """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
+    from deit_fast.demo import DemoConfig
+    from deit_fast.demo import demo as run
+
+    config = parse(DemoConfig, "demo", args, default=DemoConfig(), description=demo.__doc__)
+    result = run(config)
+    rows = [
+        (
+            f"seed {row['seed']}",
+            "  ".join(f"{k} {100 * v:.2f} %" for k, v in row.items() if k != "seed"),
+        )
+        for row in result["rows"]
+    ]
+    means = "  ".join(f"{name} {100 * value:.2f} %" for name, value in result["mean"].items())
+    rows += [
+        ("mean", means),
+        ("gain", f"{result['gain']:+.2f} points by distillation"),
+        ("report", str(result["report"])),
+    ]
+    return Outcome(_columns(rows))
+
+
+def train(args: list[str]) -> Outcome:
+    """Train a student against a teacher, or against its cached logits."""
+    arguments = _run_arguments(TrainArguments, "train", args)
+    config = RunConfig(**_fields(arguments))
+    if arguments.print_config:
+        return Outcome(json.dumps(to_dict(config), indent=2))
+    from deit_fast.train.loop import train as run
+
+    return Outcome(summary({"run": config.output, **run(config)}))
+
+
+def precompute(args: list[str]) -> Outcome:
+    """Write a teacher's answers about every augmented view into a cache."""
+    arguments = _run_arguments(PrecomputeArguments, "precompute", args)
+    config = RunConfig(**_fields(arguments))
+    views = _view_range(arguments.views)
+    if arguments.print_config:
+        return Outcome(json.dumps(to_dict(config), indent=2))
+    from deit_fast.precompute import precompute as run
+
+    return Outcome(summary({"cache": config.cache, **run(config, views)}))
+
+
+def _view_range(text: str | None) -> range | None:
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise InputError(f"--views needs A:B, two whole numbers with A < B, not {text!r}")
+    return range(int(start), int(stop))
+
+
+@_typed("evaluate")
+def evaluate(
+    run: str,
+    /,
+    *,
+    data_root: str | None = None,
+    batch_size: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    ema: bool = False,
+) -> Outcome:
+    """Measure the accuracy of a finished run.
+
+    Args:
+        run: Folder of the run.
+        data_root: Image folder to measure on; none: the run's own.
+        batch_size: Images per step; none: the run's own.
+        device: `auto`: CUDA where there is one.
+        ema: Use the moving average of the weights.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {batch_size}")
+    from deit_fast.evaluate import evaluate as measure
+
+    result = measure(run, data_root=data_root, batch_size=batch_size, device=device, ema=ema)
+    return Outcome(summary({"run": run, **result}))
+
+
+@_typed("report")
+def report(
+    runs: tuple[str, ...], /, *, out: str = "report.html", title: str = "deit_fast runs"
+) -> Outcome:
+    """Write one self-contained HTML page about one or more runs.
+
+    Args:
+        runs: Folders of the runs.
+        out: File to write.
+        title: Heading of the page.
+    """
+    from deit_fast.report import write_report
+
+    write_report([Path(run) for run in runs], Path(out), title)
+    return Outcome(f"wrote {out}")
+
+
+@_typed("cache info")
+def cache_info(path: str, /) -> Outcome:
+    """Say what a cache holds: codec, views, fingerprint.
+
+    Args:
+        path: Folder of the cache.
+    """
+    from deit_fast import cache
+
+    facts = cache.info(path)
+    broken = [row for row in facts["views"] if row.get("broken") or "error" in row]
+    codec = dict(facts["codec"])
+    details = ", ".join(f"{key} {_plain(value)}" for key, value in codec.items() if key != "name")
+    rows = [
+        ("path", facts["path"]),
+        ("codec", f"{codec.get('name')} ({details})"),
+        ("record", f"{facts['record_bytes']} bytes, {facts['block_records']} records a block"),
+        ("samples", str(facts["num_samples"])),
+        ("views", f"{len(facts['complete_views'])} complete of {len(facts['views'])}"),
+        ("size", _size(facts["bytes"])),
+    ]
+    if broken:
+        names = ", ".join(row["file"] for row in broken)
+        rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
+    fingerprint = [(key, _plain(value)) for key, value in sorted(facts["fingerprint"].items())]
+    text = f"{_columns(rows)}\n\nFingerprint:\n{_columns(fingerprint, indent='  ')}"
+    return Outcome(text)
+
+
+@_typed("cache verify")
+def cache_verify(path: str, /) -> Outcome:
+    """Check every block of a cache against its checksum; exit status 1 where one is bad.
+
+    Args:
+        path: Folder of the cache.
+    """
+    from deit_fast import cache
+    from deit_fast.train.metrics import Progress
+
+    total = sum(row["blocks"] for row in cache.info(path)["views"])
+    with Progress("verify", total, unit="block") as bar:
+        found = cache.verify(path, lambda done, total: bar.advance())
+    broken = found["broken"]
+    counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
+    rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
+    for row in broken:
+        place = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
+        rows.append(("broken", f"{place}: {row['why']}"))
+    return Outcome(_columns(rows), status=0 if found["ok"] else 1)
+
+
+@_typed("doctor")
+def doctor(*, output: str = "runs", workers: int = 4) -> Outcome:
+    """Say what this machine has, what is slow on it, and what to do about it.
+
+    Args:
+        output: Where runs would be written; its disk is measured.
+        workers: Decoding processes to plan shared memory for.
+    """
+    from deit_fast.doctor import examine, has_problem, render
+
+    findings = examine(Path(output), workers)
+    return Outcome(render(findings, tty=sys.stdout.isatty()), int(has_problem(findings)))
+
+
+@_typed("recipes list")
+def recipes_list() -> Outcome:
+    """List the named run configurations."""
+    from deit_fast.recipes import RECIPES
+
+    rows = [(name, _first_line(function)) for name, function in RECIPES.items()]
+    return Outcome(_columns(rows))
+
+
+@_typed("recipes show")
+def recipes_show(name: str, /) -> Outcome:
+    """Show a recipe: its command, time and accuracy, and the settings that it changes.
+
+    Args:
+        name: Name of the recipe.
+    """
+    function = _recipe(name)
+    config, plain = function(), RunConfig()
+    rows = [
+        (key, _plain(_lookup(config, key)))
+        for key in dotted_keys()
+        if _lookup(config, key) != _lookup(plain, key)
+    ]
+    text = (
+        f"{name}\n\n{inspect.getdoc(function) or ''}\n\nSettings that differ from the defaults:\n"
+    )
+    return Outcome(text + _columns(rows, indent="  "))
+
+
+VERBS: dict[str, Verb] = {
+    "demo": demo,
+    "train": train,
+    "precompute": precompute,
+    "evaluate": evaluate,
+    "report": report,
+    "cache info": cache_info,
+    "cache verify": cache_verify,
+    "doctor": doctor,
+    "recipes list": recipes_list,
+    "recipes show": recipes_show,
+}
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    """The answer to `deit-fast --help`."""
+    rows = [(verb, _first_line(function)) for verb, function in VERBS.items()]
+    return (
+        "usage: deit-fast VERB ...\n\n"
+        "Distillation engine for vision transformers.\n\n"
+        f"{_columns(rows, indent='  ')}\n\n"
+        "`deit-fast VERB --help` lists a verb's flags, `deit-fast --version` the version.\n"
+        "Several GPUs: torchrun --nproc-per-node N -m deit_fast VERB ..."
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The plain values of a verb's result, one a line; accuracies in percent."""
+    rows = []
+    for key, value in result.items():
+        if key == "substituted" and isinstance(value, list):
+            value = len(value)
+        if isinstance(value, float):
+            value = f"{100 * value:.2f} %" if "top1" in key else f"{value:.4g}"
+        if isinstance(value, (str, int)):
+            rows.append((key.replace("_", " "), str(value)))
+    return _columns(rows)
+
+
+def _columns(rows: list[tuple[str, str]], indent: str = "") -> str:
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{indent}{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _lookup(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def version() -> str:
+    """Version of the installed package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("deit-fast")
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from its source folder)"
+
+
+# ---------------------------------------------------------------------------------------------
+# Entry
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _log_to_stderr()
+    try:
+        outcome = _dispatch(words)
+        if _rank() == 0:
+            with quiet_pipe():
+                print(outcome.text, flush=True)
+        return outcome.status
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(_os_message(error))
+    except KeyboardInterrupt:
+        print("deit-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+class _LogFormat(logging.Formatter):
+    """Information as it is; warnings and errors say so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormat())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # the other ranks would say the same again
+    logging.getLogger("deit_fast").setLevel(logging.WARNING if _rank() else logging.INFO)
+
+
+def _dispatch(words: list[str]) -> Outcome:
+    if not words or words[0] in HELP:
+        return Outcome(overview())
+    if words[0] == "--version":
+        return Outcome(f"deit-fast {version()}")
+    groups = {verb.split()[0] for verb in VERBS if " " in verb}
+    if words[0] in groups:
+        return _dispatch_group(words[0], words[1:])
+    if words[0] not in VERBS:
+        known = [verb for verb in VERBS if " " not in verb] + sorted(groups)
+        hint = did_you_mean(closest(words[0], known))
+        raise InputError(f"unknown verb {words[0]!r}{hint}; see `deit-fast --help`")
+    return VERBS[words[0]](words[1:])
+
+
+def _dispatch_group(group: str, words: list[str]) -> Outcome:
+    members = [verb.split()[1] for verb in VERBS if verb.startswith(f"{group} ")]
+    if words and words[0] in members:
+        return VERBS[f"{group} {words[0]}"](words[1:])
+    if words and words[0] in HELP:
+        rows = [(f"{group} {name}", _first_line(VERBS[f"{group} {name}"])) for name in members]
+        return Outcome(f"usage: deit-fast {group} VERB ...\n\n{_columns(rows, indent='  ')}")
+    choices = " or ".join(f"`deit-fast {group} {name}`" for name in members)
+    if not words:
+        raise InputError(f"{group} needs a verb: {choices}")
+    hint = did_you_mean(closest(words[0], members))
+    raise InputError(f"unknown verb '{group} {words[0]}'{hint}; there is {choices}")
+
+
+def _rank() -> int:
+    """Rank of this process under torchrun; only the first prints results."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.splitlines())
+    rank = f"rank {_rank()}: " if _rank() else ""
+    print(f"deit-fast: error: {rank}{line}", file=sys.stderr)
+    return 2
+
+
+def _os_message(error: OSError) -> str:
+    what = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = "no space left to write; free some, or choose a folder on another disk"
+    return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"

@@ -1,0 +1,18 @@
+"""Data sets, loaders and the ingest step: from files to the batch that teacher and student see."""
+
+from deit_fast.data.evaluation import EvalLoader
+from deit_fast.data.ingest import ingest_batch
+from deit_fast.data.loader import ViewBatch, ViewLoader, pixel_contract
+from deit_fast.data.sources import ImageFolder, Synthetic, UnreadableImage, open_source
+
+__all__ = [
+    "EvalLoader",
+    "ImageFolder",
+    "Synthetic",
+    "UnreadableImage",
+    "ViewBatch",
+    "ViewLoader",
+    "ingest_batch",
+    "open_source",
+    "pixel_contract",
+]

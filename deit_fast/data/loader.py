@@ -1,0 +1,307 @@
+"""Batches of views from files: read, decode, crop, resize, in processes that make whole batches.
+
+A worker reads each distinct file of a batch once, cuts all its views (repeats, and the halves its
+pair needs) and sends uint8 pixels with the integer plan; flip, normalisation, erasing and mixing
+follow in ingest, on the accelerator where there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deit_fast.config import InputError
+from deit_fast.data.ingest import build_rows
+from deit_fast.data.sources import Source, UnreadableImage
+from deit_fast.views import NO_MIX, ViewPlan, lam_of
+
+_DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
+_RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
+
+
+@dataclass
+class ViewBatch:
+    """Pixels and plan of B views; `ingest_batch` makes the model's input of them.
+
+    Attributes:
+        images: uint8 [M, S, S, 3], cropped and resized, neither flipped nor mixed; M >= 1.
+        plan: int32 [B, 22], `kernels.ingest.PLAN_COLUMNS`; its image columns point into `images`.
+        sample_ids, view_ids: int64 and int32 [B], the view's address, for instance in a cache.
+        labels, partner_labels: int64 [B]; equal where nothing is mixed.
+        lam: float32 [B], weight of `labels` in the target.
+        substituted: paths of unreadable files of this batch whose neighbour was taken instead.
+    """
+
+    images: Tensor
+    plan: Tensor
+    sample_ids: Tensor
+    view_ids: Tensor
+    labels: Tensor
+    partner_labels: Tensor
+    lam: Tensor
+    substituted: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def target(self) -> tuple[Tensor, Tensor, Tensor]:
+        """labels, partner_labels, lam: the mixed pair that `kernels.distillation_loss` takes."""
+        return self.labels, self.partner_labels, self.lam
+
+    def to(self, device: torch.device | str) -> ViewBatch:
+        """A copy on the device; from pinned memory without waiting. The ids stay on the host."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("images", "plan", "labels", "partner_labels", "lam")
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> ViewBatch:
+        """Called by torch's DataLoader."""
+        moved = {
+            name: getattr(self, name).pin_memory()
+            for name in ("images", "plan", "labels", "partner_labels", "lam")
+        }
+        return dataclasses.replace(self, **moved)
+
+
+class ViewLoader:
+    """Iterates over batches of views, in the order of `batches`, from step `start` on.
+
+    Args:
+        source: images and labels.
+        plan: what the views look like; `plan.num_samples` must be the source's.
+        batches: entry k gives sample ids and view ids of step k; sent to the workers, so it should
+            compute its entries (`views.TrainBatches`) or be small.
+        workers: processes, each making whole batches, two ahead; 0: in this process.
+        on_error: "substitute" takes the next readable sample's pixels and label for an unreadable
+            one, always the same; "fail" raises.
+        start: first step; resume is a seek.
+        stop: step to end before; none: the end of `batches`.
+        pin_memory: for copies to a CUDA device that do not wait.
+
+    Raises:
+        InputError: while iterating, with on_error="fail" or when no image is readable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: ViewPlan,
+        batches: Sequence[tuple[Any, Any]],
+        *,
+        workers: int,
+        on_error: str,
+        start: int = 0,
+        stop: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if plan.num_samples != source.num_samples:
+            raise InputError(
+                f"the view plan is for {plan.num_samples} samples, not {source.num_samples}"
+            )
+        if not 0 <= start <= len(batches):
+            raise InputError(f"start={start} is not a step of a run of {len(batches)} steps")
+        self.steps = range(start, len(batches) if stop is None else min(stop, len(batches)))
+        self._loader = batch_loader(
+            _Batches(source, plan, batches, on_error), self.steps, workers, pin_memory
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        return unwrap(self._loader)
+
+
+class _Batches(Dataset):
+    """Step -> ViewBatch; runs in a worker."""
+
+    def __init__(
+        self, source: Source, plan: ViewPlan, batches: Sequence[tuple[Any, Any]], on_error: str
+    ) -> None:
+        self.source, self.plan, self.batches, self.on_error = source, plan, batches, on_error
+
+    def __getitem__(self, step: int) -> ViewBatch | Failure:
+        try:
+            return make_batch(self.source, self.plan, *self.batches[step], on_error=self.on_error)
+        except InputError as error:
+            return Failure(str(error))
+
+
+def make_batch(
+    source: Source, plan: ViewPlan, sample_ids: Any, view_ids: Any, *, on_error: str
+) -> ViewBatch:
+    """One batch of views, in this process; arguments as `ViewLoader`, ids as in `batches`."""
+    own = plan.rows(sample_ids, view_ids)
+    mixed = own["mix_kind"] != NO_MIX
+    other = np.where(mixed, own["partner"], own["sample"])
+    partner = plan.rows(other, own["view"])
+
+    # Members of a pair are each other's halves: unique (sample, view) keys, sorted by sample.
+    keys = np.stack(
+        [np.concatenate([own["sample"], other]), np.concatenate([own["view"], own["view"]])], axis=1
+    )
+    wanted, places = np.unique(keys, axis=0, return_inverse=True)
+    own_image, partner_image = places.reshape(2, len(own))
+    size = plan.recipe.image_size
+    images = np.empty((len(wanted), size, size, 3), np.uint8)
+    labels = np.empty(len(wanted), np.int64)
+    substituted: list[str] = []
+
+    distinct, starts, counts = np.unique(wanted[:, 0], return_index=True, return_counts=True)
+    for first in range(0, len(distinct), _DECODED):
+        group = slice(first, first + _DECODED)
+        loaded = [load_readable(source, i, on_error, substituted) for i in distinct[group].tolist()]
+        rows = slice(starts[group][0], starts[group][-1] + counts[group][-1])
+        which = np.repeat(np.arange(len(loaded)), counts[group])
+        sizes = np.array([_size(image) for image, _ in loaded])[which]
+        boxes = plan.crop_boxes(wanted[rows, 0], wanted[rows, 1], sizes[:, 0], sizes[:, 1])
+        labels[rows] = source.labels[[taken for _, taken in loaded]][which]
+        for place, item, box in zip(images[rows], which.tolist(), boxes.tolist(), strict=True):
+            place[:] = view_pixels(loaded[item][0], box, size)
+
+    return ViewBatch(
+        images=torch.from_numpy(images),
+        plan=torch.from_numpy(build_rows(own, partner, own_image, partner_image)),
+        sample_ids=torch.from_numpy(own["sample"].copy()),
+        view_ids=torch.from_numpy(own["view"].copy()),
+        labels=torch.from_numpy(labels[own_image]),
+        partner_labels=torch.from_numpy(labels[partner_image]),
+        lam=torch.from_numpy(lam_of(own, size)),
+        substituted=substituted,
+    )
+
+
+def view_pixels(image: Image.Image | np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
+    """Crop, then resize the crop: uint8 [size, size, 3]; no pixel outside the crop counts.
+
+    Pillow's bicubic with its antialias, torchvision's `resized_crop` on a PIL image bit for bit.
+    An array is a finished view of the synthetic source already.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    left, top, width, height = box
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def load_readable(
+    source: Source, index: int, on_error: str, substituted: list[str]
+) -> tuple[Image.Image | np.ndarray, int]:
+    """The image and its sample id: `index`, or the next readable one behind it (around the end).
+
+    Appends the path of `index` to `substituted` where another was taken.
+
+    Raises:
+        InputError: the file is unreadable and on_error is "fail", or none is readable.
+    """
+    for offset in range(source.num_samples):
+        taken = (index + offset) % source.num_samples
+        try:
+            image = source.load(taken)
+        except UnreadableImage as error:
+            if on_error == "fail":
+                raise InputError(f"{error} (data.on_error=fail)") from None
+            continue
+        if offset:
+            substituted.append(source.paths[index])
+        return image, taken
+    raise InputError(f"no image of the data set is readable, from {source.paths[index]} on")
+
+
+# ---------------------------------------------------------------------------------------------
+# Worker processes, shared with evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A user error on its way out of a worker; raised there, a traceback would wrap it."""
+
+    message: str
+
+
+def batch_loader(
+    dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """torch's DataLoader over a data set whose items are whole batches, in order.
+
+    Workers live as long as one pass: a run is one pass of its `ViewLoader`, and evaluation's
+    workers hold no memory while training goes on. Nothing but the pass refers to them, so an error
+    or a break ends them at once; persistent ones, left to the garbage collector, take 5 s each.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin_memory,
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # else every pass would draw from torch's global generator
+    )
+
+
+def unwrap(loader: DataLoader) -> Iterator[Any]:
+    """Items of the loader; a `Failure` among them is raised here, as its one line."""
+    for item in loader:
+        if isinstance(item, Failure):
+            raise InputError(item.message)
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height, pixels."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+# ---------------------------------------------------------------------------------------------
+# The pixel contract
+# ---------------------------------------------------------------------------------------------
+
+
+def pixel_contract() -> dict[str, str]:
+    """Which decoder and resize made the pixels; part of a cache's fingerprint.
+
+    Pillow 11.0 to 12.3 give the same pixels; 13.0 changes 2.2 % of resized values, and forks differ
+    within one version number, so a small resize is checked as well.
+
+    Raises:
+        InputError: another Pillow.
+    """
+    major = PIL.__version__.split(".")[0]
+    if major not in ("11", "12"):
+        raise InputError(f"views need the pixels of Pillow 11 or 12, not {PIL.__version__}")
+    if _resize_digest() != _RESIZE_SHA256:
+        raise InputError(
+            f"this build of Pillow {PIL.__version__} resizes to other pixels than Pillow 11 and 12"
+        )
+    return {"contract.pixels": "pillow/11-12"}
+
+
+@functools.cache
+def _resize_digest() -> str:
+    """Digest of a resize down, up and in both, of a fixed image of 211 x 157 pixels."""
+    values = np.arange(157 * 211 * 3, dtype=np.uint32) * np.uint32(2654435761) >> np.uint32(24)
+    image = Image.fromarray(values.astype(np.uint8).reshape(157, 211, 3))
+    digest = hashlib.sha256()
+    for size in ((64, 64), (224, 224), (250, 90)):
+        digest.update(image.resize(size, Image.Resampling.BICUBIC).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Accuracy of a model on held-out images, head by head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from deit_fast.config import InputError, RunConfig, from_dict
+from deit_fast.data.evaluation import EvalLoader
+from deit_fast.data.sources import open_source
+from deit_fast.models import create_student, forward_heads, load_weights
+from deit_fast.models.teachers import has_bf16
+from deit_fast.models.weights import fit_weights
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, loader: Iterable, classes: list[str], device: torch.device
+) -> dict[str, Any]:
+    """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper adds softmaxes).
+
+    Args:
+        model: a classifier; its training mode is restored afterwards.
+        loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``.
+        classes: class names, by label.
+
+    Returns:
+        `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy;
+        classes without samples are absent); `top1_class` and `top1_distill` for two heads.
+    """
+    was_training = model.training
+    model.eval()
+    count = len(classes)
+    hits = torch.zeros(3, device=device)
+    loss = torch.zeros((), device=device)
+    per_class = torch.zeros(2, count, device=device)
+    samples, two_heads = 0, False
+    for images, labels, _ in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            class_logits, distill_logits = forward_heads(model, images)
+        two_heads = distill_logits is not None
+        mean = class_logits if distill_logits is None else (class_logits + distill_logits) / 2
+        loss += cross_entropy(mean.float(), labels, reduction="sum")
+        right = mean.argmax(1) == labels
+        hits[0] += right.sum()
+        hits[1] += (class_logits.argmax(1) == labels).sum()
+        if distill_logits is not None:
+            hits[2] += (distill_logits.argmax(1) == labels).sum()
+        per_class[0] += torch.bincount(labels[right], minlength=count)
+        per_class[1] += torch.bincount(labels, minlength=count)
+        samples += len(labels)
+    model.train(was_training)
+    if samples == 0:
+        raise InputError("evaluation saw no images")
+    shares = (hits / samples).tolist()
+    result: dict[str, Any] = {"top1": shares[0], "loss": loss.item() / samples, "samples": samples}
+    if two_heads:
+        result |= {"top1_class": shares[1], "top1_distill": shares[2]}
+    right_of, total_of = per_class.tolist()
+    result["per_class"] = {
+        name: right / total
+        for name, right, total in zip(classes, right_of, total_of, strict=True)
+        if total
+    }
+    return result
+
+
+def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """The model that a run's configuration names, with random weights."""
+    model = config.model
+    return create_student(
+        model.name,
+        num_classes,
+        model.drop_path,
+        config.view.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+    )
+
+
+def build_eval_loader(config: RunConfig, source: Any, device: torch.device) -> EvalLoader:
+    """Held-out images of a run's configuration: resize, centre crop, normalise."""
+    return EvalLoader(
+        source,
+        image_size=config.view.image_size,
+        crop=config.data.eval_crop,
+        mean=config.view.mean,
+        std=config.view.std,
+        batch_size=config.batch_size,
+        workers=config.data.workers,
+        on_error=config.data.on_error,
+        device=device,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one.
+
+    Raises:
+        InputError: `cuda` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no CUDA GPU (see deit-fast doctor)")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def read_run_config(run: str | Path) -> RunConfig:
+    """The configuration that a run folder keeps.
+
+    Raises:
+        InputError: the folder or its config.json is missing or damaged.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{run} is no run folder: {path} does not exist")
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    return from_dict(RunConfig, values)
+
+
+def evaluate(
+    run: str,
+    *,
+    data_root: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    ema: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a finished run's weights on its held-out images.
+
+    Args:
+        run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
+        data_root: another image folder than the run's own.
+        batch_size: images per forward; none: the run's.
+        device: auto, cpu or cuda.
+        ema: take the moving average of the weights.
+
+    Raises:
+        InputError: no such run, weights or data, or the data has another class count.
+    """
+    config = read_run_config(run)
+    if data_root is not None:
+        config = config.replace(data={"root": data_root})
+    if batch_size is not None:
+        config = config.replace(batch_size=batch_size)
+    place = choose_device(device)
+    source = open_source(config.data, "val", config.view.image_size)
+    model = build_model(config, len(source.classes))
+    weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
+    fit_weights(model, load_weights(weights), weights)
+    loader = build_eval_loader(config, source, place)
+    return evaluate_model(model.to(place), loader, source.classes, place)

@@ -1,0 +1,113 @@
+"""Drop-in for the DistillationLoss of facebookresearch/deit, over kernels.distillation_loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deit_fast.config import InputError
+from deit_fast.kernels.distillation_loss import (
+    KINDS,
+    REDUCTIONS,
+    hard_distillation,
+    soft_distillation,
+)
+
+
+class DistillationLoss(nn.Module):
+    """(1 - alpha) * base_criterion + alpha * distillation (Touvron et al. 2021, eq. 2 and 3).
+
+    Constructor and call are those of `losses.py` in facebookresearch/deit. Two things are added:
+    ``reduction``, whose default "numel" is DeiT's own division of the soft term by B * C (timm and
+    most others take "batchmean", C times as much); and a teacher that is put into eval mode, and
+    stays there when the criterion is put into train mode.
+
+    Args:
+        base_criterion: called with the class logits [B, C] and the labels.
+        teacher_model: called under no_grad with the inputs of the student. Returns logits [B, C];
+            cached answers, a ``kernels.TopK`` or int labels [B] for "hard", will do as well.
+        distillation_type: "none", "soft" or "hard".
+        alpha: weight of the distillation, in [0, 1].
+        tau: temperature of "soft".
+        reduction: "numel", "batchmean" or "hinton", see ``kernels.distillation_loss``.
+
+    Raises:
+        InputError: an option outside its range.
+    """
+
+    def __init__(
+        self,
+        base_criterion: Callable[[Tensor, Tensor], Tensor],
+        teacher_model: Callable[[Tensor], Tensor] | None,
+        distillation_type: str,
+        alpha: float,
+        tau: float,
+        reduction: str = "numel",
+    ) -> None:
+        super().__init__()
+        for name, value, options in (
+            ("distillation_type", distillation_type, KINDS),
+            ("reduction", reduction, REDUCTIONS),
+        ):
+            if value not in options:
+                raise InputError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+        if not 0 <= alpha <= 1:
+            raise InputError(f"alpha must lie in [0, 1], not {alpha}")
+        if not tau > 0:
+            raise InputError(f"tau must be positive, not {tau}")
+        if distillation_type != "none" and teacher_model is None:
+            raise InputError(f"distillation_type {distillation_type!r} needs a teacher_model")
+        self.base_criterion = base_criterion
+        self.teacher_model = teacher_model
+        self.distillation_type = distillation_type
+        self.alpha = alpha
+        self.tau = tau
+        self.reduction = reduction
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DistillationLoss:
+        """Set the mode of the criterion, never that of the teacher: its statistics are frozen."""
+        super().train(mode)
+        if isinstance(self.teacher_model, nn.Module):
+            self.teacher_model.eval()
+        return self
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor
+    ) -> Tensor:
+        """Loss of one batch.
+
+        Args:
+            inputs: the student's input, handed to the teacher.
+            outputs: (class logits, distillation logits), float [B, C] each; a single tensor of
+                class logits for "none".
+            labels: whatever the base criterion takes.
+
+        Raises:
+            InputError: a single tensor where distillation needs a second head's logits.
+        """
+        if isinstance(outputs, Tensor):
+            class_logits, distill_logits = outputs, None
+        else:
+            class_logits, distill_logits = outputs
+        base = self.base_criterion(class_logits, labels)
+        if self.distillation_type == "none":
+            return base
+        if distill_logits is None:
+            raise InputError(
+                f"distillation_type {self.distillation_type!r} needs the outputs of two heads, "
+                "(class logits, distillation logits), but the model returned one tensor: use a "
+                "distilled model in train mode (timm: model.set_distilled_training(True))"
+            )
+        assert self.teacher_model is not None
+        with torch.no_grad():
+            teacher = self.teacher_model(inputs)
+        if self.distillation_type == "hard":
+            distillation = hard_distillation(distill_logits, teacher)
+        else:
+            distillation = soft_distillation(
+                distill_logits, teacher, tau=self.tau, reduction=self.reduction
+            )
+        return (1 - self.alpha) * base + self.alpha * distillation

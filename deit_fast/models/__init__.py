@@ -1,0 +1,9 @@
+"""Students by timm name, teachers by spec, and weights files read without pickle's powers."""
+
+from __future__ import annotations
+
+from deit_fast.models.students import create_student, forward_heads
+from deit_fast.models.teachers import Teacher, load_teacher
+from deit_fast.models.weights import load_weights
+
+__all__ = ["Teacher", "create_student", "forward_heads", "load_teacher", "load_weights"]

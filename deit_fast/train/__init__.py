@@ -1,0 +1,1 @@
+"""The training loop and its parts; import ``deit_fast.train.loop`` for the loop itself."""

@@ -1,0 +1,65 @@
+"""Checkpoints: written to a temporary name, fsynced, renamed; the two newest are kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("deit_fast")
+
+KEEP = 2  # never 1: the only copy may be the one being written
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` (tensors and plain values) as ``folder/step-N.pt`` and drop the oldest.
+
+    Raises:
+        OSError: the disk is full or not writable; the older checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:09d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself must survive a power cut
+    finally:
+        os.close(descriptor)
+    for old in list_checkpoints(folder)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read; broken ones are named and passed over.
+
+    Returns None where the folder has none. Raises RuntimeError where all are broken, rather than
+    silently start again from nothing.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for a broken file
+            reason = str(error).strip().splitlines()[0][:120]
+            log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
+    if paths:
+        raise RuntimeError(f"all {len(paths)} checkpoints in {folder} are broken")
+    return None

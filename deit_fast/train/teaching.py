@@ -1,0 +1,106 @@
+"""Where a training step gets the teacher's answer: from the network, from the cache, or nowhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from deit_fast.cache import LogitCache
+from deit_fast.config import InputError, RunConfig
+from deit_fast.data.loader import ViewBatch, pixel_contract
+from deit_fast.kernels import TopK
+from deit_fast.models import Teacher, load_teacher
+from deit_fast.views import fingerprint as view_fingerprint
+
+TeacherAnswer = torch.Tensor | TopK | None
+
+
+class Teaching(Protocol):
+    """Answers for a batch of views, in a form that ``kernels.distillation_loss`` takes."""
+
+    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> TeacherAnswer: ...
+
+
+class NoTeacher:
+    """Training against the labels alone."""
+
+    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> None:
+        return None
+
+
+class OnlineTeacher:
+    """The teacher's forward on the very images that the student sees."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+        return self.teacher(images)
+
+
+class CachedTeacher:
+    """Stored answers, looked up by sample and view."""
+
+    def __init__(self, cache: LogitCache, *, tau: float, tail: str) -> None:
+        self.cache, self.tau, self.tail = cache, tau, tail
+
+    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+        answer = self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
+        if isinstance(answer, TopK):
+            moved = [field.to(images.device, non_blocking=True) for field in answer[:3]]
+            return TopK(*moved, answer.tail)
+        return answer.to(images.device, non_blocking=True)
+
+
+def views_fingerprint(config: RunConfig, source_fingerprint: dict) -> dict[str, object]:
+    """What decides which pixels stand behind a (sample, view): recipe, data set, decoder."""
+    return view_fingerprint(config.view, config.seed) | source_fingerprint | pixel_contract()
+
+
+def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching:
+    """Choose by the configuration: no distillation, ``cache``, or ``teacher``.
+
+    Raises:
+        InputError: distillation without teacher or cache; a teacher of another class count.
+        CacheMismatch: the cache is of another teacher, recipe, seed, data set or decoder; names
+            each differing field.
+    """
+    if config.loss.kind == "none":
+        return NoTeacher()
+    if config.teacher is None and config.cache is None:
+        raise InputError(
+            f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR (or --loss.kind none)"
+        )
+    num_classes = len(source.classes)
+    teacher = load_class_matched_teacher(config, num_classes) if config.teacher else None
+    if config.cache is None:
+        assert teacher is not None
+        return OnlineTeacher(teacher.to(device))
+    cache = LogitCache.open(config.cache)
+    expected = views_fingerprint(config, source.fingerprint())
+    cache.require(expected | (teacher.fingerprint() if teacher else {}))
+    missing = sorted(set(range(config.views_used)) - set(cache.views))
+    if missing:
+        raise InputError(
+            f"cache {config.cache} lacks {len(missing)} of the run's {config.views_used} views, "
+            f"the first is {missing[0]}: precompute them, or train with a smaller --num-views"
+        )
+    return CachedTeacher(cache, tau=config.loss.tau, tail=config.loss.tail)
+
+
+def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:
+    """The configured teacher; its class count must be the data's."""
+    assert config.teacher is not None
+    teacher = load_teacher(
+        config.teacher,
+        num_classes=num_classes,
+        input_mean=config.view.mean,
+        input_std=config.view.std,
+    )
+    if teacher.num_classes != num_classes:
+        raise InputError(
+            f"teacher {config.teacher} has {teacher.num_classes} classes, "
+            f"the data set has {num_classes}"
+        )
+    return teacher

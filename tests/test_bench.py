@@ -1,0 +1,173 @@
+"""The bench harness: what is timed, what is skipped, what a result file must hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench import common
+from bench.__main__ import run_bench, select
+
+ROOT = Path(__file__).parent.parent
+META = {
+    "device": "a",
+    "driver": "b",
+    "versions": {"torch": "2"},
+    "commit": "c",
+    "date": "2026-01-01",
+    "command": "d",
+}
+
+
+@pytest.fixture(scope="module")
+def timer() -> common.Timer:
+    return common.Timer("cpu")
+
+
+def sleeper(milliseconds: float):
+    return lambda: time.sleep(milliseconds / 1e3)
+
+
+def test_times_and_ratios(timer: common.Timer) -> None:
+    case = common.Case(
+        "sleep",
+        lambda: {"ours": sleeper(2), "slow": sleeper(12), "fast": sleeper(6)},
+        bytes_moved=4_000_000,
+        items=8,
+    )
+    rows = {row["impl"]: row for row in common.time_case("naps", case, timer, 0.3)}
+    ours = rows["ours"]
+    assert (ours["bench"], ours["case"]) == ("naps", "sleep")
+    assert 2 <= ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] < 12
+    assert ours["ratio_to"] == rows["slow"]["ratio_to"] == "fast"
+    assert ours["ratio"] == pytest.approx(rows["fast"]["ms"] / ours["ms"])
+    assert ours["ratio"] > 1 > rows["slow"]["ratio"]
+    assert "ratio" not in rows["fast"]
+    assert ours["gbps"] == pytest.approx(4 / ours["ms"])
+    assert ours["items_per_s"] == pytest.approx(8e3 / ours["ms"])
+    assert "roofline_pct" not in ours
+
+
+def test_what_was_not_measured_is_absent(timer: common.Timer) -> None:
+    case = common.Case("alone", lambda: {"ours": sleeper(1)})
+    (row,) = common.time_case("naps", case, timer, 0.01)
+    assert set(row) == {"bench", "case", "impl", "ms", "ms_p20", "ms_p80"}
+
+
+def test_implementations_take_turns(timer: common.Timer) -> None:
+    calls: list[str] = []
+    case = common.Case("turns", lambda: {name: lambda n=name: calls.append(n) for name in "abc"})
+    common.time_case("turns", case, timer, 0.0)
+    warm = 3 * (1 + common.WARMUP_CALLS)
+    assert "".join(calls[:warm]) == "aaaabbbbcccc"
+    assert "".join(calls[warm:]) == "abc" + "bca" + "cab"
+
+
+def test_a_peer_that_fails_is_a_line_with_the_reason(timer: common.Timer) -> None:
+    def fails() -> None:
+        raise RuntimeError("no kernel for this device\nmore lines")
+
+    case = common.Case("c", lambda: {"ours": sleeper(1), "peer": fails, "other": "not installed"})
+    rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.01)}
+    assert rows["peer"]["skipped"] == "RuntimeError: no kernel for this device"
+    assert rows["other"]["skipped"] == "not installed"
+    assert not {"ms", "gbps", "ratio"} & (rows["peer"].keys() | rows["other"].keys())
+    assert "ratio" not in rows["ours"]
+
+
+def test_broken_benches_do_not_stop_the_run(
+    timer: common.Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rows,) = run_bench("does_not_exist", "cpu", timer, 1.0)
+    assert rows[0]["skipped"].startswith("ModuleNotFoundError")
+
+    def build() -> dict:
+        raise MemoryError
+
+    module = ModuleType("bench.bench_fake")
+    cases = [
+        common.Case("broken", build),
+        *(common.Case(n, lambda: {"ours": sleeper(60)}) for n in "ab"),
+    ]
+    module.cases = lambda device: cases  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bench.bench_fake", module)
+    broken, first, second = (rows[0] for rows in run_bench("fake", "cpu", timer, 0.1))
+    assert broken["skipped"] == "MemoryError"
+    assert first["ms"] >= 60
+    assert second["skipped"].startswith("no time left")
+
+
+@pytest.mark.parametrize("name", common.META)
+@pytest.mark.parametrize("value", (None, ""))
+def test_no_file_without_its_meta(tmp_path: Path, name: str, value: str | None) -> None:
+    path = tmp_path / "out" / "x.json"
+    with pytest.raises(ValueError, match=f"no result file without meta {name}:"):
+        common.write_results(path, META | {name: value}, [])
+    assert not path.exists()
+    common.write_results(path, META, [{"bench": "b"}])
+    assert json.loads(path.read_text()) == {"meta": META, "rows": [{"bench": "b"}]}
+
+
+def test_default_path_names_device_date_and_commit() -> None:
+    cpu, gpu = (common.default_path(d, META | {"device": "NVIDIA H100"}) for d in ("cpu", "cuda"))
+    assert cpu.relative_to(ROOT).as_posix() == "bench/results/cpu/2026-01-01-c.json"
+    assert gpu.relative_to(ROOT).as_posix() == "bench/results/nvidia-h100/2026-01-01-c.json"
+
+
+def test_benches_are_found_by_their_file_names() -> None:
+    assert {"distillation_loss", "ingest"} <= set(select("kernels")) <= set(select("all"))
+    assert select("ingest") == ["ingest"]
+    with pytest.raises(SystemExit, match="unknown bench 'nothing': all, kernels or one of"):
+        select("nothing")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['bench', '--help']\n"
+        "try: runpy.run_module('bench', run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--seconds" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+
+
+def test_command_line_writes_a_result_file(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "bench", "ingest", "--device", "cpu", "--seconds", "1"]
+    command += ["--commit", "abc", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert set(result) == {"meta", "rows"}
+    assert result["meta"].keys() == set(common.META)
+    assert "torch" in result["meta"]["versions"] and result["meta"]["commit"] == "abc"
+    assert "--device cpu --seconds 1" in result["meta"]["command"]
+    assert {row["impl"] for row in result["rows"]} == {"ours", "torchvision v2"}
+    for row in result["rows"]:
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert f"{row['ms']:.4g} ms" in done.stdout
+
+
+def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
+    """A ratio between different losses would mean nothing: values of all of them, from one case."""
+    import torch
+
+    from bench import bench_distillation_loss as bench
+
+    for kind in ("soft", "hard"):
+        zc, zd, teacher = torch.randn(3, 8, 50, dtype=torch.float64).float()
+        first, second = torch.randint(50, (2, 8))
+        lam = torch.rand(8)
+        target = bench.dense_target(first, second, lam, 50)
+        ours = bench.ours(zc, zd, (first, second, lam), teacher, kind)
+        torch.testing.assert_close(ours, bench.deit(zc, zd, target, teacher, kind))
+        weight = 50 if kind == "soft" else 1
+        theirs = bench.timm(zc, zd, target, teacher, kind)
+        base = 0.5 * bench.base(zc, target)
+        torch.testing.assert_close((ours - base) * weight, theirs - base)

@@ -1,0 +1,364 @@
+"""The command line: what it answers, how fast, and how it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deit_fast import cli
+from deit_fast.config import InputError, RunConfig, from_dict, load_config, to_dict
+from deit_fast.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PREFIX = "deit-fast: error: "
+ALL_HELP = [[], ["--help"], ["-h"], ["--version"], ["cache", "--help"], ["recipes", "--help"]] + [
+    [*verb.split(), "--help"] for verb in cli.VERBS
+]
+
+
+def start(*args: str, **keywords) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **keywords.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deit_fast", *args], env=environment, text=True, **keywords
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
+    """The one line that a wrong command answers with."""
+    assert cli.main(list(args)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(PREFIX) and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix(PREFIX).rstrip("\n")
+
+
+# ----------------------------------------------------------------------------------- quick answers
+
+
+def test_help_and_print_config_import_neither_torch_nor_numpy() -> None:
+    commands = [
+        *ALL_HELP,
+        ["train", "--print-config"],
+        ["precompute", "--recipe", "digits_student", "--views", "0:3", "--print-config"],
+        ["recipes", "list"],
+        ["recipes", "show", "deit_small_distilled"],
+        ["train", "--optim.lr", "x"],
+    ]
+    script = f"""
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "numpy", "triton", "timm", "PIL"):
+            raise AssertionError("imported " + name)
+sys.meta_path.insert(0, Guard())
+from deit_fast.cli import main
+for command in {commands!r}:
+    try:
+        main(command)
+    except SystemExit as stop:
+        assert stop.code == 0, command
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train", "--print-config"]])
+def test_quick_answers_take_under_two_seconds(args: list[str]) -> None:
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        process = start(*args, stdout=subprocess.DEVNULL)
+        assert process.wait() == 0
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 2
+
+
+def test_overview_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    for verb, function in cli.VERBS.items():
+        assert f"  {verb} " in out
+        assert function.__doc__.splitlines()[0] in out
+
+
+def test_verb_help_shows_flags_their_meaning_and_the_recipes_defaults(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--recipe", "digits_student", "--epochs", "7", "--help"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--optim.lr" in out and "--print-config" in out
+    assert f"(default: {RECIPES['digits_student']().output})" in out
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("deit-fast ")
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def resolved(capsys: pytest.CaptureFixture, *args: str) -> RunConfig:
+    assert cli.main([*args, "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return from_dict(RunConfig, json.loads(out))
+
+
+def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"epochs": 7, "optim": {"eps": 1e-6}, "seed": 5}')
+    recipe = RECIPES["digits_student"]()
+    config = resolved(
+        capsys, "train", "--recipe", "digits_student", "--config", str(file), "--seed", "9"
+    )
+    assert config == recipe.replace(epochs=7, seed=9, optim={"eps": 1e-6})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_print_config_is_a_config_file(
+    name: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    config = resolved(capsys, "train", "--recipe", name)
+    assert config == RECIPES[name]()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    assert resolved(capsys, "precompute", f"--config={file}") == config
+
+
+def test_both_spellings_equals_sign_lists_and_switches(capsys: pytest.CaptureFixture) -> None:
+    args = "--data.on_error fail --view.crop-scale 0.1 0.5 --optim.min_lr=1e-6 --codec.k None"
+    args += " --codec.temperatures 1 3 --no-resume --batch_size 32 --optim.betas=0.8 0.9"
+    config = resolved(capsys, "train", *args.split())
+    assert config == RunConfig(batch_size=32, resume=False).replace(
+        data={"on_error": "fail"},
+        view={"crop_scale": (0.1, 0.5)},
+        optim={"min_lr": 1e-6, "betas": (0.8, 0.9)},
+        codec={"temperatures": (1.0, 3.0)},
+    )
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "unknown verb 'trian' (did you mean train?); see `deit-fast --help`"),
+        ("cache", "cache needs a verb: `deit-fast cache info` or `deit-fast cache verify`"),
+        ("cache verfy x", "unknown verb 'cache verfy' (did you mean verify?)"),
+        ("train --veiw.image-size 3", "unknown flag --veiw.image-size (did you mean --view.image-"),
+        ("train --batch_sizes 3", "unknown flag --batch_sizes (did you mean --batch-size?)"),
+        ("train --lr 3", "unknown flag --lr (did you mean --optim.lr?)"),
+        ("train --no-resum", "unknown flag --no-resum (did you mean --no-resume?)"),
+        ("train -x", "unknown flag -x; see `deit-fast train --help`"),
+        ("train optim.lr=3", "unexpected argument 'optim.lr=3' (did you mean --optim.lr 3?)"),
+        ("train --resume False", "unexpected argument 'False' after --resume"),
+        ("train --resume=False", "--resume takes no value, not 'False'; write --resume or --no-re"),
+        ("train --optim.lr fast", "--optim.lr needs a number, not 'fast'"),
+        ("train --epochs 1.5", "--epochs needs a whole number, not '1.5'"),
+        ("train --epochs", "--epochs needs a whole number, but got no value"),
+        ("train --epochs --seed 1", "--epochs needs a whole number, but got no value"),
+        ("train --device gpu", "--device needs one of auto, cpu, cuda, not 'gpu'"),
+        ("train --codec.k some", "--codec.k needs a whole number or None, not 'some'"),
+        ("train --view.crop_scale 0.1", "--view.crop_scale needs 2 numbers, not '0.1'"),
+        ("train --codec.temperatures 1 x", "--codec.temperatures needs one or more numbers or Non"),
+        ("train --epochs 0", "epochs must be at least 1, not 0"),
+        ("train --view.repeats 0", "view.repeats must be at least 1, not 0"),
+        (
+            "train --num-views 4 --view.repeats 3",
+            "num_views must be a positive multiple of view.re",
+        ),
+        (
+            "train --recipe digits_studnt",
+            "unknown recipe 'digits_studnt' (did you mean digits_stud",
+        ),
+        ("train --recipe", "--recipe needs a value, but got no value"),
+        ("train --config missing.json", "config file missing.json does not exist"),
+        ("train --config tests", "tests: Is a directory"),
+        ("precompute --views 3:2", "--views needs A:B, two whole numbers with A < B, not '3:2'"),
+        ("precompute --views 3", "--views needs A:B, two whole numbers with A < B, not '3'"),
+        ("train --views 0:2", "unknown flag --views"),
+        ("evaluate", "evaluate needs RUN; see `deit-fast evaluate --help`"),
+        ("evaluate --ema", "evaluate needs RUN"),
+        ("evaluate a b", "unexpected argument 'b'"),
+        ("evaluate a --batch-size 0", "--batch-size must be at least 1, not 0"),
+        ("report", "report needs RUN...; see `deit-fast report --help`"),
+        ("report nowhere --out x --title y also", "run folder nowhere does not exist"),
+        ("recipes show deit_smal", "unknown recipe 'deit_smal' (did you mean deit_small?)"),
+        ("demo --seeds 1 x", "--seeds needs one or more whole numbers, not '1 x'"),
+        ("doctor --workers -", "--workers needs a whole number, not '-'"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    command: str, message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert refusal(capsys, *command.split()).startswith(message)
+
+
+def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:
+    for content, near in [
+        ('{"veiw": {}}', "'veiw' (did you mean view?)"),
+        ('{"view": {"imge_size": 1}}', "'view.imge_size' (did you mean view.image_size?)"),
+        ('{"lr": 1}', "'lr' (did you mean optim.lr?)"),
+        ('{"zzzzzz": 1}', "'zzzzzz'"),
+    ]:
+        file = tmp_path / "c.json"
+        file.write_text(content)
+        with pytest.raises(InputError) as error:
+            load_config(str(file), RunConfig())
+        assert str(error.value) == f"unknown config key {near}"
+
+
+def test_a_process_refuses_with_status_2_and_says_its_rank() -> None:
+    process = start("train", "--epochs", "x", stderr=subprocess.PIPE, env={"RANK": "3"})
+    assert process.communicate()[1] == (
+        "deit-fast: error: rank 3: --epochs needs a whole number, not 'x'\n"
+    )
+    assert process.returncode == 2
+
+
+def test_only_the_first_rank_prints(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["recipes", "list"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("two\nlines"), "two lines"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.bin"), "a.bin: No such"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "b.bin"),
+            "b.bin: no space left to write",
+        ),
+        (OSError("odd"), "odd"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+    ],
+)
+def test_errors_of_a_verb_are_one_line(
+    error: Exception,
+    message: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(args: list[str]) -> cli.Outcome:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "train", fail)
+    assert refusal(capsys, "train").startswith(message)
+
+
+def test_interrupt_is_one_line_and_130(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(args: list[str]) -> cli.Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "train", interrupt)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "deit-fast: interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(args: list[str]) -> cli.Outcome:
+        raise KeyError("bug")
+
+    monkeypatch.setitem(cli.VERBS, "train", bug)
+    with pytest.raises(KeyError):
+        cli.main(["train"])
+
+
+# ------------------------------------------------------------------------------------------ output
+
+
+@pytest.mark.parametrize("args", [["recipes", "list"], ["train", "--help"]])
+def test_a_reader_that_leaves_is_no_error(args: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = start(*args, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_in_plain_words() -> None:
+    with open("/dev/full", "w") as full:
+        process = start("recipes", "list", stdout=full, stderr=subprocess.PIPE)
+        assert process.communicate()[1].startswith(f"{PREFIX}no space left to write")
+    assert process.returncode == 2
+
+
+def test_recipes_list_and_show(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["recipes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert cli.main(["recipes", "show", "digits_student"]) == 0
+    out = capsys.readouterr().out
+    assert RECIPES["digits_student"].__doc__.splitlines()[0] in out
+    assert "view.image_size" in out
+    assert "optim.betas" not in out  # as in the defaults
+
+
+def test_summary_shows_percent_counts_and_no_tables() -> None:
+    text = cli.summary(
+        {
+            "run": "r",
+            "top1": 0.9312,
+            "images_per_s": 1234.5,
+            "substituted": ["a", "b"],
+            "per_class": {},
+        }
+    )
+    assert text.splitlines() == [
+        "run           r",
+        "top1          93.12 %",
+        "images per s  1234",
+        "substituted   2",
+    ]
+
+
+def test_cache_info_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import torch
+
+    from deit_fast.cache import LogitCacheWriter, build_manifest
+    from deit_fast.config import CodecConfig
+
+    folder = tmp_path / "cache"
+    config = CodecConfig(name="topk", k=3, block_records=8)
+    manifest = build_manifest(
+        config, num_classes=10, num_samples=16, tau=1.0, fingerprint={"teacher.spec": "timm:x"}
+    )
+    with LogitCacheWriter(folder, manifest) as writer:
+        for view in (0, 1):
+            writer.write(torch.arange(16).numpy(), view, torch.randn(16, 10))
+    assert cli.main(["cache", "info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "topk (k 3, num_classes 10, temperatures 1.0)" in out
+    assert "2 complete of 2" in out and "teacher.spec  timm:x" in out and "damaged" not in out
+    assert re.search(r"size +\d+\.\d KiB", out)
+    assert cli.main(["cache", "verify", str(folder)]) == 0
+    assert "4: 4 complete, 0 pending, 0 broken" in capsys.readouterr().out
+
+    file = max(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert cli.main(["cache", "verify", str(folder)]) == 1
+    assert f"broken  {file.name} block 1: " in capsys.readouterr().out
+    assert refusal(capsys, "cache", "info", str(tmp_path / "gone"))

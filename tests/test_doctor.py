@@ -1,0 +1,230 @@
+"""The doctor's findings, and that nothing on a broken machine stops it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deit_fast import doctor
+from deit_fast.doctor import Finding, Loaded
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(script: str, *folders: Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(map(str, [*folders, ROOT]))
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def module(version: str, **names: object) -> Loaded:
+    return Loaded(SimpleNamespace(__version__=version, **names))  # type: ignore[arg-type]
+
+
+def package(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- apex
+
+NVIDIA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAdam: pass\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "value", "state"),
+    [
+        ({}, "absent", "ok"),
+        ({"apex/__init__.py": "'''A toolkit for Pyramid.'''"}, "the PyPI namesake", "note"),
+        ({**NVIDIA, "amp_C.py": ""}, "NVIDIA's, with FusedAdam", "ok"),
+        (NVIDIA, "NVIDIA's, without its CUDA code (amp_C is missing)", "note"),
+        (
+            {**NVIDIA, "amp_C.py": "raise ImportError('undefined symbol: x')"},
+            "NVIDIA's, without its CUDA code (ImportError: undefined symbol: x)",
+            "note",
+        ),
+        ({"apex/__init__.py": "import velruse_gone"}, "broken (ModuleNotFoundError", "note"),
+        ({"apex/__init__.py": "raise SystemExit(3)"}, "broken (SystemExit: 3)", "note"),
+    ],
+)
+def test_apex_is_told_from_its_namesake(
+    files: dict[str, str], value: str, state: str, tmp_path: Path
+) -> None:
+    script = "from deit_fast.doctor import apex; f = apex(); print(f.state, f.value, sep='|')"
+    done = python(script, package(tmp_path, files))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{state}|{value}")
+
+
+# ---------------------------------------------------------------------------------------- packages
+
+
+def test_missing_packages_are_findings_and_status_1() -> None:
+    blocked = ("torch", "torchvision", "timm", "triton", "PIL", "numpy", "rich", "tyro", "nvidia")
+    script = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Missing())
+from deit_fast.cli import main
+sys.exit(main(["doctor"]))
+"""
+    done = python(script)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    for name in ("torch", "torchvision", "timm", "triton", "pillow", "numpy", "tyro"):
+        assert any(line.split() == ["problem", name, "missing"] for line in lines), name
+        assert any(line.startswith("problem") and f"{name}: " in line for line in lines), name
+
+
+def test_broken_extension_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"broken_extension{suffix}").write_bytes(b"not an ELF file")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = doctor.load("broken_extension")
+    assert loaded.module is None and loaded.error.startswith("ImportError: ")
+    finding = doctor.extension(loaded, has_gpu=False)
+    assert finding.state == "problem" and finding.value.startswith("broken (ImportError")
+
+
+def test_extension_without_cuda_matters_only_beside_a_gpu() -> None:
+    plain = module("", with_cuda=False)
+    assert doctor.extension(Loaded(None), False).state == "problem"
+    assert doctor.extension(plain, has_gpu=False).state == "ok"
+    assert doctor.extension(plain, has_gpu=True).state == "note"
+    assert doctor.extension(module("", with_cuda=True), has_gpu=True).state == "ok"
+
+
+def test_load_tells_missing_from_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "needs_other.py": "import a_package_that_is_not_there",
+        "dies.py": "raise RuntimeError('driver too old\\nsecond line')",
+    }
+    monkeypatch.syspath_prepend(package(tmp_path, files))
+    assert doctor.load("not_there_at_all") == Loaded(None, "")
+    assert doctor.load("not_there_at_all.child") == Loaded(None, "")
+    assert "a_package_that_is_not_there" in doctor.load("needs_other").error
+    assert doctor.load("dies") == Loaded(None, "RuntimeError: driver too old")
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("10.4.0", "problem"), ("11.0", "ok"), ("12.3.0", "ok"), ("13.0.0", "problem")],
+)
+def test_pillow_inside_or_outside_the_pixel_contract(version: str, state: str) -> None:
+    assert doctor.pillow(module(version)).state == state
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("2.10.1", "problem"), ("2.11.0", "ok"), ("2.14.1+cu130", "ok"), ("3.0.0a1", "ok")],
+)
+def test_old_torch_is_a_problem(version: str, state: str) -> None:
+    finding = doctor.required("torch", module(version))
+    assert (finding.state, finding.value) == (state, version)
+
+
+def test_versions_agree_with_pyproject() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for name, least in doctor.REQUIRED.items():
+        assert f'"{name}>={least}"' in text
+    assert f'"pillow>={doctor.PILLOW_FROM},<{doctor.PILLOW_BELOW}"' in text
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+def fake_torch(*capabilities: tuple[int, int], cuda: str | None = "13.0") -> SimpleNamespace:
+    devices = [
+        SimpleNamespace(name="GPU", major=a, minor=b, total_memory=80 * 2**30)
+        for a, b in capabilities
+    ]
+    return SimpleNamespace(
+        cuda=SimpleNamespace(
+            device_count=lambda: len(devices), get_device_properties=devices.__getitem__
+        ),
+        version=SimpleNamespace(cuda=cuda),
+    )
+
+
+def test_gpus() -> None:
+    new, old = doctor.gpus(fake_torch((9, 0), (7, 5)), "580.1")
+    assert (new.state, old.state) == ("ok", "note")
+    assert new.value == "GPU, capability 9.0, 80.0 GiB, driver 580.1"
+    assert [f.state for f in doctor.gpus(fake_torch(), "")] == ["note"]
+    assert [f.state for f in doctor.gpus(None, "")] == ["note"]
+    assert "built for CUDA" in doctor.gpus(fake_torch(cuda=None), "580.1")[0].advice
+    assert "CUDA_VISIBLE_DEVICES" in doctor.gpus(fake_torch(), "580.1")[0].advice
+    assert doctor.gpus(fake_torch(), "580.1")[0].state == "problem"
+
+
+def test_bf16_needs_sm80_on_every_gpu() -> None:
+    assert doctor.bf16(fake_torch((9, 0))).value == "on the GPU"
+    assert doctor.bf16(fake_torch((9, 0), (7, 5))).state == "note"
+
+
+def test_interpreter_is_a_problem_beside_a_gpu() -> None:
+    on = {"TRITON_INTERPRET": "1"}
+    assert doctor.triton_interpret(on, has_gpu=True).state == "problem"
+    assert doctor.triton_interpret(on, has_gpu=False).state == "note"
+    assert doctor.triton_interpret({"TRITON_INTERPRET": "0"}, has_gpu=True).state == "ok"
+
+
+def test_shared_memory_against_the_workers_need(tmp_path: Path) -> None:
+    assert doctor.shared_memory(tmp_path, workers=0).state == "ok"
+    crowded = doctor.shared_memory(tmp_path, workers=10**9)
+    assert crowded.state == "problem" and "--shm-size" in crowded.advice
+    assert doctor.shared_memory(tmp_path / "gone", workers=4).value == "absent"
+
+
+def test_disk_of_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
+    assert "GiB free" in doctor.disk(tmp_path / "a" / "b").value
+
+
+def test_few_cores_name_a_better_setting() -> None:
+    assert doctor.cpus(16, 4) == Finding("cpu", "16 cores")
+    assert "--data.workers 1" in doctor.cpus(2, 4).advice
+
+
+# --------------------------------------------------------------------------------------- rendering
+
+FINDINGS = [
+    Finding("python", "3.11"),
+    Finding("gpu", "none", "note", "Slow."),
+    Finding("torch", "[missing]", "problem", "Install it."),
+]
+
+
+def test_plain_lines_end_with_what_to_do_problems_first() -> None:
+    lines = doctor.render(FINDINGS).splitlines()
+    assert lines[0].split() == ["ok", "python", "3.11"]
+    assert lines[-2:] == ["problem  torch: Install it.", "note     gpu: Slow."]
+    assert doctor.has_problem(FINDINGS) and not doctor.has_problem(FINDINGS[:2])
+    assert "\x1b" not in "".join(lines)
+
+
+def test_terminal_gets_colours_and_literal_brackets() -> None:
+    text = doctor.render(FINDINGS, tty=True)
+    assert "\x1b[" in text and "[missing]" in text
+
+
+def test_this_machine() -> None:
+    findings = {finding.name: finding for finding in doctor.examine(workers=0)}
+    assert findings["torch"].state == "ok" and findings["pillow"].state == "ok"
+    assert {"gpu", "gpu 0"} & set(findings)

@@ -1,0 +1,279 @@
+"""Ingest against a per-pixel model in plain Python, against torchvision, and batch by batch."""
+
+from __future__ import annotations
+
+import sys
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deit_fast.kernels import ingest
+
+COLUMNS = sys.modules["deit_fast.kernels.ingest"].PLAN_COLUMNS
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 12
+
+
+def row(**values: int) -> list[int]:
+    """One row of the plan; columns that are not named are 0."""
+    unknown = values.keys() - set(COLUMNS)
+    assert not unknown, unknown
+    return [values.get(name, 0) for name in COLUMNS]
+
+
+def plan(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def half(prefix: str, image: int, draw: np.random.Generator) -> dict[str, int]:
+    height, width = (int(v) for v in draw.integers(0, SIZE + 1, 2))
+    values = {
+        "image": image,
+        "flip": int(draw.integers(2)),
+        "erase_top": int(draw.integers(SIZE - height + 1)),
+        "erase_left": int(draw.integers(SIZE - width + 1)),
+        "erase_height": height,
+        "erase_width": width,
+        "noise_key_lo": int(draw.integers(-(2**31), 2**31)),
+        "noise_key_hi": int(draw.integers(-(2**31), 2**31)),
+    }
+    return {prefix + name: value for name, value in values.items()}
+
+
+def random_rows(count: int, images: int) -> Tensor:
+    draw = np.random.default_rng(5)
+    rows = []
+    for index in range(count):
+        height, width = (int(v) for v in draw.integers(0, SIZE + 1, 2))
+        mix = {
+            "mix_kind": index % 3,
+            "box_top": int(draw.integers(SIZE - height + 1)),
+            "box_left": int(draw.integers(SIZE - width + 1)),
+            "box_height": height,
+            "box_width": width,
+            "lam": int(draw.integers(65537)),
+        }
+        own, partner = (int(v) for v in draw.integers(0, images, 2))
+        rows.append(row(**half("", own, draw), **half("partner_", partner, draw), **mix))
+    return plan(*rows)
+
+
+def photos(count: int, size: int = SIZE) -> Tensor:
+    return torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# A model of one pixel
+# ---------------------------------------------------------------------------------------------
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in Python integers (Salmon et al. 2011, section 3.3)."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [
+            (high >> 32) ^ c[1] ^ k[0],
+            high % 2**32,
+            (low >> 32) ^ c[3] ^ k[1],
+            low % 2**32,
+        ]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def half_pixel(images: np.ndarray, r: dict[str, int], p: str, y: int, x: int) -> list[np.float32]:
+    top, left = r[p + "erase_top"], r[p + "erase_left"]
+    inside_rows = top <= y < top + r[p + "erase_height"]
+    if inside_rows and left <= x < left + r[p + "erase_width"]:
+        key = [r[p + "noise_key_lo"] % 2**32, r[p + "noise_key_hi"] % 2**32]
+        words = philox([y * SIZE + x, 0, 0, 0], key)[:3]
+        return [np.float32(NormalDist().inv_cdf(((w >> 16) + 0.5) / 65536)) for w in words]
+    source = SIZE - 1 - x if r[p + "flip"] else x
+    values = images[r[p + "image"], y, source].astype(np.float32) / np.float32(255)
+    triples = zip(values, MEAN, STD, strict=True)
+    return [(v - np.float32(m)) / np.float32(s) for v, m, s in triples]
+
+
+def view_by_pixel(images: np.ndarray, r: dict[str, int]) -> np.ndarray:
+    view = np.empty((3, SIZE, SIZE), np.float32)
+    weight = np.float32(r["lam"] / 65536)
+    for y in range(SIZE):
+        for x in range(SIZE):
+            own, partner = (half_pixel(images, r, p, y, x) for p in ("", "partner_"))
+            in_rows = r["box_top"] <= y < r["box_top"] + r["box_height"]
+            in_box = in_rows and r["box_left"] <= x < r["box_left"] + r["box_width"]
+            if r["mix_kind"] == 1:
+                pairs = zip(own, partner, strict=True)
+                own = [a * weight + b * (np.float32(1) - weight) for a, b in pairs]
+            view[:, y, x] = partner if r["mix_kind"] == 2 and in_box else own
+    return view
+
+
+def test_known_answers_of_philox() -> None:
+    """The model's own check: the vectors of the Random123 distribution (kat_vectors)."""
+    ones = 0xFFFFFFFF
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_every_bit_is_that_of_the_pixel_model() -> None:
+    images, rows = photos(4), random_rows(30, 4)
+    views = ingest(images, rows, MEAN, STD, torch.float32)
+    for view, values in zip(views, rows.tolist(), strict=True):
+        named = dict(zip(COLUMNS, values, strict=True))
+        np.testing.assert_array_equal(view.numpy(), view_by_pixel(images.numpy(), named))
+
+
+# ---------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------
+
+
+def test_plain_views_are_those_of_torchvision() -> None:
+    from torchvision import transforms
+
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    chain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    expected = chain(images[0].numpy())
+    views = ingest(images, plan(row(), row(flip=1)), MEAN, STD, torch.float32)
+    assert torch.equal(views[0], expected)
+    assert torch.equal(views[1], expected.flip(-1))
+
+
+@pytest.mark.parametrize("kind", (1, 2))
+def test_pairs_are_mixed_as_by_timm(kind: int) -> None:
+    """timm mixes x with x.flip(0); its box is put into the plan."""
+    from timm.data.mixup import Mixup
+
+    images, lam = photos(2), 0.375
+    plain = ingest(images, plan(row(image=0), row(image=1)), MEAN, STD, torch.float32)
+    if kind == 1:
+        expected = plain * lam + plain.flip(0) * (1 - lam)
+    else:
+        np.random.seed(3)  # noqa: NPY002, timm draws from the global one
+        mixup = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, num_classes=10)
+        expected = mixup(plain.clone(), torch.tensor([0, 1]))[0]
+    changed = (expected != plain).any(1)[0].nonzero()
+    top, left = changed.min(0).values.tolist()
+    height, width = (changed.max(0).values - changed.min(0).values + 1).tolist()
+    mix = {"mix_kind": kind, "lam": int(lam * 65536)}
+    mix |= {"box_top": top, "box_left": left, "box_height": height, "box_width": width}
+    rows = [row(image=i, partner_image=1 - i, **mix) for i in range(2)]
+    assert torch.equal(ingest(images, plan(*rows), MEAN, STD, torch.float32), expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# Laws and edges
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_view_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    images, rows = photos(5), random_rows(24, 5)
+    together = ingest(images, rows, MEAN, STD, dtype)
+    assert together.dtype == dtype
+    alone = [ingest(images, r[None], MEAN, STD, dtype) for r in rows]
+    assert torch.equal(together, torch.cat(alone))
+    order = torch.randperm(24)
+    assert torch.equal(ingest(images, rows[order], MEAN, STD, dtype), together[order])
+    renamed = rows.clone()  # the same images at other places of a larger batch
+    renamed[:, [0, 8]] = 6 - renamed[:, [0, 8]]
+    larger = torch.cat((photos(2), images.flip(0)))
+    assert torch.equal(ingest(larger, renamed, MEAN, STD, dtype), together)
+    exact = ingest(images, rows, MEAN, STD, torch.float32)
+    assert torch.equal(exact.to(dtype), together)
+
+
+def test_weight_one_is_the_image_and_weight_zero_its_partner() -> None:
+    images = photos(2)
+    own, partner = ingest(images, plan(row(image=0), row(image=1)), MEAN, STD, torch.float32)
+    rows = [row(partner_image=1, mix_kind=1, lam=lam) for lam in (65536, 0)]
+    mixed = ingest(images, plan(*rows), MEAN, STD, torch.float32)
+    assert torch.equal(mixed[0], own) and torch.equal(mixed[1], partner)
+
+
+def test_noise_is_standard_normal_and_differs_by_key_pixel_and_channel() -> None:
+    erase = {"erase_height": 96, "erase_width": 96}
+    rows = [row(noise_key_lo=k, noise_key_hi=-7, **erase) for k in range(4)]
+    noise = ingest(photos(1, 96), plan(*rows), MEAN, STD, torch.float32)
+    count = noise.numel()
+    assert abs(noise.mean()) < 4 / count**0.5
+    assert abs(noise.std() - 1) < 4 / (2 * count) ** 0.5
+    assert abs((noise.abs() > 1.959964).double().mean() - 0.05) < 4 * (0.05 * 0.95 / count) ** 0.5
+    correlations = torch.corrcoef(noise.view(12, -1)) - torch.eye(12)
+    assert correlations.abs().max() < 5 / 96
+    neighbours = (noise[..., 1:] * noise[..., :-1]).mean()
+    assert abs(neighbours) < 4 / count**0.5
+
+
+def test_images_may_be_a_strided_view_and_stay_untouched() -> None:
+    whole = photos(3, 20)
+    images, before = whole[:, 4:16, 4:16], whole.clone()
+    rows = random_rows(9, 3)
+    expected = ingest(images.contiguous(), rows, MEAN, STD, torch.float32)
+    assert torch.equal(ingest(images, rows, MEAN, STD, torch.float32), expected)
+    assert torch.equal(whole, before)
+
+
+def test_empty_batch() -> None:
+    rows = torch.zeros(0, 22, dtype=torch.int32)
+    assert ingest(photos(2), rows, MEAN, STD, torch.bfloat16).shape == (0, 3, SIZE, SIZE)
+
+
+WRONG_ROWS = {
+    "image": ({"image": 2}, "image must lie in [0, 1], found [2]"),
+    "partner_image": ({"partner_image": -1}, "partner_image must lie in [0, 1], found [-1]"),
+    "flip": ({"flip": 2}, "flip must lie in [0, 1], found [2]"),
+    "mix_kind": ({"mix_kind": 3}, "mix_kind must lie in [0, 2], found [3]"),
+    "lam": ({"lam": 65537}, "lam must lie in [0, 65536], found [65537]"),
+    "box": (
+        {"box_left": 6, "box_width": 7},
+        "box_left + box_width must lie in [0, 12], found [13]",
+    ),
+    "erase": ({"erase_height": -1}, "erase_height must lie in [0, 12], found [-1]"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ROWS)
+def test_wrong_plan_is_named(what: str) -> None:
+    values, message = WRONG_ROWS[what]
+    with pytest.raises(ValueError) as caught:
+        ingest(photos(2), plan(row(), row(**values)), MEAN, STD, torch.float32)
+    assert message in str(caught.value)
+
+
+WRONG = {
+    "images_u8": (torch.zeros(1, 4, 4, 3), "images_u8 must be torch.uint8, not torch.float32"),
+    "images_u8 shape": (
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        "images_u8 must have shape [M, S, S, 3], not (1, 3, 4, 4)",
+    ),
+    "plan_rows": (torch.zeros(1, 22), "plan_rows must be torch.int32, not torch.float32"),
+    "plan_rows shape": (
+        torch.zeros(1, 21, dtype=torch.int32),
+        "plan_rows must have shape [B, 22], not (1, 21)",
+    ),
+    "mean": ((0.5,), "mean must hold 3 floats, not (0.5,)"),
+    "std": ((1.0, 0.0, 1.0), "std must hold 3 positive floats, not (1.0, 0.0, 1.0)"),
+    "dtype": (torch.int8, "dtype must be a floating-point dtype, not torch.int8"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_named(what: str) -> None:
+    value, message = WRONG[what]
+    options = {
+        "images_u8": photos(1),
+        "plan_rows": plan(row()),
+        "mean": MEAN,
+        "std": STD,
+        "dtype": torch.float32,
+    }
+    ingest(**options)
+    with pytest.raises(ValueError) as caught:
+        ingest(**(options | {what.split()[0]: value}))
+    assert message in str(caught.value)

@@ -1,0 +1,193 @@
+"""Students keep DeiT's parameter names; teachers stay frozen and normalise for themselves."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, InputError
+from deit_fast.models import create_student, forward_heads, load_teacher, load_weights
+from deit_fast.models.convnet import small_convnet
+from deit_fast.models.weights import digest_weights, fit_weights
+
+TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def tiny_student(**changes) -> nn.Module:
+    arguments = {"num_classes": 7, "drop_path": 0.0, "img_size": 16} | TINY | changes
+    return create_student("deit_tiny_distilled_patch16_224", **arguments)
+
+
+def official_names(depth: int, distilled: bool) -> set[str]:
+    """Parameter names of facebookresearch/deit's published checkpoints."""
+    block = [f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
+             "mlp.fc2") for kind in ("weight", "bias")]  # fmt: skip
+    names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    names |= {f"blocks.{i}.{name}" for i in range(depth) for name in block}
+    names |= {f"{part}.{kind}" for part in ("norm", "head") for kind in ("weight", "bias")}
+    if distilled:
+        names |= {"dist_token", "head_dist.weight", "head_dist.bias"}
+    return names
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("distilled", [True, False])
+def test_student_has_the_published_names_and_shapes(size, distilled):
+    with torch.device("meta"):
+        model = create_student(
+            f"deit_{size}_{'distilled_' if distilled else ''}patch16_224", num_classes=1000
+        )
+    state = model.state_dict()
+    width = {"tiny": 192, "small": 384, "base": 768}[size]
+    assert set(state) == official_names(12, distilled)
+    assert state["pos_embed"].shape == (1, 198 if distilled else 197, width)
+    assert state["head.weight"].shape == (1000, width)
+    assert state["blocks.11.attn.qkv.weight"].shape == (3 * width, width)
+
+
+def test_published_checkpoint_form_round_trips(tmp_path):
+    model = tiny_student()
+    path = tmp_path / "deit.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3)}, path)
+    other = tiny_student()
+    fit_weights(other, load_weights(path), path)
+    assert digest_weights(other) == digest_weights(model)
+    save_file(other.state_dict(), tmp_path / "out.safetensors")
+    again = load_weights(tmp_path / "out.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_are_never_unpickled(tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('pickle ran')",))
+
+    path = tmp_path / "bad.pth"
+    torch.save({"model": Boom()}, path)
+    with pytest.raises(InputError, match=r"bad\.pth cannot be read safely"):
+        load_weights(path)
+    path.write_bytes(pickle.dumps({"a": 1})[:5])
+    with pytest.raises(InputError, match=r"bad\.pth"):
+        load_weights(path)
+    (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    with pytest.raises(InputError, match=r"x\.safetensors is not a safetensors file"):
+        load_weights(tmp_path / "x.safetensors")
+
+
+def test_fit_weights_names_what_differs():
+    model = tiny_student()
+    state = model.state_dict()
+    with pytest.raises(InputError, match="lacks cls_token"):
+        fit_weights(model, {k: v for k, v in state.items() if k != "cls_token"}, "w")
+    with pytest.raises(InputError, match=r"head.weight is \(5, 48\) there, \(7, 48\) in the model"):
+        fit_weights(model, state | {"head.weight": torch.zeros(5, 48)}, "w")
+    with pytest.raises(InputError, match="has extra"):
+        fit_weights(model, state | {"extra": torch.zeros(1)}, "w")
+
+
+def test_heads_apart_average_to_the_model_in_eval_mode():
+    torch.manual_seed(1)
+    model = tiny_student()
+    images = torch.randn(3, 3, 16, 16)
+    class_logits, distill_logits = model.train()(images)
+    model.eval()
+    with torch.no_grad():
+        apart = forward_heads(model, images)
+        together = model(images)
+    torch.testing.assert_close(apart[0], class_logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(apart[1], distill_logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((apart[0] + apart[1]) / 2, together)
+    assert not torch.allclose(apart[0], apart[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patch_size": 5}, "image size 16 is no multiple of patch_size 5"),
+        ({"embed_dim": 50}, "embed_dim 50 is no multiple of num_heads 3"),
+    ],
+)
+def test_student_shape_errors(arguments, message):
+    with pytest.raises(InputError, match=message):
+        tiny_student(**arguments)
+
+
+def test_unknown_names_come_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean deit_tiny_distilled_patch16_224"):
+        create_student("deit_tiny_destilled_patch16_224", 10)
+    with pytest.raises(InputError, match="did you mean timm:regnety_160"):
+        load_teacher("timm:regnety_1600@x")
+    with pytest.raises(InputError, match="does not take overrides"):
+        create_student("resnet18", 10, depth=3)
+    with pytest.raises(InputError, match="has no factory 'nope'"):
+        load_teacher("deit_fast.models.convnet:nope")
+    with pytest.raises(InputError, match="cannot import 'no_such_package'"):
+        load_teacher("no_such_package:model")
+
+
+def test_teacher_is_frozen_and_stays_in_eval_mode():
+    teacher = load_teacher("deit_fast.models.convnet:small_convnet", num_classes=5)
+    wrapper = nn.ModuleList([teacher]).train()
+    before = digest_weights(teacher.model)
+    images = torch.randn(4, 3, 16, 16)
+    teacher.model.train()  # even behind its back
+    first = teacher(images)
+    assert torch.equal(first, teacher(images))
+    assert not first.requires_grad
+    assert not any(module.training for module in wrapper[0].modules())
+    assert digest_weights(teacher.model) == before, "batch statistics moved"
+
+
+def test_teacher_undoes_the_students_normalisation():
+    """A teacher with its own statistics answers as it would on images normalised its own way."""
+    name = "resnetv2_18"
+    model = timm.create_model(name, num_classes=4)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    assert tuple(mean) != IMAGENET_MEAN
+    state = model.eval().state_dict()
+    pixels = torch.rand(2, 3, 64, 64)
+
+    def normalised(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        save_file(state, f"{folder}/w.safetensors")
+        teacher = load_teacher(f"timm:{name}@{folder}/w.safetensors")
+    assert teacher.num_classes == 4
+    with torch.no_grad():
+        expected = model(normalised(mean, std))
+    torch.testing.assert_close(
+        teacher(normalised(IMAGENET_MEAN, IMAGENET_STD)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_fingerprint_follows_weights_not_paths(tmp_path):
+    state = small_convnet(3).state_dict()
+    spec = "deit_fast.models.convnet:small_convnet"
+    for place in ("a", "b"):
+        save_file(state, tmp_path / f"{place}.safetensors")
+    prints = [
+        load_teacher(f"{spec}@{tmp_path}/{place}.safetensors", num_classes=3).fingerprint()
+        for place in ("a", "b")
+    ]
+    assert prints[0] == prints[1]
+    state["0.weight"][0, 0, 0, 0] += 1e-6
+    save_file(state, tmp_path / "b.safetensors")
+    changed = load_teacher(f"{spec}@{tmp_path}/b.safetensors", num_classes=3).fingerprint()
+    assert {k for k in changed if changed[k] != prints[0][k]} == {"teacher.weights_sha256"}
+
+
+def test_weights_of_another_class_count_are_refused(tmp_path):
+    save_file(small_convnet(3).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"18.weight|is \(3, 128\) there, \(9, 128\)"):
+        load_teacher(
+            f"deit_fast.models.convnet:small_convnet@{tmp_path}/w.safetensors", num_classes=9
+        )

@@ -1,0 +1,243 @@
+"""The loop: its schedule, its groups, and that nothing is lost or changed by an interruption."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from deit_fast.cache import CacheMismatch
+from deit_fast.config import InputError, OptimConfig, RunConfig
+from deit_fast.models import create_student, load_weights
+from deit_fast.models.convnet import small_convnet
+from deit_fast.precompute import precompute
+from deit_fast.recipes import digits_student
+from deit_fast.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.train.loop import train
+from deit_fast.train.metrics import read_metrics
+from deit_fast.train.optim import create_optimizer, learning_rate
+from digits import write_few_digits
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with digits as images and a teacher with random weights."""
+    root = tmp_path_factory.mktemp("world")
+    write_few_digits(root / "data")
+    torch.manual_seed(5)
+    from safetensors.torch import save_file
+
+    teacher = small_convnet(10)
+    save_file(teacher.state_dict(), root / "teacher.safetensors")
+    return root
+
+
+def run_config(world: Path, output: Path, **changes) -> RunConfig:
+    """Two epochs of the demo's student with everything on: mixing, repeats, EMA, drop path."""
+    config = digits_student().replace(
+        output=str(output),
+        epochs=2,
+        batch_size=32,
+        num_views=3,
+        teacher=f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors",
+        log_every=1,
+        eval_every=1,
+        save_every=1,
+        data={"root": str(world / "data"), "workers": 0},
+        model={"drop_path": 0.1, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        optim={"ema_decay": 0.99},
+        view={"erase_prob": 0.25},
+    )
+    return config.replace(**changes)
+
+
+def weights_equal(left: Path, right: Path) -> bool:
+    for name in ("model.safetensors", "ema.safetensors"):
+        a, b = load_weights(left / name), load_weights(right / name)
+        if set(a) != set(b) or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return True
+
+
+def comparable_rows(run: Path) -> list[dict]:
+    clock = {"time", "images_per_s", "data_wait"}
+    return [{k: v for k, v in row.items() if k not in clock}
+            for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+
+
+def test_learning_rate_is_timms_cosine():
+    config = OptimConfig(lr=1e-3, lr_batch=256, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=2)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2e-3)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=100, lr_min=1e-5, warmup_t=20, warmup_lr_init=1e-6, t_in_epochs=False
+    )
+    for step in range(100):
+        scheduler.step_update(step)
+        ours = learning_rate(step, config=config, batch_size=512, steps_per_epoch=10, steps=100)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
+
+
+def test_tokens_position_biases_and_norms_do_not_decay():
+    model = create_student("deit_tiny_distilled_patch16_224", 3, img_size=32, depth=1)
+    groups = create_optimizer(model, OptimConfig(weight_decay=0.05)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    free = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] == 0.05 for p in g["params"]}
+    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias"} <= free
+    assert decayed == {name for name in names.values() if name.endswith("weight")
+                       and "norm" not in name}  # fmt: skip
+
+
+def test_interrupted_run_equals_uninterrupted(world, tmp_path):
+    """Stopped in mid-epoch, then at an epoch's end: weights, EMA and rows come out the same."""
+    whole = run_config(world, tmp_path / "whole")
+    train(whole)
+    parts = run_config(world, tmp_path / "parts")
+    train(parts.replace(max_steps=4))
+    train(parts.replace(max_steps=11))
+    train(parts)
+    assert weights_equal(tmp_path / "whole", tmp_path / "parts")
+    rows = [r for r in comparable_rows(tmp_path / "whole") if r["kind"] == "train"]
+    assert rows == [r for r in comparable_rows(tmp_path / "parts") if r["kind"] == "train"]
+    assert len(rows) == 18
+    # The same command once more finds the run finished and changes nothing.
+    again = train(parts)
+    assert again["steps"] == 18
+    assert weights_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_cached_dense_teacher_equals_online_exactly(world, tmp_path):
+    for kind in ("soft", "hard"):
+        online = run_config(world, tmp_path / f"online-{kind}", loss={"kind": kind})
+        cache = str(tmp_path / "cache")
+        cached = online.replace(
+            output=str(tmp_path / f"cached-{kind}"), cache=cache, codec={"name": "dense-fp32"}
+        )
+        precompute(cached)
+        train(online)
+        train(cached.replace(teacher=None))
+        assert comparable_rows(tmp_path / f"online-{kind}") == comparable_rows(
+            tmp_path / f"cached-{kind}"
+        )
+        assert weights_equal(tmp_path / f"online-{kind}", tmp_path / f"cached-{kind}")
+
+
+@pytest.mark.parametrize(
+    ("codec", "bound"),
+    # Full top-k keeps every class: fp16 log-probabilities bound the loss; k=4 adds the bucket.
+    [({"name": "dense-fp16"}, 1e-3), ({"name": "dense-bf16"}, 1e-2), ({"name": "topk", "k": 10}, 2e-3)],
+)
+def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
+    online = run_config(world, tmp_path / "online", loss={"kind": "soft"}, max_steps=1)
+    cached = online.replace(
+        output=str(tmp_path / "cached"), cache=str(tmp_path / "cache"), codec=codec
+    )
+    precompute(cached)
+    train(online)
+    train(cached)
+    first, second = (comparable_rows(tmp_path / name)[0] for name in ("online", "cached"))
+    assert first["base_loss"] == second["base_loss"]
+    assert second["distill_loss"] == pytest.approx(first["distill_loss"], rel=bound)
+    assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=bound)
+
+
+def test_training_learns(world, tmp_path):
+    """Labels only, no mixing: far above the 10 % of chance after a few epochs."""
+    config = run_config(
+        world,
+        tmp_path / "run",
+        epochs=12,
+        teacher=None,
+        num_views=None,
+        eval_every=100,
+        view={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "repeats": 1, "erase_prob": 0.0},
+        loss={"kind": "none"},
+        optim={"lr": 3e-3, "warmup_epochs": 1.0},
+    )
+    result = train(config)
+    assert result["top1_class"] > 0.5
+    assert set(result["per_class"]) == {str(digit) for digit in range(10)}
+    assert result["teacher"] is None
+    saved = json.loads((tmp_path / "run/result.json").read_text())
+    assert saved == result
+
+
+def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
+    config = run_config(world, tmp_path / "run", max_steps=1)
+    train(config)
+    with pytest.raises(InputError, match=r"optim.lr 0.001 there, 0.002 here; loss.alpha|loss.alpha"):
+        train(config.replace(optim={"lr": 2e-3}, loss={"alpha": 0.3}))
+    with pytest.raises(InputError, match="--no-resume"):
+        train(config.replace(resume=False))
+
+
+def test_broken_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step, "model": {"w": torch.full((3,), step)}})
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-000000002.pt",
+        "step-000000003.pt",
+    ]
+    newest = tmp_path / "step-000000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-200])
+    with caplog.at_level(logging.WARNING):
+        path, state = load_newest(tmp_path)
+    assert state["step"] == 2 and path.name == "step-000000002.pt"
+    assert "step-000000003.pt is broken" in caplog.text
+    path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match="all 2 checkpoints"):
+        load_newest(tmp_path)
+
+
+def test_not_finite_loss_stops_and_keeps_the_checkpoints(world, tmp_path):
+    config = run_config(world, tmp_path / "run", max_steps=1)
+    train(config)
+    kept = list_checkpoints(tmp_path / "run/checkpoints")
+    saved = torch.load(kept[-1], weights_only=True)
+    saved["model"]["head.weight"][0, 0] = float("nan")
+    torch.save(saved, kept[-1])
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        train(config.replace(max_steps=5))
+    assert list_checkpoints(tmp_path / "run/checkpoints") == kept
+
+
+def test_unreadable_images_are_counted_in_the_result(world, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    victim = sorted((data / "train/3").iterdir())[0]
+    victim.write_text("this is no image")
+    config = run_config(world, tmp_path / "run", data={"root": str(data)})
+    result = train(config)
+    assert [Path(path).name for path in result["substituted"]] == [victim.name]
+    with pytest.raises(InputError, match=victim.name):
+        train(config.replace(output=str(tmp_path / "strict"), data={"on_error": "fail"}))
+
+
+def test_wrong_teachers_and_caches_are_named(world, tmp_path):
+    config = run_config(world, tmp_path / "run")
+    with pytest.raises(InputError, match="needs --teacher SPEC or --cache DIR"):
+        train(config.replace(teacher=None))
+    from safetensors.torch import save_file
+
+    save_file(small_convnet(7).state_dict(), tmp_path / "seven.safetensors")
+    seven = f"test_train:seven_classes@{tmp_path}/seven.safetensors"
+    with pytest.raises(InputError, match="has 7 classes, the data set has 10"):
+        train(config.replace(teacher=seven))
+    cache = str(tmp_path / "cache")
+    precompute(config.replace(cache=cache), range(0, 1))
+    with pytest.raises(InputError, match="lacks 2 of the run's 3 views, the first is 1"):
+        train(config.replace(cache=cache))
+    with pytest.raises(CacheMismatch) as error:
+        train(config.replace(cache=cache, seed=1, view={"erase_prob": 0.0}))
+    assert "view.seed" in str(error.value) and "view.erase_prob" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def seven_classes():
+    return small_convnet(7)

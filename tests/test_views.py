@@ -1,0 +1,541 @@
+"""View plans, pairs and order: their laws, exactness against plain Python, independence."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deit_fast.config import InputError, ViewRecipe
+from deit_fast.views import (
+    CUTMIX,
+    LAM_ONE,
+    MIXUP,
+    NO_MIX,
+    EpochOrder,
+    Purpose,
+    TrainBatches,
+    ViewPlan,
+    beta_table,
+    fingerprint,
+    lam_of,
+    pairing,
+    philox,
+    ratio_table,
+)
+
+DRAWS = 100_000
+SEED = 0x1234_5678_9ABC
+
+
+def within(share: float, expected: float, count: int) -> bool:
+    """Five standard deviations of a binomial share."""
+    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / count)
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    """Views 0 of an even number of samples, DeiT's recipe."""
+    return ViewPlan(ViewRecipe(), SEED, DRAWS).rows(np.arange(DRAWS), np.zeros(DRAWS, int))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generator and tables
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),  # Random123's kat_vectors, philox4x32 with 10 rounds
+    [
+        ([0] * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    assert " ".join(f"{int(word):08x}" for word in philox(*counter, key)) == words
+
+
+TRITON = """
+import sys, numpy as np, torch, triton, triton.language as tl
+
+@triton.jit
+def words(out, seed, n: tl.constexpr):
+    at = tl.arange(0, n)
+    a, b, c, d = tl.randint4x(seed, at)
+    tl.store(out + at, a.to(tl.int64))
+    tl.store(out + n + at, b.to(tl.int64))
+    tl.store(out + 2 * n + at, c.to(tl.int64))
+    tl.store(out + 3 * n + at, d.to(tl.int64))
+
+out = torch.zeros(4, 64, dtype=torch.int64)
+words[(1,)](out, 0x123456789ABC, n=64)
+from deit_fast.views import philox
+ours = np.stack(philox(np.arange(64), 0, 0, 0, (0x56789ABC, 0x1234)))
+assert (ours == (out.numpy() & 0xFFFFFFFF)).all(), (ours, out)
+print("equal")
+"""
+
+
+def test_philox_equals_tritons(tmp_path):
+    script = tmp_path / "words.py"  # triton.jit reads the source from a file
+    script.write_text(TRITON)
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+def test_philox_broadcasts_and_keeps_its_counters_apart():
+    samples, views = np.arange(500), np.arange(7)[:, None]
+    words = philox(samples, views, 3, Purpose.CROP, (1, 2))
+    assert all(word.shape == (7, 500) and word.dtype == np.uint32 for word in words)
+    one = philox(123, 4, 3, Purpose.CROP, (1, 2))
+    assert [int(word[4, 123]) for word in words] == [int(word) for word in one]
+    assert len(np.unique(np.stack(words))) > 4 * 7 * 500 - 5  # equal only by chance
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 2.0, 5.0])
+def test_beta_law_against_scipy(alpha):
+    beta = pytest.importorskip("scipy.stats").beta
+    words = np.linspace(2**10, 2**32 - 2**10, 100_001).astype(np.uint64)
+    drawn = np.searchsorted(beta_table(alpha), words, side="right") / LAM_ONE
+    assert np.abs(drawn - beta.ppf((words + 0.5) / 2**32, alpha, alpha)).max() < 2e-5
+
+
+def test_beta_law_is_symmetric_and_uniform_at_one():
+    uniform = np.arange(65536, dtype=np.uint64) * 65536 + 32768
+    np.testing.assert_array_equal(beta_table(1.0), uniform)
+    for alpha in (0.05, 0.8, 3.0, 300.0):
+        table = beta_table(alpha)
+        assert (np.diff(table.astype(np.int64)) >= 0).all()
+        np.testing.assert_array_equal(table + table[::-1], np.full(65536, 2**32))
+
+
+@pytest.mark.parametrize("ends", [(3 / 4, 4 / 3), (0.3, 1 / 0.3), (1e-3, 50.0), (1.0, 1.0)])
+def test_ratio_table_is_log_uniform(ends):
+    grid = np.log(ends[0]) + (np.arange(65536) + 0.5) / 65536 * np.log(ends[1] / ends[0])
+    np.testing.assert_allclose(ratio_table(*ends), np.exp(grid), rtol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------
+# Crop and erasing, against plain Python with the same uniforms
+# ---------------------------------------------------------------------------------------------
+
+
+def plain_boxes(purpose, sample, view, size_a, size_b, scale, ratio, accept):
+    """Section by section what torchvision and timm write, one view, Python's own arithmetic."""
+    key = (SEED & 0xFFFFFFFF, SEED >> 32)
+    logs = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(10):
+        words = [int(word) for word in philox(sample, view, attempt, purpose, key)]
+        area = (scale[0] + (scale[1] - scale[0]) * (words[0] / 2**32)) * (size_a * size_b)
+        aspect = math.exp(logs[0] + (logs[1] - logs[0]) * ((words[1] >> 16) + 0.5) / 65536)
+        a, b = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if accept(a, b):
+            start_a, start_b = words[2] * (size_a - a + 1) >> 32, words[3] * (size_b - b + 1) >> 32
+            return start_a, start_b, a, b
+    return None
+
+
+def plain_crop(recipe, sample, view, width, height):
+    def accept(w, h):
+        return 0 < w <= width and 0 < h <= height
+
+    low, high = recipe.crop_ratio
+    box = plain_boxes(
+        Purpose.CROP, sample, view, width, height, recipe.crop_scale, (low, high), accept
+    )
+    if box is not None:
+        return box
+    w, h = width, height
+    if width / height < low:
+        h = round(width / low)
+    elif width / height > high:
+        w = round(height * high)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def test_crop_equals_plain_python():
+    plan = ViewPlan(ViewRecipe(), SEED, 2000)
+    rng = np.random.default_rng(0)
+    samples, views = np.arange(2000), rng.integers(0, 900, 2000)
+    shapes = np.concatenate(
+        [
+            np.full((500, 2), (500, 375)),
+            rng.integers(1, 3000, (500, 2)),
+            rng.integers(1, 12, (500, 2)),
+            np.stack([rng.integers(1, 4, 500), rng.integers(500, 3000, 500)], axis=1),
+        ]
+    )
+    boxes = plan.crop_boxes(samples, views, shapes[:, 0], shapes[:, 1])
+    plain = [
+        plain_crop(plan.recipe, *map(int, row))
+        for row in zip(samples, views, shapes[:, 0], shapes[:, 1], strict=True)
+    ]
+    # One rounding of exp may differ from libm's, so a side may differ by a pixel, hardly ever.
+    assert (boxes == np.array(plain)).all(axis=1).mean() > 0.999
+    assert boxes.dtype == np.int32
+
+
+def test_erasing_equals_plain_python(rows):
+    side = 224
+
+    def accept(h, w):
+        return h < side and w < side
+
+    erased = np.flatnonzero(rows["erase"][:, 2])[:1500].tolist()
+    recipe = ViewRecipe()
+    args = (side, side, recipe.erase_scale, recipe.erase_ratio, accept)
+    plain = [plain_boxes(Purpose.ERASE, sample, 0, *args) for sample in erased]
+    assert (rows["erase"][erased] == np.array(plain)).all(axis=1).mean() > 0.999
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    width=st.integers(1, 3000),
+    height=st.integers(1, 3000),
+    view=st.integers(0, 2**31 - 1),
+    ratio=st.sampled_from([(3 / 4, 4 / 3), (0.01, 0.02), (50.0, 100.0), (1.0, 1.0)]),
+)
+def test_crop_stays_inside_the_image(width, height, view, ratio):
+    plan = ViewPlan(ViewRecipe(crop_ratio=ratio), SEED, 64)
+    boxes = plan.crop_boxes(np.arange(64), np.full(64, view), [width] * 64, [height] * 64)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= width).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= height).all()
+
+
+def test_fallback_takes_the_largest_centred_crop():
+    plan = ViewPlan(ViewRecipe(crop_scale=(1.0, 1.0), crop_ratio=(0.5, 0.75)), SEED, 3)
+    boxes = plan.crop_boxes(np.arange(3), [0, 0, 0], [1000, 10, 60], [100, 1000, 100])
+    assert boxes[0].tolist() == [462, 0, 75, 100]  # too wide: width 100 * 0.75
+    assert boxes[1].tolist() == [0, 490, 10, 20]  # too tall: height 10 / 0.5
+    whole = ViewPlan(ViewRecipe(crop_scale=(1.5, 2.0)), SEED, 1)
+    assert whole.crop_boxes([0], [0], [100], [90]).tolist() == [[0, 0, 100, 90]]
+
+
+def test_crop_law():
+    plan = ViewPlan(ViewRecipe(), SEED, DRAWS)
+    ids = np.arange(DRAWS)
+    boxes = plan.crop_boxes(ids, ids * 0, np.full(DRAWS, 3000), np.full(DRAWS, 3000))
+    left, top, width, height = boxes.T.astype(float)
+    area, aspect = width * height / 9e6, width / height
+    # Crops below half the area always fit: their law is the one drawn from.
+    small = area[area < 0.5]
+    histogram = np.histogram(small, bins=10, range=(0.08, 0.5))[0] / len(small)
+    assert all(within(share, 0.1, len(small)) for share in histogram)
+    logs = np.log(aspect[area < 0.5]) / math.log(4 / 3)
+    histogram = np.histogram(logs, bins=10, range=(-1.0001, 1.0001))[0] / len(small)
+    assert np.abs(histogram - 0.1).max() < 0.01
+    room = (width < 2900) & (height < 2900)
+    across, down = left[room] / (3000 - width[room]), top[room] / (3000 - height[room])
+    for place in (across, down):
+        assert abs(place.mean() - 0.5) < 0.01 and abs(place.std() - math.sqrt(1 / 12)) < 0.01
+    assert abs(np.corrcoef(across, down)[0, 1]) < 0.02
+
+
+def test_flip_and_erasing_laws(rows):
+    assert within(rows["flip"].mean(), 0.5, DRAWS)
+    erased = rows["erase"][:, 2] > 0
+    assert within(erased.mean(), 0.25, DRAWS)  # ten attempts all but never fail
+    area = rows["erase"][erased, 2] * rows["erase"][erased, 3] / 224**2
+    assert abs(area.mean() - 0.176) < 0.002  # measured of timm's RandomErasing
+    assert (rows["erase"][:, :2] + rows["erase"][:, 2:] <= 224).all()
+    assert rows["erase"][:, 2:].max() < 224
+    assert not rows["erase"][~erased].any()
+    assert len(np.unique(rows["noise_key"])) == DRAWS
+    assert abs(np.corrcoef(rows["flip"], erased)[0, 1]) < 0.02
+
+
+def test_probabilities_zero_and_one():
+    ids = np.arange(3000)
+    never = ViewPlan(ViewRecipe(flip_prob=0, erase_prob=0, mix_prob=0), SEED, 3000).rows(ids, 0)
+    assert not never["flip"].any() and not never["erase"].any() and not never["mix_kind"].any()
+    assert (never["lam"] == LAM_ONE).all() and not never["box"].any()
+    always = ViewPlan(ViewRecipe(flip_prob=1, erase_prob=1, mix_prob=1), SEED, 3000).rows(ids, 0)
+    assert always["flip"].all() and (always["erase"][:, 2] > 0).all() and always["mix_kind"].all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Mixing
+# ---------------------------------------------------------------------------------------------
+
+
+def test_mixing_laws(rows):
+    pairs = DRAWS // 2  # the members of a pair are one draw
+    assert within((rows["mix_kind"] == CUTMIX).mean(), 0.5, pairs)
+    assert (rows["mix_kind"] != NO_MIX).all()
+    lam = rows["lam"][rows["mix_kind"] == MIXUP] / LAM_ONE
+    assert abs(lam.mean() - 0.5) < 0.01
+    assert abs(lam.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.003  # Beta(a, a): 1 / (4 (2 a + 1))
+    assert (rows["lam"][rows["mix_kind"] == CUTMIX] == LAM_ONE).all()
+    assert not rows["box"][rows["mix_kind"] == MIXUP].any()
+    corrected = lam_of(rows, 224)[rows["mix_kind"] == CUTMIX]
+    assert abs(corrected.mean() - 0.6826) < 0.005  # DeiT's form; timm's later one gives 0.6810
+    half = ViewPlan(ViewRecipe(mix_prob=0.3, switch_prob=0.9), SEED, DRAWS).rows(
+        np.arange(DRAWS), 0
+    )
+    mixed = half["mix_kind"] != NO_MIX
+    assert within(mixed.mean(), 0.3, pairs)
+    assert within((half["mix_kind"][mixed] == CUTMIX).mean(), 0.9, int(mixed.sum() // 2))
+
+
+def test_cutmix_box_equals_deit(rows):
+    low, high = SEED & 0xFFFFFFFF, SEED >> 32
+    for row in rows[rows["mix_kind"] == CUTMIX][:500]:
+        first = min(int(row["sample"]), int(row["partner"]))
+        word = int(philox(first, 0, 0, Purpose.MIX, (low, high))[2])
+        lam = int(np.searchsorted(beta_table(1.0), word, side="right")) / LAM_ONE
+        cut = int(224 * math.sqrt(1 - lam))
+        centres = [int(w) * 224 >> 32 for w in philox(first, 0, 1, Purpose.MIX, (low, high))[:2]]
+        starts = [min(max(c - cut // 2, 0), 224) for c in centres]
+        sides = [min(max(c + cut // 2, 0), 224) - s for c, s in zip(centres, starts, strict=True)]
+        assert row["box"].tolist() == starts + sides
+
+
+def test_both_members_of_a_pair_share_the_mix(rows):
+    partner = rows[rows["partner"]]
+    for name in ("mix_kind", "box", "lam"):
+        np.testing.assert_array_equal(rows[name], partner[name])
+    np.testing.assert_array_equal(partner["partner"], rows["sample"])
+
+
+@pytest.mark.parametrize(
+    ("alphas", "kinds"), [((0, 1.0), {CUTMIX}), ((0.8, 0), {MIXUP}), ((0, 0), {NO_MIX})]
+)
+def test_a_law_that_is_off_is_never_drawn(alphas, kinds):
+    recipe = ViewRecipe(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+    rows = ViewPlan(recipe, SEED, 1000).rows(np.arange(1000), 0)
+    assert set(rows["mix_kind"].tolist()) == kinds
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1001, 4096])
+def test_pairing_is_an_involution(count):
+    seen = set()
+    for group in range(5):
+        plan = ViewPlan(ViewRecipe(repeats=3), SEED, count)
+        partners = [
+            plan.rows(np.arange(count), np.full(count, 3 * group + r))["partner"] for r in range(3)
+        ]
+        for partner in partners[1:]:
+            np.testing.assert_array_equal(partner, partners[0])  # closed under repeats
+        np.testing.assert_array_equal(partners[0][partners[0]], np.arange(count))
+        alone = np.flatnonzero(partners[0] == np.arange(count))
+        assert len(alone) == count % 2
+        kinds = plan.rows(alone, np.full(len(alone), 3 * group))["mix_kind"]
+        assert (kinds == NO_MIX).all()
+        order = pairing(SEED, count, group)
+        even = count // 2 * 2
+        np.testing.assert_array_equal(partners[0][order[0:even:2]], order[1:even:2])
+        seen.add(partners[0].tobytes())
+    assert len(seen) == 5 or count < 10
+
+
+def test_lam_of_weighs_the_own_sample():
+    rows = ViewPlan(ViewRecipe(), SEED, 4).rows(np.arange(3), 0)
+    rows["mix_kind"] = [NO_MIX, MIXUP, CUTMIX]
+    rows["lam"] = [LAM_ONE, 16384, LAM_ONE]
+    rows["box"] = [[0] * 4, [0] * 4, [10, 20, 56, 112]]
+    lam = lam_of(rows, 224)
+    assert lam.dtype == np.float32 and lam.tolist() == [1.0, 0.25, 1 - 56 * 112 / 224**2]
+
+
+# ---------------------------------------------------------------------------------------------
+# A view depends on its key alone
+# ---------------------------------------------------------------------------------------------
+
+
+def test_rows_do_not_depend_on_the_batch(rows):
+    plan = ViewPlan(ViewRecipe(), SEED, DRAWS)
+    rng = np.random.default_rng(1)
+    samples, views = rng.integers(0, DRAWS, 999), rng.integers(0, 12, 999)
+    whole = plan.rows(samples, views)
+    crops = plan.crop_boxes(samples, views, np.full(999, 500), np.full(999, 375))
+    for size in (1, 7, 250):
+        for start in rng.integers(0, 999 - size, 5):
+            part = slice(start, start + size)
+            assert plan.rows(samples[part], views[part]).tobytes() == whole[part].tobytes()
+            few = plan.crop_boxes(samples[part], views[part], [500] * size, [375] * size)
+            np.testing.assert_array_equal(few, crops[part])
+    order = rng.permutation(999)
+    assert plan.rows(samples[order], views[order]).tobytes() == whole[order].tobytes()
+    assert pickle.loads(pickle.dumps(plan)).rows(samples, views).tobytes() == whole.tobytes()
+    assert len(pickle.dumps(plan)) < 2000  # sent to every worker
+    assert plan.rows([], []).shape == (0,)
+    assert plan.crop_boxes([], [], [], []).shape == (0, 4)
+
+
+def test_views_seeds_and_samples_differ():
+    first, second = (ViewPlan(ViewRecipe(), seed, 500) for seed in (0, 1 << 32))
+    ids = np.arange(500)
+    for other in (first.rows(ids, 1), second.rows(ids, 0)):
+        assert (first.rows(ids, 0)["noise_key"] != other["noise_key"]).all()
+        assert 150 < (first.rows(ids, 0)["flip"] != other["flip"]).sum() < 350
+    size = np.full(500, 300)
+    boxes = [first.crop_boxes(ids, view, size, size) for view in (0, 1)]
+    assert (boxes[0] != boxes[1]).any(axis=1).all()
+
+
+GOLDEN = """
+import hashlib, numpy as np
+from deit_fast.config import ViewRecipe
+from deit_fast.views import EpochOrder, ViewPlan
+plan = ViewPlan(ViewRecipe(), 2026, 10_001)
+ids, views = np.arange(10_001), np.arange(10_001) % 9
+digest = hashlib.sha256(plan.rows(ids, views).tobytes())
+digest.update(plan.crop_boxes(ids, views, 200 + ids % 700, 300 + ids % 500).tobytes())
+for epoch in (0, 1, 7):
+    for array in EpochOrder(2026, 10_001, 6, 3).epoch(epoch):
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+GOLDEN_SHA256 = "8f53bb92bc0a6152e83b8c52a417c27c48ef780157e968a3098b45ffca06d903"
+
+
+def test_golden_plan():
+    """A change here makes every cache on disk worthless: raise PLAN_VERSION with it."""
+    here: dict = {}
+    exec(GOLDEN.replace("print(digest.hexdigest())", "result = digest.hexdigest()"), here)
+    assert here["result"] == GOLDEN_SHA256
+    other = subprocess.run(
+        [sys.executable, "-c", GOLDEN], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert other.stdout.strip() == GOLDEN_SHA256
+
+
+def test_fingerprint_names_every_field_and_table():
+    entries = fingerprint(ViewRecipe(), 7)
+    assert {f"view.{name}" for name in ViewRecipe.__dataclass_fields__} <= set(entries)
+    assert entries["view.seed"] == 7 and entries["view.cutmix_form"] == "deit"
+    assert entries["view.crop_scale"] == [0.08, 1.0]  # a list, as JSON reads it back
+    assert len(entries["view.tables_sha256"]) == 2 * hashlib.sha256().digest_size
+    for change in ({"mixup_alpha": 0.7}, {"cutmix_alpha": 2.0}, {"crop_ratio": (0.7, 1.4)}):
+        other = fingerprint(ViewRecipe(**change), 7)
+        assert other["view.tables_sha256"] != entries["view.tables_sha256"]
+
+
+def test_ids_out_of_range_are_refused():
+    plan = ViewPlan(ViewRecipe(), SEED, 10)
+    for samples, views in (([10], [0]), ([-1], [0]), ([0], [-1]), ([0], [2**31])):
+        with pytest.raises(IndexError, match="leave"):
+            plan.rows(samples, views)
+        with pytest.raises(IndexError, match="leave"):
+            plan.crop_boxes(samples, views, [5], [5])
+    with pytest.raises(InputError, match="not 0"):
+        ViewPlan(ViewRecipe(), SEED, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 1001])
+def test_a_cycle_visits_every_view_of_its_group_once(count, repeats):
+    order = EpochOrder(SEED, count, 2 * repeats, repeats)
+    for cycle in range(3):
+        epochs = [order.epoch(cycle * repeats + part) for part in range(repeats)]
+        assert min(len(samples) for samples, _ in epochs) >= order.length
+        keys = np.concatenate([np.stack(epoch, axis=1) for epoch in epochs])
+        group = cycle % 2
+        expected = {
+            (sample, group * repeats + r) for sample in range(count) for r in range(repeats)
+        }
+        assert len(keys) == len(expected) and {tuple(key) for key in keys.tolist()} == expected
+    samples, views = order.epoch(0)
+    assert samples.dtype == np.int64 and views.dtype == np.int32
+
+
+def test_length_at_imagenet_size():
+    assert EpochOrder(0, 1_281_167, 300, 3).length == 1_281_165
+    assert EpochOrder(0, 1_281_167, 300, 1).length == 1_281_167
+
+
+def test_pairs_and_repeats_stand_together():
+    samples, views = EpochOrder(SEED, 600, 6, 3).epoch(4)
+    partner = ViewPlan(ViewRecipe(repeats=3), SEED, 600).rows(samples, views)["partner"]
+    np.testing.assert_array_equal(partner.reshape(-1, 2), samples.reshape(-1, 2)[:, ::-1])
+    blocks = samples.reshape(-1, 3, 2)
+    assert (blocks == blocks[:, :1]).all()
+    assert (views.reshape(-1, 3, 2) == np.array([3, 4, 5])[:, None]).all()
+
+
+def test_order_is_shuffled_anew_every_cycle_and_reuses_views():
+    order = EpochOrder(SEED, 1000, 4, 2)  # 2 groups: cycles 0 and 2 show the same views
+    first = np.concatenate([order.epoch(epoch)[0] for epoch in (0, 1)])
+    again = np.concatenate([order.epoch(epoch)[0] for epoch in (4, 5)])
+    assert {*order.epoch(0)[1].tolist()} == {0, 1} == {*order.epoch(4)[1].tolist()}
+    assert {*order.epoch(2)[1].tolist()} == {2, 3}
+    assert (first == again).mean() < 0.05
+    np.testing.assert_array_equal(np.sort(first), np.sort(again))
+    # Where a sample stands is uniform: mean position over 40 cycles near the middle.
+    one = EpochOrder(SEED, 1000, 40, 1)
+    places = np.stack([np.argsort(one.epoch(epoch)[0]) for epoch in range(40)])
+    assert abs(places.mean(axis=0) - 499.5).max() < 5 * 1000 / math.sqrt(12 * 40)
+
+
+def test_ranks_share_one_global_batch():
+    order = EpochOrder(SEED, 333, 6, 3)
+    whole = TrainBatches(order, 32, epochs=4)
+    assert len(whole) == 4 * (order.length // 32)
+    for world in (2, 4):
+        ranks = [TrainBatches(order, 32, 4, rank, world) for rank in range(world)]
+        for step in range(len(whole)):
+            parts = zip(*(rank[step] for rank in ranks), strict=True)
+            for joined, single in zip(map(np.concatenate, parts), whole[step], strict=True):
+                np.testing.assert_array_equal(joined, single)
+
+
+def test_batches_are_a_sequence_that_can_be_entered_anywhere():
+    batches = TrainBatches(EpochOrder(SEED, 200, 3, 3), 16, epochs=5)
+    full = [np.concatenate(batch).tobytes() for batch in batches]
+    assert len(full) == len(batches)
+    fresh = pickle.loads(pickle.dumps(batches))
+    tail = [np.concatenate(fresh[step]).tobytes() for step in range(37, len(fresh))]
+    assert tail == full[37:]
+    assert np.concatenate(batches[-1]).tobytes() == full[-1]
+    assert [np.concatenate(batch).tobytes() for batch in batches[3:6]] == full[3:6]
+    with pytest.raises(IndexError, match=str(len(batches))):
+        batches[len(batches)]
+
+
+def test_cached_arrays_cannot_be_written():
+    with pytest.raises(ValueError, match="read-only"):
+        EpochOrder(SEED, 20, 3, 3).epoch(0)[0][0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        pairing(SEED, 20, 0)[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda order: TrainBatches(order, 256, 1), ["100 samples", "batch_size=256"]),
+        (lambda order: TrainBatches(order, 30, 1, 0, 4), ["batch_size=30", "4 processes"]),
+        (lambda order: TrainBatches(order, 32, 1, 4, 4), ["rank 4", "4 processes"]),
+        (lambda order: EpochOrder(0, 100, 4, 3), ["num_views", "repeats=3", "not 4"]),
+        (lambda order: EpochOrder(0, 0, 3, 3), ["0 and 3"]),
+    ],
+)
+def test_wrong_orders_are_one_clear_line(call, words):
+    with pytest.raises(InputError) as caught:
+        call(EpochOrder(0, 100, 3, 3))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words)
