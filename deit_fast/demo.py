@@ -30,7 +30,7 @@ class DemoConfig:
     """Folder of data, runs and report; a second call goes on from what is there."""
     seeds: tuple[int, ...] = (0,)
     """One teacher and three students are trained for each seed."""
-    workers: int = 2
+    workers: int = 1
     """Decoding processes."""
     save: str | None = None
     """Also write the accuracies of all seeds, with versions and command, to this JSON file."""
@@ -67,11 +67,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         precompute(student.replace(teacher=spec, cache=str(folder / "cache")))
         for kind in ("none", "hard", "soft"):
             log.info("seed %d: student, distillation %s", seed, kind)
-            run = student.replace(
-                output=str(folder / kind),
-                cache=None if kind == "none" else str(folder / "cache"),
-                loss={"kind": kind},
-            )
+            run = student.replace(output=str(folder / kind), loss={"kind": kind})
+            if kind == "none":  # the twin has no distillation token, as DeiT's undistilled models
+                run = run.replace(model={"name": run.model.name.replace("distilled_", "")})
+            else:
+                run = run.replace(cache=str(folder / "cache"))
             row[kind] = train(run)["top1"]
             runs.append(folder / kind)
         rows.append(row)

@@ -108,7 +108,7 @@ def choose_device(name: str) -> torch.device:
         InputError: `cuda` was asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch sees no CUDA GPU (see deit-fast doctor)")
+        raise InputError("device cuda: torch sees no CUDA GPU (see deit-fast doctor)")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

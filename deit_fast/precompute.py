@@ -106,9 +106,9 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         )
         total = sum(stop - start for _, start, stop in calls.calls)
         log.info(
-            "precomputing %d views of %d samples: %d blocks to write, %d there already, %s per view",
+            "precomputing %d views of %d samples: %d blocks to write, %d there, %d B per view",
             len(wanted), source.num_samples, len(pending), len(mine) - len(pending),
-            f"{manifest['record_bytes']} B",
+            manifest["record_bytes"],
         )  # fmt: skip
         loader = ViewLoader(
             source,

@@ -397,7 +397,8 @@ def distillation_loss(
     smoothing: float = 0.0,
     base: str = "ce",
     reduction: str,
-) -> Tensor:
+    return_parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """(1 - alpha) * base_loss + alpha * distillation; the base loss alone for kind "none".
 
     Args:
@@ -411,9 +412,12 @@ def distillation_loss(
         smoothing: label smoothing of the base loss.
         base: "ce" or "bce".
         reduction: "numel", "batchmean" or "hinton", for "soft".
+        return_parts: also return the base and the distillation loss, unweighted and detached,
+            for the log.
 
     Returns:
-        Scalar in float32, or float64 for float64 logits. 0 for B = 0.
+        Scalar in float32, or float64 for float64 logits. 0 for B = 0. With ``return_parts`` three
+        of them: total, base, distillation (0 for kind "none").
 
     Raises:
         ValueError: anything that does not fit, by name and value.
@@ -423,12 +427,15 @@ def distillation_loss(
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     base_term = base_loss(class_logits, target, smoothing=smoothing, base=base)
     if kind == "none":
-        return base_term
-    if distill_logits is None or teacher is None:
-        missing = "teacher" if teacher is None else "distill_logits"
-        raise ValueError(f"{missing} must not be None for kind {kind!r}")
-    _check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
-    if kind == "hard":
-        return (1 - alpha) * base_term + alpha * hard_distillation(distill_logits, teacher)
-    soft = soft_distillation(distill_logits, teacher, tau=tau, reduction=reduction)
-    return (1 - alpha) * base_term + alpha * soft
+        total, distill_term = base_term, torch.zeros_like(base_term)
+    else:
+        if distill_logits is None or teacher is None:
+            missing = "teacher" if teacher is None else "distill_logits"
+            raise ValueError(f"{missing} must not be None for kind {kind!r}")
+        _check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
+        if kind == "hard":
+            distill_term = hard_distillation(distill_logits, teacher)
+        else:
+            distill_term = soft_distillation(distill_logits, teacher, tau=tau, reduction=reduction)
+        total = (1 - alpha) * base_term + alpha * distill_term
+    return (total, base_term.detach(), distill_term.detach()) if return_parts else total

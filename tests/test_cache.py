@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deit_fast.kernels import TopK
 
 from deit_fast import _C
 from deit_fast.cache import (
@@ -28,6 +27,7 @@ from deit_fast.cache import (
     verify,
 )
 from deit_fast.config import CodecConfig, InputError
+from deit_fast.kernels import TopK
 
 SAMPLES, CLASSES, BLOCK = 45, 20, 16  # three blocks, the last one short
 

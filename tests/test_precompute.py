@@ -1,4 +1,4 @@
-"""The cache's bytes depend on teacher, recipe and data alone: not on who wrote them, nor how often."""
+"""The cache's bytes depend on teacher, recipe and data alone, not on who wrote them."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from deit_fast.train.metrics import read_metrics
 from deit_fast.train.optim import create_optimizer, learning_rate
 from digits import write_few_digits
 
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder with digits as images and a teacher with random weights."""
@@ -98,15 +99,15 @@ def test_interrupted_run_equals_uninterrupted(world, tmp_path):
     train(whole)
     parts = run_config(world, tmp_path / "parts")
     train(parts.replace(max_steps=4))
-    train(parts.replace(max_steps=11))
+    train(parts.replace(max_steps=8))
     train(parts)
     assert weights_equal(tmp_path / "whole", tmp_path / "parts")
     rows = [r for r in comparable_rows(tmp_path / "whole") if r["kind"] == "train"]
     assert rows == [r for r in comparable_rows(tmp_path / "parts") if r["kind"] == "train"]
-    assert len(rows) == 18
+    assert len(rows) == 12
     # The same command once more finds the run finished and changes nothing.
     again = train(parts)
-    assert again["steps"] == 18
+    assert again["steps"] == 12
     assert weights_equal(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -129,7 +130,11 @@ def test_cached_dense_teacher_equals_online_exactly(world, tmp_path):
 @pytest.mark.parametrize(
     ("codec", "bound"),
     # Full top-k keeps every class: fp16 log-probabilities bound the loss; k=4 adds the bucket.
-    [({"name": "dense-fp16"}, 1e-3), ({"name": "dense-bf16"}, 1e-2), ({"name": "topk", "k": 10}, 2e-3)],
+    [
+        ({"name": "dense-fp16"}, 1e-3),
+        ({"name": "dense-bf16"}, 1e-2),
+        ({"name": "topk", "k": 10}, 2e-3),
+    ],
 )
 def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
     online = run_config(world, tmp_path / "online", loss={"kind": "soft"}, max_steps=1)
@@ -146,20 +151,25 @@ def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
 
 
 def test_training_learns(world, tmp_path):
-    """Labels only, no mixing: far above the 10 % of chance after a few epochs."""
+    """A network with one head, labels only, no mixing: far above the 10 % of chance."""
     config = run_config(
         world,
         tmp_path / "run",
-        epochs=12,
+        epochs=10,
         teacher=None,
         num_views=None,
         eval_every=100,
         view={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "repeats": 1, "erase_prob": 0.0},
         loss={"kind": "none"},
-        optim={"lr": 3e-3, "warmup_epochs": 1.0},
+        model={
+            "name": "deit_fast.models.convnet:small_convnet",
+            **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads")),
+        },
+        optim={"lr": 3e-3, "lr_batch": 32, "warmup_epochs": 1.0},
     )
     result = train(config)
-    assert result["top1_class"] > 0.5
+    assert result["top1"] > 0.7
+    assert "top1_distill" not in result
     assert set(result["per_class"]) == {str(digit) for digit in range(10)}
     assert result["teacher"] is None
     saved = json.loads((tmp_path / "run/result.json").read_text())
@@ -169,7 +179,7 @@ def test_training_learns(world, tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
     config = run_config(world, tmp_path / "run", max_steps=1)
     train(config)
-    with pytest.raises(InputError, match=r"optim.lr 0.001 there, 0.002 here; loss.alpha|loss.alpha"):
+    with pytest.raises(InputError, match=r"loss\.alpha 0\.5 there, 0\.3 here; optim\.lr 0\.001 there"):
         train(config.replace(optim={"lr": 2e-3}, loss={"alpha": 0.3}))
     with pytest.raises(InputError, match="--no-resume"):
         train(config.replace(resume=False))
@@ -230,7 +240,7 @@ def test_wrong_teachers_and_caches_are_named(world, tmp_path):
     with pytest.raises(InputError, match="has 7 classes, the data set has 10"):
         train(config.replace(teacher=seven))
     cache = str(tmp_path / "cache")
-    precompute(config.replace(cache=cache), range(0, 1))
+    precompute(config.replace(cache=cache), range(1))
     with pytest.raises(InputError, match="lacks 2 of the run's 3 views, the first is 1"):
         train(config.replace(cache=cache))
     with pytest.raises(CacheMismatch) as error:

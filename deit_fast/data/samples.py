@@ -19,14 +19,14 @@ def save_samples(
         path: where the PNG goes.
         columns: views per row; small views are enlarged to about 64 pixels.
     """
-    pixels = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    side = pixels.shape[1]
-    scale = max(1, 64 // side)
-    rows = -(-len(pixels) // columns)
-    cell = side * scale + 2
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    pixels = images.float().cpu() * scale + shift
+    views = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    side = views.shape[1] * max(1, 64 // views.shape[1])
+    rows = -(-len(views) // columns)
+    cell = side + 2
     grid = Image.new("RGB", (columns * cell, rows * cell), "white")
-    for index, view in enumerate(pixels.numpy()):
-        tile = Image.fromarray(view).resize((side * scale, side * scale), Image.Resampling.NEAREST)
+    for index, view in enumerate(views.numpy()):
+        tile = Image.fromarray(view).resize((side, side), Image.Resampling.NEAREST)
         grid.paste(tile, (index % columns * cell, index // columns * cell))
     grid.save(path)

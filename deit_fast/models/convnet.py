@@ -1,4 +1,4 @@
-"""A small convolutional classifier: the demo's teacher, and a pattern for a teacher of one's own."""
+"""A small convolutional classifier: the demo's teacher, and a pattern for your own."""
 
 from __future__ import annotations
 

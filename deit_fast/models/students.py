@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 import torch
@@ -59,7 +60,7 @@ def create_student(
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"unknown model {name!r}{hint}")
-    arguments: dict[str, object] = {"num_classes": num_classes, "drop_path_rate": drop_path}
+    arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if timm.models.is_model_in_modules(name, ("deit", "vision_transformer")):
         arguments |= {"img_size": img_size} | shape
         _check_shape(name, img_size, shape)

@@ -26,6 +26,9 @@ class Teacher(nn.Module):
         mean, std: channel statistics of its input, in units of 255.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -111,7 +114,7 @@ def load_teacher(
     name, _, weights = spec.partition("@")
     if ":" not in name:
         raise InputError(
-            f"teacher {spec!r} is neither timm:NAME, timm:NAME@FILE nor package.module:factory[@FILE]"
+            f"teacher {spec!r} is neither timm:NAME[@FILE] nor package.module:factory[@FILE]"
         )
     if name.startswith("timm:"):
         model = _timm_teacher(name.removeprefix("timm:"), weights)
@@ -134,7 +137,7 @@ def _timm_teacher(name: str, weights: str) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
             raise InputError(
                 f"teacher 'timm:{name}': no pretrained weights ({reason}); "
                 f"pass a file as timm:{name}@FILE"

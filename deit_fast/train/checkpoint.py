@@ -58,7 +58,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a broken file
-            reason = str(error).strip().splitlines()[0][:120]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
     if paths:
         raise RuntimeError(f"all {len(paths)} checkpoints in {folder} are broken")

@@ -107,13 +107,13 @@ def train(config: RunConfig) -> dict[str, Any]:
             progress.advance(note=window.add(numbers, waited, state, epoch, lr))
             done, at_epoch_end = state.step == total, state.step % steps_per_epoch == 0
             if done or (at_epoch_end and epoch % config.eval_every == 0):
-                evaluation = _evaluate(state, eval_loader, device, epoch, metrics)
+                evaluation = _evaluate(state, eval_loader, source.classes, device, epoch, metrics)
             if done or (at_epoch_end and epoch % config.save_every == 0):
                 save_checkpoint(output / "checkpoints", state.step, state.to_checkpoint(config))
             clock = time.perf_counter()
     metrics.close()
     if evaluation is None:  # the checkpoint was the finished run's last
-        evaluation = _evaluate(state, eval_loader, device, config.epochs, None)
+        evaluation = _evaluate(state, eval_loader, source.classes, device, config.epochs, None)
 
     result = {
         **evaluation,
@@ -124,7 +124,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "epochs": config.epochs,
         "train_seconds": round(state.train_seconds, 3),
         "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
-        "substituted": sorted(state.substituted | eval_loader.substituted),
+        "substituted": sorted(state.substituted.union(eval_loader.substituted)),
         "distill": config.loss.kind,
         "teacher": _describe_teaching(config, teaching),
         "seed": config.seed,
@@ -155,7 +155,12 @@ class _Window:
         self.waited, self.steps, self.since = 0.0, 0, time.perf_counter()
 
     def add(
-        self, numbers: dict[str, torch.Tensor], waited: float, state: TrainState, epoch: int, lr: float
+        self,
+        numbers: dict[str, torch.Tensor],
+        waited: float,
+        state: TrainState,
+        epoch: int,
+        lr: float,
     ) -> str | None:
         """Count a step; every ``log_every`` steps write a row and return the text to show."""
         for name, value in numbers.items():
@@ -192,17 +197,19 @@ class _Window:
 def _evaluate(
     state: TrainState,
     loader: EvalLoader,
+    classes: list[str],
     device: torch.device,
     epoch: int,
     metrics: MetricsFile | None,
 ) -> dict[str, Any]:
-    classes = loader.source.classes
     evaluation = evaluate_model(state.model, loader, classes, device)
     if state.ema is not None:
         evaluation["ema_top1"] = evaluate_model(state.ema.module, loader, classes, device)["top1"]
     if evaluation["top1"] > state.best_top1:
         state.best_top1, state.best_epoch = evaluation["top1"], epoch
-    log.info("epoch %d  top-1 %.2f %%  loss %.4f", epoch, 100 * evaluation["top1"], evaluation["loss"])
+    log.info(
+        "epoch %d  top-1 %.2f %%  loss %.4f", epoch, 100 * evaluation["top1"], evaluation["loss"]
+    )
     if metrics is not None:
         row = {key: value for key, value in evaluation.items() if key != "per_class"}
         metrics.write("eval", {"step": state.step, "epoch": epoch, **row})

@@ -76,8 +76,9 @@ class Progress:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         if self._bar is not None:
-            fields = {} if note is None else {"note": note}
-            self._bar.update(self._task, advance=count, **fields)
+            self._bar.advance(self._task, count)
+            if note is not None:
+                self._bar.update(self._task, note=note)
 
 
 def _stderr_console() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -17,7 +18,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     timm's list holds the position embedding and both tokens. (facebookresearch/deit decayed the
     distillation token by oversight.) Uses torch's fused step.
     """
-    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    names: Any = getattr(model, "no_weight_decay", None)
+    skip = names() if names is not None else ()
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=skip)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -22,10 +22,10 @@ log = logging.getLogger("deit_fast")
 
 # What may differ between a checkpoint and the command that goes on from it: nothing that changes
 # a pixel, a weight or a learning rate.
-_FREE_TO_CHANGE = frozenset(
-    "recipe output resume max_steps device log_every eval_every save_every teacher teacher_batch "
-    "cache data.root data.workers".split()
-)
+_FREE_TO_CHANGE = {
+    "recipe", "output", "resume", "max_steps", "device", "log_every", "eval_every", "save_every",
+    "teacher", "teacher_batch", "cache", "data.root", "data.workers",
+}  # fmt: skip
 
 
 @dataclass

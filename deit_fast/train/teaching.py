@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -13,7 +13,7 @@ from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher
 from deit_fast.views import fingerprint as view_fingerprint
 
-TeacherAnswer = torch.Tensor | TopK | None
+TeacherAnswer: TypeAlias = torch.Tensor | TopK | None
 
 
 class Teaching(Protocol):
@@ -70,7 +70,7 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         return NoTeacher()
     if config.teacher is None and config.cache is None:
         raise InputError(
-            f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR (or --loss.kind none)"
+            f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
         )
     num_classes = len(source.classes)
     teacher = load_class_matched_teacher(config, num_classes) if config.teacher else None
