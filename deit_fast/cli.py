@@ -2,7 +2,8 @@
 
 A verb is a function of its raw arguments that returns the text for stdout; what it needs is
 imported inside it, so that help and errors answer without torch. Wrong input is one line on stderr
-and exit status 2, an interrupt 130; any other exception is a bug and shows its traceback.
+and exit status 2, a loss that is not finite one line and 1, an interrupt 130; any other exception
+is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -418,6 +419,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(_os_message(error))
+    except FloatingPointError as error:
+        return _fail(str(error), status=1)
     except KeyboardInterrupt:
         print("deit-fast: interrupted", file=sys.stderr)
         return 130
@@ -473,11 +476,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     line = " ".join(message.splitlines())
     rank = f"rank {_rank()}: " if _rank() else ""
     print(f"deit-fast: error: {rank}{line}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _os_message(error: OSError) -> str:

@@ -6,7 +6,6 @@ come inside a package and need no download.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.config import InputError, RunConfig
+from deit_fast.files import write_json
 from deit_fast.recipes import digits_student, digits_teacher
 
 log = logging.getLogger("deit_fast")
@@ -124,7 +124,7 @@ def save_result(result: dict[str, Any], path: Path) -> None:
         "command": describe_command(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": meta, **result}, indent=2) + "\n")
+    write_json(path, {"meta": meta, **result})
 
 
 def _placed(recipe: RunConfig, config: DemoConfig, output: Path, seed: int) -> RunConfig:

@@ -199,7 +199,7 @@ def test_broken_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
     assert state["step"] == 2 and path.name == "step-000000002.pt"
     assert "step-000000003.pt is broken" in caplog.text
     path.write_bytes(b"")
-    with pytest.raises(RuntimeError, match="all 2 checkpoints"):
+    with pytest.raises(InputError, match="all 2 checkpoints"):
         load_newest(tmp_path)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from deit_fast.config import InputError
+from deit_fast.files import write_atomically
 
 log = logging.getLogger("deit_fast")
 
@@ -22,21 +25,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself must survive a power cut
-    finally:
-        os.close(descriptor)
+    # In memory first: torch.save would turn a full disk into an error without a reason.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
@@ -50,8 +42,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read; broken ones are named and passed over.
 
-    Returns None where the folder has none. Raises RuntimeError where all are broken, rather than
-    silently start again from nothing.
+    Returns:
+        Path and state; None where the folder has no checkpoint.
+
+    Raises:
+        InputError: all of them are broken; to start again from nothing is the user's decision.
     """
     paths = list_checkpoints(folder)
     for path in reversed(paths):
@@ -61,5 +56,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
     if paths:
-        raise RuntimeError(f"all {len(paths)} checkpoints in {folder} are broken")
+        raise InputError(
+            f"all {len(paths)} checkpoints in {folder} are broken: remove them to start again"
+        )
     return None

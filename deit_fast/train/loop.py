@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from deit_fast.config import InputError, RunConfig, to_dict
 from deit_fast.data.evaluation import EvalLoader
@@ -19,6 +20,7 @@ from deit_fast.data.samples import save_samples
 from deit_fast.data.sources import open_source
 from deit_fast.environment import describe_command, describe_environment
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
+from deit_fast.files import write_atomically, write_json
 from deit_fast.train.checkpoint import save_checkpoint
 from deit_fast.train.metrics import MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
@@ -44,6 +46,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         OSError: the disk is full or not writable; the newest checkpoints stay.
         FloatingPointError: the loss is not finite; the newest checkpoints stay.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"train runs in one process, WORLD_SIZE is {os.environ['WORLD_SIZE']}")
     device = choose_device(config.device)
     source = open_source(config.data, "train", config.view.image_size)
     held_out = open_source(config.data, "val", config.view.image_size)
@@ -64,7 +68,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / "config.json", to_dict(config))
+    write_json(output / "config.json", to_dict(config))
     eval_loader = build_eval_loader(config, held_out, device)
     step_once = TrainStep(config, state.model, teaching, state.optimizer, state.ema, device)
     metrics = MetricsFile(output / "metrics.jsonl", state.step)
@@ -83,12 +87,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.model.name, device, source.num_samples, len(source.classes),
         config.epochs, steps_per_epoch, config.loss.kind,
     )  # fmt: skip
-    window = _Window(config, metrics, total)
+    window = _Window(config, metrics)
     evaluation: dict[str, Any] | None = None
     with Progress("train", total, state.step) as progress:
-        clock = time.perf_counter()
-        for batch in loader:
-            waited = time.perf_counter() - clock
+        for batch in window.timed(loader):
             batch = batch.to(device)
             if state.step == 0:
                 _save_first_views(batch, config, output / "samples.png")
@@ -102,15 +104,18 @@ def train(config: RunConfig) -> dict[str, Any]:
             numbers = step_once(batch, state.step, lr)
             state.step += 1
             state.substituted.update(batch.substituted)
-            state.train_seconds += time.perf_counter() - clock
             epoch = -(-state.step // steps_per_epoch)
-            progress.advance(note=window.add(numbers, waited, state, epoch, lr))
             done, at_epoch_end = state.step == total, state.step % steps_per_epoch == 0
+            window.add(numbers)
+            # Also before every checkpoint, so that none can hold a state that is not finite.
+            report = done or at_epoch_end or state.step % config.log_every == 0
+            progress.advance(note=window.report(state, epoch, lr) if report else None)
+            pause = time.perf_counter()
             if done or (at_epoch_end and epoch % config.eval_every == 0):
                 evaluation = _evaluate(state, eval_loader, source.classes, device, epoch, metrics)
             if done or (at_epoch_end and epoch % config.save_every == 0):
                 save_checkpoint(output / "checkpoints", state.step, state.to_checkpoint(config))
-            clock = time.perf_counter()
+            window.since += time.perf_counter() - pause
     metrics.close()
     if evaluation is None:  # the checkpoint was the finished run's last
         evaluation = _evaluate(state, eval_loader, source.classes, device, config.epochs, None)
@@ -134,7 +139,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     _save_weights(output / "model.safetensors", state.model)
     if state.ema is not None:
         _save_weights(output / "ema.safetensors", state.ema.module)
-    _write_json(output / "result.json", result)
+    write_json(output / "result.json", result)
     if result["substituted"]:
         log.warning(
             "%d unreadable images were substituted, the first is %s",
@@ -144,31 +149,39 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 class _Window:
-    """Means over the steps since the last line; the only place that reads numbers back."""
+    """Means over the steps since the last line; the only place that reads numbers back.
 
-    def __init__(self, config: RunConfig, metrics: MetricsFile, total: int) -> None:
-        self.config, self.metrics, self.total = config, metrics, total
+    ``since`` moves on by what evaluation and saving take, so rates are those of training alone.
+    """
+
+    def __init__(self, config: RunConfig, metrics: MetricsFile) -> None:
+        self.config, self.metrics = config, metrics
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.waited, self.steps, self.since = 0.0, 0, time.perf_counter()
 
-    def add(
-        self,
-        numbers: dict[str, torch.Tensor],
-        waited: float,
-        state: TrainState,
-        epoch: int,
-        lr: float,
-    ) -> str | None:
-        """Count a step; every ``log_every`` steps write a row and return the text to show."""
+    def timed(self, loader: ViewLoader) -> Iterator[ViewBatch]:
+        """The loader's batches; the time until each is there counts as waiting for data."""
+        clock = time.perf_counter()
+        for batch in loader:
+            self.waited += time.perf_counter() - clock
+            yield batch
+            clock = time.perf_counter()
+
+    def add(self, numbers: dict[str, torch.Tensor]) -> None:
+        """Count a step; its numbers stay on the device."""
         for name, value in numbers.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.waited += waited
         self.steps += 1
-        if state.step % self.config.log_every and state.step != self.total:
-            return None
+
+    def report(self, state: TrainState, epoch: int, lr: float) -> str:
+        """Write a row, start anew, and return the text to show.
+
+        Raises:
+            FloatingPointError: a number is not finite.
+        """
         means = {name: (value / self.steps).item() for name, value in self.sums.items()}
         if not all(value == value and abs(value) != float("inf") for value in means.values()):
             raise FloatingPointError(
@@ -176,6 +189,7 @@ class _Window:
                 f"the checkpoints before it are in {self.config.output}/checkpoints"
             )
         seconds = time.perf_counter() - self.since
+        state.train_seconds += seconds
         row = {
             "step": state.step,
             "epoch": epoch,
@@ -189,7 +203,7 @@ class _Window:
             f"loss {row['loss']:.4f}  lr {lr:.2e}  {row['images_per_s']:.0f} img/s  "
             f"data wait {100 * row['data_wait']:.0f} %"
         )
-        log.debug("step %d/%d  %s", state.step, self.total, text)
+        log.debug("step %d  %s", state.step, text)
         self._clear()
         return text
 
@@ -232,8 +246,5 @@ def _save_first_views(batch: ViewBatch, config: RunConfig, path: Path) -> None:
 
 
 def _save_weights(path: Path, model: torch.nn.Module) -> None:
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state))

@@ -1,0 +1,171 @@
+"""What a person can get wrong: one clear line that names it, a non-zero exit, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from digits import write_few_digits
+from safetensors.torch import save_file
+
+from deit_fast import cli
+from deit_fast.models.convnet import small_convnet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data, a teacher's weights and a cache of one view."""
+    root = tmp_path_factory.mktemp("bad-input")
+    write_few_digits(root / "data")
+    torch.manual_seed(0)
+    save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
+    save_file(small_convnet(4).state_dict(), root / "four.safetensors")
+    assert cli.main(["precompute", *base(root), "--cache", f"{root}/cache"]) == 0
+    return root
+
+
+def base(root: Path, teacher: str = "teacher") -> list[str]:
+    return [
+        "--recipe", "digits_student", "--epochs", "1", "--view.repeats", "1", "--num-views", "1",
+        "--batch-size", "32", "--data.root", f"{root}/data", "--data.workers", "0",
+        "--teacher", f"deit_fast.models.convnet:small_convnet@{root}/{teacher}.safetensors",
+    ]  # fmt: skip
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line on stderr of a command that must fail."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("deit-fast: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    assert error.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def test_missing_folder(folder, capsys, tmp_path):
+    line = refused(capsys, "train", *base(folder), "--data.root", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in line
+
+
+def test_no_images(folder, capsys, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+    line = refused(capsys, "train", *base(folder), "--data.root", tmp_path)
+    assert str(tmp_path) in line and "image" in line
+
+
+def test_class_count_of_teacher_and_data_differ(folder, capsys):
+    line = refused(capsys, "train", *base(folder, "four"))
+    assert "four.safetensors" in line and "(4, 64)" in line and "(10, 64)" in line
+
+
+def test_cache_of_another_teacher(folder, capsys, tmp_path):
+    torch.manual_seed(1)
+    save_file(small_convnet(10).state_dict(), folder / "other.safetensors")
+    line = refused(
+        capsys, "train", *base(folder, "other"), "--cache", folder / "cache",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert "teacher.weights_sha256" in line and "view." not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_cache_of_another_recipe(folder, capsys):
+    line = refused(
+        capsys, "train", *base(folder), "--cache", folder / "cache",
+        "--view.erase-prob", "0.5", "--view.mixup-alpha", "0.2",
+    )  # fmt: skip
+    assert "view.erase_prob" in line and "view.mixup_alpha" in line and "teacher" not in line
+
+
+def test_cache_of_another_data_set(folder, capsys, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    next((tmp_path / "data/train/7").iterdir()).rename(tmp_path / "data/train/7/renamed.png")
+    line = refused(
+        capsys, "train", *base(folder), "--cache", folder / "cache", "--data.root",
+        tmp_path / "data",
+    )  # fmt: skip
+    assert "dataset.sha256" in line and "view." not in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
+def test_damaged_cache(folder, capsys, tmp_path, damage):
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    path = tmp_path / "cache/view-00000.dlc"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[-40:]
+    else:
+        content[-3] ^= 1
+    path.write_bytes(content)
+    line = refused(
+        capsys, "train", *base(folder), "--cache", tmp_path / "cache", "--output",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert "view-00000.dlc" in line
+    if damage == "bit flipped":
+        assert "block 0" in line
+    assert cli.main(["cache", "verify", str(tmp_path / "cache")]) == 1
+    assert "view-00000.dlc" in capsys.readouterr().out
+
+
+def test_missing_cache_and_missing_view(folder, capsys, tmp_path):
+    line = refused(capsys, "train", *base(folder), "--cache", tmp_path / "none")
+    assert str(tmp_path / "none") in line
+    line = refused(
+        capsys, "train", *base(folder), "--cache", folder / "cache", "--epochs", "3",
+        "--num-views", "3",
+    )  # fmt: skip
+    assert "lacks 2 of the run's 3 views, the first is 1" in line
+
+
+def test_unknown_config_key(folder, capsys, tmp_path):
+    assert "did you mean" in refused(capsys, "train", "--optim.learning-rate", "1")
+    (tmp_path / "run.json").write_text('{"view": {"image_sise": 32}}')
+    line = refused(capsys, "train", "--config", tmp_path / "run.json")
+    assert "view.image_sise" in line and "view.image_size" in line
+
+
+def test_teacher_without_weights(folder, capsys):
+    line = refused(capsys, "train", *base(folder), "--teacher", "timm:resnet18@no.safetensors")
+    assert "no.safetensors does not exist" in line
+
+
+def test_a_batch_larger_than_the_data(folder, capsys):
+    line = refused(capsys, "train", *base(folder), "--batch-size", "1000")
+    assert "1000" in line and "210" in line
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 128 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_while_writing_a_cache(folder, capsys, small_disk):
+    """The views that fit stay whole and readable; the next one is refused before its work."""
+    arguments = [*base(folder), "--epochs", "20", "--num-views", "20"]
+    line = refused(capsys, "precompute", *arguments, "--cache", small_disk / "cache")
+    assert "no space" in line and "view-000" in line
+    assert cli.main(["cache", "verify", str(small_disk / "cache")]) == 0
+    assert "0 broken" in capsys.readouterr().out
+
+
+def test_full_disk_while_saving_a_checkpoint(folder, capsys, small_disk):
+    line = refused(
+        capsys, "train", *base(folder), "--loss.kind", "none", "--output", small_disk / "run"
+    )
+    assert "no space" in line and "step-000000006.pt" in line
+    left = [path.name for path in (small_disk / "run/checkpoints").iterdir()]
+    assert left == [], "half a checkpoint was left behind"
