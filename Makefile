@@ -42,8 +42,8 @@ bench: $(INSTALLED)
 # (make bench-gpu PYTHON=...), installs nothing from outside, and ends in under nine minutes.
 bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	timeout 240 $(PYTHON) -m pytest -q -m gpu tests
-	timeout 280 $(PYTHON) -m bench all --seconds 240 --device cuda
+	timeout 200 $(PYTHON) -m pytest -q -m gpu tests
+	timeout 280 $(PYTHON) -m bench all --seconds 220 --device cuda
 
 clean:
 	rm -rf build dist *.egg-info deit_fast/*.so

@@ -1,0 +1,352 @@
+"""Compiles every kernel of this package ahead of time and checks its machine code; needs no GPU.
+
+    python -m deit_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--kernel NAME] [--json FILE]
+    python -m deit_fast.kernels.aot --write       # after a wanted change: make the golden file anew
+    python -m deit_fast.kernels.aot --markdown    # the table of docs/performance.md
+
+A kernel file takes part by defining ``aot_cases()``, which yields tuples like `Case`. Every case is
+compiled for every architecture; the cubin is read with the cuobjdump and nvdisasm of Triton's own
+wheel. Exits with 1 and one line per broken rule where a kernel
+
+- uses local memory (a stack or spills), fp64 instructions, or more shared memory than a block has;
+- fails what its case expects (see `EXPECTATIONS`);
+- got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads.
+
+Without a golden file for the triton at hand the first two are checked all the same. Another triton
+runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Bytes of shared memory that one block can ask for.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+# Registers are handed out in eights; less than that changes no occupancy by itself.
+REGISTER_SLACK = 8
+
+EXPECTATIONS = {
+    "wide_loads": "True: the rows are read in 16-byte words, and written so (see wide_stores)",
+    "wide_stores": "default: wide_loads; False for a kernel that writes no rows",
+    "no_scalar_half": "True: no global load or store of 1 or 2 bytes",
+    "max_scalar_loads": "most 4-byte global loads; bounds the unvectorised load of float32 rows",
+    "max_scalar_stores": "the same of stores; a loss per row is one",
+    "max_regs": "most registers of a thread",
+    "i64_rows": "True: row offsets are products of 64-bit integers, so that large tensors work",
+    "tensor_cores": "True: matrix instructions are present",
+    "bytes": "bytes of global memory that one call moves at `call`; documentation only",
+    "call": "the call that `bytes` counts, for example 'B=1024'; documentation only",
+}
+
+
+class Case(NamedTuple):
+    """One specialisation of a kernel, with what its machine code must show.
+
+    ``signature``: Triton type of each argument ("*bf16", "i32", "fp32", ...); constexprs may be
+    left out. ``attrs``: {argument: power of two that divides it}. Give exactly what the launcher
+    gives: pointers and integers that it finds divisible by 16 are what 16-byte loads hang on.
+    ``options``: num_warps, num_stages. ``expect``: see `EXPECTATIONS`.
+    """
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, int]
+    expect: dict[str, Any]
+
+
+Figures = dict[str, int]
+Table = dict[str, dict[str, Figures]]  # case -> architecture -> figures
+
+
+def package_cases() -> Iterator[Case]:
+    """The cases of all files beside this one, named FILE/CASE."""
+    package = "deit_fast.kernels"
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name == "aot":
+            continue
+        cases = getattr(importlib.import_module(f"{package}.{module.name}"), "aot_cases", None)
+        for case in map(Case._make, cases() if cases else ()):
+            yield case._replace(name=f"{module.name}/{case.name}")
+
+
+def compile_case(case: Case, arch: str) -> Any:
+    names = case.fn.arg_names
+    signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
+    attrs = {
+        ((names.index(key),) if isinstance(key, str) else key): (
+            [["tt.divisibility", value]] if isinstance(value, int) else value
+        )
+        for key, value in case.attrs.items()
+    }
+    source = ASTSource(case.fn, signature, case.constexprs, attrs)
+    # Stated because triton 3.10 changes the default.
+    options = {"enable_fp_fusion": True, **case.options}
+    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def measure(case: Case, arch: str) -> Figures:
+    """Compile one case and count what matters in its machine code."""
+    compiled = compile_case(case, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = tool("nvdisasm", "--print-code", cubin.name)
+    resources = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    ttir = compiled.asm["ttir"]
+    return {
+        "registers": resources["REG"],
+        "stack": resources["STACK"] + resources["LOCAL"],
+        "shared": compiled.metadata.shared,
+        **count_instructions(sass),
+        "i64_muls": len(re.findall(r"arith\.muli [^\n]*: (?:tensor<\w*x)?i64", ttir)),
+    }
+
+
+def count_instructions(sass: str) -> Figures:
+    """What nvdisasm printed, counted: global accesses by width, spills, fp64 and matrix work.
+
+    Widths per access: wide 16 bytes or more (also asynchronous and TMA copies), half 1 or 2 bytes,
+    scalar 4 bytes; 8 bytes (an int64 label) count nowhere.
+    """
+    widths = ("wide", "half", "scalar")
+    counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
+    counts |= {"spills": 0, "fp64": 0, "tensor": 0}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", sass)
+    if not opcodes:
+        raise RuntimeError("no instruction found in the output of nvdisasm; has its form changed?")
+    for opcode in opcodes:
+        name, *suffixes = opcode.split(".")
+        if name in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG"):
+            if name.startswith("UTMA") or {"128", "256", "ENL2"} & set(suffixes):
+                width = "wide"
+            elif {"U16", "S16", "U8", "S8"} & set(suffixes):
+                width = "half"
+            elif "64" in suffixes:
+                continue
+            else:
+                width = "scalar"
+            counts[f"{width}_{'stores' if name in ('STG', 'UTMASTG') else 'loads'}"] += 1
+        elif name in ("LDL", "STL"):
+            counts["spills"] += 1
+        elif name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA"):
+            counts["tensor"] += 1
+        elif name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA") or any(
+            "F64" in suffix or suffix.endswith("64H") for suffix in suffixes
+        ):
+            counts["fp64"] += 1
+    return counts
+
+
+def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
+    """What the machine code itself does wrong, one line each."""
+    expect = case.expect
+    if got["stack"]:
+        yield f"stack: {got['stack']} bytes of local memory"
+    if got["spills"]:
+        yield f"spills: {got['spills']} loads and stores of local memory (LDL, STL)"
+    if got["fp64"]:
+        yield f"fp64: {got['fp64']} double-precision instructions; is a scalar passed as fp64?"
+    if got["shared"] > SHARED_LIMIT[arch]:
+        yield f"shared memory: {got['shared']} bytes, a block has {SHARED_LIMIT[arch]}"
+    if got["registers"] > expect.get("max_regs", 255):
+        yield f"registers: {got['registers']}, at most {expect['max_regs']} expected"
+    if expect.get("wide_loads") and not got["wide_loads"]:
+        yield "wide loads: no 16-byte load (LDG.E.128)"
+    if expect.get("wide_stores", expect.get("wide_loads")) and not got["wide_stores"]:
+        yield "wide stores: no 16-byte store (STG.E.128)"
+    for kind in ("loads", "stores"):
+        if expect.get("no_scalar_half") and got[f"half_{kind}"]:
+            yield f"2-byte {kind}: {got[f'half_{kind}']}, none expected"
+        most = expect.get(f"max_scalar_{kind}", got[f"scalar_{kind}"])
+        if got[f"scalar_{kind}"] > most:
+            yield f"4-byte {kind}: {got[f'scalar_{kind}']}, at most {most} expected"
+    if expect.get("i64_rows") and not got["i64_muls"]:
+        yield "i64 rows: no 64-bit product in the TTIR; cast the row number with .to(tl.int64)"
+    if expect.get("tensor_cores") and not got["tensor"]:
+        yield "tensor cores: no HMMA, HGMMA or UTCHMMA"
+    for name in expect.keys() - EXPECTATIONS.keys():
+        yield f"expectation {name!r} is not known"
+
+
+def regressions(got: Figures, golden: Figures) -> Iterator[str]:
+    """Where the machine code is worse than the golden file says, one line each."""
+    if got["registers"] > golden["registers"] + REGISTER_SLACK:
+        yield f"registers: {got['registers']}, {golden['registers']} in the golden file"
+    if got["shared"] > golden["shared"]:
+        yield f"shared memory: {got['shared']} bytes, {golden['shared']} in the golden file"
+    for kind in ("loads", "stores"):
+        if (wide := got[f"wide_{kind}"]) < golden[f"wide_{kind}"]:
+            yield f"wide {kind}: {wide}, {golden[f'wide_{kind}']} in the golden file"
+        for width, size in (("half", "2-byte"), ("scalar", "4-byte")):
+            if (count := got[f"{width}_{kind}"]) > golden[f"{width}_{kind}"]:
+                yield f"{size} {kind}: {count}, {golden[f'{width}_{kind}']} in the golden file"
+
+
+def gate(
+    cases: Iterable[Case], archs: Iterable[str] = ARCHITECTURES, golden: Table | None = None
+) -> tuple[Table, list[str]]:
+    """Compile all cases; returns their figures and one line per broken rule."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    cases, archs = list(cases), list(archs)
+    table: Table = {}
+    broken = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # a compiled kernel of another run proves nothing
+        for case in cases:
+            table[case.name] = {}
+            for arch in archs:
+                got = table[case.name][arch] = measure(case, arch)
+                lines = list(broken_rules(case, arch, got))
+                if golden is not None:
+                    old = golden.get(case.name, {}).get(arch)
+                    lines += ["not in the golden file"] if old is None else regressions(got, old)
+                broken += [f"{case.name} {arch}: {line}" for line in lines]
+    return table, broken
+
+
+def golden_file(version: str) -> Path:
+    return GOLDEN / f"aot-triton-{version}.json"
+
+
+def read_golden(version: str) -> Table | None:
+    path = golden_file(version)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_table(path: Path, table: Table) -> None:
+    """One line per case and architecture, so that a diff shows what changed."""
+    cases = []
+    for name, by_arch in table.items():
+        rows = [f"    {json.dumps(arch)}: {json.dumps(got)}" for arch, got in by_arch.items()]
+        cases.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(cases) + "\n}\n")
+
+
+HEADER = (
+    *("kernel", "arch", "regs", "stack", "shared", "ld128", "st128"),
+    *("ld16", "st16", "ld32", "st32", "spills", "fp64", "mma", "i64"),
+)
+FIELDS = (
+    *("registers", "stack", "shared", "wide_loads", "wide_stores", "half_loads", "half_stores"),
+    *("scalar_loads", "scalar_stores", "spills", "fp64", "tensor", "i64_muls"),
+)
+
+
+def as_text(table: Table) -> str:
+    rows = [
+        [name, arch, *(str(got[field]) for field in FIELDS)]
+        for name, by_arch in table.items()
+        for arch, got in by_arch.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (HEADER, *rows)
+    )
+
+
+def as_markdown(folder: Path = GOLDEN) -> str:
+    """The golden files as one table; where versions of triton differ, all their values."""
+    tables = {path.stem.removeprefix("aot-triton-"): path for path in folder.glob("aot-*.json")}
+    versions = sorted(tables, key=lambda version: [int(part) for part in version.split(".")])
+    golden = [json.loads(tables[version].read_text()) for version in versions]
+
+    def cell(name: str, arch: str, *fields: str) -> str:
+        values = []
+        for table in golden:
+            got = table.get(name, {}).get(arch)
+            values.append("-" if got is None else " + ".join(str(got[field]) for field in fields))
+        return values[0] if len(set(values)) == 1 else ", ".join(values)
+
+    lines = [
+        f"Triton {', '.join(versions)}; one figure where all agree.",
+        "",
+        "| kernel | arch | registers | shared, bytes | 16-byte loads + stores |",
+        "|---|---|---|---|---|",
+    ]
+    names = dict.fromkeys(name for table in golden for name in table)
+    for name in names:
+        for arch in ARCHITECTURES:
+            cells = (
+                cell(name, arch, "registers"),
+                cell(name, arch, "shared"),
+                cell(name, arch, "wide_loads", "wide_stores"),
+            )
+            lines.append(f"| {name} | {arch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deit_fast.kernels.aot",
+        description="Compiles every kernel for NVIDIA GPUs, without one, and checks the result.",
+    )
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--kernel", default="", help="only cases whose name contains this")
+    parser.add_argument("--write", action="store_true", help="make the golden file anew")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--markdown", action="store_true", help="print the golden files and end")
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        print(as_markdown())
+        return 0
+    part = options.kernel != "" or options.arch != list(ARCHITECTURES)
+    if options.write and part:
+        parser.error("--write covers all kernels and architectures: leave --arch and --kernel out")
+    cases = [case for case in package_cases() if options.kernel in case.name]
+    if not cases:
+        parser.error(f"no kernel's name contains {options.kernel!r}")
+
+    version = triton.__version__
+    golden = None if options.write else read_golden(version)
+    table, broken = gate(cases, options.arch, golden)
+    if golden is not None and not part:
+        broken += [f"{name}: in the golden file only" for name in golden.keys() - table.keys()]
+    print(f"triton {version}")
+    print(as_text(table))
+    if options.json:
+        write_table(options.json, table)
+    if broken:
+        print(*broken, sep="\n", file=sys.stderr)
+        return 1
+    if options.write:
+        write_table(golden_file(version), table)
+    elif golden is None:
+        print(f"no golden file for triton {version}: compared with nothing; --write makes it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

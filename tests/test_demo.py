@@ -1,0 +1,43 @@
+"""The main job, whole: `deit-fast demo` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from deit_fast.demo import DemoConfig, demo, write_digits
+
+
+def test_digits_become_an_image_folder_without_loss(tmp_path):
+    write_digits(tmp_path)
+    digits = load_digits()
+    paths = sorted(tmp_path.rglob("*.png"), key=lambda path: path.stem)
+    assert len(paths) == len(digits.images) == 1797
+    for path, image, label in zip(paths, digits.images, digits.target, strict=True):
+        assert int(path.parent.name) == label
+        assert np.array_equal(np.round(np.asarray(Image.open(path), float) * 16 / 255), image)
+    share = {split: len(list((tmp_path / split).rglob("*.png"))) for split in ("train", "val")}
+    assert share == {"train": 602, "val": 1195}
+
+
+@pytest.mark.slow
+def test_distilled_students_beat_their_undistilled_twin(tmp_path):
+    """Measured gain over three seeds: bench/results/cpu/demo-*.json."""
+    config = DemoConfig(output=str(tmp_path / "demo"), save=str(tmp_path / "result.json"))
+    result = demo(config)
+    (row,) = result["rows"]
+    assert row["teacher"] > 0.97
+    assert result["gain"] >= 3, row
+    assert result["seconds"] < 300
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["rows"] == result["rows"] and saved["meta"]["torch"]
+    page = (tmp_path / "demo/report.html").read_text()
+    for kind in ("none", "hard", "soft"):
+        assert f"{100 * row[kind]:.2f}" in page
+    again = demo(config)
+    assert again["rows"] == result["rows"]
+    assert again["seconds"] < result["seconds"] / 3, "a second call did the work again"
