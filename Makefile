@@ -7,7 +7,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 
-.PHONY: install demo test lint format bench bench-gpu clean
+# The machine code of the kernels is checked under the triton of the GPU machines and the newest one.
+TRITON_OLDEST := $(VENV)/triton-3.6.0
+TRITON_NEWEST := $(VENV)/triton-3.9.0
+AOT := $(BIN)/python -m deit_fast.kernels.aot
+
+.PHONY: install demo test lint format bench bench-gpu aot aot-golden clean
 
 install: $(INSTALLED)
 
@@ -23,8 +28,25 @@ $(INSTALLED): $(BIN)/python pyproject.toml $(NATIVE)
 demo: $(INSTALLED)
 	$(BIN)/deit-fast demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(TRITON_OLDEST)/.installed
 	$(BIN)/python -m pytest -q
+
+$(VENV)/triton-%/.installed: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(@D) triton==$*
+	@touch $@
+
+# Compiles all kernels for sm_80, sm_90 and sm_100; needs no GPU.
+aot: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed
+	PYTHONPATH=$(TRITON_OLDEST) $(AOT)
+	PYTHONPATH=$(TRITON_NEWEST) $(AOT)
+
+# After a wanted change of a kernel: its new figures, also of the triton that torch brings.
+aot-golden: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed
+	PYTHONPATH=$(TRITON_OLDEST) $(AOT) --write
+	PYTHONPATH=$(TRITON_NEWEST) $(AOT) --write
+	$(AOT) --write
+	$(AOT) --markdown docs/performance.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     python -m deit_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--kernel NAME] [--json FILE]
     python -m deit_fast.kernels.aot --write       # after a wanted change: make the golden file anew
-    python -m deit_fast.kernels.aot --markdown    # the table of docs/performance.md
+    python -m deit_fast.kernels.aot --markdown docs/performance.md  # its table, from those files
 
 A kernel file takes part by defining ``aot_cases()``, which yields tuples like `Case`. Every case is
 compiled for every architecture; the cubin is read with the cuobjdump and nvdisasm of Triton's own
@@ -42,6 +42,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 # Registers are handed out in eights; less than that changes no occupancy by itself.
 REGISTER_SLACK = 8
+MARKS = ("<!-- made by deit_fast.kernels.aot: begin -->", "<!-- end -->")
 
 EXPECTATIONS = {
     "wide_loads": "True: the rows are read in 16-byte words, and written so (see wide_stores)",
@@ -52,8 +53,6 @@ EXPECTATIONS = {
     "max_regs": "most registers of a thread",
     "i64_rows": "True: row offsets are products of 64-bit integers, so that large tensors work",
     "tensor_cores": "True: matrix instructions are present",
-    "bytes": "bytes of global memory that one call moves at `call`; documentation only",
-    "call": "the call that `bytes` counts, for example 'B=1024'; documentation only",
 }
 
 
@@ -213,8 +212,6 @@ def gate(
     cases: Iterable[Case], archs: Iterable[str] = ARCHITECTURES, golden: Table | None = None
 ) -> tuple[Table, list[str]]:
     """Compile all cases; returns their figures and one line per broken rule."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     cases, archs = list(cases), list(archs)
     table: Table = {}
     broken = []
@@ -308,6 +305,15 @@ def as_markdown(folder: Path = GOLDEN) -> str:
     return "\n".join(lines)
 
 
+def write_markdown(path: Path) -> None:
+    """Replace what stands between the two marks of a document."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise SystemExit(f"{path} has no lines {MARKS[0]} and {MARKS[1]}")
+    path.write_text(f"{before}{MARKS[0]}\n{as_markdown()}\n{MARKS[1]}{after}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m deit_fast.kernels.aot",
@@ -317,14 +323,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only cases whose name contains this")
     parser.add_argument("--write", action="store_true", help="make the golden file anew")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
-    parser.add_argument("--markdown", action="store_true", help="print the golden files and end")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the golden files there as a table; end"
+    )
     options = parser.parse_args(arguments)
     if options.markdown:
-        print(as_markdown())
+        write_markdown(options.markdown)
         return 0
     part = options.kernel != "" or options.arch != list(ARCHITECTURES)
     if options.write and part:
         parser.error("--write covers all kernels and architectures: leave --arch and --kernel out")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     cases = [case for case in package_cases() if options.kernel in case.name]
     if not cases:
         parser.error(f"no kernel's name contains {options.kernel!r}")

@@ -1,0 +1,221 @@
+"""Machine code of all kernels, without a GPU: the gate itself, and that it can fail.
+
+Compiling happens in processes of its own: other tests load Triton's interpreter into this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from deit_fast.kernels import aot
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "performance.md"
+OTHER_TRITON = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
+GOLDEN_FILES = sorted(aot.GOLDEN.glob("aot-triton-*.json"))
+
+GOOD = {
+    "registers": 40, "stack": 0, "shared": 64, "wide_loads": 4, "half_loads": 0,
+    "scalar_loads": 2, "wide_stores": 2, "half_stores": 0, "scalar_stores": 1,
+    "spills": 0, "fp64": 0, "tensor": 0, "i64_muls": 2,
+}  # fmt: skip
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | variables
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def assert_gate_passes(folder: Path, version: str, **variables: str) -> None:
+    file = folder / "figures.json"
+    done = run("-m", "deit_fast.kernels.aot", "--json", str(file), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"triton {version}\n")
+    table = json.loads(file.read_text())
+    assert table and all(by_arch.keys() == set(aot.ARCHITECTURES) for by_arch in table.values())
+
+
+@pytest.mark.slow
+def test_all_kernels_pass_the_gate(tmp_path):
+    assert_gate_passes(tmp_path, triton.__version__)
+
+
+@pytest.mark.slow
+def test_all_kernels_pass_the_gate_under_the_oldest_triton(tmp_path):
+    if not OTHER_TRITON.exists():
+        pytest.skip(f"no {OTHER_TRITON.relative_to(ROOT)}: `make test` installs it")
+    assert_gate_passes(tmp_path, "3.6.0", PYTHONPATH=str(OTHER_TRITON))
+
+
+def test_gate_names_each_rule_that_a_bad_kernel_breaks():
+    done = run("tests/bad_kernels.py")
+    assert done.returncode == 0, done.stderr
+    broken: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        case, rule = re.fullmatch(r"(.+) sm_90: ([^:]+?)(?::.*)?", line).groups()
+        broken.setdefault(case, set()).add(rule)
+    narrow = {"wide loads", "wide stores", "2-byte loads", "2-byte stores"}
+    assert broken == {
+        "run-time stride": narrow,
+        "run-time stride, fp32": {"wide loads", "wide stores", "4-byte loads", "4-byte stores"},
+        "misaligned": narrow,
+        "int32 rows": {"i64 rows"},
+        "double": {"fp64"},
+        "few registers": {"registers"},
+        "no matrices": {"tensor cores"},
+        "typing error": {"expectation 'wide_load' is not known"},
+        "spills": {"stack", "spills"},
+    }
+
+
+def test_shared_memory_limit_depends_on_the_architecture():
+    case = aot.Case("x", None, {}, {}, {}, {}, {})
+    got = GOOD | {"shared": 200 * 1024}
+    assert list(aot.broken_rules(case, "sm_90", got)) == []
+    (line,) = aot.broken_rules(case, "sm_80", got)
+    assert line == "shared memory: 204800 bytes, a block has 166912"
+
+
+def test_figures_as_good_as_the_golden_ones_pass():
+    better = GOOD | {"registers": 30, "shared": 0, "wide_loads": 5, "scalar_loads": 0}
+    slack = GOOD | {"registers": GOOD["registers"] + aot.REGISTER_SLACK}
+    for got in (GOOD, better, slack):
+        assert list(aot.regressions(got, GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("registers", 49, "registers: 49, 40 in the golden file"),
+        ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
+        ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
+        ("wide_stores", 0, "wide stores: 0, 2 in the golden file"),
+        ("half_loads", 1, "2-byte loads: 1, 0 in the golden file"),
+        ("half_stores", 8, "2-byte stores: 8, 0 in the golden file"),
+        ("scalar_loads", 3, "4-byte loads: 3, 2 in the golden file"),
+        ("scalar_stores", 2, "4-byte stores: 2, 1 in the golden file"),
+    ],
+)
+def test_worse_figures_are_named(field, value, line):
+    assert list(aot.regressions(GOOD | {field: value}, GOOD)) == [line]
+
+
+def test_instructions_are_counted_by_width():
+    # As nvdisasm prints them: predicates, cache hints, 32-byte loads of sm_100, a comment of bytes.
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;        /* 0x0000df00ff017b82 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/             @!UP1 LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R0], desc[UR4][R2.64] ;
+        /*0040*/                   UTMALDG.2D [UR8], [UR6] ;
+        /*0050*/               @P1 LDG.E.EF.U16 R4, desc[UR4][R2.64] ;
+        /*0060*/                   LDG.E.U8 R4, desc[UR4][R2.64] ;
+        /*0070*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0080*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0090*/              @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00a0*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00b0*/               @P0 STG.E desc[UR4][R2.64], R4 ;
+        /*00c0*/                   LDL.LU R4, [R1] ;
+        /*00d0*/                   STL.64 [R1], R4 ;
+        /*00e0*/                   DFMA R4, R2, R2, R4 ;
+        /*00f0*/                   F2F.F64.F32 R4, R2 ;
+        /*0100*/                   MUFU.RCP64H R5, R4 ;
+        /*0110*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0120*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0130*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], tmem[UR6] ;
+        /*0140*/                   IMAD.WIDE R2, R2, 0x4, R4 ;
+    """
+    assert aot.count_instructions(sass) == {
+        "wide_loads": 4, "half_loads": 2, "scalar_loads": 1,
+        "wide_stores": 1, "half_stores": 1, "scalar_stores": 1,
+        "spills": 2, "fp64": 3, "tensor": 3,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="nvdisasm"):
+        aot.count_instructions("no instruction here")
+
+
+def test_golden_files_cover_the_same_kernels():
+    assert aot.golden_file("3.6.0") in GOLDEN_FILES and len(GOLDEN_FILES) >= 2
+    first, *others = (json.loads(path.read_text()) for path in GOLDEN_FILES)
+    assert all(other.keys() == first.keys() for other in others), "`make aot-golden` writes all"
+
+
+def test_document_shows_the_golden_files(tmp_path):
+    copy = tmp_path / "performance.md"
+    copy.write_text(re.sub(r"\| sm_90 \|[^\n]*", "| sm_90 | stale |", DOCUMENT.read_text()))
+    assert copy.read_text() != DOCUMENT.read_text()
+    aot.write_markdown(copy)
+    assert copy.read_text() == DOCUMENT.read_text(), "`make aot-golden` writes the table anew"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (["--kernel", "absent"], {}, "no kernel's name contains 'absent'"),
+        (["--write", "--arch", "sm_90"], {}, "--write covers all"),
+        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1 leaves nothing to compile"),
+    ],
+)
+def test_wrong_calls_end_with_one_clear_line(arguments, variables, words):
+    done = run("-m", "deit_fast.kernels.aot", *arguments, **variables)
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1]
+
+
+def build_cuda_object(folder: Path) -> Path:
+    """csrc/cuda/gather.cu compiled with the flags that setup.py gives."""
+    script = f"""
+import shutil, setuptools
+from pathlib import Path
+setuptools.setup = lambda **_: None
+import setup
+ninja, folder = setup.find_ninja(), Path({str(folder)!r})
+setup.find_ninja = lambda: shutil.which("true")  # write the rules, build nothing yet
+setup.build_native(folder, folder / "library.so")
+print(setup.find_nvcc() and ninja)
+"""
+    written = run("-c", script)
+    assert written.returncode == 0, written.stderr
+    ninja = written.stdout.splitlines()[-1]
+    if ninja == "None":
+        pytest.skip("no nvcc")
+    target = folder / "csrc_cuda_gather.cu.o"
+    done = subprocess.run([ninja, "-C", folder, target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    return target
+
+
+def test_cuda_gather_has_wide_accesses_and_no_local_memory(tmp_path):
+    target = build_cuda_object(tmp_path)
+    subprocess.run(
+        [aot.TOOLS / "cuobjdump", "--extract-elf", "all", target], cwd=tmp_path, check=True
+    )
+    cubins = {path.name.split(".")[-2]: str(path) for path in tmp_path.glob("*.cubin")}
+    assert cubins.keys() == set(aot.ARCHITECTURES)
+    for arch, cubin in cubins.items():
+        usage = aot.tool("cuobjdump", "--dump-resource-usage", cubin)
+        assert set(re.findall(r"(?:STACK|LOCAL):\d+", usage)) == {"STACK:0", "LOCAL:0"}, arch
+        code = aot.tool("nvdisasm", "--print-code", cubin)
+        sections = re.split(r"^//-+ \.text\.(\S+) -+$", code, flags=re.MULTILINE)[1:]
+        counts = {
+            name: aot.count_instructions(text)
+            for name, text in zip(sections[::2], sections[1::2], strict=True)
+        }
+        assert len(counts) == 5, "one kernel per word size"
+        assert all(got["spills"] == got["fp64"] == 0 for got in counts.values()), arch
+        (wide,) = (
+            got for name, got in counts.items() if "gather_words" in name and "uint4" in name
+        )
+        assert wide["wide_loads"] == wide["wide_stores"] > 0, arch
+        assert wide["half_loads"] + wide["half_stores"] + wide["scalar_stores"] == 0, arch
