@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits import write_few_digits
 from safetensors.torch import save_file
 
 from deit_fast import cli
 from deit_fast.models.convnet import small_convnet
+from digits import write_few_digits
 
 
 @pytest.fixture(scope="module")
