@@ -33,7 +33,9 @@ from deit_fast.data import (
 )
 from deit_fast.data.evaluation import eval_pixels
 from deit_fast.data.loader import make_batch, view_pixels
-from deit_fast.views import CUTMIX, MIXUP, EpochOrder, TrainBatches, ViewPlan, philox
+from deit_fast.draws import philox
+from deit_fast.order import EpochOrder, TrainBatches
+from deit_fast.views import CUTMIX, MIXUP, ViewPlan
 
 SIZE = 32
 SEED = 11

@@ -19,7 +19,7 @@ LAYERS = [
     {"precompute", "train", "report"},
     {"evaluate", "charts", "report_style"},
     {"data", "models", "losses", "cache"},
-    {"views", "kernels", "environment", "arguments", "recipes", "files"},
+    {"views", "order", "draws", "kernels", "environment", "arguments", "recipes", "files"},
     {"config"},
 ]
 

@@ -15,21 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_fast.config import InputError, ViewRecipe
+from deit_fast.draws import LAM_ONE, Purpose, beta_table, philox, ratio_table
+from deit_fast.order import EpochOrder, TrainBatches, pairing
 from deit_fast.views import (
     CUTMIX,
-    LAM_ONE,
     MIXUP,
     NO_MIX,
-    EpochOrder,
-    Purpose,
-    TrainBatches,
     ViewPlan,
-    beta_table,
     fingerprint,
     lam_of,
-    pairing,
-    philox,
-    ratio_table,
 )
 
 DRAWS = 100_000
@@ -82,7 +76,7 @@ def words(out, seed, n: tl.constexpr):
 
 out = torch.zeros(4, 64, dtype=torch.int64)
 words[(1,)](out, 0x123456789ABC, n=64)
-from deit_fast.views import philox
+from deit_fast.draws import philox
 ours = np.stack(philox(np.arange(64), 0, 0, 0, (0x56789ABC, 0x1234)))
 assert (ours == (out.numpy() & 0xFFFFFFFF)).all(), (ours, out)
 print("equal")
@@ -396,7 +390,8 @@ def test_views_seeds_and_samples_differ():
 GOLDEN = """
 import hashlib, numpy as np
 from deit_fast.config import ViewRecipe
-from deit_fast.views import EpochOrder, ViewPlan
+from deit_fast.order import EpochOrder
+from deit_fast.views import ViewPlan
 plan = ViewPlan(ViewRecipe(), 2026, 10_001)
 ids, views = np.arange(10_001), np.arange(10_001) % 9
 digest = hashlib.sha256(plan.rows(ids, views).tobytes())

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deit_fast.config import DataConfig, InputError
-from deit_fast.views import philox
+from deit_fast.draws import philox
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 

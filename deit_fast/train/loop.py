@@ -21,13 +21,14 @@ from deit_fast.data.sources import open_source
 from deit_fast.environment import describe_command, describe_environment
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.files import write_atomically, write_json
+from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.train.checkpoint import save_checkpoint
 from deit_fast.train.metrics import MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.state import TrainState, create_state, resume
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teaching import CachedTeacher, create_teaching
-from deit_fast.views import EpochOrder, TrainBatches, ViewPlan
+from deit_fast.views import ViewPlan
 
 log = logging.getLogger("deit_fast")
 

@@ -1,0 +1,156 @@
+"""Random draws from a counter, not a stream, and the tables behind them; numpy only.
+
+Philox4x32-10 with key = seed and counter = (sample, view, slot, purpose). Every choice has its
+fixed slot, so no choice depends on how many draws another one needed. exp, log and the Beta law are
+tabulated once, from + - * / alone; after the tables there are only integers, + - * / and sqrt, all
+correctly rounded by IEEE 754. So draws are equal on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import IntEnum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+LAM_ONE = 65536  # lambda = 1 in the plan's integers
+
+Array: TypeAlias = np.ndarray
+
+_MASK = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+_TABLE = 65536
+
+
+class Purpose(IntEnum):
+    """Last counter word: keeps the uses of one (sample, view, slot) apart."""
+
+    VIEW = 0  # slot 0: flip, erase or not, noise key low, noise key high
+    CROP = 1  # slot = attempt: area, aspect ratio, left, top
+    ERASE = 2  # slot = attempt: area, aspect ratio, top, left
+    MIX = 3  # of the pair's smaller sample; slot 0: mixed, kind, lambda; slot 1: centre y, x
+    PAIRING = 4  # counter (sample, group)
+    ORDER = 5  # counter (pair, cycle)
+
+
+def philox(
+    c0: npt.ArrayLike, c1: npt.ArrayLike, c2: npt.ArrayLike, c3: npt.ArrayLike, key: tuple[int, int]
+) -> tuple[Array, Array, Array, Array]:
+    """Philox4x32-10 (Salmon et al., SC 2011), the generator of Triton's `tl.randint4x`.
+
+    Args:
+        c0, c1, c2, c3: counter words, integers below 2^32 of shapes that broadcast.
+        key: two integers below 2^32.
+
+    Returns:
+        Four uint32 arrays of the broadcast shape.
+    """
+    x0, x1, x2, x3 = (np.asarray(word).astype(np.uint64) for word in (c0, c1, c2, c3))
+    k0, k1 = key
+    for _ in range(10):
+        product0 = x0 * np.uint64(0xD2511F53)
+        product1 = x2 * np.uint64(0xCD9E8D57)
+        x0 = (product1 >> _SHIFT) ^ x1 ^ np.uint64(k0)
+        x2 = (product0 >> _SHIFT) ^ x3 ^ np.uint64(k1)
+        x1 = product1 & _MASK
+        x3 = product0 & _MASK
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    words = np.broadcast_arrays(x0, x1, x2, x3)
+    return tuple(word.astype(np.uint32) for word in words)  # type: ignore[return-value]
+
+
+def permutation(seed: int, count: int, index: int, purpose: Purpose) -> Array:
+    """Permutation number ``index`` of a purpose, int64 [count], read-only."""
+    low, high, _, _ = philox(np.arange(count), index, 0, purpose, key(seed))
+    keys = low | (high.astype(np.uint64) << _SHIFT)
+    return frozen(np.argsort(keys, kind="stable"))
+
+
+def frozen(array: Array) -> Array:
+    """The array, made read-only."""
+    array.flags.writeable = False  # cached: a caller that wrote into it would change later epochs
+    return array
+
+
+def key(seed: int) -> tuple[int, int]:
+    """Philox's key of a seed in [0, 2^64): low word, high word."""
+    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+
+
+def happens(words: Array, probability: float) -> Array:
+    """Which of these uniform 32-bit words fall below the probability."""
+    return words < np.uint64(round(probability * 2**32))
+
+
+def below(words: Array, bounds: Array) -> Array:
+    """Uniform integers in [0, bound): the high half of word * bound (bias below bound / 2^32)."""
+    return ((words.astype(np.uint64) * bounds.astype(np.uint64)) >> _SHIFT).astype(np.int64)
+
+
+def draw_beta(words: Array, alpha: float) -> Array:
+    """round(lambda * 65536), lambda ~ Beta(alpha, alpha), by inversion of the law."""
+    return np.searchsorted(beta_table(alpha), words, side="right") if len(words) else words
+
+
+@functools.lru_cache(maxsize=8)
+def ratio_table(low: float, high: float) -> Array:
+    """Log-uniform aspect ratios: float64 [65536], exp of a linear grid's cell centres."""
+    ends = _log(np.array([low, high]))
+    grid = (np.arange(_TABLE) + 0.5) / _TABLE
+    return frozen(_exp(ends[0] + (ends[1] - ends[0]) * grid))
+
+
+@functools.lru_cache(maxsize=8)
+def beta_table(alpha: float) -> Array:
+    """Law of round(65536 lambda), lambda ~ Beta(alpha, alpha), as integer thresholds.
+
+    Entry k is round(2^32 P(lambda < (k + 1/2) / 65536)), uint64 [65536]; the number of entries that
+    a uniform 32-bit word reaches is the draw, exactly inverted. For x <= 1/2 the law is
+    F(x) = (4 x (1 - x))^alpha T(x) / (2 T(1/2)) with T(x) = 2F1(2 alpha, 1; alpha + 1; x)
+    (DLMF 8.17.8, normalised by F(1/2) = 1/2): all terms positive, so nothing cancels.
+    """
+    ratios: list[float] = []
+    term = 1.0
+    while term > 1e-18:  # of T at its slowest point, 1/2
+        ratios.append((2 * alpha + len(ratios)) / (alpha + 1 + len(ratios)))
+        term *= ratios[-1] / 2
+
+    def series(x: Array) -> Array:
+        total = np.ones_like(x)
+        for ratio in reversed(ratios):
+            total = 1.0 + total * x * ratio
+        return total
+
+    x = (np.arange(_TABLE // 2) + 0.5) / _TABLE
+    law = _exp(alpha * _log(4.0 * x * (1.0 - x))) * series(x) / (2.0 * series(np.array([0.5])))
+    lower = np.rint(law * 2.0**32).astype(np.int64)
+    both = np.concatenate([lower, 2**32 - lower[::-1]])
+    return frozen(both.astype(np.uint64))
+
+
+_LN2 = 0.6931471805599453
+
+
+def _exp(x: Array) -> Array:
+    """exp from + - * / alone: libm's differs between machines in the last bit."""
+    power = np.rint(x / _LN2)
+    rest = x - power * _LN2
+    total = np.ones_like(x)
+    for n in range(20, 0, -1):
+        total = 1.0 + total * rest / n
+    return np.ldexp(total, power.astype(np.int32))
+
+
+def _log(x: Array) -> Array:
+    """log from + - * / alone: ln m = 2 artanh((m - 1) / (m + 1)), |.| <= 0.172."""
+    mantissa, power = np.frexp(x)
+    small = mantissa < 0.7071067811865476
+    mantissa, power = np.where(small, 2.0 * mantissa, mantissa), np.where(small, power - 1, power)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    total = np.zeros_like(s)
+    for n in range(31, 0, -2):
+        total = total * (s * s) + 1.0 / n
+    return 2.0 * s * total + power * _LN2
