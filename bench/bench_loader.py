@@ -1,7 +1,7 @@
-"""Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe parts.
+"""Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe.
 
-Both decode with Pillow, take a random resized crop (bicubic), flip and normalise to float32, in
-this process with one torch thread. The files are crops of scikit-learn's two photographs, 500 x 375
+Both decode with Pillow, take a random resized crop (bicubic), flip, apply RandAugment (DeiT's recipe)
+or not, normalise to float32 and erase, in this process with one torch thread. Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375
 pixels, JPEG quality 94, about the work of an ImageNet file.
 
 `3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
@@ -64,14 +64,14 @@ def one_core(function: Callable[[], Any], device: str) -> Callable[[], Any]:
     return run
 
 
-def build_loaders(device: str, repeats: int) -> dict[str, Callable[[], Any] | str]:
+def build_loaders(device: str, augment: bool, repeats: int) -> dict[str, Callable[[], Any] | str]:
     from timm.data import ImageDataset, create_loader
 
     holder = tempfile.TemporaryDirectory()  # lives as long as the closures below
     root = Path(holder.name)
     write_photographs(root)
 
-    recipe = ViewRecipe(erase_prob=0, mix_prob=0)
+    recipe = ViewRecipe(mix_prob=0, augment="randaugment" if augment else "none")
     source = ImageFolder(str(root), "train")
     ids = np.repeat(np.arange(FILES), repeats)
     views = np.tile(np.arange(repeats), FILES)
@@ -88,6 +88,9 @@ def build_loaders(device: str, repeats: int) -> dict[str, Callable[[], Any] | st
         is_training=True,
         use_prefetcher=False,
         color_jitter=0.0,
+        auto_augment="rand-m9-mstd0.5-inc1" if augment else None,
+        re_prob=recipe.erase_prob,
+        re_mode="pixel",
         interpolation="bicubic",
         num_workers=0,
         persistent_workers=False,
@@ -118,6 +121,9 @@ def cases(device: str) -> list[Case]:
     return [
         Case("plan rows", lambda: build_plans(False, device), items=PLANS),
         Case("plan crop boxes", lambda: build_plans(True, device), items=PLANS),
-        Case("JPEG 500x375 to 224", lambda: build_loaders(device, 1), items=FILES),
-        Case("JPEG 500x375 to 224, 3 repeats", lambda: build_loaders(device, 3), items=3 * FILES),
+        Case("JPEG, crop and flip", lambda: build_loaders(device, False, 1), items=FILES),
+        Case("JPEG, DeiT recipe", lambda: build_loaders(device, True, 1), items=FILES),
+        Case(
+            "JPEG, DeiT recipe, 3 repeats", lambda: build_loaders(device, True, 3), items=3 * FILES
+        ),
     ]

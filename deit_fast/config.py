@@ -44,6 +44,14 @@ class ViewRecipe:
     """Random resized crop: range of the crop's width / height, log-uniform."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
+    augment: Literal["randaugment", "none"] = "randaugment"
+    """RandAugment of two operations out of fifteen (timm's `rand-mM-mstdS-inc1`), or none."""
+    randaugment_magnitude: float = 9.0
+    """RandAugment: mean strength, 0 to 10."""
+    randaugment_std: float = 0.5
+    """RandAugment: standard deviation of the strength, drawn anew for each operation."""
+    randaugment_prob: float = 0.5
+    """RandAugment: probability that each of the two operations is applied."""
     erase_prob: float = 0.25
     """Random erasing (pixel mode): probability that a box is replaced by N(0, 1) noise."""
     erase_scale: tuple[float, float] = (0.02, 1 / 3)
@@ -68,13 +76,17 @@ class ViewRecipe:
     def __post_init__(self) -> None:
         _require(self.image_size >= 1, f"view.image_size must be at least 1, not {self.image_size}")
         _require(self.repeats >= 1, f"view.repeats must be at least 1, not {self.repeats}")
-        for name in ("flip_prob", "erase_prob", "mix_prob", "switch_prob"):
+        for name in ("flip_prob", "erase_prob", "mix_prob", "switch_prob", "randaugment_prob"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"view.{name} must lie in [0, 1], not {value}")
         for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
             low, high = getattr(self, name)
             _require(0 < low <= high, f"view.{name} needs 0 < low <= high, not ({low}, {high})")
-        for name in ("mixup_alpha", "cutmix_alpha"):
+        magnitude = self.randaugment_magnitude
+        _require(
+            0 <= magnitude <= 10, f"view.randaugment_magnitude must lie in [0, 10], not {magnitude}"
+        )
+        for name in ("mixup_alpha", "cutmix_alpha", "randaugment_std"):
             value = getattr(self, name)
             _require(value >= 0, f"view.{name} must not be negative, not {value}")
         _require(min(self.std) > 0, f"view.std must be positive, not {self.std}")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 LAM_ONE = 65536  # lambda = 1 in the plan's integers
+LEVEL_ONE = 1024  # RandAugment's level 1 in the plan's integers
 
 Array: TypeAlias = np.ndarray
 
@@ -33,6 +34,7 @@ class Purpose(IntEnum):
     MIX = 3  # of the pair's smaller sample; slot 0: mixed, kind, lambda; slot 1: centre y, x
     PAIRING = 4  # counter (sample, group)
     ORDER = 5  # counter (pair, cycle)
+    AUGMENT = 6  # slot = layer: operation, applied or not, level, sign
 
 
 def philox(
@@ -95,6 +97,11 @@ def draw_beta(words: Array, alpha: float) -> Array:
     return np.searchsorted(beta_table(alpha), words, side="right") if len(words) else words
 
 
+def draw_level(words: Array, mean: float, std: float) -> Array:
+    """round(1024 level), level ~ N(mean, std) clipped to [0, 10], by inversion of the law."""
+    return np.searchsorted(level_table(mean, std), words, side="right")
+
+
 @functools.lru_cache(maxsize=8)
 def ratio_table(low: float, high: float) -> Array:
     """Log-uniform aspect ratios: float64 [65536], exp of a linear grid's cell centres."""
@@ -129,6 +136,25 @@ def beta_table(alpha: float) -> Array:
     lower = np.rint(law * 2.0**32).astype(np.int64)
     both = np.concatenate([lower, 2**32 - lower[::-1]])
     return frozen(both.astype(np.uint64))
+
+
+@functools.lru_cache(maxsize=8)
+def level_table(mean: float, std: float) -> Array:
+    """Law of round(1024 clip(N(mean, std), 0, 10)) as integer thresholds, uint64 [10240].
+
+    Read as ``beta_table``. The normal law is 1/2 + phi(x) (x + x^3/3 + x^5/(3 5) + ...), all terms
+    of one sign.
+    """
+    edges = (np.arange(10 * LEVEL_ONE) + 0.5) / LEVEL_ONE - mean
+    if std == 0:
+        return frozen(np.where(edges <= 0, 0, 2**32).astype(np.uint64))
+    x = np.clip(edges / std, -7.0, 7.0)
+    total = np.ones_like(x)
+    for n in range(301, 1, -2):
+        total = 1.0 + total * (x * x) / n
+    law = 0.5 + 0.3989422804014327 * _exp(-0.5 * (x * x)) * x * total
+    law = np.where(x <= -7.0, 0.0, np.where(x >= 7.0, 1.0, law))
+    return frozen(np.rint(law * 2.0**32).astype(np.uint64))
 
 
 _LN2 = 0.6931471805599453

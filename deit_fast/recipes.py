@@ -1,9 +1,8 @@
 """Named, documented run configurations. Each docstring holds command, expected time and accuracy.
 
 Accuracies are those that DeiT's authors published (arXiv 2012.12877, tables 3 and 9, and their
-repository); "not run" says that this project has not repeated the run. What still differs from
-DeiT's recipe: RandAugment is not applied yet, and Mixup/CutMix draw lambda per pair of samples
-instead of per batch (the same law per image).
+repository); "not run" says that this project has not repeated the run. What differs from DeiT's
+recipe: Mixup/CutMix draw lambda per pair of samples instead of per batch (the same law per image).
 """
 
 from __future__ import annotations
@@ -154,6 +153,7 @@ def _digits_view(**changes: object) -> ViewRecipe:
         "image_size": 16,
         "crop_scale": (0.5, 1.0),
         "flip_prob": 0.0,
+        "augment": "none",
         "erase_prob": 0.0,
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),

@@ -27,22 +27,46 @@ from deit_fast.draws import (
     below,
     beta_table,
     draw_beta,
+    draw_level,
     happens,
     key,
+    level_table,
     philox,
     ratio_table,
 )
 from deit_fast.order import partner_table
 
-PLAN_VERSION = 1  # raise it with any change of what `rows` or `crop_boxes` return
+PLAN_VERSION = 2  # raise it with any change of what `rows` or `crop_boxes` return
 CUTMIX_FORM = "deit"  # edges centre -+ cut // 2; timm after 1.0.28 adds (cut + 1) // 2
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2
+
+# timm's increasing set, in its order; drawn uniformly with replacement
+RANDAUGMENT_OPERATIONS = (
+    "none",
+    "auto_contrast",
+    "equalize",
+    "invert",
+    "rotate",
+    "posterize",
+    "solarize",
+    "solarize_add",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
 
 PLAN_DTYPE = np.dtype(
     [
         ("sample", "i8"),
         ("view", "i4"),
         ("flip", "u1"),
+        ("operations", "u1", (2,)),  # RandAugment, places in RANDAUGMENT_OPERATIONS
+        ("levels", "i2", (2,)),  # strength of each in 1 / 1024; the sign is the direction
         ("erase", "i4", (4,)),  # top, left, height, width in pixels of the view; height 0: none
         ("noise_key", "u8"),  # Philox key of the erasing noise: low word, high word
         ("partner", "i8"),
@@ -97,6 +121,9 @@ class ViewPlan:
         rows["noise_key"] = low | (high.astype(np.uint64) << _SHIFT)
         erased = np.flatnonzero(happens(erase, recipe.erase_prob))
         rows["erase"][erased] = self._erase_boxes(samples[erased], views[erased])
+
+        if recipe.augment == "randaugment":
+            self._draw_operations(rows)
 
         rows["partner"] = partner = self._partners(samples, views)
         first = np.minimum(samples, partner)
@@ -153,6 +180,19 @@ class ViewPlan:
         )
         boxes[found] = np.stack([left, top, w, h], axis=1)
         return boxes.astype(np.int32)
+
+    def _draw_operations(self, rows: Array) -> None:
+        """RandAugment: per layer an operation, whether it is applied, its level and direction."""
+        recipe = self.recipe
+        layers = np.arange(rows["operations"].shape[1])
+        which, applied, level, sign = philox(
+            rows["sample"][:, None], rows["view"][:, None], layers, Purpose.AUGMENT, key(self.seed)
+        )
+        chosen = below(which, np.array(len(RANDAUGMENT_OPERATIONS) - 1)) + 1
+        applied = happens(applied, recipe.randaugment_prob)
+        levels = draw_level(level, recipe.randaugment_magnitude, recipe.randaugment_std)
+        rows["operations"] = np.where(applied, chosen, 0)
+        rows["levels"] = np.where(happens(sign, 0.5), -levels, levels) * applied
 
     def _erase_boxes(self, samples: Array, views: Array) -> Array:
         """timm's RandomErasing: against the crop, height and width change places; strict."""
@@ -261,6 +301,8 @@ def fingerprint(recipe: ViewRecipe, seed: int) -> dict[str, Any]:
     tables = [ratio_table(*recipe.crop_ratio), ratio_table(*recipe.erase_ratio)]
     alphas = (recipe.mixup_alpha, recipe.cutmix_alpha)
     tables += [beta_table(alpha) for alpha in alphas if alpha > 0]
+    if recipe.augment == "randaugment":
+        tables.append(level_table(recipe.randaugment_magnitude, recipe.randaugment_std))
     digest = hashlib.sha256()
     for table in tables:
         digest.update(table.astype(table.dtype.newbyteorder("<")).tobytes())

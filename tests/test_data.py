@@ -32,10 +32,11 @@ from deit_fast.data import (
     pixel_contract,
 )
 from deit_fast.data.evaluation import eval_pixels
-from deit_fast.data.loader import make_batch, view_pixels
+from deit_fast.data.loader import crop_and_resize, make_batch
 from deit_fast.draws import philox
 from deit_fast.order import EpochOrder, TrainBatches
-from deit_fast.views import CUTMIX, MIXUP, ViewPlan
+from deit_fast.views import CUTMIX, MIXUP, RANDAUGMENT_OPERATIONS, ViewPlan
+from test_augment import timms
 
 SIZE = 32
 SEED = 11
@@ -317,7 +318,7 @@ def damaged(tmp_path) -> ImageFolder:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
-    recipe = ViewRecipe(image_size=SIZE, mix_prob=0)
+    recipe = ViewRecipe(image_size=SIZE, mix_prob=0, augment="none")
     plan = ViewPlan(recipe, SEED, 8)
     batches = [
         (np.array([3, 2, 0]), np.array([0, 0, 0])),
@@ -332,7 +333,7 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
             key = batch.sample_ids[row : row + 1], batch.view_ids[row : row + 1]
             box = plan.crop_boxes(*key, [image.width], [image.height])[0].tolist()
             pixels = batch.images[batch.plan[row, 0]].numpy()
-            np.testing.assert_array_equal(pixels, view_pixels(image, box, SIZE))
+            np.testing.assert_array_equal(pixels, crop_and_resize(image, box, SIZE))
     assert first.sample_ids.tolist() == [3, 2, 0]
     assert first.substituted == [damaged.paths[2], damaged.paths[3]]
     assert second.substituted == [damaged.paths[2], damaged.paths[7]]  # once, though two views
@@ -386,9 +387,9 @@ def test_crop_and_resize_equal_torchvision(source):
             left = int(rng.integers(0, image.width - width + 1))
             top = int(rng.integers(0, image.height - height + 1))
             for size in (SIZE, 224):
-                ours = view_pixels(image, (left, top, width, height), size)
+                ours = crop_and_resize(image, (left, top, width, height), size)
                 theirs = F.resized_crop(image, top, left, height, width, [size, size], BICUBIC)
-                np.testing.assert_array_equal(ours, np.asarray(theirs))
+                np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_a_view_is_the_same_in_any_batch_order_and_process(source, root):
@@ -496,7 +497,10 @@ def test_batch_fields(source):
 
 
 def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np.ndarray:
-    """One finished view, pixel by pixel where it matters; shares nothing with loader and ingest."""
+    """One finished view in the recipe's own order: crop, flip, timm's operations, erasing, mixing.
+
+    Pixel by pixel where it matters; shares nothing with loader and ingest.
+    """
     quantile = NormalDist().inv_cdf
     mean, std = (np.array(values, np.float32) for values in (plan.recipe.mean, plan.recipe.std))
 
@@ -506,9 +510,12 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
             [row["sample"]], [row["view"]], [image.width], [image.height]
         )[0].tolist()
         small = F.resized_crop(image, top, left, height, width, [SIZE, SIZE], BICUBIC)
-        pixels = np.asarray(small).astype(np.float32)
         if row["flip"]:
-            pixels = pixels[:, ::-1]
+            small = F.hflip(small)
+        for operation, level in zip(row["operations"], row["levels"], strict=True):
+            if operation:
+                small = timms(small, RANDAUGMENT_OPERATIONS[operation], level / 1024)
+        pixels = np.asarray(small).astype(np.float32)
         pixels = ((pixels / np.float32(255) - mean) / std).copy()
         top, left, height, width = row["erase"].tolist()
         key = int(row["noise_key"]) & 0xFFFFFFFF, int(row["noise_key"]) >> 32
@@ -541,6 +548,7 @@ def test_finished_views_equal_a_slow_model(source):
     images = ingest_batch(batch, recipe, torch.float32).numpy()
     rows = plan.rows(samples, views)
     assert {0, 1, 2} == set(rows["mix_kind"].tolist()) and rows["flip"].any()
+    assert len(set(rows["operations"].ravel().tolist())) > 8
     for row in range(21):
         expected = slow_view(source, plan, int(samples[row]), int(views[row]))
         np.testing.assert_array_equal(images[row], expected)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit_fast.config import InputError
+from deit_fast.data.augment import randaugment
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.views import NO_MIX, ViewPlan, lam_of
@@ -35,7 +36,7 @@ class ViewBatch:
     """Pixels and plan of B views; `ingest_batch` makes the model's input of them.
 
     Attributes:
-        images: uint8 [M, S, S, 3], cropped and resized, neither flipped nor mixed; M >= 1.
+        images: uint8 [M, S, S, 3], cropped, resized and augmented, neither flipped nor mixed.
         plan: int32 [B, 22], `kernels.ingest.PLAN_COLUMNS`; its image columns point into `images`.
         sample_ids, view_ids: int64 and int32 [B], the view's address, for instance in a cache.
         labels, partner_labels: int64 [B]; equal where nothing is mixed.
@@ -151,27 +152,40 @@ def make_batch(
     partner = plan.rows(other, own["view"])
 
     # Members of a pair are each other's halves: unique (sample, view) keys, sorted by sample.
-    keys = np.stack(
-        [np.concatenate([own["sample"], other]), np.concatenate([own["view"], own["view"]])], axis=1
-    )
-    wanted, places = np.unique(keys, axis=0, return_inverse=True)
+    halves = np.concatenate([own, partner])
+    keys = np.stack([halves["sample"], halves["view"]], axis=1)
+    _, firsts, places = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     own_image, partner_image = places.reshape(2, len(own))
+    wanted = halves[firsts]
     size = plan.recipe.image_size
+    red, green, blue = (round(255 * mean) for mean in plan.recipe.mean)  # as timm's `img_mean`
+    fill = (red, green, blue)
     images = np.empty((len(wanted), size, size, 3), np.uint8)
     labels = np.empty(len(wanted), np.int64)
     substituted: list[str] = []
 
-    distinct, starts, counts = np.unique(wanted[:, 0], return_index=True, return_counts=True)
+    distinct, starts, counts = np.unique(wanted["sample"], return_index=True, return_counts=True)
     for first in range(0, len(distinct), _DECODED):
         group = slice(first, first + _DECODED)
         loaded = [load_readable(source, i, on_error, substituted) for i in distinct[group].tolist()]
         rows = slice(starts[group][0], starts[group][-1] + counts[group][-1])
         which = np.repeat(np.arange(len(loaded)), counts[group])
         sizes = np.array([_size(image) for image, _ in loaded])[which]
-        boxes = plan.crop_boxes(wanted[rows, 0], wanted[rows, 1], sizes[:, 0], sizes[:, 1])
+        part = wanted[rows]
+        boxes = plan.crop_boxes(part["sample"], part["view"], sizes[:, 0], sizes[:, 1])
         labels[rows] = source.labels[[taken for _, taken in loaded]][which]
-        for place, item, box in zip(images[rows], which.tolist(), boxes.tolist(), strict=True):
-            place[:] = view_pixels(loaded[item][0], box, size)
+        operations = zip(
+            part["operations"].tolist(), part["levels"].tolist(), part["flip"].tolist(), strict=True
+        )
+        for place, item, box, (names, levels, flip) in zip(
+            images[rows], which.tolist(), boxes.tolist(), operations, strict=True
+        ):
+            image = loaded[item][0]
+            if isinstance(image, np.ndarray):  # the synthetic source's, a finished view already
+                place[:] = image
+                continue
+            view = randaugment(crop_and_resize(image, box, size), names, levels, bool(flip), fill)
+            place[:] = np.asarray(view)
 
     return ViewBatch(
         images=torch.from_numpy(images),
@@ -185,17 +199,14 @@ def make_batch(
     )
 
 
-def view_pixels(image: Image.Image | np.ndarray, box: Sequence[int], size: int) -> np.ndarray:
-    """Crop, then resize the crop: uint8 [size, size, 3]; no pixel outside the crop counts.
+def crop_and_resize(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
+    """Crop, then resize the crop to a square; no pixel outside the crop counts.
 
     Pillow's bicubic with its antialias, torchvision's `resized_crop` on a PIL image bit for bit.
-    An array is a finished view of the synthetic source already.
     """
-    if isinstance(image, np.ndarray):
-        return image
     left, top, width, height = box
     crop = image.crop((left, top, left + width, top + height))
-    return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def load_readable(
