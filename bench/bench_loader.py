@@ -1,8 +1,9 @@
 """Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe.
 
-Both decode with Pillow, take a random resized crop (bicubic), flip, apply RandAugment (DeiT's recipe)
-or not, normalise to float32 and erase, in this process with one torch thread. Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375
-pixels, JPEG quality 94, about the work of an ImageNet file.
+Both decode with Pillow, take a random resized crop (bicubic), flip, apply RandAugment (in DeiT's
+recipe), normalise to float32 and erase, in this process with one torch thread. Mixing is left out.
+The files are crops of scikit-learn's two photographs, 500 x 375 pixels, JPEG quality 94, about the
+work of an ImageNet file.
 
 `3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
 """
@@ -118,12 +119,13 @@ def build_plans(crops: bool, device: str) -> dict[str, Callable[[], Any] | str]:
 
 
 def cases(device: str) -> list[Case]:
+    def loaders(augment: bool, repeats: int) -> Callable[[], dict[str, Callable[[], Any] | str]]:
+        return lambda: build_loaders(device, augment, repeats)
+
     return [
         Case("plan rows", lambda: build_plans(False, device), items=PLANS),
         Case("plan crop boxes", lambda: build_plans(True, device), items=PLANS),
-        Case("JPEG, crop and flip", lambda: build_loaders(device, False, 1), items=FILES),
-        Case("JPEG, DeiT recipe", lambda: build_loaders(device, True, 1), items=FILES),
-        Case(
-            "JPEG, DeiT recipe, 3 repeats", lambda: build_loaders(device, True, 3), items=3 * FILES
-        ),
+        Case("JPEG, crop and flip", loaders(False, 1), items=FILES),
+        Case("JPEG, DeiT recipe", loaders(True, 1), items=FILES),
+        Case("JPEG, DeiT recipe, 3 repeats", loaders(True, 3), items=3 * FILES),
     ]

@@ -258,5 +258,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row['items_per_s']:.5g}/s" if "items_per_s" in row else "",
         )
         line = " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        ratio = f"{row['ratio']:.2f}x of {row['ratio_to']}" if "ratio" in row else "best peer"
-        print(f"{line} {ratio}", flush=True)
+        note = "" if row["impl"].startswith("ours") else "best peer"
+        if "ratio" in row:
+            note = f"{row['ratio']:.2f}x of {row['ratio_to']}"
+        print(f"{line} {note}", flush=True)
