@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -116,7 +117,7 @@ def measure(case: Case, arch: str) -> Figures:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = tool("nvdisasm", "--print-code", cubin.name)
+        sass = tool("nvdisasm", "--print-code", "--no-dataflow", cubin.name)
     resources = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     ttir = compiled.asm["ttir"]
     return {
@@ -198,6 +199,8 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
     """Where the machine code is worse than the golden file says, one line each."""
     if got["registers"] > golden["registers"] + REGISTER_SLACK:
         yield f"registers: {got['registers']}, {golden['registers']} in the golden file"
+    if got["i64_muls"] < golden["i64_muls"]:
+        yield f"i64 rows: {got['i64_muls']} products, {golden['i64_muls']} in the golden file"
     if got["shared"] > golden["shared"]:
         yield f"shared memory: {got['shared']} bytes, {golden['shared']} in the golden file"
     for kind in ("loads", "stores"):
@@ -208,24 +211,33 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
                 yield f"{size} {kind}: {count}, {golden[f'{width}_{kind}']} in the golden file"
 
 
+_inherited: list[tuple[Case, str]] = []
+
+
+def _measure_inherited(number: int) -> Figures:
+    return measure(*_inherited[number])
+
+
 def gate(
     cases: Iterable[Case], archs: Iterable[str] = ARCHITECTURES, golden: Table | None = None
 ) -> tuple[Table, list[str]]:
     """Compile all cases; returns their figures and one line per broken rule."""
-    cases, archs = list(cases), list(archs)
-    table: Table = {}
+    jobs = [(case, arch) for case in cases for arch in archs]
+    table: Table = {case.name: {} for case, _ in jobs}
     broken = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # a compiled kernel of another run proves nothing
-        for case in cases:
-            table[case.name] = {}
-            for arch in archs:
-                got = table[case.name][arch] = measure(case, arch)
-                lines = list(broken_rules(case, arch, got))
-                if golden is not None:
-                    old = golden.get(case.name, {}).get(arch)
-                    lines += ["not in the golden file"] if old is None else regressions(got, old)
-                broken += [f"{case.name} {arch}: {line}" for line in lines]
+        # Forked: a jit function cannot be sent, so the processes inherit the jobs.
+        context = multiprocessing.get_context("fork")
+        with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
+            measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
+    for (case, arch), got in zip(jobs, measured, strict=True):
+        table[case.name][arch] = got
+        lines = list(broken_rules(case, arch, got))
+        if golden is not None:
+            old = golden.get(case.name, {}).get(arch)
+            lines += ["not in the golden file"] if old is None else regressions(got, old)
+        broken += [f"{case.name} {arch}: {line}" for line in lines]
     return table, broken
 
 
@@ -275,33 +287,31 @@ def as_text(table: Table) -> str:
 
 
 def as_markdown(folder: Path = GOLDEN) -> str:
-    """The golden files as one table; where versions of triton differ, all their values."""
+    """The golden files as one table, a line per case; a cell has one figure where all agree."""
     tables = {path.stem.removeprefix("aot-triton-"): path for path in folder.glob("aot-*.json")}
     versions = sorted(tables, key=lambda version: [int(part) for part in version.split(".")])
     golden = [json.loads(tables[version].read_text()) for version in versions]
 
-    def cell(name: str, arch: str, *fields: str) -> str:
-        values = []
-        for table in golden:
-            got = table.get(name, {}).get(arch)
-            values.append("-" if got is None else " + ".join(str(got[field]) for field in fields))
+    def cell(name: str, archs: Iterable[str], *fields: str) -> str:
+        values = [
+            " + ".join(str(table[name][arch][field]) for field in fields)
+            for arch in archs
+            for table in golden
+        ]
         return values[0] if len(set(values)) == 1 else ", ".join(values)
 
+    columns = " | ".join(ARCHITECTURES)
     lines = [
-        f"Triton {', '.join(versions)}; one figure where all agree.",
+        f"Triton {', '.join(versions)}, in this order where they differ.",
         "",
-        "| kernel | arch | registers | shared, bytes | 16-byte loads + stores |",
-        "|---|---|---|---|---|",
+        f"| kernel | registers {columns} | shared bytes | 16-byte loads + stores |",
+        f"|---|{'---|' * len(ARCHITECTURES)}---|---|",
     ]
-    names = dict.fromkeys(name for table in golden for name in table)
-    for name in names:
-        for arch in ARCHITECTURES:
-            cells = (
-                cell(name, arch, "registers"),
-                cell(name, arch, "shared"),
-                cell(name, arch, "wide_loads", "wide_stores"),
-            )
-            lines.append(f"| {name} | {arch} | {' | '.join(cells)} |")
+    for name in golden[0]:
+        registers = [cell(name, [arch], "registers") for arch in ARCHITECTURES]
+        shared = cell(name, ARCHITECTURES, "shared")
+        wide = cell(name, ARCHITECTURES, "wide_loads", "wide_stores")
+        lines.append(f"| {name} | {' | '.join([*registers, shared, wide])} |")
     return "\n".join(lines)
 
 

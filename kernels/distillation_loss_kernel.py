@@ -199,7 +199,9 @@ def _binary_block(z, positive, valid, smoothing, inverse_classes, SMOOTH: tl.con
     small = tl.exp2(-tl.abs(y) * LOG2E)
     one = 1.0 + small
     # log1p: the quotient undoes the rounding of 1 + small, which loses its digits.
-    log1p = tl.where(one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0)))
+    log1p = tl.where(
+        one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0))
+    )
     loss = tl.maximum(y, 0.0) + log1p
     sigmoid = tl.where(y >= 0, 1.0, small) / one
     g = tl.where(positive, -sigmoid, sigmoid)
@@ -222,13 +224,11 @@ def _binary_row(
     for at in range(0, classes, BLOCK):
         cols = at + tl.arange(0, BLOCK)
         z = _load(logits, start, cols, classes, 0.0, VEC, PADDED)
-        if TARGET == DENSE:
-            positive = _load(soft, soft_start, cols, classes, 0.0, SOFT_VEC, SOFT_PADDED) > 0
-        else:
-            positive = (cols == first) & (weight_first > 0)
-            if TARGET == PAIR:
-                positive = positive | ((cols == second) & (weight_second > 0))
-        loss, g = _binary_block(z, positive, cols < classes, smoothing, inverse_classes, SMOOTH)
+        t = _target(
+            cols, classes, first, second, weight_first, weight_second, soft, soft_start,
+            1.0, 0.0, TARGET, False, SOFT_VEC, SOFT_PADDED,
+        )  # fmt: skip
+        loss, g = _binary_block(z, t > 0, cols < classes, smoothing, inverse_classes, SMOOTH)
         losses += loss
         if gradient is not None:
             _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
@@ -241,17 +241,17 @@ def _binary_row(
 
 
 @triton.jit
-def _divergence_block(z, x, maximum, inverse, log2_total, t_maximum, t_inverse, t_log2_total, scale):
+def _divergence_block(z, x, maximum, log2_total, t_maximum, t_log2_total, scale):
     """Terms q log(q / p) - q + p of KL, none below 0, and the gradient p - q.
 
-    The last two sum to 0 over a row. With them an error of either log-sum-exp counts by its
-    square only: it shifts all of log p and scales all of p.
+    The last two sum to 0 over a row. Made of the same rounded logarithms as the first, they cancel
+    what the rounding of log p does to it, up to its square.
     """
-    d, t_d = (z - maximum) * scale, (x - t_maximum) * scale
-    p, q = tl.exp2(d) * inverse, tl.exp2(t_d) * t_inverse
-    gap = ((t_d - t_log2_total) - (d - log2_total)) * LN2
-    g = p - q
-    return tl.where(q > 0, q * gap, 0.0) + g, g
+    log2_p = (z - maximum) * scale - log2_total
+    log2_q = (x - t_maximum) * scale - t_log2_total
+    q = tl.exp2(log2_q)
+    g = tl.exp2(log2_p) - q
+    return tl.where(q > 0, q * ((log2_q - log2_p) * LN2), 0.0) + g, g
 
 
 @triton.jit
@@ -267,9 +267,8 @@ def _divergence_row(
         maximum, total = _maximum_and_total(z, scale)
         t_maximum, t_total = _maximum_and_total(x, scale)
         loss, g = _divergence_block(
-            z, x, maximum, 1.0 / total, tl.log2(total),
-            t_maximum, 1.0 / t_total, tl.log2(t_total), scale,
-        )  # fmt: skip
+            z, x, maximum, tl.log2(total), t_maximum, tl.log2(t_total), scale
+        )
         if gradient is not None:
             _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
         return tl.sum(loss, 0)
@@ -285,16 +284,13 @@ def _divergence_row(
         t_maximum, t_total = _gather_in(t_maximum, t_total, x, scale)
     top, total = _over_lanes(maximum, total, scale)
     t_top, t_total = _over_lanes(t_maximum, t_total, scale)
-    inverse, t_inverse = 1.0 / total, 1.0 / t_total
     log2_total, t_log2_total = tl.log2(total), tl.log2(t_total)
     losses = tl.zeros([BLOCK], tl.float32)
     for at in range(0, classes, BLOCK):
         cols = at + tl.arange(0, BLOCK)
         z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
         x = _load(teacher, teacher_start, cols, classes, NEG_INF, TEACHER_VEC, TEACHER_PADDED)
-        loss, g = _divergence_block(
-            z, x, top, inverse, log2_total, t_top, t_inverse, t_log2_total, scale
-        )
+        loss, g = _divergence_block(z, x, top, log2_total, t_top, t_log2_total, scale)
         losses += loss
         if gradient is not None:
             _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
@@ -304,11 +300,6 @@ def _divergence_row(
 # ---------------------------------------------------------------------------------------------
 # Soft distillation, top-k teacher
 # ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
 
 
 @triton.jit
@@ -325,22 +316,22 @@ def _members(ids, ids_start, kept, at, BLOCK: tl.constexpr, IDS: tl.constexpr):
         i = tl.load(ids + ids_start + k, mask=k < kept, other=0).to(tl.int32)
         here = (word[:, None] == (i >> 5)[None, :]) & (k < kept)[None, :]
         bit = tl.full([STEP], 1, tl.int32) << (i & 31)
-        bits |= tl.reduce(tl.where(here, bit[None, :], 0), 1, _either)
+        bits |= tl.sum(tl.where(here, bit[None, :], 0), 1)  # distinct ids: a sum is an or
     spread = (bits[:, None] >> tl.arange(0, 32)[None, :]) & 1
     return tl.reshape(spread, [BLOCK]) != 0
 
 
 @triton.jit
 def _topk_block(
-    z, member, valid, maximum, log2_total, out_maximum, out_inverse, scale,
+    z, member, valid, maximum, total, out_maximum, out_inverse, scale, inverse_tau,
     mass, rest, even, TAIL: tl.constexpr,
 ):  # fmt: skip
     """log p of the classes outside the ids (for "uniform") and the gradient as if all were."""
-    log2_p = (z - maximum) * scale - log2_total
-    g = mass * tl.exp2(log2_p)
+    g = mass * tl.exp2((z - maximum) * scale) * (1.0 / total)
     outside = tl.zeros_like(z)
     if TAIL == UNIFORM:
-        outside = tl.where(valid & (member == 0), log2_p * LN2, 0.0)
+        log_p = (z - maximum) * inverse_tau - tl.log(total)
+        outside = tl.where(valid & (member == 0), log_p, 0.0)
         g -= even
     if TAIL == BUCKET:
         # Without its members a row has a lower maximum, and a member may lie above it.
@@ -352,7 +343,7 @@ def _topk_block(
 @triton.jit
 def _topk_row(
     logits, start, gradient, gradient_start, ids, ids_start, log_probs, log_probs_start, log_rest,
-    classes, kept, scale, gradient_scale,
+    classes, kept, scale, inverse_tau, gradient_scale,
     TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
     VEC: tl.constexpr, PADDED: tl.constexpr, GRADIENT_VEC: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +355,7 @@ def _topk_row(
     log_q = tl.load(log_probs + log_probs_start + k, mask=known, other=NEG_INF).to(tl.float32)
     if TAIL == RENORM:
         q_maximum, q_total = _maximum_and_total(log_q, LOG2E)
-        log_q = log_q - q_maximum - tl.log2(q_total) * LN2
+        log_q = log_q - q_maximum - tl.log(q_total)
     q = tl.exp2(log_q * LOG2E)
     picked = tl.load(logits + start + i, mask=known, other=NEG_INF).to(tl.float32)
     rest, log_r, even = 0.0, 0.0, 0.0
@@ -385,10 +376,9 @@ def _topk_row(
         maximum, total = _maximum_and_total(z, scale)
         if TAIL == BUCKET:
             out_maximum, out_total = _maximum_and_total(tl.where(member, NEG_INF, z), scale)
-        log2_total = tl.log2(total)
         outside, g = _topk_block(
-            z, member, cols < classes, maximum, log2_total, out_maximum, _inverse(out_total),
-            scale, mass, rest, even, TAIL,
+            z, member, cols < classes, maximum, total, out_maximum, _inverse(out_total),
+            scale, inverse_tau, mass, rest, even, TAIL,
         )  # fmt: skip
         if gradient is not None:
             _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
@@ -410,7 +400,6 @@ def _topk_row(
         maximum, total = _over_lanes(lanes, totals, scale)
         if TAIL == BUCKET:
             out_maximum, out_total = _over_lanes(out_lanes, out_totals, scale)
-        log2_total = tl.log2(total)
         out_inverse = _inverse(out_total)
         outsides = tl.zeros([BLOCK], tl.float32)
         for at in range(0, classes, BLOCK):
@@ -420,27 +409,30 @@ def _topk_row(
             if TAIL >= UNIFORM:
                 member = _members(ids, ids_start, kept, at, BLOCK, IDS)
             outside, g = _topk_block(
-                z, member, cols < classes, maximum, log2_total, out_maximum, out_inverse,
-                scale, mass, rest, even, TAIL,
+                z, member, cols < classes, maximum, total, out_maximum, out_inverse,
+                scale, inverse_tau, mass, rest, even, TAIL,
             )  # fmt: skip
             outsides += outside
             if gradient is not None:
                 _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
         log_p_outside = tl.sum(outsides, 0)
 
-    log2_p = (picked - maximum) * scale - log2_total
-    loss = tl.sum(tl.where(q > 0, q * (log_q - log2_p * LN2), 0.0), 0)
+    # Natural logarithms, as the teacher's: two roundings less than by way of base 2.
+    log_total = tl.log(total)
+    log_p = (picked - maximum) * inverse_tau - log_total
+    loss = tl.sum(tl.where(q > 0, q * (log_q - log_p), 0.0), 0)
     if gradient is not None:
         tl.debug_barrier()  # the ids' entries were written with the others, by other threads
-        g = (mass * tl.exp2(log2_p) - q) * gradient_scale
+        g = (mass * tl.exp2((picked - maximum) * scale) * (1.0 / total) - q) * gradient_scale
         tl.store(gradient + gradient_start + i, g, mask=known)
     if TAIL == UNIFORM:
         count = (classes - kept).to(tl.float32)
-        gap = log_r - tl.log2(count) * LN2 - log_p_outside / count
+        gap = log_r - tl.log(count) - log_p_outside / count
         loss += tl.where(rest > 0, rest * gap, 0.0)
     if TAIL == BUCKET:
-        log2_outside = (out_maximum - maximum) * scale + tl.log2(out_total) - log2_total
-        loss += tl.where(rest > 0, rest * (log_r - log2_outside * LN2), 0.0)
+        # Of the quotient: where s is nearly 1 the difference of two logarithms is all rounding.
+        log_s = (out_maximum - maximum) * inverse_tau + tl.log(out_total / total)
+        loss += tl.where(rest > 0, rest * (log_r - log_s), 0.0)
     return loss
 
 
@@ -466,9 +458,7 @@ def _decision(
 
 
 @triton.jit
-def _topk_decision(
-    ids, ids_start, log_probs, log_probs_start, kept, IDS: tl.constexpr
-):
+def _topk_decision(ids, ids_start, log_probs, log_probs_start, kept, IDS: tl.constexpr):
     k = tl.arange(0, IDS)
     log_q = tl.load(log_probs + log_probs_start + k, mask=k < kept, other=NEG_INF).to(tl.float32)
     first = tl.min(tl.where((log_q == tl.max(log_q, 0)) & (k < kept), k, IDS - 1), 0)
@@ -481,8 +471,9 @@ def _topk_decision(
 
 _RUN_TIME = (
     "rows", "classes", "kept", "z_c_stride", "g_c_stride", "z_d_stride", "g_d_stride",
-    "soft_stride", "teacher_stride", "ids_stride", "log_probs_stride", "scale", "smoothing",
-    "base_mean", "distill_mean", "base_weight", "distill_weight", "g_c_scale", "g_d_scale",
+    "soft_stride", "teacher_stride", "ids_stride", "log_probs_stride",
+    "scale", "inverse_tau", "smoothing", "base_mean", "distill_mean", "base_weight",
+    "distill_weight", "g_c_scale", "g_d_scale",
 )  # fmt: skip
 
 
@@ -498,7 +489,7 @@ def loss_kernel(
     rows, classes, kept,
     z_c_stride, g_c_stride, z_d_stride, g_d_stride,
     soft_stride, teacher_stride, ids_stride, log_probs_stride,
-    scale,  # log2(e) / temperature
+    scale, inverse_tau,  # log2(e) / temperature, 1 / temperature
     smoothing,
     base_mean, distill_mean,  # sum over rows -> base and distillation loss
     base_weight, distill_weight,  # these -> total
@@ -543,9 +534,9 @@ def loss_kernel(
     if TEACHER != 0:
         z_start, g_start = _row(row, z_d_stride, Z_D_VEC), _row(row, g_d_stride, G_D_VEC)
         teacher_start, ids_start, log_probs_start = 0, 0, 0
-        if TEACHER == SOFT or TEACHER == HARD_DENSE:
+        if TEACHER == SOFT or TEACHER == HARD_DENSE:  # noqa: SIM109
             teacher_start = _row(row, teacher_stride, TEACHER_VEC)
-        if TEACHER == SOFT_TOPK or TEACHER == HARD_TOPK:
+        if TEACHER == SOFT_TOPK or TEACHER == HARD_TOPK:  # noqa: SIM109
             ids_start = row.to(tl.int64) * ids_stride
             log_probs_start = row.to(tl.int64) * log_probs_stride
         if TEACHER == SOFT:
@@ -559,7 +550,7 @@ def loss_kernel(
                 log_r = tl.load(log_rest + row).to(tl.float32)
             row_loss = _topk_row(
                 z_d, z_start, g_d, g_start, ids, ids_start, log_probs, log_probs_start, log_r,
-                classes, kept, scale, g_d_scale,
+                classes, kept, scale, inverse_tau, g_d_scale,
                 TAIL, IDS, BLOCK, SINGLE, Z_D_VEC, Z_D_PADDED, G_D_VEC,
             )  # fmt: skip
         else:
@@ -605,7 +596,9 @@ def _sum_of(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("factor_c", "factor_d", "count_c", "count_d", "steps"))
-def scale_kernel(g_c, g_d, grad_total, factor_c, factor_d, count_c, count_d, steps, BLOCK: tl.constexpr):
+def scale_kernel(
+    g_c, g_d, grad_total, factor_c, factor_d, count_c, count_d, steps, BLOCK: tl.constexpr
+):
     """Scale both gradients in place by factor * grad_total; touch nothing where that is 1."""
     grad = tl.load(grad_total).to(tl.float32)
     if g_c is not None:
@@ -618,7 +611,7 @@ def scale_kernel(g_c, g_d, grad_total, factor_c, factor_d, count_c, count_d, ste
 def _scale(values, factor, count, steps, BLOCK: tl.constexpr):
     if factor != 1.0:
         start = tl.program_id(0).to(tl.int64) * BLOCK
-        for _ in range(0, steps):
+        for _ in range(steps):
             i = start + tl.arange(0, BLOCK)
             if start + BLOCK <= count:
                 tl.store(values + i, tl.load(values + i).to(tl.float32) * factor)

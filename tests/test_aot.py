@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,25 +36,26 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_gate_passes(folder: Path, version: str, **variables: str) -> None:
+def assert_gate_passes(folder: Path, version: str, archs: tuple[str, ...], **env: str) -> None:
     file = folder / "figures.json"
-    done = run("-m", "deit_fast.kernels.aot", "--json", str(file), **variables)
+    done = run("-m", "deit_fast.kernels.aot", "--json", str(file), "--arch", *archs, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"triton {version}\n")
     table = json.loads(file.read_text())
-    assert table and all(by_arch.keys() == set(aot.ARCHITECTURES) for by_arch in table.values())
+    assert table and all(by_arch.keys() == set(archs) for by_arch in table.values())
 
 
 @pytest.mark.slow
 def test_all_kernels_pass_the_gate(tmp_path):
-    assert_gate_passes(tmp_path, triton.__version__)
+    assert_gate_passes(tmp_path, triton.__version__, aot.ARCHITECTURES)
 
 
 @pytest.mark.slow
 def test_all_kernels_pass_the_gate_under_the_oldest_triton(tmp_path):
     if not OTHER_TRITON.exists():
         pytest.skip(f"no {OTHER_TRITON.relative_to(ROOT)}: `make test` installs it")
-    assert_gate_passes(tmp_path, "3.6.0", PYTHONPATH=str(OTHER_TRITON))
+    # The H100 alone, whose machine has this release; `make aot` compiles for all.
+    assert_gate_passes(tmp_path, "3.6.0", ("sm_90",), PYTHONPATH=str(OTHER_TRITON))
 
 
 def test_gate_names_each_rule_that_a_bad_kernel_breaks():
@@ -98,6 +98,7 @@ def test_figures_as_good_as_the_golden_ones_pass():
     ("field", "value", "line"),
     [
         ("registers", 49, "registers: 49, 40 in the golden file"),
+        ("i64_muls", 1, "i64 rows: 1 products, 2 in the golden file"),
         ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
         ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
         ("wide_stores", 0, "wide stores: 0, 2 in the golden file"),

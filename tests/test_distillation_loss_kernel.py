@@ -1,0 +1,900 @@
+"""The kernels of the distillation loss: against float64, against its own laws, byte by byte.
+
+On a machine without a GPU they run in Triton's interpreter, which has to be chosen before triton is
+imported: `test_in_the_interpreter` runs this file again in a process of its own. On a GPU machine
+the tests marked gpu run the compiled kernels.
+
+Accuracy: the error against the float64 reference is at most twice that of plain PyTorch code in the
+same dtype, plus two units of the result's last place and one rounding of the terms that a soft loss
+is the difference of. Grid: every teacher form x every dtype x every
+shape of SHAPES; temperatures, memory layouts, target forms, base losses and reductions take turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit_fast.kernels import TopK, distillation_loss
+from deit_fast.kernels.distillation_loss import base_loss, hard_distillation, soft_distillation
+from deit_fast.kernels.distillation_loss_reference import (
+    reference_base,
+    reference_hard,
+    reference_soft,
+    soft_factor,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+RUNS = INTERPRETED or DEVICE == "cuda"
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+
+SHAPES = ((0, 7), (1, 1), (3, 2), (17, 7), (1, 10), (3, 100), (2, 1000), (1, 1001), (1, 1024))
+LONG_SHAPES = ((1, 4097), (1, 21841))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
+TAILS = ("bucket", "uniform", "renorm", "drop")
+FORMS = ("none", "dense", *TAILS, "hard dense", "hard labels", "hard topk")
+LAYOUTS = ("plain", "columns", "transposed", "padded rows", "aligned rows", "misaligned")
+TARGETS = ("labels", "pair", "dense")
+K = 5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+def test_in_the_interpreter() -> None:
+    """All tests below, on the CPU."""
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------
+
+
+def normal(
+    rows: int, classes: int, scale: float = 3.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return (torch.randn(rows, classes, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+
+def top_k(logits: Tensor, k: int, tau: float, tail: str = "bucket") -> TopK:
+    log_q = torch.log_softmax(logits.double() / tau, 1)
+    values, ids = log_q.topk(k, 1)
+    tails = log_q.scatter(1, ids, -math.inf).logsumexp(1)
+    return TopK(ids.int(), values.float(), tails.float(), tail)
+
+
+def laid_out(form: str, x: Tensor) -> Tensor:
+    """The values of x in another memory layout, surrounded by NaN."""
+    rows, classes = x.shape
+    if form == "columns":
+        return torch.stack((x, torch.full_like(x, math.nan)), 2).flatten(1)[:, ::2]
+    if form == "transposed":
+        return x.t().contiguous().t()
+    if form == "padded rows":
+        return F.pad(x, (0, 3), value=math.nan)[:, :classes]
+    if form == "aligned rows":
+        return F.pad(x, (0, -classes % 8), value=math.nan)[:, :classes]
+    if form == "misaligned":
+        return F.pad(x.flatten(), (1, 3), value=math.nan)[1 : 1 + x.numel()].view(rows, classes)
+    return x.clone()
+
+
+def teacher_of(form: str, logits: Tensor, tau: float) -> Any:
+    k = min(K, logits.shape[1])
+    if form == "hard labels":
+        return logits.argmax(1).int()
+    if form == "hard topk":
+        return top_k(logits, k, 1.0)
+    if form in TAILS:
+        return top_k(logits, k, tau, form)
+    return logits if "dense" in form else None
+
+
+def dense_target(target: Any, classes: int) -> Tensor:
+    if isinstance(target, tuple):
+        first, second, lam = target
+        lam = lam.double()[:, None]
+        return F.one_hot(first, classes) * lam + F.one_hot(second, classes) * (1 - lam)
+    return target if target.dim() == 2 else F.one_hot(target.long(), classes).double()
+
+
+def target_of(form: str, rows: int, classes: int) -> Any:
+    first, second = torch.randint(classes, (2, rows), device=DEVICE)
+    lam = torch.rand(rows, device=DEVICE)
+    if form == "labels":
+        return first
+    return (first, second, lam) if form == "pair" else dense_target((first, second, lam), classes)
+
+
+def to_double(value: Any) -> Any:
+    if isinstance(value, TopK):
+        return value._replace(log_probs=value.log_probs.double(), log_tail=value.log_tail.double())
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+# ---------------------------------------------------------------------------------------------
+
+
+def naive(
+    zc: Tensor, zd: Tensor, target: Any, teacher: Any, *, kind: str, alpha: float, tau: float,
+    smoothing: float, base: str, reduction: str, return_parts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The formulas of DeiT and timm in plain PyTorch, in the dtype of the logits."""
+    rows, classes = zc.shape
+    if base == "bce":
+        base_term = reference_base(zc, target, smoothing, base)
+    else:
+        t = dense_target(target, classes) * (1 - smoothing) + smoothing / classes
+        base_term = torch.sum(-t.to(zc.dtype) * F.log_softmax(zc, -1), -1).mean()
+    if kind == "none":
+        return base_term, base_term, base_term * 0
+    if kind == "hard":
+        distill = reference_hard(zd, teacher)
+    elif isinstance(teacher, TopK):
+        distill = reference_soft(zd, teacher, tau, reduction)
+    else:
+        log_p = F.log_softmax(zd / tau, -1)
+        log_q = F.log_softmax(teacher / tau, -1)
+        distill = F.kl_div(log_p, log_q, reduction="sum", log_target=True).float()
+        distill = distill * tau**2 / rows * {"numel": 1 / classes, "hinton": 2}.get(reduction, 1)
+    return (1 - alpha) * base_term + alpha * distill, base_term, distill
+
+
+def results(loss: Callable[..., Any], zc: Tensor, zd: Tensor, *rest: Any, **options: Any) -> list:
+    """Total, base and distillation loss, the gradients of both heads."""
+    leaves = [zc.detach().requires_grad_(), zd.detach().requires_grad_()]
+    losses = loss(*leaves, *rest, **options, return_parts=True)
+    gradients = torch.autograd.grad(losses[0], leaves, allow_unused=True)
+    return [x.detach() for x in losses] + [g for g in gradients if g is not None]
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    return ((got.double() - true).norm() / true.norm()).item()
+
+
+def one_rounding(zd: Tensor, teacher: Any, tau: float, reduction: str) -> tuple[float, float]:
+    """What one float32 rounding of each log p and each p is worth in the soft loss and gradient.
+
+    Near its 0 the loss is a difference of larger terms, and which of two codes has luck is chance.
+    """
+    log_p = torch.log_softmax(zd.double() / tau, 1)
+    if isinstance(teacher, TopK):
+        ids, r = teacher.ids.long(), teacher.log_tail.double()
+        log_q, outside = teacher.log_probs.double(), log_p.scatter(1, ids, -1e9)
+        if teacher.tail == "uniform":
+            log_s = log_p.scatter(1, ids, 0.0).sum(1) / max(zd.shape[1] - ids.shape[1], 1)
+        else:
+            log_s = outside.logsumexp(1)
+        log_p = torch.cat((log_p.gather(1, ids), log_s[:, None]), 1)
+        log_q = torch.cat((log_q, r[:, None]), 1)
+    else:
+        log_q = torch.log_softmax(teacher.double() / tau, 1)
+    q = log_q.exp()
+    unit = torch.finfo(torch.float32).eps * soft_factor(reduction, tau, *zd.shape)
+    terms = (q * (log_q.abs() + log_p.abs())).nan_to_num(0, 0, 0).sum()
+    return unit * terms.item(), unit / tau * q.norm().item()
+
+
+def assert_no_worse(zc: Tensor, zd: Tensor, target: Any, teacher: Any, **options: Any) -> None:
+    ours = results(distillation_loss, zc, zd, target, teacher, **options)
+    true = results(distillation_loss, *map(to_double, (zc, zd, target, teacher)), **options)
+    assert [x.dtype for x in ours[:3]] == [torch.float32] * 3 and len(ours) == len(true)
+    if len(zc) == 0:
+        assert all(x.sum() == 0 for x in ours) and ours[-1].shape == zc.shape
+        return
+    other = results(naive, zc, zd, target, teacher, **options)
+    floor = dict.fromkeys(("total", "base", "distill", "class gradient", "distill gradient"), 1e-12)
+    if options["kind"] == "soft":
+        terms, pull = one_rounding(zd, teacher, options["tau"], options["reduction"])
+        floor |= {"distill": terms, "total": options["alpha"] * terms}
+        floor["distill gradient"] = options["alpha"] * pull
+    for (name, least), mine, theirs, truth in zip(floor.items(), ours, other, true, strict=False):
+        allowed = 2 * (theirs.double() - truth).norm() + least
+        allowed += 2 * torch.finfo(mine.dtype).eps * truth.norm()
+        if mine.dtype == torch.float16:  # a gradient below its range is lost in any code
+            allowed += 6e-8 * mine.numel() ** 0.5
+        mistake = (mine.double() - truth).norm()
+        assert mistake <= allowed, (
+            f"{name} {tuple(zc.shape)} {options}: {mistake:.1e} of {truth.norm():.1e}, "
+            f"PyTorch's own {(theirs.double() - truth).norm():.1e}"
+        )
+
+
+def check_accuracy(form: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> None:
+    turns = [
+        itertools.cycle(values)
+        for values in (
+            TEMPERATURES, LAYOUTS, TARGETS, ("ce", "bce", "ce"), ("numel", "batchmean", "hinton"),
+            (0.0, 0.1), DTYPES, (3.0, 0.01),
+        )
+    ]  # fmt: skip
+    for turn in turns[:2]:  # other combinations for other forms
+        for _ in range(FORMS.index(form)):
+            next(turn)
+    for shape in shapes:
+        tau, layout, target, base, reduction, smoothing, other, distance = map(next, turns)
+        zc, zd = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
+        dense = (zd + normal(*shape, scale=distance)).to(other)
+        zc, zd, dense = (laid_out(layout, x) for x in (zc, zd + 100, dense))
+        assert_no_worse(
+            zc, zd, target_of(target, *shape), teacher_of(form, dense, tau),
+            kind=form.split()[0] if form.split()[0] in ("none", "hard") else "soft",
+            alpha=0.3, tau=tau, smoothing=smoothing, base=base, reduction=reduction,
+        )  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_accuracy(form: str, dtype: torch.dtype) -> None:
+    check_accuracy(form, dtype, SHAPES)
+
+
+@interpreted
+@pytest.mark.parametrize("form", FORMS)
+def test_accuracy_of_long_rows(form: str) -> None:
+    check_accuracy(form, DTYPES[FORMS.index(form) % 3], LONG_SHAPES)
+
+
+@interpreted
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("base", ("ce", "bce"))
+def test_accuracy_in_float32_at_every_temperature(tau: float, base: str) -> None:
+    """All target forms and reductions, near and far teachers."""
+    for target, distance, reduction in zip(
+        TARGETS, (3.0, 0.3, 0.01), ("numel", "batchmean", "hinton"), strict=True
+    ):
+        zd = normal(4, 100)
+        assert_no_worse(
+            normal(4, 100), zd, target_of(target, 4, 100), zd + normal(4, 100, distance),
+            kind="soft", alpha=0.5, tau=tau, smoothing=0.1, base=base, reduction=reduction,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Every access to memory
+# ---------------------------------------------------------------------------------------------
+
+
+class Accesses:
+    """Addresses that the interpreter read and wrote, one entry per element."""
+
+    def __init__(self) -> None:
+        self.reads: list[np.ndarray] = []
+        self.writes: list[np.ndarray] = []
+
+    @staticmethod
+    def counts(events: list[np.ndarray], x: Tensor) -> np.ndarray:
+        """How often each element of x was touched, in the shape of x."""
+        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
+        index = np.zeros(tuple(x.shape), np.int64)
+        for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+            shape = [1] * x.dim()
+            shape[axis] = size
+            index = index + np.arange(size).reshape(shape) * stride
+        address = x.data_ptr() + index * x.element_size()
+        values, counts = np.unique(touched, return_counts=True)
+        table = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return np.vectorize(lambda a: table.get(a, 0))(address)
+
+    @staticmethod
+    def outside(events: list[np.ndarray], tensors: list[Tensor]) -> int:
+        """Accesses that lie in none of the storages."""
+        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
+        inside = np.zeros(touched.shape, bool)
+        for x in tensors:
+            start = x.untyped_storage().data_ptr()
+            inside |= (touched >= start) & (touched < start + x.untyped_storage().nbytes())
+        return int((~inside).sum())
+
+
+@contextmanager
+def recorded() -> Iterator[Accesses]:
+    from triton.runtime import interpreter
+
+    builder, seen = interpreter.interpreter_builder, Accesses()
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def note(events: list[np.ndarray], pointers: Any, mask: Any) -> None:
+        events.append(np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].astype(np.int64))
+
+    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        note(seen.reads, pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(seen.writes, pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    try:
+        yield seen
+    finally:
+        del builder.create_masked_load, builder.create_masked_store
+
+
+def both(
+    zc: Tensor | None, zd: Tensor | None, target: Any, teacher: Any, kind: str, base: str = "ce",
+    smoothing: float = 0.1,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The operator itself: losses and gradients."""
+    partner = lam = None
+    if isinstance(target, tuple):
+        target, partner, lam = target
+    topk = (None, None, None, "drop")
+    if isinstance(teacher, TopK):
+        topk, teacher = tuple(teacher), None
+    return torch.ops.deit_fast.distillation_loss_and_gradients(
+        zc, zd, target, partner, lam, teacher, *topk, kind, base, "batchmean", 0.5, 2.0,
+        smoothing, zc is not None, zd is not None,
+    )  # fmt: skip
+
+
+CLASSES = {"single": 1000, "odd": 1001, "split": 9003}
+
+
+@interpreted
+@pytest.mark.parametrize("size", CLASSES)
+@pytest.mark.parametrize("layout", ("plain", "aligned rows", "misaligned"))
+@pytest.mark.parametrize("form", ("dense", "hard dense", "hard labels"))
+@pytest.mark.parametrize("base", ("ce", "bce"))
+def test_each_logit_is_read_once_and_each_gradient_written_once(
+    size: str, layout: str, form: str, base: str
+) -> None:
+    if (layout, size) == ("aligned rows", "single") or (base == "bce" and form != "dense"):
+        return
+    rows, classes = 2, CLASSES[size]
+    x = [laid_out(layout, normal(rows, classes, dtype=torch.bfloat16)) for _ in range(3)]
+    teacher = teacher_of(form, x[2], 2.0)
+    target = target_of("pair", rows, classes)
+    kind = "soft" if form == "dense" else "hard"
+    with recorded() as seen:
+        *_, gc, gd = both(x[0], x[1], target, teacher, kind, base)
+    passes = 2 if size == "split" else 1
+    expected = [1 if base == "bce" else passes, passes, 1 if kind == "hard" else passes]
+    for logits, times in zip(x if "dense" in form else x[:2], expected, strict=False):
+        assert (seen.counts(seen.reads, logits) == times).all()
+    for gradient in (gc, gd):
+        assert (seen.counts(seen.writes, gradient) == 1).all()
+        assert gradient.stride(0) == (-(-classes // 8) * 8 if layout == "aligned rows" else classes)
+    scratch = 2 * rows + 4  # row losses, three losses, the counter
+    assert seen.outside(seen.writes, [gc, gd]) <= scratch
+    reads = [*x, *target, *([teacher] if form == "hard labels" else [])]
+    assert seen.outside(seen.reads, reads) == 2 * rows  # the row losses, once more
+
+
+@interpreted
+@pytest.mark.parametrize("classes", (1000, 9003))
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_topk_teacher_is_never_made_dense(classes: int, tail: str) -> None:
+    rows = 2
+    zd, answer = normal(rows, classes), top_k(normal(rows, classes), K, 2.0, tail)
+    with recorded() as seen:
+        *_, gd = both(None, zd, None, answer, "soft", "")
+    member = torch.zeros(rows, classes, dtype=torch.bool).scatter(1, answer.ids.long(), True)
+    reads, writes = seen.counts(seen.reads, zd), seen.counts(seen.writes, gd)
+    passes = 1 if classes == 1000 else 2
+    assert (reads == passes + member.numpy()).all() and (writes == 1 + member.numpy()).all()
+    assert seen.outside(seen.reads, [zd, *answer[:3]]) == rows
+    assert seen.outside(seen.writes, [gd]) <= 2 * rows + 4
+
+
+@interpreted
+def test_without_gradients_none_is_written() -> None:
+    zc, zd = normal(3, 50), normal(3, 50)
+    with recorded() as seen:
+        distillation_loss(
+            zc.requires_grad_(), zd, target_of("pair", 3, 50), normal(3, 50),
+            kind="soft", alpha=0.5, tau=1.0, reduction="numel",
+        )  # fmt: skip
+    assert sum(map(len, seen.writes)) == 3 * 50 + 2 * 3 + 4
+    with recorded() as seen, torch.no_grad():
+        base_loss(zc, torch.tensor([1, 2, 3]))
+    assert sum(map(len, seen.writes)) == 3 + 4
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("incoming", (1.0, 8.0))
+def test_backward_of_one_moves_nothing(dtype: torch.dtype, incoming: float) -> None:
+    zc, zd = normal(3, 50, dtype=dtype).requires_grad_(), normal(3, 50, dtype=dtype)
+    options = {"kind": "soft", "alpha": 0.5, "tau": 1.0, "reduction": "numel"}
+    loss = distillation_loss(
+        zc, zd.requires_grad_(), target_of("pair", 3, 50), normal(3, 50), **options
+    )
+    with recorded() as seen:
+        loss.backward(torch.tensor(incoming))
+    scales = incoming != 1 or dtype == torch.float16
+    assert sum(map(len, seen.writes)) == (2 * 150 if scales else 0)
+    assert sum(map(len, seen.reads)) == 1 + (2 * 150 if scales else 0)
+
+
+@interpreted
+@pytest.mark.parametrize("label", (-100, 50, 2**31 - 1))
+def test_a_label_out_of_range_reaches_no_foreign_memory(label: int) -> None:
+    """On a GPU labels are not looked at before the launch: that would wait for it."""
+    wrong = torch.tensor([label, 3, 7])
+    zc, zd, answer = normal(3, 50), normal(3, 50), top_k(normal(3, 50), K, 2.0)
+    answer.ids[0, 2] = label
+    with recorded() as seen:
+        *_, gc, gd = both(zc, zd, (wrong, wrong, torch.rand(3)), answer, "soft")
+        *_, hd = both(None, zd, None, wrong, "hard", "")
+    assert seen.outside(seen.reads, [zc, zd, wrong, *answer[:3]]) == 9 + 3
+    assert seen.outside(seen.writes, [gc, gd, hd]) <= 2 * (2 * 3 + 4)
+
+
+def test_wide_accesses_only_where_start_rows_and_end_allow_them() -> None:
+    """What a compiled kernel takes for granted, and the interpreter cannot see."""
+    from deit_fast.kernels.distillation_loss_launch import _access
+
+    def rows(stride: int, offset: int = 0, spare: int = 0, classes: int = 1001) -> Tensor:
+        storage = torch.empty(3 * stride + offset + spare, dtype=torch.bfloat16)
+        assert storage.data_ptr() % 16 == 0
+        return storage[offset:].as_strided((3, classes), (stride, 1), offset)
+
+    assert _access(rows(1008)) == _access(rows(1008, offset=8)) == (8, True)
+    assert _access(rows(1000, classes=1000)) == (8, False)
+    assert _access(rows(1001)) == (1, False)  # rows start anywhere
+    assert _access(rows(1008, offset=1, spare=7)) == (1, False)  # so does the first
+    ends_early = torch.empty(2 * 1008 + 1001, dtype=torch.bfloat16)
+    assert _access(ends_early.as_strided((3, 1001), (1008, 1))) == (1, False)
+    assert _access(torch.empty(1, 1004).expand(3, 1004)) == (4, False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Laws
+# ---------------------------------------------------------------------------------------------
+
+
+def soft(student: Tensor, teacher: Any, tau: float) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    value = soft_distillation(leaf, teacher, tau=tau, reduction="batchmean")
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+@interpreted
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("classes", (1, 2, 10, 257))
+def test_laws_of_soft(tau: float, classes: int) -> None:
+    rows = 4
+    student, teacher = normal(rows, classes), normal(rows, classes)
+    value, gradient = soft(student, teacher, tau)
+    close = {"rtol": 2e-5, "atol": 2e-5 * tau}
+    assert value >= -1e-7 * tau**2
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(rows), **close)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(soft(student, teacher, tau), (value, gradient), strict=True)
+    )
+    torch.testing.assert_close(
+        soft(student + 64, teacher - 64, tau)[0], value, rtol=1e-3, atol=close["atol"]
+    )
+    order = torch.randperm(classes)
+    torch.testing.assert_close(soft(student[:, order], teacher[:, order], tau)[0], value, **close)
+    torch.testing.assert_close(soft(student * 2, teacher * 2, 2 * tau)[0], 4 * value, **close)
+    parts = (
+        sum(soft(s[None], t[None], tau)[0] for s, t in zip(student, teacher, strict=True)) / rows
+    )
+    torch.testing.assert_close(parts, value, **close)
+    for tail in TAILS:
+        everything = top_k(teacher, classes, tau, tail)
+        torch.testing.assert_close(soft(student, everything, tau), (value, gradient), **close)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", (50, 9000))
+def test_equal_heads_cost_nothing_and_pull_nowhere(dtype: torch.dtype, classes: int) -> None:
+    logits = normal(2, classes, dtype=dtype)
+    for tau in TEMPERATURES[:: 1 if classes == 50 else 4]:
+        value, gradient = soft(logits, logits, tau)
+        assert value == 0 and torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@interpreted
+def test_one_hot_teacher_is_cross_entropy() -> None:
+    student, labels = normal(4, 6), torch.randint(6, (4,))
+    teacher = torch.full((4, 6), -math.inf).scatter_(1, labels[:, None], 0.0)
+    value, gradient = soft(student, teacher, 1.0)
+    leaf = student.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, labels)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+@interpreted
+def test_bce_is_that_of_timm() -> None:
+    from timm.loss import BinaryCrossEntropy
+
+    logits, labels = normal(6, 5), torch.randint(5, (6,))
+    for smoothing in (0.0, 0.1):
+        expected = BinaryCrossEntropy(smoothing)(logits, labels)
+        ours = base_loss(logits, labels, smoothing=smoothing, base="bce")
+        torch.testing.assert_close(ours, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("base", ("ce", "bce"))
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
+def test_mixed_pair_equals_its_dense_target(base: str, smoothing: float) -> None:
+    first, second, lam = target_of("pair", 40, 4)
+    lam[:4], lam[4:8] = 0.0, 1.0
+    assert (first == second).any()
+    logits, answers = normal(40, 4), []
+    for target in ((first, second, lam), dense_target((first, second, lam), 4).float()):
+        leaf = logits.clone().requires_grad_()
+        value = base_loss(leaf, target, smoothing=smoothing, base=base)
+        answers.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    torch.testing.assert_close(answers[0], answers[1])
+
+
+@interpreted
+@pytest.mark.parametrize("tau", (1.0, 3.0))
+@pytest.mark.parametrize("kind", ("soft", "hard"))
+def test_equals_timm_token_distillation(kind: str, tau: float) -> None:
+    from test_losses import CLASSES as classes
+    from test_losses import ROWS, OneHead, TwoHeads, inputs
+    from timm.task import TokenDistillationTask
+
+    from deit_fast.losses import DistillationLoss
+
+    student, teacher, x = TwoHeads().float(), OneHead().float(), inputs().float()
+    labels, criterion = torch.randint(classes, (ROWS,)), torch.nn.CrossEntropyLoss()
+    task = TokenDistillationTask(
+        student, teacher, criterion, distill_type=kind, task_loss_weight=0.6, temperature=tau
+    )
+    theirs = task(x, labels)["loss"]
+    ours = DistillationLoss(criterion, teacher, kind, 0.4, tau, "batchmean")(x, student(x), labels)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(z, list(student.parameters())) for z in (ours, theirs)]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@interpreted
+@pytest.mark.parametrize("soft_target", (True, False))
+def test_the_drop_in_makes_one_launch_of_timms_criteria(soft_target: bool) -> None:
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    from deit_fast.losses import DistillationLoss
+
+    zc, zd, teacher = normal(3, 9), normal(3, 9), normal(3, 9)
+    criterion = SoftTargetCrossEntropy() if soft_target else LabelSmoothingCrossEntropy(0.2)
+    target = target_of("dense", 3, 9).float() if soft_target else target_of("labels", 3, 9)
+    fused, apart = (
+        DistillationLoss(base, lambda _: teacher, "soft", 0.3, 2.0)
+        for base in (criterion, lambda z, t: criterion(z, t))
+    )
+    with recorded() as seen:
+        value = fused(zc, (zc, zd), target)
+    assert (seen.counts(seen.reads, zc) == 1).all() and (seen.counts(seen.reads, zd) == 1).all()
+    torch.testing.assert_close(value, apart(zc, (zc, zd), target))
+
+
+# ---------------------------------------------------------------------------------------------
+# Edges
+# ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("extreme", (1e4, -1e4, -math.inf))
+@pytest.mark.parametrize("side", ("student", "teacher", "both"))
+def test_extreme_logits_as_the_reference_does(extreme: float, side: str) -> None:
+    for classes, tau in ((8200, 1.0), *((12, tau) for tau in TEMPERATURES)):
+        student, teacher = normal(1, classes), normal(1, classes)
+        if side != "teacher":
+            student[:, 3] = extreme
+        if side != "student":
+            teacher[:, 3] = extreme
+        for form in ("dense", *(TAILS if classes == 12 else TAILS[:1])):
+            answer = teacher if form == "dense" else top_k(teacher, 5, tau, form)
+            value, gradient = soft(student, answer, tau)
+            # In float32: there a q of 1e-60 is 0, in float64 it may cost infinity.
+            true = reference_soft(student, answer, tau, "batchmean")
+            torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6 * tau**2)
+            _, pull = soft(student.double(), to_double(answer), tau)
+            atol = 1e-6 * max(tau, 1)
+            torch.testing.assert_close(gradient.double(), pull, rtol=1e-4, atol=atol)
+
+
+@interpreted
+def test_sure_student_keeps_the_digits_of_its_tail() -> None:
+    student = torch.tensor([[60.0, 0.0, 1.0, 0.5]])
+    answer = TopK(torch.tensor([[0]]), torch.tensor([[0.7]]).log(), torch.tensor([0.3]).log())
+    outside = sum(math.exp(z - 60) for z in (0.0, 1.0, 0.5))
+    value, gradient = soft(student, answer, 1.0)
+    expected = 0.7 * math.log(0.7) + 0.3 * (math.log(0.3) - math.log(outside))
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    assert gradient[0, 0].item() == pytest.approx(0.3, rel=1e-5)
+    true = soft(student.double(), to_double(answer), 0.05)
+    torch.testing.assert_close(soft(student, answer, 0.05)[0].double(), true[0], rtol=1e-6, atol=0)
+
+
+@interpreted
+def test_teacher_mass_on_an_impossible_class_costs_infinity() -> None:
+    student, teacher = normal(2, 4), normal(2, 4)
+    student[:, 1] = -math.inf
+    assert soft(student, teacher, 1.0)[0] == math.inf
+    answer = TopK(torch.tensor([[1], [1]]), torch.full((2, 1), -0.1), torch.full((2,), -2.35))
+    assert soft(student, answer, 1.0)[0] == math.inf
+
+
+@interpreted
+def test_a_nan_logit_is_seen() -> None:
+    healthy, ill = normal(2, 4), normal(2, 4)
+    ill[0, 2] = math.nan
+    for student, teacher in ((ill, healthy), (healthy, ill), (ill, top_k(healthy, 2, 1.0))):
+        assert soft(student, teacher, 1.0)[0].isnan()
+    for base in ("ce", "bce"):
+        assert base_loss(ill, torch.tensor([1, 1]), base=base).isnan()
+    assert hard_distillation(ill, healthy).isnan()
+
+
+@interpreted
+def test_expanded_teacher_and_student() -> None:
+    row, student = normal(1, 1000), normal(1, 1000).requires_grad_()
+    value = soft_distillation(student.expand(3, -1), row.expand(3, -1), tau=1.0, reduction="numel")
+    value.backward()
+    leaf = student.detach().requires_grad_()
+    single = soft_distillation(leaf, row, tau=1.0, reduction="numel")
+    single.backward()
+    torch.testing.assert_close((value, student.grad), (single, leaf.grad))
+
+
+@interpreted
+def test_one_tensor_as_both_heads() -> None:
+    """A student with one head is distilled through it: its gradients add up."""
+    z, labels, teacher = normal(3, 9).requires_grad_(), torch.randint(9, (3,)), normal(3, 9)
+    options = {"kind": "soft", "alpha": 0.3, "tau": 2.0, "reduction": "batchmean"}
+    (ours,) = torch.autograd.grad(distillation_loss(z, z, labels, teacher, **options), z)
+    double = z.detach().double().requires_grad_()
+    total = distillation_loss(double, double, labels, teacher.double(), **options)
+    torch.testing.assert_close(
+        ours.double(), torch.autograd.grad(total, double)[0], rtol=1e-5, atol=1e-7
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint16))
+def test_ids_beyond_int16(dtype: torch.dtype) -> None:
+    classes = 40_000
+    student, teacher = normal(1, classes), normal(1, classes)
+    teacher[:, 39_000], teacher[:, 5] = 30.0, 29.0
+    answer = top_k(teacher, 8, 1.0)
+    answer = answer._replace(ids=answer.ids.to(dtype))
+    true = soft(student.double(), to_double(answer), 1.0)
+    torch.testing.assert_close(soft(student, answer, 1.0)[0].double(), true[0], rtol=1e-6, atol=0)
+    labels = torch.tensor([39_000]).to(dtype)
+    expected = F.cross_entropy(student, torch.tensor([39_000]))
+    for form in (answer, labels, teacher):
+        torch.testing.assert_close(hard_distillation(student, form), expected)
+
+
+@interpreted
+def test_of_equal_maxima_the_first_counts() -> None:
+    for classes in (50, 9000):
+        student, teacher = normal(2, classes), torch.zeros(2, classes)
+        teacher[0, [7, classes - 1]], teacher[1] = 3.0, -math.inf
+        expected = F.cross_entropy(student, torch.tensor([7, 0]))
+        torch.testing.assert_close(hard_distillation(student, teacher), expected)
+
+
+@interpreted
+def test_fp16_gradients_do_not_underflow() -> None:
+    """Times its factor p - q is below the range of fp16; times a loss scale too it is not."""
+    zd, teacher = normal(4, 1000, dtype=torch.float16), normal(4, 1000)
+    leaf = zd.requires_grad_()
+    loss = soft_distillation(leaf, teacher, tau=1.0, reduction="numel") / 256
+    (loss * 2.0**16).backward()
+    double = zd.detach().double().requires_grad_()
+    true = soft_distillation(double, teacher.double(), tau=1.0, reduction="numel") / 256
+    (true * 2.0**16).backward()
+    assert error(leaf.grad, double.grad) < 2e-3
+    small = (double.grad.abs() > 1e-6) & (double.grad.abs() < 1e-5)
+    assert small.any() and (leaf.grad[small] != 0).all()
+
+
+@interpreted
+def test_more_ids_than_the_kernel_keeps_take_the_reference() -> None:
+    student, answer = normal(1, 5000), top_k(normal(1, 5000), 4000, 1.0)
+    true = soft(student.double(), to_double(answer), 1.0)
+    torch.testing.assert_close(soft(student, answer, 1.0)[0].double(), true[0], rtol=1e-5, atol=0)
+
+
+@interpreted
+def test_many_ids() -> None:
+    student, logits = normal(1, 700), normal(1, 700)
+    for tail in TAILS:
+        answer = top_k(logits, 300, 1.0, tail)
+        mine, true = soft(student, answer, 1.0), soft(student.double(), to_double(answer), 1.0)
+        assert error(mine[0], true[0]) < 1e-5 and error(mine[1], true[1]) < 1e-5
+
+
+@interpreted
+def test_float64_takes_the_reference() -> None:
+    with recorded() as seen:
+        soft(normal(2, 5).double(), normal(2, 5), 1.0)
+    assert not seen.reads
+
+
+# ---------------------------------------------------------------------------------------------
+# PyTorch around it
+# ---------------------------------------------------------------------------------------------
+
+
+def arguments(kind: str, form: str, base: str, padded: bool = False) -> tuple[Any, ...]:
+    zc, zd = normal(3, 9).requires_grad_(), normal(3, 9).requires_grad_()
+    if padded:
+        zc = torch.zeros(3, 12)[:, :9].requires_grad_()
+    teacher = teacher_of(form, normal(3, 9), 2.0)
+    topk = (None, None, None, "drop")
+    if isinstance(teacher, TopK):
+        topk, teacher = tuple(teacher), None
+    return (
+        zc, zd if kind != "none" else None, *target_of("pair", 3, 9), teacher, *topk, kind, base,
+        "numel", 0.5, 2.0, 0.1,
+    )  # fmt: skip
+
+
+@interpreted
+def test_opcheck() -> None:
+    operators = torch.ops.deit_fast
+    torch.library.opcheck(operators.distillation_loss.default, arguments("soft", "dense", "ce"))
+    torch.library.opcheck(operators.distillation_loss.default, arguments("soft", "bucket", "bce"))
+    plain = [
+        x.detach() if isinstance(x, Tensor) else x for x in arguments("none", "none", "ce", True)
+    ]
+    torch.library.opcheck(operators.distillation_loss_and_gradients.default, (*plain, True, False))
+    gradients = normal(3, 9), normal(3, 9)
+    torch.library.opcheck(
+        operators.scale_gradients_.default, (*gradients, torch.tensor(2.0), 0.5, 0.7)
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiles_without_a_break(backend: str) -> None:
+    target, answer = target_of("pair", 4, 33), top_k(normal(4, 33), K, 2.0)
+
+    def loss(zc: Tensor, zd: Tensor, dense: Tensor) -> tuple[Tensor, ...]:
+        options = {"alpha": 0.3, "tau": 2.0, "smoothing": 0.1, "reduction": "batchmean"}
+        total, base, distill = distillation_loss(
+            zc * 2, zd, target, dense, kind="soft", return_parts=True, **options
+        )
+        other = distillation_loss(zc, zd * 3, target, answer, kind="soft", **options)
+        return 3 * total + other, base, distill
+
+    heads, dense = (normal(4, 33), normal(4, 33)), normal(4, 33)
+    outcomes = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        leaves = [x.clone().requires_grad_() for x in heads]
+        losses = function(*leaves, dense)
+        outcomes.append((*losses, *torch.autograd.grad(losses[0], leaves)))
+    torch.testing.assert_close(outcomes[0], outcomes[1])
+
+
+@interpreted
+def test_a_second_backward_is_refused() -> None:
+    z = normal(3, 9).requires_grad_()
+    loss = soft_distillation(z, normal(3, 9), tau=1.0, reduction="numel")
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward through the same loss"):
+        loss.backward()
+
+
+@interpreted
+def test_parts_carry_no_gradient() -> None:
+    z = normal(3, 9).requires_grad_()
+    parts = distillation_loss(
+        z, z, torch.tensor([1, 2, 3]), normal(3, 9),
+        kind="soft", alpha=0.5, tau=1.0, reduction="numel", return_parts=True,
+    )  # fmt: skip
+    assert [x.requires_grad for x in parts] == [True, False, False]
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_accuracy_on_a_gpu(form: str, dtype: torch.dtype) -> None:
+    check_accuracy(form, dtype, (*SHAPES, *LONG_SHAPES, (300, 1000), (64, 262_144)))
+
+
+def batch(form: str, rows: int = 256, classes: int = 1000) -> tuple[Callable[[], list], list]:
+    """A call with its inputs on the device; returns (loss and gradients, inputs)."""
+    zc, zd, dense = (normal(rows, classes, dtype=torch.bfloat16) for _ in range(3))
+    target, teacher = target_of("pair", rows, classes), teacher_of(form, dense, 2.0)
+    kind = "hard" if form.startswith("hard") else "soft"
+    options = {"kind": kind, "alpha": 0.5, "tau": 2.0, "smoothing": 0.1, "reduction": "numel"}
+    leaves = [zc.requires_grad_(), zd.requires_grad_()]
+
+    def call() -> list:
+        loss = distillation_loss(*leaves, target, teacher, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    return call, leaves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("dense", "bucket", "hard dense"))
+@pytest.mark.parametrize("classes", (1000, 21841))
+def test_250_repeats_are_equal(form: str, classes: int) -> None:
+    call, _ = batch(form, classes=classes)
+    first = [x.clone() for x in call()]
+    assert all(
+        all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)) for _ in range(250)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("dense", "bucket", "hard dense"))
+def test_no_call_waits_for_the_device(form: str) -> None:
+    call, _ = batch(form)
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("dense", "bucket"))
+def test_graph_replay_with_other_inputs(form: str) -> None:
+    call, leaves = batch(form)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.copy_(torch.randn_like(leaf))
+        graph.replay()
+        torch.cuda.synchronize()
+        got = [x.clone() for x in captured]
+        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+
+
+@pytest.mark.gpu
+def test_one_launch_forward_and_one_backward() -> None:
+    call, leaves = batch("dense")
+    call()
+    kernels = []
+    activity = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activity) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if "loss_kernel" in e.name or "scale" in e.name]
+    assert sorted(kernels) == ["loss_kernel", "scale_kernel"]
+    assert all(leaf.grad is None for leaf in leaves)
