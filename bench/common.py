@@ -166,15 +166,12 @@ def skipped(bench: str, case: str, implementation: str, reason: Exception | str)
     return {"bench": bench, "case": case, "impl": implementation, "skipped": reason}
 
 
-def training_step(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of ``loss``, the gradients of ``leaves`` dropped first."""
+def training_step(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], Any]:
+    """Forward and backward of ``loss``.
 
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss().backward()
-
-    return step
+    Not by backward(): into a leaf with padded rows that copies a gradient which has such rows.
+    """
+    return lambda: torch.autograd.grad(loss(), leaves)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,9 +11,22 @@ from deit_fast.config import InputError
 from deit_fast.kernels.distillation_loss import (
     KINDS,
     REDUCTIONS,
+    distillation_loss,
     hard_distillation,
     soft_distillation,
 )
+
+
+def fusible_smoothing(criterion: Callable[[Tensor, Tensor], Tensor]) -> float | None:
+    """Label smoothing of timm's two cross-entropies, which one launch does together with the rest.
+
+    None for all others. That includes nn.CrossEntropyLoss: it leaves out labels of -100.
+    """
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    if type(criterion) is SoftTargetCrossEntropy:
+        return 0.0
+    return criterion.smoothing if type(criterion) is LabelSmoothingCrossEntropy else None
 
 
 class DistillationLoss(nn.Module):
@@ -65,6 +78,7 @@ class DistillationLoss(nn.Module):
         self.alpha = alpha
         self.tau = tau
         self.reduction = reduction
+        self.smoothing = fusible_smoothing(base_criterion)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DistillationLoss:
@@ -92,9 +106,8 @@ class DistillationLoss(nn.Module):
             class_logits, distill_logits = outputs, None
         else:
             class_logits, distill_logits = outputs
-        base = self.base_criterion(class_logits, labels)
         if self.distillation_type == "none":
-            return base
+            return self.base_criterion(class_logits, labels)
         if distill_logits is None:
             raise InputError(
                 f"distillation_type {self.distillation_type!r} needs the outputs of two heads, "
@@ -104,6 +117,19 @@ class DistillationLoss(nn.Module):
         assert self.teacher_model is not None
         with torch.no_grad():
             teacher = self.teacher_model(inputs)
+        if self.smoothing is not None:
+            return distillation_loss(
+                class_logits,
+                distill_logits,
+                labels,
+                teacher,
+                kind=self.distillation_type,
+                alpha=self.alpha,
+                tau=self.tau,
+                smoothing=self.smoothing,
+                reduction=self.reduction,
+            )
+        base = self.base_criterion(class_logits, labels)
         if self.distillation_type == "hard":
             distillation = hard_distillation(distill_logits, teacher)
         else:
