@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 
 # The machine code of the kernels is checked under the triton of the GPU machines and the newest one.
 TRITON_OLDEST := $(VENV)/triton-3.6.0

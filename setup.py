@@ -1,4 +1,4 @@
-"""Builds `deit_fast._C`: the teacher-logit cache (C++17) and, where nvcc is found, its CUDA gather.
+"""Builds `deit_fast._C`: the teacher-logit cache (C++17) and, where nvcc is found, its CUDA part.
 
 Everything else stands in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
 torch. DEIT_FAST_CUDA=0 leaves CUDA out, DEIT_FAST_CUDA=1 insists on it; CXX names the compiler.
@@ -18,10 +18,20 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", "csrc/crc32c.cpp", "csrc/logit_cache.cpp"]
-CUDA_SOURCES = ["csrc/cuda/gather.cu"]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/crc32c.cpp",
+    "csrc/logit_cache.cpp",
+    "csrc/record_codec.cpp",
+    "csrc/view_table.cpp",
+]
+CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/encode.cu"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+# No contraction: host and device round alike (csrc/arithmetic.h). No trapping: loops vectorise.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-trapping-math"
+)
+CUDA_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 NINJA_FILE = """\
 ninja_required_version = 1.5
@@ -123,7 +133,7 @@ def build_native(folder: Path, library: Path) -> None:
         # nvcc finds its own static runtime; its symbols stay inside, away from torch's copy.
         link = f"{nvcc} -ccbin {compiler} -shared -cudart static -Xlinker --exclude-libs=ALL"
     elif os.environ.get("DEIT_FAST_CUDA") != "0":
-        print("deit-fast: no nvcc found; building without the CUDA gather", flush=True)
+        print("deit-fast: no nvcc found; building without the CUDA part", flush=True)
 
     edges, objects = [], []
     for source in SOURCES + (CUDA_SOURCES if nvcc else []):
@@ -138,8 +148,7 @@ def build_native(folder: Path, library: Path) -> None:
         cxx=compiler,
         nvcc=nvcc,
         flags=flags.replace("$", "$$"),
-        cuda_flags="-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra "
-        + (architecture_flags(nvcc) if nvcc else ""),
+        cuda_flags=f"{CUDA_FLAGS} {architecture_flags(nvcc)}" if nvcc else "",
         link=link,
         edges="\n".join(edges),
     )

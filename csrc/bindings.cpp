@@ -1,5 +1,6 @@
 // Python module deit_fast._C. Addresses and sizes cross as integers: the Python side has checked
 // dtype, shape, contiguity and device before it passes them. The GIL is released around all work.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,9 +8,11 @@
 
 #include "crc32c.h"
 #include "logit_cache.h"
+#include "record_codec.h"
+#include "view_table.h"
 
 #ifdef DEIT_FAST_WITH_CUDA
-#include "cuda/gather.h"
+#include "cuda/records.h"
 #endif
 
 namespace py = pybind11;
@@ -67,6 +70,67 @@ py::object first_incomplete(const ViewFile& file) {
   return first;
 }
 
+// Ids that a caller passed and that are not in range: the user's error, not the file's.
+struct IdError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+using Ids = py::array_t<int64_t, py::array::c_style>;
+
+void check_ids(const Ids& ids, int64_t limit, const char* what) {
+  const int64_t* values = ids.data();
+  for (py::ssize_t i = 0; i < ids.size(); ++i) {
+    if (values[i] >= 0 && values[i] < limit) continue;
+    throw IdError(std::string(what) + " " + std::to_string(values[i]) + " is not in [0, " +
+                  std::to_string(limit) + ")");
+  }
+}
+
+// The views of a batch, those that are not open yet opened by `open` (Python, by view id). Ids are
+// in range. view_ids: one a sample, or a single one.
+Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
+               const py::object& open) {
+  check_ids(samples, num_samples, "sample id");
+  check_ids(view_ids, int64_t{1} << 31, "view id");
+  const bool single = view_ids.ndim() == 0;
+  if (samples.ndim() != 1 || (!single && (view_ids.ndim() != 1 || view_ids.size() != samples.size()))) {
+    throw IdError("sample and view ids must be [n], and as many of the one as of the other");
+  }
+  Located located;
+  const auto count = static_cast<size_t>(samples.size());
+  while (true) {
+    const int64_t missing = table.locate(view_ids.data(), count, single ? 0 : 1, &located);
+    if (missing < 0) return located;
+    table.add(open(missing).cast<std::shared_ptr<ViewReader>>());
+  }
+}
+
+struct DeleteInOwner {
+  void operator()(ReadAhead* ahead) const {
+    if (ahead->is_mine()) delete ahead;
+  }
+};
+
+Decoded outputs(const std::vector<uintptr_t>& addresses) {
+  if (addresses.size() != 1 && addresses.size() != 3) throw py::value_error("1 or 3 outputs");
+  Decoded out;
+  out.first = at<void>(addresses[0]);
+  if (addresses.size() == 3) {
+    out.second = at<float>(addresses[1]);
+    out.third = at<float>(addresses[2]);
+  }
+  return out;
+}
+
+TopKShape topk_shape(uint32_t num_classes, uint32_t k, uint32_t id_bytes,
+                     const std::vector<double>& inverse_temperatures, bool true_class) {
+  if (k < 1 || k > num_classes || (id_bytes != 2 && id_bytes != 4) || num_classes > (1u << 18)) {
+    throw py::value_error("k classes of at most 2^18");
+  }
+  return {num_classes, k, id_bytes, static_cast<uint32_t>(inverse_temperatures.size()),
+          inverse_temperatures.data(), true_class};
+}
+
 py::tuple check_block(const ViewFile& file, uint64_t block) {
   std::string why;
   BlockState state;
@@ -90,6 +154,8 @@ PYBIND11_MODULE(_C, module) {
       raise_os_error(error);
     }
   });
+
+  py::register_exception<IdError>(module, "IdError", PyExc_ValueError);
 
   const auto bind_crc = [&](const char* name, uint32_t (*function)(const void*, size_t, uint32_t)) {
     module.def(
@@ -119,9 +185,9 @@ PYBIND11_MODULE(_C, module) {
       .value("complete", BlockState::complete)
       .value("broken", BlockState::broken);
 
-  py::class_<ViewFile>(module, "ViewFile")
+  py::class_<ViewFile, std::shared_ptr<ViewFile>>(module, "ViewFile")
       .def(py::init([](const std::string& path, const ViewSpec& spec) {
-             return std::make_unique<ViewFile>(path, spec, false);
+             return std::make_shared<ViewFile>(path, spec, false);
            }),
            py::arg("path"), py::arg("spec"), Release())
       .def_property_readonly("path", &ViewFile::path)
@@ -129,7 +195,7 @@ PYBIND11_MODULE(_C, module) {
       .def("first_incomplete", &first_incomplete)
       .def("check_block", &check_block, py::arg("block"));
 
-  py::class_<ViewWriter, ViewFile>(module, "ViewWriter")
+  py::class_<ViewWriter, ViewFile, std::shared_ptr<ViewWriter>>(module, "ViewWriter")
       .def(py::init<const std::string&, const std::string&, const ViewSpec&>(), py::arg("path"),
            py::arg("temporary"), py::arg("spec"), Release())
       .def(
@@ -140,7 +206,7 @@ PYBIND11_MODULE(_C, module) {
           py::arg("block"), py::arg("data"), py::arg("size"), Release())
       .def("sync", &ViewWriter::sync, Release());
 
-  py::class_<ViewReader, ViewFile>(module, "ViewReader")
+  py::class_<ViewReader, ViewFile, std::shared_ptr<ViewReader>>(module, "ViewReader")
       .def(py::init<const std::string&, const ViewSpec&>(), py::arg("path"), py::arg("spec"),
            Release())
       .def(
@@ -150,33 +216,114 @@ PYBIND11_MODULE(_C, module) {
           },
           py::arg("start"), py::arg("stop"), py::arg("out"), Release());
 
+  py::enum_<RecordKind>(module, "RecordKind")
+      .value("copy", RecordKind::copy)
+      .value("hard", RecordKind::hard)
+      .value("topk", RecordKind::topk)
+      .value("int8", RecordKind::int8)
+      .value("fp8", RecordKind::fp8);
+
+  py::class_<RecordLayout>(module, "RecordLayout")
+      .def(py::init([](RecordKind kind, uint32_t record_bytes, uint32_t num_classes,
+                       uint32_t id_bytes, uint32_t k, uint32_t tail_offset, float tau) {
+             return RecordLayout{kind, record_bytes, num_classes, id_bytes, k, tail_offset, tau};
+           }),
+           py::arg("kind"), py::kw_only(), py::arg("record_bytes"), py::arg("num_classes"),
+           py::arg("id_bytes") = 2, py::arg("k") = 0, py::arg("tail_offset") = 0,
+           py::arg("tau") = 1.0f)
+      .def_readonly("record_bytes", &RecordLayout::record_bytes);
+
+  py::class_<ViewTable>(module, "ViewTable")
+      .def(py::init<>())
+      .def(
+          "gather",
+          [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
+             const py::object& open, size_t limit, const RecordLayout& layout,
+             const std::vector<uintptr_t>& addresses) {
+            const Located located = locate(table, samples, view_ids, num_samples, open);
+            table.trim(limit);
+            const Decoded out = outputs(addresses);
+            py::gil_scoped_release release;
+            gather(located, samples.data(), static_cast<size_t>(samples.size()), layout, out);
+          },
+          py::arg("samples"), py::arg("view_ids"), py::arg("num_samples"), py::arg("open"),
+          py::arg("limit"), py::arg("layout"), py::arg("outputs"));
+
+  py::class_<ReadAhead, std::unique_ptr<ReadAhead, DeleteInOwner>>(module, "ReadAhead")
+      .def(py::init([](size_t threads) {
+             return std::unique_ptr<ReadAhead, DeleteInOwner>(new ReadAhead(threads));
+           }),
+           py::arg("threads"))
+      .def(
+          "ask",
+          [](ReadAhead& ahead, ViewTable& table, const Ids& samples, const Ids& view_ids,
+             int64_t num_samples, const py::object& open, size_t limit) {
+            const Located located = locate(table, samples, view_ids, num_samples, open);
+            table.trim(limit);
+            py::gil_scoped_release release;
+            ahead.ask(located, samples.data(), static_cast<size_t>(samples.size()));
+          },
+          py::arg("table"), py::arg("samples"), py::arg("view_ids"), py::arg("num_samples"),
+          py::arg("open"), py::arg("limit"))
+      .def("wait", &ReadAhead::wait, Release())
+      .def("stop", &ReadAhead::stop, Release())
+      .def_property_readonly("blocks_read", &ReadAhead::blocks_read);
+
   module.def(
-      "distinct",
-      [](uintptr_t ids, size_t count, uintptr_t which) {
-        return ViewReader::distinct(at<const int64_t>(ids), count, at<int64_t>(which));
+      "decode_rows",
+      [](const RecordLayout& layout, uintptr_t table, int64_t num_records, uintptr_t rows,
+         int64_t count, const std::vector<uintptr_t>& addresses) {
+        const Decoded out = outputs(addresses);
+        py::gil_scoped_release release;
+        const int64_t bad = decode_rows(layout, at<const unsigned char>(table), num_records,
+                                        at<const int64_t>(rows), count, out);
+        if (bad >= 0) throw IdError("row " + std::to_string(bad) + " is not in the table");
       },
-      py::arg("ids"), py::arg("count"), py::arg("which"), Release());
+      py::arg("layout"), py::arg("table"), py::arg("num_records"), py::arg("rows"),
+      py::arg("count"), py::arg("outputs"));
   module.def(
-      "gather",
-      [](const std::vector<const ViewReader*>& views, uintptr_t which, uintptr_t rows,
-         size_t count, uintptr_t out, size_t record_bytes) {
-        ViewReader::gather(views, at<const int64_t>(which), at<const int64_t>(rows), count,
-                           at<void>(out), record_bytes);
+      "encode_topk",
+      [](uint32_t num_classes, uint32_t k, uint32_t id_bytes,
+         const std::vector<double>& inverse_temperatures, uintptr_t logits, int64_t count,
+         uintptr_t labels, uintptr_t records) {
+        const TopKShape shape =
+            topk_shape(num_classes, k, id_bytes, inverse_temperatures, labels != 0);
+        py::gil_scoped_release release;
+        return encode_topk(shape, at<const float>(logits), count, at<const int64_t>(labels),
+                           at<unsigned char>(records));
       },
-      py::arg("views"), py::arg("which"), py::arg("rows"), py::arg("count"), py::arg("out"),
-      py::arg("record_bytes"), Release());
+      py::arg("num_classes"), py::arg("k"), py::arg("id_bytes"), py::arg("inverse_temperatures"),
+      py::arg("logits"), py::arg("count"), py::arg("labels"), py::arg("records"));
 
 #ifdef DEIT_FAST_WITH_CUDA
   module.attr("with_cuda") = true;
   module.def(
-      "gather_cuda",
-      [](uintptr_t records, int64_t num_records, int64_t record_bytes, uintptr_t rows,
-         int64_t count, uintptr_t out, int device, uintptr_t stream) {
-        gather_records(at<const void>(records), num_records, record_bytes, at<const int64_t>(rows),
-                       count, at<void>(out), device, at<void>(stream));
+      "decode_rows_cuda",
+      [](const RecordLayout& layout, uintptr_t table, int64_t num_records, uintptr_t rows,
+         int64_t count, const std::vector<uintptr_t>& addresses, int device, uintptr_t stream) {
+        const Decoded out = outputs(addresses);
+        py::gil_scoped_release release;
+        cuda_decode_rows(layout, at<const unsigned char>(table), num_records,
+                         at<const int64_t>(rows), count, out, device, at<void>(stream));
       },
-      py::arg("records"), py::arg("num_records"), py::arg("record_bytes"), py::arg("rows"),
-      py::arg("count"), py::arg("out"), py::arg("device"), py::arg("stream"), Release());
+      py::arg("layout"), py::arg("table"), py::arg("num_records"), py::arg("rows"),
+      py::arg("count"), py::arg("outputs"), py::arg("device"), py::arg("stream"));
+  module.def(
+      "encode_topk_cuda",
+      [](uint32_t num_classes, uint32_t k, uint32_t id_bytes,
+         const std::vector<double>& inverse_temperatures, uintptr_t logits, int dtype,
+         int64_t count, uintptr_t labels, uintptr_t records, uintptr_t first_bad, int device,
+         uintptr_t stream) {
+        const TopKShape shape =
+            topk_shape(num_classes, k, id_bytes, inverse_temperatures, labels != 0);
+        py::gil_scoped_release release;
+        cuda_encode_topk(shape, at<const void>(logits), static_cast<FloatType>(dtype), count,
+                         at<const int64_t>(labels), at<unsigned char>(records),
+                         at<int64_t>(first_bad), device, at<void>(stream));
+      },
+      py::arg("num_classes"), py::arg("k"), py::arg("id_bytes"), py::arg("inverse_temperatures"),
+      py::arg("logits"), py::arg("dtype"), py::arg("count"), py::arg("labels"), py::arg("records"),
+      py::arg("first_bad"), py::arg("device"), py::arg("stream"));
 #else
   module.attr("with_cuda") = false;
 #endif

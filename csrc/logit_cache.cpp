@@ -9,7 +9,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <unordered_map>
 
 #include "crc32c.h"
 
@@ -364,13 +363,21 @@ ViewReader::~ViewReader() {
 }
 
 void ViewReader::require_block(uint64_t block) const {
+  if (!is_verified(block)) check_and_mark(block);
+}
+
+void ViewReader::check_and_mark(uint64_t block) const {
   // Two threads may check the same block at once; both find the same.
-  if (verified_[block].load(std::memory_order_acquire)) return;
   std::string why;
   const BlockState state = check_block(block, &why);
   if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");
   if (state == BlockState::broken) throw FormatError(why);
   verified_[block].store(true, std::memory_order_release);
+}
+
+void ViewReader::will_need(uint64_t block) const {
+  ::posix_fadvise(fd_, static_cast<off_t>(spec_.block_offset(block)),
+                  static_cast<off_t>(spec_.block_bytes(block)), POSIX_FADV_WILLNEED);
 }
 
 void ViewReader::read(uint64_t start, uint64_t stop, void* out) const {
@@ -384,59 +391,6 @@ void ViewReader::read(uint64_t start, uint64_t stop, void* out) const {
     require_block(block);
   }
   std::memcpy(out, data_ + start * spec_.record_bytes, (stop - start) * spec_.record_bytes);
-}
-
-std::vector<int64_t> ViewReader::distinct(const int64_t* ids, size_t count, int64_t* which) {
-  std::vector<int64_t> values;
-  std::unordered_map<int64_t, int64_t> places;
-  for (size_t i = 0; i < count; ++i) {
-    if (i > 0 && ids[i] == ids[i - 1]) {  // the rule: views of one sample stand side by side
-      which[i] = which[i - 1];
-      continue;
-    }
-    const auto [found, added] = places.try_emplace(ids[i], static_cast<int64_t>(values.size()));
-    if (added) values.push_back(ids[i]);
-    which[i] = found->second;
-  }
-  return values;
-}
-
-void ViewReader::gather(const std::vector<const ViewReader*>& views, const int64_t* which,
-                        const int64_t* rows, size_t count, void* out, size_t record_bytes) {
-  for (const ViewReader* view : views) {
-    view->check_size();  // a file shortened since it was opened: an error, not a SIGBUS
-    if (view->spec_.record_bytes != record_bytes) {
-      throw FormatError(view->path_ + ": records have another size");
-    }
-  }
-  // Random records miss every cache. Finding a handful of them asks for their first and last
-  // lines, so that their misses overlap and the copies after that hit.
-  constexpr size_t kHandful = 128;
-  const unsigned char* sources[kHandful];
-  auto* target = static_cast<unsigned char*>(out);
-  for (size_t begin = 0; begin < count; begin += kHandful) {
-    const size_t size = std::min(kHandful, count - begin);
-    for (size_t i = 0; i < size; ++i) {
-      const int64_t place = which[begin + i];
-      if (place < 0 || static_cast<uint64_t>(place) >= views.size()) {
-        throw FormatError("view index " + std::to_string(place) + " of " +
-                          std::to_string(views.size()));
-      }
-      const ViewReader& view = *views[static_cast<size_t>(place)];
-      const auto row = static_cast<uint64_t>(rows[begin + i]);
-      if (row >= view.spec_.num_records) {
-        throw FormatError(view.path_ + ": record " + std::to_string(rows[begin + i]) + " of " +
-                          std::to_string(view.spec_.num_records));
-      }
-      view.require_block(view.block_of(row));
-      sources[i] = view.data_ + row * record_bytes;
-      __builtin_prefetch(sources[i]);
-      __builtin_prefetch(sources[i] + record_bytes - 1);
-    }
-    for (size_t i = 0; i < size; ++i, target += record_bytes) {
-      std::memcpy(target, sources[i], record_bytes);
-    }
-  }
 }
 
 }  // namespace deit_fast

@@ -104,18 +104,29 @@ class ViewReader : public ViewFile {
   // Copies records [start, stop) to `out`.
   void read(uint64_t start, uint64_t stop, void* out) const;
 
-  // The distinct values among `ids`, in order of appearance; which[i] is the place of ids[i].
-  static std::vector<int64_t> distinct(const int64_t* ids, size_t count, int64_t* which);
+  // The record's place in the map; its block's checksum has been compared.
+  const unsigned char* record(int64_t row) const {
+    const auto place = static_cast<uint64_t>(row);
+    require_block(block_of(place));
+    return data_ + place * spec_.record_bytes;
+  }
 
-  // out[i] = record rows[i] of *views[which[i]]; all views have records of `record_bytes`.
-  static void gather(const std::vector<const ViewReader*>& views, const int64_t* which,
-                     const int64_t* rows, size_t count, void* out, size_t record_bytes);
-
- private:
+  // Reads a block into the page cache and compares its checksum, unless that was done before.
   void require_block(uint64_t block) const;
+  bool is_verified(uint64_t block) const {
+    return verified_[block].load(std::memory_order_acquire);
+  }
+  // Asks the system to start reading a block; returns at once.
+  void will_need(uint64_t block) const;
+  // Throws FormatError where the file's size is not what it was when it was opened.
+  void check_unchanged() const { check_size(); }
+
   uint64_t block_of(uint64_t row) const {
     return shift_ >= 0 ? row >> shift_ : row / spec_.block_records;
   }
+
+ private:
+  void check_and_mark(uint64_t block) const;
 
   int shift_ = -1;  // log2 of block_records where that is whole: a division costs as much as a copy
   const unsigned char* data_ = nullptr;

@@ -1,10 +1,14 @@
 """Types of the compiled extension; csrc/bindings.cpp."""
 
+from collections.abc import Callable
 from enum import Enum
+
+import numpy as np
 
 with_cuda: bool
 
 class FormatError(ValueError): ...
+class IdError(ValueError): ...
 
 class BlockState(Enum):
     pending = ...
@@ -51,17 +55,91 @@ def crc32c(data: bytes, crc: int = 0) -> int: ...
 def crc32c_table(data: bytes, crc: int = 0) -> int: ...
 def crc32c_hardware(data: bytes, crc: int = 0) -> int: ...
 def crc32c_has_hardware() -> bool: ...
-def distinct(ids: int, count: int, which: int) -> list[int]: ...
-def gather(
-    views: list[ViewReader], which: int, rows: int, count: int, out: int, record_bytes: int
+
+class RecordKind(Enum):
+    copy = ...
+    hard = ...
+    topk = ...
+    int8 = ...
+    fp8 = ...
+
+class RecordLayout:
+    def __init__(
+        self,
+        kind: RecordKind,
+        *,
+        record_bytes: int,
+        num_classes: int,
+        id_bytes: int = 2,
+        k: int = 0,
+        tail_offset: int = 0,
+        tau: float = 1.0,
+    ) -> None: ...
+    @property
+    def record_bytes(self) -> int: ...
+
+class ViewTable:
+    def gather(
+        self,
+        samples: np.ndarray,
+        view_ids: np.ndarray,
+        num_samples: int,
+        open: Callable[[int], ViewReader],
+        limit: int,
+        layout: RecordLayout,
+        outputs: list[int],
+    ) -> None: ...
+
+class ReadAhead:
+    def __init__(self, threads: int) -> None: ...
+    def ask(
+        self,
+        table: ViewTable,
+        samples: np.ndarray,
+        view_ids: np.ndarray,
+        num_samples: int,
+        open: Callable[[int], ViewReader],
+        limit: int,
+    ) -> None: ...
+    def wait(self) -> None: ...
+    def stop(self) -> None: ...
+    @property
+    def blocks_read(self) -> int: ...
+
+def decode_rows(
+    layout: RecordLayout, table: int, num_records: int, rows: int, count: int, outputs: list[int]
 ) -> None: ...
-def gather_cuda(
+def encode_topk(
+    num_classes: int,
+    k: int,
+    id_bytes: int,
+    inverse_temperatures: list[float],
+    logits: int,
+    count: int,
+    labels: int,
     records: int,
+) -> int: ...
+def decode_rows_cuda(
+    layout: RecordLayout,
+    table: int,
     num_records: int,
-    record_bytes: int,
     rows: int,
     count: int,
-    out: int,
+    outputs: list[int],
+    device: int,
+    stream: int,
+) -> None: ...
+def encode_topk_cuda(
+    num_classes: int,
+    k: int,
+    id_bytes: int,
+    inverse_temperatures: list[float],
+    logits: int,
+    dtype: int,
+    count: int,
+    labels: int,
+    records: int,
+    first_bad: int,
     device: int,
     stream: int,
 ) -> None: ...

@@ -73,6 +73,10 @@ def parse(
         raise SystemExit(0)
     flags, positional = _function_hints(target) if function else (_class_hints(target), {})
     values, options = _split(args, flags, positional, verb)
+    given = {_plain_flag(option.flag).removeprefix("--") for option in options}
+    for name in _required_flags(target) if function else []:
+        if name not in given:
+            raise InputError(f"{verb} needs --{name}; see `deit-fast {verb} --help`")
     # positional arguments first: tyro wants them side by side
     ordered = values + [t for o in options for t in (_plain_flag(o.flag), *o.values)]
     boxes = io.StringIO()
@@ -90,6 +94,14 @@ def parse(
 def _needs_nothing(function: Callable[..., Any]) -> bool:
     parameters = inspect.signature(function).parameters.values()
     return all(p.default is not p.empty for p in parameters)
+
+
+def _required_flags(function: Callable[..., Any]) -> list[str]:
+    return [
+        _plain_flag(name)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+    ]
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., Any]:

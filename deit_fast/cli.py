@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deit_fast import cache_verbs
 from deit_fast.arguments import HELP, parse, quiet_pipe
 from deit_fast.config import (
     InputError,
@@ -32,15 +33,7 @@ from deit_fast.config import (
     load_config,
     to_dict,
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a verb leaves: text for stdout and the exit status."""
-
-    text: str
-    status: int = 0
-
+from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
 
 # ---------------------------------------------------------------------------------------------
 # Arguments of the verbs
@@ -71,6 +64,8 @@ class PrecomputeArguments(TrainArguments):
 
     views: str | None = None
     """Only the views A to B-1, written A:B; none: all views that the run needs."""
+    dry_run: bool = False
+    """Print bytes, blocks and time, measured on one batch, and write nothing."""
 
 
 Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
@@ -149,7 +144,7 @@ def demo(args: list[str]) -> Outcome:
         ("gain", f"{result['gain']:+.2f} points by distillation"),
         ("report", str(result["report"])),
     ]
-    return Outcome(_columns(rows))
+    return Outcome(columns(rows))
 
 
 def train(args: list[str]) -> Outcome:
@@ -167,21 +162,34 @@ def precompute(args: list[str]) -> Outcome:
     """Write a teacher's answers about every augmented view into a cache."""
     arguments = _run_arguments(PrecomputeArguments, "precompute", args)
     config = RunConfig(**_fields(arguments))
-    views = _view_range(arguments.views)
+    views = view_range(arguments.views)
     if arguments.print_config:
         return Outcome(json.dumps(to_dict(config), indent=2))
+    if arguments.dry_run:
+        return _dry_run(config, views)
     from deit_fast.precompute import precompute as run
 
     return Outcome(summary({"cache": config.cache, **run(config, views)}))
 
 
-def _view_range(text: str | None) -> range | None:
-    if text is None:
-        return None
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise InputError(f"--views needs A:B, two whole numbers with A < B, not {text!r}")
-    return range(int(start), int(stop))
+def _dry_run(config: RunConfig, views: range | None) -> Outcome:
+    from deit_fast.precompute import duration, estimate
+
+    found = estimate(config, views)
+    speed = f"{found['images_per_s']:.0f} img/s a process, {found['processes']} of them"
+    rows = [
+        ("cache", str(config.cache)),
+        ("views", str(found["views"])),
+        ("blocks", f"{found['blocks']} to write, {found['kept']} there"),
+        ("images", str(found["images"])),
+        ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new files, "
+                  f"{size_text(found['free'])} free"),
+        ("time", f"{duration(found['seconds'])} at {speed}"),
+        ("measured", f"one batch of {found['batch']} views: loading "
+                     f"{found['loader_seconds']:.3g} s (shared by {config.data.workers} workers), "
+                     f"teacher {found['teacher_seconds']:.3g} s"),
+    ]  # fmt: skip
+    return Outcome(columns(rows))
 
 
 @_typed("evaluate")
@@ -228,57 +236,6 @@ def report(
     return Outcome(f"wrote {out}")
 
 
-@_typed("cache info")
-def cache_info(path: str, /) -> Outcome:
-    """Say what a cache holds: codec, views, fingerprint.
-
-    Args:
-        path: Folder of the cache.
-    """
-    from deit_fast import cache
-
-    facts = cache.info(path)
-    broken = [row for row in facts["views"] if row.get("broken") or "error" in row]
-    codec = dict(facts["codec"])
-    details = ", ".join(f"{key} {_plain(value)}" for key, value in codec.items() if key != "name")
-    rows = [
-        ("path", facts["path"]),
-        ("codec", f"{codec.get('name')} ({details})"),
-        ("record", f"{facts['record_bytes']} bytes, {facts['block_records']} records a block"),
-        ("samples", str(facts["num_samples"])),
-        ("views", f"{len(facts['complete_views'])} complete of {len(facts['views'])}"),
-        ("size", _size(facts["bytes"])),
-    ]
-    if broken:
-        names = ", ".join(row["file"] for row in broken)
-        rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
-    fingerprint = [(key, _plain(value)) for key, value in sorted(facts["fingerprint"].items())]
-    text = f"{_columns(rows)}\n\nFingerprint:\n{_columns(fingerprint, indent='  ')}"
-    return Outcome(text)
-
-
-@_typed("cache verify")
-def cache_verify(path: str, /) -> Outcome:
-    """Check every block of a cache against its checksum; exit status 1 where one is bad.
-
-    Args:
-        path: Folder of the cache.
-    """
-    from deit_fast import cache
-    from deit_fast.train.metrics import Progress
-
-    total = sum(row["blocks"] for row in cache.info(path)["views"])
-    with Progress("verify", total, unit="block") as bar:
-        found = cache.verify(path, lambda done, total: bar.advance())
-    broken = found["broken"]
-    counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
-    rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
-    for row in broken:
-        place = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
-        rows.append(("broken", f"{place}: {row['why']}"))
-    return Outcome(_columns(rows), status=0 if found["ok"] else 1)
-
-
 @_typed("doctor")
 def doctor(*, output: str = "runs", workers: int = 4) -> Outcome:
     """Say what this machine has, what is slow on it, and what to do about it.
@@ -299,7 +256,7 @@ def recipes_list() -> Outcome:
     from deit_fast.recipes import RECIPES
 
     rows = [(name, _first_line(function)) for name, function in RECIPES.items()]
-    return Outcome(_columns(rows))
+    return Outcome(columns(rows))
 
 
 @_typed("recipes show")
@@ -310,16 +267,16 @@ def recipes_show(name: str, /) -> Outcome:
         name: Name of the recipe.
     """
     function = _recipe(name)
-    config, plain = function(), RunConfig()
+    config, default = function(), RunConfig()
     rows = [
-        (key, _plain(_lookup(config, key)))
+        (key, plain(_lookup(config, key)))
         for key in dotted_keys()
-        if _lookup(config, key) != _lookup(plain, key)
+        if _lookup(config, key) != _lookup(default, key)
     ]
     text = (
         f"{name}\n\n{inspect.getdoc(function) or ''}\n\nSettings that differ from the defaults:\n"
     )
-    return Outcome(text + _columns(rows, indent="  "))
+    return Outcome(text + columns(rows, indent="  "))
 
 
 VERBS: dict[str, Verb] = {
@@ -328,8 +285,10 @@ VERBS: dict[str, Verb] = {
     "precompute": precompute,
     "evaluate": evaluate,
     "report": report,
-    "cache info": cache_info,
-    "cache verify": cache_verify,
+    "cache info": _typed("cache info")(cache_verbs.info),
+    "cache verify": _typed("cache verify")(cache_verbs.verify),
+    "cache export": _typed("cache export")(cache_verbs.export),
+    "cache import-tinyvit": _typed("cache import-tinyvit")(cache_verbs.import_tinyvit),
     "doctor": doctor,
     "recipes list": recipes_list,
     "recipes show": recipes_show,
@@ -346,7 +305,7 @@ def overview() -> str:
     return (
         "usage: deit-fast VERB ...\n\n"
         "Distillation engine for vision transformers.\n\n"
-        f"{_columns(rows, indent='  ')}\n\n"
+        f"{columns(rows, indent='  ')}\n\n"
         "`deit-fast VERB --help` lists a verb's flags, `deit-fast --version` the version.\n"
         "Several GPUs: torchrun --nproc-per-node N -m deit_fast VERB ..."
     )
@@ -362,12 +321,7 @@ def summary(result: dict[str, Any]) -> str:
             value = f"{100 * value:.2f} %" if "top1" in key else f"{value:.4g}"
         if isinstance(value, (str, int)):
             rows.append((key.replace("_", " "), str(value)))
-    return _columns(rows)
-
-
-def _columns(rows: list[tuple[str, str]], indent: str = "") -> str:
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{indent}{name:<{width}}  {text}".rstrip() for name, text in rows)
+    return columns(rows)
 
 
 def _first_line(function: Callable[..., Any]) -> str:
@@ -376,18 +330,6 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 def _lookup(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def version() -> str:
@@ -463,7 +405,7 @@ def _dispatch_group(group: str, words: list[str]) -> Outcome:
         return VERBS[f"{group} {words[0]}"](words[1:])
     if words and words[0] in HELP:
         rows = [(f"{group} {name}", _first_line(VERBS[f"{group} {name}"])) for name in members]
-        return Outcome(f"usage: deit-fast {group} VERB ...\n\n{_columns(rows, indent='  ')}")
+        return Outcome(f"usage: deit-fast {group} VERB ...\n\n{columns(rows, indent='  ')}")
     choices = " or ".join(f"`deit-fast {group} {name}`" for name in members)
     if not words:
         raise InputError(f"{group} needs a verb: {choices}")

@@ -220,17 +220,25 @@ class OptimConfig:
 class CodecConfig:
     """How a teacher's answer about one view is stored; see docs/cache-format.md."""
 
-    name: Literal["hard", "topk", "dense-fp16", "dense-bf16", "dense-fp32"] = "topk"
+    name: Literal[
+        "hard", "topk", "dense-fp16", "dense-bf16", "dense-fp32", "dense-int8", "dense-fp8"
+    ] = "topk"
     """`hard`: argmax. `topk`: k class ids and fp16 log-probabilities. `dense-*`: every logit."""
     k: int | None = None
     """Entries of `topk`; none: 16, or the class count where that is smaller."""
     temperatures: tuple[float, ...] | None = None
     """`topk` records the exact tail mass at these temperatures; none: at loss.tau."""
+    true_class: bool = False
+    """`topk` keeps the log-probability of the sample's own class too."""
     block_records: int = 4096
     """Records per checksummed block, the unit of writing and of recovery."""
 
     def __post_init__(self) -> None:
         _require(self.k is None or self.k >= 1, f"codec.k must be at least 1, not {self.k}")
+        _require(
+            not self.true_class or self.name == "topk",
+            f"codec.true_class goes with topk; {self.name} does not keep it",
+        )
         _require(
             self.block_records >= 1,
             f"codec.block_records must be at least 1, not {self.block_records}",

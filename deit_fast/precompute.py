@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deit_fast.cache import LogitCacheWriter, build_manifest
+from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config, planned
+from deit_fast.cache.pixels import PIXEL_CONTRACT, sampled_ids, write_pixels
 from deit_fast.config import InputError, RunConfig
+from deit_fast.data.digests import digest_views
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewLoader
-from deit_fast.data.sources import open_source
+from deit_fast.data.loader import ViewBatch, ViewLoader, make_batch
+from deit_fast.data.sources import Source, open_source
 from deit_fast.evaluate import choose_device
-from deit_fast.models.teachers import has_bf16
+from deit_fast.models.teachers import Teacher, has_bf16
 from deit_fast.train.metrics import Progress
 from deit_fast.train.teaching import load_class_matched_teacher, views_fingerprint
 from deit_fast.views import ViewPlan
@@ -64,35 +69,18 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     Raises:
         InputError: no teacher or cache named; class counts differ.
         CacheMismatch: the folder holds a cache of something else; names each differing field.
+        CacheError: another job is writing these views.
         OSError: the disk is full; whole blocks stay.
     """
-    if config.teacher is None or config.cache is None:
-        missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
-        raise InputError(f"precompute needs {missing}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    source = open_source(config.data, "train", config.view.image_size)
-    teacher = load_class_matched_teacher(config, len(source.classes)).to(device)
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
-    manifest = build_manifest(
-        config.codec,
-        num_classes=len(source.classes),
-        num_samples=source.num_samples,
-        tau=config.loss.tau,
-        fingerprint=views_fingerprint(config, source.fingerprint())
-        | teacher.fingerprint()
-        | {
-            "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
-            "teacher.batch": config.teacher_batch,
-        },
-    )
+    job = _prepare(config)
     wanted = range(config.views_used) if views is None else views
+    assert config.cache is not None
     started = time.perf_counter()
     substituted: set[str] = set()
     images_done = 0
-    with LogitCacheWriter(config.cache, manifest) as writer:
+    with LogitCacheWriter(config.cache, job.manifest, rank=rank, world=world) as writer:
+        writer.refuse_rivals(wanted)
         blocks_per_view = writer.num_blocks
         mine = {
             (view, block)
@@ -102,30 +90,39 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         }
         pending = [item for item in writer.pending(wanted) if item in mine]
         calls = TeacherCalls(
-            pending, manifest["block_records"], source.num_samples, config.teacher_batch
+            pending, job.manifest["block_records"], job.source.num_samples, config.teacher_batch
         )
         total = sum(stop - start for _, start, stop in calls.calls)
         log.info(
             "precomputing %d views of %d samples: %d blocks to write, %d there, %d B per view",
-            len(wanted), source.num_samples, len(pending), len(mine) - len(pending),
-            manifest["record_bytes"],
+            len(wanted), job.source.num_samples, len(pending), len(mine) - len(pending),
+            job.manifest["record_bytes"],
         )  # fmt: skip
         loader = ViewLoader(
-            source,
-            plan,
+            job.source,
+            job.plan,
             calls,
             workers=config.data.workers,
             on_error=config.data.on_error,
-            pin_memory=device.type == "cuda",
+            pin_memory=job.device.type == "cuda",
         )
+        pixels = _PixelRecord(Path(config.cache), job.manifest)
+        # The next block is locked before this one is released: a second writer of the same blocks
+        # finds a lock whenever it starts.
+        ahead = iter(pending)
+        if pending:
+            writer.claim(*next(ahead))
+        pace = _Pace(total)
         with Progress("precompute", total, unit="view") as progress:
-            for batch in loader:
-                images = ingest_batch(batch.to(device), config.view, torch.float32)
-                writer.write(batch.sample_ids, int(batch.view_ids[0]), teacher(images))
+            for (_, start, _), batch in zip(calls.calls, loader, strict=True):
+                if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
+                    writer.claim(*block)
+                pixels.add(batch)
+                view, logits = int(batch.view_ids[0]), job.answer(batch)
+                writer.write(batch.sample_ids, view, logits, batch.labels)
                 substituted.update(batch.substituted)
                 images_done += len(batch.sample_ids)
-                rate = images_done / (time.perf_counter() - started)
-                progress.advance(len(batch.sample_ids), f"{rate:.0f} img/s")
+                progress.advance(len(batch.sample_ids), pace.note(images_done))
     seconds = time.perf_counter() - started
     if substituted:
         log.warning(
@@ -140,6 +137,152 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "images": images_done,
         "seconds": round(seconds, 3),
         "images_per_s": round(images_done / seconds, 2),
-        "bytes": images_done * manifest["record_bytes"],
+        "bytes": images_done * job.manifest["record_bytes"],
         "substituted": sorted(substituted),
     }
+
+
+def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
+    """What ``precompute`` would write and how long it would take; writes nothing.
+
+    The time comes from one batch of views: loaded in this process, and answered by the teacher
+    twice, of which the second is timed. Loading is taken to be ``data.workers`` times as fast and
+    to go on beside the teacher; the blocks are shared evenly among the processes.
+
+    Returns:
+        `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
+        the disk), `batch`, `loader_seconds`, `teacher_seconds` (of that batch), `images_per_s`
+        (of one process), `processes`, `seconds`.
+
+    Raises:
+        As ``precompute``.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    job = _prepare(config)
+    assert config.cache is not None
+    folder = Path(config.cache)
+    wanted = range(config.views_used) if views is None else views
+    missing, kept, new_bytes = planned(folder, job.manifest, wanted)
+    count = job.source.num_samples
+    sizes = np.minimum(
+        job.manifest["block_records"], count - np.arange(0, count, job.manifest["block_records"])
+    )
+    images = int(sum(sizes[block] for _, block in missing))
+
+    batch_size = min(config.teacher_batch, count)
+    started = time.perf_counter()
+    ids = np.arange(batch_size), np.full(batch_size, wanted[0], np.int32)
+    batch = make_batch(job.source, job.plan, *ids, on_error=config.data.on_error)
+    loading = time.perf_counter() - started
+    codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
+    codec.encode(job.answer(batch), batch.labels)
+    started = time.perf_counter()
+    codec.encode(job.answer(batch), batch.labels).cpu()
+    answering = time.perf_counter() - started
+    workers = config.data.workers
+    per_batch = max(loading / workers, answering) if workers else loading + answering
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
+    return {
+        "views": len(wanted),
+        "blocks": len(missing),
+        "kept": kept,
+        "images": images,
+        "bytes": new_bytes,
+        "free": shutil.disk_usage(existing).free,
+        "batch": batch_size,
+        "loader_seconds": round(loading, 4),
+        "teacher_seconds": round(answering, 4),
+        "images_per_s": round(batch_size / per_batch, 2),
+        "processes": world,
+        "seconds": round(images / batch_size * per_batch / world, 1),
+    }
+
+
+class _Job:
+    """What a precompute needs, opened and checked; nothing is written yet."""
+
+    def __init__(self, config: RunConfig, source: Source, teacher: Teacher, device: torch.device):
+        self.config, self.source, self.teacher, self.device = config, source, teacher, device
+        self.plan = ViewPlan(config.view, config.seed, source.num_samples)
+        self.manifest = build_manifest(
+            config.codec,
+            num_classes=len(source.classes),
+            num_samples=source.num_samples,
+            tau=config.loss.tau,
+            fingerprint=views_fingerprint(config, source.fingerprint())
+            | PIXEL_CONTRACT
+            | teacher.fingerprint()
+            | {
+                "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
+                "teacher.batch": config.teacher_batch,
+            },
+        )
+
+    def answer(self, batch: ViewBatch) -> torch.Tensor:
+        """The teacher's logits [B, C] about a batch of views."""
+        images = ingest_batch(batch.to(self.device), self.config.view, torch.float32)
+        return self.teacher(images)
+
+
+def _prepare(config: RunConfig) -> _Job:
+    if config.teacher is None or config.cache is None:
+        missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
+        raise InputError(f"precompute needs {missing}")
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    source = open_source(config.data, "train", config.view.image_size)
+    teacher = load_class_matched_teacher(config, len(source.classes)).to(device)
+    return _Job(config, source, teacher, device)
+
+
+class _PixelRecord:
+    """Collects the digests of a view's sampled pixels and writes them once all have come, which is
+    before the block that holds them can be committed."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._found: dict[int, dict[int, str]] = {}
+
+    def add(self, batch: ViewBatch) -> None:
+        view = int(batch.view_ids[0])
+        wanted = sampled_ids(self._manifest, view)
+        rows = np.flatnonzero(np.isin(batch.sample_ids.numpy(), wanted))
+        if not len(rows):
+            return
+        found = self._found.setdefault(view, {})
+        found.update(zip(batch.sample_ids[rows].tolist(), digest_views(batch, rows), strict=True))
+        if len(found) == len(wanted):
+            write_pixels(self._folder, self._manifest, view, self._found.pop(view))
+
+
+class _Pace:
+    """Rate and time left; where no bar can show them, a log line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._started = total, time.perf_counter()
+        self._told_at, self._told = self._started, 0
+        self._logs = not sys.stderr.isatty()
+
+    def note(self, done: int) -> str:
+        """`1234 img/s` after ``done`` images; logs every 30 s, and every 5 % that took 1 s."""
+        now = time.perf_counter()
+        rate = done / max(now - self._started, 1e-9)
+        since, share = now - self._told_at, (done - self._told) / self._total
+        if self._logs and (since >= 30 or (since >= 1 and share >= 0.05)):
+            self._told_at, self._told = now, done
+            left = duration((self._total - done) / rate)
+            log.info(
+                "precompute: %d of %d images (%.0f %%), %.0f img/s, %s left",
+                done, self._total, 100 * done / self._total, rate, left,
+            )  # fmt: skip
+        return f"{rate:.0f} img/s"
+
+
+def duration(seconds: float) -> str:
+    """`3 h 12 min`, `4 min 5 s`, `6 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -174,8 +174,8 @@ def test_wrong_calls_end_with_one_clear_line(arguments, variables, words):
     assert words in done.stderr.splitlines()[-1]
 
 
-def build_cuda_object(folder: Path) -> Path:
-    """csrc/cuda/gather.cu compiled with the flags that setup.py gives."""
+def build_cuda_object(folder: Path, source: str) -> Path:
+    """csrc/cuda/<source>.cu compiled with the flags that setup.py gives."""
     script = f"""
 import shutil, setuptools
 from pathlib import Path
@@ -191,14 +191,23 @@ print(setup.find_nvcc() and ninja)
     ninja = written.stdout.splitlines()[-1]
     if ninja == "None":
         pytest.skip("no nvcc")
-    target = folder / "csrc_cuda_gather.cu.o"
+    target = folder / f"csrc_cuda_{source}.cu.o"
     done = subprocess.run([ninja, "-C", folder, target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return target
 
 
-def test_cuda_gather_has_wide_accesses_and_no_local_memory(tmp_path):
-    target = build_cuda_object(tmp_path)
+@pytest.mark.parametrize(
+    ("source", "wide"),
+    [
+        # parts of kernels' names, and the 16-byte accesses that each must have
+        ("decode", {("copy_records", "uint4"): ("wide_loads", "wide_stores"),
+                    ("decode_bytes",): ("wide_stores",)}),
+        ("encode", {("encode_rows",): ("wide_loads",)}),
+    ],
+)  # fmt: skip
+def test_cuda_of_the_cache_has_wide_accesses_and_no_local_memory(tmp_path, source, wide):
+    target = build_cuda_object(tmp_path, source)
     subprocess.run(
         [aot.TOOLS / "cuobjdump", "--extract-elf", "all", target], cwd=tmp_path, check=True
     )
@@ -213,10 +222,11 @@ def test_cuda_gather_has_wide_accesses_and_no_local_memory(tmp_path):
             name: aot.count_instructions(text)
             for name, text in zip(sections[::2], sections[1::2], strict=True)
         }
-        assert len(counts) == 5, "one kernel per word size"
-        assert all(got["spills"] == got["fp64"] == 0 for got in counts.values()), arch
-        (wide,) = (
-            got for name, got in counts.items() if "gather_words" in name and "uint4" in name
-        )
-        assert wide["wide_loads"] == wide["wide_stores"] > 0, arch
-        assert wide["half_loads"] + wide["half_stores"] + wide["scalar_stores"] == 0, arch
+        assert all(got["spills"] == 0 for got in counts.values()), arch
+        if source == "decode":  # encoding sums exactly, in double and integers, by design
+            assert all(got["fp64"] == 0 for got in counts.values()), arch
+        for parts, accesses in wide.items():
+            chosen = [got for name, got in counts.items() if all(part in name for part in parts)]
+            # Variants for unaligned rows or rows too wide to stage have narrow accesses.
+            best = {name: max((got[name] for got in chosen), default=0) for name in accesses}
+            assert min(best.values()) > 0, (arch, parts, best)

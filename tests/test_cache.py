@@ -293,6 +293,10 @@ def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
     if codec["name"] == "dense-bf16":
         words = struct.unpack(f"<{classes}H", record)
         return (tuple(struct.unpack("<f", struct.pack("<I", word << 16))[0] for word in words),)
+    if codec["name"] in ("dense-int8", "dense-fp8"):
+        start, step = struct.unpack_from("<2f", record)
+        value = int if codec["name"] == "dense-int8" else slow_fp8
+        return (tuple(start + value(code) * step for code in record[8:]),)
     if codec["name"] != "topk":
         return (
             struct.unpack(f"<{classes}{'e' if codec['name'] == 'dense-fp16' else 'f'}", record),
@@ -303,6 +307,12 @@ def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
     scaled = [value / tau for value in values[k : 2 * k]]
     norm = math.log(sum(math.exp(value) for value in scaled)) - math.log1p(-math.exp(tail))
     return values[:k], tuple(value - norm for value in scaled), tail
+
+
+def slow_fp8(code: int) -> float:
+    sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
+    size = mantissa / 512 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -size if sign else size
 
 
 @pytest.mark.parametrize(("name", "classes"), [(name, CLASSES) for name in CODECS] + [
@@ -321,6 +331,8 @@ def test_a_reader_written_from_the_format_page_agrees(tmp_path, name, classes):
             assert fast.ids.tolist() == [list(row[0]) for row in slow]
             assert np.allclose(fast.log_probs, [row[1] for row in slow], rtol=0, atol=2e-6)
             assert fast.log_tail.tolist() == [row[2] for row in slow]
+        elif name in ("dense-int8", "dense-fp8"):  # two roundings to float32
+            assert np.allclose(fast, [row[0] for row in slow], rtol=0, atol=4e-6)
         else:
             assert fast.float().tolist() == [list(row[0]) for row in slow]
 

@@ -10,16 +10,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LATE = {"tyro", "rich", "tensorboard", "matplotlib", "sklearn", "nvidia.dali", "wandb", "apex"}
+LATE = {
+    "tyro",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+    "sklearn",
+    "nvidia.dali",
+    "wandb",
+    "apex",
+    "pyarrow",
+}
 
 # Layers from the top down; a module imports from its own layer and from those below.
 LAYERS = [
     {"cli", "__main__"},
+    {"cache_verbs"},
     {"demo", "doctor"},
+    {"recheck"},
     {"precompute", "train", "report"},
     {"evaluate", "charts", "report_style"},
     {"data", "models", "losses", "cache"},
-    {"views", "order", "draws", "kernels", "environment", "arguments", "recipes", "files"},
+    {
+        "views",
+        "order",
+        "draws",
+        "kernels",
+        "environment",
+        "arguments",
+        "recipes",
+        "files",
+        "outcome",
+    },
     {"config"},
 ]
 
@@ -85,7 +107,8 @@ import importlib, sys
 sys.modules.update(dict.fromkeys({sorted(LATE)!r}))  # None: the import fails
 for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_fast.views",
              "deit_fast.data.loader", "deit_fast.models", "deit_fast.train.loop",
-             "deit_fast.precompute", "deit_fast.evaluate", "deit_fast.report",
+             "deit_fast.precompute", "deit_fast.recheck", "deit_fast.cache.export",
+             "deit_fast.cache.tinyvit", "deit_fast.evaluate", "deit_fast.report",
              "deit_fast.doctor", "bench.common", "bench.bench_step", "bench.bench_cache",
              "bench.bench_distillation_loss", "bench.bench_ingest", "bench.bench_loader"):
     importlib.import_module(name)

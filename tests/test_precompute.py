@@ -18,10 +18,11 @@ from deit_fast.cache import CacheMismatch, LogitCache
 from deit_fast.config import InputError, RunConfig
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import TeacherCalls, precompute
+from deit_fast.precompute import TeacherCalls, _Pace, duration, estimate, precompute
 from deit_fast.recipes import digits_student
 from digits import write_few_digits
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes share two cores
 SPEC = "deit_fast.models.convnet:small_convnet"
 
 
@@ -104,13 +105,7 @@ def test_stored_answers_are_the_teachers(config, reference):
 @pytest.mark.parametrize("world", [2, 3])
 def test_bytes_do_not_depend_on_process_count(config, reference, tmp_path, world):
     cache = tmp_path / "cache"
-    processes = [
-        subprocess.Popen(
-            command(config, cache),
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]
+    processes = start_ranks(config, cache, world)
     assert [process.wait(120) for process in processes] == [0] * world
     assert contents(cache) == reference
 
@@ -121,7 +116,7 @@ def test_killed_at_any_moment_then_finished_gives_the_same_bytes(config, referen
     cache = tmp_path / "cache"
     kills = 0
     for blocks_before_kill in (0, 5, 20):
-        process = subprocess.Popen(command(config, cache))
+        process = subprocess.Popen(command(config, cache), env=ENVIRONMENT)
         while process.poll() is None and blocks_done(cache) < blocks_before_kill:
             time.sleep(0.002)
         if process.poll() is None:
@@ -129,7 +124,7 @@ def test_killed_at_any_moment_then_finished_gives_the_same_bytes(config, referen
             kills += 1
         process.wait()
     assert kills >= 2
-    assert subprocess.run(command(config, cache), timeout=120).returncode == 0
+    assert subprocess.run(command(config, cache), env=ENVIRONMENT, timeout=120).returncode == 0
     assert contents(cache) == reference
 
 
@@ -169,8 +164,178 @@ def test_another_teacher_recipe_or_data_set_is_refused(config, reference):
     assert contents(config.cache) == reference
 
 
+def test_views_are_added_later(config, reference, tmp_path):
+    later = config.replace(cache=str(tmp_path / "cache"))
+    assert precompute(later, range(2))["blocks"] == 12
+    assert set(LogitCache.open(later.cache).views) == {0, 1}
+    added = precompute(later, range(1, 6))
+    assert (added["blocks"], added["kept"]) == (24, 6)
+    assert contents(later.cache) == reference
+
+
+@pytest.mark.dist
+def test_three_processes_killed_then_two_finish(config, reference, tmp_path):
+    cache = tmp_path / "cache"
+    first = start_ranks(config, cache, 3)
+    while blocks_done(cache) < 7:
+        time.sleep(0.002)
+    for process in first:
+        process.kill()
+        process.wait()
+    assert blocks_done(cache) < 36
+    assert [process.wait(120) for process in start_ranks(config, cache, 2)] == [0, 0]
+    assert contents(cache) == reference
+
+
+@pytest.mark.dist
+def test_a_second_command_by_mistake_is_refused_and_the_first_goes_on(config, reference, tmp_path):
+    cache = tmp_path / "cache"
+    first = subprocess.Popen(command(config, cache), env=ENVIRONMENT)
+    while first.poll() is None and not list(cache.glob(".lock-*")):
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)  # busy for as long as this test needs
+    try:
+        second = subprocess.run(
+            command(config, cache), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode == 2
+    line = second.stderr.splitlines()[-1]
+    assert f"is being written by pid {first.pid} on host" in line and ".lock-view-0000" in line
+    assert first.wait(120) == 0
+    assert contents(cache) == reference
+
+
+def start_ranks(config: RunConfig, cache: Path, world: int) -> list[subprocess.Popen]:
+    return [
+        subprocess.Popen(
+            command(config, cache),
+            env=ENVIRONMENT
+            | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+
+
+def test_dry_run_says_what_comes_and_writes_nothing(config, reference, tmp_path):
+    planned = config.replace(cache=str(tmp_path / "a" / "cache"))
+    found = estimate(planned)
+    views = {name: data for name, data in reference.items() if name.endswith(".dlc")}
+    assert found["bytes"] == sum(map(len, views.values()))
+    assert (found["views"], found["blocks"], found["kept"], found["images"]) == (6, 36, 0, 1260)
+    assert found["seconds"] > 0 and found["images_per_s"] > 0 and found["batch"] == 32
+    assert list(tmp_path.iterdir()) == []
+    precompute(planned, range(1, 3))
+    before = contents(planned.cache)
+    found = estimate(planned, range(4))
+    assert (found["blocks"], found["kept"], found["images"]) == (12, 12, 420)
+    assert found["bytes"] == 2 * len(views["view-00000.dlc"])
+    assert contents(planned.cache) == before
+    with pytest.raises(CacheMismatch, match=r"view\.seed"):
+        estimate(planned.replace(seed=5))
+
+
+def test_pace_logs_now_and_then(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr("deit_fast.precompute.time.perf_counter", lambda: now[0])
+    pace = _Pace(1000)
+    pace._logs = True
+    with caplog.at_level("INFO", "deit_fast"):
+        for now[0], done in [(0.5, 100), (2, 120), (3, 130), (40, 140), (41, 180), (42, 200)]:
+            note = pace.note(done)
+    assert note == "5 img/s"
+    assert [record.getMessage() for record in caplog.records] == [
+        "precompute: 120 of 1000 images (12 %), 60 img/s, 15 s left",
+        "precompute: 140 of 1000 images (14 %), 4 img/s, 4 min 6 s left",
+        "precompute: 200 of 1000 images (20 %), 5 img/s, 2 min 48 s left",
+    ]
+    assert duration(3 * 3600 + 12 * 60 + 5) == "3 h 12 min"
+
+
+# ------------------------------------------------------------------------------------------ pixels
+
+
+def teach(config: RunConfig):
+    """What `train` does before its first step."""
+    from deit_fast.data.sources import open_source
+    from deit_fast.train.teaching import create_teaching
+
+    return create_teaching(config, open_source(config.data, "train", 16), torch.device("cpu"))
+
+
+def test_train_refuses_an_image_of_other_pixels_and_the_same_size(config, reference, tmp_path):
+    import shutil
+
+    from PIL import Image
+
+    from deit_fast.cache.pixels import pick_pixels
+    from deit_fast.data.sources import open_source
+
+    shutil.copytree(config.data.root, tmp_path / "data")
+    copied = config.replace(data={"root": str(tmp_path / "data")})
+    teach(copied)
+    cache = LogitCache.open(config.cache)
+    checked = pick_pixels(cache.path, cache.manifest, range(6), 32)
+    assert len(checked) >= 32 and {view for view, _, _ in checked} == set(range(6))
+    _, sample, _ = checked[7]
+    path = Path(open_source(copied.data, "train", 16).paths[sample])
+    size = path.stat().st_size
+    Image.new("L", (8, 8), 77).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # bytes after the end do not count
+    assert path.stat().st_size == size
+    with pytest.raises(InputError, match="saw other pixels of sample") as error:
+        teach(copied)
+    assert path.name in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["gone", "edited", "other view", "other manifest", "not JSON"])
+def test_digests_that_cannot_be_trusted_are_refused(config, reference, tmp_path, damage):
+    import json
+    import shutil
+
+    shutil.copytree(config.cache, tmp_path / "cache")
+    copied = config.replace(cache=str(tmp_path / "cache"))
+    path = tmp_path / "cache/view-00002.pixels.json"
+    content = json.loads(path.read_text())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "edited":
+        content["digests"] = ["0" * 32] * len(content["digests"])
+        path.write_text(json.dumps(content))
+    elif damage == "other view":
+        shutil.copy(tmp_path / "cache/view-00003.pixels.json", path)
+    elif damage == "other manifest":
+        path.write_text(json.dumps(content | {"manifest_sha256": "0" * 64}))
+    else:
+        path.write_text("[" * 100_000)
+    message = "saw other pixels of sample" if damage == "edited" else r"view-00002\.pixels\.json"
+    with pytest.raises(InputError, match=message):
+        teach(copied)
+
+
 def test_missing_arguments_are_named(config):
     with pytest.raises(InputError, match="needs --teacher"):
         precompute(config.replace(teacher=None))
     with pytest.raises(InputError, match="needs --cache"):
         precompute(config.replace(cache=None))
+
+
+def test_the_true_class_is_kept_on_request(config, tmp_path):
+    """The log-probability of the label that the loader gives, from the very run of the teacher."""
+    wanted = config.replace(
+        cache=str(tmp_path / "cache"), codec={"true_class": True, "k": 2}, epochs=1,
+        view={"repeats": 1}, num_views=1,
+    )  # fmt: skip
+    precompute(wanted)
+    dense = wanted.replace(
+        cache=str(tmp_path / "dense"),
+        codec={"name": "dense-fp32", "true_class": False, "k": None},
+    )
+    precompute(dense)
+    ids, views = torch.arange(210), torch.zeros(210, dtype=torch.int64)
+    labels = torch.arange(10).repeat_interleave(21)
+    logits = LogitCache.open(dense.cache).gather(ids, views)
+    stored = LogitCache.open(wanted.cache).gather_true_class(ids, views)
+    expected = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(stored.double(), expected, rtol=1e-3, atol=1e-3)

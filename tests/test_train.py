@@ -11,6 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from deit_fast.cache import CacheMismatch
+from deit_fast.cache.ahead import ReadAhead
 from deit_fast.config import InputError, OptimConfig, RunConfig
 from deit_fast.models import create_student, load_weights
 from deit_fast.models.convnet import small_convnet
@@ -134,6 +135,8 @@ def test_cached_dense_teacher_equals_online_exactly(world, tmp_path):
         ({"name": "dense-fp16"}, 1e-3),
         ({"name": "dense-bf16"}, 1e-2),
         ({"name": "topk", "k": 10}, 2e-3),
+        ({"name": "dense-int8"}, 2e-2),
+        ({"name": "dense-fp8"}, 5e-2),
     ],
 )
 def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
@@ -148,6 +151,19 @@ def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
     assert first["base_loss"] == second["base_loss"]
     assert second["distill_loss"] == pytest.approx(first["distill_loss"], rel=bound)
     assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=bound)
+
+
+def test_training_reads_the_cache_ahead(world, tmp_path, monkeypatch):
+    """Every block that the run touches is read by the threads; then they end."""
+    seen = []
+    close = ReadAhead.close
+    monkeypatch.setattr(ReadAhead, "close", lambda self: seen.append(self.wait()) or close(self))
+    config = run_config(
+        world, tmp_path / "run", cache=str(tmp_path / "cache"), codec={"block_records": 70}
+    )
+    precompute(config)
+    train(config)
+    assert len(seen) == 1 and seen[0] >= 9  # 3 views of 3 blocks; one may be asked for twice
 
 
 def test_training_learns(world, tmp_path):

@@ -5,11 +5,12 @@ The file format is docs/cache-format.md; the part in C++ is csrc/.
 
 from __future__ import annotations
 
+from .ahead import ReadAhead, StreamedLogits
 from .codecs import CODECS, Codec, codec_from_config
 from .errors import CacheError, CacheMismatch
 from .manifest import build_manifest
 from .reader import LogitCache, ResidentLogits
-from .verify import info, verify
+from .verify import info, planned, verify
 from .writer import LogitCacheWriter
 
 __all__ = [
@@ -19,9 +20,12 @@ __all__ = [
     "Codec",
     "LogitCache",
     "LogitCacheWriter",
+    "ReadAhead",
     "ResidentLogits",
+    "StreamedLogits",
     "build_manifest",
     "codec_from_config",
     "info",
+    "planned",
     "verify",
 ]

@@ -11,13 +11,15 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
-from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
+from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
 from deit_fast.cache.errors import CacheError, CacheMismatch
+from deit_fast.cache.records import id_bytes
 from deit_fast.config import CodecConfig
 
 FORMAT = 1
@@ -101,19 +103,28 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(compared, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def view_spec(manifest: Mapping[str, Any], view_id: int) -> _C.ViewSpec:
-    """Sizes of a view file, what its header must say, and where class ids stand in a record."""
+def view_specs(manifest: Mapping[str, Any]) -> Callable[[int], _C.ViewSpec]:
+    """By view id: sizes of its file, what its header must say, where class ids are in a record."""
     codec = codec_from_manifest(manifest["codec"], "manifest")
-    return _C.ViewSpec(
+    return partial(
+        _spec,
         num_records=manifest["num_samples"],
         record_bytes=manifest["record_bytes"],
         block_records=manifest["block_records"],
-        view_id=view_id,
         ids_per_record=codec.ids_per_record,
         id_bytes=id_bytes(codec.num_classes),
         id_limit=codec.num_classes,
         manifest_sha256=hashlib.sha256(canonical(manifest)).digest(),
     )
+
+
+def _spec(view_id: int, **values: Any) -> _C.ViewSpec:
+    return _C.ViewSpec(view_id=view_id, **values)
+
+
+def view_spec(manifest: Mapping[str, Any], view_id: int) -> _C.ViewSpec:
+    """``view_specs`` of one view."""
+    return view_specs(manifest)(view_id)
 
 
 def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, codec_from_manifest
+from deit_fast.cache.ahead import ReadAhead, StreamedLogits
+from deit_fast.cache.codecs import Codec, TopKCodec, codec_from_manifest
 from deit_fast.cache.errors import CacheError, format_errors
 from deit_fast.cache.manifest import (
     fields,
     read_manifest,
     require_equal,
     view_path,
-    view_spec,
+    view_specs,
     views_on_disk,
 )
+from deit_fast.cache.records import decode_rows
 from deit_fast.config import InputError
 from deit_fast.kernels import TopK
 
-# Memory maps kept open. A step touches view.repeats views; a view that comes back after so many
-# others is mapped and verified anew.
+# Memory maps kept open after a call. A step touches view.repeats views; a view that comes back
+# after so many others is mapped and verified anew.
 _OPEN_VIEWS = 256
 _UPLOAD_BYTES = 1 << 26
 
@@ -42,7 +44,16 @@ class LogitCache:
         self.path, self.manifest = path, manifest
         self.codec: Codec = codec_from_manifest(manifest["codec"], str(path))
         self._num_samples: int = manifest["num_samples"]
-        self._open = lru_cache(_OPEN_VIEWS)(lambda view_id: open_view(path, manifest, view_id))
+        self._spec = view_specs(manifest)
+        self._open = partial(_open_view, path, self._spec)
+        self._table = _C.ViewTable()
+        self._layouts: dict[float, _C.RecordLayout] = {}
+        self._raw = _C.RecordLayout(
+            _C.RecordKind.copy,
+            record_bytes=self.codec.record_bytes,
+            num_classes=self.codec.num_classes,
+        )
+        self._like = self.codec.empty(0, None)  # empty_like costs half of empty
 
     @classmethod
     def open(cls, path: str | Path) -> LogitCache:
@@ -63,9 +74,7 @@ class LogitCache:
         complete = []
         for view_id in views_on_disk(self.path):
             with format_errors():
-                file = _C.ViewFile(
-                    str(view_path(self.path, view_id)), view_spec(self.manifest, view_id)
-                )
+                file = _C.ViewFile(str(view_path(self.path, view_id)), self._spec(view_id))
                 if file.first_incomplete() is None:
                     complete.append(view_id)
         return complete
@@ -101,23 +110,101 @@ class LogitCache:
             CacheError: a view that is not there, is incomplete or damaged, naming file and block;
                 a temperature that was not recorded.
         """
-        return self.codec.decode(self.gather_records(sample_ids, view_ids), tau, tail)
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        layout = self._layouts.get(tau)
+        if layout is None:
+            layout = self._layouts.setdefault(tau, self.codec.layout(tau))
+        like = self._like
+        if len(like[0]) != samples.size:
+            like = self._like = self.codec.empty(samples.size, None)
+        outputs = tuple(map(torch.empty_like, like))
+        self._gather(samples, views, layout, outputs)
+        return self.codec.answer(outputs, tail)
 
-    def gather_records(self, sample_ids: Any, view_ids: Any) -> Tensor:
-        """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does."""
-        samples, which, views = _locate(sample_ids, view_ids, self._num_samples)
-        readers = [self._open(view_id) for view_id in views]
-        raw = torch.empty((len(samples), self.codec.record_bytes), dtype=torch.uint8)
-        with format_errors():
-            _C.gather(
-                readers,
-                which.ctypes.data,
-                samples.ctypes.data,
-                len(samples),
-                raw.data_ptr(),
-                self.codec.record_bytes,
+    def gather_records(
+        self, sample_ids: Any, view_ids: Any, *, out: Tensor | None = None
+    ) -> Tensor:
+        """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does.
+
+        ``out``: where to put them, uint8 [at least n, record_bytes], contiguous, on the host.
+        """
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        size = self.codec.record_bytes
+        if out is None:
+            out = torch.empty((samples.size, size), dtype=torch.uint8)
+        elif out.shape[0] < samples.size or out.shape[1] != size or not out.is_contiguous():
+            raise InputError(f"out must be [{samples.size} or more, {size}], contiguous")
+        self._gather(samples, views, self._raw, (out,))
+        return out if len(out) == samples.size else out[: samples.size]
+
+    def gather_true_class(self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0) -> Tensor:
+        """The teacher's log-probability of the samples' own class at ``tau``, float32 [n].
+
+        Raises:
+            CacheError: as ``gather``; the cache was not made with codec.true_class.
+        """
+        if not isinstance(self.codec, TopKCodec) or not self.codec.true_class:
+            raise CacheError(f"cache {self.path} does not hold the true class (codec.true_class)")
+        return self.codec.decode_true_class(self.gather_records(sample_ids, view_ids), tau)
+
+    def prefetch(
+        self, batches: Sequence, *, ahead: int = 16, start: int = 0, threads: int = 2
+    ) -> ReadAhead:
+        """Read and verify in background threads what the coming batches will ask for.
+
+        Args:
+            batches: [step] -> (sample ids, view ids), as ``views.TrainBatches``.
+            ahead: batches to look ahead.
+            start: the first step that is to come.
+
+        Raises:
+            InputError, CacheError: as ``gather``, for a batch that comes into sight.
+        """
+        return ReadAhead(self, batches, ahead=ahead, start=start, threads=threads)
+
+    def stream(
+        self,
+        batches: Sequence,
+        device: torch.device | str,
+        *,
+        tau: float = 1.0,
+        tail: str = "bucket",
+        ahead: int = 16,
+        start: int = 0,
+    ) -> StreamedLogits:
+        """The answers of batches in a known order, on ``device``, for what does not fit there.
+
+        Iterate over it: each step's answer in the form of ``gather``. Raises as ``gather`` does,
+        at the step that the error belongs to.
+        """
+        self.codec.layout(tau)  # a temperature that is not recorded: an error now
+        return StreamedLogits(
+            self, batches, torch.device(device), tau=tau, tail=tail, ahead=ahead, start=start
+        )
+
+    def _gather(
+        self,
+        samples: np.ndarray,
+        views: np.ndarray,
+        layout: _C.RecordLayout,
+        outputs: tuple[Tensor, ...],
+    ) -> None:
+        addresses = [output.data_ptr() for output in outputs]
+        try:
+            self._table.gather(
+                samples, views, self._num_samples, self._open, _OPEN_VIEWS, layout, addresses
             )
-        return raw
+        except _C.IdError as error:
+            raise InputError(str(error)) from None
+        except _C.FormatError as error:
+            raise CacheError(str(error)) from None
+
+    def _ask(self, ahead: _C.ReadAhead, sample_ids: Any, view_ids: Any) -> None:
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        try:
+            ahead.ask(self._table, samples, views, self._num_samples, self._open, _OPEN_VIEWS)
+        except _C.IdError as error:
+            raise InputError(str(error)) from None
 
     def to_device(self, view_ids: Iterable[int], device: torch.device | str) -> ResidentLogits:
         """Copy whole views, verified, into a device's memory and gather there.
@@ -134,7 +221,7 @@ class LogitCache:
         )
         step = max(1, _UPLOAD_BYTES // bytes_of_record)
         for place, view_id in enumerate(ids):
-            reader = self._open(view_id)
+            reader = self._open(view_id)  # maps it anew: its blocks are read and checked once here
             for start in range(0, self._num_samples, step):
                 stop = min(start + step, self._num_samples)
                 part = torch.empty((stop - start, bytes_of_record), dtype=torch.uint8)
@@ -153,7 +240,7 @@ class ResidentLogits:
     ) -> None:
         self.codec, self.views, self._num_samples = codec, view_ids, num_samples
         self._records = records
-        self._first_rows = {view_id: i * num_samples for i, view_id in enumerate(view_ids)}
+        self._sorted_views = np.array(view_ids, np.int64)
 
     def gather(
         self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0, tail: str = "bucket"
@@ -165,36 +252,24 @@ class ResidentLogits:
             InputError: a sample id out of range, shapes that differ.
             CacheError: a view that was not put on the device; a temperature not recorded.
         """
-        samples, which, views = _locate(sample_ids, view_ids, self._num_samples)
-        unknown = [view_id for view_id in views if view_id not in self._first_rows]
-        if unknown:
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        if samples.ndim != 1 or views.shape not in ((), samples.shape):
+            raise InputError(
+                "sample and view ids must be [n], and as many of the one as of the other"
+            )
+        outside = samples[(samples < 0) | (samples >= self._num_samples)]
+        if len(outside):
+            raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")
+        places = np.minimum(np.searchsorted(self._sorted_views, views), len(self.views) - 1)
+        unknown = np.atleast_1d(views[self._sorted_views[places] != views])
+        if unknown.size:
             raise CacheError(f"view {unknown[0]} was not put on {self._records.device}")
-        first_rows = np.array([self._first_rows[view_id] for view_id in views], np.int64)
-        rows = torch.from_numpy(first_rows[which] + samples)
-        raw = _gather_rows(self._records, rows.to(self._records.device, non_blocking=True))
-        return self.codec.decode(raw, tau, tail)
+        rows = torch.from_numpy(np.asarray(places * self._num_samples + samples))
+        device = self._records.device
+        return decode_rows(self.codec, self._records, rows.to(device, non_blocking=True), tau, tail)
 
 
-def _gather_rows(records: Tensor, rows: Tensor) -> Tensor:
-    """records [m, bytes] uint8 at rows [n] int64, on their device."""
-    if records.device.type != "cuda" or not _C.with_cuda:
-        return records.index_select(0, rows)
-    out = torch.empty((len(rows), records.shape[1]), dtype=torch.uint8, device=records.device)
-    with torch.cuda.device(records.device):
-        _C.gather_cuda(
-            records.data_ptr(),
-            records.shape[0],
-            records.shape[1],
-            rows.data_ptr(),
-            len(rows),
-            out.data_ptr(),
-            records.get_device(),
-            torch.cuda.current_stream().cuda_stream,
-        )
-    return out
-
-
-def open_view(path: Path, manifest: Mapping[str, Any], view_id: int) -> _C.ViewReader:
+def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     """A complete view, its header and size checked.
 
     Raises:
@@ -203,7 +278,7 @@ def open_view(path: Path, manifest: Mapping[str, Any], view_id: int) -> _C.ViewR
     name = view_path(path, view_id)
     try:
         with format_errors():
-            reader = _C.ViewReader(str(name), view_spec(manifest, view_id))
+            reader = _C.ViewReader(str(name), spec(view_id))
             block = reader.first_incomplete()
     except FileNotFoundError:
         raise CacheError(f"view {view_id} is not in the cache: there is no {name}") from None
@@ -212,30 +287,11 @@ def open_view(path: Path, manifest: Mapping[str, Any], view_id: int) -> _C.ViewR
     return reader
 
 
-def _locate(
-    sample_ids: Any, view_ids: Any, num_samples: int
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Sample ids, places of their views, both int64 [n], and the views at these places."""
-    samples, views = _host_ids(sample_ids, "sample"), _host_ids(view_ids, "view")
-    if views.ndim == 0:
-        views = np.full(samples.shape, views)
-    if samples.ndim != 1 or samples.shape != views.shape:
-        raise InputError(
-            f"sample and view ids must be [n], not {list(samples.shape)} and {list(views.shape)}"
-        )
-    if len(samples) and samples.view(np.uint64).max() >= num_samples:  # negative ones are huge
-        outside = samples[(samples < 0) | (samples >= num_samples)][0]
-        raise InputError(f"sample id {outside} is not in [0, {num_samples})")
-    which = np.empty(len(views), np.int64)
-    distinct = _C.distinct(views.ctypes.data, len(views), which.ctypes.data)
-    if distinct and min(distinct) < 0:
-        raise InputError(f"view id {min(distinct)} is negative")
-    return samples, which, distinct
-
-
-def _host_ids(ids: Any, name: str) -> np.ndarray:
+def host_ids(ids: Any, name: str) -> np.ndarray:
     """Contiguous int64 in host memory."""
-    values = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+    values = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
+    if values.dtype == np.int64 and values.flags.c_contiguous:
+        return values
     if values.size and values.dtype.kind not in "iu":
         raise InputError(f"{name} ids must be integers, not {values.dtype}")
     return np.asarray(values, np.int64, order="C")

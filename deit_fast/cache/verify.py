@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
 from deit_fast.cache.errors import CacheError, format_errors
-from deit_fast.cache.manifest import read_manifest, view_path, view_spec, views_on_disk
+from deit_fast.cache.manifest import (
+    FILE_NAME,
+    check_manifest,
+    fields,
+    read_manifest,
+    require_equal,
+    view_path,
+    view_spec,
+    views_on_disk,
+)
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -91,6 +100,38 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         "broken": broken,
         "views": views,
     }
+
+
+def planned(
+    folder: Path, manifest: dict[str, Any], view_ids: Iterable[int]
+) -> tuple[list[tuple[int, int]], int, int]:
+    """What a writer of this manifest would still write there; by the block tables, reading no data.
+
+    Returns:
+        (view, block) of the blocks to write; the count of those that are there; bytes of the view
+        files yet to be made.
+
+    Raises:
+        CacheMismatch: the folder holds a cache made under other settings.
+        CacheError: a manifest or header there is damaged.
+    """
+    wanted = check_manifest(manifest, "manifest")
+    if (folder / FILE_NAME).exists():
+        found, given = fields(read_manifest(folder)), fields(wanted)
+        require_equal(folder, found, given, names=found.keys() | given.keys())
+    missing, kept, new_bytes = [], 0, 0
+    for view_id in view_ids:
+        spec = view_spec(wanted, view_id)
+        states = [_C.BlockState.pending] * spec.blocks
+        if view_path(folder, view_id).exists():
+            with format_errors():
+                states = _C.ViewFile(str(view_path(folder, view_id)), spec).table_states()
+        else:
+            new_bytes += spec.file_bytes
+        blocks = [b for b, state in enumerate(states) if state != _C.BlockState.complete]
+        missing += [(view_id, block) for block in blocks]
+        kept += spec.blocks - len(blocks)
+    return missing, kept, new_bytes
 
 
 def _open(

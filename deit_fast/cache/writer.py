@@ -15,6 +15,7 @@ from torch import Tensor
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
 from deit_fast.cache.errors import CacheError, RowError, format_errors
+from deit_fast.cache.locks import BlockLocks
 from deit_fast.cache.manifest import (
     publish_manifest,
     remove_orphans,
@@ -43,7 +44,15 @@ class LogitCacheWriter:
 
     A block is buffered until all its samples have come, then committed: data, sync, table entry.
     Several processes may write disjoint blocks, in any order and with any interruption; the bytes
-    of the files depend on the logits alone. Not for use from several threads at once.
+    of the files depend on the logits alone. A block is locked from its first sample until it is
+    committed; a block that a live process writes is refused. Not for use from several threads at
+    once.
+
+    Args:
+        path: folder of the cache.
+        manifest: as ``build_manifest`` makes it.
+        rank, world: this writer's share of the blocks, where several divide them: writers of one
+            ``world`` never refuse each other in ``refuse_rivals``.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
@@ -52,11 +61,15 @@ class LogitCacheWriter:
             is refused before its first block.
     """
 
-    def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, manifest: dict[str, Any], *, rank: int = 0, world: int = 1
+    ) -> None:
         self.path = Path(path)
         self.manifest = publish_manifest(self.path, manifest)
         self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
         remove_orphans(self.path)
+        self._locks = BlockLocks(self.path, rank, world)
+        self._locks.remove_dead()
         self._block_records: int = self.manifest["block_records"]
         self._num_samples: int = self.manifest["num_samples"]
         self._done: set[tuple[int, int]] = set()  # verified or committed
@@ -116,7 +129,27 @@ class LogitCacheWriter:
             if not self.is_done(view_id, block)
         ]
 
-    def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
+    def refuse_rivals(self, view_ids: Iterable[int]) -> None:
+        """Stop before any work where another job is writing these views.
+
+        Raises:
+            CacheError: a live writer of another ``world``, or of the same share of it, holds a
+                block of one of the views; names its host, pid, age and lock file.
+        """
+        self._locks.refuse_rivals(map(_checked_view, view_ids))
+
+    def claim(self, view_id: int, block: int) -> None:
+        """Lock a block before its first sample comes; until it is committed or the writer closes.
+
+        Raises:
+            CacheError: a live process holds it; names its host, pid, age and lock file.
+        """
+        self.block_range(block)
+        self._locks.acquire(_checked_view(view_id), block)
+
+    def write(
+        self, sample_ids: Any, view_id: int, logits: Tensor, labels: Tensor | None = None
+    ) -> None:
         """Take the teacher's answers about one view of some samples.
 
         Samples of blocks that were done before this object came are skipped.
@@ -125,10 +158,12 @@ class LogitCacheWriter:
             sample_ids: integers [n], in any order.
             view_id: the view of all of them.
             logits: float [n, num_classes], on any device.
+            labels: int64 [n], the samples' classes; only for a codec with ``true_class``.
 
         Raises:
             InputError: an id twice or out of range, another class count, a logit that is not
                 finite or does not fit the codec. Nothing of the call is taken then.
+            CacheError: another process writes the block.
             OSError: a commit failed; its block stays pending.
         """
         if self._closed:
@@ -138,7 +173,7 @@ class LogitCacheWriter:
         if len(logits) != len(ids):
             raise InputError(f"{len(ids)} sample ids came with {len(logits)} rows of logits")
         try:
-            records = self.codec.encode(logits).cpu().numpy()
+            records = self.codec.encode(logits, labels).cpu().numpy()
         except RowError as error:
             raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
         places = self._places(ids, view_id)
@@ -150,6 +185,7 @@ class LogitCacheWriter:
         if self._closed:
             return
         self._closed = True
+        self._locks.close()
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
             self._buffers.clear()
@@ -205,6 +241,10 @@ class LogitCacheWriter:
     def _fill(self, view_id: int, block: int, ids: np.ndarray, records: np.ndarray) -> None:
         key = (view_id, block)
         if key not in self._buffers:
+            self._locks.acquire(view_id, block)
+            if self.is_done(view_id, block):  # by another process, since this one looked
+                self._locks.release(view_id, block)
+                return
             self._open(view_id)  # a full disk is found before the work of a whole block
             start, stop = self.block_range(block)
             self._buffers[key] = _Buffer(start, stop, self.codec.record_bytes)
@@ -215,10 +255,12 @@ class LogitCacheWriter:
             return
         del self._buffers[key]
         self._touched.add(view_id)
+        self._locks.require_held(view_id, block)
         with format_errors():
             self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
         self._done.add(key)
         self._committed.add(key)
+        self._locks.release(view_id, block)
 
 
 def _checked_view(view_id: int) -> int:

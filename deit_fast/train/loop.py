@@ -52,12 +52,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     source = open_source(config.data, "train", config.view.image_size)
     held_out = open_source(config.data, "val", config.view.image_size)
-    if held_out.classes != source.classes:
-        odd = sorted(set(source.classes) ^ set(held_out.classes))
-        raise InputError(
-            f"splits {config.data.train!r} and {config.data.val!r} of {config.data.root} have "
-            f"different classes: {', '.join(odd[:5])}"
-        )
     plan = ViewPlan(config.view, config.seed, source.num_samples)
     order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
     batches = TrainBatches(order, config.batch_size, config.epochs)
@@ -89,6 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         config.epochs, steps_per_epoch, config.loss.kind,
     )  # fmt: skip
     window = _Window(config, metrics)
+    teaching.follow(batches, state.step)
     evaluation: dict[str, Any] | None = None
     with Progress("train", total, state.step) as progress:
         for batch in window.timed(loader):
@@ -117,6 +112,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             if done or (at_epoch_end and epoch % config.save_every == 0):
                 save_checkpoint(output / "checkpoints", state.step, state.to_checkpoint(config))
             window.since += time.perf_counter() - pause
+    teaching.close()
     metrics.close()
     if evaluation is None:  # the checkpoint was the finished run's last
         evaluation = _evaluate(state, eval_loader, source.classes, device, config.epochs, None)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import torch
 
 from deit_fast.cache import LogitCache
+from deit_fast.cache.ahead import ReadAhead
+from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
+from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.config import InputError, RunConfig
+from deit_fast.data.digests import require_same_pixels
 from deit_fast.data.loader import ViewBatch, pixel_contract
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher
+from deit_fast.views import ViewPlan
 from deit_fast.views import fingerprint as view_fingerprint
+
+PIXEL_CHECKS = 32  # views made again before training on a cache: under a second
 
 TeacherAnswer: TypeAlias = torch.Tensor | TopK | None
 
@@ -21,15 +29,23 @@ class Teaching(Protocol):
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> TeacherAnswer: ...
 
+    def follow(self, batches: Sequence, start: int) -> None:
+        """Told once that the batches from ``start`` on come next, in this order."""
+        return
 
-class NoTeacher:
+    def close(self) -> None:
+        """No more batches come."""
+        return
+
+
+class NoTeacher(Teaching):
     """Training against the labels alone."""
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> None:
         return None
 
 
-class OnlineTeacher:
+class OnlineTeacher(Teaching):
     """The teacher's forward on the very images that the student sees."""
 
     def __init__(self, teacher: Teacher) -> None:
@@ -39,13 +55,25 @@ class OnlineTeacher:
         return self.teacher(images)
 
 
-class CachedTeacher:
-    """Stored answers, looked up by sample and view."""
+class CachedTeacher(Teaching):
+    """Stored answers, looked up by sample and view; read ahead where the order is known."""
 
     def __init__(self, cache: LogitCache, *, tau: float, tail: str) -> None:
         self.cache, self.tau, self.tail = cache, tau, tail
+        self._ahead: ReadAhead | None = None
+        self._step = 0
+
+    def follow(self, batches: Sequence, start: int) -> None:
+        self._ahead, self._step = self.cache.prefetch(batches, start=start), start
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+        if self._ahead is not None:
+            self._ahead.advance(self._step)
+            self._step += 1
         answer = self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
         if isinstance(answer, TopK):
             moved = [field.to(images.device, non_blocking=True) for field in answer[:3]]
@@ -65,6 +93,8 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         InputError: distillation without teacher or cache; a teacher of another class count.
         CacheMismatch: the cache is of another teacher, recipe, seed, data set or decoder; names
             each differing field.
+        CacheError: a view is missing or damaged; the loader makes other pixels than the teacher
+            saw.
     """
     if config.loss.kind == "none":
         return NoTeacher()
@@ -78,7 +108,12 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         assert teacher is not None
         return OnlineTeacher(teacher.to(device))
     cache = LogitCache.open(config.cache)
-    expected = views_fingerprint(config, source.fingerprint())
+    if is_tinyvit(cache.manifest):
+        raise InputError(
+            f"cache {config.cache} was imported from TinyViT: its views are made by TinyViT's own "
+            f"augmentation code, which this loader cannot replay; it serves info and export"
+        )
+    expected = views_fingerprint(config, source.fingerprint()) | PIXEL_CONTRACT
     cache.require(expected | (teacher.fingerprint() if teacher else {}))
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
@@ -86,6 +121,13 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
             f"cache {config.cache} lacks {len(missing)} of the run's {config.views_used} views, "
             f"the first is {missing[0]}: precompute them, or train with a smaller --num-views"
         )
+    require_same_pixels(
+        pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),
+        source,
+        ViewPlan(config.view, config.seed, source.num_samples),
+        on_error=config.data.on_error,
+        where=f"cache {config.cache}",
+    )
     return CachedTeacher(cache, tau=config.loss.tau, tail=config.loss.tail)
 
 

@@ -1,0 +1,193 @@
+// Numbers of the codecs, for host and device from one source: IEEE additions, multiplications and
+// divisions in a fixed order and nothing else, so that a CPU and a GPU give the same bits. Compile
+// with contraction off (-ffp-contract=off, --fmad=false): a fused multiply-add rounds once less.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DF_BOTH __host__ __device__ __forceinline__
+#else
+#define DF_BOTH inline __attribute__((always_inline))
+#endif
+
+namespace deit_fast {
+
+template <typename To, typename From>
+DF_BOTH To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Order of a finite float as an unsigned number, -0.0 being 0.0. Above it, ~id: keys of one row
+// differ, descend by value, and equal values ascend by id.
+DF_BOTH uint64_t key_of(float value, uint32_t id) {
+  const auto bits = bits_as<uint32_t>(value + 0.0f);
+  const uint32_t ordered = bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+  return (static_cast<uint64_t>(ordered) << 32) | (0xFFFFFFFFu - id);
+}
+DF_BOTH uint32_t id_of(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
+DF_BOTH float value_of(uint64_t key) {
+  const auto ordered = static_cast<uint32_t>(key >> 32);
+  return bits_as<float>(ordered ^ (ordered >> 31 ? 0x80000000u : 0xFFFFFFFFu));
+}
+
+DF_BOTH bool is_finite(float value) {
+  return (bits_as<uint32_t>(value) & 0x7F800000u) != 0x7F800000u;
+}
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLn2High = 0x1.62e42fefap-1;  // few digits: its product with an integer is exact
+constexpr double kLn2Low = 0x1.cf79abc9e3b39p-40;
+constexpr double kRound = 0x1.8p52;  // x + kRound holds the integer next to x in its low bits
+
+// e^x = p * 2^n; `whole` has n in its low bits. |x| < 2^40. Relative error of p below 1e-12.
+struct Exponential {
+  double p;
+  uint64_t whole;
+};
+DF_BOTH Exponential split_exp(double x) {
+  const double shifted = x * kLog2E + kRound;
+  const double n = shifted - kRound;
+  const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| < 0.35
+  double p = 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  return {p, bits_as<uint64_t>(shifted)};
+}
+
+// e^x for x <= 0 in units of 2^-44, rounded. A sum of such integers is exact, so its bits do not
+// depend on the order of the terms; up to 2^18 terms fit.
+constexpr double kUnit = 0x1p-44;
+constexpr uint64_t kOne = uint64_t{1} << 44;
+DF_BOTH uint64_t exp_units(double x) {
+  const double clamped = x > -40.0 ? x : -40.0;  // e^-40 is far below half a unit
+  const Exponential e = split_exp(clamped < 0.0 ? clamped : 0.0);
+  const double scaled = bits_as<double>(bits_as<uint64_t>(e.p) + (e.whole << 52) +
+                                        (static_cast<uint64_t>(44) << 52));
+  return bits_as<uint64_t>(scaled + 0x1p52) - bits_as<uint64_t>(0x1p52);
+}
+
+// e^x for x <= 0; 0 below -700.
+DF_BOTH double exp_of(double x) {
+  if (x < -700.0) return 0.0;
+  const Exponential e = split_exp(x);
+  return bits_as<double>(bits_as<uint64_t>(e.p) + (e.whole << 52));
+}
+
+// log x for a normal x > 0; absolute error below 1e-15 * max(1, |log x|).
+DF_BOTH double log_of(double x) {
+  const auto bits = bits_as<uint64_t>(x);
+  auto exponent = static_cast<int32_t>(bits >> 52) - 1023;
+  double m = bits_as<double>((bits & 0xFFFFFFFFFFFFFu) | 0x3FF0000000000000u);
+  if (m > 1.4142135623730951) {
+    m = m * 0.5;
+    exponent = exponent + 1;
+  }
+  const double s = (m - 1.0) / (m + 1.0);  // log m = 2 atanh s, |s| < 0.172
+  const double z = s * s;
+  double q = 1.0 / 21;
+  q = q * z + 1.0 / 19;
+  q = q * z + 1.0 / 17;
+  q = q * z + 1.0 / 15;
+  q = q * z + 1.0 / 13;
+  q = q * z + 1.0 / 11;
+  q = q * z + 1.0 / 9;
+  q = q * z + 1.0 / 7;
+  q = q * z + 1.0 / 5;
+  q = q * z + 1.0 / 3;
+  return exponent * kLn2 + 2.0 * (s + s * (z * q));
+}
+
+// float32: e^x for x <= 0, relative error below 4e-7; x below -87 counts as -87.
+DF_BOTH float exp_of(float x) {
+  const float clamped = x > -87.0f ? x : -87.0f;
+  const float shifted = clamped * 1.44269504f + 0x1.8p23f;
+  const float n = shifted - 0x1.8p23f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = r * (1.0f / 720) + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+}
+
+// float32: log x for a normal x > 0; absolute error below 2e-7 * max(1, |log x|).
+DF_BOTH float log_of(float x) {
+  const auto bits = bits_as<uint32_t>(x);
+  // The mantissa from sqrt(1/2) to sqrt(2), without a branch: 0x3F3504F3 is sqrt(1/2).
+  const uint32_t above = bits - 0x3F3504F3u;
+  const auto exponent = static_cast<float>(static_cast<int32_t>(above) >> 23);
+  const float m = bits_as<float>((above & 0x7FFFFFu) + 0x3F3504F3u);
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float z = s * s;
+  float q = 1.0f / 9;
+  q = q * z + 1.0f / 7;
+  q = q * z + 1.0f / 5;
+  q = q * z + 1.0f / 3;
+  return exponent * 0.693147181f + 2.0f * (s + s * (z * q));
+}
+
+// float32: log(1 - e^t) for t <= 0; -inf for t = 0.
+DF_BOTH float log_one_minus_exp(float t) {
+  float series = 1.0f / 40320;  // (1 - e^t) / -t near 0, where 1 - e^t would lose its digits
+  series = series * t + 1.0f / 5040;
+  series = series * t + 1.0f / 720;
+  series = series * t + 1.0f / 120;
+  series = series * t + 1.0f / 24;
+  series = series * t + 1.0f / 6;
+  series = series * t + 0.5f;
+  series = series * t + 1.0f;
+  const float near = t > -0.5f ? t : -0.5f;
+  const float inside = t > -0.35f ? -near * series : 1.0f - exp_of(t);
+  const float logarithm = log_of(inside > 0x1p-126f ? inside : 0x1p-126f);
+  return inside > 0.0f ? logarithm : bits_as<float>(0xFF800000u);
+}
+
+// float16 bits of a float32, to nearest even; |value| <= 65504.
+DF_BOTH uint16_t half_bits(float value) {
+  const auto bits = bits_as<uint32_t>(value);
+  const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude < 0x38800000u) {  // below 2^-14: units of 2^-24
+    const float units = bits_as<float>(magnitude) + 0.5f;  // 0.5f has units of 2^-24
+    return static_cast<uint16_t>(sign | (bits_as<uint32_t>(units) - 0x3F000000u));
+  }
+  const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
+}
+
+// Of a finite float16, which all in a record are.
+DF_BOTH float half_value(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(half & 0x7FFFu) << 13;
+  const float small = bits_as<float>(rest + (113u << 23)) - 0x1p-14f;
+  const uint32_t bits = rest < (1u << 23) ? bits_as<uint32_t>(small) : rest + (112u << 23);
+  return bits_as<float>(bits | sign);
+}
+
+// float8 e4m3 (no infinities; 0x7F and 0xFF are NaN).
+DF_BOTH float fp8_value(uint8_t code) {
+  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
+  const uint32_t rest = static_cast<uint32_t>(code & 0x7Fu) << 20;
+  const uint32_t normal = rest == (0x7Fu << 20) ? 0x7FC00000u : rest + (120u << 23);
+  const float small = bits_as<float>(rest + (121u << 23)) - 0x1p-6f;
+  const uint32_t bits = rest < (1u << 23) ? bits_as<uint32_t>(small) : normal;
+  return bits_as<float>(bits | sign);
+}
+
+}  // namespace deit_fast

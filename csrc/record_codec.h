@@ -1,0 +1,55 @@
+// Records on the host: rows of logits to top-k records, records of any codec to tensors.
+// csrc/cuda holds the same for the device; both take their arithmetic from the shared headers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "topk_encode.h"
+
+namespace deit_fast {
+
+// How a record's bytes become numbers; see docs/cache-format.md.
+enum class RecordKind : int { copy, hard, topk, int8, fp8 };
+
+struct RecordLayout {
+  RecordKind kind = RecordKind::copy;
+  uint32_t record_bytes = 0;
+  uint32_t num_classes = 0;
+  uint32_t id_bytes = 2;
+  uint32_t k = 0;            // topk
+  uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`
+  float tau = 1.0f;          // topk
+};
+
+// Where `count` decoded records go, by kind:
+//   copy  first: the bytes
+//   hard  first: int64 [count]
+//   topk  first: int32 [count, k] ids; second: float32 [count, k] log-probabilities at tau;
+//         third: float32 [count] log tail
+//   int8, fp8  first: float32 [count, num_classes] logits
+struct Decoded {
+  void* first = nullptr;
+  float* second = nullptr;
+  float* third = nullptr;
+};
+
+// Records that are decoded in one go: their cache misses overlap, and their logarithms go through
+// vector units side by side.
+constexpr size_t kHandful = 64;
+
+// Decodes count <= kHandful records to rows [begin, begin + count) of `out`.
+void decode_handful(const RecordLayout& layout, const unsigned char* const* records, size_t count,
+                    const Decoded& out, size_t begin);
+
+// Decodes records rows[i] (rows null: i) of a table of `num_records`. Returns the first i whose row
+// is not in it, or -1.
+int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
+                    const int64_t* rows, int64_t count, const Decoded& out);
+
+// Encodes float32 logits [count, num_classes]; labels (for shape.true_class, else null) are in
+// range. Returns the first row with a value that is not finite, or -1.
+int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
+                    const int64_t* labels, unsigned char* records);
+
+}  // namespace deit_fast

@@ -1,0 +1,181 @@
+// The top-k record of one row of logits, as an algorithm of a block of threads: the same source is
+// a CUDA block's and, one thread after another, a CPU's. Selection is exact and sums are integers,
+// so the record's bytes do not depend on who computes them, nor on the count of threads.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace deit_fast {
+
+struct TopKShape {
+  uint32_t num_classes;
+  uint32_t k;         // 1 to num_classes
+  uint32_t id_bytes;  // 2 or 4
+  uint32_t temperatures;
+  const double* inverse_temperatures;  // where the record is computed
+  bool true_class;                     // the record ends with the label's log-probability
+
+  DF_BOTH uint32_t probs_offset() const { return k * id_bytes; }
+  DF_BOTH uint32_t tail_offset() const { return probs_offset() + 2 * k; }
+  DF_BOTH uint32_t true_class_offset() const { return tail_offset() + 4 * temperatures; }
+  DF_BOTH uint32_t record_bytes() const { return true_class_offset() + (true_class ? 4 : 0); }
+};
+
+constexpr uint32_t kEncodeThreads = 128;
+constexpr uint32_t kEncodeKeys = 1024;  // room for candidates
+
+// What the threads of a block share. keys and sorted: room for max(kEncodeKeys, k + 1).
+struct EncodeShared {
+  uint64_t best[kEncodeThreads];
+  uint64_t threshold;
+  uint32_t found;
+  uint32_t bad;
+  uint64_t* keys;
+  uint64_t* sorted;
+};
+
+DF_BOTH void put_float(unsigned char* place, float value) {  // 2-byte aligned
+  const auto bits = bits_as<uint32_t>(value);
+  const auto low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
+  memcpy(place, &low, 2);
+  memcpy(place + 2, &high, 2);
+}
+
+// Log of the sum of all e^(z/T) and log of the outside's share of it.
+struct Normaliser {
+  double log_sum;
+  double log_tail;
+};
+DF_BOTH Normaliser normaliser(double inside_shift, uint64_t inside, double outside_shift,
+                              uint64_t outside) {
+  const double a = inside_shift + log_of(static_cast<double>(inside) * kUnit);
+  const double b = outside_shift + log_of(static_cast<double>(outside) * kUnit);
+  const double d = a - b;
+  const double correction = log_of(1.0 + exp_of(d > 0 ? -d : d));
+  return {(d > 0 ? a : b) + correction, d > 0 ? -(d + correction) : -correction};
+}
+
+// Collects the keys that are at least shared.threshold; found counts them all, kept or not.
+template <typename Block, typename Row>
+DF_BOTH void collect(Block& block, Row row, uint32_t count, uint32_t room, EncodeShared& shared) {
+  block.each([&](uint32_t thread) {
+    if (thread == 0) shared.found = 0;
+  });
+  block.each([&](uint32_t thread) {
+    for (uint32_t i = thread; i < count; i += kEncodeThreads) {
+      const uint64_t key = key_of(row(i), i);
+      if (key < shared.threshold) continue;
+      const uint32_t place = block.add(&shared.found, 1);
+      if (place < room) shared.keys[place] = key;
+    }
+  });
+}
+
+// The `wanted` largest keys of the row, descending, in shared.sorted; shared.bad where a value is
+// not finite. room >= wanted.
+template <typename Block, typename Row>
+DF_BOTH void select_largest(Block& block, Row row, uint32_t count, uint32_t wanted, uint32_t room,
+                            EncodeShared& shared) {
+  block.each([&](uint32_t thread) {
+    if (thread == 0) shared.bad = 0;
+  });
+  block.each([&](uint32_t thread) {
+    uint64_t best = 0;
+    for (uint32_t i = thread; i < count; i += kEncodeThreads) {
+      const float value = row(i);
+      if (!is_finite(value)) shared.bad = 1;
+      const uint64_t key = key_of(value, i);
+      best = key > best ? key : best;
+    }
+    shared.best[thread] = best;
+  });
+  if (shared.bad) return;
+  // `wanted` threads hold a key of at least the wanted-th largest of their best ones: a threshold
+  // that passes all that is wanted and, in a row without a pattern, little more.
+  uint32_t passed = room + 1;
+  if (wanted <= kEncodeThreads && wanted <= count) {
+    block.each([&](uint32_t thread) {
+      const uint64_t mine = shared.best[thread];
+      uint32_t larger = 0;
+      for (uint32_t i = 0; i < kEncodeThreads; ++i) larger += shared.best[i] > mine;
+      if (larger == wanted - 1 && mine > 0) shared.threshold = mine;
+    });
+    collect(block, row, count, room, shared);
+    passed = shared.found;
+  }
+  if (passed > room) {  // a row with a pattern, or a large k: bisection for the very key
+    uint64_t threshold = 0;
+    for (int bit = 63; bit >= 0; --bit) {
+      const uint64_t trial = threshold | (uint64_t{1} << bit);
+      const uint64_t passing =
+          block.total(count, [&](uint32_t i) -> uint64_t { return key_of(row(i), i) >= trial; });
+      if (passing >= wanted) threshold = trial;
+    }
+    block.each([&](uint32_t thread) {
+      if (thread == 0) shared.threshold = threshold;
+    });
+    collect(block, row, count, room, shared);
+    passed = shared.found;
+  }
+  block.sort_descending(shared.keys, passed, shared.sorted, wanted);
+}
+
+// Writes the record of a row; false, and nothing, where a value of it is not finite.
+// label: the row's true class; looked at where the shape has it.
+template <typename Block, typename Row>
+DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint32_t label,
+                             uint32_t room, EncodeShared& shared, unsigned char* record) {
+  const uint32_t count = shape.num_classes, k = shape.k;
+  const bool whole = k == count;
+  select_largest(block, row, count, whole ? k : k + 1, room, shared);
+  if (shared.bad) return false;
+
+  const double top = value_of(shared.sorted[0]);
+  const double next = whole ? top : value_of(shared.sorted[k]);
+  const auto normalise = [&](double inverse) -> Normaliser {
+    const uint64_t inside = block.total(k, [&](uint32_t i) {
+      return exp_units((value_of(shared.sorted[i]) - top) * inverse);
+    });
+    if (whole) {
+      const double sum = top * inverse + log_of(static_cast<double>(inside) * kUnit);
+      return {sum, -bits_as<double>(uint64_t{0x7FF0000000000000})};
+    }
+    // Every class inside counts exactly one here: it is no smaller than `next`.
+    const uint64_t all = block.total(
+        count, [&](uint32_t i) { return exp_units((row(i) - next) * inverse); });
+    return normaliser(top * inverse, inside, next * inverse, all - k * kOne);
+  };
+
+  const Normaliser at_one = normalise(1.0);
+  for (uint32_t t = 0; t < shape.temperatures; ++t) {
+    const double inverse = shape.inverse_temperatures[t];
+    const Normaliser at = inverse == 1.0 ? at_one : normalise(inverse);
+    block.each([&](uint32_t thread) {
+      if (thread != 0) return;
+      put_float(record + shape.tail_offset() + 4 * t, static_cast<float>(at.log_tail));
+    });
+  }
+  block.each([&](uint32_t thread) {
+    for (uint32_t i = thread; i < k; i += kEncodeThreads) {
+      const uint32_t id = id_of(shared.sorted[i]);
+      if (shape.id_bytes == 2) {
+        const auto narrow = static_cast<uint16_t>(id);
+        memcpy(record + 2 * i, &narrow, 2);
+      } else {
+        const auto low = static_cast<uint16_t>(id), high = static_cast<uint16_t>(id >> 16);
+        memcpy(record + 4 * i, &low, 2);
+        memcpy(record + 4 * i + 2, &high, 2);
+      }
+      const double log_prob = value_of(shared.sorted[i]) - at_one.log_sum;
+      const uint16_t half = half_bits(static_cast<float>(log_prob > -65504.0 ? log_prob : -65504.0));
+      memcpy(record + shape.probs_offset() + 2 * i, &half, 2);
+    }
+    if (thread == 0 && shape.true_class) {
+      const double log_prob = row(label) - at_one.log_sum;
+      put_float(record + shape.true_class_offset(), static_cast<float>(log_prob));
+    }
+  });
+  return true;
+}
+
+}  // namespace deit_fast

@@ -1,0 +1,159 @@
+"""A cache as Parquet, or as plain tensors in a .safetensors or .pt file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deit_fast.cache.errors import CacheError
+from deit_fast.cache.manifest import temporary_path
+from deit_fast.cache.reader import LogitCache
+from deit_fast.config import InputError
+from deit_fast.kernels import TopK
+
+FORMATS = (".parquet", ".safetensors", ".pt")
+Progress = Callable[[int, int], None]
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    views: range | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write complete views of a cache into one file; whole or not at all.
+
+    Parquet: a row a record with `sample`, `view` and what the codec stored: `label` (hard), `ids`,
+    `log_probs` and `log_tail` (topk), or `logits`; one row group a block. Tensors: the same names,
+    [N, V, ...] over samples and views, and `views` [V], as DeiT-style code that keeps a teacher's
+    dense outputs reads them. `topk` is at the first temperature that the cache records; it and the
+    manifest are in the file's metadata (a .pt file holds tensors alone).
+
+    Args:
+        views: none: all complete ones.
+        progress: called with (records done, records in all).
+
+    Returns:
+        `out`, `format`, `records`, `bytes`.
+
+    Raises:
+        InputError: another suffix, pyarrow missing, tensors larger than the memory.
+        CacheError: a view that is not there, incomplete or damaged.
+    """
+    target = Path(out)
+    if target.suffix not in FORMATS:
+        raise InputError(f"--out needs a name that ends in {', '.join(FORMATS)}, not {out}")
+    cache = LogitCache.open(path)
+    ids = cache.views if views is None else list(views)
+    missing = sorted(set(ids) - set(cache.views))
+    if missing or not ids:
+        what = f"view {missing[0]}" if missing else "any view"
+        raise CacheError(f"cache {path} does not have {what} complete")
+    write = _write_parquet if target.suffix == ".parquet" else _write_tensors
+    temporary = temporary_path(target)
+    try:
+        write(cache, ids, temporary, progress or (lambda done, total: None), target.suffix)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "out": str(target),
+        "format": target.suffix.removeprefix("."),
+        "records": len(ids) * cache.manifest["num_samples"],
+        "bytes": target.stat().st_size,
+    }
+
+
+def _tau(cache: LogitCache) -> float:
+    return float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
+
+
+def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:
+    answer = cache.gather(samples, view, tau=_tau(cache))
+    if isinstance(answer, TopK):
+        names = {"ids": answer.ids, "log_probs": answer.log_probs, "log_tail": answer.log_tail}
+        return {name: value.contiguous() for name, value in names.items()}
+    return {"label" if answer.dim() == 1 else "logits": answer}
+
+
+def _metadata(cache: LogitCache) -> dict[str, str]:
+    return {
+        "deit_fast.manifest": json.dumps(cache.manifest, sort_keys=True),
+        "deit_fast.tau": repr(_tau(cache)),
+    }
+
+
+def _write_parquet(
+    cache: LogitCache, views: list[int], path: Path, progress: Progress, suffix: str
+) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[export]'") from None
+
+    def column(values: Tensor) -> Any:
+        if values.dtype == torch.bfloat16:  # Arrow has no such type
+            values = values.float()
+        array = values.numpy()
+        if array.ndim == 1:
+            return pa.array(array)
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+
+    count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
+    writer = None
+    try:
+        for place, view in enumerate(views):
+            for start in range(0, count, size):
+                samples = np.arange(start, min(start + size, count))
+                columns = {
+                    "sample": pa.array(samples),
+                    "view": pa.array(np.full(len(samples), view, np.int32)),
+                } | {name: column(value) for name, value in _decode(cache, samples, view).items()}
+                table = pa.table(columns).replace_schema_metadata(_metadata(cache))
+                if writer is None:
+                    writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+                writer.write_table(table)
+                progress(place * count + int(samples[-1]) + 1, len(views) * count)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _write_tensors(
+    cache: LogitCache, views: list[int], path: Path, progress: Progress, suffix: str
+) -> None:
+    from safetensors.torch import save_file
+
+    count, step = cache.manifest["num_samples"], 4096
+    needed = len(views) * sum(
+        value.nbytes for value in _decode(cache, np.arange(1), views[0]).values()
+    )
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed * count > memory // 2:
+        raise InputError(
+            f"{needed * count / 2**30:.1f} GiB of tensors do not fit half of this machine's memory "
+            f"({memory / 2**30:.1f} GiB): export fewer --views, or to .parquet"
+        )
+    tensors: dict[str, Tensor] = {}
+    for place, view in enumerate(views):
+        for start in range(0, count, step):
+            samples = np.arange(start, min(start + step, count))
+            for name, value in _decode(cache, samples, view).items():
+                if name not in tensors:
+                    shape = (count, len(views), *value.shape[1:])
+                    tensors[name] = torch.empty(shape, dtype=value.dtype)
+                tensors[name][start : start + len(samples), place] = value
+            progress(place * count + start + len(samples), len(views) * count)
+    tensors["views"] = torch.tensor(views)
+    if suffix == ".pt":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path, metadata=_metadata(cache))

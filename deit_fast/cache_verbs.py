@@ -1,0 +1,233 @@
+"""The verbs `deit-fast cache ...`: what a person sees of a cache."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+from deit_fast.config import InputError
+from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
+
+BINS = 12  # of the histogram of entropies
+
+
+def info(path: str, /, *, data_root: str | None = None, html: str | None = None) -> Outcome:
+    """Say what a cache holds: codec, views, fingerprint, and what its teacher is like.
+
+    Entropy and agreement with the labels come from up to 8,192 records of 64 random blocks.
+
+    Args:
+        path: Folder of the cache.
+        data_root: Image folder that it was made from; adds the agreement with its labels.
+        html: Also write this page with the picture.
+    """
+    from deit_fast import cache
+
+    facts = cache.info(path)
+    broken = [row for row in facts["views"] if row.get("broken") or "error" in row]
+    codec = dict(facts["codec"])
+    details = ", ".join(f"{key} {plain(value)}" for key, value in codec.items() if key != "name")
+    rows = [
+        ("path", facts["path"]),
+        ("codec", f"{codec.get('name')} ({details})"),
+        ("record", f"{facts['record_bytes']} bytes, {facts['block_records']} records a block"),
+        ("samples", str(facts["num_samples"])),
+        ("views", f"{len(facts['complete_views'])} complete of {len(facts['views'])}"),
+        ("size", size_text(facts["bytes"])),
+    ]
+    if broken:
+        names = ", ".join(row["file"] for row in broken)
+        rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
+    for row in facts["views"]:
+        if "error" not in row and row["complete"] < row["blocks"]:
+            share = f"{row['complete']} of {row['blocks']} blocks"
+            rows.append((f"view {row['view']}", f"incomplete: {share}"))
+    counts = None
+    if facts["complete_views"] and not broken:
+        answers, counts = _answers(path, codec["num_classes"], data_root)
+        rows += answers
+    elif data_root is not None or html is not None:
+        raise InputError(f"cache {path} has no complete, whole views to draw records from")
+    fingerprint = [(key, plain(value)) for key, value in sorted(facts["fingerprint"].items())]
+    text = columns(rows)
+    if counts:
+        text += f"\n\nEntropy of the answers, nats:\n{_histogram(counts)}"
+    if html is not None:
+        _write_page(Path(html), rows, counts, fingerprint)
+    return Outcome(f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}")
+
+
+def verify(
+    path: str,
+    /,
+    *,
+    teacher: str | None = None,
+    data_root: str | None = None,
+    train: str = "train",
+    samples: int = 64,
+    threshold: float = 1e-3,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Outcome:
+    """Check every block of a cache against its checksum; exit status 1 where one is bad.
+
+    With a teacher, some records are made again from the images and compared: exit status 1 where
+    one differs by more than its codec rounds and the threshold.
+
+    Args:
+        path: Folder of the cache.
+        teacher: The teacher that wrote it, with its weights; needs --data-root.
+        data_root: Image folder that it was made from.
+        train: Name of the training split's folder.
+        samples: Records to make again.
+        threshold: Difference in log-probability that is allowed beyond the codec's rounding, nats.
+        seed: Of the choice of records.
+        device: `auto`: CUDA where there is one.
+    """
+    if (teacher is None) != (data_root is None):
+        raise InputError("--teacher and --data-root go together: records are made from images")
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, not {samples}")
+    if not threshold >= 0:
+        raise InputError(f"--threshold must not be negative, not {threshold}")
+    from deit_fast import cache
+    from deit_fast.train.metrics import Progress
+
+    total = sum(row["blocks"] for row in cache.info(path)["views"])
+    with Progress("verify", total, unit="block") as bar:
+        found = cache.verify(path, lambda done, total: bar.advance())
+    broken = found["broken"]
+    counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
+    rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
+    for row in broken:
+        place = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
+        rows.append(("broken", f"{place}: {row['why']}"))
+    ok = found["ok"]
+    if ok and teacher is not None:
+        from deit_fast.config import DataConfig
+        from deit_fast.recheck import recheck
+
+        again = recheck(
+            path, teacher, DataConfig(root=data_root, train=train, workers=0),
+            samples=samples, threshold=threshold, seed=seed, device=device,
+        )  # fmt: skip
+        worst = again["worst"]
+        rows += [
+            ("pixels", f"{again['pixels']} views have the pixels that the teacher saw"),
+            ("teacher", f"{again['records']} records made again, {again['failed']} differ"),
+            ("worst", f"sample {worst['sample']} view {worst['view']}: {worst['error']:.3g} nats, "
+                      f"allowed {worst['allowed']:.3g}"),
+        ]  # fmt: skip
+        ok = again["failed"] == 0
+    return Outcome(columns(rows), status=0 if ok else 1)
+
+
+def export(path: str, /, *, out: str, views: str | None = None) -> Outcome:
+    """Write a cache as Parquet, or as dense tensors in a .safetensors or .pt file.
+
+    Args:
+        path: Folder of the cache.
+        out: File to write; its suffix .parquet, .safetensors or .pt says what.
+        views: Only the views A to B-1, written A:B; none: all complete ones.
+    """
+    wanted = view_range(views)
+    from deit_fast.cache.export import export as run
+
+    result = run(path, out, wanted)
+    rows = [("wrote", result["out"]), ("records", str(result["records"])),
+            ("size", size_text(result["bytes"]))]  # fmt: skip
+    return Outcome(columns(rows))
+
+
+def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> Outcome:
+    """Import TinyViT's stored logits, for `info` and `export` only: no run can use them.
+
+    Their views come from seeds of TinyViT's own augmentation code, which this project's loader
+    cannot replay; `train` refuses such a cache.
+
+    Args:
+        folder: Holds TinyViT's folders logits_top{K}_epoch{e}.
+        out: Folder of the new cache.
+        num_classes: Classes of the teacher; TinyViT does not store it.
+    """
+    from deit_fast.cache.tinyvit import import_tinyvit as run
+
+    result = run(folder, out, num_classes)
+    rows = [("cache", out), ("views", str(result["views"])), ("samples", str(result["samples"])),
+            ("dropped", f"{result['dropped']} keys that not every epoch has")]  # fmt: skip
+    return Outcome(columns(rows))
+
+
+# ---------------------------------------------------------------------------------------------
+# The teacher's answers
+# ---------------------------------------------------------------------------------------------
+
+
+def _answers(
+    path: str, num_classes: int, data_root: str | None
+) -> tuple[list[tuple[str, str]], list[tuple[float, int]] | None]:
+    """Lines about a sample of the records, and the histogram of entropies: (middle, count)."""
+    import numpy as np
+
+    from deit_fast.cache import LogitCache
+    from deit_fast.cache.statistics import draw_answers
+
+    cache = LogitCache.open(path)
+    answers = draw_answers(cache)
+    rows, counts = [("drawn", f"{len(answers.top1)} records")], None
+    if answers.entropy is not None:
+        most = float(np.log(num_classes)) or 1.0
+        heights, edges = np.histogram(answers.entropy, BINS, (0.0, most))
+        middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+        counts = list(zip(middles, heights.tolist(), strict=True))
+        mean = f"{answers.entropy.mean():.3f} nats of {most:.3f}"
+        at = "" if answers.tau == 1 else f", at temperature {answers.tau:g}"
+        rows.append(("entropy", f"{mean} on average{at}"))
+    if data_root is not None:
+        from deit_fast.config import DataConfig
+        from deit_fast.recheck import leading_labels
+
+        labels = leading_labels(cache, DataConfig(root=data_root), answers.samples, answers.views)
+        share = 100 * float((answers.top1 == labels).mean())
+        rows.append(("agreement", f"{share:.2f} % have the label of the larger half as top-1"))
+    return rows, counts
+
+
+def _histogram(counts: list[tuple[float, int]]) -> str:
+    largest = max(count for _, count in counts) or 1
+    return "\n".join(
+        f"  {middle:6.2f}  {'#' * round(50 * count / largest):<50} {count}"
+        for middle, count in counts
+    )
+
+
+def _write_page(
+    path: Path,
+    rows: list[tuple[str, str]],
+    counts: list[tuple[float, int]] | None,
+    fingerprint: list[tuple[str, str]],
+) -> None:
+    from deit_fast.charts import Line, line_chart
+    from deit_fast.files import write_atomically
+    from deit_fast.report_style import STYLE
+
+    def table(items: list[tuple[str, str]]) -> str:
+        body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in items)
+        return f'<table class="text"><tbody>{body}</tbody></table>'
+
+    chart = ""
+    if counts:
+        line = Line("records", 0, [(x, float(y)) for x, y in counts])
+        drawing = line_chart(
+            [line], title="records by entropy", x_name="entropy, nats",
+            show=lambda value: f"{value:g}", floor=0.0,
+        )  # fmt: skip
+        chart = f"<section><h2>Entropy of the answers</h2>{drawing}</section>"
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Teacher cache</title>'
+        f"<style>{STYLE}</style><header><h1>Teacher cache</h1></header><main>"
+        f"<section>{table(rows)}</section>{chart}"
+        f"<section><h2>Fingerprint</h2>{table(fingerprint)}</section></main></html>\n"
+    )
+    write_atomically(path, page.encode())

@@ -1,0 +1,74 @@
+"""Digests of views, to tell whether two loaders make the same pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from deit_fast.config import InputError
+from deit_fast.data.loader import ViewBatch, make_batch
+from deit_fast.data.sources import Source
+from deit_fast.kernels.ingest import PLAN_COLUMNS
+from deit_fast.views import NO_MIX, ViewPlan
+
+_IMAGES = [PLAN_COLUMNS.index("image"), PLAN_COLUMNS.index("partner_image")]
+
+
+def digest_views(batch: ViewBatch, rows: Iterable[int]) -> list[str]:
+    """BLAKE2b-128, in hex, of all that ingest makes a view of.
+
+    That is both halves' pixels, the plan's row without its places in the batch (little-endian
+    int32), and both labels and lambda (int64, int64, float32).
+    """
+    images, plan = batch.images.numpy(), batch.plan.numpy()
+    digests = []
+    for row in rows:
+        values = plan[row].astype("<i4")
+        digest = hashlib.blake2b(digest_size=16)
+        for place in values[_IMAGES].tolist():
+            digest.update(images[place].tobytes())
+        values[_IMAGES] = 0
+        digest.update(values.tobytes())
+        labels = int(batch.labels[row]), int(batch.partner_labels[row])
+        digest.update(struct.pack("<qqf", *labels, float(batch.lam[row])))
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def require_same_pixels(
+    records: Sequence[tuple[int, int, str]],
+    source: Source,
+    plan: ViewPlan,
+    *,
+    on_error: str,
+    where: str,
+) -> None:
+    """Make views again and compare.
+
+    Args:
+        records: (view, sample, digest) as they should be.
+        on_error: as for the loader.
+        where: what holds the records, for the message.
+
+    Raises:
+        InputError: a view differs; names sample, view and files.
+    """
+    for first in range(0, len(records), 16):  # a bound on memory
+        part = records[first : first + 16]
+        views, samples, _ = zip(*part, strict=True)
+        batch = make_batch(source, plan, np.array(samples), np.array(views), on_error=on_error)
+        for (view, sample, wanted), found in zip(
+            part, digest_views(batch, range(len(part))), strict=True
+        ):
+            if found != wanted:
+                row = plan.rows([sample], [view])[0]
+                files = source.paths[sample]
+                if row["mix_kind"] != NO_MIX:
+                    files += f" or its partner {source.paths[int(row['partner'])]}"
+                raise InputError(
+                    f"{where}: the teacher saw other pixels of sample {sample} view {view}: check "
+                    f"whether {files} was replaced, and whether Pillow is built as it was"
+                )

@@ -1,0 +1,312 @@
+"""Reading ahead, streaming, and how little a reader costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cache import SAMPLES, make_logits, make_manifest, write_cache
+
+from deit_fast import _C
+from deit_fast.cache import CODECS, CacheError, LogitCache
+from deit_fast.cache.manifest import canonical, view_path
+from deit_fast.config import InputError
+from deit_fast.kernels import TopK
+
+BATCH = 9
+
+
+def make_batches(seed=0, views=(0, 2), samples=SAMPLES, count=12):
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.integers(0, samples, BATCH), rng.choice(views, BATCH).astype(np.int32))
+        for _ in range(count)
+    ]
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, TopK):
+        return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(a[:3], b[:3], strict=True))
+    return torch.equal(a.cpu(), b.cpu())
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def bytes_read() -> int:
+    """By read(2) and pread(2) of this process, cached or not."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].removeprefix("rchar: "))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading ahead
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_ahead_is_not_read_again(tmp_path):
+    cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=4000, block=100), (0, 2))
+    samples, views = np.arange(4000).repeat(2), np.tile([0, 2], 4000)
+    with cache.prefetch([(samples, views)], ahead=0) as ahead:
+        assert ahead.wait() == 80
+    before = bytes_read()
+    answer = cache.gather(samples, views)
+    assert bytes_read() - before < 4000  # of 640,000: only what this test itself reads
+    assert torch.equal(answer[::2], make_logits(0, 4000))
+    before = bytes_read()
+    LogitCache.open(tmp_path).gather(samples, views)
+    assert bytes_read() - before > 640_000  # without: read to be verified
+
+
+def test_read_ahead_goes_no_further_than_asked(tmp_path):
+    cache = write_cache(tmp_path, make_manifest(samples=400, block=10))
+    batches = [(np.arange(i * 10, i * 10 + 10), 0) for i in range(40)]
+    with cache.prefetch(batches, ahead=3, start=5) as ahead:
+        assert ahead.wait() == 4  # 5, 6, 7, 8
+        ahead.advance(6)
+        assert ahead.wait() == 5
+        ahead.advance(6)
+        ahead.advance(2)  # going back asks for nothing new
+        assert ahead.wait() == 5
+        ahead.advance(39)
+        assert ahead.wait() == 6  # the steps between were passed over
+    assert ahead.wait() == 0  # closed
+    seen = [samples[0] for samples, _ in cache.prefetch(batches, start=38)]
+    assert seen == [380, 390]
+
+
+def test_read_ahead_ends_its_threads(tmp_path):
+    cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
+    before = threads_of_this_process()
+    for _ in range(20):
+        ahead = cache.prefetch([(np.arange(5000), 0)], threads=3)
+        assert threads_of_this_process() == before + 3
+        ahead.close()  # with most of 1,000 blocks still to come
+        assert threads_of_this_process() == before
+
+
+def test_a_damaged_block_is_left_for_gather_to_name(tmp_path):
+    cache = write_cache(tmp_path, make_manifest())
+    with open(tmp_path / "view-00000.dlc", "r+b") as file:
+        file.seek(8192 + 17 * 68)
+        file.write(b"\xff\xff")
+    with cache.prefetch([(np.arange(SAMPLES), 0)]) as ahead:
+        assert ahead.wait() == 2
+        with pytest.raises(CacheError, match="view 0 block 1 is damaged"):
+            cache.gather([17], 0)
+    with pytest.raises(CacheError, match="view 9 is not in the cache"):
+        cache.prefetch([([0], 9)])
+    with pytest.raises(InputError, match="sample id 45 is not"):
+        cache.prefetch([([45], 0)])
+
+
+def forked_close(ahead) -> None:
+    ahead.close()
+
+
+@pytest.mark.dist
+def test_a_forked_child_does_not_wait_for_threads_that_it_lacks(tmp_path):
+    cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
+    with cache.prefetch([(np.arange(5000), 0)]) as ahead:
+        child = multiprocessing.get_context("fork").Process(target=forked_close, args=(ahead,))
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+        assert ahead.wait() == 1000
+
+
+def test_gather_lets_other_threads_run(tmp_path):
+    """Eight threads gather and read ahead at once, one view after another dropped and reopened."""
+    cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=400, block=7), range(6))
+    expected = torch.stack([make_logits(view, 400) for view in range(6)])
+    wrong = []
+
+    def work(seed: int) -> None:
+        batches = make_batches(seed, range(6), 400, 30)
+        with cache.prefetch(batches, ahead=4) as ahead:
+            for samples, views in ahead:
+                if not torch.equal(cache.gather(samples, views), expected[views, samples]):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_more_views_than_are_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("deit_fast.cache.reader._OPEN_VIEWS", 2)
+    cache = write_cache(tmp_path, make_manifest("dense-fp32"), range(5))
+    views = np.arange(SAMPLES) % 5
+    expected = torch.stack([make_logits(view) for view in range(5)])[views, np.arange(SAMPLES)]
+    for _ in range(3):
+        assert torch.equal(cache.gather(np.arange(SAMPLES), views), expected)
+        open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                      if os.path.lexists(f"/proc/self/fd/{fd}")]  # fmt: skip
+        assert sum(name.startswith(str(tmp_path)) for name in open_files) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Streaming
+# ---------------------------------------------------------------------------------------------
+
+
+def check_stream(path, name, device) -> None:
+    codec = {"temperatures": (1.0, 3.0)} if name == "topk" else {}
+    cache = write_cache(path, make_manifest(name, **codec), (0, 2))
+    batches = make_batches()
+    batches[3] = (np.arange(40), np.zeros(40, np.int32))  # larger than those before
+    batches[5] = ([], [])
+    with cache.stream(batches, device, tau=3.0, tail="drop", start=1) as stream:
+        answers = list(stream)
+    assert len(answers) == 11
+    for answer, (samples, views) in zip(answers, batches[1:], strict=True):
+        expected = cache.gather(np.asarray(samples, np.int64), np.asarray(views, np.int64),
+                                tau=3.0, tail="drop")  # fmt: skip
+        assert equal(answer, expected)
+        if name == "topk":
+            assert answer.tail == "drop"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_streamed_answers_are_those_of_gather(tmp_path, name):
+    check_stream(tmp_path, name, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CODECS)
+def test_streamed_answers_are_those_of_gather_on_cuda(tmp_path, name):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check_stream(tmp_path, name, "cuda")
+
+
+def test_a_stream_raises_at_the_step_that_is_wrong_and_can_be_left(tmp_path):
+    cache = write_cache(tmp_path, make_manifest(), (0, 2))
+    batches = make_batches()
+    with pytest.raises(CacheError, match="no tail mass at temperature 3"):
+        cache.stream(batches, "cpu", tau=3.0)
+    batches[6] = ([0], [7])
+    before = threads_of_this_process()
+    stream = cache.stream(batches, "cpu", ahead=0)
+    for _ in range(6):
+        next(stream)
+    with pytest.raises(CacheError, match="view 7 is not in the cache"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    with cache.stream(batches, "cpu", ahead=0) as stream:
+        next(stream)
+    assert threads_of_this_process() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost: sparse files of ImageNet's size
+# ---------------------------------------------------------------------------------------------
+
+LARGE = {"samples": 1_281_167, "classes": 1000, "block": 4096}
+
+
+def write_sparse(folder: Path, views: int) -> None:
+    """Views of zeros, which are valid records; from docs/cache-format.md, with truncate."""
+    manifest = make_manifest(**LARGE)
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256(canonical(manifest)).digest()
+    count, size, per_block = (manifest[k] for k in ("num_samples", "record_bytes", "block_records"))
+    blocks = -(-count // per_block)
+    data = -(-(4096 + 8 * blocks) // 4096) * 4096
+    last = count - (blocks - 1) * per_block
+    crcs = [_C.crc32c(bytes(per_block * size))] * (blocks - 1) + [_C.crc32c(bytes(last * size))]
+    table = b"".join(struct.pack("<I4s", crc, b"DONE") for crc in crcs)
+    for view in range(views):
+        header = struct.pack(
+            "<8sIIQIIQQ32s", b"DFLOGIT1", 1, 4096, count, size, per_block, view, data, digest
+        ).ljust(4092, b"\0")
+        with open(view_path(folder, view), "wb") as file:
+            file.write(header + struct.pack("<I", _C.crc32c(header)) + table)
+            file.truncate(data + count * size)
+
+
+MEASURE = """
+import sys, time, threading
+import numpy as np
+from deit_fast.cache import LogitCache
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+LogitCache.open(sys.argv[1]).gather([0], 0)
+before = anonymous()
+cache = LogitCache.open(sys.argv[1])
+rng = np.random.default_rng(0)
+batches = [(rng.integers(0, 1281167, 256), rng.integers(0, 4, 256)) for _ in range(30)]
+with cache.prefetch(batches) as ahead:
+    for samples, views in ahead:
+        cache.gather(samples, views)
+views = np.arange(300)
+cache.gather(np.zeros(300, np.int64), views)
+print(anonymous() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_cache(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("large") / "cache"
+    write_sparse(folder, 300)
+    return folder
+
+
+def test_opening_a_large_cache_is_quick(large_cache):
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        cache = LogitCache.open(large_cache)
+        views = cache.views
+        answer = cache.gather([0, 1_281_166], [0, 299])
+        seconds.append(time.perf_counter() - start)
+        assert views == list(range(300))
+        assert answer.ids.shape == (2, 16)
+    print(f"opened in {min(seconds) * 1e3:.1f} ms")
+    assert min(seconds) < 0.05
+
+
+@pytest.mark.dist
+def test_a_reader_takes_little_memory_of_its_own(large_cache):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(large_cache)],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    print(f"{float(done.stdout):.1f} MB")
+    assert float(done.stdout) < 50
+
+
+def test_ids_in_every_form(tmp_path):
+    cache = write_cache(tmp_path, make_manifest("dense-fp32"), (0, 2))
+    expected = make_logits(2)[[7, 3]]
+    for samples in ([7, 3], np.array([7, 3], np.uint8), torch.tensor([7, 3]),
+                    torch.tensor([7, 0, 3, 0])[::2], np.array([3, 7])[::-1]):  # fmt: skip
+        for views in (2, np.int32(2), [2, 2], torch.tensor(2), torch.tensor([2, 2]).int()):
+            assert torch.equal(cache.gather(samples, views), expected)
+            assert torch.equal(cache.to_device([2], "cpu").gather(samples, views), expected)
+    for samples, views in (([[7]], 2), (7, 2), ([7, 3], [2]), ([7], [[2]]), ([7, 3], [2, 2, 2])):
+        with pytest.raises(InputError, match=r"must be \[n\]"):
+            cache.gather(samples, views)
+        with pytest.raises(InputError, match=r"must be \[n\]"):
+            cache.to_device([2], "cpu").gather(samples, views)
+    with pytest.raises(CacheError, match="view 0 was not put on cpu"):
+        cache.to_device([2], "cpu").gather([1], 0)

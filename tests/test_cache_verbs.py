@@ -1,0 +1,328 @@
+"""`deit-fast cache`: a cache against its teacher, what it is like, out of it and into it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deit_fast import cli
+from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
+from deit_fast.cache.statistics import draw_answers
+from deit_fast.cache.tinyvit import import_tinyvit
+from deit_fast.config import CodecConfig, InputError
+from deit_fast.kernels import TopK
+from deit_fast.models.convnet import small_convnet
+from deit_fast.recheck import record_errors
+from digits import write_few_digits
+
+FACTORY = "deit_fast.models.convnet:small_convnet"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Data, a teacher, and a cache of three views a codec."""
+    root = tmp_path_factory.mktemp("verbs")
+    write_few_digits(root / "data", train=6)
+    torch.manual_seed(3)
+    save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
+    for codec in ("topk", "hard", "dense-fp16"):
+        assert cli.main(["precompute", *arguments(root), "--codec.name", codec,
+                         "--cache", f"{root}/{codec}"]) == 0  # fmt: skip
+    return root
+
+
+def arguments(root: Path) -> list[str]:
+    return [
+        "--recipe", "digits_student", "--epochs", "3", "--num-views", "3", "--data.workers", "0",
+        "--data.root", f"{root}/data", "--teacher", f"{FACTORY}@{root}/teacher.safetensors",
+        "--codec.block-records", "25",
+    ]  # fmt: skip
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def recheck(capsys, root: Path, cache: Path, *more: object) -> tuple[int, str, str]:
+    teacher = f"{FACTORY}@{root}/teacher.safetensors"
+    return run(capsys, "cache", "verify", cache, "--teacher", teacher,
+               "--data-root", root / "data", "--device", "cpu", *more)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_of_the_command(root, capsys, tmp_path):
+    status, out, _ = run(capsys, "precompute", *arguments(root), "--cache", tmp_path / "x",
+                         "--dry-run", "--views", "1:3")  # fmt: skip
+    assert status == 0
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert rows["blocks"] == "6 to write, 0 there" and rows["images"] == "120"
+    assert "one batch of 60 views" in rows["measured"] and "img/s a process" in rows["time"]
+    assert not (tmp_path / "x").exists()
+
+
+# ----------------------------------------------------------------------------------------- recheck
+
+
+@pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
+def test_records_made_again_are_the_stored_ones(root, capsys, codec):
+    status, out, _ = recheck(capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4")
+    assert status == 0
+    assert "40 records made again, 0 differ" in out and "have the pixels" in out
+
+
+@pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
+def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
+    """View 1 written anew, whole and with right checksums, sample 17's answer turned round."""
+    cache = LogitCache.open(root / codec)
+    answer = cache.gather(np.arange(60), 1)
+    if isinstance(answer, TopK):
+        logits = torch.zeros(60, 10).scatter(1, answer.ids.long(), answer.log_probs)
+    elif answer.dim() == 1:
+        logits = torch.nn.functional.one_hot(answer, 10).float()
+    else:
+        logits = answer.float()
+    logits[17] = -logits[17]
+    shutil.copytree(root / codec, tmp_path / "cache")
+    (tmp_path / "cache/view-00001.dlc").unlink()
+    with LogitCacheWriter(tmp_path / "cache", cache.manifest) as writer:
+        writer.write(np.arange(60), 1, logits)
+    status, out, _ = recheck(capsys, root, tmp_path / "cache", "--samples", 180)
+    assert status == 1
+    assert "180 records made again, 1 differ" in out and "sample 17 view 1: " in out
+    assert recheck(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0] == 0
+
+
+def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_path):
+    torch.manual_seed(8)
+    save_file(small_convnet(10).state_dict(), tmp_path / "other.safetensors")
+    status, _, err = recheck(
+        capsys, root, root / "topk", "--teacher", f"{FACTORY}@{tmp_path}/other.safetensors"
+    )
+    assert (
+        status == 2 and "teacher.weights_sha256" in err and "view." not in err.split("differs")[1]
+    )
+    shutil.copytree(root / "data", tmp_path / "data")
+    next((tmp_path / "data/train/7").iterdir()).unlink()
+    status, _, err = recheck(capsys, root, root / "topk", "--data-root", tmp_path / "data")
+    assert status == 2 and "dataset.sha256" in err
+
+
+def test_error_of_each_form():
+    exact = torch.log_softmax(torch.tensor([[3.0, 1.0, 0.0]]).double(), 1)
+    moved = exact + torch.tensor([0.0, 0.25, 0.0])
+    form = TopK(torch.tensor([[0, 1]]), moved[:, :2].float(), torch.zeros(1), "drop")
+    assert record_errors(form, exact, 1.0).item() == pytest.approx(0.25, abs=1e-6)
+    assert record_errors(torch.tensor([1]), exact, 1.0).item() == pytest.approx(2.0)
+    assert record_errors(exact.float() + 5, exact, 1.0).item() < 1e-6
+
+
+# -------------------------------------------------------------------------------------------- info
+
+
+def test_info_shows_entropy_agreement_and_a_page(root, capsys, tmp_path):
+    status, out, _ = run(capsys, "cache", "info", root / "topk", "--data-root", root / "data",
+                         "--html", tmp_path / "page.html")  # fmt: skip
+    assert status == 0
+    cache = LogitCache.open(root / "topk")
+    answers = draw_answers(cache)
+    assert len(answers.top1) == 180
+    assert f"{answers.entropy.mean():.3f} nats of 2.303 on average" in out
+    assert out.count("#") > 40 and "% have the label of the larger half as top-1" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page and "teacher.weights_sha256" in page and "http" not in page
+    status, out, _ = run(capsys, "cache", "info", root / "hard")
+    assert status == 0 and "180 records" in out and "entropy" not in out.lower()
+
+
+def test_entropy_and_agreement_are_right(tmp_path):
+    """Against the logits that were written, dense and top-k with a tail that is really even."""
+    logits = torch.zeros(50, 12)
+    logits[torch.arange(50), torch.arange(50) % 12] = torch.linspace(0, 9, 50)
+    logs = torch.log_softmax(logits.double(), 1)
+    exact = -(logs.exp() * logs).sum(1).numpy()
+    for name, tolerance in [("dense-fp32", 1e-6), ("topk", 2e-2)]:
+        manifest = build_manifest(CodecConfig(name=name, k=None if name != "topk" else 3),
+                                  num_classes=12, num_samples=50, tau=1.0,
+                                  fingerprint={})  # fmt: skip
+        with LogitCacheWriter(tmp_path / name, manifest) as writer:
+            writer.write(np.arange(50), 0, logits)
+        answers = draw_answers(LogitCache.open(tmp_path / name))
+        np.testing.assert_allclose(answers.entropy, exact[answers.samples], atol=tolerance)
+        assert (answers.top1[1:] == answers.samples[1:] % 12).all()
+
+
+def test_agreement_counts_the_larger_half(root, capsys):
+    """A cache whose teacher says just that label agrees wholly; one turned by a class, not."""
+    from deit_fast.config import DataConfig
+    from deit_fast.recheck import leading_labels
+
+    cache = LogitCache.open(root / "hard")
+    data = DataConfig(root=str(root / "data"))
+    labels = np.stack([leading_labels(cache, data, np.arange(60), np.full(60, v)) for v in (0, 1)])
+    own = np.repeat(np.arange(10), 6)
+    assert 0.3 < (labels == own).mean() < 1  # mixed views: some have the partner's
+    for shift, text in [(0, "100.00 %"), (1, "0.00 %")]:
+        folder = root / f"labels-{shift}"
+        with LogitCacheWriter(folder, cache.manifest) as writer:
+            for view in (0, 1):
+                told = torch.from_numpy((labels[view] + shift) % 10)
+                writer.write(np.arange(60), view, torch.nn.functional.one_hot(told, 10).float())
+        _, out, _ = run(capsys, "cache", "info", folder, "--data-root", root / "data")
+        assert f"agreement  {text}" in out
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def test_parquet_holds_every_record(root, capsys, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    status, out, _ = run(capsys, "cache", "export", root / "topk", "--out", tmp_path / "a.parquet",
+                         "--views", "1:3")  # fmt: skip
+    assert status == 0 and "120" in out
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table["sample"].to_pylist() == [*range(60)] * 2
+    assert table["view"].to_pylist() == [1] * 60 + [2] * 60
+    answer = LogitCache.open(root / "topk").gather([*range(60)] * 2, np.repeat([1, 2], 60))
+    for name in ("ids", "log_probs", "log_tail"):
+        assert table[name].to_pylist() == getattr(answer, name).tolist()
+    manifest = json.loads(table.schema.metadata[b"deit_fast.manifest"])
+    assert manifest == LogitCache.open(root / "topk").manifest
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 6
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize(("codec", "name"), [("dense-fp16", "logits"), ("hard", "label")])
+def test_tensors_are_samples_by_views(root, capsys, tmp_path, suffix, codec, name):
+    out = tmp_path / f"a.{suffix}"
+    assert run(capsys, "cache", "export", root / codec, "--out", out)[0] == 0
+    tensors = load_file(out) if suffix == "safetensors" else torch.load(out, weights_only=True)
+    cache = LogitCache.open(root / codec)
+    assert tensors["views"].tolist() == [0, 1, 2] and tensors[name].shape[:2] == (60, 3)
+    for view in range(3):
+        assert torch.equal(tensors[name][:, view], cache.gather(np.arange(60), view))
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_export_of_a_missing_view_leaves_nothing(root, capsys, tmp_path):
+    status, _, err = run(capsys, "cache", "export", root / "hard", "--out", tmp_path / "a.pt",
+                         "--views", "1:5")  # fmt: skip
+    assert status == 2 and "does not have view 3 complete" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------- TinyViT
+
+
+def write_tinyvit(folder: Path, k: int, epoch: int, ranks: list[dict[str, tuple]]) -> None:
+    """As TinyViT's writer: text keys; int32 seed, int16 ids, float16 probabilities."""
+    path = folder / f"logits_top{k}_epoch{epoch}"
+    path.mkdir(parents=True)
+    for rank, rows in enumerate(ranks):
+        (path / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in rows))
+        (path / f"rank{rank}-values.bin").write_bytes(
+            b"".join(
+                np.int32(7).tobytes()
+                + np.array(ids, np.int64).astype(np.int16).tobytes()  # wraps above 32,767
+                + np.array(probs, np.float16).tobytes()
+                for ids, probs in rows.values()
+            )
+        )
+
+
+def tinyvit_rows(names: list[str], k: int, classes: int, seed: int) -> dict[str, tuple]:
+    draw = np.random.default_rng(seed)
+    rows = {}
+    for name in names:
+        probs = np.sort(draw.dirichlet(np.full(classes, 0.1)))[::-1][:k]
+        rows[name] = (draw.choice(classes, k, replace=False), probs)
+    return rows
+
+
+def test_tinyvits_epochs_become_views(tmp_path, capsys):
+    names = [f"n{i:02d}/{i}.JPEG" for i in range(30)]
+    epochs = [tinyvit_rows(names, 5, 40000, epoch) for epoch in (0, 1)]
+    epochs[1]["only/here.JPEG"] = epochs[1][names[0]]
+    for epoch, rows in enumerate(epochs):
+        items = list(rows.items())
+        half = [dict(items[1::2]), dict(items[::2])]
+        half[1][items[1][0]] = items[0][1]  # a padded key: the first rank's record counts
+        write_tinyvit(tmp_path / "t", 5, epoch, half)
+    status, out, _ = run(capsys, "cache", "import-tinyvit", tmp_path / "t", "--out", tmp_path / "c",
+                         "--num-classes", 40000)  # fmt: skip
+    assert status == 0 and "1 keys that not every epoch has" in out
+    assert (tmp_path / "c/keys.txt").read_text().split() == sorted(names)
+    cache = LogitCache.open(tmp_path / "c")
+    big = 0
+    for epoch, rows in enumerate(epochs):
+        answer = cache.gather(np.arange(30), epoch)
+        for sample, name in enumerate(sorted(names)):
+            ids, probs = rows[name]
+            probs = np.maximum(probs.astype(np.float16).astype(float), 2.0**-25)
+            stored = dict(zip(answer.ids[sample].tolist(), answer.log_probs[sample].exp().tolist(),
+                              strict=True))  # fmt: skip
+            assert set(stored) == set(ids.tolist())
+            for i, p in zip(ids.tolist(), probs.tolist(), strict=True):
+                assert stored[i] == pytest.approx(p / max(1.0, probs.sum()), rel=2e-2, abs=1e-6)
+            big += int((ids > 32767).sum())
+    assert big > 10, "no id that int16 wraps"
+    assert run(capsys, "cache", "info", tmp_path / "c")[0] == 0
+    assert run(capsys, "cache", "verify", tmp_path / "c")[0] == 0
+    assert run(capsys, "cache", "export", tmp_path / "c", "--out", tmp_path / "c.pt")[0] == 0
+
+
+def test_tail_of_an_import_is_what_was_not_stored(tmp_path):
+    rows = {"a": ([3, 1], [0.5, 0.25]), "b": ([0, 2], [1.0, 0.0])}
+    write_tinyvit(tmp_path / "t", 2, 4, [rows])
+    import_tinyvit(tmp_path / "t/logits_top2_epoch4", tmp_path / "c", 9)
+    answer = LogitCache.open(tmp_path / "c").gather([0, 1], 4)
+    assert answer.log_tail[0].exp().item() == pytest.approx(0.25, rel=1e-6)
+    assert torch.isfinite(answer.log_probs).all() and answer.log_tail[1].exp() < 1e-6
+    assert answer.ids.tolist() == [[3, 1], [0, 2]]
+
+
+def test_train_refuses_an_import_in_plain_words(root, tmp_path, capsys):
+    write_tinyvit(tmp_path / "t", 3, 0, [tinyvit_rows(["a", "b"], 3, 10, 0)])
+    import_tinyvit(tmp_path / "t", tmp_path / "c", 10)
+    words = [*arguments(root)[:-2], "--cache", f"{tmp_path}/c", "--batch-size", "10",
+             "--output", f"{tmp_path}/run"]  # fmt: skip
+    status, _, err = run(capsys, "train", *words)
+    assert status == 2 and "was imported from TinyViT" in err and "cannot replay" in err
+    status, _, err = recheck(capsys, root, tmp_path / "c")
+    assert status == 2 and "does not say how its views are made" in err
+    status, _, err = run(capsys, "cache", "info", tmp_path / "c", "--data-root", root / "data")
+    assert status == 2 and "does not say how its views are made" in err
+
+
+@pytest.mark.parametrize("wrong", ["K", "truncated", "class count", "K of two", "not text"])
+def test_wrong_tinyvit_files_are_refused(tmp_path, wrong):
+    rows = tinyvit_rows([f"k{i}" for i in range(8)], 4, 100, 0)
+    write_tinyvit(tmp_path, 4, 0, [rows])
+    folder, classes = tmp_path / "logits_top4_epoch0", 100
+    if wrong == "K":
+        folder.rename(tmp_path / "logits_top6_epoch0")
+        message = "8 keys of top-6 need 224"
+    elif wrong == "truncated":
+        values = folder / "rank0-values.bin"
+        values.write_bytes(values.read_bytes()[:-3])
+        message = r"rank0-values\.bin has 157 bytes; 8 keys of top-4 need 160"
+    elif wrong == "class count":
+        classes, message = 20, "has no 4 different ids below 20"
+    elif wrong == "K of two":
+        write_tinyvit(tmp_path, 5, 1, [tinyvit_rows(["k1"], 5, 100, 1)])
+        message = "epochs of different K: 4, 5"
+    else:
+        (folder / "rank0-keys.txt").write_bytes(b"\xff\xfe" * 9)
+        message = "rank0-keys.txt: not text"
+    with pytest.raises(InputError, match=message):
+        import_tinyvit(tmp_path, tmp_path / "out", classes)
