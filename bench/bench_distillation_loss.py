@@ -2,8 +2,9 @@
 
 Bytes: the logits of both heads and the teacher's answer read once, two gradients written; at 21841
 classes ours reads logits twice, which the figure does not excuse. On a CPU ours is the reference in
-plain PyTorch. Ours gets the labels as (y_a, y_b, lam); the peers get the dense mixed target ready
-made, which costs them reading it but not building it.
+plain PyTorch. All start from the mixed labels (y_a, y_b, lam), as every step of training does: the
+peers build the dense target from them, by the operations of timm's Mixup, which torch.compile
+may fuse.
 """
 
 from __future__ import annotations
@@ -22,11 +23,26 @@ from .common import Case, training_step
 ALPHA, TAU, SMOOTHING, K = 0.5, 3.0, 0.1, 16
 
 
-def base(zc: Tensor, target: Tensor) -> Tensor:
-    return torch.sum(-target * F.log_softmax(zc.float(), dim=-1), dim=-1).mean()
+Target = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
-def deit(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> Tensor:
+def dense_target(target: Target, classes: int) -> Tensor:
+    """timm's mixup_target, with a weight for each row."""
+    if isinstance(target, Tensor):
+        return target
+    first, second, lam = target
+    off = SMOOTHING / classes
+    empty = torch.full((len(lam), classes), off, device=lam.device)
+    one, other = (empty.scatter(1, y[:, None], 1 - SMOOTHING + off) for y in (first, second))
+    return one * lam[:, None] + other * (1 - lam[:, None])
+
+
+def base(zc: Tensor, target: Target) -> Tensor:
+    dense = dense_target(target, zc.shape[1])
+    return torch.sum(-dense * F.log_softmax(zc.float(), dim=-1), dim=-1).mean()
+
+
+def deit(zc: Tensor, zd: Tensor, target: Target, teacher: Tensor, kind: str) -> Tensor:
     """The formula of facebookresearch/deit, in its own operations."""
     if kind == "hard":
         distillation = F.cross_entropy(zd.float(), teacher.argmax(1))
@@ -37,7 +53,7 @@ def deit(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> 
     return (1 - ALPHA) * base(zc, target) + ALPHA * distillation
 
 
-def timm(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> Tensor:
+def timm(zc: Tensor, zd: Tensor, target: Target, teacher: Tensor, kind: str) -> Tensor:
     """timm's TokenDistillationTask: its soft term is a mean over the batch."""
     if kind == "hard":
         return deit(zc, zd, target, teacher, kind)
@@ -46,29 +62,23 @@ def timm(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor, kind: str) -> 
     return (1 - ALPHA) * base(zc, target) + ALPHA * kl * TAU**2
 
 
-def ours(zc: Tensor, zd: Tensor, target: Any, teacher: Tensor | TopK, kind: str) -> Tensor:
+def ours(zc: Tensor, zd: Tensor, target: Target, teacher: Tensor | TopK, kind: str) -> Tensor:
     return distillation_loss(
         zc, zd, target, teacher,
         kind=kind, alpha=ALPHA, tau=TAU, smoothing=SMOOTHING, reduction="numel",
     )  # fmt: skip
 
 
-def liger() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def liger() -> Callable[[Tensor, Tensor, Target, Tensor], Tensor]:
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
     divergence = LigerKLDIVLoss(reduction="batchmean", log_target=True)
 
-    def loss(zc: Tensor, zd: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
+    def loss(zc: Tensor, zd: Tensor, target: Target, teacher: Tensor) -> Tensor:
         log_p, log_q = F.log_softmax(zd.float() / TAU, -1), F.log_softmax(teacher.float() / TAU, -1)
         return (1 - ALPHA) * base(zc, target) + ALPHA * TAU**2 * divergence(log_p, log_q)
 
     return loss
-
-
-def dense_target(first: Tensor, second: Tensor, lam: Tensor, classes: int) -> Tensor:
-    mixed = F.one_hot(first, classes) * lam[:, None]
-    mixed = mixed + F.one_hot(second, classes) * (1 - lam[:, None])
-    return mixed * (1 - SMOOTHING) + SMOOTHING / classes
 
 
 def top_k(logits: Tensor) -> TopK:
@@ -104,7 +114,7 @@ def case(
         zc, zd = zc.requires_grad_(), zd.requires_grad_()
         first, second = torch.randint(classes, (2, batch), device=device, generator=draw)
         lam = torch.rand(batch, device=device, generator=draw)
-        target = dense_target(first, second, lam, classes)
+        target = first, second, lam
         teacher = top_k(dense) if kind == "soft top-16" else dense
         name = kind.split()[0]
 
@@ -112,7 +122,7 @@ def case(
             return training_step(lambda: loss(zc, zd, *arguments), zc, zd)
 
         implementations: dict[str, Callable[[], Any] | str] = {
-            "ours": step(ours, (first, second, lam), teacher, name),
+            "ours": step(ours, target, teacher, name),
             "deit eager": step(deit, target, dense, name),
             "timm eager": step(timm, target, dense, name),
             "deit torch.compile": step(compiled, target, dense, name),

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +57,7 @@ from .distillation_loss_reference import (
     Target,
     Teacher,
     TopK,
-    reference_base,
-    reference_hard,
-    reference_soft,
+    reference,
 )
 
 __all__ = [
@@ -79,12 +78,17 @@ def _say_once(device: str, dtype: torch.dtype) -> None:
     logging.getLogger(__name__).debug("%s tensors on %s take the reference", dtype, device)
 
 
-def _takes_kernel(logits: Tensor, teacher: Teacher) -> bool:
-    if launch.takes(logits, teacher):
-        return True
+def _losses(
+    class_logits: Tensor | None, distill_logits: Tensor | None, target: Target | None,
+    teacher: Teacher, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Total, base and distillation loss of checked arguments."""
+    heads = [head for head in (class_logits, distill_logits) if head is not None]
+    if all(launch.takes(head, teacher) for head in heads):
+        return launch.fused(class_logits, distill_logits, target, teacher, **options)
     if not torch.compiler.is_compiling():
-        _say_once(logits.device.type, logits.dtype)
-    return False
+        _say_once(heads[0].device.type, heads[0].dtype)
+    return reference(class_logits, distill_logits, target, teacher, **options)
 
 
 def base_loss(
@@ -108,11 +112,7 @@ def base_loss(
         ValueError: shapes, dtypes, devices, labels or options that do not fit, by name and value.
     """
     _check_base(class_logits, target, smoothing, base)
-    if _takes_kernel(class_logits, None):
-        return launch.fused(
-            class_logits, None, target, None, kind="none", base=base, smoothing=smoothing
-        )[0]
-    return reference_base(class_logits, target, smoothing, base)
+    return _losses(class_logits, None, target, None, kind="none", base=base, smoothing=smoothing)[0]
 
 
 def _check_base(logits: Tensor, target: Target, smoothing: float, base: str) -> None:
@@ -141,11 +141,9 @@ def soft_distillation(
         ValueError: shapes, dtypes, devices, ids or options that do not fit, by name and value.
     """
     _check_soft(distill_logits, teacher, tau, reduction)
-    if _takes_kernel(distill_logits, teacher):
-        return launch.fused(
-            None, distill_logits, None, teacher, kind="soft", base="", reduction=reduction, tau=tau
-        )[0]
-    return reference_soft(distill_logits, teacher, tau, reduction)
+    return _losses(
+        None, distill_logits, None, teacher, kind="soft", base="", reduction=reduction, tau=tau
+    )[0]
 
 
 def _check_soft(logits: Tensor, teacher: Teacher, tau: float, reduction: str) -> None:
@@ -174,9 +172,7 @@ def hard_distillation(distill_logits: Tensor, teacher: Tensor | TopK) -> Tensor:
     """
     check.check_logits("distill_logits", distill_logits)
     _check_hard_teacher(teacher, distill_logits)
-    if _takes_kernel(distill_logits, teacher):
-        return launch.fused(None, distill_logits, None, teacher, kind="hard", base="")[0]
-    return reference_hard(distill_logits, teacher)
+    return _losses(None, distill_logits, None, teacher, kind="hard", base="")[0]
 
 
 def _check_hard_teacher(teacher: Teacher, logits: Tensor) -> None:
@@ -186,15 +182,6 @@ def _check_hard_teacher(teacher: Teacher, logits: Tensor) -> None:
         check.check_floats("teacher", teacher, logits.shape, logits)
     else:
         check.check_labels("teacher", teacher, logits.shape[:1], logits)
-
-
-def _one_launch(
-    class_logits: Tensor, distill_logits: Tensor | None, teacher: Teacher, kind: str
-) -> bool:
-    """Both heads at once: the kernel takes each of them."""
-    if not isinstance(class_logits, Tensor) or not launch.takes(class_logits, teacher):
-        return False
-    return kind == "none" or (distill_logits is not None and launch.takes(distill_logits, teacher))
 
 
 def distillation_loss(
@@ -237,31 +224,20 @@ def distillation_loss(
     check.check_option("kind", kind, KINDS)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-    if kind != "none":
+    _check_base(class_logits, target, smoothing, base)
+    if kind == "none":
+        distill_logits = teacher = None
+    else:
         if distill_logits is None or teacher is None:
             missing = "teacher" if teacher is None else "distill_logits"
             raise ValueError(f"{missing} must not be None for kind {kind!r}")
-        check.check_logits("class_logits", class_logits)
         check.check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
-    if _one_launch(class_logits, distill_logits, teacher, kind):
-        _check_base(class_logits, target, smoothing, base)
-        if distill_logits is not None and kind == "soft":
+        if kind == "soft":
             _check_soft(distill_logits, teacher, tau, reduction)
-        elif distill_logits is not None and kind == "hard":
-            _check_hard_teacher(teacher, distill_logits)
-        total, base_term, distill_term = launch.fused(
-            class_logits, distill_logits, target, teacher, kind=kind, base=base,
-            reduction=reduction, alpha=alpha, tau=tau, smoothing=smoothing,
-        )  # fmt: skip
-        return (total, base_term, distill_term) if return_parts else total
-    base_term = base_loss(class_logits, target, smoothing=smoothing, base=base)
-    if kind == "none":
-        total, distill_term = base_term, torch.zeros_like(base_term)
-    else:
-        assert distill_logits is not None and teacher is not None
-        if kind == "hard":
-            distill_term = hard_distillation(distill_logits, teacher)
         else:
-            distill_term = soft_distillation(distill_logits, teacher, tau=tau, reduction=reduction)
-        total = (1 - alpha) * base_term + alpha * distill_term
-    return (total, base_term.detach(), distill_term.detach()) if return_parts else total
+            _check_hard_teacher(teacher, distill_logits)
+    losses = _losses(
+        class_logits, distill_logits, target, teacher, kind=kind, base=base,
+        reduction=reduction, alpha=alpha, tau=tau, smoothing=smoothing,
+    )  # fmt: skip
+    return losses if return_parts else losses[0]

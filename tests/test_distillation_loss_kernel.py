@@ -30,9 +30,7 @@ from torch import Tensor
 from deit_fast.kernels import TopK, distillation_loss
 from deit_fast.kernels.distillation_loss import base_loss, hard_distillation, soft_distillation
 from deit_fast.kernels.distillation_loss_reference import (
-    reference_base,
-    reference_hard,
-    reference_soft,
+    reference,
     soft_factor,
 )
 
@@ -145,16 +143,20 @@ def naive(
     """The formulas of DeiT and timm in plain PyTorch, in the dtype of the logits."""
     rows, classes = zc.shape
     if base == "bce":
-        base_term = reference_base(zc, target, smoothing, base)
+        base_term = reference(zc, None, target, None, kind="none", base=base, smoothing=smoothing)[
+            0
+        ]
     else:
         t = dense_target(target, classes) * (1 - smoothing) + smoothing / classes
         base_term = torch.sum(-t.to(zc.dtype) * F.log_softmax(zc, -1), -1).mean()
     if kind == "none":
         return base_term, base_term, base_term * 0
     if kind == "hard":
-        distill = reference_hard(zd, teacher)
+        distill = reference(None, zd, None, teacher, kind="hard", base="")[0]
     elif isinstance(teacher, TopK):
-        distill = reference_soft(zd, teacher, tau, reduction)
+        distill = reference(
+            None, zd, None, teacher, kind="soft", base="", tau=tau, reduction=reduction
+        )[0]
     else:
         log_p = F.log_softmax(zd / tau, -1)
         log_q = F.log_softmax(teacher / tau, -1)
@@ -612,7 +614,9 @@ def test_extreme_logits_as_the_reference_does(extreme: float, side: str) -> None
             answer = teacher if form == "dense" else top_k(teacher, 5, tau, form)
             value, gradient = soft(student, answer, tau)
             # In float32: there a q of 1e-60 is 0, in float64 it may cost infinity.
-            true = reference_soft(student, answer, tau, "batchmean")
+            true = reference(
+                None, student, None, answer, kind="soft", base="", tau=tau, reduction="batchmean"
+            )[0]
             torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6 * tau**2)
             _, pull = soft(student.double(), to_double(answer), tau)
             atol = 1e-6 * max(tau, 1)
