@@ -1,21 +1,31 @@
-"""Teacher-logit cache: random gather from a whole ImageNet view, and encoding.
+"""Teacher-logit cache: gather from a whole ImageNet view, encoding, and what codecs cost and lose.
 
-Gather: warm top-16 records (68 bytes) of one view of 1,281,167 samples in an epoch's order, so that
-each comes once and the 87 MB of a view pass through the CPU's caches. "records" is the bytes alone,
-"answers" with decoding to a TopK at T=2, beside numpy's raw copy of the same records from a memory
-map, decoded or not. Ours also finds the views, checks ids and file size, and has compared every
-block's checksum. Bytes: each record read once and written once.
+Gather: warm top-16 records (72 bytes) of one view of 1,281,167 samples in an epoch's order, so that
+each comes once and the 92 MB of a view pass through the CPU's caches. "records" is the bytes alone;
+"answers" decodes them to a TopK at T=2, ours against numpy's raw copy, undecoded, of the same
+records from a memory map, and against the stores of cache_stores.py, decoded. "ours" allocates its
+answer as numpy does, "ours, out=" writes over an earlier one. Ours also finds the views, checks ids
+and file size, and has compared every block's checksum. Bytes: each record read once, written once.
+
+Cold: the same after the system forgot the files. A first record costs its whole block (4096
+records, read to compare its checksum), which pays in an epoch and not in one lonely batch: both are
+here. The epoch in a known order is read ahead; its peer reads the file from end to end.
 
 Encode: logits to top-16 records with the tail mass at T=2, against numpy in float64.
 
-Another store to compare with is one more entry of ``stores``.
+Codecs: bytes a view and Kullback-Leibler divergence of the decoded answer, for a teacher trained
+here on scikit-learn's digits. ``python -m bench.bench_cache RESULT.json OUT.svg`` draws them.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +36,19 @@ from deit_fast import _C
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest, codec_from_config
 from deit_fast.cache.manifest import temporary_path, view_path, view_spec
 from deit_fast.config import CodecConfig
+from deit_fast.kernels import TopK
 
-from .common import Case
+from .cache_stores import STORES, TINYVIT, Store, drop_from_memory, write_stores
+from .common import Case, Row
 
 SAMPLES, CLASSES, K, TAU = 1_281_167, 1000, 16, 2.0
-RECORD = np.dtype([("ids", "<u2", K), ("log_probs", "<f2", K), ("log_tail", "<f4")])
+RECORD = np.dtype(
+    [("ids", "<u2", K), ("log_probs", "<f2", K), ("log_tail", "<f4"), ("log_norm", "<f4")]
+)
 
 
 @cache
-def imagenet_view() -> tuple[tempfile.TemporaryDirectory[str], LogitCache, np.memmap]:
+def imagenet_view() -> tuple[tempfile.TemporaryDirectory[str], LogitCache]:
     """A view of random records; the folder lives as long as the process."""
     folder = tempfile.TemporaryDirectory(prefix="deit-fast-bench-")
     path = Path(folder.name)
@@ -56,70 +70,239 @@ def imagenet_view() -> tuple[tempfile.TemporaryDirectory[str], LogitCache, np.me
     opened = LogitCache.open(path)
     offset = view_spec(manifest, 0).data_offset
     mapped = np.memmap(name, np.uint8, "r", offset, (SAMPLES, RECORD.itemsize))
+    write_stores(path, np.array(mapped), offset)
     for start in range(0, SAMPLES, 4096):  # warm: checksums compared, pages in memory
         opened.gather(np.arange(start, min(start + 4096, SAMPLES)), 0, tau=TAU)
-    return folder, opened, mapped
+    return folder, opened
 
 
 def cases(device: str) -> list[Case]:
     batches = (256, 4096)
-    found = [gather_case(batch, kind) for batch in batches for kind in ("records", "answers")]
+    fast, slow = ("numpy take",), ("LMDB", "HDF5", "TinyViT layout")
+    found = [
+        gather_case(batch, kind, peers)
+        for peers in (fast, slow)
+        for batch in batches
+        for kind in ("records", "answers")
+    ]
+    found += [open_case(256), cold_batch_case(256), cold_epoch_case(4096)]
     if device == "cuda":
         found += [resident_case(batch) for batch in batches]
-    return found + [encode_case(device, batch) for batch in (256,)]
+    return [*found, encode_case(device, 256), codec_case(256)]
 
 
-def stores() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """By name: sample ids [n] to raw records uint8 [n, bytes] of the same view."""
-    _, _, mapped = imagenet_view()
-    return {
-        "numpy take": lambda ids: np.take(mapped, ids, axis=0),
-        "numpy memmap[ids]": lambda ids: np.asarray(mapped[ids]),
-    }
+@cache
+def store(name: str) -> Store | str:
+    """An open store with its pages in memory, or why there is none."""
+    folder, _ = imagenet_view()
+    kind, module, files = STORES[name]
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    opened = kind(Path(folder.name))
+    for file in files:
+        (Path(folder.name) / file).read_bytes()
+    for start in range(0, SAMPLES, 65536):
+        opened.read(np.arange(start, min(start + 65536, SAMPLES)))
+    return opened
 
 
-def gather_case(batch: int, kind: str) -> Case:
+def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
+    """A peer of milliseconds leaves cold caches to the one that comes after it, always the same:
+    each implementation therefore reads another batch, not timed, before the one that is."""
+    ready: dict[str, Callable[[], Any] | str] = {}
+
+    def before(name: str) -> None:
+        call = ready[name]
+        if callable(call):
+            call()
+
     def build() -> dict[str, Callable[[], Any] | str]:
-        _, opened, _ = imagenet_view()
+        ready.update(make())
+        return ready
+
+    def make() -> dict[str, Callable[[], Any] | str]:
+        _, opened = imagenet_view()
         order = np.random.default_rng(1).permutation(SAMPLES)
         views = np.zeros(batch, np.int64)
         # Each store at a place of its own in the order: no other has just read the same records.
-        starts = {name: place * 200_000 for place, name in enumerate(("ours", *stores()))}
+        starts = {name: place * 150_000 for place, name in enumerate(("ours", "out", *names))}
 
         def next_ids(name: str) -> np.ndarray:
             start = starts[name]
             starts[name] = start + batch if start + 2 * batch <= SAMPLES else 0
             return order[start : start + batch]
 
-        def decode(raw: np.ndarray) -> Any:
-            return opened.codec.decode(torch.from_numpy(raw), TAU, "bucket")
+        def peer(name: str) -> Callable[[], Any] | str:
+            found = store(name)
+            if isinstance(found, str):
+                return found
+            if kind == "records" or name == "numpy take":  # raw in both: the least there is to do
+                return lambda: found.read(next_ids(name))
+            decode = decode_tinyvit if name == "TinyViT layout" else decode_ours
+            return lambda: decode(found.read(next_ids(name)))
 
-        def call(name: str, read: Callable[[np.ndarray], np.ndarray]) -> Callable[[], Any]:
-            return lambda: read(next_ids(name))
+        def decode_ours(raw: np.ndarray) -> Any:
+            return opened.codec.decode(torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+                                       .view(raw.shape), TAU, "bucket")  # fmt: skip
 
-        def call_decoded(name: str, read: Callable[[np.ndarray], np.ndarray]) -> Callable[[], Any]:
-            return lambda: decode(read(next_ids(name)))
-
+        peers = {
+            f"{name}, raw" if name == "numpy take" and kind == "answers" else name: peer(name)
+            for name in names
+        }
         if kind == "records":
+            raw = opened.gather_records(next_ids("out"), views)
             return {
                 "ours": lambda: opened.gather_records(next_ids("ours"), views),
-                "ours, decoded": lambda: opened.gather(next_ids("ours"), views, tau=TAU),
-                **{name: call(name, read) for name, read in stores().items()},
+                "ours, out=": lambda: opened.gather_records(next_ids("out"), views, out=raw),
+                **peers,
             }
+        old = opened.gather(next_ids("out"), views, tau=TAU)
         return {
             "ours": lambda: opened.gather(next_ids("ours"), views, tau=TAU),
-            **{name: call_decoded(name, read) for name, read in stores().items()},
+            "ours, out=": lambda: opened.gather(next_ids("out"), views, tau=TAU, out=old),
+            **peers,
         }
 
     moved = 2 * batch * RECORD.itemsize
-    return Case(f"gather top-16 {kind} B={batch}", build, bytes_moved=moved, items=batch)
+    title = f"{kind}, stores" if len(names) > 1 else kind
+    return Case(f"gather top-16 {title} B={batch}", build, moved, batch, before)
+
+
+def decode_tinyvit(raw: np.ndarray) -> TopK:
+    """At T=1, the only temperature that probabilities serve."""
+    records = raw.view(TINYVIT)[:, 0]
+    probs = np.maximum(records["probs"].astype(np.float32), 2.0**-25)
+    tail = np.log(np.maximum(1 - probs.sum(1), 2.0**-25))
+    ids = records["ids"].astype(np.int32)
+    return TopK(*map(torch.from_numpy, (ids, np.log(probs), tail)))
+
+
+class Ours:
+    """The cache as one more store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = LogitCache.open(folder)
+
+    def read(self, ids: np.ndarray) -> Any:
+        return self.cache.gather_records(ids, np.zeros(len(ids), np.int64))
+
+    def close(self) -> None:
+        self.cache._table = _C.ViewTable()
+
+
+def open_store(name: str, folder: Path) -> Store:
+    return Ours(folder) if name == "ours" else STORES[name][0](folder)
+
+
+def close_stores() -> None:
+    """LMDB refuses a second opening, and a file that is mapped does not leave the memory."""
+    _, opened = imagenet_view()
+    opened._table = _C.ViewTable()
+    for name in STORES:
+        found = store(name)
+        if not isinstance(found, str):
+            found.close()
+    store.cache_clear()
+
+
+def open_and_read(ids: np.ndarray) -> dict[str, Callable[[], Any] | str]:
+    """By name of every store: opening it, reading these samples, closing it."""
+    folder, _ = imagenet_view()
+
+    def call(name: str) -> None:
+        opened = open_store(name, Path(folder.name))
+        opened.read(ids)
+        opened.close()
+
+    reasons = {name: store(name) for name in STORES}
+    close_stores()
+    return {"ours": partial(call, "ours")} | {
+        name: reason if isinstance(reason, str) else partial(call, name)
+        for name, reason in reasons.items()
+    }
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from bench.bench_cache import SAMPLES, open_store
+from bench.cache_stores import own_megabytes
+name, folder = sys.argv[1], Path(sys.argv[2])
+for each in ("ours", name):  # imports
+    opened = open_store(each, folder)
+    opened.read(np.arange(3))
+    opened.close()
+before = own_megabytes()
+opened, rng = open_store(name, folder), np.random.default_rng(0)
+for _ in range(100):
+    opened.read(np.unique(rng.integers(0, SAMPLES, 256)))
+print(own_megabytes() - before)
+"""
+
+
+def open_case(batch: int) -> Case:
+    """Opening, warm, with one batch; and what the process holds afterwards that no file backs."""
+
+    def facts() -> dict[str, Row]:
+        folder, _ = imagenet_view()
+        found = {}
+        for name in ("ours", *STORES):
+            command = [sys.executable, "-c", MEMORY, name, folder.name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                found[name] = {"own_mb": float(done.stdout)}
+        return found
+
+    return Case(f"open and gather B={batch}", lambda: open_and_read(np.arange(batch)), facts=facts)
+
+
+def forget(name: str) -> None:
+    """Drop a store's files from memory."""
+    folder, _ = imagenet_view()
+    files = STORES[name][2] if name in STORES else ("view-00000.dlc",)
+    drop_from_memory([Path(folder.name) / file for file in files])
+
+
+def cold_batch_case(batch: int) -> Case:
+    ids = np.random.default_rng(3).choice(SAMPLES, batch, replace=False)
+    return Case(f"cold: open, one gather B={batch}", lambda: open_and_read(ids), before=forget,
+                items=batch)  # fmt: skip
+
+
+def cold_epoch_case(batch: int) -> Case:
+    """Every sample once in random order, known ahead; the files not in memory."""
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        folder, _ = imagenet_view()
+        path = Path(folder.name)
+        order = np.random.default_rng(4).permutation(SAMPLES)
+        batches = [(part, 0) for part in np.array_split(order, SAMPLES // batch)]
+        close_stores()
+
+        def ours() -> None:
+            opened = LogitCache.open(path)
+            with opened.prefetch(batches) as ahead:
+                for samples, views in ahead:
+                    opened.gather(samples, views, tau=TAU)
+
+        def end_to_end() -> None:
+            with open(path / "view-00000.dlc", "rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+
+        return {"ours": ours, "end to end": end_to_end}
+
+    return Case(f"cold: epoch, known order B={batch}", build, before=forget, items=SAMPLES,
+                bytes_moved=SAMPLES * RECORD.itemsize)  # fmt: skip
 
 
 def resident_case(batch: int) -> Case:
     def build() -> dict[str, Callable[[], Any] | str]:
-        _, opened, mapped = imagenet_view()
+        _, opened = imagenet_view()
         resident = opened.to_device([0], "cuda")
-        records = torch.from_numpy(np.array(mapped)).cuda()
+        everything = opened.gather_records(np.arange(SAMPLES), 0)
+        records = everything.cuda()
         ids = torch.randint(SAMPLES, (batch,))
         views = torch.zeros(batch, dtype=torch.int64)
 
@@ -161,9 +344,103 @@ def numpy_encode(logits: np.ndarray) -> np.ndarray:
     records["ids"] = ids
     records["log_probs"] = inside - log_sum_exp(z)[:, None]
     records["log_tail"] = log_sum_exp(outside / TAU) - log_sum_exp(z / TAU)
+    stored = records["log_probs"].astype(np.float64)
+    records["log_norm"] = (
+        log_sum_exp(stored / TAU) - log_sum_exp(inside / TAU) + log_sum_exp(z / TAU)
+    )
     return records
 
 
 def log_sum_exp(x: np.ndarray) -> np.ndarray:
     largest = x.max(1)
     return np.log(np.exp(x - largest[:, None]).sum(1)) + largest
+
+
+# ---------------------------------------------------------------------------------------------
+# Codecs on a real teacher
+# ---------------------------------------------------------------------------------------------
+
+
+@cache
+def digits_logits() -> torch.Tensor:
+    """Logits [898, 10] about images that the teacher, trained here on the others, has not seen."""
+    from sklearn.datasets import load_digits
+
+    from deit_fast.models.convnet import small_convnet
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
+    targets = torch.from_numpy(labels)
+    torch.manual_seed(0)
+    model = small_convnet(10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(10):
+        for rows in torch.randperm(899).split(64):
+            loss = torch.nn.functional.cross_entropy(model(pixels[rows]), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return model.eval()(pixels[899:])
+
+
+def codec_case(batch: int) -> Case:
+    settings = {f"ours, topk {k}": CodecConfig(k=k, temperatures=(1.0,)) for k in (1, 2, 3, 5, 8)}
+    for name in ("dense-int8", "dense-fp8", "dense-fp16", "dense-bf16", "dense-fp32"):
+        settings[f"ours, {name}"] = CodecConfig(name=name)  # type: ignore[arg-type]
+    codecs = {name: codec_from_config(config, 10, 1.0) for name, config in settings.items()}
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        raw = {name: codec.encode(digits_logits()[:batch]) for name, codec in codecs.items()}
+        return {
+            name: partial(codec.decode, raw[name], 1.0, "uniform") for name, codec in codecs.items()
+        }
+
+    def facts() -> dict[str, Row]:
+        logits = digits_logits()
+        return {
+            name: {
+                "bytes_per_view": codec.record_bytes,
+                "kl_error": kl_error(codec.decode(codec.encode(logits), 1.0, "uniform"), logits),
+            }
+            for name, codec in codecs.items()
+        }
+
+    return Case(f"decode, digits teacher C=10 B={batch}", build, items=batch, facts=facts)
+
+
+def kl_error(answer: Any, logits: torch.Tensor) -> float:
+    """Mean KL(teacher || answer) at T=1, nats; what topk left out is spread evenly."""
+    exact = torch.log_softmax(logits.double(), 1)
+    if isinstance(answer, TopK):
+        outside = logits.shape[1] - answer.ids.shape[1]
+        even = answer.log_tail.double() - np.log(max(outside, 1))
+        found = (
+            even[:, None].expand_as(exact).scatter(1, answer.ids.long(), answer.log_probs.double())
+        )
+    else:
+        found = torch.log_softmax(answer.double(), 1)
+    return float((exact.exp() * (exact - found)).sum(1).mean())
+
+
+def plot(result: Path, out: Path) -> None:
+    """KL error against bytes, from a result file."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in json.loads(result.read_text())["rows"] if "kl_error" in row]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    title = rows[0]["case"].removeprefix("decode, ")
+    axes = figure.add_subplot(xlabel="bytes a view", ylabel="KL(teacher || decoded), nats",
+                              yscale="log", title=title)  # fmt: skip
+    for row in rows:
+        kl = row["kl_error"]
+        if kl <= 0:  # dense-fp32: a logarithmic axis has no place for it
+            continue
+        axes.plot(row["bytes_per_view"], kl, "o", color="C0" if "topk" in row["impl"] else "C1")
+        axes.annotate(row["impl"].removeprefix("ours, "), (row["bytes_per_view"], kl),
+                      xytext=(5, 3), textcoords="offset points", fontsize=8)  # fmt: skip
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    plot(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -48,12 +48,16 @@ class Case:
         in place of a callable is the reason why that implementation is skipped.
     bytes_moved: least memory traffic of one call, for gbps and roofline_pct.
     items: images or records of one call, for items_per_s.
+    before: called with the implementation's name before each of its calls, not timed.
+    facts: more fields of an implementation's row, by its name; called once, after the timing.
     """
 
     name: str
     build: Callable[[], dict[str, Callable[[], Any] | str]]
     bytes_moved: int | None = None
     items: int | None = None
+    before: Callable[[str], None] = lambda name: None
+    facts: Callable[[], dict[str, Row]] = dict
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,8 +117,10 @@ def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]
             rows.append(skipped(bench, case.name, name, function))
             continue
         try:
-            timer.wall(function)  # compiles
-            walls[name] = min(timer.wall(function) for _ in range(WARMUP_CALLS))
+            for call in range(1 + WARMUP_CALLS):  # the first one compiles
+                case.before(name)
+                wall = timer.wall(function)
+                walls[name] = min(wall, walls.get(name, wall)) if call > 1 else wall
             ready[name] = function
         except Exception as error:  # a peer's failure is a result of its own
             rows.append(skipped(bench, case.name, name, error))
@@ -127,8 +133,14 @@ def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]
             break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            case.before(name)
             times[name].append(timer.call(ready[name], walls[name]))
-    return measured_rows(bench, case, times, timer) + rows
+    measured = measured_rows(bench, case, times, timer)
+    try:
+        facts = case.facts()
+    except Exception as error:
+        facts, rows = {}, [*rows, skipped(bench, case.name, "facts", error)]
+    return [row | facts.get(row["impl"], {}) for row in measured] + rows
 
 
 def measured_rows(bench: str, case: Case, times: dict[str, list[float]], timer: Timer) -> list[Row]:

@@ -111,53 +111,6 @@ DF_BOTH double log_of(double x) {
   return exponent * kLn2 + 2.0 * (s + s * (z * q));
 }
 
-// float32: e^x for x <= 0, relative error below 4e-7; x below -87 counts as -87.
-DF_BOTH float exp_of(float x) {
-  const float clamped = x > -87.0f ? x : -87.0f;
-  const float shifted = clamped * 1.44269504f + 0x1.8p23f;
-  const float n = shifted - 0x1.8p23f;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = r * (1.0f / 720) + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
-}
-
-// float32: log x for a normal x > 0; absolute error below 2e-7 * max(1, |log x|).
-DF_BOTH float log_of(float x) {
-  const auto bits = bits_as<uint32_t>(x);
-  // The mantissa from sqrt(1/2) to sqrt(2), without a branch: 0x3F3504F3 is sqrt(1/2).
-  const uint32_t above = bits - 0x3F3504F3u;
-  const auto exponent = static_cast<float>(static_cast<int32_t>(above) >> 23);
-  const float m = bits_as<float>((above & 0x7FFFFFu) + 0x3F3504F3u);
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float z = s * s;
-  float q = 1.0f / 9;
-  q = q * z + 1.0f / 7;
-  q = q * z + 1.0f / 5;
-  q = q * z + 1.0f / 3;
-  return exponent * 0.693147181f + 2.0f * (s + s * (z * q));
-}
-
-// float32: log(1 - e^t) for t <= 0; -inf for t = 0.
-DF_BOTH float log_one_minus_exp(float t) {
-  float series = 1.0f / 40320;  // (1 - e^t) / -t near 0, where 1 - e^t would lose its digits
-  series = series * t + 1.0f / 5040;
-  series = series * t + 1.0f / 720;
-  series = series * t + 1.0f / 120;
-  series = series * t + 1.0f / 24;
-  series = series * t + 1.0f / 6;
-  series = series * t + 0.5f;
-  series = series * t + 1.0f;
-  const float near = t > -0.5f ? t : -0.5f;
-  const float inside = t > -0.35f ? -near * series : 1.0f - exp_of(t);
-  const float logarithm = log_of(inside > 0x1p-126f ? inside : 0x1p-126f);
-  return inside > 0.0f ? logarithm : bits_as<float>(0xFF800000u);
-}
-
 // float16 bits of a float32, to nearest even; |value| <= 65504.
 DF_BOTH uint16_t half_bits(float value) {
   const auto bits = bits_as<uint32_t>(value);

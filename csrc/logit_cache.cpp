@@ -20,7 +20,7 @@ namespace deit_fast {
 namespace {
 
 constexpr char kMagic[8] = {'D', 'F', 'L', 'O', 'G', 'I', 'T', '1'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr uint64_t kPage = 4096;
 constexpr size_t kHeaderCrcOffset = 4092;
 constexpr uint32_t kComplete = 0x454E4F44;  // the bytes "DONE"
@@ -126,6 +126,31 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
   if (std::memcmp(header.manifest_sha256, spec.manifest_sha256.data(), 32) != 0) {
     throw FormatError(path + ": was written under another manifest (SHA-256 differs)");
   }
+  const Header wanted = make_header(spec);
+  if (std::memcmp(&header, &wanted, sizeof header) != 0) {
+    throw FormatError(path + ": header is damaged (bytes that must be zero are not)");
+  }
+}
+
+// The first class id that is not below the limit, or -1. The largest of a record first, in a loop
+// without a way out, which vectorises: every block of an epoch passes here.
+template <typename Id>
+int64_t first_beyond(const ViewSpec& spec, const unsigned char* records, size_t count) {
+  for (size_t record = 0; record < count; ++record, records += spec.record_bytes) {
+    Id largest = 0;
+    for (uint32_t i = 0; i < spec.ids_per_record; ++i) {
+      Id id;
+      std::memcpy(&id, records + i * sizeof(Id), sizeof(Id));
+      largest = std::max(largest, id);
+    }
+    if (spec.ids_per_record == 0 || largest < spec.id_limit) continue;
+    for (uint32_t i = 0; i < spec.ids_per_record; ++i) {
+      Id id;
+      std::memcpy(&id, records + i * sizeof(Id), sizeof(Id));
+      if (id >= spec.id_limit) return id;
+    }
+  }
+  return -1;
 }
 
 // Makes the name of a new file survive a power cut. Some file systems refuse it on folders.
@@ -313,15 +338,8 @@ BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
 }
 
 int64_t ViewFile::first_bad_id(const unsigned char* records, size_t count) const {
-  for (size_t record = 0; record < count; ++record) {
-    const unsigned char* place = records + record * spec_.record_bytes;
-    for (uint32_t i = 0; i < spec_.ids_per_record; ++i, place += spec_.id_bytes) {
-      uint32_t id = 0;
-      std::memcpy(&id, place, spec_.id_bytes);
-      if (id >= spec_.id_limit) return id;
-    }
-  }
-  return -1;
+  if (spec_.id_bytes == 2) return first_beyond<uint16_t>(spec_, records, count);
+  return first_beyond<uint32_t>(spec_, records, count);
 }
 
 ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec)

@@ -1,7 +1,6 @@
 #include "record_codec.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -9,12 +8,20 @@
 // library is loaded. Both give the same bits.
 #if defined(__x86_64__) && defined(__linux__)
 #define DF_WIDE __attribute__((target_clones("avx2", "default")))
+#define DF_F16C 1
+#include <immintrin.h>
 #else
 #define DF_WIDE
 #endif
 
 namespace deit_fast {
 namespace {
+
+struct TopKOut {
+  int32_t* ids;
+  float* log_probs;
+  float* log_tails;
+};
 
 template <typename T>
 DF_BOTH T load(const unsigned char* place) {
@@ -53,118 +60,73 @@ DF_WIDE bool encode_row(const TopKShape& shape, const float* row, uint32_t label
       block, shape, [row](uint32_t i) { return row[i]; }, label, room, shared, record);
 }
 
-// Sum of 32 numbers by halves, as a warp's lanes do it.
-DF_BOTH float sum_by_halves(float* lanes) {
-  for (uint32_t half = 16; half > 0; half /= 2) {
-    for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// Entry i of a record is stored[i] / T - shift. The product with 1 / T, rounded once more than the
+// quotient, keeps a division out of the loop.
+template <typename Id>
+DF_BOTH void decode_topk_record(const unsigned char* record, uint32_t k, float inverse, float shift,
+                                int32_t* __restrict__ ids, float* __restrict__ log_probs) {
+  const unsigned char* halves = record + k * sizeof(Id);
+  for (uint32_t i = 0; i < k; ++i) ids[i] = static_cast<int32_t>(load<Id>(record + i * sizeof(Id)));
+  for (uint32_t i = 0; i < k; ++i) {
+    log_probs[i] = half_value(load<uint16_t>(halves + 2 * i)) * inverse - shift;
   }
-  return lanes[0];
-}
-
-// Sums of `count` rows of 2 * Half numbers, once by halves: row by row, so that no addition waits
-// for the one before.
-template <uint32_t Half>
-DF_BOTH void halve(const float* from, size_t count, float* to) {
-  for (size_t row = 0; row < count; ++row) {
-    for (uint32_t i = 0; i < Half; ++i) {
-      to[row * Half + i] = from[row * 2 * Half + i] + from[row * 2 * Half + Half + i];
-    }
-  }
-}
-
-// to[row][i] = from[row][i] - less[row] for rows of 16, in the compiler's vectors: left to itself it
-// strides over the rows.
-DF_BOTH void subtract_rows(const float* from, const float* less, size_t count, float* to) {
-  typedef float Eight __attribute__((vector_size(32)));
-  for (size_t row = 0; row < count; ++row) {
-    Eight low, high;
-    memcpy(&low, from + 16 * row, 32);
-    memcpy(&high, from + 16 * row + 8, 32);
-    low -= less[row];
-    high -= less[row];
-    memcpy(to + 16 * row, &low, 32);
-    memcpy(to + 16 * row + 8, &high, 32);
-  }
-}
-
-// The usual record, k = 16 and two-byte ids, in loops that vectorise; the operations are those of
-// decode_topk_record.
-DF_BOTH void decode_sixteens(const unsigned char* const* records, size_t count, float tau,
-                             int32_t* __restrict__ ids, float* __restrict__ log_probs,
-                             float* __restrict__ firsts, float* __restrict__ sums) {
-  constexpr size_t kNumbers = 16 * kHandful;
-  uint16_t stored_ids[kNumbers], stored[kNumbers];
-  alignas(64) float terms[kNumbers], eights[kNumbers / 2], fours[kNumbers / 4], twos[kNumbers / 8];
-  for (size_t i = 0; i < count; ++i) {
-    memcpy(stored_ids + 16 * i, records[i], 32);
-    memcpy(stored + 16 * i, records[i] + 32, 32);
-  }
-  for (size_t i = 0; i < 16 * count; ++i) ids[i] = stored_ids[i];
-  int exponent = 0;
-  if (std::frexp(tau, &exponent) == 0.5f) {  // a power of two: the product is the quotient
-    const float inverse = 1.0f / tau;
-    for (size_t i = 0; i < 16 * count; ++i) log_probs[i] = half_value(stored[i]) * inverse;
-  } else {
-    for (size_t i = 0; i < 16 * count; ++i) log_probs[i] = half_value(stored[i]) / tau;
-  }
-  for (size_t row = 0; row < count; ++row) firsts[row] = log_probs[16 * row];
-  subtract_rows(log_probs, firsts, count, terms);
-  for (size_t i = 0; i < 16 * count; ++i) terms[i] = exp_of(terms[i]);
-  halve<8>(terms, count, eights);
-  halve<4>(eights, count, fours);
-  halve<2>(fours, count, twos);
-  halve<1>(twos, count, sums);
 }
 
 template <typename Id>
-DF_BOTH float decode_topk_record(const unsigned char* record, uint32_t k, float tau, int32_t* ids,
-                                 float* log_probs) {
-  const unsigned char* halves = record + k * sizeof(Id);
-  float lanes[32] = {};
-  for (uint32_t i = 0; i < k; ++i) {
-    ids[i] = static_cast<int32_t>(load<Id>(record + i * sizeof(Id)));
-    log_probs[i] = half_value(load<uint16_t>(halves + 2 * i)) / tau;
-    lanes[i % 32] += exp_of(log_probs[i] - log_probs[0]);
-  }
-  return sum_by_halves(lanes);
-}
-
-template <bool Sixteen, typename Id>
 DF_BOTH void decode_topk(const RecordLayout& layout, const unsigned char* const* records,
-                         size_t count, int32_t* ids, float* __restrict__ log_probs,
-                         float* log_tails) {
-  const uint32_t k = Sixteen ? 16 : layout.k;
-  float firsts[kHandful], sums[kHandful], shifts[kHandful];
-  for (size_t i = 0; i < count; ++i) log_tails[i] = load<float>(records[i] + layout.tail_offset);
-  if (Sixteen) {
-    decode_sixteens(records, count, layout.tau, ids, log_probs, firsts, sums);
-  } else {
-    for (size_t i = 0; i < count; ++i) {
-      sums[i] = decode_topk_record<Id>(records[i], k, layout.tau, ids + k * i, log_probs + k * i);
-      firsts[i] = log_probs[k * i];
-    }
-  }
+                         size_t count, const TopKOut& to) {
+  const uint32_t k = layout.k;
+  const float inverse = 1.0f / layout.tau;
   for (size_t i = 0; i < count; ++i) {
-    shifts[i] = firsts[i] + (log_of(sums[i]) - log_one_minus_exp(log_tails[i]));
+    const unsigned char* tail = records[i] + layout.tail_offset;
+    to.log_tails[i] = load<float>(tail);
+    decode_topk_record<Id>(records[i], k, inverse, load<float>(tail + 4), to.ids + k * i,
+                           to.log_probs + k * i);
   }
-  if (Sixteen) return subtract_rows(log_probs, shifts, count, log_probs);
-  for (size_t record = 0; record < count; ++record) {
-    for (uint32_t i = 0; i < k; ++i) log_probs[record * k + i] -= shifts[record];
-  }
-}
-
-DF_WIDE void decode_topk16(const RecordLayout& layout, const unsigned char* const* records,
-                           size_t count, int32_t* ids, float* log_probs, float* log_tails) {
-  decode_topk<true, uint16_t>(layout, records, count, ids, log_probs, log_tails);
 }
 
 DF_WIDE void decode_topk_any(const RecordLayout& layout, const unsigned char* const* records,
-                             size_t count, int32_t* ids, float* log_probs, float* log_tails) {
+                             size_t count, const TopKOut& to) {
   if (layout.id_bytes == 2) {
-    decode_topk<false, uint16_t>(layout, records, count, ids, log_probs, log_tails);
+    decode_topk<uint16_t>(layout, records, count, to);
   } else {
-    decode_topk<false, uint32_t>(layout, records, count, ids, log_probs, log_tails);
+    decode_topk<uint32_t>(layout, records, count, to);
   }
+}
+
+#if defined(DF_F16C)
+// The usual record, k = 16 and two-byte ids, with the conversions that such CPUs have. The same
+// bits as above: both conversions are exact.
+__attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layout,
+                                                        const unsigned char* const* records,
+                                                        size_t count, const TopKOut& to) {
+  const __m256 inverse = _mm256_set1_ps(1.0f / layout.tau);
+  for (size_t i = 0; i < count; ++i) {
+    const auto* words = reinterpret_cast<const __m128i*>(records[i]);
+    const unsigned char* tail = records[i] + layout.tail_offset;
+    const __m256 shift = _mm256_set1_ps(load<float>(tail + 4));
+    to.log_tails[i] = load<float>(tail);
+    for (int half = 0; half < 2; ++half) {
+      const size_t place = 16 * i + 8 * half;
+      const __m256i ids = _mm256_cvtepu16_epi32(_mm_loadu_si128(words + half));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.ids + place), ids);
+      const __m256 stored = _mm256_cvtph_ps(_mm_loadu_si128(words + 2 + half));
+      _mm256_storeu_ps(to.log_probs + place, _mm256_sub_ps(_mm256_mul_ps(stored, inverse), shift));
+    }
+  }
+}
+#endif
+
+using DecodeTopK = void (*)(const RecordLayout&, const unsigned char* const*, size_t,
+                            const TopKOut&);
+
+DecodeTopK choose_topk(const RecordLayout& layout) {
+#if defined(DF_F16C)
+  static const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (fast && layout.k == 16 && layout.id_bytes == 2) return decode_topk16;
+#endif
+  (void)layout;
+  return decode_topk_any;
 }
 
 DF_WIDE void decode_int8(const unsigned char* from, uint32_t classes, float* to) {
@@ -197,9 +159,9 @@ void decode_handful(const RecordLayout& layout, const unsigned char* const* reco
       return;
     }
     case RecordKind::topk: {
-      const auto decode = layout.k == 16 && layout.id_bytes == 2 ? decode_topk16 : decode_topk_any;
-      decode(layout, records, count, static_cast<int32_t*>(out.first) + begin * layout.k,
-             out.second + begin * layout.k, out.third + begin);
+      choose_topk(layout)(layout, records, count,
+                          {static_cast<int32_t*>(out.first) + begin * layout.k,
+                           out.second + begin * layout.k, out.third + begin});
       return;
     }
     case RecordKind::int8:

@@ -18,7 +18,7 @@ struct RecordLayout {
   uint32_t num_classes = 0;
   uint32_t id_bytes = 2;
   uint32_t k = 0;            // topk
-  uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`
+  uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`, which its normaliser follows
   float tau = 1.0f;          // topk
 };
 
@@ -34,9 +34,8 @@ struct Decoded {
   float* third = nullptr;
 };
 
-// Records that are decoded in one go: their cache misses overlap, and their logarithms go through
-// vector units side by side.
-constexpr size_t kHandful = 64;
+// Records that are decoded in one go: their cache misses overlap.
+constexpr size_t kHandful = 16;
 
 // Decodes count <= kHandful records to rows [begin, begin + count) of `out`.
 void decode_handful(const RecordLayout& layout, const unsigned char* const* records, size_t count,

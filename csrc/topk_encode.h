@@ -17,7 +17,7 @@ struct TopKShape {
 
   DF_BOTH uint32_t probs_offset() const { return k * id_bytes; }
   DF_BOTH uint32_t tail_offset() const { return probs_offset() + 2 * k; }
-  DF_BOTH uint32_t true_class_offset() const { return tail_offset() + 4 * temperatures; }
+  DF_BOTH uint32_t true_class_offset() const { return tail_offset() + 8 * temperatures; }
   DF_BOTH uint32_t record_bytes() const { return true_class_offset() + (true_class ? 4 : 0); }
 };
 
@@ -41,9 +41,10 @@ DF_BOTH void put_float(unsigned char* place, float value) {  // 2-byte aligned
   memcpy(place + 2, &high, 2);
 }
 
-// Log of the sum of all e^(z/T) and log of the outside's share of it.
+// Log of the sum of all e^(z/T), and logs of the shares of it inside and outside the ids.
 struct Normaliser {
   double log_sum;
+  double log_inside;
   double log_tail;
 };
 DF_BOTH Normaliser normaliser(double inside_shift, uint64_t inside, double outside_shift,
@@ -52,7 +53,8 @@ DF_BOTH Normaliser normaliser(double inside_shift, uint64_t inside, double outsi
   const double b = outside_shift + log_of(static_cast<double>(outside) * kUnit);
   const double d = a - b;
   const double correction = log_of(1.0 + exp_of(d > 0 ? -d : d));
-  return {(d > 0 ? a : b) + correction, d > 0 ? -(d + correction) : -correction};
+  return {(d > 0 ? a : b) + correction, d > 0 ? -correction : d - correction,
+          d > 0 ? -(d + correction) : -correction};
 }
 
 // Collects the keys that are at least shared.threshold; found counts them all, kept or not.
@@ -138,7 +140,7 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
     });
     if (whole) {
       const double sum = top * inverse + log_of(static_cast<double>(inside) * kUnit);
-      return {sum, -bits_as<double>(uint64_t{0x7FF0000000000000})};
+      return {sum, 0.0, -bits_as<double>(uint64_t{0x7FF0000000000000})};
     }
     // Every class inside counts exactly one here: it is no smaller than `next`.
     const uint64_t all = block.total(
@@ -147,12 +149,24 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
   };
 
   const Normaliser at_one = normalise(1.0);
+  const auto stored = [&](uint32_t i) -> uint16_t {
+    const double log_prob = value_of(shared.sorted[i]) - at_one.log_sum;
+    return half_bits(static_cast<float>(log_prob > -65504.0 ? log_prob : -65504.0));
+  };
+  const double first = half_value(stored(0));
   for (uint32_t t = 0; t < shape.temperatures; ++t) {
     const double inverse = shape.inverse_temperatures[t];
     const Normaliser at = inverse == 1.0 ? at_one : normalise(inverse);
+    // Of what is stored, not of the logits: so its rounding does not move the mass.
+    const uint64_t rounded = block.total(k, [&](uint32_t i) {
+      return exp_units((half_value(stored(i)) - first) * inverse);
+    });
+    const double shift =
+        first * inverse + log_of(static_cast<double>(rounded) * kUnit) - at.log_inside;
     block.each([&](uint32_t thread) {
       if (thread != 0) return;
-      put_float(record + shape.tail_offset() + 4 * t, static_cast<float>(at.log_tail));
+      put_float(record + shape.tail_offset() + 8 * t, static_cast<float>(at.log_tail));
+      put_float(record + shape.tail_offset() + 8 * t + 4, static_cast<float>(shift));
     });
   }
   block.each([&](uint32_t thread) {
@@ -166,8 +180,7 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
         memcpy(record + 4 * i, &low, 2);
         memcpy(record + 4 * i + 2, &high, 2);
       }
-      const double log_prob = value_of(shared.sorted[i]) - at_one.log_sum;
-      const uint16_t half = half_bits(static_cast<float>(log_prob > -65504.0 ? log_prob : -65504.0));
+      const uint16_t half = stored(i);
       memcpy(record + shape.probs_offset() + 2 * i, &half, 2);
     }
     if (thread == 0 && shape.true_class) {

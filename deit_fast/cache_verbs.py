@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deit_fast.config import InputError
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
@@ -12,7 +13,14 @@ from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
 BINS = 12  # of the histogram of entropies
 
 
-def info(path: str, /, *, data_root: str | None = None, html: str | None = None) -> Outcome:
+def info(
+    path: str,
+    /,
+    *,
+    data_root: str | None = None,
+    train: str | None = None,
+    html: str | None = None,
+) -> Outcome:
     """Say what a cache holds: codec, views, fingerprint, and what its teacher is like.
 
     Entropy and agreement with the labels come from up to 8,192 records of 64 random blocks.
@@ -20,6 +28,7 @@ def info(path: str, /, *, data_root: str | None = None, html: str | None = None)
     Args:
         path: Folder of the cache.
         data_root: Image folder that it was made from; adds the agreement with its labels.
+        train: Name of the training split's folder; none: as the manifest says, or `train`.
         html: Also write this page with the picture.
     """
     from deit_fast import cache
@@ -45,7 +54,7 @@ def info(path: str, /, *, data_root: str | None = None, html: str | None = None)
             rows.append((f"view {row['view']}", f"incomplete: {share}"))
     counts = None
     if facts["complete_views"] and not broken:
-        answers, counts = _answers(path, codec["num_classes"], data_root)
+        answers, counts = _answers(path, codec["num_classes"], data_root, train)
         rows += answers
     elif data_root is not None or html is not None:
         raise InputError(f"cache {path} has no complete, whole views to draw records from")
@@ -64,7 +73,7 @@ def verify(
     *,
     teacher: str | None = None,
     data_root: str | None = None,
-    train: str = "train",
+    train: str | None = None,
     samples: int = 64,
     threshold: float = 1e-3,
     seed: int = 0,
@@ -79,7 +88,7 @@ def verify(
         path: Folder of the cache.
         teacher: The teacher that wrote it, with its weights; needs --data-root.
         data_root: Image folder that it was made from.
-        train: Name of the training split's folder.
+        train: Name of the training split's folder; none: as the manifest says, or `train`.
         samples: Records to make again.
         threshold: Difference in log-probability that is allowed beyond the codec's rounding, nats.
         seed: Of the choice of records.
@@ -108,8 +117,9 @@ def verify(
         from deit_fast.config import DataConfig
         from deit_fast.recheck import recheck
 
+        split = train or _split(cache.LogitCache.open(path).manifest)
         again = recheck(
-            path, teacher, DataConfig(root=data_root, train=train, workers=0),
+            path, teacher, DataConfig(root=data_root, train=split, workers=0),
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
         worst = again["worst"]
@@ -165,7 +175,7 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> Outcome:
 
 
 def _answers(
-    path: str, num_classes: int, data_root: str | None
+    path: str, num_classes: int, data_root: str | None, train: str | None
 ) -> tuple[list[tuple[str, str]], list[tuple[float, int]] | None]:
     """Lines about a sample of the records, and the histogram of entropies: (middle, count)."""
     import numpy as np
@@ -188,10 +198,16 @@ def _answers(
         from deit_fast.config import DataConfig
         from deit_fast.recheck import leading_labels
 
-        labels = leading_labels(cache, DataConfig(root=data_root), answers.samples, answers.views)
+        data = DataConfig(root=data_root, train=train or _split(cache.manifest), workers=0)
+        labels = leading_labels(cache, data, answers.samples, answers.views)
         share = 100 * float((answers.top1 == labels).mean())
         rows.append(("agreement", f"{share:.2f} % have the label of the larger half as top-1"))
     return rows, counts
+
+
+def _split(manifest: Mapping[str, Any]) -> str:
+    """Folder of the training split, which a manifest's "info" may name."""
+    return str(manifest.get("info", {}).get("data.train", "train"))
 
 
 def _histogram(counts: list[tuple[float, int]]) -> str:

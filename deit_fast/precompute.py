@@ -216,6 +216,7 @@ class _Job:
                 "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
                 "teacher.batch": config.teacher_batch,
             },
+            info={"data.train": config.data.train},
         )
 
     def answer(self, batch: ViewBatch) -> torch.Tensor:

@@ -77,8 +77,9 @@ def recheck(
     """Run loader and teacher again on random records; the recipe is the cache's own.
 
     A record's error is the largest difference between stored and new log-probability over the
-    classes that it stores, nats, at the first recorded temperature; for `hard`, by how much the
-    stored class is less probable than the best. It may be as large as the codec's own rounding of
+    classes that it stores, and of the log of the mass outside them for `topk`, nats, at the first
+    recorded temperature; for `hard`, by how much the stored class is less probable than the best.
+    It may be as large as the codec's own rounding of
     the new answer, twice, and ``threshold`` more, which is for arithmetic: other batch sizes or
     another device.
 
@@ -138,7 +139,12 @@ def recheck(
 def record_errors(answer: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
     """Largest difference to the exact log-probabilities [n, C] over what a record stores [n]."""
     if isinstance(answer, TopK):
-        return (answer.log_probs.double() - exact.gather(1, answer.ids.long())).abs().amax(1)
+        ids = answer.ids.long()
+        inside = (answer.log_probs.double() - exact.gather(1, ids)).abs().amax(1)
+        if ids.shape[1] == exact.shape[1]:
+            return inside  # nothing is outside
+        tail = exact.scatter(1, ids, -torch.inf).logsumexp(1)
+        return torch.maximum(inside, (answer.log_tail.double() - tail).abs())
     if answer.dim() == 1:
         return exact.amax(1) - exact.gather(1, answer[:, None])[:, 0]
     return (torch.log_softmax(answer.double() / tau, 1) - exact).abs().amax(1)

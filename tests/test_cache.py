@@ -71,9 +71,9 @@ def true_log_probs(logits: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
 
 
 def test_record_sizes():
-    assert codec_of(classes=1000).record_bytes == 68  # k=16, one temperature
-    assert codec_of(classes=65536, k=10).record_bytes == 44
-    assert codec_of(classes=65537, k=10, temperatures=(1.0, 2.0)).record_bytes == 68
+    assert codec_of(classes=1000).record_bytes == 72  # k=16, one temperature
+    assert codec_of(classes=65536, k=10).record_bytes == 48
+    assert codec_of(classes=65537, k=10, temperatures=(1.0, 2.0)).record_bytes == 76
     assert codec_of("hard", 65536).record_bytes == 2
     assert codec_of("hard", 65537).record_bytes == 4
     assert codec_of("dense-bf16", 1000).record_bytes == 2000
@@ -271,7 +271,7 @@ def slow_records(folder: Path, view: int) -> tuple[dict, list[bytes]]:
     hashed = {key: value for key, value in manifest.items() if key != "info"}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
-    assert fields == (b"DFLOGIT1", 1, 4096, count, size, per_block, view, data, digest)
+    assert fields == (b"DFLOGIT1", 2, 4096, count, size, per_block, view, data, digest)
     assert raw[80:4092] == bytes(4012)
     assert raw[4092:4096] == struct.pack("<I", slow_crc32c(raw[:4092]))
     assert raw[4096 + 8 * blocks : data] == bytes(data - 4096 - 8 * blocks)
@@ -302,11 +302,9 @@ def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
             struct.unpack(f"<{classes}{'e' if codec['name'] == 'dense-fp16' else 'f'}", record),
         )
     temperatures = codec["temperatures"]
-    values = struct.unpack(f"<{k}{letter}{k}e{len(temperatures)}f", record)
-    tail = values[2 * k + temperatures.index(tau)]
-    scaled = [value / tau for value in values[k : 2 * k]]
-    norm = math.log(sum(math.exp(value) for value in scaled)) - math.log1p(-math.exp(tail))
-    return values[:k], tuple(value - norm for value in scaled), tail
+    values = struct.unpack(f"<{k}{letter}{k}e{2 * len(temperatures)}f", record)
+    tail, norm = values[2 * k + 2 * temperatures.index(tau) :][:2]
+    return values[:k], tuple(value / tau - norm for value in values[k : 2 * k]), tail
 
 
 def slow_fp8(code: int) -> float:
@@ -363,7 +361,7 @@ def test_bytes_do_not_depend_on_world_size_or_order(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deit_fast.cache"])
     results = []
-    for world in (1, 2, 3):
+    for world in (1, 2, 3, 4):
         path = tmp_path / str(world)
         workers = [
             context.Process(
@@ -377,7 +375,7 @@ def test_bytes_do_not_depend_on_world_size_or_order(tmp_path):
             worker.join(60)
         assert [worker.exitcode for worker in workers] == [0] * world
         results.append(file_bytes(path))
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2] == results[3]
     assert set(results[0]) == {"manifest.json", "view-00000.dlc", "view-00001.dlc"}
     cache = LogitCache.open(tmp_path / "3")
     assert cache.views == [0, 1]
@@ -447,13 +445,20 @@ def test_an_orphan_of_a_killed_process_is_removed(tmp_path):
         from deit_fast.cache.manifest import temporary_path, view_path
 
         mine = temporary_path(view_path(tmp_path, 0))
-        mine.touch()
-        dead = mine.with_name(mine.name.replace(f"-{multiprocessing.current_process().pid}-",
-                                                f"-{worker.pid}-"))  # fmt: skip
-        dead.touch()
+        space, pid, started = mine.name.split("-")[1:4]
+        assert int(pid) == multiprocessing.current_process().pid
+
+        def named(*owner: object) -> Path:
+            return mine.with_name(f".tmp-{'-'.join(map(str, owner))}-7-view-00000.dlc")
+
+        dead = [named(space, worker.pid, started), named(space, pid, int(started) - 1)]
+        # Another container's, whose pids mean nothing here, though its host name may be the same.
+        kept = [mine, named("0" * 12, worker.pid, started), mine.with_name(".tmp-x")]
+        for file in (*dead, *kept):
+            file.touch()
     with LogitCacheWriter(tmp_path, make_manifest()):
-        assert mine.exists()
-        assert not dead.exists()
+        assert [file.exists() for file in kept] == [True] * 3
+        assert [file.exists() for file in dead] == [False] * 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -474,7 +479,7 @@ def test_another_manifest_names_every_difference(tmp_path):
         "codec.k is 16, wanted 4",
         "block_records is 16, wanted 8",
         "num_samples is 45, wanted 46",
-        "record_bytes is 68, wanted 20",
+        "record_bytes is 72, wanted 24",
         "view.seed is 7, wanted 8",
         "view.new is absent, wanted [1]",
         'teacher.name is "n\\u00e4ive", wanted absent',
@@ -509,11 +514,11 @@ def test_require(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"format": 2}, "format is 2"),
+        ({"format": 1}, "format is 1, this version reads 2"),
         ({"num_samples": 0}, "num_samples must lie in"),
         ({"num_samples": True}, "num_samples must lie in"),
         ({"block_records": 2**40}, "block_records must lie in"),
-        ({"record_bytes": 67}, "record_bytes is 67, the codec has 68"),
+        ({"record_bytes": 67}, "record_bytes is 67, the codec has 72"),
         ({"codec": {"name": "zip"}}, "codec needs"),
         ({"codec": []}, "codec must be a JSON object"),
         ({"fingerprint": 3}, "fingerprint must be a JSON object"),
@@ -689,7 +694,7 @@ def test_info_and_verify(tmp_path):
     assert facts["complete_views"] == [0, 2]
     assert facts["codec"]["name"] == "topk"
     assert facts["fingerprint"]["view.seed"] == 7
-    assert facts["bytes"] == 3 * (8192 + 45 * 68)
+    assert facts["bytes"] == 3 * (8192 + 45 * 72)
     assert facts["views"][1] == {
         "view": 1, "file": "view-00001.dlc", "blocks": 3, "complete": 1, "pending": 2, "broken": 0,
     }  # fmt: skip

@@ -33,10 +33,13 @@ def split_record(raw: torch.Tensor, codec) -> tuple[np.ndarray, ...]:
     layout = [
         ("ids", letter, codec.k),
         ("log_probs", "<f2", codec.k),
-        ("tails", "<f4", (len(codec.temperatures),)),
+        ("pairs", "<f4", (len(codec.temperatures), 2)),
     ] + ([("true_class", "<f4")] if codec.true_class else [])
     records = raw.cpu().numpy().view(np.dtype(layout))[:, 0]
-    return tuple(records[name] for name, *_ in layout)
+    fields = {name: records[name] for name, *_ in layout}
+    pairs = fields.pop("pairs")
+    found = [fields.pop("ids"), fields.pop("log_probs"), pairs[:, :, 0], *fields.values()]
+    return *found, pairs[:, :, 1]
 
 
 def check_topk(logits: torch.Tensor, codec, labels=None) -> None:
@@ -49,6 +52,14 @@ def check_topk(logits: torch.Tensor, codec, labels=None) -> None:
     step = np.spacing(np.minimum(np.abs(half), np.float16(60000))).astype(np.float64)
     assert (np.abs(fields[1].astype(np.float64) - clamped) <= 0.5001 * step).all()
     assert (fields[1] == half).mean() > 0.999
+    # The normaliser gives the stored values, not the true ones, the mass that the ids have.
+    for place, tau in enumerate(codec.temperatures):
+        scaled = torch.from_numpy(fields[1].astype(np.float64)) / tau
+        exact = torch.log_softmax(logits.cpu().float().double() / tau, 1)
+        mass = exact.gather(1, torch.from_numpy(ids)).logsumexp(1)
+        norm = (scaled.logsumexp(1) - mass).numpy()
+        error = np.abs(fields[-1][:, place] - norm)
+        assert (error <= 1e-7 * np.maximum(1, np.abs(norm))).all(), error.max()
     if codec.k == codec.num_classes:
         assert np.isneginf(fields[2]).all()
     else:
@@ -113,28 +124,46 @@ def test_topk_refuses_more_classes_than_its_sums_hold():
 def test_decoding_against_the_formula_of_the_format_page(classes, k, tau):
     codec = codec_of(classes=classes, k=k, temperatures=(1.0, tau))
     raw = codec.encode(make_logits(3, 333, classes) * 2)
-    ids, stored, tails = split_record(raw, codec)
+    ids, stored, tails, norms = split_record(raw, codec)
     answer = codec.decode(raw, tau, "bucket")
     scaled = stored.astype(np.float64) / tau
     tail = tails[:, codec.temperatures.index(tau)].astype(np.float64)
     norm = np.log(np.exp(scaled).sum(1)) - np.log(-np.expm1(tail))
+    assert np.allclose(norms[:, codec.temperatures.index(tau)], norm, rtol=2e-7, atol=2e-6)
     assert np.array_equal(answer.ids.numpy(), ids)
     assert np.array_equal(answer.log_tail.numpy(), tail.astype(np.float32))
     error = np.abs(answer.log_probs.numpy() - (scaled - norm[:, None]))
     assert error.max() < 3e-6 * max(1, np.abs(scaled).max() / 8)
 
 
-@pytest.mark.parametrize("log_tail", [-1e-37, -1e-6, -1e-3, -0.2, -0.36, -1.0, -50.0, -math.inf])
-def test_decoding_at_every_size_of_tail(log_tail):
-    codec = codec_of(classes=1000, k=16)
-    record = np.zeros(1, [("ids", "<u2", 16), ("log_probs", "<f2", 16), ("tail", "<f4")])
-    record["log_probs"] = -np.arange(16.0) - 1e-6  # a float16 below the normal ones too
-    record["tail"] = log_tail
-    raw = torch.from_numpy(record.view(np.uint8).reshape(1, -1))
-    answer = codec.decode(raw, 1.0, "bucket")
+@pytest.mark.parametrize("margin", [1e-3, 1.0, 20.0, 60.0, 300.0])
+def test_ids_and_tail_have_mass_one_at_every_size_of_tail(margin):
+    """From a tail that is all to one that is nothing; the part inside is exact, not 1 - tail."""
+    logits = torch.zeros(1, 60000, dtype=torch.float64)
+    logits[0, :16] = torch.linspace(0.5, 0.0, 16) + margin
+    codec = codec_of(classes=60000, k=16)
+    answer = codec.decode(codec.encode(logits), 1.0, "bucket")
+    exact = torch.log_softmax(logits.float().double(), 1)
     inside = answer.log_probs.double().logsumexp(1).item()
-    expected = math.log(-math.expm1(np.float32(log_tail))) if log_tail > -math.inf else 0.0
-    assert inside == pytest.approx(expected, rel=1e-6, abs=2e-6)
+    assert inside == pytest.approx(exact[0, :16].logsumexp(0).item(), rel=1e-6, abs=1e-6)
+    mass = answer.log_probs.double().exp().sum() + answer.log_tail.double().exp().sum()
+    assert abs(mass.item() - 1) < 1e-6
+
+
+def test_a_hostile_record_decodes_alike_everywhere():
+    """k = 16 takes another path than k = 17 on CPUs with F16C: every float16, same bits."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.uint8).reshape(-1, 32)
+    pair = torch.tensor([-0.5, 3.25]).view(torch.uint8).repeat(len(every), 1)
+    wide = torch.cat([every, torch.zeros(len(every), 2, dtype=torch.uint8)], 1)
+    narrow = codec_of(classes=1000, k=16, temperatures=(3.0,))
+    other = codec_of(classes=1000, k=17, temperatures=(3.0,))
+    ids = torch.zeros(len(every), 34, dtype=torch.uint8)
+    a = narrow.decode(torch.cat([ids[:, :32], every, pair], 1), 3.0, "bucket").log_probs
+    b = other.decode(torch.cat([ids, wide, pair], 1), 3.0, "bucket").log_probs[:, :16]
+    finite = every.view(torch.float16).isfinite()
+    assert torch.equal(a[finite], b[finite])
+    expected = every.view(torch.float16).float() * (1 / torch.tensor(3.0)) - 3.25
+    assert torch.equal(a[finite], expected[finite])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,11 +225,11 @@ def test_a_row_of_eight_bits_does_not_depend_on_its_batch():
 def test_the_true_class_is_kept_within_its_bound(tau):
     logits, labels = make_logits(4, 300, 1000), torch.arange(300) * 3 % 1000
     codec = codec_of(classes=1000, temperatures=(1.0, 2.0), true_class=True)
-    assert codec.record_bytes == 76
+    assert codec.record_bytes == 84
     check_topk(logits, codec, labels)
     raw = codec.encode(logits, labels)
     plain = codec_of(classes=1000, temperatures=(1.0, 2.0))
-    assert torch.equal(raw[:, :72], plain.encode(logits))
+    assert torch.equal(raw[:, :80], plain.encode(logits))
     exact = true_log_probs(logits, tau)
     largest = true_log_probs(logits).topk(16, 1).values.abs().amax(1)
     error = (codec.decode_true_class(raw, tau) - exact[torch.arange(300), labels]).abs()

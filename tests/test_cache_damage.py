@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from test_cache import BLOCK, SAMPLES, file_bytes, make_logits, make_manifest, w
 
 from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter, info, verify
 
-TABLE, DATA, RECORD, BLOCKS = 4096, 8192, 68, 3
+TABLE, DATA, RECORD, BLOCKS = 4096, 8192, 72, 3
 NAME = "view-00000.dlc"
 
 
@@ -57,6 +58,21 @@ def test_every_bit_of_the_header_matters(cache_folder):
                 _ = cache.views
             flip(file, 8 * byte + bit)
     assert gather_block(cache_folder, 0).ids.shape == (16, 16)
+
+
+def test_a_header_with_something_where_zeros_belong_is_refused(cache_folder):
+    """Found by csrc/fuzz: such a file was read where its checksum was right."""
+    from deit_fast import _C
+
+    file = cache_folder / NAME
+    raw = bytearray(file.read_bytes())
+    for place in (80, 2000, 4091):
+        raw[place] = 1
+        struct.pack_into("<I", raw, 4092, _C.crc32c(bytes(raw[:4092])))
+        file.write_bytes(raw)
+        with pytest.raises(CacheError, match=rf"{NAME}: header is damaged \(bytes that must be"):
+            gather_block(cache_folder, 0)
+        raw[place] = 0
 
 
 def test_every_bit_of_the_block_table_matters(cache_folder):
@@ -115,7 +131,7 @@ def test_truncated_and_lengthened_files_are_refused(cache_folder):
         assert [(row["file"], row["block"]) for row in report["broken"]] == [(NAME, None)]
         assert NAME in info(cache_folder)["views"][0]["error"]
     file.write_bytes(whole + b"\0")
-    with pytest.raises(CacheError, match=rf"{NAME}: has 11253 bytes, expected 11252"):
+    with pytest.raises(CacheError, match=rf"{NAME}: has 11433 bytes, expected 11432"):
         LogitCache.open(cache_folder).gather([0], 0)
 
 
@@ -163,6 +179,81 @@ def test_random_bytes_never_give_an_answer(tmp_path):
             file.write_bytes(whole[:start] + rng.bytes(len(whole) - start))
             with pytest.raises(CacheError, match=NAME):
                 LogitCache.open(tmp_path).gather(np.arange(SAMPLES), 0)
+
+
+@pytest.mark.parametrize(
+    ("codec", "sizes"),
+    [
+        ({"k": 15}, {"record_bytes": 68}),
+        ({"k": 17}, {"record_bytes": 76}),
+        ({"num_classes": 19}, {}),
+        ({"num_classes": 70000}, {"record_bytes": 104}),
+        ({"temperatures": [2.0]}, {}),
+        ({"temperatures": [1.0, 2.0]}, {"record_bytes": 80}),
+        ({"name": "dense-fp16", "k": None, "temperatures": [], "num_classes": 36}, {}),
+    ],
+)
+def test_a_manifest_edited_to_another_codec_never_reads_shifted_bytes(cache_folder, codec, sizes):
+    """A manifest that agrees with itself, as somebody makes who opens a cache with the wrong K or
+    class count: the views say that they were written under another one."""
+    file = cache_folder / "manifest.json"
+    values = json.loads(file.read_text())
+    values["codec"] |= codec
+    file.write_text(json.dumps(values | sizes))
+    tau = (values["codec"]["temperatures"] or [1.0])[0]
+    with pytest.raises(CacheError, match=rf"{NAME}: (header has record_bytes|was written under)"):
+        LogitCache.open(cache_folder).gather([0], 0, tau=tau)
+    assert [row["file"] for row in verify(cache_folder)["broken"]] == [NAME]
+    with pytest.raises(CacheError, match="differs in"):
+        LogitCacheWriter(cache_folder, make_manifest())
+
+
+def test_a_file_removed_under_the_reader_stays_readable_and_is_missed_when_opened(cache_folder):
+    """The map outlives the name: what was read stays right, a block not yet read can be."""
+    cache = LogitCache.open(cache_folder)
+    exact = gather_block(cache_folder, 2)
+    cache.gather([0], 0)
+    (cache_folder / NAME).unlink()
+    assert torch.equal(cache.gather(np.arange(32, SAMPLES), 0).log_probs, exact.log_probs)
+    with pytest.raises(CacheError, match=rf"view 0 is not in the cache: there is no .*{NAME}"):
+        LogitCache.open(cache_folder).gather([0], 0)
+
+
+def without_rights(folder: Path, uid: int) -> None:
+    """In a process of its own: root may read all, so it becomes somebody else."""
+    if os.geteuid() == 0:
+        os.setuid(uid)
+    reader = LogitCache.open(folder)
+    reader.gather([0], 0)  # its map outlives the right to open the file
+    with pytest.raises(PermissionError) as caught:
+        reader.gather([0], 1)
+    assert caught.value.filename == str(folder / "view-00001.dlc")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PermissionError) as caught, LogitCacheWriter(folder, make_manifest()) as w:
+        w.write(np.arange(SAMPLES), 2, make_logits(2))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.dist
+def test_rights_that_were_lost_are_an_error_that_names_the_file(tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(folder, make_manifest(), (0, 1))
+    before = file_bytes(folder)
+    for path in [tmp_path, *tmp_path.parents]:
+        if path.name.startswith(("test_", "pytest-", "popen-")):
+            path.chmod(0o755)  # pytest's own folders are its user's alone
+    (folder / "view-00001.dlc").chmod(0)
+    folder.chmod(0o555)
+    try:
+        context = multiprocessing.get_context("forkserver")
+        worker = context.Process(target=without_rights, args=(folder, 65534))
+        worker.start()
+        worker.join(60)
+    finally:
+        folder.chmod(0o755)
+        (folder / "view-00001.dlc").chmod(0o644)
+    assert worker.exitcode == 0
+    assert file_bytes(folder) == before
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deit_fast import cli
+from deit_fast import _C, cli
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.cache.statistics import draw_answers
 from deit_fast.cache.tinyvit import import_tinyvit
@@ -103,6 +104,42 @@ def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
     assert recheck(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0] == 0
 
 
+def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
+    """Sample 17 of view 1 with half the mass outside its ids, all else as before."""
+    config = json.loads((root / "topk/manifest.json").read_text())["codec"]
+    assert config["k"] == 10  # of 10 classes: such a cache has no tail, so make one that has
+    cache = tmp_path / "cache"
+    assert cli.main(["precompute", *arguments(root), "--codec.k", "4", "--cache", str(cache)]) == 0
+    assert recheck(capsys, root, cache, "--samples", 180)[0] == 0
+    file = cache / "view-00001.dlc"
+    raw = bytearray(file.read_bytes())
+    size, per_block, data = 4 * 4 + 8, 25, 8192
+    place = data + 17 * size + 16
+    (tail,) = struct.unpack_from("<f", raw, place)
+    struct.pack_into("<f", raw, place, tail - 0.7)
+    struct.pack_into("<I", raw, 4096, _C.crc32c(bytes(raw[data : data + per_block * size])))
+    file.write_bytes(raw)
+    status, out, _ = recheck(capsys, root, cache, "--samples", 180)
+    assert status == 1
+    assert "180 records made again, 1 differ" in out and "sample 17 view 1: 0.7" in out
+
+
+def test_the_split_may_have_another_name(root, capsys, tmp_path):
+    shutil.copytree(root / "data/train", tmp_path / "data/learn")
+    shutil.copytree(root / "hard", tmp_path / "cache")
+    words = [tmp_path / "cache", "--data-root", tmp_path / "data"]
+    assert run(capsys, "cache", "info", *words)[0] == 2
+    assert "agreement" in run(capsys, "cache", "info", *words, "--train", "learn")[1]
+    manifest = tmp_path / "cache/manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"info": {"data.train": "learn"}}))
+    assert "agreement" in run(capsys, "cache", "info", *words)[1]
+    teacher = f"{FACTORY}@{root}/teacher.safetensors"
+    status, out, _ = run(capsys, "cache", "verify", *words, "--teacher", teacher, "--device", "cpu",
+                         "--samples", "9")  # fmt: skip
+    assert status == 0 and "9 records made again" in out
+
+
 def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_path):
     torch.manual_seed(8)
     save_file(small_convnet(10).state_dict(), tmp_path / "other.safetensors")
@@ -121,8 +158,13 @@ def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_pa
 def test_error_of_each_form():
     exact = torch.log_softmax(torch.tensor([[3.0, 1.0, 0.0]]).double(), 1)
     moved = exact + torch.tensor([0.0, 0.25, 0.0])
-    form = TopK(torch.tensor([[0, 1]]), moved[:, :2].float(), torch.zeros(1), "drop")
+    tail = exact[:, 2].float()
+    form = TopK(torch.tensor([[0, 1]]), moved[:, :2].float(), tail, "drop")
     assert record_errors(form, exact, 1.0).item() == pytest.approx(0.25, abs=1e-6)
+    form = TopK(torch.tensor([[0, 1]]), exact[:, :2].float(), tail - 0.75, "drop")
+    assert record_errors(form, exact, 1.0).item() == pytest.approx(0.75, abs=1e-6)
+    whole = TopK(torch.tensor([[0, 1, 2]]), moved.float(), torch.tensor([-torch.inf]), "drop")
+    assert record_errors(whole, exact, 1.0).item() == pytest.approx(0.25, abs=1e-6)
     assert record_errors(torch.tensor([1]), exact, 1.0).item() == pytest.approx(2.0)
     assert record_errors(exact.float() + 5, exact, 1.0).item() < 1e-6
 

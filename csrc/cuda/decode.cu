@@ -59,39 +59,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Group lanes share a record: 16 where k <= 16, else 32, each then taking every 32nd entry. The
-// lanes' sums go by halves, as on the host.
+// Group lanes share a record: 16 where k <= 16, else 32, each then taking every 32nd entry.
 template <typename Id, uint32_t Group>
 __global__ void __launch_bounds__(kThreads)
     decode_topk(RecordLayout layout, Table table, int64_t count, int32_t* __restrict__ ids,
                 float* __restrict__ log_probs, float* __restrict__ log_tails) {
   const uint32_t lane = threadIdx.x % Group;
   const uint32_t k = layout.k;
+  const float inverse = 1.0f / layout.tau;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / Group);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads / Group);
-  // All lanes of a warp take every turn: the shuffles below need them.
-  for (int64_t base = begin; base < count; base += stride) {
-    const int64_t i = base + threadIdx.x / Group;
-    const bool active = i < count;
-    const unsigned char* record = table.record(active ? i : base, layout.record_bytes);
+  for (int64_t i = begin + threadIdx.x / Group; i < count; i += stride) {
+    const unsigned char* record = table.record(i, layout.record_bytes);
     const auto* from = reinterpret_cast<const uint16_t*>(record + k * sizeof(Id));
-    const float first = half_value(from[0]) / layout.tau;
-    float sum = 0.0f;
-    for (uint32_t j = lane; j < k; j += Group) {
-      sum += exp_of(half_value(from[j]) / layout.tau - first);
-    }
-    for (uint32_t half = Group / 2; half > 0; half /= 2) {
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, half, Group);
-    }
     const auto* tail = reinterpret_cast<const uint16_t*>(record + layout.tail_offset);
     const float log_tail = bits_as<float>(tail[0] | (static_cast<uint32_t>(tail[1]) << 16));
-    const float shift = first + (log_of(sum) - log_one_minus_exp(log_tail));
-    if (!active) continue;
+    const float shift = bits_as<float>(tail[2] | (static_cast<uint32_t>(tail[3]) << 16));
     for (uint32_t j = lane; j < k; j += Group) {
       const auto* id = reinterpret_cast<const uint16_t*>(record + j * sizeof(Id));
       const uint32_t low = id[0], high = sizeof(Id) == 4 ? id[1] : 0;
       ids[i * k + j] = static_cast<int32_t>(low | (high << 16));
-      log_probs[i * k + j] = half_value(from[j]) / layout.tau - shift;
+      log_probs[i * k + j] = half_value(from[j]) * inverse - shift;
     }
     if (lane == 0) log_tails[i] = log_tail;
   }

@@ -127,15 +127,17 @@ class HardCodec:
 class TopKCodec:
     """The k most probable classes and the exact mass of all others.
 
-    Bytes: k class ids of 2 bytes (4 above 65,536 classes), k log-probabilities of 2, one log tail
-    mass of 4 per temperature, 4 for the true class where it is kept: 68 at k=16 and one
-    temperature, 72 with the true class.
+    Bytes: k class ids of 2 bytes (4 above 65,536 classes), k log-probabilities of 2, a log tail
+    mass and a log normaliser of 4 each per temperature, 4 for the true class where it is kept: 72
+    at k=16 and one temperature, 76 with the true class.
 
     Order: descending logit (as float32), ties by ascending id. A log-probability is
     z_i - logsumexp(z), rounded to float16; below -65504 it is stored as -65504. The log tail mass
     at T is log(sum outside the ids of exp(z/T) / sum of exp(z/T)), summed over the outside itself
-    rather than as 1 - inside, rounded to float32; -inf for k = C. The true class's log-probability
-    at T=1 is a float32.
+    rather than as 1 - inside, rounded to float32; -inf for k = C. The log normaliser at T is
+    logsumexp(l/T) of the log-probabilities as stored, less the log of their true mass at T, so that
+    decoding is one product and one subtraction, and ids and tail together have mass one. The true
+    class's log-probability at T=1 is a float32.
 
     csrc/topk_encode.h computes all that in float64 with IEEE operations in a fixed order, and the
     sums as integers of 2^-44: CPU and CUDA give the same bytes, whatever the batch. A sum's
@@ -167,7 +169,7 @@ class TopKCodec:
 
     @property
     def _true_class_offset(self) -> int:
-        return self._tail_offset + 4 * len(self.temperatures)
+        return self._tail_offset + 8 * len(self.temperatures)
 
     def manifest(self) -> dict[str, Any]:
         values = _codec_manifest("topk", self.num_classes, self.k, self.temperatures)
@@ -229,8 +231,8 @@ class TopKCodec:
     def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
         """ids int32 [n, k], log-probabilities float32 [n, k] and log tail float32 [n] at ``tau``.
 
-        With l_i stored at T=1 and t the tail at tau, log p_i(tau) = l_i / tau - c,
-        c = logsumexp(l / tau) - log(1 - exp(t)): ids and tail together have mass one.
+        With l_i stored at T=1 and c the normaliser at tau, log p_i(tau) = l_i / tau - c: ids and
+        tail together have mass one.
 
         Raises:
             CacheError: no tail mass is recorded at ``tau``.
@@ -245,12 +247,11 @@ class TopKCodec:
         """
         if not self.true_class:
             raise CacheError("the cache does not hold the true class (codec.true_class)")
-        answer = decode_rows(self, raw, None, tau, "bucket")
-        assert isinstance(answer, TopK)
-        first, start = self.k * id_bytes(self.num_classes), self._true_class_offset
-        largest = raw[:, first : first + 2].contiguous().view(torch.float16)[:, 0].float()
+        start = self._tail_offset + 8 * self._temperature_index(tau) + 4
+        shift = raw[:, start : start + 4].contiguous().view(torch.float32)[:, 0]
+        start = self._true_class_offset
         stored = raw[:, start : start + 4].contiguous().view(torch.float32)[:, 0]
-        return stored / tau - (largest / tau - answer.log_probs[:, 0])
+        return stored / tau - shift
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
@@ -259,7 +260,7 @@ class TopKCodec:
             num_classes=self.num_classes,
             id_bytes=id_bytes(self.num_classes),
             k=self.k,
-            tail_offset=self._tail_offset + 4 * self._temperature_index(tau),
+            tail_offset=self._tail_offset + 8 * self._temperature_index(tau),
             tau=tau,
         )
 

@@ -9,7 +9,6 @@ ignore locks; the bytes of a cache never depend on them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -24,6 +23,8 @@ from typing import Any
 
 from deit_fast.cache.errors import CacheError
 from deit_fast.cache.manifest import temporary_path
+from deit_fast.cache.processes import space as _space
+from deit_fast.cache.processes import start_of as _start_of
 
 log = logging.getLogger("deit_fast")
 
@@ -283,22 +284,3 @@ def _this_process(rank: int, world: int) -> Owner:
     return Owner(
         secrets.token_hex(8), socket.gethostname(), _space(), pid, started or 0, rank, world
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _space() -> str:
-    """Names the pids that this process can see; empty where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> int | None:
-    """Start of a process in ticks since boot (proc(5), stat); none where it is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-import socket
+import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
 from deit_fast.cache.errors import CacheError, CacheMismatch
+from deit_fast.cache.processes import space, start_of
 from deit_fast.cache.records import id_bytes
 from deit_fast.config import CodecConfig
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
 _COMPARED = ("format", "codec", "record_bytes", "block_records", "num_samples", "fingerprint")
 _LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**21}
@@ -247,25 +248,24 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
 
 def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that no other process and no other call of this one uses."""
-    owner = f"{socket.gethostname()}-{os.getpid()}-{next(_temporary_numbers)}"
+    pid = os.getpid()
+    owner = f"{_space_digest()}-{pid}-{start_of(pid) or 0}-{next(_temporary_numbers)}"
     return path.with_name(f".tmp-{owner}-{path.name}")
 
 
 def remove_orphans(folder: Path) -> None:
-    """Delete temporary files that a killed process of this host left; they may be as large as a
-    view."""
-    prefix = f".tmp-{socket.gethostname()}-"
-    for path in folder.glob(f"{prefix}*"):
-        owner = path.name.removeprefix(prefix).split("-")[0]
-        if owner.isdecimal() and not _is_alive(int(owner)):
+    """Delete temporary files that killed processes left; they may be as large as a view.
+
+    Only those whose pid means something here: of this boot and pid namespace, as for locks.
+    """
+    if not space():
+        return
+    pattern = re.compile(rf"\.tmp-{_space_digest()}-(\d+)-(\d+)-")
+    for path in folder.glob(".tmp-*"):
+        owner = pattern.match(path.name)
+        if owner and start_of(int(owner[1])) != int(owner[2]):
             path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+def _space_digest() -> str:
+    return hashlib.sha256(space().encode()).hexdigest()[:12]

@@ -31,6 +31,7 @@ from deit_fast.kernels import TopK
 # after so many others is mapped and verified anew.
 _OPEN_VIEWS = 256
 _UPLOAD_BYTES = 1 << 26
+_INT64 = np.dtype(np.int64)
 
 
 class LogitCache:
@@ -53,7 +54,8 @@ class LogitCache:
             record_bytes=self.codec.record_bytes,
             num_classes=self.codec.num_classes,
         )
-        self._like = self.codec.empty(0, None)  # empty_like costs half of empty
+        self._like = 0, self.codec.empty(0, None)  # empty_like costs half of empty
+        self._known_out: tuple[Tensor | TopK | None, int] = None, 0  # checked last, for how many
 
     @classmethod
     def open(cls, path: str | Path) -> LogitCache:
@@ -92,7 +94,13 @@ class LogitCache:
         require_equal(self.path, fields(self.manifest), fields(expected))
 
     def gather(
-        self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0, tail: str = "bucket"
+        self,
+        sample_ids: Any,
+        view_ids: Any,
+        *,
+        tau: float = 1.0,
+        tail: str = "bucket",
+        out: Tensor | TopK | None = None,
     ) -> Tensor | TopK:
         """The teacher's answers about views, in a form that ``kernels.distillation_loss`` takes.
 
@@ -101,12 +109,14 @@ class LogitCache:
             view_ids: integers [n], or one for all.
             tau: temperature of the distillation loss; `topk` must have recorded it.
             tail: how the loss counts what `topk` left out.
+            out: an earlier answer of as many samples that is not needed any more, to be written
+                over. Saves the allocation, which at 256 samples is a third of the time.
 
         Returns:
             On the CPU: dense logits [n, C], a TopK, or labels int64 [n].
 
         Raises:
-            InputError: a sample id out of range, shapes that differ.
+            InputError: a sample id out of range, shapes that differ, an ``out`` of another form.
             CacheError: a view that is not there, is incomplete or damaged, naming file and block;
                 a temperature that was not recorded.
         """
@@ -114,12 +124,31 @@ class LogitCache:
         layout = self._layouts.get(tau)
         if layout is None:
             layout = self._layouts.setdefault(tau, self.codec.layout(tau))
-        like = self._like
-        if len(like[0]) != samples.size:
-            like = self._like = self.codec.empty(samples.size, None)
-        outputs = tuple(map(torch.empty_like, like))
+        if out is None:
+            outputs = self._fresh(samples.size)
+            self._gather(samples, views, layout, outputs)
+            return self.codec.answer(outputs, tail)
+        outputs = self._reused(out, samples.size)
         self._gather(samples, views, layout, outputs)
-        return self.codec.answer(outputs, tail)
+        return out._replace(tail=tail) if isinstance(out, TopK) and out.tail != tail else out
+
+    def _fresh(self, count: int) -> tuple[Tensor, ...]:
+        known, like = self._like
+        if known != count:
+            like = self.codec.empty(count, None)
+            self._like = count, like
+        return tuple(map(torch.empty_like, like))
+
+    def _reused(self, out: Tensor | TopK, count: int) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = out[:3] if isinstance(out, TopK) else (out,)
+        known, size = self._known_out  # one attribute: threads may share this cache
+        if out is known and count == size:
+            return outputs
+        form, wanted = _form(outputs), _form(self.codec.empty(count, None))
+        if form != wanted or not all(item.is_contiguous() for item in outputs):
+            raise InputError(f"out must be contiguous {wanted} on the host, not {form}")
+        self._known_out = out, count
+        return outputs
 
     def gather_records(
         self, sample_ids: Any, view_ids: Any, *, out: Tensor | None = None
@@ -287,8 +316,17 @@ def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     return reader
 
 
+def _form(outputs: tuple[Tensor, ...]) -> str:
+    return ", ".join(
+        f"{item.device} {str(item.dtype).removeprefix('torch.')} {list(item.shape)}"
+        for item in outputs
+    )
+
+
 def host_ids(ids: Any, name: str) -> np.ndarray:
     """Contiguous int64 in host memory."""
+    if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.flags.c_contiguous:
+        return ids  # the usual array; the rest takes as long as thirty records
     values = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
     if values.dtype == np.int64 and values.flags.c_contiguous:
         return values
