@@ -1,6 +1,16 @@
 """Kernels over plain tensors; they know nothing of the engine around them."""
 
+from .add_layer_norm import add_layer_norm
+from .attention import attention_qkvpacked
+from .bias_gelu import bias_gelu
 from .distillation_loss import TopK, distillation_loss
 from .ingest import ingest
 
-__all__ = ["TopK", "distillation_loss", "ingest"]
+__all__ = [
+    "TopK",
+    "add_layer_norm",
+    "attention_qkvpacked",
+    "bias_gelu",
+    "distillation_loss",
+    "ingest",
+]

@@ -1,7 +1,13 @@
-"""Ingest against a per-pixel model in plain Python, against torchvision, and batch by batch."""
+"""Ingest against a per-pixel model in plain Python, against torchvision, and batch by batch.
+
+This process runs the reference; `test_in_the_interpreter` runs the file again on the kernel, in
+Triton's interpreter. On a GPU machine the test marked gpu compares the two.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from statistics import NormalDist
 
@@ -12,9 +18,14 @@ from torch import Tensor
 
 from deit_fast.kernels import ingest
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 COLUMNS = sys.modules["deit_fast.kernels.ingest"].PLAN_COLUMNS
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 12
+# Triton's interpreter cuts the last bits of a bfloat16 off where a GPU rounds.
+HALVES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
+PLACES = ("_top", "_left", "_height", "_width")
 
 
 def row(**values: int) -> list[int]:
@@ -43,7 +54,8 @@ def half(prefix: str, image: int, draw: np.random.Generator) -> dict[str, int]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def random_rows(count: int, images: int) -> Tensor:
+def random_rows(count: int, images: int, scale: int = 1) -> Tensor:
+    """Rows for images of SIZE * scale pixels a side."""
     draw = np.random.default_rng(5)
     rows = []
     for index in range(count):
@@ -58,11 +70,27 @@ def random_rows(count: int, images: int) -> Tensor:
         }
         own, partner = (int(v) for v in draw.integers(0, images, 2))
         rows.append(row(**half("", own, draw), **half("partner_", partner, draw), **mix))
-    return plan(*rows)
+    table = plan(*rows)
+    places = [i for i, name in enumerate(COLUMNS) if name.endswith(PLACES)]
+    table[:, places] *= scale
+    return table
 
 
 def photos(count: int, size: int = SIZE) -> Tensor:
     return torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+def test_in_the_interpreter() -> None:
+    """All other tests of this file, on the kernel."""
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,7 +199,7 @@ def test_pairs_are_mixed_as_by_timm(kind: int) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
 def test_a_view_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     images, rows = photos(5), random_rows(24, 5)
     together = ingest(images, rows, MEAN, STD, dtype)
@@ -219,6 +247,52 @@ def test_images_may_be_a_strided_view_and_stay_untouched() -> None:
     assert torch.equal(whole, before)
 
 
+def by_both(images: Tensor, rows: Tensor, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
+    """By the kernel where it runs, and by the reference."""
+    from deit_fast.kernels.ingest_reference import reference
+
+    chosen = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=6)
+    return chosen, reference(images, rows, MEAN, STD, dtype, layout, 6)
+
+
+@pytest.mark.parametrize("layout", ("nchw", "channels_last", "patches"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALVES))
+def test_tiles_and_layouts_change_no_bit(layout: str, dtype: torch.dtype) -> None:
+    """60 pixels a side: several programs a view, some of them outside the erase boxes."""
+    images, rows = photos(4, 60), random_rows(12, 4, scale=5)
+    got, wanted = by_both(images, rows, dtype, layout)
+    assert torch.equal(got, wanted) and got.stride() == wanted.stride()
+    plain = ingest(images, rows, MEAN, STD, dtype)
+    if layout == "patches":
+        rows_of_one = plain[3].unfold(1, 6, 6).unfold(2, 6, 6)  # [3, 10, 10, 6, 6]
+        assert torch.equal(got[3, 27], rows_of_one[:, 2, 7].flatten())
+    else:
+        assert torch.equal(got, plain)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+def test_operator_is_registered() -> None:
+    launch = sys.modules["deit_fast.kernels.ingest_launch"]
+    images, rows = photos(2), plan(row(), row(image=1, flip=1))
+    tables = launch.normalised_values(MEAN, STD), launch.normal_quantiles()
+    operator = torch.ops.deit_fast.ingest.default
+    arguments = (images, rows, *tables, torch.bfloat16, "channels_last", 1)
+    torch.library.opcheck(operator, arguments)
+    compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    wanted = ingest(images, rows, MEAN, STD, torch.bfloat16, layout="channels_last")
+    assert torch.equal(compiled(*arguments), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ("nchw", "channels_last", "patches"))
+def test_the_compiled_kernel_gives_the_bits_of_the_cpu(layout: str) -> None:
+    images, rows = photos(4, 60), random_rows(48, 4, scale=5)
+    wanted = ingest(images, rows, MEAN, STD, torch.bfloat16, layout=layout, patch=6)
+    for _ in range(250):
+        got = ingest(images.cuda(), rows.cuda(), MEAN, STD, torch.bfloat16, layout=layout, patch=6)
+        assert torch.equal(got.cpu(), wanted)
+
+
 def test_empty_batch() -> None:
     rows = torch.zeros(0, 22, dtype=torch.int32)
     assert ingest(photos(2), rows, MEAN, STD, torch.bfloat16).shape == (0, 3, SIZE, SIZE)
@@ -259,6 +333,8 @@ WRONG = {
     ),
     "mean": ((0.5,), "mean must hold 3 floats, not (0.5,)"),
     "std": ((1.0, 0.0, 1.0), "std must hold 3 positive floats, not (1.0, 0.0, 1.0)"),
+    "layout": ("nhwc", "layout must be one of nchw, channels_last, patches, not 'nhwc'"),
+    "patch": (5, "patch must divide the image size 12, but is 5"),
     "dtype": (torch.int8, "dtype must be a floating-point dtype, not torch.int8"),
 }
 
@@ -272,6 +348,8 @@ def test_wrong_input_is_named(what: str) -> None:
         "mean": MEAN,
         "std": STD,
         "dtype": torch.float32,
+        "layout": "patches" if what == "patch" else "nchw",
+        "patch": 6,
     }
     ingest(**options)
     with pytest.raises(ValueError) as caught:

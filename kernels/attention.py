@@ -1,0 +1,125 @@
+"""Self-attention straight from the packed projection, exact and without atomics.
+
+With q, k, v the three [B, N, H, D] slices of qkv [B, N, 3, H, D], for every batch and head
+
+    S = scale q k^T        P = softmax over keys of S        O = P v
+
+and backward, from dO and the saved log-sum-exp of S (Dao et al. 2022, algorithm 4)
+
+    dV = P^T dO    dP = dO v^T    dS = P * (dP - row sums of dO * O)
+    dq = scale dS k               dk = scale dS^T q
+
+Nothing is permuted or copied on the way in, and dq, dk, dv land side by side in one packed tensor:
+what timm does around scaled_dot_product_attention (permute, unbind, transpose, and in the backward
+a stack) costs it up to five more tensors of traffic.
+
+Bytes: with T = B N H D elements a forward reads 3 T and writes T, and 4 bytes a row of log-sum-exp;
+a backward reads qkv, O, dO and writes 3 T: 8 T. FLOPs: 4 B H N^2 D forward, 10 B H N^2 D backward;
+ours does 14, because dq and dk, dv each recompute S and dP instead of meeting in atomic adds.
+
+Limit, B=256 H=6 N=198 D=64 bf16 on an H100 (3.0 TB/s copy, 798 TFLOP/s): 157 MB and 15.4 GF are
+52 us of memory and 19 us of tensor cores forward, 313 MB and 104 / 48 us backward. So up to some
+500 tokens the memory binds, if tiles do not waste the tensor cores: a sequence of 198 in tiles of
+192 x 128 is 40 % useful work. Here it is 64 rows x (128 + 64 + 16) keys forward, 74 % with the last
+block of rows; 64 x (6 * 32 + 16) backward, the same. At 577 tokens 128 x (9 * 64 + 16) is 88 %.
+The backward issues 1.9x its useful FLOPs for it, 90 us at the peak, and asks L2 for 28 T: the
+second limit after the memory. The forward asks it for 4 T, a head being on chip as a whole.
+
+Numerics: float32 scores, softmax and sums; P and dS are rounded to the dtype of qkv to be
+multiplied. float32 input is multiplied in full float32 (no TF32): correct, not fast. Two runs give
+the same bits: no sum depends on who comes first.
+
+On a GPU bfloat16 and float16 with D of 32, 64, 96 or 128 take the kernels (of 96 columns 96 are
+read and written, 128 multiplied), and float32 with D of 32 or 64; wider float32, float64, other D
+and the CPU take the reference in plain PyTorch. With TRITON_INTERPRET=1 a CPU runs the kernels in
+Triton's interpreter.
+
+Tiles come from a fixed table (``TILES`` in attention_launch). With DEIT_FAST_AUTOTUNE=1 the first
+call of each kind times the candidates on its own tensors, outside of graph capture. To see the
+measured table:
+
+    python -m deit_fast.kernels.attention --tune [--batch 256 --heads 6 --tokens 198 577]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from . import attention_launch as launch
+from .attention_reference import reference_attention
+
+__all__ = ["attention_qkvpacked"]
+
+
+@functools.cache
+def _say_once(device: str, dtype: torch.dtype, width: int) -> None:
+    logging.getLogger(__name__).debug("%s, D=%d on %s takes the reference", dtype, width, device)
+
+
+def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v, every token with every other.
+
+    Args:
+        qkv: float [B, N, 3, H, D], in any memory layout; the kernels read it in place where
+            neighbouring columns are neighbours in memory, and from a copy where not. B may be 0.
+            Under autocast it is cast like the input of PyTorch's own attention.
+        scale: factor of the scores, finite and not negative; None: 1 / sqrt(D).
+
+    Returns:
+        [B, N, H, D], contiguous, in the dtype of qkv (under autocast in that of autocast).
+
+    Raises:
+        ValueError: a shape, dtype or scale that does not fit, by name and value.
+    """
+    if not isinstance(qkv, Tensor):
+        raise ValueError(f"qkv must be a tensor, not {type(qkv).__name__}")
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
+        raise ValueError(
+            f"qkv must have shape [B, N, 3, H, D] with N, H, D > 0, not {tuple(qkv.shape)}"
+        )
+    if not qkv.is_floating_point():
+        raise ValueError(f"qkv must hold floats, not {qkv.dtype}")
+    if scale is None:
+        scale = 1 / math.sqrt(qkv.shape[-1])
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and not negative, not {scale}")
+    kind = qkv.device.type
+    if qkv.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        qkv = qkv.to(torch.get_autocast_dtype(kind))
+    if launch.takes(qkv):
+        result: Tensor = torch.ops.deit_fast.attention(qkv, float(scale))
+        return result
+    if not torch.compiler.is_compiling():
+        _say_once(kind, qkv.dtype, qkv.shape[-1])
+    return reference_attention(qkv, scale)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m deit_fast.kernels.attention",
+        description="Times all tiles of the attention kernels on this GPU; prints the best.",
+    )
+    parser.add_argument("--tune", action="store_true", required=True)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[198, 577])
+    parser.add_argument("--width", type=int, nargs="+", choices=launch.WIDTHS, default=[64])
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("--tune needs a CUDA GPU: tiles are timed, not guessed")
+    for width in options.width:
+        for tokens in options.tokens:
+            shape = (options.batch, tokens, 3, options.heads, width)
+            qkv = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            for key, tiles in launch.tune(qkv).items():
+                print(f"    {key!r}: {tiles!r},", flush=True)
+
+
+if __name__ == "__main__":
+    main()

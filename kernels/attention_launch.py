@@ -1,0 +1,372 @@
+"""Launcher and operators of the attention kernels, and the table of their tiles.
+
+``deit_fast::attention`` is the differentiable operator; ``deit_fast::attention_forward`` and
+``deit_fast::attention_backward`` are its two halves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attention_kernel as kernel
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (32, 64, 96, 128)
+INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
+AUTOTUNE = os.environ.get("DEIT_FAST_AUTOTUNE") == "1"
+
+# Scores of 64 queries with more keys, or wider values, do not fit in the registers of 4 warps.
+WHOLE_TOKENS, SHORT_WIDTH = 208, 64
+# Up to here dq and dk, dv share a launch, and with it what they read; beyond, delta is worth one,
+# and whole blocks alone spill on sm_100.
+SHARED_TOKENS = WHOLE_TOKENS
+PROCESSORS = 132  # of an H100: fewer heads than twice that are split, also on other GPUs
+
+
+def takes(qkv: Tensor) -> bool:
+    """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
+    if not (qkv.is_cuda or INTERPRETED) or qkv.dtype not in DTYPES:
+        return False
+    # Wider float32 rows do not fit in registers: plain PyTorch is faster than spills.
+    return qkv.shape[-1] in WIDTHS and qkv.shape[-1] * qkv.dtype.itemsize <= 256
+
+
+# ---------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """rows of the block that stays, block: rows of those that stream past (whole heads: 0)."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+Key = tuple[int, str, int, int]
+
+# Chosen by what `python -m deit_fast.kernels.aot` shows: no spills under any triton, then the most
+# resident warps, then the largest tile. (architecture, kernel, bytes of an element, width) is
+# looked up first, then the same with 0 for the architecture.
+TILES: dict[Key, Tiles] = {
+    (0, "whole", 2, 32): Tiles(64, 0, 4, 1),
+    (0, "whole", 2, 64): Tiles(64, 0, 4, 1),
+    (0, "forward", 2, 32): Tiles(128, 64, 8, 3),
+    (0, "forward", 2, 64): Tiles(128, 64, 8, 3),
+    (0, "forward", 2, 128): Tiles(128, 64, 8, 3),
+    (0, "both", 2, 32): Tiles(64, 32, 4, 3),
+    (0, "both", 2, 64): Tiles(64, 32, 4, 3),
+    (0, "queries", 2, 32): Tiles(128, 64, 8, 2),
+    (0, "queries", 2, 64): Tiles(128, 64, 8, 2),
+    (0, "queries", 2, 128): Tiles(128, 32, 8, 2),
+    (0, "keys", 2, 32): Tiles(128, 32, 8, 2),
+    (0, "keys", 2, 64): Tiles(128, 32, 8, 3),
+    (0, "keys", 2, 128): Tiles(128, 16, 8, 2),
+    # Without tensor cores: float32 products in full.
+    (0, "forward", 4, 32): Tiles(64, 32, 8, 1),
+    (0, "forward", 4, 64): Tiles(64, 32, 8, 1),
+    (0, "queries", 4, 32): Tiles(32, 32, 8, 1),
+    (0, "queries", 4, 64): Tiles(32, 32, 8, 1),
+    (0, "keys", 4, 32): Tiles(32, 32, 8, 1),
+    (0, "keys", 4, 64): Tiles(32, 32, 8, 1),
+}
+
+_STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+CANDIDATES = dict.fromkeys(("forward", "both", "queries", "keys"), _STREAMED)
+CANDIDATES["whole"] = [Tiles(*t) for t in itertools.product((64, 128), (0,), (4, 8), (1, 2))]
+
+_measured: dict[Key, Tiles] = {}
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """80, 90 or 100. GeForce Blackwell (12.x) has the matrix instructions of Ampere."""
+    return {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
+
+
+def _key(kind: str, qkv: Tensor, arch: int | None) -> Key:
+    if arch is None:
+        arch = architecture(torch.cuda.get_device_capability(qkv.device)) if qkv.is_cuda else 0
+    return arch, kind, qkv.dtype.itemsize, triton.next_power_of_2(qkv.shape[-1])
+
+
+def _tiles(key: Key) -> Tiles:
+    return _measured.get(key) or TILES.get(key) or TILES[(0, *key[1:])]
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    once(), once()
+    return statistics.median(once() for _ in range(9))
+
+
+def _tune(key: Key, run: Callable[[], Any], device: torch.device) -> None:
+    """Time all candidates on real arguments; the fastest answers for this key from now on."""
+    times = {}
+    for tiles in CANDIDATES[key[1]]:
+        _measured[key] = tiles
+        try:
+            times[tiles] = _milliseconds(run, device)
+        except triton.runtime.errors.OutOfResources:
+            continue
+    _measured[key] = min(times, key=times.__getitem__)
+
+
+def _tuned_tiles(kind: str, qkv: Tensor, run: Callable[[], Any]) -> Tiles:
+    key = _key(kind, qkv, None)
+    capturing = qkv.is_cuda and torch.cuda.is_current_stream_capturing()
+    if AUTOTUNE and key not in _measured and not capturing:
+        _tune(key, run, qkv.device)
+    return _tiles(key)
+
+
+def tune(qkv: Tensor) -> dict[Key, Tiles]:
+    """The fastest tiles of every kernel that qkv takes, as entries for ``TILES``."""
+    scale = 1 / math.sqrt(qkv.shape[-1])
+    (forward,), backward = _kinds(qkv)
+    _tune(_key(forward, qkv, None), lambda: _forward(qkv, scale), qkv.device)
+    out, lse = _forward(qkv, scale)
+    for kind in backward:
+        key = _key(kind, qkv, None)
+        _tune(key, lambda: _backward(out, qkv, out, lse, scale), qkv.device)
+    keys = [_key(kind, qkv, None) for kind in (forward, *backward)]
+    return {key: _measured[key] for key in keys}
+
+
+def _kinds(qkv: Tensor) -> tuple[tuple[str], tuple[str, ...]]:
+    """The kernels of the forward and of the backward."""
+    tokens, width = qkv.shape[1], triton.next_power_of_2(qkv.shape[-1])
+    short = width <= SHORT_WIDTH and qkv.dtype.itemsize == 2
+    whole, shared = short and tokens <= WHOLE_TOKENS, short and tokens <= SHARED_TOKENS
+    return ("whole" if whole else "forward",), ("both",) if shared else ("queries", "keys")
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments: what a launch and an ahead-of-time compilation share
+# ---------------------------------------------------------------------------------------------
+
+
+def _pieces(tokens: int) -> tuple[int, ...]:
+    """Powers of two, largest first, whose sum is tokens rounded up to 16."""
+    rounded = -(-tokens // 16) * 16
+    return tuple(size for size in (128, 64, 32, 16) if rounded & size)
+
+
+def _power_of_two(rows: int) -> int:
+    return max(16, triton.next_power_of_2(rows))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as the kernels read it: neighbouring columns side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _arguments(
+    qkv: Tensor, out: Tensor, lse: Tensor, scale: float, kind: str, tiles: Tiles
+) -> tuple[dict[str, Any], dict[str, int], int]:
+    """What all kernels take; launch options; blocks of rows in a head."""
+    _, tokens, _, heads, width = qkv.shape
+    rows = min(tiles.rows, _power_of_two(tokens))
+    values: dict[str, Any] = {"qkv": qkv, "out": out, "lse": lse, "heads": heads, "tokens": tokens}
+    strides = ("stride_b", "stride_n", "stride_p", "stride_h")
+    values |= dict(zip(strides, qkv.stride(), strict=False))
+    values |= {"scale2": scale * math.log2(math.e)}
+    values |= {"D": width, "WIDTH": triton.next_power_of_2(width), "ROWS": rows}
+    if kind == "whole":
+        pieces = _pieces(tokens)
+        values["PIECES"] = pieces
+        values["STARTS"] = tuple(itertools.accumulate((0, *pieces[:-1])))
+    else:
+        block = min(tiles.block, _power_of_two(tokens))
+        values["BLOCK"] = block
+        values["TAIL"] = _power_of_two((tokens - 1) % block + 1)
+    values["PRECISION"] = "ieee"
+    values["UPCAST"] = INTERPRETED and qkv.dtype == torch.bfloat16
+    return values, {"num_warps": tiles.warps, "num_stages": tiles.stages}, -(-tokens // rows)
+
+
+_ROLES = {"queries": kernel.QUERIES.value, "keys": kernel.KEYS.value, "both": kernel.BOTH.value}
+
+
+def _backward_arguments(
+    grad_out: Tensor, grad_qkv: Tensor, delta: Tensor | None, scale: float, kind: str
+) -> dict[str, Any]:
+    strides = grad_out.stride()
+    values: dict[str, Any] = {"grad_out": grad_out, "grad_qkv": grad_qkv, "delta": delta}
+    values |= {"grad_stride_b": strides[0], "grad_stride_n": strides[1], "scale": scale}
+    return values | {"grad_stride_h": strides[2], "ROLE": _ROLES[kind]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("deit_fast", "FRAGMENT")
+_library.define("attention(Tensor qkv, float scale) -> Tensor")
+_library.define("attention_forward(Tensor qkv, float scale) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor"
+)
+
+
+def _outputs(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty((batch, tokens, heads, width))
+    return out, qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, N, H, D] and log2-sum-exp2 of the scaled scores, float32 [B, H, N]."""
+    qkv = _readable(qkv)
+    out, lse = _outputs(qkv, scale)
+    programs = qkv.shape[0] * qkv.shape[3]
+    if programs == 0:
+        return out, lse
+    ((kind,), _) = _kinds(qkv)
+    tiles = _tuned_tiles(kind, qkv, lambda: _forward(qkv, scale))
+    values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+    with torch.cuda.device_of(qkv):
+        if kind == "whole":
+            splits = min(blocks, -(-2 * PROCESSORS // programs))
+            kernel.forward_whole_kernel[(programs, splits)](**values, **options)
+        else:
+            kernel.forward_blocks_kernel[(programs * blocks,)](**values, **options)
+    return out, lse
+
+
+def _backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    qkv, grad_out = _readable(qkv), _readable(grad_out)
+    grad_qkv = _grad_qkv(grad_out, qkv, out, lse, scale)
+    programs = qkv.shape[0] * qkv.shape[3]
+    if programs == 0:
+        return grad_qkv
+    _, kinds = _kinds(qkv)
+    delta = None if "both" in kinds else torch.empty_like(lse)
+    for kind in kinds:
+        tiles = _tuned_tiles(kind, qkv, lambda: _backward(grad_out, qkv, out, lse, scale))
+        values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+        values |= _backward_arguments(grad_out, grad_qkv, delta, scale, kind)
+        grid = (programs * blocks * (2 if kind == "both" else 1),)
+        with torch.cuda.device_of(qkv):
+            kernel.backward_kernel[grid](**values, **options)
+    return grad_qkv
+
+
+def _grad_qkv(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
+        out, lse = torch.ops.deit_fast.attention_forward(qkv, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.scale = scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.deit_fast.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+def _attention(qkv: Tensor, scale: float) -> Tensor:
+    return torch.ops.deit_fast.attention_forward(qkv, scale)[0]  # type: ignore[no-any-return]
+
+
+def _attention_fake(qkv: Tensor, scale: float) -> Tensor:
+    return _outputs(qkv, scale)[0]
+
+
+def _differentiable(qkv: Tensor, scale: float) -> Tensor:
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _Attention.apply(qkv, scale)  # type: ignore[no-any-return]
+    return _attention(qkv, scale)
+
+
+for _name, _function, _fake in (
+    ("attention", _attention, _attention_fake),
+    ("attention_forward", _forward, _outputs),
+    ("attention_backward", _backward, _grad_qkv),
+):
+    for _dispatch in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _dispatch)
+    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+_library.impl("attention", _differentiable, "Autograd")
+
+
+# ---------------------------------------------------------------------------------------------
+# Ahead of time
+# ---------------------------------------------------------------------------------------------
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _signature(
+    function: Any, values: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+    """Types, constants and alignments that the launcher would give for these values."""
+    signature, constants, aligned = {}, {}, {}
+    for name in function.arg_names:
+        value = values[name]
+        if value is None or name.isupper():
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], aligned[name] = f"*{_TYPES[value.dtype]}", 16
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[name] = 16
+    return signature, constants, aligned
+
+
+def aot_cases() -> Iterator[tuple[Any, ...]]:
+    """(name, function, signature, constants, alignments, options, expectations) to compile.
+
+    Not among them: D=96, whose "keys" spill 8 bytes on sm_80 under triton 3.6; N=50, whose "both"
+    spills 16 bytes there.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    shapes = [(bf16, 6, tokens, 64) for tokens in (196, 198, 576, 577)]
+    shapes += [(fp16, 6, 198, 64), (bf16, 12, 198, 32)]
+    shapes += [(bf16, 6, 198, 128), (fp32, 6, 198, 64)]
+    for dtype, heads, tokens, width in shapes:
+        qkv = torch.empty((256, tokens, 3, heads, width), dtype=dtype, device="meta")
+        out, lse = _outputs(qkv, 0.125)
+        (forward,), backward = _kinds(qkv)
+        for kind in (forward, *backward):
+            values, options, _ = _arguments(qkv, out, lse, 0.125, kind, _tiles(_key(kind, qkv, 0)))
+            function = kernel.forward_whole_kernel
+            if kind == "forward":
+                function = kernel.forward_blocks_kernel
+            elif kind != "whole":
+                function = kernel.backward_kernel
+                delta = None if kind == "both" else lse
+                values |= _backward_arguments(out, qkv, delta, 0.125, kind)
+            matrices = {"tensor_cores": True, "no_scalar_half": True} if dtype != fp32 else {}
+            yield (
+                f"{kind}-{_TYPES[dtype]}-N={tokens}-D={width}",
+                function,
+                *_signature(function, values),
+                options,
+                {"wide_loads": True, "i64_rows": True, **matrices},
+            )

@@ -1,0 +1,188 @@
+"""Launcher and operators of the bias_gelu kernels.
+
+``deit_fast::bias_gelu`` is the differentiable operator; it calls ``deit_fast::bias_gelu_forward``
+and in its backward ``deit_fast::bias_gelu_backward``, where an output that is not wanted is an
+empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import bias_gelu_kernel as kernel
+from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows, common_vector, programs_of
+from .distillation_loss_launch import _TYPES, _signature
+
+ELEMENTS, WARPS = 2048, 4  # of a program: 16 elements of a tensor to a thread
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
+
+
+def takes(x: Tensor, bias: Tensor) -> bool:
+    """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
+    return (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and bias.dtype in DTYPES
+
+
+# ---------------------------------------------------------------------------------------------
+# Launch shapes and arguments
+# ---------------------------------------------------------------------------------------------
+
+
+def shape_of(channels: int) -> dict[str, int]:
+    """COLS and ROWS of a program: no idle lanes where a power of two from 128 up divides C."""
+    dividing = min(channels & -channels, 1024)
+    cols = dividing if dividing >= 128 else min(1024, triton.next_power_of_2(channels))
+    cols = max(16, cols)
+    return {"COLS": cols, "ROWS": min(ELEMENTS // cols, 64)}
+
+
+_OPTIONS = {"num_warps": WARPS, "num_stages": 1}
+
+
+def _forward_arguments(
+    x: Tensor, bias: Tensor, out: Tensor
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """All arguments of the forward kernel and its grid."""
+    x = as_rows(x)
+    (rows, channels), shape = x.shape, shape_of(x.shape[1])
+    values: dict[str, Any] = {"x": x, "bias": bias.contiguous(), "out": out, "rows": rows}
+    values |= {"x_stride": x.stride(0), "C": channels, "VEC": common_vector(channels, x), **shape}
+    return values, (triton.cdiv(rows, shape["ROWS"]), triton.cdiv(channels, shape["COLS"]))
+
+
+def _backward_arguments(
+    grad: Tensor, x: Tensor, bias: Tensor, grad_x: Tensor, grad_bias: Tensor, most_programs: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """All arguments of the backward kernel and its grid."""
+    grad, x = as_rows(grad), as_rows(x)
+    (rows, channels), shape = x.shape, shape_of(x.shape[1])
+    tiles, columns = triton.cdiv(rows, shape["ROWS"]), triton.cdiv(channels, shape["COLS"])
+    shares = min(tiles, max(1, most_programs // columns))
+    sums = x.new_empty((shares, channels), dtype=torch.float32) if grad_bias.numel() else None
+    values: dict[str, Any] = {"grad": grad, "x": x, "bias": bias.contiguous(), "bias_sums": sums}
+    values |= {"grad_x": grad_x if grad_x.numel() else None, "rows": rows, "tiles": tiles}
+    values |= {"grad_stride": grad.stride(0), "x_stride": x.stride(0), "C": channels}
+    values |= {"VEC": common_vector(channels, grad, x), **shape}
+    return values, (shares, columns)
+
+
+def _sum_arguments(values: dict[str, Any], grad_bias: Tensor) -> dict[str, Any]:
+    sums = values["bias_sums"]
+    result = {"bias_sums": sums, "grad_bias": grad_bias, "count": sums.shape[0], "C": values["C"]}
+    return result | {"COLS": SUM_COLS, "ROWS": SUM_ROWS}
+
+
+# ---------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("deit_fast", "FRAGMENT")
+_library.define("bias_gelu(Tensor x, Tensor bias) -> Tensor")
+_library.define("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor")
+_library.define(
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, bool for_x, bool for_bias) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _forward(x: Tensor, bias: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return out
+    values, grid = _forward_arguments(x, bias, out)
+    with torch.cuda.device_of(x):
+        kernel.forward_kernel[grid](**values, **_OPTIONS)
+    return out
+
+
+def _forward_fake(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gradients(x: Tensor, bias: Tensor, for_x: bool, for_bias: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if for_x else (0,)), bias.new_empty(bias.shape if for_bias else (0,))
+
+
+def _backward(
+    grad: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_bias = _gradients(x, bias, for_x, for_bias)
+    if x.numel() == 0:
+        return grad_x, grad_bias.zero_()
+    values, grid = _backward_arguments(grad, x, bias, grad_x, grad_bias, programs_of(x.device))
+    with torch.cuda.device_of(x):
+        kernel.backward_kernel[grid](**values, **_OPTIONS)
+        if for_bias:
+            values = _sum_arguments(values, grad_bias)
+            kernel.sum_kernel[(triton.cdiv(x.shape[-1], SUM_COLS),)](**values, **_OPTIONS)
+    return grad_x, grad_bias
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
+) -> tuple[Tensor, Tensor]:
+    return _gradients(x, bias, for_x, for_bias)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return torch.ops.deit_fast.bias_gelu_forward(x, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        wanted = ctx.needs_input_grad
+        grad_x, grad_bias = torch.ops.deit_fast.bias_gelu_backward(
+            grad, *ctx.saved_tensors, *wanted
+        )
+        return grad_x if wanted[0] else None, grad_bias if wanted[1] else None
+
+
+def _differentiable(x: Tensor, bias: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        return _BiasGelu.apply(x, bias)
+    return torch.ops.deit_fast.bias_gelu_forward(x, bias)
+
+
+for _name, _function, _fake in (
+    ("bias_gelu", _forward, _forward_fake),
+    ("bias_gelu_forward", _forward, _forward_fake),
+    ("bias_gelu_backward", _backward, _backward_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+_library.impl("bias_gelu", _differentiable, "Autograd")
+
+
+# ---------------------------------------------------------------------------------------------
+# Ahead of time
+# ---------------------------------------------------------------------------------------------
+
+
+def aot_cases() -> Iterator[tuple[Any, ...]]:
+    """(name, function, signature, constants, alignments, options, expectations) to compile."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [(bf16, 768), (bf16, 1536), (bf16, 3072), (bf16, 1000), (fp16, 1536), (fp32, 1536)]
+    for dtype, channels in cases:
+        x = torch.empty(256, 198, channels, dtype=dtype, device="meta")
+        bias = x.new_empty((channels,), dtype=fp32)
+        name = f"{_TYPES[dtype]}-C={channels}"
+        expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True}
+        expect |= {"max_regs": 128, "no_scalar_half": dtype.itemsize == 2}
+        values, _ = _forward_arguments(x, bias, x)
+        signature = _signature(kernel.forward_kernel, values)
+        yield f"forward-{name}", kernel.forward_kernel, *signature, _OPTIONS, expect
+        values, _ = _backward_arguments(x, x, bias, x, bias, 4 * 132)
+        signature = _signature(kernel.backward_kernel, values)
+        yield f"backward-{name}", kernel.backward_kernel, *signature, _OPTIONS, expect
+        if dtype == bf16:
+            signature = _signature(kernel.sum_kernel, _sum_arguments(values, bias))
+            yield f"sums-C={channels}", kernel.sum_kernel, *signature, _OPTIONS, {"max_regs": 128}

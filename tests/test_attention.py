@@ -1,0 +1,476 @@
+"""The attention kernels: against float64, against their own laws, byte by byte.
+
+As in test_distillation_loss_kernel: on a machine without a GPU `test_in_the_interpreter` runs this
+file again in a process whose triton is the interpreter; on a GPU the tests marked gpu run the
+compiled kernels.
+
+Accuracy: the error against the float64 reference is at most twice that of PyTorch's own attention
+(the math backend, the same dtype), plus two units of the last place of the result and, in float32,
+of the largest term that a sum runs over: near 0 luck decides which of two codes is closer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deit_fast.kernels import attention_launch as launch
+from deit_fast.kernels.attention import attention_qkvpacked
+from deit_fast.kernels.attention_reference import reference_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS = (1, 5, 17, 64, 198, 300)
+WIDTHS = (32, 64, 96, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+def test_in_the_interpreter() -> None:
+    """All tests below, on the CPU."""
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs and peers
+# ---------------------------------------------------------------------------------------------
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * spread).to(DEVICE, dtype)
+
+
+def in_pytorch(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """As timm calls PyTorch's attention; the math backend, in the dtype of qkv."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def results(function: Any, qkv: Tensor, grad_out: Tensor, scale: float | None = None) -> list:
+    """Output and gradient."""
+    leaf = qkv.detach().requires_grad_()
+    out = function(leaf, scale)
+    return [out.detach(), *torch.autograd.grad(out, leaf, grad_out)]
+
+
+def truth(qkv: Tensor, grad_out: Tensor, scale: float | None = None) -> list:
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return results(reference_attention, qkv.double(), grad_out.double(), scale)
+
+
+def assert_no_worse(qkv: Tensor, grad_out: Tensor, scale: float | None = None) -> None:
+    ours = results(attention_qkvpacked, qkv, grad_out, scale)
+    theirs = results(in_pytorch, qkv, grad_out, scale)
+    true = truth(qkv, grad_out, scale)
+    assert ours[0].is_contiguous() and [x.dtype for x in ours] == [qkv.dtype] * 2
+    terms = [true[0].norm(), true[1].norm() + grad_out.double().norm() * (scale or 1)]
+    for name, mine, other, exact, term in zip(
+        ("output", "gradient"), ours, theirs, true, terms, strict=True
+    ):
+        mistake, allowed = (mine.double() - exact).norm(), 2 * (other.double() - exact).norm()
+        allowed += 2 * torch.finfo(mine.dtype).eps * exact.norm()
+        allowed += 2 * torch.finfo(torch.float32).eps * term
+        assert mistake <= allowed, (
+            f"{name} {tuple(qkv.shape)} {qkv.dtype}: {mistake:.1e} of {exact.norm():.1e}, "
+            f"PyTorch's own {(other.double() - exact).norm():.1e}"
+        )
+
+
+def check_accuracy(dtype: torch.dtype, batch: int, tokens: int, heads: int, width: int) -> None:
+    qkv = normal(batch, tokens, 3, heads, width, dtype=dtype)
+    assert_no_worse(qkv, normal(batch, tokens, heads, width, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+# ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_accuracy(tokens: int, dtype: torch.dtype) -> None:
+    """Widths take turns; every kernel meets every dtype it serves."""
+    turn = TOKENS.index(tokens) + DTYPES.index(dtype)
+    batch, heads = ((2, 2), (1, 1))[tokens > 17]
+    check_accuracy(dtype, batch, tokens, heads, WIDTHS[turn % 4])
+    if tokens <= 17:
+        for width in WIDTHS:
+            check_accuracy(dtype, 1, tokens, 1, width)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", (16, 33, 65, 112, 176, 197, 208, 209))
+def test_accuracy_at_every_set_of_pieces(tokens: int) -> None:
+    check_accuracy(torch.float16, 1, tokens, 1, 32)
+
+
+def test_pieces_hold_all_tokens_and_only_the_last_is_ragged() -> None:
+    for tokens in range(1, launch.WHOLE_TOKENS + 1):
+        pieces = launch._pieces(tokens)
+        assert sum(pieces) - 16 < tokens <= sum(pieces) and sum(pieces[:-1]) < tokens
+        assert len(pieces) <= 3 and all(size & (size - 1) == 0 for size in pieces)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ("token first", "odd strides", "columns", "slice of NaN"))
+@pytest.mark.parametrize("tokens", (19, 270))
+def test_memory_layouts(layout: str, tokens: int) -> None:
+    shape = (2 if tokens == 19 else 1, tokens, 3, 1, 32)
+    qkv = normal(*shape, dtype=torch.float16)
+    grad_out = normal(*shape[:2], *shape[3:], dtype=torch.float16)
+    plain = results(attention_qkvpacked, qkv, grad_out)
+    nan = torch.full((shape[0], tokens + 70, 3, 2, 34), math.nan, dtype=torch.float16)
+    if layout == "token first":
+        qkv, grad_out = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (qkv, grad_out))
+    elif layout == "odd strides":
+        nan[:, :tokens, :, :1, 1:33] = qkv
+        qkv = nan[:, :tokens, :, :1, 1:33]
+    elif layout == "columns":
+        qkv, grad_out = (torch.stack((x, x * math.nan), -1)[..., 0] for x in (qkv, grad_out))
+        assert qkv.stride(-1) == grad_out.stride(-1) == 2
+    else:
+        nan[:, 35 : tokens + 35, :, 1:, :32] = qkv
+        qkv = nan[:, 35 : tokens + 35, :, 1:, :32]
+    for got, expected in zip(results(attention_qkvpacked, qkv, grad_out), plain, strict=True):
+        assert torch.equal(got, expected) and got.is_contiguous()
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", (18, 270))
+def test_expanded_gradient(tokens: int) -> None:
+    leaf = normal(1, tokens, 3, 2, 32).requires_grad_()
+    attention_qkvpacked(leaf).sum().backward()  # a gradient without strides
+    _, expected = truth(leaf, torch.ones(1, tokens, 2, 32))
+    torch.testing.assert_close(leaf.grad, expected.float(), rtol=1e-4, atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Laws
+# ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), ((21, torch.bfloat16), (70, torch.float32), (260, torch.float16))
+)
+def test_laws(tokens: int, dtype: torch.dtype) -> None:
+    qkv = normal(1, tokens, 3, 1, 32, dtype=dtype)
+    grad_out = normal(1, tokens, 1, 32, dtype=dtype)
+    close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}
+    out, gradient = results(attention_qkvpacked, qkv, grad_out)
+    order = torch.randperm(tokens)
+
+    keys_moved = qkv.clone()
+    keys_moved[:, :, 1:] = qkv[:, order, 1:]
+    torch.testing.assert_close(attention_qkvpacked(keys_moved), out, **close)
+
+    moved = results(attention_qkvpacked, qkv[:, order], grad_out[:, order])
+    torch.testing.assert_close(moved[0], out[:, order], **close)
+    torch.testing.assert_close(moved[1], gradient[:, order], **close)
+
+    ones = qkv.clone()
+    ones[:, :, 2] = 1
+    expected = torch.ones_like(out)
+    torch.testing.assert_close(attention_qkvpacked(ones), expected, **close)
+    # Then no output depends on the scores: only values pull.
+    pull = results(attention_qkvpacked, ones, grad_out)[1]
+    assert pull[:, :, :2].abs().max() < 20 * close["atol"] and pull[:, :, 2].abs().max() > 0.05
+
+    # A constant added to all keys shifts each row of scores.
+    shifted = qkv.float()
+    shifted[:, :, 1] += 1
+    exact = attention_qkvpacked(qkv.float())
+    torch.testing.assert_close(attention_qkvpacked(shifted), exact, rtol=0, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", (7, 150, 261))
+def test_scale_zero_is_the_mean_of_the_values(tokens: int) -> None:
+    qkv, grad_out = normal(1, tokens, 3, 2, 32), normal(1, tokens, 2, 32)
+    out, gradient = results(attention_qkvpacked, qkv, grad_out, 0.0)
+    mean = qkv[:, :, 2].mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, mean, rtol=1e-5, atol=1e-6)
+    assert (gradient[:, :, :2] == 0).all()
+    mean = grad_out.mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(gradient[:, :, 2], mean, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", (37, 259))
+def test_scores_of_200(tokens: int, dtype: torch.dtype) -> None:
+    """All scores far below 0 too: an unmasked padded key would win, or overflow to NaN."""
+    qkv = normal(1, tokens, 3, 1, 32, dtype=dtype, spread=0.1)
+    grad_out = normal(1, tokens, 1, 32, dtype=dtype)
+    for sign in (1, -1):
+        qkv[:, :, 0], qkv[:, :, 1, :, :16] = 2.5, sign * 2.5
+        qkv[:, :3, 1] *= -sign
+        assert_no_worse(qkv, grad_out, 2.0)
+        scores = 2 * (qkv[0, :, 0, 0].double() @ qkv[0, :, 1, 0].double().t())
+        assert scores.abs().max() > 190
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", (40, 258))
+def test_a_nan_is_seen_where_it_belongs(tokens: int) -> None:
+    qkv = normal(1, tokens, 3, 2, 32)
+    qkv[0, 3, 0, 1, 5] = math.nan  # a query of head 1
+    ill = attention_qkvpacked(qkv).isnan()
+    assert ill[0, 3, 1].all() and ill.sum() == 32
+
+
+@interpreted
+def test_empty_batch() -> None:
+    leaf = normal(0, 9, 3, 2, 32, dtype=torch.bfloat16).requires_grad_()
+    out = attention_qkvpacked(leaf)
+    assert out.shape == (0, 9, 2, 32) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert leaf.grad.shape == leaf.shape
+
+
+# ---------------------------------------------------------------------------------------------
+# Every access to memory
+# ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "width"), ((50, 64), (70, 96)))
+def test_bytes_of_a_head(tokens: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_distillation_loss_kernel import recorded
+
+    monkeypatch.setattr(launch, "PROCESSORS", 1)  # two heads are enough: none is split
+    qkv = normal(1, tokens, 3, 2, width, dtype=torch.float16)
+    with recorded() as seen:
+        out, lse = torch.ops.deit_fast.attention_forward(qkv, 0.1)
+    assert (seen.counts(seen.reads, qkv) == 1).all()  # one block of queries
+    assert seen.outside(seen.reads, [qkv]) == 0
+    assert (seen.counts(seen.writes, out) == 1).all()
+    assert (seen.counts(seen.writes, lse) == 1).all()
+    assert seen.outside(seen.writes, [out, lse]) == 0
+
+    grad_out = normal(1, tokens, 2, width, dtype=torch.float16)
+    with recorded() as seen:
+        grad = torch.ops.deit_fast.attention_backward(grad_out, qkv, out, lse, 0.1)
+    assert (seen.counts(seen.writes, grad) == 1).all()
+    delta = 0 if width == 64 else 2 * tokens
+    assert seen.outside(seen.writes, [grad]) == delta
+    assert seen.outside(seen.reads, [qkv, grad_out, out, lse]) == delta
+    for x in (qkv, grad_out):  # once for dq, once for dk and dv
+        assert (seen.counts(seen.reads, x) == 2).all()
+
+
+@interpreted
+def test_keys_and_values_of_198_tokens_are_read_once_a_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from test_distillation_loss_kernel import recorded
+
+    qkv = normal(1, 198, 3, 2, 32, dtype=torch.float16)
+    for processors, splits in ((1, 1), (2, 2), (132, 4)):
+        monkeypatch.setattr(launch, "PROCESSORS", processors)
+        with recorded() as seen:
+            torch.ops.deit_fast.attention_forward(qkv, 0.1)
+        reads = seen.counts(seen.reads, qkv)
+        assert (reads[:, :, 0] == 1).all() and (reads[:, :, 1:] == splits).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# PyTorch's machinery
+# ---------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "dtype"), ((9, torch.bfloat16), (65, torch.float32)))
+def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
+    operators = torch.ops.deit_fast
+    qkv = normal(tokens, 1, 3, 1, 32, dtype=dtype).transpose(0, 1)
+    torch.library.opcheck(operators.attention.default, (qkv.clone().requires_grad_(), 0.2))
+    torch.library.opcheck(operators.attention.default, (qkv, 0.2))
+    torch.library.opcheck(operators.attention_forward.default, (qkv, 0.2))
+    out, lse = operators.attention_forward(qkv, 0.2)
+    grad_out = normal(1, 1, 1, 32, dtype=dtype).expand_as(out)
+    torch.library.opcheck(operators.attention_backward.default, (grad_out, qkv, out, lse, 0.2))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiles_without_a_break(backend: str) -> None:
+    """In the interpreter the operator, outside of it the reference."""
+    weight = normal(96, 32, spread=0.1)
+
+    def block(x: Tensor) -> Tensor:
+        qkv = (x @ weight.t()).view(2, 11, 3, 1, 32)
+        return attention_qkvpacked(qkv).flatten(2) + x
+
+    x, outcomes = normal(2, 11, 32), []
+    for function in (block, torch.compile(block, fullgraph=True, backend=backend)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        outcomes.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+    torch.testing.assert_close(outcomes[0], outcomes[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64))
+def test_autocast_casts_as_pytorch_does(dtype: torch.dtype) -> None:
+    leaf = normal(1, 13, 3, 2, 32, dtype=dtype).requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = attention_qkvpacked(leaf)
+        q, k, v = leaf.permute(2, 0, 3, 1, 4).unbind(0)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype
+    inner = leaf.detach() if dtype == torch.float64 else leaf.detach().bfloat16()
+    assert torch.equal(out, attention_qkvpacked(inner))
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert gradient.dtype == dtype and gradient.abs().max() > 0
+
+
+@interpreted
+def test_tuning_times_and_chooses_among_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_measured", {})
+    # Two each: the interpreter needs seconds for all.
+    few = {kind: tiles[:2] for kind, tiles in launch.CANDIDATES.items()}
+    monkeypatch.setattr(launch, "CANDIDATES", few)
+    qkv = normal(1, 3, 3, 1, 32, dtype=torch.float16)
+    table = launch.tune(qkv)
+    assert {key[1:] for key in table} == {("whole", 2, 32), ("both", 2, 32)}
+    assert all(tiles in few[key[1]] for key, tiles in table.items())
+    assert launch._measured == table and all(launch._tiles(key) == table[key] for key in table)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reference and bad input
+# ---------------------------------------------------------------------------------------------
+
+
+def test_reference_has_the_gradient_of_its_formula() -> None:
+    qkv = normal(1, 5, 3, 2, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention_qkvpacked(x, 0.7), qkv)
+    with torch.no_grad():
+        torch.testing.assert_close(attention_qkvpacked(qkv, 0.7), in_pytorch(qkv, 0.7))
+
+
+def test_other_widths_take_the_reference() -> None:
+    qkv = normal(2, 6, 3, 2, 24, dtype=torch.bfloat16)
+    torch.testing.assert_close(attention_qkvpacked(qkv), in_pytorch(qkv), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None,), "qkv must be a tensor, not NoneType"),
+        ((torch.zeros(2, 5, 3, 32),), r"\[B, N, 3, H, D\] .* not \(2, 5, 3, 32\)"),
+        ((torch.zeros(2, 5, 2, 1, 32),), r"\[B, N, 3, H, D\] .* not \(2, 5, 2, 1, 32\)"),
+        ((torch.zeros(2, 0, 3, 1, 32),), r"N, H, D > 0, not \(2, 0, 3, 1, 32\)"),
+        ((torch.zeros(2, 5, 3, 1, 32).int(),), r"qkv must hold floats, not torch.int32"),
+        ((torch.zeros(2, 5, 3, 1, 32), -1.0), r"scale must be finite and not negative, not -1.0"),
+        ((torch.zeros(2, 5, 3, 1, 32), math.nan), r"scale must be finite .* not nan"),
+    ],
+)
+def test_bad_input_is_named(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attention_qkvpacked(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+def training_call(tokens: int, batch: int = 8, width: int = 64) -> tuple[Any, Tensor]:
+    leaf = normal(batch, tokens, 3, 6, width, dtype=torch.bfloat16).requires_grad_()
+    grad_out = normal(batch, tokens, 6, width, dtype=torch.bfloat16)
+
+    def call() -> list[Tensor]:
+        out = attention_qkvpacked(leaf)
+        return [out.detach(), *torch.autograd.grad(out, leaf, grad_out)]
+
+    return call, leaf
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", (*TOKENS, 197, 208, 256, 577, 1025))
+def test_accuracy_on_a_gpu(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_accuracy(dtype, 2, tokens, 2, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (198, 577))
+def test_agrees_with_pytorch_at_training_shapes(tokens: int) -> None:
+    check_accuracy(torch.bfloat16, 8, tokens, 6, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (198, 577))
+def test_250_repeats_are_equal(tokens: int) -> None:
+    call, _ = training_call(tokens, batch=60)
+    first = call()
+    assert all(
+        all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)) for _ in range(250)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (198, 577))
+def test_no_call_waits_for_the_device(tokens: int) -> None:
+    call, _ = training_call(tokens)
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (198, 577))
+def test_graph_replay_with_other_inputs(tokens: int) -> None:
+    call, leaf = training_call(tokens)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        with torch.no_grad():
+            leaf.copy_(torch.randn_like(leaf))
+        graph.replay()
+        torch.cuda.synchronize()
+        got = [x.clone() for x in captured]
+        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31() -> None:
+    qkv = torch.zeros(1800, 578, 3, 12, 64, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    qkv[-1] = normal(578, 3, 12, 64, dtype=torch.bfloat16)
+    grad_out = torch.zeros(1800, 578, 12, 64, device="cuda", dtype=torch.bfloat16)
+    grad_out[-1] = normal(578, 12, 64, dtype=torch.bfloat16)
+    whole = results(attention_qkvpacked, qkv, grad_out)
+    last = results(attention_qkvpacked, qkv[-1:], grad_out[-1:])
+    assert all(torch.equal(a[-1:], b) for a, b in zip(whole, last, strict=True))
