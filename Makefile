@@ -12,7 +12,7 @@ TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-.PHONY: install demo test lint format bench bench-gpu aot aot-golden clean
+.PHONY: install demo test lint format bench bench-gpu aot aot-golden fuzz sanitize compare clean
 
 install: $(INSTALLED)
 
@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/deit-fast demo
 
 test: $(INSTALLED) $(TRITON_OLDEST)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 $(VENV)/triton-%/.installed: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
@@ -66,6 +66,37 @@ bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	timeout 200 $(PYTHON) -m pytest -q -m gpu tests
 	timeout 280 $(PYTHON) -m bench all --seconds 220 --device cuda
+
+# The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: mutated files for
+# so many seconds, and every operation once. Needs g++ or clang++ with their sanitizer libraries.
+SECONDS ?= 20
+SEED ?= 1
+SANITIZED := build/sanitized
+SANITIZER_FLAGS := -std=c++17 -g -O2 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra \
+  -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+CACHE_SOURCES := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+
+$(SANITIZED)/%: csrc/fuzz/%.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h csrc/fuzz/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZER_FLAGS) $< $(CACHE_SOURCES) -o $@
+
+fuzz: $(SANITIZED)/fuzz
+	$< $(SECONDS) $(SEED)
+
+sanitize: $(SANITIZED)/operations
+	rm -rf $(SANITIZED)/cache && mkdir $(SANITIZED)/cache
+	$< $(SANITIZED)/cache
+
+# Whether training's numbers moved since a commit: make compare BASE=<commit>
+BASE ?= HEAD
+compare: $(INSTALLED)
+	rm -rf build/base && git worktree prune && git worktree add --force --detach build/base $(BASE)
+	cp bench/loss_curve.py build/base/bench/ && cp deit_fast/*.so build/base/deit_fast/
+	cd build/base && ln -s ../kernels deit_fast/kernels && \
+	  PYTHONPATH=. $(CURDIR)/$(BIN)/python -m bench.loss_curve --out ../base.json
+	git worktree remove --force build/base
+	$(BIN)/python -m bench.loss_curve --out build/here.json
+	$(BIN)/python -m bench.loss_curve --compare build/base.json build/here.json
 
 clean:
 	rm -rf build dist *.egg-info deit_fast/*.so

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deit_fast.cache import LogitCache, LogitCacheWriter
     from deit_fast.losses import DistillationLoss
-    from deit_fast.models import create_student, load_teacher
+    from deit_fast.models import create_student, fuse, load_teacher, unfuse
     from deit_fast.views import ViewPlan
 
 __version__ = "0.1.0"
@@ -21,7 +21,9 @@ __all__ = [
     "LogitCacheWriter",
     "ViewPlan",
     "create_student",
+    "fuse",
     "load_teacher",
+    "unfuse",
 ]
 
 _HOMES = {
@@ -30,6 +32,8 @@ _HOMES = {
     "LogitCacheWriter": "deit_fast.cache",
     "ViewPlan": "deit_fast.views",
     "create_student": "deit_fast.models",
+    "fuse": "deit_fast.models",
+    "unfuse": "deit_fast.models",
     "load_teacher": "deit_fast.models",
 }
 

@@ -2,8 +2,8 @@
 
 A verb is a function of its raw arguments that returns the text for stdout; what it needs is
 imported inside it, so that help and errors answer without torch. Wrong input is one line on stderr
-and exit status 2, a loss that is not finite one line and 1, an interrupt 130; any other exception
-is a bug and shows its traceback.
+and exit status 2, a loss that is not finite one line and 1, a run that SIGTERM ended 75, an
+interrupt 130; any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from deit_fast.config import (
     to_dict,
 )
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
+from deit_fast.train.preemption import EXIT_STATUS, Preempted
 
 # ---------------------------------------------------------------------------------------------
 # Arguments of the verbs
@@ -363,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(_os_message(error))
     except FloatingPointError as error:
         return _fail(str(error), status=1)
+    except Preempted as error:
+        return _fail(str(error), status=EXIT_STATUS)
     except KeyboardInterrupt:
         print("deit-fast: interrupted", file=sys.stderr)
         return 130

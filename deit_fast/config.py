@@ -132,6 +132,11 @@ class ModelConfig:
     """timm name, or `package.module:factory` called with `num_classes=`."""
     drop_path: float = 0.1
     """Stochastic depth: drop rate of the last block, linear from 0 at the first."""
+    stochastic_depth: str = "sample"
+    """`sample`: drop each sample's branch by itself. `subset`: compute it for a random part of
+    fixed size of the batch, which saves the dropped work; the number kept no longer varies."""
+    fused: bool = True
+    """Run timm transformers on this package's kernels, where they win on this machine."""
     patch_size: int | None = None
     """Override of the patch side, pixels."""
     embed_dim: int | None = None
@@ -146,6 +151,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(
             0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1), not {self.drop_path}"
+        )
+        _require(
+            self.stochastic_depth in ("sample", "subset"),
+            f"model.stochastic_depth must be sample or subset, not {self.stochastic_depth!r}",
         )
 
 
@@ -266,6 +275,8 @@ class RunConfig:
     """Samples per step over all ranks (global batch)."""
     num_views: int | None = None
     """Distinct views per sample, a multiple of view.repeats; none: enough for all epochs."""
+    accumulate: int = 1
+    """Parts that each rank's share of a step is computed in, one after another, to save memory."""
     max_steps: int | None = None
     """Stop after this many steps, for trials and benches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -282,6 +293,19 @@ class RunConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 1
     """Epochs between checkpoints; the last epoch is always saved."""
+    save_steps: int | None = None
+    """Also save every so many steps."""
+    save_minutes: float | None = None
+    """Also save when the last checkpoint is so many minutes old."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """A loss or gradient that is not finite never reaches the weights. `stop`: end with an error.
+    `rollback`: go back to the newest checkpoint and leave that step's views out."""
+    max_rollbacks: int = 3
+    """Rollbacks in one run before it stops after all."""
+    compile: bool = False
+    """torch.compile of the student; the first step takes minutes."""
+    compress_gradients: bool = False
+    """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
     """Go on from the newest checkpoint in `output`; --no-resume refuses a folder that has one."""
     view: ViewRecipe = field(default_factory=ViewRecipe)
@@ -296,12 +320,19 @@ class RunConfig:
             "epochs",
             "batch_size",
             "teacher_batch",
+            "accumulate",
             "log_every",
             "eval_every",
             "save_every",
         ):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, not {value}")
+        for name in ("save_steps", "save_minutes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive, not {value}")
+        _require(
+            self.max_rollbacks >= 0, f"max_rollbacks must not be negative, not {self.max_rollbacks}"
+        )
         _require(0 <= self.seed < 2**64, f"seed must lie in [0, 2^64), not {self.seed}")
         if self.num_views is not None:
             _require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,27 @@ from deit_fast.data.sources import open_source
 from deit_fast.models import create_student, forward_heads, load_weights
 from deit_fast.models.teachers import has_bf16
 from deit_fast.models.weights import fit_weights
+from deit_fast.world import World, read_world
 
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, loader: Iterable, classes: list[str], device: torch.device
+    model: nn.Module,
+    loader: Any,
+    classes: list[str],
+    device: torch.device,
+    world: World | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper adds softmaxes).
 
     Args:
         model: a classifier; its training mode is restored afterwards.
-        loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``.
+        loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; has a
+            length where there is a world.
         classes: class names, by label.
+        world: processes that hold a share of the images each; the result is that of all.
+        between_batches: called after each, equally often on all ranks; what it raises ends it.
 
     Returns:
         `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy;
@@ -41,6 +50,7 @@ def evaluate_model(
     loss = torch.zeros((), device=device)
     per_class = torch.zeros(2, count, device=device)
     samples, two_heads = 0, False
+    rounds = max(world.gather(len(loader))) if world is not None else 0  # shares differ by one
     for images, labels, _ in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             class_logits, distill_logits = forward_heads(model, images)
@@ -55,7 +65,15 @@ def evaluate_model(
         per_class[0] += torch.bincount(labels[right], minlength=count)
         per_class[1] += torch.bincount(labels, minlength=count)
         samples += len(labels)
+        rounds -= 1
+        between_batches()
+    for _ in range(rounds):
+        between_batches()
     model.train(was_training)
+    if world is not None and world.size > 1:
+        counts = torch.tensor([float(samples), loss.item()], dtype=torch.float64, device=device)
+        world.sum(hits, per_class, counts)
+        samples, loss = int(counts[0]), counts[1]
     if samples == 0:
         raise InputError("evaluation saw no images")
     shares = (hits / samples).tolist()
@@ -83,26 +101,33 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         embed_dim=model.embed_dim,
         depth=model.depth,
         num_heads=model.num_heads,
+        fused=model.fused,
+        stochastic_depth=model.stochastic_depth,
     )
 
 
-def build_eval_loader(config: RunConfig, source: Any, device: torch.device) -> EvalLoader:
-    """Held-out images of a run's configuration: resize, centre crop, normalise."""
+def build_eval_loader(
+    config: RunConfig, source: Any, device: torch.device, world: World | None = None
+) -> EvalLoader:
+    """This rank's held-out images of a run's configuration: resize, centre crop, normalise."""
+    world = world or World()
     return EvalLoader(
         source,
         image_size=config.view.image_size,
         crop=config.data.eval_crop,
         mean=config.view.mean,
         std=config.view.std,
-        batch_size=config.batch_size,
+        batch_size=max(1, config.batch_size // world.size),
         workers=config.data.workers,
         on_error=config.data.on_error,
         device=device,
+        rank=world.rank,
+        world=world.size,
     )
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is one.
+    """`auto` takes CUDA where there is one; under torchrun the GPU of this process's local rank.
 
     Raises:
         InputError: `cuda` was asked for and there is none.
@@ -111,7 +136,12 @@ def choose_device(name: str) -> torch.device:
         raise InputError("device cuda: torch sees no CUDA GPU (see deit-fast doctor)")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank, count = read_world().local_rank, torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(f"LOCAL_RANK={local_rank}, but torch sees {count} GPUs")
+    return torch.device("cuda", local_rank)
 
 
 def read_run_config(run: str | Path) -> RunConfig:

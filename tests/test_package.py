@@ -41,6 +41,7 @@ LAYERS = [
         "recipes",
         "files",
         "outcome",
+        "world",
     },
     {"config"},
 ]
@@ -110,7 +111,9 @@ for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_f
              "deit_fast.precompute", "deit_fast.recheck", "deit_fast.cache.export",
              "deit_fast.cache.tinyvit", "deit_fast.evaluate", "deit_fast.report",
              "deit_fast.doctor", "bench.common", "bench.bench_step", "bench.bench_cache",
-             "bench.bench_distillation_loss", "bench.bench_ingest", "bench.bench_loader"):
+             "bench.bench_distillation_loss", "bench.bench_ingest", "bench.bench_loader",
+             "bench.bench_attention", "bench.bench_add_layer_norm", "bench.bench_bias_gelu",
+             "bench.bench_block"):
     importlib.import_module(name)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,11 @@ class ViewBatch:
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
         """labels, partner_labels, lam: the mixed pair that `kernels.distillation_loss` takes."""
         return self.labels, self.partner_labels, self.lam
+
+    def part(self, start: int, stop: int) -> ViewBatch:
+        """Views ``start`` to ``stop`` - 1; the pixels stay together, the plan points into them."""
+        names = ("plan", "sample_ids", "view_ids", "labels", "partner_labels", "lam")
+        return dataclasses.replace(self, **{n: getattr(self, n)[start:stop] for n in names})
 
     def to(self, device: torch.device | str) -> ViewBatch:
         """A copy on the device; from pinned memory without waiting. The ids stay on the host."""
@@ -262,6 +268,7 @@ def batch_loader(
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
         collate_fn=_unchanged,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else every pass would draw from torch's global generator
     )
 
@@ -272,6 +279,12 @@ def unwrap(loader: DataLoader) -> Iterator[Any]:
         if isinstance(item, Failure):
             raise InputError(item.message)
         yield item
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler's SIGTERM reaches every process; the run still needs this one to save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(item: Any) -> Any:

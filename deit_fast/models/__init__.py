@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from deit_fast.models.fuse import fuse, unfuse
 from deit_fast.models.students import create_student, forward_heads
 from deit_fast.models.teachers import Teacher, load_teacher
 from deit_fast.models.weights import load_weights
 
-__all__ = ["Teacher", "create_student", "forward_heads", "load_teacher", "load_weights"]
+__all__ = [
+    "Teacher",
+    "create_student",
+    "forward_heads",
+    "fuse",
+    "load_teacher",
+    "load_weights",
+    "unfuse",
+]

@@ -8,10 +8,12 @@ from typing import Any
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.config import InputError
 from deit_fast.models.factory import build_from_factory
+from deit_fast.models.fuse import fuse
 
 
 def create_student(
@@ -24,6 +26,8 @@ def create_student(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    fused: bool = True,
+    stochastic_depth: str = "sample",
 ) -> nn.Module:
     """Build a model to train, with random weights.
 
@@ -38,6 +42,8 @@ def create_student(
         drop_path: stochastic depth rate of the last block; linear from 0 at the first.
         img_size: side of the input, pixels.
         patch_size, embed_dim, depth, num_heads: overrides of the named transformer.
+        fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
+        stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
 
     Raises:
         InputError: unknown name, or an override that the model does not take.
@@ -69,6 +75,10 @@ def create_student(
     model = timm.create_model(name, pretrained=False, **arguments)
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
+    if fused and isinstance(model, VisionTransformer):
+        return fuse(model, stochastic_depth=stochastic_depth)
+    if stochastic_depth != "sample":
+        raise InputError(f"stochastic_depth {stochastic_depth!r} needs a fused transformer")
     return model
 
 

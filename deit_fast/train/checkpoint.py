@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,57 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     for old in list_checkpoints(folder)[:-KEEP]:
         old.unlink()
     return path
+
+
+class CheckpointWriter:
+    """Saves on a thread of its own; training goes on after a copy into host memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy ``state`` and begin to write it, after the one before is on the disk.
+
+        Raises:
+            OSError: of the save before.
+        """
+        self.wait()
+        copied = _copy_to_host(state)
+        self._thread = threading.Thread(
+            target=self._save, args=(step, copied), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            save_checkpoint(self.folder, step, state)
+        except OSError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the last state is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copy_to_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copy_to_host(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copy_to_host, value))
+    return value
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 
 from deit_fast.config import InputError, RunConfig, to_dict
-from deit_fast.data.evaluation import EvalLoader
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, ViewLoader
 from deit_fast.data.samples import save_samples
@@ -22,22 +21,25 @@ from deit_fast.environment import describe_command, describe_environment
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.files import write_atomically, write_json
 from deit_fast.order import EpochOrder, TrainBatches
-from deit_fast.train.checkpoint import save_checkpoint
+from deit_fast.train.checkpoint import CheckpointWriter
+from deit_fast.train.guard import Guard
 from deit_fast.train.metrics import MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
-from deit_fast.train.state import TrainState, create_state, resume
+from deit_fast.train.preemption import Preempted, Signals
+from deit_fast.train.state import TrainState, create_state, go_back, resume
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teaching import CachedTeacher, create_teaching
 from deit_fast.views import ViewPlan
+from deit_fast.world import World, joined_world
 
 log = logging.getLogger("deit_fast")
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train one model as ``config`` says, in this process.
+    """Train one model as ``config`` says, in this process or with others under torchrun.
 
-    Writes into ``config.output``: config.json, samples.png, metrics.jsonl, checkpoints/,
-    model.safetensors, ema.safetensors and result.json.
+    The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
+    checkpoints/, model.safetensors, ema.safetensors and result.json.
 
     Returns:
         The content of result.json.
@@ -45,118 +47,325 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: wrong data, teacher, cache or configuration; raised before the first step.
         OSError: the disk is full or not writable; the newest checkpoints stay.
-        FloatingPointError: the loss is not finite; the newest checkpoints stay.
+        FloatingPointError: a loss or gradient is not finite; it changed no weight, and the newest
+            checkpoints stay.
+        Preempted: SIGTERM or SIGUSR1; the state is saved, the same call goes on.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"train runs in one process, WORLD_SIZE is {os.environ['WORLD_SIZE']}")
     device = choose_device(config.device)
-    source = open_source(config.data, "train", config.view.image_size)
-    held_out = open_source(config.data, "val", config.view.image_size)
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
-    order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
-    batches = TrainBatches(order, config.batch_size, config.epochs)
-    steps_per_epoch = len(batches) // config.epochs
-    total = min(len(batches), config.max_steps or len(batches))
-    teaching = create_teaching(config, source, device)
-    state = create_state(config, len(source.classes), device)
-    resume(config, state)
+    # In this order: a handler could not run while the processes wait for one another.
+    with joined_world(device) as world, Signals() as signals:
+        with signals.ending_at_once():
+            run = _Run(config, device, world, signals)
+        try:
+            while True:
+                try:
+                    run.train()
+                    break
+                except _NotFinite as error:
+                    run.roll_back(error)
+            return run.finish()
+        finally:
+            run.close()
 
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", to_dict(config))
-    eval_loader = build_eval_loader(config, held_out, device)
-    step_once = TrainStep(config, state.model, teaching, state.optimizer, state.ema, device)
-    metrics = MetricsFile(output / "metrics.jsonl", state.step)
-    loader = ViewLoader(
-        source,
-        plan,
-        batches,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-        start=state.step,
-        stop=total,
-        pin_memory=device.type == "cuda",
-    )
-    log.info(
-        "training %s on %s: %d samples of %d classes, %d epochs of %d steps, distillation: %s",
-        config.model.name, device, source.num_samples, len(source.classes),
-        config.epochs, steps_per_epoch, config.loss.kind,
-    )  # fmt: skip
-    window = _Window(config, metrics)
-    teaching.follow(batches, state.step)
-    evaluation: dict[str, Any] | None = None
-    with Progress("train", total, state.step) as progress:
-        for batch in window.timed(loader):
-            batch = batch.to(device)
-            if state.step == 0:
-                _save_first_views(batch, config, output / "samples.png")
-            lr = learning_rate(
-                state.step,
-                config=config.optim,
-                batch_size=config.batch_size,
-                steps_per_epoch=steps_per_epoch,
-                steps=len(batches),
+
+class _NotFinite(Exception):
+    """The guard found a step whose numbers are not finite."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class _Run:
+    """Everything of one call of ``train``."""
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, world: World, signals: Signals
+    ) -> None:
+        self.config, self.device, self.world, self.signals = config, device, world, signals
+        share = config.batch_size // world.size
+        if share % config.accumulate:
+            raise InputError(
+                f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
             )
-            numbers = step_once(batch, state.step, lr)
-            state.step += 1
-            state.substituted.update(batch.substituted)
-            epoch = -(-state.step // steps_per_epoch)
-            done, at_epoch_end = state.step == total, state.step % steps_per_epoch == 0
-            window.add(numbers)
-            # Also before every checkpoint, so that none can hold a state that is not finite.
-            report = done or at_epoch_end or state.step % config.log_every == 0
-            progress.advance(note=window.report(state, epoch, lr) if report else None)
-            pause = time.perf_counter()
-            if done or (at_epoch_end and epoch % config.eval_every == 0):
-                evaluation = _evaluate(state, eval_loader, source.classes, device, epoch, metrics)
-            if done or (at_epoch_end and epoch % config.save_every == 0):
-                save_checkpoint(output / "checkpoints", state.step, state.to_checkpoint(config))
-            window.since += time.perf_counter() - pause
-    teaching.close()
-    metrics.close()
-    if evaluation is None:  # the checkpoint was the finished run's last
-        evaluation = _evaluate(state, eval_loader, source.classes, device, config.epochs, None)
+        self.source = open_source(config.data, "train", config.view.image_size)
+        self.held_out = open_source(config.data, "val", config.view.image_size)
+        self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
+        order = EpochOrder(
+            config.seed, self.source.num_samples, config.view_count, config.view.repeats
+        )
+        self.batches = TrainBatches(
+            order, config.batch_size, config.epochs, rank=world.rank, world=world.size
+        )
+        self.steps_per_epoch = len(self.batches) // config.epochs
+        self.total = min(len(self.batches), config.max_steps or len(self.batches))
+        self.teaching = create_teaching(config, self.source, device)
+        self.state = create_state(config, len(self.source.classes), device)
+        resume(config, self.state)
+        world.wait()  # no rank may still look for checkpoints when the first writes one
 
-    result = {
-        **evaluation,
-        "best_top1": state.best_top1,
-        "best_epoch": state.best_epoch,
-        "classes": source.classes,
-        "steps": state.step,
-        "epochs": config.epochs,
-        "train_seconds": round(state.train_seconds, 3),
-        "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
-        "substituted": sorted(state.substituted.union(eval_loader.substituted)),
-        "distill": config.loss.kind,
-        "teacher": _describe_teaching(config, teaching),
-        "seed": config.seed,
-        "environment": describe_environment(device),
-        "command": describe_command(),
-    }
-    _save_weights(output / "model.safetensors", state.model)
-    if state.ema is not None:
-        _save_weights(output / "ema.safetensors", state.ema.module)
-    write_json(output / "result.json", result)
-    if result["substituted"]:
-        log.warning(
-            "%d unreadable images were substituted, the first is %s",
-            len(result["substituted"]), result["substituted"][0],
+        self.output = Path(config.output)
+        if world.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_json(self.output / "config.json", to_dict(config))
+        self.eval_loader = build_eval_loader(config, self.held_out, device, world)
+        state = self.state
+        self.step_once = TrainStep(
+            config, state.model, self.teaching, state.optimizer, state.ema, device, world
+        )
+        self.metrics = MetricsFile(self._metrics_path(), state.step) if world.is_first else None
+        self.writer = CheckpointWriter(self.output / "checkpoints")
+        self.saved_at = time.monotonic()
+        self.rollbacks = 0
+        self.evaluation: dict[str, Any] | None = None
+        log.info(
+            "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
+            "distillation: %s",
+            config.model.name, device.type, world.size, self.source.num_samples,
+            len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
         )  # fmt: skip
-    return result
+
+    def _metrics_path(self) -> Path:
+        return self.output / "metrics.jsonl"
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """From the state's step to the last."""
+        config, state, guard = self.config, self.state, self.step_once.guard
+        self._catch_up_on_evaluation()
+        loader = ViewLoader(
+            self.source,
+            self.plan,
+            self.batches,
+            workers=config.data.workers,
+            on_error=config.data.on_error,
+            start=state.step,
+            stop=self.total,
+            pin_memory=self.device.type == "cuda",
+        )
+        window = _Window(config, state, self.metrics, self.world, self.device)
+        self.teaching.follow(self.batches, state.step)
+        first = state.step
+        with Progress("train", self.total, state.step) as progress, ExitStack() as stack:
+            stack.enter_context(self.signals.ending_at_once())  # the first step compiles
+            for batch in window.timed(loader):
+                batch = batch.to(self.device)
+                if state.step == 0 and self.world.is_first:
+                    _save_first_views(batch, config, self.output / "samples.png")
+                lr = self._learning_rate(state.step)
+                if state.step not in state.skipped:
+                    window.add(self.step_once(batch, state.step, lr, self._is_told_to_stop))
+                state.step += 1
+                state.substituted.update(batch.substituted)
+                epoch = -(-state.step // self.steps_per_epoch)
+                done = state.step == self.total
+                at_epoch_end = state.step % self.steps_per_epoch == 0
+                report = done or at_epoch_end or state.step % config.log_every == 0
+                save = done or (at_epoch_end and epoch % config.save_every == 0)
+                save |= self._is_save_due()
+                # Before every checkpoint too, so that none can hold a state that is not healthy.
+                stop = self._heed(guard, keep=0 if report or save else 1)
+                note = window.report(epoch, lr) if report else None
+                progress.advance(note=note)
+                if state.step == first + 1:
+                    stack.close()
+                if stop:
+                    self._leave()
+                pause = time.perf_counter()
+                if done or (at_epoch_end and epoch % config.eval_every == 0):
+                    self._evaluate(epoch)
+                if save:
+                    self._save()
+                window.since += time.perf_counter() - pause
+        self._save_at_the_end()
+
+    def _is_told_to_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            config=self.config.optim,
+            batch_size=self.config.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            steps=len(self.batches),
+        )
+
+    def _heed(self, guard: Guard, keep: int) -> bool:
+        """Whether to leave, by what is known of the steps so far but the ``keep`` newest.
+
+        All ranks get the same answer after the same step.
+
+        Raises:
+            _NotFinite: one of them changed nothing.
+        """
+        stop = self.world.size == 1 and self._is_told_to_stop()
+        while (verdict := guard.read(0 if stop else keep)) is not None:
+            if not verdict.healthy:
+                raise _NotFinite(verdict.step, guard.explain(verdict))
+            stop |= verdict.stop
+        return stop
+
+    def _leave(self) -> None:
+        """Save and end the run.
+
+        Raises:
+            Preempted: always.
+        """
+        self._save()
+        self._save_at_the_end()
+        name = self.signals.received or "another rank was signalled"
+        raise Preempted(
+            f"{name}: saved step {self.state.step} in {self.output / 'checkpoints'}; "
+            f"the same command goes on from there"
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _is_save_due(self) -> bool:
+        config = self.config
+        if config.save_steps is not None and self.state.step % config.save_steps == 0:
+            return True
+        # Only the first rank saves, so its clock alone decides.
+        age = time.monotonic() - self.saved_at
+        return config.save_minutes is not None and age >= 60 * config.save_minutes
+
+    def _save(self) -> None:
+        self.saved_at = time.monotonic()
+        if self.world.is_first:
+            self.writer.save(self.state.step, self.state.to_checkpoint(self.config))
+
+    def _save_at_the_end(self) -> None:
+        """Until the newest checkpoint is on the disk, for all ranks."""
+        self.writer.wait()
+        self.world.wait()
+
+    def roll_back(self, error: _NotFinite) -> None:
+        """Go back to the newest checkpoint and leave the step out from then on.
+
+        Raises:
+            FloatingPointError: the configuration says stop, there is nothing to go back to, or it
+                has been done too often.
+        """
+        checkpoints = self.output / "checkpoints"
+        where = f"{error}; it changed no weight, the checkpoints are in {checkpoints}"
+        if self.config.on_nonfinite == "stop":
+            raise FloatingPointError(where)
+        self._save_at_the_end()
+        self.rollbacks += 1
+        if self.rollbacks > self.config.max_rollbacks:
+            raise FloatingPointError(f"{where}; max_rollbacks={self.config.max_rollbacks} is spent")
+        skipped = [*self.state.skipped, error.step]
+        if not go_back(checkpoints, self.state):
+            raise FloatingPointError(f"{where}; there is none yet to roll back to")
+        self.state.skipped = skipped
+        self.step_once.guard.forget()
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = MetricsFile(self._metrics_path(), self.state.step)
+        log.warning("%s; going on from step %d without it", error, self.state.step)
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def _catch_up_on_evaluation(self) -> None:
+        """An evaluation that a signal cut short: due at the checkpoint's step and not done."""
+        epoch, rest = divmod(self.state.step, self.steps_per_epoch)
+        is_due = epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
+        if is_due and self.state.evaluated_step < self.state.step:
+            self._evaluate(epoch)
+            self._save()
+
+    def _evaluate(self, epoch: int) -> None:
+        state = self.state
+        evaluation = self.evaluate_once(state.model)
+        if state.ema is not None:
+            evaluation["ema_top1"] = self.evaluate_once(state.ema.module)["top1"]
+        if evaluation["top1"] > state.best_top1:
+            state.best_top1, state.best_epoch = evaluation["top1"], epoch
+        log.info(
+            "epoch %d  top-1 %.2f %%  loss %.4f",
+            epoch, 100 * evaluation["top1"], evaluation["loss"],
+        )  # fmt: skip
+        if self.metrics is not None and state.evaluated_step < state.step:
+            row = {key: value for key, value in evaluation.items() if key != "per_class"}
+            self.metrics.write("eval", {"step": state.step, "epoch": epoch, **row})
+        self.evaluation, state.evaluated_step = evaluation, state.step
+
+    def evaluate_once(self, model: torch.nn.Module) -> dict[str, Any]:
+        """All held-out images, over all ranks."""
+        classes = self.source.classes
+        return evaluate_model(
+            model, self.eval_loader, classes, self.device, self.world, self._heed_in_evaluation
+        )
+
+    def _heed_in_evaluation(self) -> None:
+        if self.world.any(self._is_told_to_stop(), self.device):
+            self._leave()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Weights and result.json."""
+        config, state = self.config, self.state
+        if self.evaluation is None:  # the checkpoint was the finished run's last
+            self._evaluate(config.epochs)
+        assert self.evaluation is not None
+        substituted = {path for paths in self.world.gather(
+            sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
+        }  # fmt: skip
+        result = {
+            **self.evaluation,
+            "best_top1": state.best_top1,
+            "best_epoch": state.best_epoch,
+            "classes": self.source.classes,
+            "steps": state.step,
+            "epochs": config.epochs,
+            "skipped_steps": state.skipped,
+            "processes": self.world.size,
+            "train_seconds": round(state.train_seconds, 3),
+            "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
+            "substituted": sorted(substituted),
+            "distill": config.loss.kind,
+            "teacher": _describe_teaching(config, self.teaching),
+            "seed": config.seed,
+            "environment": describe_environment(self.device),
+            "command": describe_command(),
+        }
+        if self.world.is_first:
+            _save_weights(self.output / "model.safetensors", state.model)
+            if state.ema is not None:
+                _save_weights(self.output / "ema.safetensors", state.ema.module)
+            write_json(self.output / "result.json", result)
+        if result["substituted"]:
+            log.warning(
+                "%d unreadable images were substituted, the first is %s",
+                len(result["substituted"]), result["substituted"][0],
+            )  # fmt: skip
+        return result
+
+    def close(self) -> None:
+        self.teaching.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 class _Window:
     """Means over the steps since the last line; the only place that reads numbers back.
 
+    The sums belong to the state, so that a row which an interruption cut in two comes out whole.
     ``since`` moves on by what evaluation and saving take, so rates are those of training alone.
     """
 
-    def __init__(self, config: RunConfig, metrics: MetricsFile) -> None:
-        self.config, self.metrics = config, metrics
-        self._clear()
+    def __init__(
+        self, config: RunConfig, state: TrainState, metrics: MetricsFile | None, world: World,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.state, self.metrics = config, state, metrics
+        self.world, self.device = world, device
+        self._start()
 
-    def _clear(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+    def _start(self) -> None:
         self.waited, self.steps, self.since = 0.0, 0, time.perf_counter()
 
     def timed(self, loader: ViewLoader) -> Iterator[ViewBatch]:
@@ -169,23 +378,21 @@ class _Window:
 
     def add(self, numbers: dict[str, torch.Tensor]) -> None:
         """Count a step; its numbers stay on the device."""
+        sums = self.state.sums
         for name, value in numbers.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            sums[name] = sums[name] + value if name in sums else value
+        self.state.summed += 1
         self.steps += 1
 
-    def report(self, state: TrainState, epoch: int, lr: float) -> str:
-        """Write a row, start anew, and return the text to show.
-
-        Raises:
-            FloatingPointError: a number is not finite.
-        """
-        means = {name: (value / self.steps).item() for name, value in self.sums.items()}
-        if not all(value == value and abs(value) != float("inf") for value in means.values()):
-            raise FloatingPointError(
-                f"step {state.step}: {', '.join(f'{k} {v}' for k, v in means.items())}; "
-                f"the checkpoints before it are in {self.config.output}/checkpoints"
-            )
+    def report(self, epoch: int, lr: float) -> str:
+        """Write a row, start anew, and return the text to show; all ranks must call it together."""
+        state = self.state
+        if self.steps == 0:  # all of them were left out
+            return ""
+        means = {name: (value / state.summed).item() for name, value in state.sums.items()}
         seconds = time.perf_counter() - self.since
+        waits = torch.tensor(self.waited / seconds, dtype=torch.float64, device=self.device)
+        self.world.maximum(waits)
         state.train_seconds += seconds
         row = {
             "step": state.step,
@@ -193,38 +400,18 @@ class _Window:
             **means,
             "lr": lr,
             "images_per_s": self.steps * self.config.batch_size / seconds,
-            "data_wait": self.waited / seconds,
+            "data_wait": waits.item(),
         }
-        self.metrics.write("train", row)
+        if self.metrics is not None:
+            self.metrics.write("train", row)
         text = (
             f"loss {row['loss']:.4f}  lr {lr:.2e}  {row['images_per_s']:.0f} img/s  "
             f"data wait {100 * row['data_wait']:.0f} %"
         )
         log.debug("step %d  %s", state.step, text)
-        self._clear()
+        state.sums, state.summed = {}, 0
+        self._start()
         return text
-
-
-def _evaluate(
-    state: TrainState,
-    loader: EvalLoader,
-    classes: list[str],
-    device: torch.device,
-    epoch: int,
-    metrics: MetricsFile | None,
-) -> dict[str, Any]:
-    evaluation = evaluate_model(state.model, loader, classes, device)
-    if state.ema is not None:
-        evaluation["ema_top1"] = evaluate_model(state.ema.module, loader, classes, device)["top1"]
-    if evaluation["top1"] > state.best_top1:
-        state.best_top1, state.best_epoch = evaluation["top1"], epoch
-    log.info(
-        "epoch %d  top-1 %.2f %%  loss %.4f", epoch, 100 * evaluation["top1"], evaluation["loss"]
-    )
-    if metrics is not None:
-        row = {key: value for key, value in evaluation.items() if key != "per_class"}
-        metrics.write("eval", {"step": state.step, "epoch": epoch, **row})
-    return evaluation
 
 
 def _describe_teaching(config: RunConfig, teaching: object) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ log = logging.getLogger("deit_fast")
 # a pixel, a weight or a learning rate.
 _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "log_every", "eval_every", "save_every",
+    "save_steps", "save_minutes", "on_nonfinite", "max_rollbacks", "accumulate",
     "teacher", "teacher_batch", "cache", "data.root", "data.workers",
 }  # fmt: skip
 
@@ -36,6 +37,12 @@ class TrainState:
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     step: int = 0
+    evaluated_step: int = 0
+    skipped: list[int] = field(
+        default_factory=list
+    )  # steps left out: their numbers were not finite
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of steps not yet in a log row
+    summed: int = 0
     best_top1: float = -1.0
     best_epoch: int = 0
     train_seconds: float = 0.0
@@ -47,16 +54,18 @@ class TrainState:
             "format": 1,
             "config": json.dumps(to_dict(config)),
             "step": self.step,
+            "evaluated_step": self.evaluated_step,
+            "skipped": list(self.skipped),
+            "sums": dict(self.sums),
+            "summed": self.summed,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
             "train_seconds": self.train_seconds,
             "substituted": sorted(self.substituted),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            # No generator's state: views, order and stochastic depth follow from seed and step.
             "optimizer": self.optimizer.state_dict(),
-            # Stochastic depth draws from torch's generators; views and order need no state.
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -64,13 +73,14 @@ class TrainState:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
+        self.skipped = list(saved["skipped"])
+        device = next(self.model.parameters()).device
+        self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+        self.summed = saved["summed"]
         self.best_top1, self.best_epoch = saved["best_top1"], saved["best_epoch"]
         self.train_seconds = saved["train_seconds"]
         self.substituted = set(saved["substituted"])
-        torch.set_rng_state(saved["rng_cpu"])
-        if saved["rng_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["rng_cuda"])
 
 
 def create_state(config: RunConfig, num_classes: int, device: torch.device) -> TrainState:
@@ -108,6 +118,15 @@ def resume(config: RunConfig, state: TrainState) -> None:
         )
     state.restore(saved)
     log.info("going on from %s, step %d", path, state.step)
+
+
+def go_back(folder: Path, state: TrainState) -> bool:
+    """Bring ``state`` back to the newest checkpoint of its own run; False where there is none."""
+    found = load_newest(folder)
+    if found is None:
+        return False
+    state.restore(found[1])
+    return True
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.config import RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import distillation_loss
+from deit_fast.models.fuse import set_batch_part
 from deit_fast.models.teachers import has_bf16
+from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.teaching import Teaching
+from deit_fast.world import World
 
 
 class TrainStep:
     """Applies one batch to the model.
 
-    The numbers it returns stay on the device, so a step waits for nothing; the loop reads them
-    when it logs.
+    The numbers it returns, zero-dimensional tensors, stay on the device, so a step waits for
+    nothing; the loop reads them when it logs. The draws of stochastic depth follow from seed and
+    step: a resumed run needs no generator's state. A fused model draws for the whole batch, so that
+    neither the number of ranks nor of parts changes who is dropped; others draw by rank and part.
     """
 
     def __init__(
@@ -29,17 +40,68 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         ema: ModelEmaV3 | None,
         device: torch.device,
+        world: World | None = None,
     ) -> None:
         self.config, self.model, self.teaching = config, model, teaching
         self.optimizer, self.ema, self.device = optimizer, ema, device
+        self.world = world or World()
         self.bf16 = has_bf16(device)
+        self.guard = Guard(self.world, device, model)
+        self.forward = parallel(config, model, device, self.world)
 
-    def __call__(self, batch: ViewBatch, step: int, lr: float) -> dict[str, torch.Tensor]:
-        """Returns loss, base_loss, distill_loss and grad_norm as zero-dimensional tensors."""
+    def __call__(
+        self, batch: ViewBatch, step: int, lr: float, is_told_to_stop: Callable[[], bool] = bool
+    ) -> dict[str, torch.Tensor]:
+        """Returns loss, base_loss and distill_loss, means over the ranks, and grad_norm.
+
+        Args:
+            batch: this rank's share of the step's views.
+            step: position in the order.
+            lr: learning rate of this step.
+            is_told_to_stop: whether this process was told to leave; asked as late as can be.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.teaching.at(step)
+        numbers: dict[str, torch.Tensor] = {}
+        parts = self.config.accumulate
+        size = len(batch) // parts
+        for part in range(parts):
+            piece = batch if parts == 1 else batch.part(part * size, (part + 1) * size)
+            self._seed(step, (self.world.rank * parts + part) * size)
+            forward: Any = self.forward
+            last = part == parts - 1
+            is_alone = last or not isinstance(forward, DistributedDataParallel)
+            with nullcontext() if is_alone else forward.no_sync():
+                for name, value in self._backward(piece).items():
+                    numbers[name] = numbers[name] + value if part else value
+
+        parameters, norms = gradient_norms(self.model)
+        total_norm = torch.linalg.vector_norm(norms)
+        stop = is_told_to_stop()
+        found_inf, numbers = self.guard.judge(step, numbers, norms, total_norm, stop)
+        if self.config.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad, total_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = found_inf  # a fused optimiser changes nothing where it is 1
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
+        return numbers | {"grad_norm": total_norm}
+
+    def _seed(self, step: int, offset: int) -> None:
+        """Draws of the forward whose first sample stands at ``offset`` of the whole batch."""
+        fused = set_batch_part(self.model, offset, self.config.batch_size)
+        words = (self.config.seed, step) if fused else (self.config.seed, step, offset)
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+
+    def _backward(self, batch: ViewBatch) -> dict[str, torch.Tensor]:
+        """Gradients of one part, added up; its share of the losses."""
         images = ingest_batch(batch, self.config.view, torch.float32)
         answer = self.teaching(batch, images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(images)
+            outputs = self.forward(images)
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
@@ -56,14 +118,31 @@ class TrainStep:
             reduction=loss.reduction,
             return_parts=True,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        share = 1 / self.config.accumulate
+        (total if share == 1 else total * share).backward()
         numbers = {"loss": total, "base_loss": base, "distill_loss": distill}
-        limit = self.config.optim.clip_grad or float("inf")
-        numbers["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model, step=step)
-        return {name: value.detach() for name, value in numbers.items()}
+        return {name: value.detach() * share for name, value in numbers.items()}
+
+
+def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    """What a step calls: the model, compiled if asked for, its gradients averaged over ranks."""
+    forward = model
+    if config.compile:
+        # DDP's own splitting would cut the graph at its buckets; they overlap well enough without.
+        torch._dynamo.config.optimize_ddp = False
+        forward = torch.compile(model)  # type: ignore[assignment]
+    if world.size == 1:
+        return forward
+    # Buffers follow the first rank's by default; transformers have none and send nothing.
+    wrapped = DistributedDataParallel(
+        forward,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Without a teacher the distillation head of a student that has one gets no gradient.
+        find_unused_parameters=config.loss.kind == "none",
+    )
+    if config.compress_gradients:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped

@@ -33,6 +33,10 @@ class Teaching(Protocol):
         """Told once that the batches from ``start`` on come next, in this order."""
         return
 
+    def at(self, step: int) -> None:
+        """Told before each step which one it is."""
+        return
+
     def close(self) -> None:
         """No more batches come."""
         return
@@ -61,19 +65,20 @@ class CachedTeacher(Teaching):
     def __init__(self, cache: LogitCache, *, tau: float, tail: str) -> None:
         self.cache, self.tau, self.tail = cache, tau, tail
         self._ahead: ReadAhead | None = None
-        self._step = 0
 
     def follow(self, batches: Sequence, start: int) -> None:
-        self._ahead, self._step = self.cache.prefetch(batches, start=start), start
+        self.close()
+        self._ahead = self.cache.prefetch(batches, start=start)
+
+    def at(self, step: int) -> None:
+        if self._ahead is not None:
+            self._ahead.advance(step)
 
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
-        if self._ahead is not None:
-            self._ahead.advance(self._step)
-            self._step += 1
         answer = self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
         if isinstance(answer, TopK):
             moved = [field.to(images.device, non_blocking=True) for field in answer[:3]]

@@ -1,0 +1,308 @@
+"""A fused model is timm's model: outputs, gradients, random draws and state dicts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from deit_fast.config import InputError
+from deit_fast.models import create_student, fuse, unfuse
+
+fusing = sys.modules["deit_fast.models.fuse"]  # the name in the package is the function's
+KERNELS = fusing.KERNELS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+NAMES = {
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "plain": ("deit_tiny_patch16_224", {}),
+    "deit3": ("deit3_small_patch16_224", {"init_values": 0.3}),
+    "average": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+}
+
+
+def build(kind: str, **changes: object) -> nn.Module:
+    """A small model with no constant parameters: gammas and biases differ from 0 and 1."""
+    name, options = NAMES[kind]
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=7, **(SMALL | options | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    if kind == "distilled":
+        model.set_distilled_training(True)
+    return model.to(DEVICE)
+
+
+def run(model: nn.Module, images: Tensor, seed: int = 5) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and the gradients of a loss that weighs each of them differently."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    output = model(images)
+    outputs = list(output) if isinstance(output, tuple) else [output]
+    torch.manual_seed(seed)
+    sum((out * torch.randn(out.shape).to(out)).sum() for out in outputs).backward()
+    return [out.detach() for out in outputs], {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
+
+
+def assert_same(mine: tuple, theirs: tuple, rtol: float = 1e-5) -> None:
+    """Norm of the difference, relative; a gradient that one lacks, the other lacks."""
+    assert len(mine[0]) == len(theirs[0]) and mine[1].keys() == theirs[1].keys()
+    pairs = [("output", *pair) for pair in zip(mine[0], theirs[0], strict=True)]
+    pairs += [(name, mine[1][name], theirs[1][name]) for name in mine[1]]
+    for name, got, wanted in pairs:
+        assert wanted is not None and got is not None, name
+        error = ((got - wanted).norm() / wanted.norm()).item()
+        assert error <= rtol, f"{name}: {error:.1e}"
+
+
+IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kernels", [(), *((name,) for name in KERNELS), KERNELS])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_equals_timm(kind: str, kernels: tuple[str, ...], drop_path: float) -> None:
+    model = build(kind, drop_path_rate=drop_path)
+    theirs = run(model.train(), IMAGES)
+    mine = run(fuse(model, kernels=kernels), IMAGES)
+    assert_same(mine, theirs)
+    unfused = run(unfuse(model), IMAGES)
+    assert all(torch.equal(a, b) for a, b in zip(unfused[0], theirs[0], strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+def test_equals_timm_in_the_interpreter() -> None:
+    """The kernels themselves, all three at once, where this process runs their references."""
+    test = f"{__file__}::test_equals_timm"
+    chosen = "deit3 or distilled"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test,
+         "-k", f"({chosen}) and kernels4 and 0.4", "-W", "ignore::RuntimeWarning"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("small"), pytest.param("base")])
+def test_deit_equals_timm(size: str) -> None:
+    """The published shapes, two of the twelve blocks."""
+    torch.manual_seed(2)
+    model = timm.create_model(f"deit_{size}_distilled_patch16_224", depth=2, drop_path_rate=0.3)
+    model.set_distilled_training(True)
+    model.train().to(DEVICE)
+    images = torch.randn(2, 3, 224, 224).to(DEVICE)
+    theirs = run(model, images)
+    assert_same(run(fuse(model, kernels=KERNELS), images), theirs)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_evaluation_has_the_structure_and_values_of_timm(kind: str) -> None:
+    model = build(kind).eval()
+    with torch.no_grad():
+        wanted = model(IMAGES), model.forward_features(IMAGES)
+        fuse(model, kernels=KERNELS)
+        got = model(IMAGES), model.forward_features(IMAGES)
+        depth = len(model.forward_intermediates(IMAGES, intermediates_only=True))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert depth == 3
+
+
+def test_state_dicts_are_interchangeable() -> None:
+    plain, fused = build("deit3"), fuse(build("deit3"), kernels=KERNELS)
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.mul_(1.5)
+    plain.load_state_dict(fused.state_dict())
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fused(IMAGES), plain(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_unfuse_gives_back_the_classes() -> None:
+    model = build("distilled")
+    kinds = [type(module) for module in model.modules()]
+    fuse(fuse(model, kernels=KERNELS), kernels=())
+    assert any(type(m) is not kind for m, kind in zip(model.modules(), kinds, strict=True))
+    unfuse(unfuse(model))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_fused_models_are_copied_and_compiled() -> None:
+    import copy
+
+    model = fuse(build("deit3", drop_path_rate=0.0), kernels=KERNELS)
+    wanted = run(model, IMAGES)
+    assert_same(run(copy.deepcopy(model), IMAGES), wanted, rtol=0)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs, gradients = run(compiled, IMAGES)
+    names = {name.removeprefix("_orig_mod."): value for name, value in gradients.items()}
+    assert_same((outputs, names), wanted)
+
+
+@pytest.mark.parametrize("kind", ["distilled", "average"])
+def test_checkpointing_and_masks_still_work(kind: str) -> None:
+    model = build(kind).train()
+    tokens = model.pos_embed.shape[1]
+    mask = torch.rand(tokens, tokens, device=DEVICE).tril() > 0
+    wanted, masked = run(model, IMAGES), model.forward_features(IMAGES, attn_mask=mask)
+    fuse(model, kernels=KERNELS)
+    torch.testing.assert_close(model.forward_features(IMAGES, attn_mask=mask), masked)
+    model.set_grad_checkpointing(True)
+    assert_same(run(model, IMAGES), wanted)
+
+
+def test_the_last_block_makes_only_what_the_heads_read() -> None:
+    """By counting the products of the linear layers: 10/12 of one block's are saved."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.rand(1, 3, 224, 224))
+        return counter.get_total_flops()
+
+    model = timm.create_model("deit_small_distilled_patch16_224").cpu()
+    plain = flops(model)
+    width, patches = 384, 196
+    assert plain - flops(fuse(model, kernels=())) == 2 * patches * 10 * width**2
+
+
+# ---------------------------------------------------------------------------------------------
+# Stochastic depth on subsets
+# ---------------------------------------------------------------------------------------------
+
+
+def test_subset_keeps_a_fixed_number_and_the_mean() -> None:
+    model = build("plain", depth=1, global_pool="avg").double()
+    fuse(model, kernels=(), stochastic_depth="subset").train()
+    images = IMAGES[:1].double().expand(8, -1, -1, -1)
+    block = model.blocks[0]
+    block.drop_path1 = timm.layers.DropPath(0.5)  # timm's own rate of the only block is 0
+    block.mlp.forward = lambda x: torch.zeros_like(x)
+    tokens = model._pos_embed(model.patch_embed(images)).detach()
+    whole = block.eval()(tokens) - tokens
+    block.train()
+    kept = torch.zeros(8, dtype=torch.float64)
+    for _ in range(200):
+        added = block(tokens) - tokens
+        factor = (added / whole).flatten(1).median(1).values
+        torch.testing.assert_close(
+            factor.sort().values, torch.tensor([0.0] * 4 + [2.0] * 4).double()
+        )
+        kept += factor / 2
+    assert ((kept / 200 - 0.5).abs() < 5 * (0.25 / 200) ** 0.5).all()
+
+
+def test_subset_without_dropping_is_the_whole() -> None:
+    model = build("distilled", drop_path_rate=0.0)
+    wanted = run(model, IMAGES)
+    assert_same(run(fuse(model, kernels=KERNELS, stochastic_depth="subset"), IMAGES), wanted)
+
+
+@pytest.mark.parametrize("kernels", [(), KERNELS])
+def test_subset_saves_the_dropped_work(kernels: tuple[str, ...]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(stochastic_depth: str) -> int:
+        model = build("average", drop_path_rate=0.5)
+        for block in model.blocks:
+            block.drop_path1 = block.drop_path2 = timm.layers.DropPath(0.5)
+        fuse(model, kernels=kernels, stochastic_depth=stochastic_depth).train()
+        with FlopCounterMode(display=False) as counter:
+            model(IMAGES)
+        return counter.get_total_flops() - outside
+
+    outside = 2 * 6 * 16 * (3 * 8 * 8) * 48 + 2 * 6 * 48 * 7  # patch embedding and head
+    assert flops("subset") * 2 == flops("sample")
+
+
+# ---------------------------------------------------------------------------------------------
+# What cannot be fused
+# ---------------------------------------------------------------------------------------------
+
+
+def change_activation(model: nn.Module) -> None:
+    model.blocks[1].mlp.act = nn.ReLU()
+
+
+def change_norm(model: nn.Module) -> None:
+    model.blocks[1].norm2 = nn.GroupNorm(1, 17).to(DEVICE)
+
+
+def change_scale(model: nn.Module) -> None:
+    model.blocks[1].ls1 = nn.Dropout(0.0)
+
+
+def normed_queries(model: nn.Module) -> None:
+    model.blocks[1].attn.q_norm = nn.LayerNorm(16).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (change_activation, "block 1: bias_gelu: has activation ReLU()"),
+        (change_norm, "block 1: has norm2 GroupNorm"),
+        (change_scale, "block 1: has ls1 Dropout"),
+        (normed_queries, "block 1: attention: has q_norm LayerNorm"),
+    ],
+)
+def test_a_part_that_cannot_be_fused_is_named_and_left(
+    change: Callable[[nn.Module], None], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("plain")
+    change(model)
+    wanted = run(model, IMAGES)
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        fuse(model, kernels=KERNELS)
+    assert [record.message for record in caplog.records if reason in record.message]
+    assert len(caplog.records) == 1
+    assert type(model.blocks[0]) is fusing.FusedBlock
+    assert_same(run(model, IMAGES), wanted)
+
+
+def test_a_model_with_another_forward_keeps_it() -> None:
+    class Doubled(VisionTransformer):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = Doubled(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
+    model.to(DEVICE)
+    wanted = run(model, IMAGES)
+    assert type(fuse(model, kernels=KERNELS)) is Doubled
+    assert type(model.blocks[0]) is fusing.FusedBlock
+    assert_same(run(model, IMAGES), wanted)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(InputError, match="unknown kernel 'atention'"):
+        fuse(build("plain"), kernels=("atention",))
+    with pytest.raises(InputError, match="not 'some'"):
+        fuse(build("plain"), stochastic_depth="some")
+    with pytest.raises(InputError, match="not Linear"):
+        fuse(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="'subset' needs a fused transformer"):
+        create_student("deit_tiny_patch16_224", 3, fused=False, stochastic_depth="subset")
+
+
+def test_create_student_fuses() -> None:
+    small = {key: value for key, value in SMALL.items() if key != "img_size"}
+    model = create_student("deit_tiny_distilled_patch16_224", 7, img_size=32, **small)
+    assert isinstance(model.blocks[0], fusing.FusedBlock)
+    assert model.blocks[0].kernels == frozenset(fusing.default_kernels())
+    plain = create_student("deit_tiny_distilled_patch16_224", 7, img_size=32, fused=False, **small)
+    assert type(plain.blocks[0]) is Block

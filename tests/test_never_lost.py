@@ -1,0 +1,302 @@
+"""Whatever ends a run, the same command goes on and arrives where an undisturbed run does.
+
+Signals and NaN come from a teacher that does harm at a chosen batch (`unruly_teacher`); several
+processes are started by torchrun, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
+
+from deit_fast.config import RunConfig, to_dict
+from deit_fast.precompute import precompute
+from deit_fast.train.checkpoint import list_checkpoints
+from deit_fast.train.loop import train
+from deit_fast.train.metrics import read_metrics
+from deit_fast.train.preemption import EXIT_STATUS, Preempted
+
+HERE = Path(__file__).parent
+TEACHER = "unruly_teacher:convnet@{}/teacher.safetensors"
+STEPS = 12
+
+
+def unruly(world: Path, output: Path, **changes) -> RunConfig:  # noqa: F811
+    base = {"teacher": TEACHER.format(world), "save_steps": 1, "loss": {"kind": "soft"}}
+    changes = base | changes
+    return run_config(world, output, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:  # noqa: F811
+    """The run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    train(unruly(world, output))
+    return output
+
+
+def last_state(run: Path) -> dict:
+    return torch.load(list_checkpoints(run / "checkpoints")[-1], weights_only=True)
+
+
+def equal(left: object, right: object) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return left == right
+
+
+def assert_arrived(run: Path, undisturbed: Path) -> None:
+    """Weights, average, optimiser, counts and rows of metrics are those of the other run."""
+    assert weights_equal(run, undisturbed)
+    mine, theirs = last_state(run), last_state(undisturbed)
+    for key in ("model", "ema", "optimizer", "step", "evaluated_step", "best_top1", "skipped"):
+        assert equal(mine[key], theirs[key]), key
+    assert comparable_rows(run) == comparable_rows(undisturbed)
+
+
+def train_rows(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["kind"] == "train"]
+
+
+# ---------------------------------------------------------------------------------------------
+# One process
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):  # noqa: F811
+    config = unruly(world, tmp_path / "whole", log_every=4, epochs=1)
+    train(config)
+    parts = config.replace(output=str(tmp_path / "parts"))
+    for at in (3, 2):
+        monkeypatch.setenv("UNRULY", f"SIGKILL:{at}")
+        assert in_a_child(parts) == -signal.SIGKILL
+    monkeypatch.delenv("UNRULY")
+    train(parts)
+    whole_row = train_rows(comparable_rows(tmp_path / "whole"))[-1]
+    assert whole_row["step"] == 6
+    assert train_rows(comparable_rows(tmp_path / "parts"))[-1] == whole_row
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, monkeypatch, name):  # noqa: F811
+    config = unruly(world, tmp_path, save_steps=None)
+    before = signal.getsignal(getattr(signal, name))
+    stops = []
+    for at in (0, 1, 3, 0):  # batches after each start; the first step of a start included
+        monkeypatch.setenv("UNRULY", f"{name}:{at}")
+        with pytest.raises(Preempted, match=name) as caught:
+            train(config)
+        stops.append(last_state(tmp_path)["step"] if "saved step" in str(caught.value) else None)
+    assert stops == [None, 2, 6, None], "at the first step of a start there is nothing to save"
+    assert signal.getsignal(getattr(signal, name)) == before
+    monkeypatch.delenv("UNRULY")
+    train(config)
+    assert_arrived(tmp_path, whole)
+
+
+def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
+    world, whole, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    from deit_fast import evaluate
+
+    forward_heads, calls = evaluate.forward_heads, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_heads(*arguments)
+
+    config = unruly(world, tmp_path, save_steps=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "forward_heads", interrupted)
+        with pytest.raises(Preempted, match="saved step 6"):
+            train(config)
+    assert last_state(tmp_path)["evaluated_step"] == 0
+    train(config)
+    assert_arrived(tmp_path, whole)
+
+
+def in_a_child(config: RunConfig) -> int:
+    """Status of a forked process that trains; negative: the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            train(config)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):  # noqa: F811
+    """With a cached teacher's order, mixing, repeats, EMA: killed again and again."""
+    draw = random.Random(7)
+    config = unruly(world, tmp_path / "killed", epochs=5, num_views=6)
+    kills = 0
+    for _ in range(60):
+        monkeypatch.setenv("UNRULY", f"SIGKILL:{draw.randrange(0, 3)}")
+        if kills == 20:
+            monkeypatch.delenv("UNRULY")
+        status = in_a_child(config)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert status == 0 and kills == 20
+    monkeypatch.delenv("UNRULY", raising=False)
+    train(config.replace(output=str(tmp_path / "whole")))
+    assert_arrived(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_cached_run_killed_goes_on(world, tmp_path):  # noqa: F811
+    config = unruly(world, tmp_path / "whole", cache=str(tmp_path / "cache"))
+    precompute(config)
+    config = config.replace(teacher=None)
+    train(config)
+    parts = config.replace(output=str(tmp_path / "parts"))
+    for steps in (1, 5, 6, 7):
+        assert in_a_child(parts.replace(max_steps=steps)) == 0
+    train(parts)
+    assert weights_equal(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("UNRULY", "nan:7")
+    with pytest.raises(FloatingPointError) as caught:
+        train(unruly(world, tmp_path))
+    message = str(caught.value)
+    assert "step 8: the loss of rank 0 is not finite" in message
+    assert "parameters are not finite: cls_token" in message and "\n" not in message
+    state = last_state(tmp_path)
+    assert state["step"] == 7
+    assert all(value.isfinite().all() for value in state["model"].values())
+    monkeypatch.delenv("UNRULY")
+    train(unruly(world, tmp_path))
+    assert_arrived(tmp_path, whole)
+
+
+def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("UNRULY", "nan:7")
+    config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
+    result = train(config)
+    assert result["skipped_steps"] == [7] and result["steps"] == STEPS
+    rows = train_rows(read_metrics(tmp_path / "rolled/metrics.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    monkeypatch.delenv("UNRULY")
+    # The same as a run that left the step out from the start.
+    clean = unruly(world, tmp_path / "clean", save_steps=3)
+    train(clean.replace(max_steps=6))
+    path = list_checkpoints(tmp_path / "clean/checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"skipped": [7]}, path)
+    train(clean)
+    assert weights_equal(tmp_path / "rolled", tmp_path / "clean")
+
+
+def test_rollback_has_an_end(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("UNRULY", "nan:7")
+    config = unruly(world, tmp_path, on_nonfinite="rollback", max_rollbacks=0)
+    with pytest.raises(FloatingPointError, match="max_rollbacks=0 is spent"):
+        train(config)
+
+
+def test_accumulated_parts_are_one_step(world, whole, tmp_path):  # noqa: F811
+    train(unruly(world, tmp_path, accumulate=4))
+    assert_close_runs(tmp_path, whole)
+
+
+def assert_close_runs(run: Path, undisturbed: Path) -> None:
+    """The same samples, views and drops: losses that differ by the order of sums alone."""
+    mine, theirs = (train_rows(read_metrics(path / "metrics.jsonl")) for path in (run, undisturbed))
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for left, right in zip(mine, theirs, strict=True):
+        for key in ("loss", "base_loss", "distill_loss", "grad_norm"):
+            assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Two processes
+# ---------------------------------------------------------------------------------------------
+
+
+def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    path = Path(config.output).with_suffix(".json")
+    values = to_dict(config)
+    path.write_text(json.dumps(values))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *options, "-m", "deit_fast", "train", "--config", str(path)],
+        env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(world, tmp_path_factory) -> Path:  # noqa: F811
+    output = tmp_path_factory.mktemp("two") / "whole"
+    done = torchrun(unruly(world, output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.dist
+def test_two_processes_make_the_run_of_one(whole, whole_of_two):
+    assert_close_runs(whole_of_two, whole)
+    result = json.loads((whole_of_two / "result.json").read_text())
+    alone = json.loads((whole / "result.json").read_text())
+    assert result["processes"] == 2 and result["samples"] == alone["samples"]
+
+
+@pytest.mark.dist
+def test_two_processes_without_a_teacher(world, tmp_path):  # noqa: F811
+    """The distillation head has no gradient then, which DDP has to expect."""
+    config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1)
+    done = torchrun(config.replace(accumulate=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(config.replace(output=str(tmp_path / "one")))
+    assert_close_runs(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_path):  # noqa: F811
+    config = unruly(world, tmp_path / "run", save_steps=None)
+    done = torchrun(config, UNRULY="SIGTERM:3:1")
+    assert done.returncode != 0 and f"exitcode  : {EXIT_STATUS}" in done.stderr, done.stderr[-3000:]
+    assert "saved step" in done.stderr
+    assert 4 <= last_state(tmp_path / "run")["step"] <= 7
+    assert torchrun(config).returncode == 0
+    assert_arrived(tmp_path / "run", whole_of_two)
+
+
+@pytest.mark.dist
+def test_nan_in_one_rank_ends_both(world, tmp_path):  # noqa: F811
+    done = torchrun(unruly(world, tmp_path / "run"), UNRULY="nan:5:1")
+    assert done.returncode != 0
+    assert "step 6: the loss of rank 1 is not finite" in done.stderr
+    state = last_state(tmp_path / "run")
+    assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.dist
+def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):  # noqa: F811
+    """Killed at its fifth batch, and in its restart not: that starts beyond."""
+    config = unruly(world, tmp_path / "run")
+    done = torchrun(config, "--max-restarts", "3", UNRULY="SIGKILL:4:1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_arrived(tmp_path / "run", whole_of_two)

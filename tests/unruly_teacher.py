@@ -1,0 +1,34 @@
+"""A teacher that does harm at a chosen call: `unruly_teacher:convnet@weights`.
+
+UNRULY="SIGTERM:5" signals this process at its sixth batch, "SIGKILL:5" kills it, "nan:5" answers
+that batch with NaN; "nan:5:1" does so in rank 1 alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+from deit_fast.models.convnet import small_convnet
+
+
+class Unruly(nn.Sequential):
+    calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) < 4:  # the loader's question for the number of classes
+            return super().forward(images)
+        action, at, *rank = os.environ.get("UNRULY", "none:0").split(":")
+        chosen = self.calls == int(at) and rank in ([], [os.environ.get("RANK", "0")])
+        self.calls += 1
+        if chosen and action.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, action))
+        answer = super().forward(images)
+        return answer * float("nan") if chosen and action == "nan" else answer
+
+
+def convnet(num_classes: int) -> nn.Module:
+    return Unruly(*small_convnet(num_classes))
