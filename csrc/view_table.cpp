@@ -1,5 +1,6 @@
 #include "view_table.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -81,7 +82,12 @@ void gather(const Located& located, const int64_t* rows, size_t count, const Rec
 }
 
 ReadAhead::ReadAhead(size_t threads) : pid_(::getpid()) {
-  for (size_t i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  for (size_t i = 0; i < threads; ++i) {
+    threads_.emplace_back([this] { work(); });
+#ifdef __linux__
+    pthread_setname_np(threads_.back().native_handle(), "dlc-read-ahead");  // for top and gdb
+#endif
+  }
 }
 
 bool ReadAhead::is_mine() const { return ::getpid() == pid_; }

@@ -21,6 +21,7 @@ from deit_fast.train.checkpoint import list_checkpoints, load_newest, save_check
 from deit_fast.train.loop import train
 from deit_fast.train.metrics import read_metrics
 from deit_fast.train.optim import create_optimizer, learning_rate
+from deit_fast.train.speed import training_flops
 from digits import write_few_digits
 
 
@@ -65,9 +66,33 @@ def weights_equal(left: Path, right: Path) -> bool:
 
 
 def comparable_rows(run: Path) -> list[dict]:
-    clock = {"time", "images_per_s", "data_wait"}
+    clock = {"time", "images_per_s", "images_per_s_per_process", "step_ms", "seconds_left",
+             "data_wait"}  # fmt: skip
     return [{k: v for k, v in row.items() if k not in clock}
             for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+
+
+def test_the_line_says_what_a_person_needs(world, tmp_path, caplog):
+    config = run_config(world, tmp_path, max_steps=4, log_every=2)
+    with caplog.at_level(logging.INFO, "deit_fast"):
+        train(config)
+    lines = [r.message for r in caplog.records if r.message.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
+    row = next(row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train")
+    assert f"loss {row['loss']:.4f} (base {row['base_loss']:.4f}, distillation" in lines[0]
+    assert f"{row['step_ms']:.0f} ms" in lines[0] and "MFU n/a" in lines[0]
+    assert row["images_per_s"] == pytest.approx(32e3 / row["step_ms"])
+    assert row["seconds_left"] == pytest.approx(2e-3 * row["step_ms"])
+    assert lines[1].endswith("0:00:00 left")
+
+
+def test_training_flops_are_those_of_the_published_table():
+    """DeiT-S: 4.6 GFLOPs an image, multiply-adds (DeiT, table 5 with timm's count); times 2 x 3."""
+    model = create_student("deit_small_distilled_patch16_224", 1000)
+    assert training_flops(model, 224) == pytest.approx(6 * 4.6e9, rel=0.02)
+    assert training_flops(create_student("resnet18", 10), 224) == pytest.approx(
+        6 * 1.81e9, rel=0.02
+    )
 
 
 def test_learning_rate_is_timms_cosine():

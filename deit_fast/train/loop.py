@@ -26,6 +26,7 @@ from deit_fast.train.guard import Guard
 from deit_fast.train.metrics import MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.preemption import Preempted, Signals
+from deit_fast.train.speed import peak_flops, training_flops
 from deit_fast.train.state import TrainState, create_state, go_back, resume
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teaching import CachedTeacher, create_teaching
@@ -144,7 +145,7 @@ class _Run:
             stop=self.total,
             pin_memory=self.device.type == "cuda",
         )
-        window = _Window(config, state, self.metrics, self.world, self.device)
+        window = _Window(config, state, self.metrics, self.world, self.device, self.total)
         self.teaching.follow(self.batches, state.step)
         first = state.step
         with Progress("train", self.total, state.step) as progress, ExitStack() as stack:
@@ -359,10 +360,14 @@ class _Window:
 
     def __init__(
         self, config: RunConfig, state: TrainState, metrics: MetricsFile | None, world: World,
-        device: torch.device,
+        device: torch.device, total: int,
     ) -> None:  # fmt: skip
         self.config, self.state, self.metrics = config, state, metrics
-        self.world, self.device = world, device
+        self.world, self.device, self.total = world, device, total
+        peak = peak_flops(device)
+        self.utilisation_of_one = None if peak is None else (
+            training_flops(state.model, config.view.image_size) / (peak * world.size)
+        )  # fmt: skip
         self._start()
 
     def _start(self) -> None:
@@ -394,24 +399,48 @@ class _Window:
         waits = torch.tensor(self.waited / seconds, dtype=torch.float64, device=self.device)
         self.world.maximum(waits)
         state.train_seconds += seconds
-        row = {
-            "step": state.step,
-            "epoch": epoch,
-            **means,
-            "lr": lr,
-            "images_per_s": self.steps * self.config.batch_size / seconds,
-            "data_wait": waits.item(),
-        }
+        speed = self._speed(seconds) | {"data_wait": waits.item()}
         if self.metrics is not None:
+            row = {"step": state.step, "epoch": epoch, **means, "lr": lr, **speed}
             self.metrics.write("train", row)
-        text = (
-            f"loss {row['loss']:.4f}  lr {lr:.2e}  {row['images_per_s']:.0f} img/s  "
-            f"data wait {100 * row['data_wait']:.0f} %"
-        )
-        log.debug("step %d  %s", state.step, text)
+        text = f"step {state.step}/{self.total}  {_line(means, lr, speed)}"
         state.sums, state.summed = {}, 0
         self._start()
         return text
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Since the last line: ``mfu`` is absent on an unknown GPU, memory on a CPU."""
+        rate = self.steps * self.config.batch_size / seconds
+        speed = {
+            "step_ms": 1e3 * seconds / self.steps,
+            "images_per_s": rate,
+            "images_per_s_per_process": rate / self.world.size,
+            "seconds_left": (self.total - self.state.step) * seconds / self.steps,
+        }
+        if self.utilisation_of_one is not None:
+            speed["mfu"] = rate * self.utilisation_of_one
+        if self.device.type == "cuda":
+            speed["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return speed
+
+
+def _line(means: dict[str, float], lr: float, speed: dict[str, float]) -> str:
+    """What a person reads every ``log_every`` steps."""
+    parts = [
+        f"loss {means['loss']:.4f} (base {means['base_loss']:.4f}, "
+        f"distillation {means['distill_loss']:.4f})",
+        f"lr {lr:.2e}",
+        f"gradient {means['grad_norm']:.3g}",
+        f"{speed['step_ms']:.0f} ms",
+        f"{speed['images_per_s']:.0f} img/s",
+        f"data wait {100 * speed['data_wait']:.0f} %",
+        f"MFU {100 * speed['mfu']:.0f} %" if "mfu" in speed else "MFU n/a",
+    ]
+    if "peak_memory_bytes" in speed:
+        parts.append(f"{speed['peak_memory_bytes'] / 2**30:.1f} GiB")
+    minutes, seconds = divmod(round(speed["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "  ".join([*parts, f"{hours}:{minutes:02}:{seconds:02} left"])
 
 
 def _describe_teaching(config: RunConfig, teaching: object) -> dict[str, Any] | None:

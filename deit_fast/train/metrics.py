@@ -75,6 +75,9 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
+        """``note`` stands beside the bar; without a bar it is a line of the log."""
+        if self._bar is None and note:
+            log.info("%s", note)
         if self._bar is not None:
             self._bar.advance(self._task, count)
             if note is not None:

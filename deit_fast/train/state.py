@@ -14,7 +14,7 @@ from torch import nn
 
 from deit_fast.config import InputError, RunConfig, dotted_keys, to_dict
 from deit_fast.evaluate import build_model
-from deit_fast.models.weights import fit_weights, load_weights
+from deit_fast.models.weights import load_weights, start_from
 from deit_fast.train.checkpoint import list_checkpoints, load_newest
 from deit_fast.train.optim import create_optimizer
 
@@ -88,7 +88,7 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     if config.model.weights is not None:
-        fit_weights(model, load_weights(config.model.weights), config.model.weights)
+        start_from(model, load_weights(config.model.weights), config.model.weights)
     model.to(device).train()
     decay = config.optim.ema_decay
     ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
