@@ -324,6 +324,40 @@ def test_recipes_list_and_show(capsys: pytest.CaptureFixture) -> None:
     assert "optim.betas" not in out  # as in the defaults
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_documented_and_its_model_fits_its_views(name: str) -> None:
+    import torch
+
+    from deit_fast.evaluate import build_model
+
+    config = RECIPES[name]()
+    assert config.recipe == name
+    text = " ".join((RECIPES[name].__doc__ or "").split())
+    assert "Command: " in text and "Time" in text and "ccuracy" in text
+    assert f"--recipe {name}" in text or name.startswith("digits_"), "the command is another's"
+    size = config.view.image_size
+    with torch.device("meta"):
+        outputs = build_model(config, 10)(torch.zeros(2, 3, size, size))
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert [tuple(head.shape) for head in heads] == [(2, 10)] * len(heads)
+    assert len(heads) == (2 if "distilled" in config.model.name else 1)
+
+
+def test_fine_tuning_at_384_has_the_published_schedule() -> None:
+    """DeiT's command: 2 nodes of 8 GPUs with 32 images, lr = min_lr = 5e-6, weight decay 1e-8."""
+    from deit_fast.train.optim import learning_rate
+
+    config = RECIPES["deit_base_distilled_384"]()
+    assert config.batch_size == 2 * 8 * 32 and config.optim.weight_decay == 1e-8
+    assert config.epochs == 30
+    rates = [
+        learning_rate(step, config=config.optim, batch_size=512, steps_per_epoch=10, steps=300)
+        for step in range(300)
+    ]
+    assert rates[0] == 1e-6 and rates[25] == pytest.approx(3e-6)
+    assert rates[50:] == pytest.approx([5e-6] * 250)
+
+
 def test_summary_shows_percent_counts_and_no_tables() -> None:
     text = cli.summary(
         {

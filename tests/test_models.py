@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, InputError
+from deit_fast.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputError,
+    ModelConfig,
+    RunConfig,
+    ViewRecipe,
+)
 from deit_fast.models import create_student, forward_heads, load_teacher, load_weights
 from deit_fast.models.convnet import small_convnet
-from deit_fast.models.weights import digest_weights, fit_weights
+from deit_fast.models.weights import digest_weights, fit_weights, start_from
+from deit_fast.train.state import create_state
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -89,6 +99,108 @@ def test_fit_weights_names_what_differs():
         fit_weights(model, state | {"head.weight": torch.zeros(5, 48)}, "w")
     with pytest.raises(InputError, match="has extra"):
         fit_weights(model, state | {"extra": torch.zeros(1)}, "w")
+
+
+def plain_student(**changes) -> nn.Module:
+    arguments = {"num_classes": 7, "drop_path": 0.0, "img_size": 16} | TINY | changes
+    return create_student("deit_tiny_patch16_224", **arguments)
+
+
+@pytest.mark.parametrize("make", [tiny_student, plain_student])
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_positions_of_another_size_are_interpolated_as_timm_does(make, size, caplog):
+    caplog.set_level(logging.INFO, "deit_fast")
+    state = make(img_size=24).state_dict()
+    state["pos_embed"].copy_(torch.randn_like(state["pos_embed"]))
+    model = make(img_size=size)
+    expected = checkpoint_filter_fn(dict(state), model)
+    start_from(model, dict(state), "w.pth")
+    loaded = model.state_dict()
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    prefix = 2 if "dist_token" in state else 1
+    assert torch.equal(loaded["pos_embed"][:, :prefix], state["pos_embed"][:, :prefix])
+    lines = [record.getMessage() for record in caplog.records]
+    note = "weights file w.pth: position embedding interpolated from 3 x 3 to"
+    assert lines == ([] if size == 24 else [f"{note} {size // 8} x {size // 8}"])
+
+
+def test_plain_weights_start_a_distilled_student_at_another_size(caplog):
+    caplog.set_level(logging.INFO, "deit_fast")
+    state = plain_student(img_size=24).state_dict()
+    state["pos_embed"].copy_(torch.randn_like(state["pos_embed"]))
+    model = tiny_student(img_size=32)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    start_from(model, state, "w.pth")
+    loaded = model.state_dict()
+    for name in ("dist_token", "head_dist.weight", "head_dist.bias"):
+        assert torch.equal(loaded[name], fresh[name])
+    expected = checkpoint_filter_fn(dict(state), plain_student(img_size=32))["pos_embed"]
+    assert torch.equal(loaded["pos_embed"], torch.cat([expected[:, :1], expected], dim=1))
+    assert all(torch.equal(loaded[k], v) for k, v in state.items() if k != "pos_embed")
+    assert [record.getMessage() for record in caplog.records] == [
+        "weights file w.pth: no distillation token: dist_token and head_dist start afresh; "
+        "the token's position is the class token's",
+        "weights file w.pth: position embedding interpolated from 3 x 3 to 4 x 4",
+    ]
+
+
+def test_heads_of_another_class_count_start_afresh(caplog):
+    caplog.set_level(logging.INFO, "deit_fast")
+    state = tiny_student(num_classes=5).state_dict()
+    model = tiny_student()
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    start_from(model, state, "w.pth")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (fresh if name.startswith("head") else state)[name]), name
+    assert [record.getMessage() for record in caplog.records] == [
+        f"weights file w.pth: {name} has 5 classes there, 7 here: it starts afresh"
+        for name in ("head", "head_dist")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dist_token": None}, "w lacks dist_token"),
+        ({"head.weight": None}, "w lacks head.weight"),
+        ({"extra": torch.zeros(1)}, "w has extra, which the model has not"),
+        ({"pos_embed": torch.zeros(1, 7, 48)}, r"pos_embed is \(1, 7, 48\) there, \(1, 6, 48\)"),
+        ({"pos_embed": torch.zeros(1, 11, 32)}, r"pos_embed is \(1, 11, 32\) there"),
+        ({"patch_embed.proj.weight": torch.zeros(48, 3, 4, 4)}, "patch_embed.proj.weight is"),
+        ({"head.weight": torch.zeros(5, 32)}, r"head.weight is \(5, 32\) there, \(7, 48\)"),
+        ({"head.weight": torch.zeros(5, 48)}, r"head.weight is \(5, 48\) there, \(7, 48\)"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_and_changes_nothing(change, message, caplog):
+    caplog.set_level(logging.INFO, "deit_fast")
+    state = tiny_student().state_dict() | change
+    model = tiny_student()
+    before = digest_weights(model)
+    with pytest.raises(InputError, match=message):
+        start_from(model, {k: v for k, v in state.items() if v is not None}, "w")
+    assert digest_weights(model) == before and not caplog.records
+
+
+def test_a_run_at_another_size_starts_from_model_weights(tmp_path):
+    state = tiny_student(num_classes=10).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    model = ModelConfig(
+        name="deit_tiny_distilled_patch16_224",
+        weights=str(tmp_path / "w.safetensors"),
+        **TINY,
+    )
+    config = RunConfig(model=model, view=ViewRecipe(image_size=32))
+    run = create_state(config, 10, torch.device("cpu"))
+    for weights in (run.model.state_dict(), run.ema.module.state_dict()):
+        assert weights["pos_embed"].shape == (1, 18, 48)
+        assert all(torch.equal(weights[k], v) for k, v in state.items() if k != "pos_embed")
+
+
+def test_distilled_weights_do_not_start_a_plain_student():
+    state = tiny_student(img_size=24).state_dict()
+    with pytest.raises(InputError, match=r"pos_embed is \(1, 11, 48\) there, \(1, 5, 48\)"):
+        start_from(plain_student(), state, "w")
 
 
 def test_heads_apart_average_to_the_model_in_eval_mode():

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
+import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from timm.layers import resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from deit_fast.config import InputError
+
+log = logging.getLogger("deit_fast")
 
 # Where training checkpoints keep the weights: facebookresearch/deit `model`, timm `state_dict`.
 _WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
@@ -57,6 +64,88 @@ def fit_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Pa
     if unknown:
         raise InputError(f"weights file {path} has {unknown[0]}, which the model has not")
     model.load_state_dict(state)
+
+
+def start_from(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Load ``state`` into a model that is to be trained on, adapting what fine-tuning changes.
+
+    Of timm's vision transformers, each with one line in the log:
+
+    - Position embeddings of another image size are interpolated by timm's resample_abs_pos_embed
+      (bicubic with antialiasing, as timm loads checkpoints; facebookresearch/deit does without
+      antialiasing), those of class and distillation token kept.
+    - Weights without a distillation token may start a distilled student. Its token and head keep
+      their fresh values; the token's position embedding is a copy of the class token's. So the new
+      token starts as a class token with a small change, which the pretrained blocks know how to
+      fill, and not at a random place.
+    - Heads of another class count keep their fresh values.
+
+    Raises:
+        InputError: as ``fit_weights``, of all else that does not fit.
+    """
+    notes: list[str] = []
+    if isinstance(model, VisionTransformer):
+        state = _with_heads(model, state, notes)
+        state = _with_distillation(model, state, notes)
+        state = _with_positions(model, state, notes)
+    fit_weights(model, state, path)
+    for note in notes:
+        log.info("weights file %s: %s", path, note)
+
+
+def _with_heads(
+    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    own = model.state_dict()
+    names = [name for name in ("head", "head_dist") if f"{name}.weight" in state]
+    fresh: dict[str, Tensor] = {}
+    for name in names:
+        theirs, ours = state[f"{name}.weight"], own.get(f"{name}.weight")
+        bias = state.get(f"{name}.bias")
+        if ours is None or bias is None or theirs.shape[1:] != ours.shape[1:]:
+            continue  # fit_weights says what is wrong
+        if len(theirs) != len(ours) and bias.shape == theirs.shape[:1]:
+            notes.append(
+                f"{name} has {len(theirs)} classes there, {len(ours)} here: it starts afresh"
+            )
+            fresh |= {key: own[key] for key in (f"{name}.weight", f"{name}.bias")}
+    return state | fresh
+
+
+def _with_distillation(
+    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    new = ("dist_token", "head_dist.weight", "head_dist.bias")
+    if not isinstance(model, VisionTransformerDistilled) or any(name in state for name in new):
+        return state
+    own = model.state_dict()
+    state = state | {name: own[name] for name in new}
+    positions, text = state.get("pos_embed"), ""
+    if positions is not None and positions.dim() == 3 and not model.no_embed_class:
+        state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+        text = "; the token's position is the class token's"
+    notes.append(f"no distillation token: dist_token and head_dist start afresh{text}")
+    return state
+
+
+def _with_positions(
+    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    theirs, ours = state.get("pos_embed"), model.pos_embed
+    if theirs is None or ours is None or theirs.dim() != 3 or theirs.shape[2] != ours.shape[2]:
+        return state
+    if ("dist_token" in state) != isinstance(model, VisionTransformerDistilled):
+        return state  # its prefix is another one; fit_weights refuses it
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    patches = theirs.shape[1] - prefix
+    side = math.isqrt(max(patches, 0))
+    rows, columns = model.patch_embed.grid_size
+    if patches < 1 or side * side != patches or theirs.shape[1] == ours.shape[1]:
+        return state
+    notes.append(f"position embedding interpolated from {side} x {side} to {rows} x {columns}")
+    return state | {
+        "pos_embed": resample_abs_pos_embed(theirs, [rows, columns], num_prefix_tokens=prefix)
+    }
 
 
 def digest_weights(model: nn.Module) -> str:
