@@ -31,6 +31,10 @@ def dense_target(target: Target, classes: int) -> Tensor:
     if isinstance(target, Tensor):
         return target
     first, second, lam = target
+    if torch.compiler.is_compiling():  # Inductor cannot fill with a size that it does not know
+        one, other = (F.one_hot(y, classes) for y in (first, second))
+        mixed = one * lam[:, None] + other * (1 - lam[:, None])
+        return mixed * (1 - SMOOTHING) + SMOOTHING / classes
     off = SMOOTHING / classes
     empty = torch.full((len(lam), classes), off, device=lam.device)
     one, other = (empty.scatter(1, y[:, None], 1 - SMOOTHING + off) for y in (first, second))
