@@ -36,7 +36,7 @@ class Memmap:
         return np.take(self.mapped, ids, axis=0)
 
     def close(self) -> None:
-        self.mapped._mmap.close()  # type: ignore[attr-defined]
+        del self.mapped  # the last reference: unmapped
 
 
 class Lmdb:
@@ -97,7 +97,7 @@ class TinyVit:
         return np.take(self.mapped, places, axis=0)
 
     def close(self) -> None:
-        self.mapped._mmap.close()  # type: ignore[attr-defined]
+        del self.mapped  # the last reference: unmapped
 
 
 STORES: dict[str, tuple[type, str, tuple[str, ...]]] = {

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from . import add_layer_norm_kernel as kernel
-from .distillation_loss_launch import _TYPES, _signature
+from .launching import DTYPES, TYPE_NAMES, implement, signature
 
 MOST_CHANNELS = 4096  # a longer row does not fit in the registers of its program
 # Partial rows of the weight gradients: 4 programs a processor are all at work at the same time, and
@@ -24,7 +24,6 @@ MOST_CHANNELS = 4096  # a longer row does not fit in the registers of its progra
 PROGRAMS_PER_PROCESSOR = 4
 SUM_COLS, SUM_ROWS = 16, 128
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
 
 
@@ -322,9 +321,7 @@ for _name, _function, _fake in (
     ("add_layer_norm_forward", _forward, _forward_fake),
     ("add_layer_norm_backward", _backward, _backward_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+    implement(_library, _name, _function, _fake)
 _library.impl("add_layer_norm", _differentiable, "Autograd")
 
 
@@ -383,9 +380,9 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
     ]
     sums_seen = set()
     for dtype, stream, channels, form in cases:
-        streams = "" if stream == dtype else f"-{_TYPES[stream]}-residual"
+        streams = "" if stream == dtype else f"-{TYPE_NAMES[stream]}-residual"
         for part, function, values, options in _aot_calls(dtype, stream, channels, form):
-            name = f"{part}-{_TYPES[dtype]}{streams}-C={channels}-{form}"
+            name = f"{part}-{TYPE_NAMES[dtype]}{streams}-C={channels}-{form}"
             expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True, "max_regs": 128}
             expect["no_scalar_half"] = dtype.itemsize == 2
             if part == "sums":
@@ -394,4 +391,4 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
                 if name in sums_seen:
                     continue
                 sums_seen.add(name)
-            yield name, function, *_signature(function, values), options, expect
+            yield name, function, *signature(function, values), options, expect

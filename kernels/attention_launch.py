@@ -19,8 +19,8 @@ import triton
 from torch import Tensor
 
 from . import attention_kernel as kernel
+from .launching import DTYPES, TYPE_NAMES, implement, signature
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (32, 64, 96, 128)
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
 AUTOTUNE = os.environ.get("DEIT_FAST_AUTOTUNE") == "1"
@@ -306,37 +306,13 @@ for _name, _function, _fake in (
     ("attention_forward", _forward, _outputs),
     ("attention_backward", _backward, _grad_qkv),
 ):
-    for _dispatch in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _dispatch)
-    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+    implement(_library, _name, _function, _fake)
 _library.impl("attention", _differentiable, "Autograd")
 
 
 # ---------------------------------------------------------------------------------------------
 # Ahead of time
 # ---------------------------------------------------------------------------------------------
-
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _signature(
-    function: Any, values: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
-    """Types, constants and alignments that the launcher would give for these values."""
-    signature, constants, aligned = {}, {}, {}
-    for name in function.arg_names:
-        value = values[name]
-        if value is None or name.isupper():
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name], aligned[name] = f"*{_TYPES[value.dtype]}", 16
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                aligned[name] = 16
-    return signature, constants, aligned
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
@@ -364,9 +340,9 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
                 values |= _backward_arguments(out, qkv, delta, 0.125, kind)
             matrices = {"tensor_cores": True, "no_scalar_half": True} if dtype != fp32 else {}
             yield (
-                f"{kind}-{_TYPES[dtype]}-N={tokens}-D={width}",
+                f"{kind}-{TYPE_NAMES[dtype]}-N={tokens}-D={width}",
                 function,
-                *_signature(function, values),
+                *signature(function, values),
                 options,
                 {"wide_loads": True, "i64_rows": True, **matrices},
             )

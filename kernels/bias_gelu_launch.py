@@ -16,10 +16,9 @@ from torch import Tensor
 
 from . import bias_gelu_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows, common_vector, programs_of
-from .distillation_loss_launch import _TYPES, _signature
+from .launching import DTYPES, TYPE_NAMES, implement, signature
 
 ELEMENTS, WARPS = 2048, 4  # of a program: 16 elements of a tensor to a thread
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
 
 
@@ -156,9 +155,7 @@ for _name, _function, _fake in (
     ("bias_gelu_forward", _forward, _forward_fake),
     ("bias_gelu_backward", _backward, _backward_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+    implement(_library, _name, _function, _fake)
 _library.impl("bias_gelu", _differentiable, "Autograd")
 
 
@@ -174,15 +171,15 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
     for dtype, channels in cases:
         x = torch.empty(256, 198, channels, dtype=dtype, device="meta")
         bias = x.new_empty((channels,), dtype=fp32)
-        name = f"{_TYPES[dtype]}-C={channels}"
+        name = f"{TYPE_NAMES[dtype]}-C={channels}"
         expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True}
         expect |= {"max_regs": 128, "no_scalar_half": dtype.itemsize == 2}
         values, _ = _forward_arguments(x, bias, x)
-        signature = _signature(kernel.forward_kernel, values)
-        yield f"forward-{name}", kernel.forward_kernel, *signature, _OPTIONS, expect
+        compiled = signature(kernel.forward_kernel, values)
+        yield f"forward-{name}", kernel.forward_kernel, *compiled, _OPTIONS, expect
         values, _ = _backward_arguments(x, x, bias, x, bias, 4 * 132)
-        signature = _signature(kernel.backward_kernel, values)
-        yield f"backward-{name}", kernel.backward_kernel, *signature, _OPTIONS, expect
+        compiled = signature(kernel.backward_kernel, values)
+        yield f"backward-{name}", kernel.backward_kernel, *compiled, _OPTIONS, expect
         if dtype == bf16:
-            signature = _signature(kernel.sum_kernel, _sum_arguments(values, bias))
-            yield f"sums-C={channels}", kernel.sum_kernel, *signature, _OPTIONS, {"max_regs": 128}
+            compiled = signature(kernel.sum_kernel, _sum_arguments(values, bias))
+            yield f"sums-C={channels}", kernel.sum_kernel, *compiled, _OPTIONS, {"max_regs": 128}

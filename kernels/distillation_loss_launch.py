@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import distillation_loss_kernel as kernel
 from .distillation_loss_reference import TopK, soft_factor
+from .launching import DTYPES, TYPE_NAMES, implement, signature
 
 SINGLE_CLASSES = 8192  # a longer row does not fit in the registers of its program
 SPLIT_BLOCK = 2048
@@ -28,7 +29,6 @@ KEPT_CLASSES = 2048  # of a top-k teacher, whose entries stay in registers
 FP16_UNIT = 1024.0  # a power of two; room for gradients up to 63, probabilities need 1
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056  # 8 programs for each processor of an H100
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(kernel.loss_kernel, triton.JITFunction)
 
 _TARGETS = {"label": kernel.LABEL.value, "pair": kernel.PAIR.value, "dense": kernel.DENSE.value}
@@ -386,9 +386,7 @@ for _name, _function, _fake in (
     ("distillation_loss_and_gradients", _loss, _loss_fake),
     ("scale_gradients_", _scale_, _scale_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"deit_fast::{_name}", _fake, lib=_library)
+    implement(_library, _name, _function, _fake)
 _library.impl("distillation_loss", _differentiable, "Autograd")
 
 
@@ -456,29 +454,6 @@ def _aot_arguments(
     return values, options
 
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
-
-
-def _signature(
-    function: Any, values: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
-    """Types, constants and alignments that the launcher would give for these values."""
-    signature, constants, aligned = {}, {}, {}
-    names = function.arg_names
-    for name in names:
-        value = values[name]
-        if value is None or name.isupper():
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
-                aligned[name] = 16
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-    return signature, constants, aligned
-
-
 def aot_cases() -> Iterator[tuple[Any, ...]]:
     """(name, function, signature, constants, alignments, options, expectations) to compile."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -508,7 +483,7 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         name = " ".join(
             part
             for part in (
-                f"{_TYPES[dtype]} C={classes}{'' if wide else ' unpadded'}",
+                f"{TYPE_NAMES[dtype]} C={classes}{'' if wide else ' unpadded'}",
                 kind, answer, target, base,
             )
             if part
@@ -519,7 +494,7 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         yield (
             name.replace(" ", "-"),
             kernel.loss_kernel,
-            *_signature(kernel.loss_kernel, values),
+            *signature(kernel.loss_kernel, values),
             options,
             expect,
         )
@@ -529,9 +504,9 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         values |= {"factor_c": 1.0, "factor_d": 1.0, "count_c": 1, "count_d": 1, "steps": 1}
         values["BLOCK"] = SCALE_BLOCK
         yield (
-            f"scale-{_TYPES[dtype]}",
+            f"scale-{TYPE_NAMES[dtype]}",
             kernel.scale_kernel,
-            *_signature(kernel.scale_kernel, values),
+            *signature(kernel.scale_kernel, values),
             {"num_warps": 8, "num_stages": 3},
             {"wide_loads": True, "max_regs": 64},
         )

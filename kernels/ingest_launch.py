@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .ingest_kernel import ingest_kernel
 from .ingest_reference import LAYOUTS, normal_quantiles, normalised_values
+from .launching import DTYPES, TYPE_NAMES, implement, signature
 
 BLOCK = 1024  # pixels of a program: 4.6 rows at 224, so most programs meet no erase box
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = not isinstance(ingest_kernel, triton.JITFunction)
 # A fused multiply-add would round the mixed pixels otherwise than the reference.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -44,6 +44,21 @@ _library.define(
 )
 
 
+def _arguments(
+    images_u8: Tensor, plan_rows: Tensor, values: Tensor, quantiles: Tensor, out: Tensor,
+    layout: str, patch: int,
+) -> dict[str, Any]:  # fmt: skip
+    """All arguments of the kernel."""
+    size = images_u8.shape[1]
+    # The loader's batches are dense; of others only images that are dense themselves need no copy.
+    if images_u8.stride()[1:] != (3 * size, 3, 1):
+        images_u8 = images_u8.contiguous()
+    found: dict[str, Any] = {"images": images_u8, "rows": plan_rows.contiguous(), "values": values}
+    found |= {"quantiles": quantiles, "out": out, "image_stride": images_u8.stride(0)}
+    found |= {"size": size, "PATCH": patch, "LAYOUT": LAYOUTS.index(layout), "BLOCK": BLOCK}
+    return found
+
+
 def _ingest(
     images_u8: Tensor, plan_rows: Tensor, values: Tensor, quantiles: Tensor, dtype: torch.dtype,
     layout: str, patch: int,
@@ -51,17 +66,11 @@ def _ingest(
     out = empty(images_u8, len(plan_rows), dtype, layout, patch)
     if out.numel() == 0:
         return out
-    # The loader's batches are dense; of others only images that are dense themselves need no copy.
-    if images_u8[0].stride() != images_u8[0].contiguous().stride():
-        images_u8 = images_u8.contiguous()
-    size = images_u8.shape[1]
-    grid = (len(plan_rows), triton.cdiv(size * size, BLOCK))
+    grid = (len(plan_rows), triton.cdiv(images_u8.shape[1] ** 2, BLOCK))
     with torch.cuda.device_of(images_u8):
         ingest_kernel[grid](
-            images_u8, plan_rows.contiguous(), values, quantiles, out,
-            images_u8.stride(0), size,
-            PATCH=patch, LAYOUT=LAYOUTS.index(layout), BLOCK=BLOCK, **_OPTIONS,
-        )  # fmt: skip
+            **_arguments(images_u8, plan_rows, values, quantiles, out, layout, patch), **_OPTIONS
+        )
     return out
 
 
@@ -69,9 +78,7 @@ def _ingest_fake(images_u8, plan_rows, values, quantiles, dtype, layout, patch):
     return empty(images_u8, plan_rows.shape[0], dtype, layout, patch)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("ingest", _ingest, _key)
-torch.library.register_fake("deit_fast::ingest", _ingest_fake, lib=_library)
+implement(_library, "ingest", _ingest, _ingest_fake)
 
 
 def fused(
@@ -86,31 +93,22 @@ def fused(
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
     """DeiT's shapes: 224 pixels, all layouts."""
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    bf16, fp32 = torch.bfloat16, torch.float32
+    images = torch.empty((256, 224, 224, 3), dtype=torch.uint8, device="meta")
+    rows = images.new_empty((256, 22), dtype=torch.int32)
+    tables = images.new_empty((3, 256), dtype=fp32), images.new_empty((65536,), dtype=fp32)
     for dtype, layout in (
-        (torch.bfloat16, "nchw"), (torch.bfloat16, "channels_last"), (torch.bfloat16, "patches"),
-        (torch.float32, "nchw"),
-    ):  # fmt: skip
-        signature = {
-            "images": "*u8", "rows": "*i32", "values": "*fp32", "quantiles": "*fp32",
-            "out": f"*{names[dtype]}", "image_stride": "i32", "size": "i32",
-        }  # fmt: skip
-        divisible = (
-            "images",
-            "rows",
-            "values",
-            "quantiles",
-            "out",
-            "image_stride",
-            "size",
-        )
-        wide = layout == "nchw"
+        (bf16, "nchw"),
+        (bf16, "channels_last"),
+        (bf16, "patches"),
+        (fp32, "nchw"),
+    ):
+        out = empty(images, 256, dtype, layout, 16)
+        values = _arguments(images, rows, *tables, out, layout, 16)
         yield (
-            f"{layout} {names[dtype]} 224",
+            f"{layout} {TYPE_NAMES[dtype]} 224",
             ingest_kernel,
-            signature,
-            {"PATCH": 16, "LAYOUT": LAYOUTS.index(layout), "BLOCK": BLOCK},
-            dict.fromkeys(divisible, 16),
+            *signature(ingest_kernel, values),
             dict(_OPTIONS),
-            {"wide_stores": wide, "i64_rows": True},
+            {"wide_stores": layout == "nchw", "i64_rows": True},
         )

@@ -12,14 +12,20 @@ of the largest term that a sum runs over: near 0 luck decides which of two codes
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import (
+    DEVICE,
+    assert_250_repeats_are_equal,
+    assert_replays,
+    assert_waits_for_nothing,
+    interpreted,
+    outer_run,
+    run_in_the_interpreter,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,28 +33,16 @@ from deit_fast.kernels import attention_launch as launch
 from deit_fast.kernels.attention import attention_qkvpacked
 from deit_fast.kernels.attention_reference import reference_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 5, 17, 64, 198, 300)
 WIDTHS = (32, 64, 96, 128)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+@outer_run
 def test_in_the_interpreter() -> None:
     """All tests below, on the CPU."""
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,43 +419,21 @@ def test_agrees_with_pytorch_at_training_shapes(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", (198, 577))
 def test_250_repeats_are_equal(tokens: int) -> None:
     call, _ = training_call(tokens, batch=60)
-    first = call()
-    assert all(
-        all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)) for _ in range(250)
-    )
+    assert_250_repeats_are_equal(call)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", (198, 577))
 def test_no_call_waits_for_the_device(tokens: int) -> None:
     call, _ = training_call(tokens)
-    call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(call)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", (198, 577))
 def test_graph_replay_with_other_inputs(tokens: int) -> None:
     call, leaf = training_call(tokens)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    for _ in range(3):
-        with torch.no_grad():
-            leaf.copy_(torch.randn_like(leaf))
-        graph.replay()
-        torch.cuda.synchronize()
-        got = [x.clone() for x in captured]
-        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+    assert_replays(call, [leaf])
 
 
 @pytest.mark.gpu

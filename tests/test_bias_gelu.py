@@ -11,24 +11,26 @@ shape of SHAPES, so that each dtype pair meets all shapes twice.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import (
+    DEVICE,
+    INTERPRETED,
+    assert_250_repeats_are_equal,
+    assert_replays,
+    assert_waits_for_nothing,
+    interpreted,
+    outer_run,
+    run_in_the_interpreter,
+)
 from test_distillation_loss_kernel import recorded
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu_launch as launch
 from deit_fast.kernels.bias_gelu import bias_gelu
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of x and of bias.
@@ -38,17 +40,10 @@ SHAPES = ((0, 7), (3, 1), (3, 100, 7), (2, 33, 192), (5, 384), (3, 1000), (2, 9,
 LAYOUTS = ("plain", "columns", "transposed", "expanded", "misaligned", "slice")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+@outer_run
 def test_in_the_interpreter() -> None:
     """All tests below, on the CPU."""
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 2.0) -> Tensor:
@@ -373,39 +368,16 @@ def batch(channels: int) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
 @pytest.mark.parametrize("channels", (768, 1536, 3072))
 def test_250_repeats_are_equal(channels: int) -> None:
     call, _ = batch(channels)
-    first = [x.clone() for x in call()]
-    assert all(
-        all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)) for _ in range(250)
-    )
+    assert_250_repeats_are_equal(call)
 
 
 @pytest.mark.gpu
 def test_no_call_waits_for_the_device() -> None:
     call, _ = batch(1536)
-    call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(call)
 
 
 @pytest.mark.gpu
 def test_graph_replay_with_other_inputs() -> None:
     call, leaves = batch(1536)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    for _ in range(3):
-        with torch.no_grad():
-            for leaf in leaves:
-                leaf.copy_(torch.randn_like(leaf))
-        graph.replay()
-        torch.cuda.synchronize()
-        got = [x.clone() for x in captured]
-        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+    assert_replays(call, leaves)

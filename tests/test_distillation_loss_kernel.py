@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +22,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import (
+    DEVICE,
+    INTERPRETED,
+    assert_250_repeats_are_equal,
+    assert_replays,
+    assert_waits_for_nothing,
+    interpreted,
+    outer_run,
+    run_in_the_interpreter,
+)
 from torch import Tensor
 
 from deit_fast.kernels import TopK, distillation_loss
@@ -34,11 +41,7 @@ from deit_fast.kernels.distillation_loss_reference import (
     soft_factor,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 RUNS = INTERPRETED or DEVICE == "cuda"
-
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 
 SHAPES = ((0, 7), (1, 1), (3, 2), (17, 7), (1, 10), (3, 100), (2, 1000), (1, 1001), (1, 1024))
 LONG_SHAPES = ((1, 4097), (1, 21841))
@@ -51,17 +54,10 @@ TARGETS = ("labels", "pair", "dense")
 K = 5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+@outer_run
 def test_in_the_interpreter() -> None:
     """All tests below, on the CPU."""
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -850,44 +846,21 @@ def batch(form: str, rows: int = 256, classes: int = 1000) -> tuple[Callable[[],
 @pytest.mark.parametrize("classes", (1000, 21841))
 def test_250_repeats_are_equal(form: str, classes: int) -> None:
     call, _ = batch(form, classes=classes)
-    first = [x.clone() for x in call()]
-    assert all(
-        all(torch.equal(a, b) for a, b in zip(call(), first, strict=True)) for _ in range(250)
-    )
+    assert_250_repeats_are_equal(call)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("dense", "bucket", "hard dense"))
 def test_no_call_waits_for_the_device(form: str) -> None:
     call, _ = batch(form)
-    call()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(call)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("dense", "bucket"))
 def test_graph_replay_with_other_inputs(form: str) -> None:
     call, leaves = batch(form)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    for _ in range(3):
-        with torch.no_grad():
-            for leaf in leaves:
-                leaf.copy_(torch.randn_like(leaf))
-        graph.replay()
-        torch.cuda.synchronize()
-        got = [x.clone() for x in captured]
-        assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+    assert_replays(call, leaves)
 
 
 @pytest.mark.gpu

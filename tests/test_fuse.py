@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 import timm
 import torch
+from kernel_checks import DEVICE, outer_run, run_in_the_interpreter
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -19,9 +18,6 @@ from deit_fast.models import create_student, fuse, unfuse
 
 fusing = sys.modules["deit_fast.models.fuse"]  # the name in the package is the function's
 KERNELS = fusing.KERNELS
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 NAMES = {
@@ -84,18 +80,11 @@ def test_equals_timm(kind: str, kernels: tuple[str, ...], drop_path: float) -> N
     assert all(torch.equal(a, b) for a, b in zip(unfused[0], theirs[0], strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+@outer_run
 def test_equals_timm_in_the_interpreter() -> None:
     """The kernels themselves, all three at once, where this process runs their references."""
-    test = f"{__file__}::test_equals_timm"
-    chosen = "deit3 or distilled"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test,
-         "-k", f"({chosen}) and kernels4 and 0.4", "-W", "ignore::RuntimeWarning"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-4000:]
+    chosen = "(deit3 or distilled) and kernels4 and 0.4"
+    assert "2 passed" in run_in_the_interpreter(f"{__file__}::test_equals_timm", "-k", chosen)
 
 
 @pytest.mark.parametrize("size", ["tiny", pytest.param("small"), pytest.param("base")])

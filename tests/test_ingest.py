@@ -6,19 +6,20 @@ Triton's interpreter. On a GPU machine the test marked gpu compares the two.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from kernel_checks import (
+    INTERPRETED,
+    outer_run,
+    run_in_the_interpreter,
+)
 from torch import Tensor
 
 from deit_fast.kernels import ingest
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 COLUMNS = sys.modules["deit_fast.kernels.ingest"].PLAN_COLUMNS
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,17 +81,10 @@ def photos(count: int, size: int = SIZE) -> Tensor:
     return torch.randint(256, (count, size, size, 3), dtype=torch.uint8)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+@outer_run
 def test_in_the_interpreter() -> None:
     """All other tests of this file, on the kernel."""
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -190,6 +190,30 @@ def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):  # 
     assert_arrived(tmp_path, whole)
 
 
+def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeypatch):  # noqa: F811
+    """Hard distillation: the largest of ten NaN is some class, and the loss finite."""
+    monkeypatch.setenv("UNRULY", "nan:3")
+    with pytest.raises(FloatingPointError, match="step 4: the loss of rank 0 is not finite"):
+        train(unruly(world, tmp_path, loss={"kind": "hard"}))
+    assert last_state(tmp_path)["step"] == 3
+
+
+def test_saves_by_the_clock(world, tmp_path):  # noqa: F811
+    config = unruly(world, tmp_path, save_steps=None, save_minutes=1e-6, max_steps=3)
+    train(config)
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000000002.pt", "step-000000003.pt"]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_run(world, tmp_path):  # noqa: F811
+    torch._dynamo.reset()
+    train(unruly(world, tmp_path, compile=True, max_steps=3, model={"drop_path": 0.0}))
+    plain = tmp_path / "plain"
+    train(unruly(world, plain, max_steps=3, model={"drop_path": 0.0}))
+    assert_close_runs(tmp_path, plain)
+
+
 def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("UNRULY", "nan:7")
     config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
@@ -270,6 +294,20 @@ def test_two_processes_without_a_teacher(world, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr[-3000:]
     train(config.replace(output=str(tmp_path / "one")))
     assert_close_runs(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.dist
+def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_path):  # noqa: F811
+    config = unruly(world, tmp_path / "run", compress_gradients=True, max_steps=4)
+    assert torchrun(config).returncode == 0
+    mine, theirs = (
+        train_rows(read_metrics(run / "metrics.jsonl"))[:4]
+        for run in (tmp_path / "run", whole_of_two)
+    )
+    assert mine[0]["loss"] == theirs[0]["loss"]
+    for left, right in zip(mine, theirs, strict=True):
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-2)
+    assert mine[0]["grad_norm"] != theirs[0]["grad_norm"]
 
 
 @pytest.mark.dist

@@ -216,7 +216,8 @@ class FusedBlock(Block):
     def run_last(self, stream: _Stream, tokens: int) -> None:
         """As ``run``, but only the first tokens come out."""
         attention: Any = self.attn
-        whole = not _splits(attention) or (attention.training and attention.attn_drop.p > 0)
+        drops = attention.training and attention.attn_drop.p > 0
+        whole = drops or _why_not_attention(attention) is not None
         if whole or (stream.subset and _drop_rate(self.drop_path1) > 0):
             stream.half(self.norm1, self.attn, self.ls1, self.drop_path1)
             stream.keep_tokens(tokens)
@@ -271,12 +272,8 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 # ---------------------------------------------------------------------------------------------
 
 
-def _splits(attention: nn.Module) -> bool:
-    """Queries, keys and values are three parts of one projection, used as they are."""
-    return _why_not_attention(attention) is None
-
-
 def _why_not_attention(module: nn.Module) -> str | None:
+    """None: queries, keys and values are three parts of one projection, used as they are."""
     if type(module) not in (Attention, FusedAttention):
         return f"is {type(module).__name__}, not timm's Attention"
     for name in ("q_norm", "k_norm", "norm"):

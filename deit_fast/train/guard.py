@@ -20,7 +20,7 @@ _NAMED = 3  # parameters in a message
 
 @dataclass(frozen=True)
 class Verdict:
-    """About one step: the same on every rank but for ``norms``."""
+    """About one step; the same on every rank."""
 
     step: int
     bad_ranks: tuple[int, ...]  # whose loss was not finite

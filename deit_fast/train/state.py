@@ -38,9 +38,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     evaluated_step: int = 0
-    skipped: list[int] = field(
-        default_factory=list
-    )  # steps left out: their numbers were not finite
+    skipped: list[int] = field(default_factory=list)  # steps left out, not finite
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of steps not yet in a log row
     summed: int = 0
     best_top1: float = -1.0

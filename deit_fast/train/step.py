@@ -118,6 +118,9 @@ class TrainStep:
             reduction=loss.reduction,
             return_parts=True,
         )
+        if isinstance(answer, torch.Tensor) and answer.is_floating_point():
+            # A decision hides it: the largest of logits that are not finite is some class.
+            total = torch.where(torch.isfinite(answer).all(), total, float("nan"))
         share = 1 / self.config.accumulate
         (total if share == 1 else total * share).backward()
         numbers = {"loss": total, "base_loss": base, "distill_loss": distill}
@@ -126,13 +129,13 @@ class TrainStep:
 
 def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
     """What a step calls: the model, compiled if asked for, its gradients averaged over ranks."""
-    forward = model
+    forward: Any = model
     if config.compile:
         # DDP's own splitting would cut the graph at its buckets; they overlap well enough without.
         torch._dynamo.config.optimize_ddp = False
-        forward = torch.compile(model)  # type: ignore[assignment]
+        forward = torch.compile(model)
     if world.size == 1:
-        return forward
+        return forward  # type: ignore[no-any-return]
     # Buffers follow the first rank's by default; transformers have none and send nothing.
     wrapped = DistributedDataParallel(
         forward,
