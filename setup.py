@@ -1,4 +1,5 @@
-"""Builds `deit_fast._C`: the teacher-logit cache (C++17) and, where nvcc is found, its CUDA part.
+"""Builds `deit_fast._C`: the teacher-logit cache and the resize of the Pillow loader (C++17) and,
+where nvcc is found, the CUDA part of the cache.
 
 Everything else stands in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
 torch. DEIT_FAST_CUDA=0 leaves CUDA out, DEIT_FAST_CUDA=1 insists on it; CXX names the compiler.
@@ -23,6 +24,7 @@ SOURCES = [
     "csrc/crc32c.cpp",
     "csrc/logit_cache.cpp",
     "csrc/record_codec.cpp",
+    "csrc/resize.cpp",
     "csrc/view_table.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/encode.cu"]

@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 
 #include "crc32c.h"
 #include "logit_cache.h"
 #include "record_codec.h"
+#include "resize.h"
 #include "view_table.h"
 
 #ifdef DEIT_FAST_WITH_CUDA
@@ -300,6 +302,17 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("num_classes"), py::arg("k"), py::arg("id_bytes"), py::arg("inverse_temperatures"),
       py::arg("logits"), py::arg("count"), py::arg("labels"), py::arg("records"));
+
+  module.def(
+      "crop_resize",
+      [](uintptr_t pixels, int64_t row_bytes, const std::array<int64_t, 4>& box, int64_t out_width,
+         int64_t out_height, uintptr_t out) {
+        py::gil_scoped_release release;
+        crop_resize(at<const uint8_t>(pixels), row_bytes, box[0], box[1], box[2], box[3],
+                    out_width, out_height, at<uint8_t>(out));
+      },
+      py::arg("pixels"), py::arg("row_bytes"), py::arg("box"), py::arg("out_width"),
+      py::arg("out_height"), py::arg("out"));
 
 #ifdef DEIT_FAST_WITH_CUDA
   module.attr("with_cuda") = true;
