@@ -9,6 +9,7 @@ are times, and the cache holds the answers of the same random teacher.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import timm
 import torch
 from timm.task import TokenDistillationTask
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.config import CodecConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
@@ -25,10 +27,11 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, make_batch
 from deit_fast.data.sources import Synthetic
 from deit_fast.evaluate import build_model
-from deit_fast.models import Teacher
+from deit_fast.models import Teacher, create_student
 from deit_fast.models.teachers import has_bf16
 from deit_fast.train.optim import create_optimizer
-from deit_fast.train.step import TrainStep
+from deit_fast.train.speed import training_flops
+from deit_fast.train.step import PHASES, TrainStep
 from deit_fast.train.teaching import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
 from deit_fast.views import ViewPlan
 
@@ -102,10 +105,36 @@ def timms(
     return step
 
 
+def split(step: Callable[[], Any], device: torch.device, calls: int = 5) -> dict[str, float]:
+    """Share of each phase in the time of a step, percent; "other" is what no phase holds.
+
+    On a GPU the device's time, so that "other" is idling, zeroing and the guard.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        whole = (time.perf_counter() - start) * 1e6
+    spent = {event.key: event for event in profiler.key_averages()}
+    shares = {}
+    for phase in PHASES:
+        event = spent.get(f"step: {phase}")
+        if event is not None:
+            used = event.device_time_total if cuda else event.cpu_time_total
+            shares[phase] = round(100 * used / whole, 1)
+    return shares | {"other": round(100 - sum(shares.values()), 1)}
+
+
 def cases(device: str) -> list[Case]:
     place = torch.device(device)
 
     def case(student: str, teacher: str, size: int, batch_size: int) -> Case:
+        steps: dict[str, Callable[[], Any]] = {}
+
         def build() -> dict[str, Callable[[], Any] | str]:
             config = settings(student, size, batch_size)
             source = Synthetic(batch_size, CLASSES, size, 0)
@@ -122,15 +151,29 @@ def cases(device: str) -> list[Case]:
                 stored = CachedTeacher(cache, tau=1.0, tail="bucket")
                 stored(batch, logits)  # the file stays mapped after its name is gone
             plain = config.replace(loss={"kind": "none"})
-            return {
+            steps.update({
                 "ours, cached top-16": ours(config, batch, stored, place),
                 "ours, online teacher": ours(config, batch, OnlineTeacher(answering), place),
                 "ours, no teacher": ours(plain, batch, NoTeacher(), place),
-                "timm, online teacher": timms(config, batch, network, place),
-            }
+            })  # fmt: skip
+            return steps | {"timm, online teacher": timms(config, batch, network, place)}
+
+        def facts() -> dict[str, dict[str, Any]]:
+            """FLOPs of an image, and where the time of our steps goes."""
+            student_flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+            teacher_flops = (
+                training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
+            )
+            found: dict[str, dict[str, Any]] = {}
+            for name, step in steps.items():
+                flops = student_flops + ("online" in name) * teacher_flops
+                found[name] = {"flops_per_item": flops, "phases_pct": split(step, place)}
+            found["timm, online teacher"] = {"flops_per_item": student_flops + teacher_flops}
+            return found
 
         short = student.removesuffix("_distilled_patch16_224")
-        return Case(f"{short} {teacher} {size}px B={batch_size}", build, items=batch_size)
+        name = f"{short} {teacher} {size}px B={batch_size}"
+        return Case(name, build, items=batch_size, facts=facts)
 
     if device == "cpu":
         return [case("deit_tiny_distilled_patch16_224", "regnety_016", 96, 16)]

@@ -119,6 +119,14 @@ def encode_topk(
     labels: int,
     records: int,
 ) -> int: ...
+def crop_resize(
+    pixels: int,
+    row_bytes: int,
+    box: tuple[int, int, int, int],
+    out_width: int,
+    out_height: int,
+    out: int,
+) -> None: ...
 def decode_rows_cuda(
     layout: RecordLayout,
     table: int,

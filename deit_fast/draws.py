@@ -9,14 +9,18 @@ correctly rounded by IEEE 754. So draws are equal on every machine.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from deit_fast.config import ViewRecipe
+
 LAM_ONE = 65536  # lambda = 1 in the plan's integers
-LEVEL_ONE = 1024  # RandAugment's level 1 in the plan's integers
+NO_MIX, MIXUP, CUTMIX = 0, 1, 2
+LEVEL_ONE = 1024  # an operation's level 1 in the plan's integers
 
 Array: TypeAlias = np.ndarray
 
@@ -35,6 +39,8 @@ class Purpose(IntEnum):
     PAIRING = 4  # counter (sample, group)
     ORDER = 5  # counter (pair, cycle)
     AUGMENT = 6  # slot = layer: operation, applied or not, level, sign
+    COLOR = 7  # slot 0: order of the three, strength of the first, second, third
+    BATCH_MIX = 8  # counter (step, rank); slots as in MIX
 
 
 def philox(
@@ -100,6 +106,57 @@ def draw_beta(words: Array, alpha: float) -> Array:
 def draw_level(words: Array, mean: float, std: float) -> Array:
     """round(1024 level), level ~ N(mean, std) clipped to [0, 10], by inversion of the law."""
     return np.searchsorted(level_table(mean, std), words, side="right")
+
+
+def draw_mix(
+    recipe: ViewRecipe,
+    seed: int,
+    first: Array,
+    second: Array,
+    purpose: Purpose,
+    mixable: Array | bool = True,
+) -> tuple[Array, Array, Array]:
+    """Mixup, CutMix or neither, and how: slots 0 and 1 of the counters (first, second).
+
+    Args:
+        first, second: integers [n] below 2^32, two counter words.
+        mixable: bool [n]: whether there is a partner.
+
+    Returns:
+        Fields `mix_kind` [n], `box` [n, 4] and `lam` [n] of the plan.
+    """
+    mixed, kind, lam, _ = philox(first, second, 0, purpose, key(seed))
+    cutmix_share = recipe.switch_prob if recipe.cutmix_alpha > 0 else 0.0
+    if recipe.mixup_alpha == 0:
+        cutmix_share = 1.0
+    is_mixed = happens(mixed, recipe.mix_prob) & mixable
+    if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
+        is_mixed[:] = False
+    is_cutmix = is_mixed & happens(kind, cutmix_share)
+    is_mixup = is_mixed & ~is_cutmix
+
+    kinds = np.where(is_cutmix, CUTMIX, np.where(is_mixup, MIXUP, NO_MIX))
+    lams = np.full(len(first), LAM_ONE)
+    lams[is_mixup] = draw_beta(lam[is_mixup], recipe.mixup_alpha)
+    boxes = np.zeros((len(first), 4), np.int64)
+    where = np.flatnonzero(is_cutmix)
+    centres = philox(first[where], second[where], 1, purpose, key(seed))[:2]
+    cutmix_lam = draw_beta(lam[where], recipe.cutmix_alpha)
+    boxes[where] = _cutmix_box(cutmix_lam, centres, recipe.image_size)
+    return kinds, boxes, lams
+
+
+def _cutmix_box(lam: Array, centres: Sequence[Array], size: int) -> Array:
+    """DeiT's box: sides int(size * sqrt(1 - lambda)), edges centre -+ side // 2, clipped."""
+    half = np.floor(size * np.sqrt(1.0 - lam / LAM_ONE)).astype(np.int64) // 2
+    side = np.full(len(half), size, np.int64)
+    edges = []
+    for words in centres:
+        centre = below(words, side)
+        low = np.maximum(centre - half, 0)
+        edges.append((low, np.minimum(centre + half, size) - low))
+    (top, height), (left, width) = edges
+    return np.stack([top, left, height, width], axis=1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ counted from a block's start, so the bytes do not depend on process count or int
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -24,7 +25,8 @@ from deit_fast.cache.pixels import PIXEL_CONTRACT, sampled_ids, write_pixels
 from deit_fast.config import InputError, RunConfig
 from deit_fast.data.digests import digest_views
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch, ViewLoader, make_batch
+from deit_fast.data.loader import ViewBatch
+from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source, open_source
 from deit_fast.evaluate import choose_device
 from deit_fast.models.teachers import Teacher, has_bf16
@@ -98,14 +100,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             len(wanted), job.source.num_samples, len(pending), len(mine) - len(pending),
             job.manifest["record_bytes"],
         )  # fmt: skip
-        loader = ViewLoader(
-            job.source,
-            job.plan,
-            calls,
-            workers=config.data.workers,
-            on_error=config.data.on_error,
-            pin_memory=job.device.type == "cuda",
-        )
+        loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
         pixels = _PixelRecord(Path(config.cache), job.manifest)
         # The next block is locked before this one is released: a second writer of the same blocks
         # finds a lock whenever it starts.
@@ -170,9 +165,11 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     images = int(sum(sizes[block] for _, block in missing))
 
     batch_size = min(config.teacher_batch, count)
-    started = time.perf_counter()
     ids = np.arange(batch_size), np.full(batch_size, wanted[0], np.int32)
-    batch = make_batch(job.source, job.plan, *ids, on_error=config.data.on_error)
+    data = dataclasses.replace(config.data, workers=0)
+    loader = iter(open_loader(data, job.source, job.plan, [ids], device=job.device))
+    started = time.perf_counter()
+    batch = next(loader)
     loading = time.perf_counter() - started
     codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
     codec.encode(job.answer(batch), batch.labels)
@@ -221,7 +218,7 @@ class _Job:
 
     def answer(self, batch: ViewBatch) -> torch.Tensor:
         """The teacher's logits [B, C] about a batch of views."""
-        images = ingest_batch(batch.to(self.device), self.config.view, torch.float32)
+        images = ingest_batch(batch, self.config.view, torch.float32)
         return self.teacher(images)
 
 

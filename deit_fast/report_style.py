@@ -35,7 +35,7 @@ background:linear-gradient(to right,color-mix(in srgb,var(--c) 28%,transparent) 
 var(--soft) var(--w));print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:50%;margin-right:.5em;
 background:var(--c);print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:28px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:28px}
 figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.95rem;margin-bottom:8px}
 img{max-width:100%;height:auto;border-radius:4px;display:block}
 svg{display:block;width:100%;min-width:440px;height:auto;font:13px system-ui,sans-serif}

@@ -5,14 +5,16 @@ every machine; `fingerprint` holds a digest of the tables behind them.
 
 Mixing partners belong to the view as well: the data set falls into pairs, anew for every `repeats`
 views, and both members of a pair share Mixup or CutMix, lambda and box. That is timm's mode `pair`,
-with the pairs fixed by the plan; DeiT draws one lambda per batch and flips the batch instead.
+with the pairs fixed by the plan; DeiT draws one lambda per batch and flips the batch instead
+(`data.compat`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +23,29 @@ import numpy.typing as npt
 
 from deit_fast.config import InputError, ViewRecipe
 from deit_fast.draws import (
+    CUTMIX,
     LAM_ONE,
+    LEVEL_ONE,
+    NO_MIX,
     Array,
     Purpose,
     below,
     beta_table,
-    draw_beta,
     draw_level,
+    draw_mix,
     happens,
     key,
     level_table,
     philox,
     ratio_table,
 )
+from deit_fast.draws import (
+    MIXUP as MIXUP,
+)
 from deit_fast.order import partner_table
 
 PLAN_VERSION = 2  # raise it with any change of what `rows` or `crop_boxes` return
 CUTMIX_FORM = "deit"  # edges centre -+ cut // 2; timm after 1.0.28 adds (cut + 1) // 2
-NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 
 # timm's increasing set, in its order; drawn uniformly with replacement
 RANDAUGMENT_OPERATIONS = (
@@ -59,25 +66,57 @@ RANDAUGMENT_OPERATIONS = (
     "translate_x",
     "translate_y",
 )
+OPERATIONS = (*RANDAUGMENT_OPERATIONS, "grayscale", "gaussian_blur")  # a blur's level is its radius
 
-PLAN_DTYPE = np.dtype(
-    [
-        ("sample", "i8"),
-        ("view", "i4"),
-        ("flip", "u1"),
-        ("operations", "u1", (2,)),  # RandAugment, places in RANDAUGMENT_OPERATIONS
-        ("levels", "i2", (2,)),  # strength of each in 1 / 1024; the sign is the direction
-        ("erase", "i4", (4,)),  # top, left, height, width in pixels of the view; height 0: none
-        ("noise_key", "u8"),  # Philox key of the erasing noise: low word, high word
-        ("partner", "i8"),
-        ("mix_kind", "u1"),
-        ("box", "i4", (4,)),  # CutMix: top, left, height, width
-        ("lam", "i4"),  # Mixup: weight of the own half, in 1 / 65536
-    ]
-)
+
+def plan_dtype(layers: int) -> np.dtype:
+    """One row of a plan with so many operations, applied in turn."""
+    return np.dtype(
+        [
+            ("sample", "i8"),
+            ("view", "i4"),
+            ("flip", "u1"),
+            ("operations", "u1", (layers,)),  # places in OPERATIONS; 0: none
+            ("levels", "i2", (layers,)),  # strength of each in 1 / 1024; the sign is the direction
+            ("erase", "i4", (4,)),  # top, left, height, width in pixels of the view; height 0: none
+            ("noise_key", "u8"),  # Philox key of the erasing noise: low word, high word
+            ("partner", "i8"),
+            ("mix_kind", "u1"),
+            ("box", "i4", (4,)),  # CutMix: top, left, height, width
+            ("lam", "i4"),  # Mixup: weight of the own half, in 1 / 65536
+        ]
+    )
+
+
+PLAN_DTYPE = plan_dtype(2)  # RandAugment's, or none
 
 _SHIFT = np.uint64(32)
 _ATTEMPTS = 10  # of the random resized crop and of random erasing (torchvision, timm)
+_PAD = 4  # pixels reflected around the image of a simple crop (DeiT-III)
+
+# DeiT-III's three, in the order of its code: each is as likely as the others.
+_THREE = np.array([OPERATIONS.index(n) for n in ("grayscale", "solarize", "gaussian_blur")])
+_THREE_LEVELS = np.array([0, 5 * LEVEL_ONE, 0])  # solarize at 128, Pillow's default
+_BLUR_LEVELS = (round(0.1 * LEVEL_ONE), 2 * LEVEL_ONE)  # radius in pixels, uniform
+# torchvision's ColorJitter: a permutation of the three, a factor for each. A level is 0.09 of a
+# factor, as in RandAugment.
+_JITTERED = np.array([OPERATIONS.index(n) for n in ("brightness", "contrast", "color")])
+_JITTER_ORDERS = np.array(list(itertools.permutations(range(3))))
+
+
+@dataclass(frozen=True)
+class BatchMix:
+    """One choice for a whole batch, each view's partner being its mirror image in the batch.
+
+    Attributes:
+        kind: NO_MIX, MIXUP or CUTMIX.
+        box: CutMix: top, left, height, width.
+        lam: Mixup: weight of the own half, in 1 / 65536.
+    """
+
+    kind: int
+    box: tuple[int, int, int, int]
+    lam: int
 
 
 @dataclass(frozen=True)
@@ -106,15 +145,26 @@ class ViewPlan:
             view_ids: integers [n], not negative.
 
         Returns:
-            PLAN_DTYPE [n].
+            `plan_dtype` [n]; PLAN_DTYPE with RandAugment.
 
         Raises:
             IndexError: an id out of range.
         """
+        rows = self.looks(sample_ids, view_ids)
+        samples, views = rows["sample"], rows["view"]
+        rows["partner"] = partner = self._partners(samples, views)
+        first = np.minimum(samples, partner)
+        mix = draw_mix(self.recipe, self.seed, first, views, Purpose.MIX, partner != samples)
+        rows["mix_kind"], rows["box"], rows["lam"] = mix
+        return rows
+
+    def looks(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> Array:
+        """`rows` without the mixing: every view alone, its own partner."""
         samples, views = self._ids(sample_ids, view_ids)
-        recipe, size = self.recipe, self.recipe.image_size
-        rows = np.zeros(len(samples), PLAN_DTYPE)
-        rows["sample"], rows["view"] = samples, views
+        recipe = self.recipe
+        rows = np.zeros(len(samples), plan_dtype(self._layers()))
+        rows["sample"] = rows["partner"] = samples
+        rows["view"], rows["lam"] = views, LAM_ONE
 
         flip, erase, low, high = philox(samples, views, 0, Purpose.VIEW, key(self.seed))
         rows["flip"] = happens(flip, recipe.flip_prob)
@@ -123,23 +173,36 @@ class ViewPlan:
         rows["erase"][erased] = self._erase_boxes(samples[erased], views[erased])
 
         if recipe.augment == "randaugment":
-            self._draw_operations(rows)
-
-        rows["partner"] = partner = self._partners(samples, views)
-        first = np.minimum(samples, partner)
-        mixed, kind, lam, _ = philox(first, views, 0, Purpose.MIX, key(self.seed))
-        is_mixed = happens(mixed, recipe.mix_prob) & (partner != samples)
-        is_cutmix = is_mixed & happens(kind, self._cutmix_share())
-        if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
-            is_mixed[:] = is_cutmix[:] = False
-        is_mixup = is_mixed & ~is_cutmix
-        rows["mix_kind"] = np.where(is_cutmix, CUTMIX, np.where(is_mixup, MIXUP, NO_MIX))
-        rows["lam"] = LAM_ONE
-        rows["lam"][is_mixup] = draw_beta(lam[is_mixup], recipe.mixup_alpha)
-        where = np.flatnonzero(is_cutmix)
-        centres = philox(first[where], views[where], 1, Purpose.MIX, key(self.seed))[:2]
-        rows["box"][where] = _cutmix_box(draw_beta(lam[where], recipe.cutmix_alpha), centres, size)
+            self._draw_randaugment(rows)
+        if recipe.augment == "three_augment":
+            self._draw_three(rows)
+        if recipe.color_jitter > 0:
+            self._draw_jitter(rows)
         return rows
+
+    def halves(
+        self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike, mix: BatchMix | None = None
+    ) -> tuple[Array, Array]:
+        """The plan of a batch's views and that of what each is mixed with.
+
+        Args:
+            sample_ids, view_ids: as for `rows`.
+            mix: none: pairs belong to the views. Else the batch is mixed with its reverse.
+
+        Returns:
+            Twice `plan_dtype` [n]; a view that is not mixed is its own other half.
+        """
+        if mix is None:
+            own = self.rows(sample_ids, view_ids)
+            mixed = own["mix_kind"] != NO_MIX
+            other = np.where(mixed, own["partner"], own["sample"])
+            return own, self.looks(other, own["view"])
+        own = self.looks(sample_ids, view_ids)
+        if mix.kind == NO_MIX:
+            return own, own
+        own["partner"] = own["sample"][::-1].copy()
+        own["mix_kind"], own["box"], own["lam"] = mix.kind, mix.box, mix.lam
+        return own, own[::-1]
 
     def crop_boxes(
         self,
@@ -153,16 +216,21 @@ class ViewPlan:
         Ten attempts at an area share and an aspect ratio, else the largest centred crop whose ratio
         is allowed. A crop of zero width or height, possible in images of a few pixels, is refused.
 
+        For view.crop=simple: a square, uniform in the image resized as `shorter_side_to` says with
+        4 pixels around it (torchvision's `RandomCrop`); so left and top may be -4.
+
         Args:
             sample_ids, view_ids: as for `rows`.
             widths, heights: integers [n], size of the image in pixels.
 
         Returns:
-            int32 [n, 4]: left, top, width, height, within the image.
+            int32 [n, 4]: left, top, width, height, within the image; simple: in the resized one.
         """
         samples, views = self._ids(sample_ids, view_ids)
         width = np.asarray(widths, np.int64)
         height = np.asarray(heights, np.int64)
+        if self.recipe.crop == "simple":
+            return self._simple_boxes(samples, views, width, height)
         low, high = self.recipe.crop_ratio
 
         ratio = width / height
@@ -181,7 +249,43 @@ class ViewPlan:
         boxes[found] = np.stack([left, top, w, h], axis=1)
         return boxes.astype(np.int32)
 
-    def _draw_operations(self, rows: Array) -> None:
+    def _simple_boxes(self, samples: Array, views: Array, width: Array, height: Array) -> Array:
+        size = self.recipe.image_size
+        _, _, left, top = philox(samples, views, 0, Purpose.CROP, key(self.seed))
+        resized = shorter_side_to(size, width, height)
+        starts = [
+            below(words, side + (2 * _PAD - size + 1)) - _PAD
+            for words, side in zip((left, top), resized, strict=True)
+        ]
+        sides = np.full(len(samples), size)
+        return np.stack([*starts, sides, sides], axis=1).astype(np.int32)
+
+    def _layers(self) -> int:
+        """Operations of a view: at least two, so that rows without any are those of RandAugment."""
+        jitter = len(_JITTERED) if self.recipe.color_jitter > 0 else 0
+        return max(2, jitter + (self.recipe.augment == "three_augment"))
+
+    def _draw_three(self, rows: Array) -> None:
+        """DeiT-III's ThreeAugment: one of the three, always applied."""
+        which, _, radius, _ = philox(
+            rows["sample"], rows["view"], 0, Purpose.AUGMENT, key(self.seed)
+        )
+        chosen = below(which, np.array(len(_THREE)))
+        low, high = _BLUR_LEVELS
+        radius = low + below(radius, np.array(high - low + 1))
+        rows["operations"][:, 0] = _THREE[chosen]
+        rows["levels"][:, 0] = np.where(chosen == 2, radius, _THREE_LEVELS[chosen])
+
+    def _draw_jitter(self, rows: Array) -> None:
+        """torchvision's ColorJitter(j, j, j), in the last layers of the plan."""
+        order, *strengths = philox(rows["sample"], rows["view"], 0, Purpose.COLOR, key(self.seed))
+        reach = round(self.recipe.color_jitter / 0.09 * LEVEL_ONE)
+        levels = below(np.stack(strengths, axis=1), np.array(2 * reach + 1)) - reach
+        orders = _JITTER_ORDERS[below(order, np.array(len(_JITTER_ORDERS)))]
+        rows["operations"][:, -3:] = _JITTERED[orders]
+        rows["levels"][:, -3:] = levels
+
+    def _draw_randaugment(self, rows: Array) -> None:
         """RandAugment: per layer an operation, whether it is applied, its level and direction."""
         recipe = self.recipe
         layers = np.arange(rows["operations"].shape[1])
@@ -263,11 +367,6 @@ class ViewPlan:
             partner[here] = partner_table(self.seed, self.num_samples, group)[samples[here]]
         return partner
 
-    def _cutmix_share(self) -> float:
-        if self.recipe.mixup_alpha == 0:
-            return 1.0
-        return self.recipe.switch_prob if self.recipe.cutmix_alpha > 0 else 0.0
-
     def _ids(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> tuple[Array, Array]:
         samples = np.atleast_1d(np.asarray(sample_ids, np.int64))
         views = np.broadcast_to(np.asarray(view_ids, np.int64), samples.shape)
@@ -278,6 +377,13 @@ class ViewPlan:
         if len(views) and not (views.min() >= 0 and views.max() < 2**31):
             raise IndexError(f"view ids {views.min()}..{views.max()} leave [0, 2^31)")
         return samples, views
+
+
+def shorter_side_to(size: int, width: Array, height: Array) -> tuple[Array, Array]:
+    """Width and height of images with their shorter side resized (torchvision's `Resize`)."""
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    long_side = (size * longer / shorter).astype(np.int64)
+    return np.where(width <= height, size, long_side), np.where(width <= height, long_side, size)
 
 
 def lam_of(rows: Array, image_size: int) -> Array:
@@ -312,16 +418,3 @@ def fingerprint(recipe: ViewRecipe, seed: int) -> dict[str, Any]:
         "view.cutmix_form": CUTMIX_FORM,
         "view.plan": PLAN_VERSION,
     }
-
-
-def _cutmix_box(lam: Array, centres: Sequence[Array], size: int) -> Array:
-    """DeiT's box: sides int(size * sqrt(1 - lambda)), edges centre -+ side // 2, clipped."""
-    half = np.floor(size * np.sqrt(1.0 - lam / LAM_ONE)).astype(np.int64) // 2
-    side = np.full(len(half), size, np.int64)
-    edges = []
-    for words in centres:
-        centre = below(words, side)
-        low = np.maximum(centre - half, 0)
-        edges.append((low, np.minimum(centre + half, size) - low))
-    (top, height), (left, width) = edges
-    return np.stack([top, left, height, width], axis=1)

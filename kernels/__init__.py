@@ -2,6 +2,7 @@
 
 from .add_layer_norm import add_layer_norm
 from .attention import attention_qkvpacked
+from .augment import augment
 from .bias_gelu import bias_gelu
 from .distillation_loss import TopK, distillation_loss
 from .ingest import ingest
@@ -10,6 +11,7 @@ __all__ = [
     "TopK",
     "add_layer_norm",
     "attention_qkvpacked",
+    "augment",
     "bias_gelu",
     "distillation_loss",
     "ingest",

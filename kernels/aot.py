@@ -8,7 +8,8 @@ A kernel file takes part by defining ``aot_cases()``, which yields tuples like `
 compiled for every architecture; the cubin is read with the cuobjdump and nvdisasm of Triton's own
 wheel. Exits with 1 and one line per broken rule where a kernel
 
-- uses local memory (a stack or spills), fp64 instructions, or more shared memory than a block has;
+- uses local memory (a stack or spills), fp64 instructions that its case does not announce, or more
+  shared memory than a block has;
 - fails what its case expects (see `EXPECTATIONS`);
 - got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads.
 
@@ -53,6 +54,7 @@ EXPECTATIONS = {
     "max_scalar_stores": "the same of stores; a loss per row is one",
     "max_regs": "most registers of a thread",
     "i64_rows": "True: row offsets are products of 64-bit integers, so that large tensors work",
+    "max_fp64": "most double-precision instructions; none where left out, an accident then",
     "tensor_cores": "True: matrix instructions are present",
 }
 
@@ -171,8 +173,10 @@ def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
         yield f"stack: {got['stack']} bytes of local memory"
     if got["spills"]:
         yield f"spills: {got['spills']} loads and stores of local memory (LDL, STL)"
-    if got["fp64"]:
-        yield f"fp64: {got['fp64']} double-precision instructions; is a scalar passed as fp64?"
+    most = expect.get("max_fp64", 0)
+    if got["fp64"] > most:
+        hint = f"at most {most} expected" if most else "is a scalar passed as fp64?"
+        yield f"fp64: {got['fp64']} double-precision instructions; {hint}"
     if got["shared"] > SHARED_LIMIT[arch]:
         yield f"shared memory: {got['shared']} bytes, a block has {SHARED_LIMIT[arch]}"
     if got["registers"] > expect.get("max_regs", 255):

@@ -87,6 +87,19 @@ def test_shared_memory_limit_depends_on_the_architecture():
     assert line == "shared memory: 204800 bytes, a block has 166912"
 
 
+def test_double_precision_must_be_announced():
+    got = GOOD | {"fp64": 11}
+    for expect, end in (
+        ({}, "is a scalar passed as fp64?"),
+        ({"max_fp64": 10}, "at most 10 expected"),
+    ):
+        case = aot.Case("x", None, {}, {}, {}, {}, expect)
+        (line,) = aot.broken_rules(case, "sm_90", got)
+        assert line == f"fp64: 11 double-precision instructions; {end}"
+    announced = aot.Case("x", None, {}, {}, {}, {}, {"max_fp64": 11})
+    assert list(aot.broken_rules(announced, "sm_90", got)) == []
+
+
 def test_figures_as_good_as_the_golden_ones_pass():
     better = GOOD | {"registers": 30, "shared": 0, "wide_loads": 5, "scalar_loads": 0}
     slack = GOOD | {"registers": GOOD["registers"] + aot.REGISTER_SLACK}

@@ -32,7 +32,8 @@ from deit_fast.data import (
     pixel_contract,
 )
 from deit_fast.data.evaluation import eval_pixels
-from deit_fast.data.loader import crop_and_resize, make_batch
+from deit_fast.data.loader import make_batch
+from deit_fast.data.resize import crop_and_resize
 from deit_fast.draws import philox
 from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.views import CUTMIX, MIXUP, RANDAUGMENT_OPERATIONS, ViewPlan
@@ -333,7 +334,8 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
             key = batch.sample_ids[row : row + 1], batch.view_ids[row : row + 1]
             box = plan.crop_boxes(*key, [image.width], [image.height])[0].tolist()
             pixels = batch.images[batch.plan[row, 0]].numpy()
-            np.testing.assert_array_equal(pixels, crop_and_resize(image, box, SIZE))
+            wanted = crop_and_resize(np.asarray(image), box, SIZE, SIZE)
+            np.testing.assert_array_equal(pixels, wanted)
     assert first.sample_ids.tolist() == [3, 2, 0]
     assert first.substituted == [damaged.paths[2], damaged.paths[3]]
     assert second.substituted == [damaged.paths[2], damaged.paths[7]]  # once, though two views
@@ -387,7 +389,8 @@ def test_crop_and_resize_equal_torchvision(source):
             left = int(rng.integers(0, image.width - width + 1))
             top = int(rng.integers(0, image.height - height + 1))
             for size in (SIZE, 224):
-                ours = crop_and_resize(image, (left, top, width, height), size)
+                box = left, top, width, height
+                ours = crop_and_resize(np.asarray(image), box, size, size)
                 theirs = F.resized_crop(image, top, left, height, width, [size, size], BICUBIC)
                 np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
@@ -459,7 +462,7 @@ class Counting:
     """A source that counts decodes by sample."""
 
     def __init__(self, source: ImageFolder) -> None:
-        self.source, self.loads = source, []
+        self.source, self.loads, self.finished = source, [], False
         self.labels, self.paths, self.classes = source.labels, source.paths, source.classes
         self.num_samples = source.num_samples
 
@@ -555,14 +558,14 @@ def test_finished_views_equal_a_slow_model(source):
 
 
 def test_pixel_contract(monkeypatch):
-    assert pixel_contract() == {"contract.pixels": "pillow/11-12"}
+    assert pixel_contract(DataConfig()) == {"contract.pixels": "pillow/11-12"}
     monkeypatch.setattr(PIL, "__version__", "13.0.0")
     with pytest.raises(InputError, match=r"13\.0\.0"):
-        pixel_contract()
+        pixel_contract(DataConfig())
     monkeypatch.setattr(PIL, "__version__", "12.9.0")
     monkeypatch.setattr("deit_fast.data.loader._RESIZE_SHA256", "0" * 64)
     with pytest.raises(InputError, match="other pixels"):
-        pixel_contract()
+        pixel_contract(DataConfig())
 
 
 # ---------------------------------------------------------------------------------------------

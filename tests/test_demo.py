@@ -27,7 +27,11 @@ def test_digits_become_an_image_folder_without_loss(tmp_path):
 @pytest.mark.slow
 def test_distilled_students_beat_their_undistilled_twin(tmp_path):
     """Measured gain over three seeds: bench/results/cpu/demo-*.json."""
-    config = DemoConfig(output=str(tmp_path / "demo"), save=str(tmp_path / "result.json"))
+    config = DemoConfig(
+        output=str(tmp_path / "demo"),
+        save=str(tmp_path / "result.json"),
+        save_analysis=str(tmp_path / "analysis.json"),
+    )
     result = demo(config)
     (row,) = result["rows"]
     assert row["teacher"] > 0.97
@@ -38,6 +42,15 @@ def test_distilled_students_beat_their_undistilled_twin(tmp_path):
     page = (tmp_path / "demo/report.html").read_text()
     for kind in ("none", "hard", "soft"):
         assert f"{100 * row[kind]:.2f}" in page
+    assert "Who disagrees with whom" in page and "Where the tokens look" in page
+    analysis = json.loads((tmp_path / "analysis.json").read_text())
+    assert [found["distillation"] for found in analysis["rows"]] == ["none", "hard", "soft"]
+    for found in analysis["rows"]:
+        assert found["top1"] == pytest.approx(row[found["distillation"]], abs=1e-6)
+        assert found["teacher_top1"] > 0.97
+    better, _, alike = analysis["observations"]
+    assert better["holds"] == alike["holds"] == 2, analysis["observations"]
+    assert len(result["observed"]) == 3 and "in 2 of 2 runs" in result["observed"][0]
     again = demo(config)
     assert again["rows"] == result["rows"]
     assert again["seconds"] < result["seconds"] / 3, "a second call did the work again"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deit_fast.config import InputError
 from deit_fast.models import create_student, fuse, unfuse
+from deit_fast.train.step import compile_blocks
 
 fusing = sys.modules["deit_fast.models.fuse"]  # the name in the package is the function's
 KERNELS = fusing.KERNELS
@@ -295,3 +296,17 @@ def test_create_student_fuses() -> None:
     assert model.blocks[0].kernels == frozenset(fusing.default_kernels())
     plain = create_student("deit_tiny_distilled_patch16_224", 7, img_size=32, fused=False, **small)
     assert type(plain.blocks[0]) is Block
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_a_fused_model_are_the_model() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = build("distilled").train()
+    compiled = fuse(build("distilled").train(), kernels=KERNELS)
+    compile_blocks(compiled)
+    images = torch.randn(4, 3, 32, 32, device=DEVICE)
+    assert_same(run(compiled, images), run(plain, images))
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3  # blocks share them: first, middle, last

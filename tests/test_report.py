@@ -5,21 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from deit_fast import charts
 from deit_fast.cli import main
 from deit_fast.config import InputError, RunConfig, to_dict
-from deit_fast.report import PNG_SIGNATURE, build_report, short_names, write_report
+from deit_fast.report import PNG_SIGNATURE, build_report, curves, short_names, write_report
 
 VOID = {"meta", "img", "br"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
 def make_run(folder: Path, kind: str = "soft", top1: float = 0.9, **result: Any) -> Path:
@@ -56,6 +63,57 @@ def make_run(folder: Path, kind: str = "soft", top1: float = 0.9, **result: Any)
     }
     (folder / "result.json").write_text(json.dumps(content))
     return folder
+
+
+def add_analysis(run: Path, **changes: Any) -> Path:
+    """What `deit-fast analyze` leaves in the folder of a distilled run."""
+    curve = {
+        "ece": 0.0725,
+        "bins": [
+            {"low": 0.2, "high": 0.3, "count": 4, "confidence": 0.25, "accuracy": 0.5},
+            {"low": 0.9, "high": 1.0, "count": 6, "confidence": 0.95, "accuracy": 1.0},
+        ],
+    }
+    spread = {"mean": 0.75, "std": 0.125, "min": 0.5, "max": 1.0}
+    layers = [("input", 0.0625), ("block 1", 0.5), ("block 2", 0.9375), ("final norm", 0.875)]
+    temperatures = [
+        {"temperature": t, "entropy": 0.5 * t, "mass": {"1": 1 / t, "5": 1.0}} for t in (1.0, 2.0)
+    ]
+    own = [
+        {"temperature": t, "entropy": 1.0, "classes": [{"name": "cat", "probability": 0.625 / t}]}
+        for t in (1.0, 2.0)
+    ]
+    content = {
+        "format": 1,
+        "accuracy": {"class": 0.8125, "distillation": 0.8375, "sum_logits": 0.8625},
+        "calibration": {"class": curve, "distillation": curve, "sum_logits": curve},
+        "tokens": {
+            "learned": 0.03125,
+            "layers": [{"name": n, "mean": m, "std": 0.25} for n, m in layers],
+        },
+        "heads": {"weight_cosine": spread, "agreement": 0.955, "probability_cosine": spread},
+        "disagreement": {
+            "names": ["truth", "teacher", "both"],
+            "shares": [[0.0, 0.171, 0.166], [0.171, 0.0, 0.102], [0.166, 0.102, 0.0]],
+        },
+        "teacher": {
+            "spec": "timm:regnet",
+            "top1": 0.829,
+            "calibration": curve,
+            "temperatures": temperatures,
+            "sample": {"id": 17, "path": "x.jpg", "label": "dog", "temperatures": own},
+        },
+        "attention": {
+            "tiles": ["image", "class token", "distillation token"],
+            "samples": [{"id": 17, "label": "dog", "picture": "attention-17.png"}],
+        },
+        "left_out": {"undistilled": "no run with loss.kind none was given"},
+        **changes,
+    }
+    (run / "analysis").mkdir()
+    (run / "analysis/analysis.json").write_text(json.dumps(content))
+    Image.new("RGB", (480, 160), "teal").save(run / "analysis/attention-17.png")
+    return run
 
 
 class Checker(HTMLParser):
@@ -167,6 +225,101 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert build_report([run], "t") == before
 
 
+def test_the_analysis_is_shown(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "plain", "none"), add_analysis(make_run(tmp_path / "soft"))]
+    page = build_report(runs, "t")
+    text = words(page)
+    for part in (
+        "0.031", "0.062 \u00b1 0.250", "0.938 \u00b1 0.250", "0.875 \u00b1 0.250", "95.50 %",
+        "81.25 %", "83.75 %", "86.25 %", "82.90 %", "7.25 %", "0.171", "0.166", "0.102",
+        "class cat", "0.625", "0.312", "image 17 (label dog)", "image 17, label dog",
+        "From the left: image, class token, distillation token.",
+        "undistilled: no run with loss.kind none was given",
+    ):  # fmt: skip
+        assert part in text, part
+    titles = re.findall(r"<title>(.*?)</title>", page)
+    assert "soft: 0.9375 at block (0: input) 2" in titles
+    assert "soft: 0.875 at block (0: input) 3" not in titles  # the final norm is no block
+    assert (
+        "class: 50 % at confidence 0.25" in titles and "teacher: 100 % at confidence 0.95" in titles
+    )
+    (link,) = [link for link in check(page).links if link.startswith("data:image/png")]
+    assert link.split(",")[1] in page
+    assert "The teacher, softened" not in words(build_report(runs[:1], "t"))
+
+
+def test_one_teacher_of_several_runs_stands_once(tmp_path: Path) -> None:
+    runs = [add_analysis(make_run(tmp_path / name)) for name in ("a", "b")]
+    page = build_report(runs, "t")
+    assert page.count("<p>timm:regnet, and image 17 (label dog) by class</p>") == 1
+    assert page.count("Accuracy by confidence: ") == 2 * 2  # caption and label of each chart
+
+
+def test_hostile_and_odd_values_of_an_analysis(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>"
+    run = add_analysis(
+        make_run(tmp_path / "a"),
+        disagreement={"names": [evil, 3], "shares": [[0, "x"], None]},
+        calibration=[], tokens={"learned": None, "layers": [1, {"mean": "x"}]},
+        heads={"agreement": math.inf}, left_out={evil: evil},
+        teacher={"spec": evil, "temperatures": [{"mass": {evil: None}}], "sample": {"label": evil}},
+        attention={"tiles": 4, "samples": [{"id": evil, "picture": "../x/attention-17.png"}]},
+    )  # fmt: skip
+    page = build_report([run], "t")
+    checker = check(page)
+    assert "script" not in checker.tags and evil in "".join(checker.text)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("analysis.json", b"{", "is damaged: Expecting property name"),
+        ("analysis.json", b'{"format": 9}', "has format 9, this version reads 1: run `deit-fast"),
+        ("attention-17.png", None, "does not exist"),
+        ("attention-17.png", b"GIF89a", "is damaged: not a PNG image"),
+    ],
+)
+def test_a_damaged_analysis_is_named(
+    file: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = add_analysis(make_run(tmp_path / "a")) / "analysis" / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        build_report([tmp_path / "a"], "t")
+    assert str(error.value).startswith(f"{path} {message}")
+
+
+def test_long_training_curves_are_smoothed_and_kept_as_logged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    rows = [
+        {"kind": "train", "step": s, "epoch": 1, "loss": 2.0 + (-1) ** s} for s in range(1, 101)
+    ]
+    last = {"kind": "eval", "step": 100, "epoch": 10, "top1": 0.5}
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, last])
+    (run / "metrics.jsonl").write_text(lines)
+    page = build_report([run], "t")
+    assert "Training loss, mean of 5 neighbouring values" in page and "As logged" in page
+    titles = re.findall(r"<title>(a: .*?)</title>", page)
+    assert "a: 2.2 at epoch 5" in titles  # (3 + 1 + 3 + 1 + 3) / 5 around step 50
+    assert "a: 3 at epoch 5" in titles  # as logged
+    assert "a: 1 at epoch 0.1" in titles  # an end has no neighbours on both sides
+
+
+def test_smoothing_is_the_mean_of_neighbours_and_bends_no_slope() -> None:
+    slope = [(float(x), 3.0 * x) for x in range(200)]
+    smoothed, width = curves.smooth(slope)
+    assert width == 11
+    assert [y for _, y in smoothed] == pytest.approx([y for _, y in slope])
+    assert [x for x, _ in smoothed] == [x for x, _ in slope]
+    noisy = [(float(x), float(x * x % 7)) for x in range(200)]
+    assert curves.smooth(noisy)[0][50][1] == pytest.approx(
+        sum(noisy[x][1] for x in range(45, 56)) / 11
+    )
+    assert curves.smooth(noisy[:39]) == (noisy[:39], 1)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -237,6 +390,84 @@ def test_short_names_tell_runs_apart() -> None:
     assert short_names(paths) == ["seed-0/soft", "seed-1/soft", "y/hard"]
     assert short_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
     assert short_names([Path("x/a"), Path("x/a")]) == ["a", "a"]
+
+
+# ----------------------------------------------------------------------------------------- browser
+
+
+def browse(*arguments: str) -> str:
+    """Standard output of a headless browser that finds no network."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--host-resolver-rules=MAP * ~NOTFOUND", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("browser")
+    runs = [
+        add_analysis(make_run(root / name, kind)) for name, kind in (("a", "hard"), ("b", "soft"))
+    ]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 512, 3), np.uint8)
+    for run in runs:
+        Image.fromarray(noise).save(run / "samples.png")
+    return build_report([*runs, make_run(root / "a-run-with-a-rather-long-name", "none")], "Three")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.skipif(os.name != "posix", reason="file URLs are POSIX paths")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page_without_scrolling_sideways_or_a_network(
+    width: int, whole_page: str, tmp_path: Path
+) -> None:
+    """In a frame of that width: a headless window cannot be narrower than 500 pixels."""
+    measure = (
+        "const f=document.querySelector('iframe'),d=f.contentDocument,e=d.documentElement;"
+        "f.style.height=e.scrollHeight+'px';document.title=JSON.stringify({"
+        "width:f.contentWindow.innerWidth,content:e.scrollWidth,height:e.scrollHeight,"
+        "broken:[...d.images].filter(i=>!i.naturalWidth).length,images:d.images.length,"
+        "requests:f.contentWindow.performance.getEntriesByType('resource')"
+        ".filter(r=>!r.name.startsWith('data:')).length})"
+    )
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(
+        f'<!doctype html><body style="margin:0"><iframe onload="{escape(measure)}" '
+        f'style="border:0;width:{width}px" srcdoc="{escape(whole_page)}"></iframe>'
+    )
+    window = max(width, 500)
+    shot = tmp_path / "page.png"
+    dom = browse(f"--window-size={window},800", "--dump-dom", wrapper.as_uri())
+    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
+    assert found["width"] == width and found["content"] <= width, found
+    assert found["images"] == 3 and found["broken"] == found["requests"] == 0, found
+
+    for scheme, background in ((0, (20, 23, 26)), (1, (255, 255, 255))):  # dark, light
+        browse(
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--window-size={window},{found['height']}", f"--screenshot={shot}", wrapper.as_uri(),
+        )  # fmt: skip
+        pixels = np.asarray(Image.open(shot).convert("RGB"))[:, :width]
+        drawn = (pixels != background).any(2)
+        assert tuple(pixels[2, 2]) == background
+        assert 0.03 < drawn.mean() < 0.6, drawn.mean()
+        bands = np.array_split(drawn, 20)
+        assert all(band.any() for band in bands[:-1]), "a part of the page is blank"
+        colours = {tuple(c) for c in pixels[drawn][::50].tolist()}
+        assert len(colours) > 50  # text, curves, pictures
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_prints_the_page(whole_page: str, tmp_path: Path) -> None:
+    page, pdf = tmp_path / "page.html", tmp_path / "page.pdf"
+    page.write_text(whole_page, encoding="utf-8")
+    browse(f"--print-to-pdf={pdf}", page.as_uri())
+    content = pdf.read_bytes()
+    assert content.startswith(b"%PDF") and content.count(b"/Type /Page\n") >= 3
 
 
 # ------------------------------------------------------------------------------------------ charts

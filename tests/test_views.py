@@ -11,10 +11,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_fast.config import InputError, ViewRecipe
+from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.draws import LAM_ONE, Purpose, beta_table, philox, ratio_table
 from deit_fast.order import EpochOrder, TrainBatches, pairing
 from deit_fast.views import (
@@ -25,6 +27,7 @@ from deit_fast.views import (
     fingerprint,
     lam_of,
 )
+from test_data import digests, write_split
 
 DRAWS = 100_000
 SEED = 0x1234_5678_9ABC
@@ -376,6 +379,75 @@ def test_rows_do_not_depend_on_the_batch(rows):
     assert plan.crop_boxes([], [], [], []).shape == (0, 4)
 
 
+@pytest.mark.parametrize("augment", ["randaugment", "three_augment", "none"])
+def test_partner_lambda_and_box_depend_on_neither_batch_nor_rank(augment):
+    """Walked as runs of other batch sizes, ranks and starts: a key always has the same row."""
+    recipe = ViewRecipe(augment=augment, mix_prob=0.8)
+    plan = ViewPlan(recipe, SEED, 301)
+    order = EpochOrder(SEED, 301, 6, 3)
+    seen: dict[tuple[int, int], bytes] = {}
+    for batch_size, world, start in ((24, 1, 0), (30, 2, 0), (48, 4, 3), (7, 1, 50), (297, 1, 2)):
+        for rank in range(world):
+            batches = TrainBatches(order, batch_size, 6, rank, world)
+            for step in range(start, len(batches)):
+                for row in plan.rows(*batches[step]):
+                    address = int(row["sample"]), int(row["view"])
+                    assert seen.setdefault(address, row.tobytes()) == row.tobytes()
+    assert len(seen) > 0.95 * 301 * 6
+    halves = {address: np.frombuffer(row, plan.rows([0], [0]).dtype)[0]
+              for address, row in seen.items()}  # fmt: skip
+    assert {int(row["mix_kind"]) for row in halves.values()} == {NO_MIX, MIXUP, CUTMIX}
+    for (sample, view), row in halves.items():
+        other = halves.get((int(row["partner"]), view))
+        if other is not None:
+            assert other["partner"] == sample and other["mix_kind"] == row["mix_kind"]
+            assert other["lam"] == row["lam"] and (other["box"] == row["box"]).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_is_mixed_with_whom_is_uniform_over_the_data_set(seed):
+    """Over 4000 groups of views, each of the 11 others is sample 0's partner equally often."""
+    plan = ViewPlan(ViewRecipe(repeats=1), seed, 12)
+    partner = plan.rows(np.zeros(4000, int), np.arange(4000))["partner"]
+    counts = np.bincount(partner, minlength=12)
+    assert counts[0] == 0 and abs(counts[1:] - 4000 / 11).max() < 5 * math.sqrt(4000 / 11)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ViewRecipe(image_size=32, repeats=2),
+        ViewRecipe(image_size=32, repeats=2, augment="three_augment", color_jitter=0.3),
+        ViewRecipe(image_size=32, repeats=2, augment="none", color_jitter=0.4, crop="simple"),
+    ],
+    ids=["randaugment", "three_augment", "jitter, simple crop"],
+)
+def test_finished_views_are_the_same_however_a_run_is_cut(tmp_path, recipe):
+    """Batch sizes, ranks, resumed starts, worker processes and threads: one digest for each key."""
+    write_split(tmp_path / "train", 3, 7)
+    source = ImageFolder(str(tmp_path), "train")
+    plan = ViewPlan(recipe, SEED, 21)
+    order = EpochOrder(SEED, 21, 4, 2)
+    reference: dict[tuple[int, int], str] = {}
+    before = torch.get_num_threads()
+    try:
+        for batch_size, world, start, workers, threads in (
+            (18, 1, 0, 0, 1), (6, 1, 0, 2, 1), (4, 2, 0, 0, 2), (12, 3, 2, 1, 1), (3, 1, 9, 0, 2),
+        ):  # fmt: skip
+            torch.set_num_threads(threads)
+            for rank in range(world):
+                batches = TrainBatches(order, batch_size, 4, rank, world)
+                loader = ViewLoader(
+                    source, plan, batches, workers=workers, on_error="fail", start=start
+                )
+                for address, digest in digests(loader, recipe).items():
+                    assert reference.setdefault(address, digest) == digest
+    finally:
+        torch.set_num_threads(before)
+    assert len(reference) == 4 * 18  # a batch of 18 fits into each of the 4 epochs
+    assert len(set(reference.values())) == len(reference)
+
+
 def test_views_seeds_and_samples_differ():
     first, second = (ViewPlan(ViewRecipe(), seed, 500) for seed in (0, 1 << 32))
     ids = np.arange(500)
@@ -402,6 +474,7 @@ for epoch in (0, 1, 7):
 print(digest.hexdigest())
 """
 GOLDEN_SHA256 = "07ca55cd63f039117156680c8d6a29b8205adc5626e7048f08aa83a97c864824"
+GOLDEN_THREE_SHA256 = "d23d3860dc146c82f447512da1ba69ae9476047cda7d858270c9b0e7f70ec420"
 
 
 def test_golden_plan():
@@ -413,6 +486,16 @@ def test_golden_plan():
         [sys.executable, "-c", GOLDEN], capture_output=True, text=True, check=True, timeout=120
     )
     assert other.stdout.strip() == GOLDEN_SHA256
+
+
+def test_golden_plan_of_three_augment():
+    """As above, for the operations that DeiT-III has and DeiT has not."""
+    recipe = ViewRecipe(crop="simple", augment="three_augment", color_jitter=0.3)
+    plan = ViewPlan(recipe, 2026, 10_001)
+    ids, views = np.arange(10_001), np.arange(10_001) % 9
+    digest = hashlib.sha256(plan.rows(ids, views).tobytes())
+    digest.update(plan.crop_boxes(ids, views, 200 + ids % 700, 300 + ids % 500).tobytes())
+    assert digest.hexdigest() == GOLDEN_THREE_SHA256
 
 
 def test_fingerprint_names_every_field_and_table():

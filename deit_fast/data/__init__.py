@@ -2,7 +2,8 @@
 
 from deit_fast.data.evaluation import EvalLoader
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch, ViewLoader, pixel_contract
+from deit_fast.data.loader import ViewBatch, ViewLoader
+from deit_fast.data.open import open_loader, pixel_contract
 from deit_fast.data.sources import ImageFolder, Synthetic, UnreadableImage, open_source
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ViewBatch",
     "ViewLoader",
     "ingest_batch",
+    "open_loader",
     "open_source",
     "pixel_contract",
 ]

@@ -1,18 +1,21 @@
-"""RandAugment on Pillow images, from a plan: timm's `rand-m9-mstd0.5-inc1`, bit for bit.
+"""Augmentation of Pillow images, from a plan, bit for bit as the recipes' own code does it.
 
-The flip comes later, in ingest, though the recipe flips first. So a view that will be flipped is
-augmented in the mirror. (Mirrored arguments would do as well but for rounding: bicubic sums taken
-from the other side differ by 1 in about one value of 100,000.)
+RandAugment is timm's `rand-m9-mstd0.5-inc1`, ThreeAugment DeiT-III's, colour jitter torchvision's.
+
+The flip comes later, in ingest, though the recipes flip first. So a view that will be flipped is
+augmented in the mirror, unless none of its operations tells left from right. (Mirrored arguments
+would do as well but for rounding: bicubic sums taken from the other side differ by 1 in about one
+value of 100,000.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from deit_fast.draws import LEVEL_ONE
-from deit_fast.views import RANDAUGMENT_OPERATIONS
+from deit_fast.views import OPERATIONS
 
 Color = tuple[int, int, int]
 
@@ -33,32 +36,34 @@ _AFFINE: dict[str, Callable[[float, int], tuple[float, ...]]] = {
 }
 
 
-def randaugment(
+_TELL_LEFT_FROM_RIGHT = {OPERATIONS.index(name) for name in ("rotate", *_AFFINE)}
+
+
+def augment(
     image: Image.Image, operations: Sequence[int], levels: Sequence[int], flip: bool, fill: Color
 ) -> Image.Image:
     """Apply a plan's operations as if to the mirror image of a view that will be flipped.
 
     Args:
         image: RGB, square.
-        operations: ids, places in ``RANDAUGMENT_OPERATIONS``; 0: none.
+        operations: ids, places in ``OPERATIONS``; 0: none.
         levels: strength of each, in 1 / 1024; negative: the operation's opposite direction.
         flip: whether the result will be mirrored later.
         fill: colour of pixels from outside the image.
     """
-    if not any(operations):
-        return image
-    image = ImageOps.mirror(image) if flip else image
+    mirror = flip and not _TELL_LEFT_FROM_RIGHT.isdisjoint(operations)
+    image = ImageOps.mirror(image) if mirror else image
     for operation, level in zip(operations, levels, strict=True):
-        name = RANDAUGMENT_OPERATIONS[operation]
-        image = apply_operation(image, name, level / LEVEL_ONE, fill)
-    return ImageOps.mirror(image) if flip else image
+        image = apply_operation(image, OPERATIONS[operation], level / LEVEL_ONE, fill)
+    return ImageOps.mirror(image) if mirror else image
 
 
 def apply_operation(image: Image.Image, name: str, level: float, fill: Color) -> Image.Image:
     """One operation at a level in [-10, 10]; the sign is the direction, where there are two.
 
     Arguments grow with the level as in timm's "increasing" set: rotation 3 degrees a level, shear
-    0.03, translation 0.045 of the side, the four enhancers 1 +- 0.09 (at least 0.1).
+    0.03, translation 0.045 of the side, the four enhancers 1 +- 0.09 (at least 0.1). The level of
+    a Gaussian blur is its radius in pixels.
     """
     share = abs(level) / 10.0
     sign = -1.0 if level < 0 else 1.0
@@ -75,6 +80,10 @@ def apply_operation(image: Image.Image, name: str, level: float, fill: Color) ->
         return ImageOps.autocontrast(image)
     if name == "equalize":
         return ImageOps.equalize(image)
+    if name == "grayscale":
+        return image.convert("L").convert("RGB")
+    if name == "gaussian_blur":
+        return image.filter(ImageFilter.GaussianBlur(level))
     if name == "none":
         return image
     return image.point(_pointwise_table(name, share) * 3)

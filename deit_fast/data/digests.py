@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
-from deit_fast.config import InputError
-from deit_fast.data.loader import ViewBatch, make_batch
+from deit_fast.config import DataConfig, InputError
+from deit_fast.data.loader import ViewBatch
+from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.views import NO_MIX, ViewPlan
@@ -23,7 +26,7 @@ def digest_views(batch: ViewBatch, rows: Iterable[int]) -> list[str]:
     That is both halves' pixels, the plan's row without its places in the batch (little-endian
     int32), and both labels and lambda (int64, int64, float32).
     """
-    images, plan = batch.images.numpy(), batch.plan.numpy()
+    images, plan = batch.images.cpu().numpy(), batch.plan.cpu().numpy()
     digests = []
     for row in rows:
         values = plan[row].astype("<i4")
@@ -43,23 +46,28 @@ def require_same_pixels(
     source: Source,
     plan: ViewPlan,
     *,
-    on_error: str,
+    data: DataConfig,
+    device: torch.device | str,
     where: str,
 ) -> None:
     """Make views again and compare.
 
     Args:
         records: (view, sample, digest) as they should be.
-        on_error: as for the loader.
+        data, device: the loader's.
         where: what holds the records, for the message.
 
     Raises:
         InputError: a view differs; names sample, view and files.
     """
-    for first in range(0, len(records), 16):  # a bound on memory
-        part = records[first : first + 16]
+    parts = [records[first : first + 16] for first in range(0, len(records), 16)]
+    batches = []
+    for part in parts:
         views, samples, _ = zip(*part, strict=True)
-        batch = make_batch(source, plan, np.array(samples), np.array(views), on_error=on_error)
+        batches.append((np.array(samples), np.array(views)))
+    data = dataclasses.replace(data, workers=0)  # so few are not worth a process
+    loader = open_loader(data, source, plan, batches, device=device)
+    for part, batch in zip(parts, loader, strict=True):
         for (view, sample, wanted), found in zip(
             part, digest_views(batch, range(len(part))), strict=True
         ):
@@ -70,5 +78,6 @@ def require_same_pixels(
                     files += f" or its partner {source.paths[int(row['partner'])]}"
                 raise InputError(
                     f"{where}: the teacher saw other pixels of sample {sample} view {view}: check "
-                    f"whether {files} was replaced, and whether Pillow is built as it was"
+                    f"whether {files} was replaced, and whether Pillow (or DALI) is built as "
+                    f"it was"
                 )

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from deit_fast.config import InputError
 from deit_fast.data.loader import Failure, batch_loader, load_readable, unwrap
+from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source
 
 
@@ -101,7 +102,11 @@ class _Batches(Dataset):
         try:
             for place, index in zip(pixels, ids.tolist(), strict=True):
                 image, found = load_readable(self.source, index, self.on_error, substituted)
-                place[:] = eval_pixels(image, self.image_size, self.crop)
+                place[:] = (
+                    np.asarray(image)
+                    if self.source.finished
+                    else eval_pixels(image, self.image_size, self.crop)
+                )
                 taken.append(found)
         except InputError as error:
             return Failure(str(error))
@@ -112,16 +117,9 @@ class _Batches(Dataset):
 def eval_pixels(image: Image.Image | np.ndarray, size: int, crop: float) -> np.ndarray:
     """Shorter side to int(size / crop), Pillow's bicubic; centre crop: uint8 [size, size, 3].
 
-    torchvision's `Resize` and `CenterCrop` on a PIL image, bit for bit. An array is finished.
+    torchvision's `Resize` and `CenterCrop` on a PIL image, bit for bit.
     """
-    if isinstance(image, np.ndarray):
-        return image
-    short = int(size / crop)
-    width, height = image.size
-    if width <= height:
-        width, height = short, int(short * height / width)
-    else:
-        width, height = int(short * width / height), short
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized = resize_shorter_side(np.asarray(image), int(size / crop))
+    height, width = resized.shape[:2]
     left, top = round((width - size) / 2), round((height - size) / 2)  # half to even
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    return resized[top : top + size, left : left + size]

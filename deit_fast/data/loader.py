@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit_fast.config import InputError
-from deit_fast.data.augment import randaugment
+from deit_fast.data.augment import augment
 from deit_fast.data.ingest import build_rows
-from deit_fast.data.sources import Source, UnreadableImage
-from deit_fast.views import NO_MIX, ViewPlan, lam_of
+from deit_fast.data.resize import crop_and_resize, resize_shorter_side
+from deit_fast.data.sources import Readable, Source, UnreadableImage
+from deit_fast.views import BatchMix, ViewPlan, lam_of
 
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
 _RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
@@ -90,8 +91,9 @@ class ViewLoader:
     Args:
         source: images and labels.
         plan: what the views look like; `plan.num_samples` must be the source's.
-        batches: entry k gives sample ids and view ids of step k; sent to the workers, so it should
-            compute its entries (`views.TrainBatches`) or be small.
+        batches: entry k gives sample ids and view ids of step k, and a `BatchMix` where the batch
+            is mixed as a whole (`data.compat`); sent to the workers, so it should compute its
+            entries (`order.TrainBatches`) or be small.
         workers: processes, each making whole batches, two ahead; 0: in this process.
         on_error: "substitute" takes the next readable sample's pixels and label for an unreadable
             one, always the same; "fail" raises.
@@ -107,7 +109,7 @@ class ViewLoader:
         self,
         source: Source,
         plan: ViewPlan,
-        batches: Sequence[tuple[Any, Any]],
+        batches: Sequence[tuple[Any, ...]],
         *,
         workers: int,
         on_error: str,
@@ -115,13 +117,7 @@ class ViewLoader:
         stop: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        if plan.num_samples != source.num_samples:
-            raise InputError(
-                f"the view plan is for {plan.num_samples} samples, not {source.num_samples}"
-            )
-        if not 0 <= start <= len(batches):
-            raise InputError(f"start={start} is not a step of a run of {len(batches)} steps")
-        self.steps = range(start, len(batches) if stop is None else min(stop, len(batches)))
+        self.steps = steps_of(source, plan, batches, start, stop)
         self._loader = batch_loader(
             _Batches(source, plan, batches, on_error), self.steps, workers, pin_memory
         )
@@ -133,11 +129,28 @@ class ViewLoader:
         return unwrap(self._loader)
 
 
+def steps_of(
+    source: Source, plan: ViewPlan, batches: Sequence, start: int, stop: int | None
+) -> range:
+    """The steps of one pass of a loader.
+
+    Raises:
+        InputError: a plan of another data set, a start outside of the run.
+    """
+    if plan.num_samples != source.num_samples:
+        raise InputError(
+            f"the view plan is for {plan.num_samples} samples, not {source.num_samples}"
+        )
+    if not 0 <= start <= len(batches):
+        raise InputError(f"start={start} is not a step of a run of {len(batches)} steps")
+    return range(start, len(batches) if stop is None else min(stop, len(batches)))
+
+
 class _Batches(Dataset):
     """Step -> ViewBatch; runs in a worker."""
 
     def __init__(
-        self, source: Source, plan: ViewPlan, batches: Sequence[tuple[Any, Any]], on_error: str
+        self, source: Source, plan: ViewPlan, batches: Sequence[tuple[Any, ...]], on_error: str
     ) -> None:
         self.source, self.plan, self.batches, self.on_error = source, plan, batches, on_error
 
@@ -149,23 +162,21 @@ class _Batches(Dataset):
 
 
 def make_batch(
-    source: Source, plan: ViewPlan, sample_ids: Any, view_ids: Any, *, on_error: str
+    source: Source,
+    plan: ViewPlan,
+    sample_ids: Any,
+    view_ids: Any,
+    mix: BatchMix | None = None,
+    *,
+    on_error: str,
 ) -> ViewBatch:
-    """One batch of views, in this process; arguments as `ViewLoader`, ids as in `batches`."""
-    own = plan.rows(sample_ids, view_ids)
-    mixed = own["mix_kind"] != NO_MIX
-    other = np.where(mixed, own["partner"], own["sample"])
-    partner = plan.rows(other, own["view"])
-
-    # Members of a pair are each other's halves: unique (sample, view) keys, sorted by sample.
-    halves = np.concatenate([own, partner])
-    keys = np.stack([halves["sample"], halves["view"]], axis=1)
-    _, firsts, places = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    own_image, partner_image = places.reshape(2, len(own))
-    wanted = halves[firsts]
+    """One batch of views, in this process; arguments as `ViewLoader`, the rest as in `batches`."""
+    halves = needed_halves(plan, sample_ids, view_ids, mix)
+    wanted = halves.wanted
     size = plan.recipe.image_size
     red, green, blue = (round(255 * mean) for mean in plan.recipe.mean)  # as timm's `img_mean`
     fill = (red, green, blue)
+    cut = resize_and_crop if plan.recipe.crop == "simple" else crop_and_resize
     images = np.empty((len(wanted), size, size, 3), np.uint8)
     labels = np.empty(len(wanted), np.int64)
     substituted: list[str] = []
@@ -174,9 +185,10 @@ def make_batch(
     for first in range(0, len(distinct), _DECODED):
         group = slice(first, first + _DECODED)
         loaded = [load_readable(source, i, on_error, substituted) for i in distinct[group].tolist()]
+        pixels = [np.asarray(image) for image, _ in loaded]
         rows = slice(starts[group][0], starts[group][-1] + counts[group][-1])
         which = np.repeat(np.arange(len(loaded)), counts[group])
-        sizes = np.array([_size(image) for image, _ in loaded])[which]
+        sizes = np.array([image.shape[1::-1] for image in pixels])[which]
         part = wanted[rows]
         boxes = plan.crop_boxes(part["sample"], part["view"], sizes[:, 0], sizes[:, 1])
         labels[rows] = source.labels[[taken for _, taken in loaded]][which]
@@ -186,37 +198,98 @@ def make_batch(
         for place, item, box, (names, levels, flip) in zip(
             images[rows], which.tolist(), boxes.tolist(), operations, strict=True
         ):
-            image = loaded[item][0]
-            if isinstance(image, np.ndarray):  # the synthetic source's, a finished view already
-                place[:] = image
+            if source.finished:
+                place[:] = pixels[item]
                 continue
-            view = randaugment(crop_and_resize(image, box, size), names, levels, bool(flip), fill)
-            place[:] = np.asarray(view)
+            cut(pixels[item], box, size, size, place)
+            if any(names):
+                view = augment(Image.fromarray(place), names, levels, bool(flip), fill)
+                place[:] = np.asarray(view)
 
+    return assemble(halves, torch.from_numpy(images), labels, substituted, size)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What a batch of views is put together from.
+
+    Attributes:
+        own, partner: `plan_dtype` [B]; where a view is not mixed it is its own partner.
+        wanted: `plan_dtype` [M], the distinct (sample, view) among both, sorted.
+        own_image, partner_image: places in `wanted`, int64 [B].
+    """
+
+    own: np.ndarray
+    partner: np.ndarray
+    wanted: np.ndarray
+    own_image: np.ndarray
+    partner_image: np.ndarray
+
+
+def needed_halves(
+    plan: ViewPlan, sample_ids: Any, view_ids: Any, mix: BatchMix | None = None
+) -> Halves:
+    """Members of a pair are each other's halves: each is made once."""
+    own, partner = plan.halves(sample_ids, view_ids, mix)
+    both = np.concatenate([own, partner])
+    keys = np.stack([both["sample"], both["view"]], axis=1)
+    _, firsts, places = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    own_image, partner_image = places.reshape(2, len(own))
+    return Halves(own, partner, both[firsts], own_image, partner_image)
+
+
+def assemble(
+    halves: Halves, images: Tensor, labels: np.ndarray, substituted: list[str], size: int
+) -> ViewBatch:
+    """The batch, of the pixels uint8 [M, S, S, 3] and labels int64 [M] of ``halves.wanted``."""
+    own = halves.own
+    rows = build_rows(own, halves.partner, halves.own_image, halves.partner_image)
     return ViewBatch(
-        images=torch.from_numpy(images),
-        plan=torch.from_numpy(build_rows(own, partner, own_image, partner_image)),
+        images=images,
+        plan=torch.from_numpy(rows),
         sample_ids=torch.from_numpy(own["sample"].copy()),
         view_ids=torch.from_numpy(own["view"].copy()),
-        labels=torch.from_numpy(labels[own_image]),
-        partner_labels=torch.from_numpy(labels[partner_image]),
+        labels=torch.from_numpy(labels[halves.own_image]),
+        partner_labels=torch.from_numpy(labels[halves.partner_image]),
         lam=torch.from_numpy(lam_of(own, size)),
         substituted=substituted,
     )
 
 
-def crop_and_resize(image: Image.Image, box: Sequence[int], size: int) -> Image.Image:
-    """Crop, then resize the crop to a square; no pixel outside the crop counts.
+def resize_and_crop(
+    pixels: np.ndarray, box: Sequence[int], width: int, height: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Resize the whole image, its shorter side to `width`; then crop, reflecting at the edges.
 
-    Pillow's bicubic with its antialias, torchvision's `resized_crop` on a PIL image bit for bit.
+    torchvision's `Resize`, then `crop` of `pad(..., padding_mode="reflect")`, bit for bit.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        box: left, top, width, height in the resized image; may stick out by less than its sides.
+        width, height: sides of the box.
+        out: where the result goes; none: a new array.
+
+    Returns:
+        uint8 [height, width, 3].
     """
-    left, top, width, height = box
-    crop = image.crop((left, top, left + width, top + height))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
+    left, top, across, down = box
+    resized = resize_shorter_side(pixels, width)
+    x = _reflected(np.arange(left, left + across), resized.shape[1])
+    y = _reflected(np.arange(top, top + down), resized.shape[0])
+    view = resized[y[:, None], x]
+    if out is None:
+        return view
+    out[:] = view
+    return out
+
+
+def _reflected(places: np.ndarray, side: int) -> np.ndarray:
+    places = np.abs(places)
+    return np.where(places < side, places, 2 * (side - 1) - places)
 
 
 def load_readable(
-    source: Source, index: int, on_error: str, substituted: list[str]
+    source: Readable, index: int, on_error: str, substituted: list[str]
 ) -> tuple[Image.Image | np.ndarray, int]:
     """The image and its sample id: `index`, or the next readable one behind it (around the end).
 
@@ -291,17 +364,12 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Width and height, pixels."""
-    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
-
-
 # ---------------------------------------------------------------------------------------------
 # The pixel contract
 # ---------------------------------------------------------------------------------------------
 
 
-def pixel_contract() -> dict[str, str]:
+def pillow_contract() -> dict[str, str]:
     """Which decoder and resize made the pixels; part of a cache's fingerprint.
 
     Pillow 11.0 to 12.3 give the same pixels; 13.0 changes 2.2 % of resized values, and forks differ

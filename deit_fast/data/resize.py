@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deit_fast import _C
+from deit_fast.views import shorter_side_to
 
 
 def crop_and_resize(
@@ -61,3 +62,15 @@ def crop_and_resize(
         width, height, out.ctypes.data,
     )  # fmt: skip
     return out
+
+
+def resize_shorter_side(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The whole image with its shorter side resized, as torchvision's `Resize` on a PIL image.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        side: in pixels.
+    """
+    height, width = pixels.shape[:2]
+    across, down = (int(n) for n in shorter_side_to(side, np.array(width), np.array(height)))
+    return crop_and_resize(pixels, (0, 0, width, height), across, down)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,11 +29,14 @@ class UnreadableImage(Exception):
         return f"cannot read image {self.path}: {self.why}"
 
 
-class Source(Protocol):
-    """What loaders need of a data set."""
+class Readable(Protocol):
+    """Images by sample id.
 
-    classes: list[str]
-    labels: np.ndarray
+    `load` gives RGB, 8 bits a channel. Of a `finished` source it gives whole views: the crop of the
+    plan is not applied to them, flip, erasing and mixing are.
+    """
+
+    finished: bool
     paths: Sequence[str]
 
     @property
@@ -39,7 +44,30 @@ class Source(Protocol):
 
     def load(self, index: int) -> Image.Image | np.ndarray: ...
 
+
+class Source(Readable, Protocol):
+    """What loaders need of a data set."""
+
+    classes: list[str]
+    labels: np.ndarray
+
+    def read(self, index: int) -> bytes: ...
+
     def fingerprint(self) -> dict[str, Any]: ...
+
+
+def decode(encoded: bytes, path: str) -> Image.Image:
+    """A file's image in RGB at full size; of an animation the first frame. EXIF turns nothing.
+
+    Raises:
+        UnreadableImage: whatever is wrong with it; names `path`.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()  # the whole file: no draft mode, which changes pixels
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
 
 
 class ImageFolder:
@@ -55,6 +83,8 @@ class ImageFolder:
     Raises:
         InputError: no root, split, class folder or image, or a class that is not in `classes`.
     """
+
+    finished = False
 
     def __init__(self, root: str, split: str, classes: list[str] | None = None) -> None:
         self.root, self.split = root, split
@@ -97,12 +127,19 @@ class ImageFolder:
         Raises:
             UnreadableImage: whatever is wrong with the file.
         """
+        return decode(self.read(index), self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            UnreadableImage: it is missing or the disk does not give it.
+        """
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                image.load()  # the whole file: no draft mode, which changes pixels
-                return image if image.mode == "RGB" else image.convert("RGB")
-        except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
             raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
 
     def fingerprint(self) -> dict[str, Any]:
@@ -116,7 +153,7 @@ class ImageFolder:
                 size = -1
             relative = os.fsencode(os.path.relpath(path, self.folder))
             digest.update(b"%b\0%d\0%b\n" % (relative, size, os.fsencode(self.classes[label])))
-        return _fingerprint(digest.hexdigest(), self)
+        return source_fingerprint(digest.hexdigest(), self)
 
 
 class PackedPaths(Sequence[str]):
@@ -151,6 +188,8 @@ class Synthetic:
     is not applied, flip, erasing and mixing are.
     """
 
+    finished = True
+
     def __init__(self, num_samples: int, num_classes: int, image_size: int, seed: int = 0) -> None:
         if min(num_samples, num_classes, image_size) < 1:
             raise InputError(
@@ -184,10 +223,13 @@ class Synthetic:
         palette = np.minimum(wave[:, None] * 3 // 4 + np.array(colour) // 4, 255).astype(np.uint8)
         return np.take(palette, ramp, axis=0)
 
+    def read(self, index: int) -> bytes:
+        raise UnreadableImage(self.paths[index], "synthetic images have no file")
+
     def fingerprint(self) -> dict[str, Any]:
         values = (self.num_samples, len(self.classes), self.image_size, self.seed)
         text = "synthetic-1 " + " ".join(map(str, values))
-        return _fingerprint(hashlib.sha256(text.encode()).hexdigest(), self)
+        return source_fingerprint(hashlib.sha256(text.encode()).hexdigest(), self)
 
 
 class _SyntheticPaths(Sequence[str]):
@@ -203,12 +245,12 @@ class _SyntheticPaths(Sequence[str]):
         return f"synthetic/{range(self._count)[index]}"
 
 
-def open_source(data: DataConfig, split: str, image_size: int) -> ImageFolder | Synthetic:
+def open_source(data: DataConfig, split: str, image_size: int) -> Source:
     """The training or held-out images of a configuration.
 
     Args:
         split: "train" or "val". Held-out labels follow the training split's classes where that
-            split is on disk, so a class missing from the held-out folders shifts no label.
+            split is on disk, so a class missing from the held-out images shifts no label.
         image_size: side of the synthetic images, pixels.
     """
     if split not in ("train", "val"):
@@ -219,13 +261,24 @@ def open_source(data: DataConfig, split: str, image_size: int) -> ImageFolder | 
     if data.root is None:
         raise InputError(
             f"data.root is not set; expected a folder with {data.train}/<class>/<image> and "
-            f"{data.val}/<class>/<image>"
+            f"{data.val}/<class>/<image>, or with shards (data.source)"
         )
-    if split == "train":
-        return ImageFolder(data.root, data.train)
+    name = data.train if split == "train" else data.val
+    if data.source == "packed":
+        from deit_fast.data.packed import PackedImages
+
+        return PackedImages(data.root, name)
     train = os.path.join(data.root, data.train)
+    if data.source == "tar":
+        from deit_fast.data.tar import TarShards
+
+        if split == "train" or not os.path.isdir(train):
+            return TarShards(data.root, name)
+        return TarShards(data.root, name, TarShards(data.root, data.train).classes)
+    if split == "train":
+        return ImageFolder(data.root, name)
     classes = _class_folders(train) if os.path.isdir(train) else []
-    return ImageFolder(data.root, data.val, classes or None)
+    return ImageFolder(data.root, name, classes or None)
 
 
 def _class_folders(folder: str) -> list[str]:
@@ -254,7 +307,14 @@ def _image_files(folder: str, name: str) -> list[bytes]:
     return files
 
 
-def _fingerprint(digest: str, source: Source) -> dict[str, Any]:
+def cache_folder() -> Path:
+    """Where this user's machine keeps what can be made again: $XDG_CACHE_HOME/deit-fast."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "deit-fast"
+
+
+def source_fingerprint(digest: str, source: Source) -> dict[str, Any]:
+    """What a cache must agree on about the data set."""
     return {
         "dataset.sha256": digest,
         "dataset.num_samples": source.num_samples,

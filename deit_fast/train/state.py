@@ -90,7 +90,7 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
     model.to(device).train()
     decay = config.optim.ema_decay
     ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
-    return TrainState(model, ema, create_optimizer(model, config.optim))
+    return TrainState(model, ema, create_optimizer(model, config.optim, config.compat))
 
 
 def resume(config: RunConfig, state: TrainState) -> None:

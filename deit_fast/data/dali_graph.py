@@ -1,0 +1,255 @@
+"""What DALI runs: decode each file once, cut its views, resize, augment; all choices come from us.
+
+A sample of the graph's batch is a view. The files of a batch, fewer than its views, take the first
+places of the input; the others are 1 x 1 images. `permute_batch` then hands each view its file, so
+repeats and partners share a decode. What is no plain JPEG comes decoded, beside the encoded ones.
+
+The pixels are DALI's own: its resize, a linear instead of a cubic warp, its equalize. They come
+near Pillow's, and a cache made with them serves only this loader.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deit_fast.draws import LEVEL_ONE
+from deit_fast.views import OPERATIONS
+
+GRAPH_VERSION = 1  # raise it with any change of the pixels
+HW_DECODER_LOAD = 0.0  # above 0 a file's pixels depend on which decoder its batch left free
+
+_ID = {name: place for place, name in enumerate(OPERATIONS)}
+_GEOMETRIC = [_ID[n] for n in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")]
+_ENHANCERS = [_ID[n] for n in ("color", "contrast", "brightness", "sharpness")]
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's filter SMOOTH
+_CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
+
+
+def decoding_graph(
+    feed: Callable[[], tuple], batch: int, threads: int, device_id: int | None, depth: int
+):
+    """A pipeline whose output is a batch of whole images, uint8 HWC; the input is `file_inputs`."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(enable_conditionals=True)
+    def graph():
+        encoded, raw, is_encoded = fn.external_source(
+            feed, num_outputs=3, dtype=[types.UINT8, types.UINT8, types.INT32], ndim=[1, 3, 0],
+            layout=["", "HWC", ""],
+        )  # fmt: skip
+        return _decode(encoded, raw, is_encoded, device_id)
+
+    return _build(graph, batch, threads, device_id, depth)
+
+
+def view_graph(
+    feed: Callable[[], tuple],
+    batch: int,
+    threads: int,
+    device_id: int | None,
+    depth: int,
+    size: int,
+    layers: int,
+    fill: tuple[int, int, int],
+):
+    """A pipeline whose output is a batch of views, uint8 [size, size, 3], neither flipped nor
+    mixed.
+
+    Its input is `file_inputs` and `view_inputs`, one behind the other.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    # encoded, raw, is_encoded; file, start, shape; operation, matrix and value of each layer
+    whole, real = types.INT32, types.FLOAT
+    dtype = [types.UINT8, types.UINT8, whole, whole, whole, whole, *[whole, real, real] * layers]
+    ndim = [1, 3, 0, 0, 1, 1, *[0, 2, 0] * layers]
+    layout = ["", "HWC", *[""] * (len(ndim) - 2)]
+
+    @pipeline_def(enable_conditionals=True)
+    def graph():
+        inputs = fn.external_source(
+            feed, num_outputs=len(ndim), dtype=dtype, ndim=ndim, layout=layout
+        )
+        image = _decode(*inputs[:3], device_id)
+        file, start, shape = inputs[3:6]
+        image = fn.permute_batch(image, indices=file)
+        # Slice first: a resize with a region of interest looks at pixels outside of it.
+        image = fn.slice(image, start, shape, axes=[0, 1])
+        image = fn.resize(image, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+        for layer in range(layers):
+            operation, matrix, value = inputs[6 + 3 * layer : 9 + 3 * layer]
+            image = _augment(image, operation, matrix, value, fill, device_id is not None)
+        return image
+
+    return _build(graph, batch, threads, device_id, depth)
+
+
+def _build(graph: Any, batch: int, threads: int, device_id: int | None, depth: int):
+    pipeline = graph(
+        batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
+    )
+    pipeline.build()
+    _alive.add(pipeline)
+    return pipeline
+
+
+# A forked process, a worker of evaluation for instance, has a pipeline's memory but not its
+# threads: to free it there would wait for them for ever. So it is kept until the process ends.
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _kept.extend(_alive))
+
+
+def _decode(encoded, raw, is_encoded, device_id):
+    from nvidia.dali import fn, types
+
+    on_gpu = device_id is not None
+    if is_encoded == 1:
+        image = fn.decoders.image(
+            encoded,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=HW_DECODER_LOAD,
+        )
+    else:
+        image = raw.gpu() if on_gpu else raw
+    return image
+
+
+def _augment(image, operation, matrix, value, fill, on_gpu):
+    """One operation; `value` and `matrix` are what `operation_inputs` makes of its level."""
+    from nvidia.dali import fn, math, types
+
+    device = "gpu" if on_gpu else "cpu"
+    number = value.gpu() if on_gpu else value
+    byte = fn.cast(number, dtype=types.UINT8)
+    if operation == 1:  # auto_contrast
+        low = fn.cast(fn.reductions.min(image, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
+        high = fn.cast(fn.reductions.max(image, axes=[0, 1], keep_dims=True), dtype=types.FLOAT)
+        is_flat = fn.cast(high <= low, dtype=types.FLOAT)
+        stretched = (image - low) * (255.0 / math.max(high - low, 1.0))
+        image = fn.cast(image * is_flat + stretched * (1.0 - is_flat), dtype=types.UINT8)
+    elif operation == 2:
+        image = fn.equalize(image)
+    elif operation == 3:  # invert
+        image = image ^ types.Constant(255, dtype=types.UINT8, device=device)
+    elif operation == 4:  # rotate, shear and translate
+        shift = types.Constant(np.array([[fill]], np.int16), device=device)
+        moved = fn.cast(image, dtype=types.INT16) - shift  # warp fills with one value only
+        moved = fn.warp_affine(
+            moved, matrix=matrix, inverse_map=True, fill_value=0, interp_type=types.INTERP_LINEAR
+        )
+        image = fn.cast(moved + shift, dtype=types.UINT8)
+    elif operation == 5:  # posterize
+        image = image & byte
+    elif operation == 6:  # solarize
+        is_bright = fn.cast(image >= fn.cast(number, dtype=types.INT32), dtype=types.UINT8)
+        image = image ^ (is_bright * types.Constant(255, dtype=types.UINT8, device=device))
+    elif operation == 7:  # solarize_add
+        is_dark = fn.cast(image < 128, dtype=types.INT32)
+        image = fn.cast(image + is_dark * fn.cast(byte, dtype=types.INT32), dtype=types.UINT8)
+    elif operation == 8:  # color
+        image = fn.saturation(image, saturation=value)
+    elif operation == 9:  # contrast
+        grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+        mean = fn.reductions.mean(grey, axes=[0, 1], keep_dims=True)
+        image = fn.cast(mean + (image - mean) * number, dtype=types.UINT8)
+    elif operation == 10:  # brightness
+        image = fn.brightness(image, brightness=value)
+    elif operation == 11:  # sharpness
+        smooth = types.Constant(_SMOOTH, device=device)
+        centre = types.Constant(_CENTRE, device=device)
+        image = fn.filter(image, smooth * (1.0 - number) + centre * number)
+    elif operation == 17:  # gaussian_blur
+        image = fn.gaussian_blur(image, sigma=value)
+    return image
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------
+
+
+def file_inputs(files: list[Any], places: int) -> tuple:
+    """Files at the first of so many places: uint8 [n] of a JPEG, or uint8 [H, W, 3]."""
+    nothing, pixel = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
+    rest = places - len(files)
+    encoded = [file if file.ndim == 1 else nothing for file in files] + [nothing] * rest
+    raw = [file if file.ndim == 3 else pixel for file in files] + [pixel] * rest
+    is_encoded = np.array([file.ndim == 1 for file in files] + [False] * rest, np.int32)
+    return encoded, raw, is_encoded
+
+
+def view_inputs(rows: np.ndarray, boxes: np.ndarray, file: np.ndarray, size: int) -> tuple:
+    """
+    Args:
+        rows: PLAN_DTYPE [n].
+        boxes: int32 [n, 4], left, top, width, height of the crop in its file.
+        file: int [n], place of the file of each view.
+        size: side of the view, pixels.
+    """
+    inputs = [file.astype(np.int32), boxes[:, [1, 0]], boxes[:, [3, 2]]]
+    for layer in range(rows["operations"].shape[1]):
+        inputs += operation_inputs(
+            rows["operations"][:, layer], rows["levels"][:, layer], rows["flip"], size
+        )
+    return tuple(map(np.ascontiguousarray, inputs))
+
+
+def operation_inputs(
+    operations: np.ndarray, levels: np.ndarray, flips: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Branch int32 [n], matrix float32 [n, 2, 3] and value float32 [n] of the planned operations.
+
+    Arguments grow with the level as in `augment.apply_operation`. A view that will be flipped is
+    moved in the mirror, which the other operations do not notice.
+    """
+    share = np.abs(levels.astype(np.float64)) / LEVEL_ONE / 10
+    sign = np.where(levels < 0, -1.0, 1.0)
+    value = np.zeros(len(levels))
+    enhanced = np.isin(operations, _ENHANCERS)
+    value[enhanced] = np.maximum(0.1, 1 + sign * share * 0.9)[enhanced]
+    is_blur = operations == _ID["gaussian_blur"]
+    value[is_blur] = 10 * share[is_blur]
+    for name, values in {
+        "posterize": (0xFF << (4 + (share * 4).astype(int))) & 0xFF,
+        "solarize": 256 - np.minimum(256, (share * 256).astype(int)),
+        "solarize_add": np.minimum(128, (share * 110).astype(int)),
+    }.items():
+        value = np.where(operations == _ID[name], values, value)
+    matrices = np.tile(np.eye(2, 3), (len(levels), 1, 1))
+    is_geometric = np.isin(operations, _GEOMETRIC)
+    for row in np.flatnonzero(is_geometric).tolist():
+        name = OPERATIONS[operations[row]]
+        matrix = _matrix(name, float(sign[row] * share[row]), size)
+        if flips[row]:
+            mirror = np.array([[-1.0, 0, size], [0, 1, 0], [0, 0, 1]])
+            matrix = mirror @ matrix @ mirror
+        matrices[row] = matrix[:2]
+    branch = np.where(is_geometric, _ID["rotate"], operations)
+    branch = np.where(operations == _ID["grayscale"], _ID["color"], branch)  # of factor 0
+    return branch.astype(np.int32), matrices.astype(np.float32), value.astype(np.float32)
+
+
+def _matrix(name: str, strength: float, size: int) -> np.ndarray:
+    """From an output point to its input point, pixels, [3, 3]; strength in [-1, 1]."""
+    matrix = np.eye(3)
+    if name == "rotate":
+        angle = -math.radians(30 * strength)
+        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        centre = np.full(2, size / 2)
+        matrix[:2, :2], matrix[:2, 2] = turn, centre - turn @ centre
+    else:
+        kind, axis = name.split("_")
+        row = "xy".index(axis)
+        column, amount = (1 - row, 0.3) if kind == "shear" else (2, 0.45 * size)
+        matrix[row, column] = strength * amount
+    return matrix

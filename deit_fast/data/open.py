@@ -1,0 +1,102 @@
+"""The configured loader: the one place that opens it, for training, precompute and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from deit_fast.config import DataConfig
+from deit_fast.data.loader import ViewBatch, ViewLoader, pillow_contract
+from deit_fast.data.sources import Source
+from deit_fast.views import ViewPlan
+
+
+def open_loader(
+    data: DataConfig,
+    source: Source,
+    plan: ViewPlan,
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    device: torch.device | str,
+    start: int = 0,
+    stop: int | None = None,
+) -> DeviceLoader:
+    """The loader of a configuration, with its batches on the device.
+
+    Args:
+        source, plan, batches, start, stop: as `ViewLoader`.
+
+    Raises:
+        InputError: as `ViewLoader` or `DaliLoader`.
+    """
+    device = torch.device(device)
+    arguments: dict[str, Any] = {
+        "workers": data.workers,
+        "on_error": data.on_error,
+        "start": start,
+        "stop": stop,
+        "pin_memory": device.type == "cuda",
+    }
+    if data.loader == "pillow":
+        return DeviceLoader(ViewLoader(source, plan, batches, **arguments), device)
+    from deit_fast.data.dali import DaliLoader
+
+    augmenter = "dali" if data.loader == "dali" else "kernel"
+    arguments |= {"augmenter": augmenter, "decoder": data.dali_decoder, "device": device}
+    return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device)
+
+
+def pixel_contract(data: DataConfig) -> dict[str, Any]:
+    """What decides the configured loader's pixels; part of a cache's fingerprint.
+
+    Raises:
+        InputError: another Pillow than the views need; no DALI where it loads.
+    """
+    pillow = pillow_contract()  # decodes, with DALI too, what is no plain JPEG
+    if data.loader == "pillow":
+        return pillow
+    from deit_fast.data.dali import dali_contract
+    from deit_fast.data.validate import require_dali
+
+    require_dali()
+    if data.loader == "dali-triton" and data.dali_decoder == "cpu":
+        return pillow  # each file was compared
+    return dali_contract("dali" if data.loader == "dali" else "kernel", data.dali_decoder)
+
+
+class DeviceLoader:
+    """A loader's batches on the device, the next one copied while this one is used.
+
+    The copy runs beside the computation on a stream of its own, from pinned memory.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[ViewBatch]:
+        if self.device.type != "cuda":
+            yield from self.loader
+            return
+        stream = torch.cuda.Stream(self.device)
+        ahead: tuple[ViewBatch, torch.cuda.Event] | None = None
+        for batch in self.loader:
+            with torch.cuda.stream(stream):
+                copied = batch.to(self.device), stream.record_event()
+            if ahead is not None:
+                yield self._ready(*ahead)
+            ahead = copied
+        if ahead is not None:
+            yield self._ready(*ahead)
+
+    def _ready(self, batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
+        """The batch for the current stream."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for tensor in (batch.images, batch.plan, batch.labels, batch.partner_labels, batch.lam):
+            tensor.record_stream(current)  # else its memory could be given away too early
+        return batch

@@ -1,0 +1,332 @@
+"""The augment kernels: resize, then per layer the tables of 256 values and the operation itself.
+
+A view's pixels go to and fro between the result and a buffer of the same shape, so that the last
+of its layers leaves them in the result and views without one are written there at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .augment_reference import HALF as _HALF
+from .augment_reference import KINDS, TABLE_COLUMNS
+from .augment_reference import WEIGHT_BITS as _WEIGHT_BITS
+
+COLUMNS = tl.constexpr(len(TABLE_COLUMNS))
+FIRST, SECOND = (tl.constexpr(TABLE_COLUMNS.index(f"{n}_kind")) for n in ("first", "second"))
+FLIP = tl.constexpr(TABLE_COLUMNS.index("flip"))
+HALF, WEIGHT_BITS = tl.constexpr(_HALF), tl.constexpr(_WEIGHT_BITS)
+
+INVERT, SOLARIZE, SOLARIZE_ADD, POSTERIZE, BRIGHTNESS, CONTRAST, AUTO_CONTRAST, EQUALIZE = (
+    tl.constexpr(KINDS.index(name)) for name in KINDS[1:9]
+)
+LAST_TABLE = EQUALIZE
+COLOR, SHARPNESS = (tl.constexpr(KINDS.index(name)) for name in ("color", "sharpness"))
+
+
+@triton.jit
+def _active_layers(row):
+    """How many layers of a view do something."""
+    return (tl.load(row + FIRST) != 0).to(tl.int32) + (tl.load(row + SECOND) != 0).to(tl.int32)
+
+
+@triton.jit
+def _blend(degenerate, value, factor):
+    # Launched without contraction: product and sum are rounded each by itself.
+    mixed = degenerate.to(tl.float32) + factor * (value - degenerate).to(tl.float32)
+    return tl.minimum(tl.maximum(mixed, 0.0), 255.0).to(tl.int32)
+
+
+@triton.jit
+def _luma(red, green, blue):
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+# ---------------------------------------------------------------------------------------------
+# Crop and resize
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def resize_kernel(
+    pixels,  # uint8 [P]
+    images,  # int64 [N, 3]: start, width, height
+    rows,  # int64 [B, COLUMNS]
+    weights,  # int32 [W]
+    out, other,  # uint8 [B, S, S, 3]
+    size,
+    LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """LINES lines of a view, BLOCK of their bytes: a line of the crop is resized, then added to
+    every line of the view that it has a share in."""
+    view, line, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row = rows + view * COLUMNS
+    image = images + tl.load(row) * 3
+    pitch = tl.load(image + 1) * 3
+    start = tl.load(image) + tl.load(row + 2) * pitch + tl.load(row + 1) * 3
+    width, height = tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
+    x_record, x_taps = weights + tl.load(row + 5), tl.load(row + 6).to(tl.int32)
+    y_record, y_taps = weights + tl.load(row + 7), tl.load(row + 8).to(tl.int32)
+
+    byte = block * BLOCK + tl.arange(0, BLOCK)
+    in_line = byte < 3 * size
+    x = byte // 3
+    channel = byte - 3 * x
+    x_first = tl.load(x_record + x, mask=in_line, other=0)
+    x_weights = x_record + size + x
+
+    y = line * LINES + tl.arange(0, LINES)
+    in_view = y < size
+    y_first = tl.load(y_record + y, mask=in_view, other=0)
+    y_weights = y_record + size + y
+    top = tl.load(y_record + line * LINES)
+    last = tl.load(y_record + tl.minimum(line * LINES + LINES, size) - 1)
+
+    total = tl.full((LINES, BLOCK), HALF, tl.int32)
+    at = pixels + start + top * pitch
+    for source in range(top, tl.minimum(last + y_taps, height)):
+        across = tl.full((BLOCK,), HALF, tl.int32)
+        for tap in range(x_taps):
+            weight = tl.load(x_weights + tap * size, mask=in_line, other=0)
+            place = tl.minimum(x_first + tap, width - 1) * 3 + channel
+            across += weight * tl.load(at + place, mask=in_line, other=0).to(tl.int32)
+        across = tl.minimum(tl.maximum(across >> WEIGHT_BITS, 0), 255)
+        tap = source - y_first
+        share = in_view & (tap >= 0) & (tap < y_taps)
+        weight = tl.load(y_weights + tap * size, mask=share, other=0)
+        total += weight[:, None] * across[None, :]
+        at += pitch
+    value = tl.minimum(tl.maximum(total >> WEIGHT_BITS, 0), 255).to(tl.uint8)
+
+    target = out
+    if _active_layers(row) == 1:
+        target = other
+    place = target + view * 3 * size * size + y[:, None] * (3 * size) + byte[None, :]
+    tl.store(place, value, mask=in_view[:, None] & in_line[None, :])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _counts(source, channel, area, BLOCK: tl.constexpr):
+    counts = tl.zeros((256,), tl.int32)
+    for start in range(0, area, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        value = tl.load(source + pixel * 3 + channel, mask=pixel < area, other=0).to(tl.int32)
+        counts += tl.histogram(value, 256, mask=pixel < area)
+    return counts
+
+
+@triton.jit
+def _mean_luma(source, area, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, area, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        at, inside = source + pixel * 3, pixel < area
+        red = tl.load(at, mask=inside, other=0).to(tl.int32)
+        green = tl.load(at + 1, mask=inside, other=0).to(tl.int32)
+        blue = tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+        total += tl.where(inside, _luma(red, green, blue), 0)
+    return ((2 * tl.sum(total, 0) + area) // (2 * area)).to(tl.int32)
+
+
+@triton.jit
+def tables_kernel(
+    out, other,  # uint8 [B, S, S, 3]
+    rows,  # int64 [B, COLUMNS]
+    tables,  # uint8 [B, 3, 256]
+    size,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """New value of each old one: one program for each view and channel."""
+    view, channel = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = rows + view * COLUMNS
+    kind = tl.load(row + LAYER)
+    if (kind > 0) & (kind <= LAST_TABLE):
+        source = other
+        if (LAYER == FIRST) & (_active_layers(row) == 2):
+            source = out
+        area = size * size
+        source += view * 3 * area
+        argument = tl.load(row + LAYER + 1)
+        factor = argument.to(tl.float64, bitcast=True).to(tl.float32)
+        number = argument.to(tl.int32)  # of the others: 0 to 256
+        v = tl.arange(0, 256)
+        new = 255 - v
+        if kind == SOLARIZE:
+            new = tl.where(v < number, v, new)
+        elif kind == SOLARIZE_ADD:
+            new = tl.where(v < 128, tl.minimum(v + number, 255), v)
+        elif kind == POSTERIZE:
+            new = (v >> number) << number
+        elif kind == BRIGHTNESS:
+            new = _blend(v * 0, v, factor)
+        elif kind == CONTRAST:
+            new = _blend(v * 0 + _mean_luma(source, area, BLOCK), v, factor)
+        elif kind == AUTO_CONTRAST:
+            counts = _counts(source, channel, area, BLOCK)
+            low = tl.min(tl.where(counts > 0, v, 255), 0)
+            high = tl.max(tl.where(counts > 0, v, 0), 0)
+            scale = 255.0 / tl.maximum(high - low, 1).to(tl.float64)
+            # float32 would get 0.75 % of all entries wrong.
+            stretched = (v.to(tl.float64) * scale + (-low).to(tl.float64) * scale).to(tl.int32)
+            new = tl.where(high > low, tl.minimum(tl.maximum(stretched, 0), 255), v)
+        elif kind == EQUALIZE:
+            counts = _counts(source, channel, area, BLOCK)
+            last = tl.max(tl.where(counts > 0, v, 0), 0)
+            step = (area - tl.sum(tl.where(v == last, counts, 0), 0)) // 255
+            before = tl.cumsum(counts, 0) - counts
+            new = tl.minimum((step // 2 + before) // tl.maximum(step, 1), 255)
+            new = tl.where(step > 0, new, v)
+        tl.store(tables + view * 768 + channel * 256 + v, new.to(tl.uint8))
+
+
+# ---------------------------------------------------------------------------------------------
+# Operations
+# ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _through_table(source, target, table, part, parts, bytes_of_view, BYTES: tl.constexpr):
+    for start in range(part * BYTES, bytes_of_view, parts * BYTES):
+        byte = start + tl.arange(0, BYTES)
+        inside = byte < bytes_of_view
+        value = tl.load(source + byte, mask=inside, other=0).to(tl.int32)
+        tl.store(target + byte, tl.load(table + byte % 3 * 256 + value, mask=inside), mask=inside)
+
+
+@triton.jit
+def _sharpen(source, target, factor, part, parts, size, BYTES: tl.constexpr):
+    line = 3 * size
+    for start in range(part * BYTES, line * size, parts * BYTES):
+        byte = start + tl.arange(0, BYTES)
+        inside = byte < line * size
+        y = byte // line
+        x = (byte - y * line) // 3
+        inner = inside & (x > 0) & (x < size - 1) & (y > 0) & (y < size - 1)
+        value = tl.load(source + byte, mask=inside, other=0).to(tl.int32)
+        total = 4 * value
+        for down in tl.static_range(-1, 2):
+            for right in tl.static_range(-1, 2):
+                at = source + byte + down * line + right * 3
+                total += tl.load(at, mask=inner, other=0).to(tl.int32)
+        smooth = tl.where(inner, (2 * total + 13) // 26, value)
+        tl.store(target + byte, _blend(smooth, value, factor).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _recolor(source, target, factor, part, parts, area, BLOCK: tl.constexpr):
+    for start in range(part * BLOCK, area, parts * BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        inside = pixel < area
+        at = source + pixel * 3
+        red = tl.load(at, mask=inside, other=0).to(tl.int32)
+        green = tl.load(at + 1, mask=inside, other=0).to(tl.int32)
+        blue = tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+        gray = _luma(red, green, blue)
+        at = target + pixel * 3
+        tl.store(at, _blend(gray, red, factor).to(tl.uint8), mask=inside)
+        tl.store(at + 1, _blend(gray, green, factor).to(tl.uint8), mask=inside)
+        tl.store(at + 2, _blend(gray, blue, factor).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _cubic(v1, v2, v3, v4, d):
+    """Between v2 and v3; the differences of integers are exact in any type."""
+    p2 = (v3 - v1).to(tl.float64)
+    p3 = (2 * (v1 - v2) + v3 - v4).to(tl.float64)
+    p4 = (v2 - v1 - v3 + v4).to(tl.float64)
+    return v2.to(tl.float64) + d * (p2 + d * (p3 + d * p4))
+
+
+@triton.jit
+def _line_of_four(line, x0, x1, x2, x3, d, inside):
+    v0 = tl.load(line + x0, mask=inside, other=0).to(tl.int32)
+    v1 = tl.load(line + x1, mask=inside, other=0).to(tl.int32)
+    v2 = tl.load(line + x2, mask=inside, other=0).to(tl.int32)
+    v3 = tl.load(line + x3, mask=inside, other=0).to(tl.int32)
+    return _cubic(v0, v1, v2, v3, d)
+
+
+@triton.jit
+def _column(x, size, flip):
+    """Byte offset in its line of the mirror's pixel x, clamped."""
+    x = tl.minimum(tl.maximum(x, 0), size - 1)
+    return tl.where(flip != 0, size - 1 - x, x) * 3
+
+
+@triton.jit
+def _warp(source, target, matrix, flip, fill, part, parts, size, BLOCK: tl.constexpr):
+    a = tl.load(matrix).to(tl.float64, bitcast=True)
+    b = tl.load(matrix + 1).to(tl.float64, bitcast=True)
+    c = tl.load(matrix + 2).to(tl.float64, bitcast=True)
+    d = tl.load(matrix + 3).to(tl.float64, bitcast=True)
+    e = tl.load(matrix + 4).to(tl.float64, bitcast=True)
+    f = tl.load(matrix + 5).to(tl.float64, bitcast=True)
+    for start in range(part * BLOCK, size * size, parts * BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        y = pixel // size
+        x = pixel - y * size
+        x = tl.where(flip != 0, size - 1 - x, x).to(tl.float64) + 0.5
+        y = y.to(tl.float64) + 0.5
+        x_in = a * x + b * y + c
+        y_in = d * x + e * y + f
+        written = pixel < size * size
+        inside = written & (x_in >= 0.0) & (x_in < size) & (y_in >= 0.0) & (y_in < size)
+        x_in -= 0.5
+        y_in -= 0.5
+        left, top = tl.floor(x_in), tl.floor(y_in)
+        dx, dy = x_in - left, y_in - top
+        left, top = left.to(tl.int32), top.to(tl.int32)
+        x0, x1 = _column(left - 1, size, flip), _column(left, size, flip)
+        x2, x3 = _column(left + 1, size, flip), _column(left + 2, size, flip)
+        last, pitch = size - 1, 3 * size
+        y0 = tl.minimum(tl.maximum(top - 1, 0), last) * pitch
+        y1 = tl.minimum(tl.maximum(top, 0), last) * pitch
+        y2 = tl.minimum(tl.maximum(top + 1, 0), last) * pitch
+        y3 = tl.minimum(tl.maximum(top + 2, 0), last) * pitch
+        for channel in tl.static_range(3):
+            v0 = _line_of_four(source + channel + y0, x0, x1, x2, x3, dx, inside)
+            v1 = _line_of_four(source + channel + y1, x0, x1, x2, x3, dx, inside)
+            v2 = _line_of_four(source + channel + y2, x0, x1, x2, x3, dx, inside)
+            v3 = _line_of_four(source + channel + y3, x0, x1, x2, x3, dx, inside)
+            value = tl.minimum(tl.maximum(_cubic(v0, v1, v2, v3, dy), 0.0), 255.0).to(tl.int32)
+            value = tl.where(inside, value, (fill >> (8 * channel)) & 255)
+            tl.store(target + pixel * 3 + channel, value.to(tl.uint8), mask=written)
+
+
+@triton.jit(do_not_specialize=["fill"])
+def layer_kernel(
+    out, other,  # uint8 [B, S, S, 3]
+    rows,  # int64 [B, COLUMNS]
+    tables,  # uint8 [B, 3, 256]
+    size,
+    fill,  # red + 256 green + 65536 blue
+    LAYER: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """One operation on a view, shared among the programs of the grid's second axis: BLOCK pixels or
+    BYTES of its bytes at a time."""
+    view, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row = rows + view * COLUMNS
+    kind = tl.load(row + LAYER)
+    if kind != 0:
+        source, target = other, out
+        if (LAYER == FIRST) & (_active_layers(row) == 2):
+            source, target = out, other
+        area = size * size
+        source += view * 3 * area
+        target += view * 3 * area
+        factor = tl.load(row + LAYER + 1).to(tl.float64, bitcast=True).to(tl.float32)
+        if kind <= LAST_TABLE:
+            _through_table(source, target, tables + view * 768, part, parts, 3 * area, BYTES)
+        elif kind == COLOR:
+            _recolor(source, target, factor, part, parts, area, BLOCK)
+        elif kind == SHARPNESS:
+            _sharpen(source, target, factor, part, parts, size, BYTES)
+        else:
+            flip = tl.load(row + FLIP)
+            _warp(source, target, row + LAYER + 2, flip, fill, part, parts, size, BLOCK)

@@ -1,0 +1,644 @@
+"""`analyze`: its figures against hand-built models, slow formulas and counting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from deit_fast.analysis import answers, measures, pictures, subject, tokens
+from deit_fast.analysis.runs import analyze
+from deit_fast.analysis.summary import summarise
+from deit_fast.analysis.teachers import soften_sample
+from deit_fast.cli import main
+from deit_fast.config import RunConfig, to_dict
+from deit_fast.data.evaluation import eval_pixels
+from deit_fast.data.sources import ImageFolder
+from deit_fast.evaluate import build_model, evaluate
+from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
+from deit_fast.models.convnet import small_convnet
+from deit_fast.recipes import digits_student
+from deit_fast.report import build_report
+from digits import write_few_digits
+
+CONVNET = "deit_fast.models.convnet:small_convnet"
+
+
+def fixed_teacher(num_classes: int) -> torch.nn.Module:
+    """A factory that gives the same weights each time, so that its name finds them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return small_convnet(num_classes, width=4)
+
+
+# ---------------------------------------------------------------------------------------- measures
+
+
+def test_calibration_is_the_slow_formula() -> None:
+    edges = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8, 0.8], dtype=torch.float64)
+    confidence = torch.cat([torch.rand(500, dtype=torch.float64), edges])
+    right = torch.rand(507) < confidence
+    found = measures.calibration(confidence, right)
+    error, bins = 0.0, []
+    for number in range(15):
+        low, high = number / 15, (number + 1) / 15
+        inside = [
+            i for i, c in enumerate(confidence.tolist()) if low < c <= high or c == number == 0
+        ]
+        if not inside:
+            continue
+        accuracy = sum(bool(right[i]) for i in inside) / len(inside)
+        mean = sum(confidence[i].item() for i in inside) / len(inside)
+        error += len(inside) / 507 * abs(accuracy - mean)
+        bins.append((len(inside), pytest.approx(mean), pytest.approx(accuracy)))
+    assert found["ece"] == pytest.approx(error, rel=1e-12)
+    assert [(b["count"], b["confidence"], b["accuracy"]) for b in found["bins"]] == bins
+    # half of two sure answers is wrong
+    assert measures.calibration(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))[
+        "ece"
+    ] == pytest.approx(0.4)
+
+
+def test_disagreement_is_counted() -> None:
+    names = ("truth", "teacher", "both")
+    decisions = {name: torch.randint(0, 3, (50,)) for name in names}
+    found = measures.disagreement(decisions)
+    assert found["names"] == list(names)
+    for i, one in enumerate(names):
+        for j, two in enumerate(names):
+            count = sum(
+                a != b
+                for a, b in zip(decisions[one].tolist(), decisions[two].tolist(), strict=True)
+            )
+            assert found["shares"][i][j] == count / 50
+
+
+def test_softening_is_the_definition() -> None:
+    logits = 4 * torch.randn(6, 12)
+    entropy, mass = measures.soften(logits)
+    assert measures.kept_classes(12) == (1, 5, 10) and measures.kept_classes(5) == (1,)
+    for row, values in enumerate(logits.tolist()):
+        for place, temperature in enumerate(measures.TEMPERATURES):
+            weights = sorted((math.exp(v / temperature) for v in values), reverse=True)
+            odds = [w / sum(weights) for w in weights]
+            expected = -sum(p * math.log(p) for p in odds)
+            assert entropy[row, place].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            for i, k in enumerate((1, 5, 10)):
+                assert mass[row, place, i].item() == pytest.approx(sum(odds[:k]), rel=1e-5)
+    table = measures.temperature_table(entropy, mass, 12)
+    assert [row["temperature"] for row in table] == list(range(1, 11))
+    assert table[2]["entropy"] == pytest.approx(entropy[:, 2].mean().item(), rel=1e-6)
+    assert table[2]["mass"]["5"] == pytest.approx(mass[:, 2, 1].mean().item(), rel=1e-6)
+    assert measures.soften(torch.zeros(1, 12))[0][0, 0].item() == pytest.approx(math.log(12))
+
+
+def test_a_sample_softens_to_the_uniform_answer() -> None:
+    rows = soften_sample(torch.tensor([0.0, 6.0, 2.0]), ["a", "b", "c"])
+    for row in rows:
+        parts = [math.exp(v / row["temperature"]) for v in (6.0, 2.0, 0.0)]
+        assert [item["name"] for item in row["classes"]] == ["b", "c", "a"]
+        assert [item["probability"] for item in row["classes"]] == pytest.approx(
+            [p / sum(parts) for p in parts]
+        )
+
+
+def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
+    one, two = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[-30.0, 1.0, 0.9]])
+    found = answers._heads(one, two)
+    decisions = {k.split(".")[1]: v.item() for k, v in found.items() if k.startswith("decision")}
+    assert decisions == {"class": 0, "distillation": 1, "sum_logits": 1, "sum_softmax": 0}
+    p = one.softmax(1)[0].tolist(), two.softmax(1)[0].tolist()
+    assert found["confidence.sum_softmax"].item() == pytest.approx((p[0][0] + p[1][0]) / 2)
+    cosine = sum(a * b for a, b in zip(*p, strict=True)) / math.prod(math.hypot(*q) for q in p)
+    assert found["probability_cosine"].item() == pytest.approx(cosine)
+
+
+def test_ids_are_spread_over_the_sorted_classes() -> None:
+    assert answers.spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
+    assert answers.spaced_ids(3, 9).tolist() == answers.spaced_ids(3, None).tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+def tiny(name: str = "deit_tiny_distilled_patch16_224", **changes: Any) -> Any:
+    shape = {"patch_size": 4, "embed_dim": 4, "depth": 3, "num_heads": 2} | changes
+    model = create_student(name, 3, 0.0, 8, **shape).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def test_cosines_of_a_model_whose_tokens_are_known() -> None:
+    model = tiny()
+    with torch.no_grad():
+        for block in model.blocks:  # pass everything through
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_(), layer.bias.zero_()
+        model.blocks[1].mlp.fc2.bias.copy_(torch.tensor([0.0, 0.0, 3.0, 0.0]))
+        model.pos_embed.zero_()
+        model.pos_embed[0, 1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        model.cls_token.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        model.dist_token.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+        model.norm.weight.fill_(1), model.norm.bias.zero_()
+    with tokens.TokenCosines(model) as watch, torch.no_grad():
+        forward_heads(model, torch.randn(2, 3, 8, 8))
+        found = watch.take()
+        forward_heads(model, torch.randn(5, 3, 8, 8))
+        assert watch.take().shape == (5, 5)
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    def normed(a: np.ndarray) -> np.ndarray:
+        return (a - a.mean()) / a.std()
+
+    early = 1 / math.sqrt(5)  # (1, 0, 0, 0) and (1, 2, 0, 0)
+    one, two = np.array([1.0, 0, 3, 0]), np.array([1.0, 2, 3, 0])
+    late = 10 / math.sqrt(10 * 14)
+    expected = [early, early, late, late, cosine(normed(one), normed(two))]
+    assert watch.names == ["input", "block 1", "block 2", "block 3", "final norm"]
+    assert found.tolist() == [pytest.approx(expected, rel=1e-4)] * 2
+    assert tokens.learned_cosine(model) == pytest.approx(1 / math.sqrt(2))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_cosine_of_the_heads_weights() -> None:
+    heads = SimpleNamespace(
+        head=SimpleNamespace(weight=torch.tensor([[1.0, 0.0], [3.0, 4.0]])),
+        head_dist=SimpleNamespace(weight=torch.tensor([[0.0, 2.0], [4.0, 3.0]])),
+    )
+    assert tokens.head_cosines(heads).tolist() == pytest.approx([0, 24 / 25])
+
+
+@pytest.mark.parametrize("form", ["plain", "fused", "attention kernel", "no distillation"])
+def test_attention_is_the_softmax_of_queries_and_keys(form: str) -> None:
+    name = "deit_tiny_distilled_patch16_224".replace(
+        "distilled_", "" if form == "no distillation" else "distilled_"
+    )
+    model = tiny(name)
+    if form == "plain":
+        unfuse(model)
+    if form == "attention kernel":
+        fuse(model, kernels=("attention",))
+    images = torch.randn(2, 3, 8, 8)
+    found = tokens.attention_weights(model, images)
+    assert len(found) == 3
+    unfuse(model)
+    with torch.no_grad():
+        x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        for block, weights in zip(model.blocks, found, strict=True):
+            normed, qkv = block.norm1(x), block.attn.qkv
+            for head in range(2):
+                q_rows = slice(2 * head, 2 * head + 2)
+                k_rows = slice(4 + 2 * head, 4 + 2 * head + 2)
+                q = normed @ qkv.weight[q_rows].T + qkv.bias[q_rows]
+                k = normed @ qkv.weight[k_rows].T + qkv.bias[k_rows]
+                scores = torch.einsum("bqd,bkd->bqk", q, k) / math.sqrt(2)
+                odds = scores.exp() / scores.exp().sum(-1, keepdim=True)
+                torch.testing.assert_close(weights[:, head], odds, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+            x = block(x)
+
+
+def test_attention_normalises_queries_and_keys_where_the_model_does() -> None:
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3, qk_norm=True
+    ).eval()
+    images = torch.randn(1, 3, 8, 8)
+    (weights,) = tokens.attention_weights(model, images)
+    block = model.blocks[0]
+    with torch.no_grad():
+        x = block.norm1(model._pos_embed(model.patch_embed(images)))
+        _, _, v = block.attn.qkv(x).view(1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        out = weights @ v  # the attention's own output, from our weights
+        mine = block.attn.proj(out.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(mine, block.attn(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_of_two_blocks_by_hand() -> None:
+    one = torch.tensor([[[[0.5, 0.5], [0.0, 1.0]], [[1.0, 0.0], [0.5, 0.5]]]])  # two heads
+    two = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]]])
+    # means (.75 .25; .25 .75) and (0 1; 1 0); with the residual (.875 .125; ...) and (.5 .5; ...)
+    found = tokens.rollout([one, two])
+    assert found.tolist() == [[[0.5, 0.5], [0.5, 0.5]]]
+    found = tokens.rollout([two, one])  # the later block comes from the left
+    assert found.sum(-1).tolist() == [[1.0, 1.0]]
+    skewed = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # (1 0; .5 .5)
+    uniform = torch.full((1, 1, 2, 2), 0.5)  # (.75 .25; .25 .75)
+    assert tokens.rollout([skewed, uniform]).tolist() == [[[0.875, 0.125], [0.625, 0.375]]]
+    assert tokens.rollout([uniform, skewed]).tolist() == [[[0.75, 0.25], [0.5, 0.5]]]
+
+
+def test_maps_are_the_tokens_rows_over_the_patches() -> None:
+    model = tiny()
+    rows = torch.arange(36.0).view(1, 6, 6)  # class, distillation, four patches
+    assert tokens.token_maps(model, rows).tolist() == [[[[2, 3], [4, 5]], [[8, 9], [10, 11]]]]
+    plain = tiny("deit_tiny_patch16_224")
+    rows = torch.arange(25.0).view(1, 5, 5)
+    assert tokens.token_maps(plain, rows).tolist() == [[[[1, 2], [3, 4]]]]
+
+
+def test_a_strip_shows_the_pixels_and_the_brightest_patch(tmp_path: Path) -> None:
+    pixels = torch.rand(3, 8, 8)
+    maps = torch.tensor([[[0.1, 0.2], [0.4, 0.0]]])
+    name = pictures.draw_strip(
+        tmp_path, 5, (pixels - 0.5) / 0.25, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), maps
+    )
+    strip = np.asarray(Image.open(tmp_path / name))
+    assert name == "attention-5.png" and strip.shape == (160, 2 * 160 + pictures.GAP, 4)
+    middles = strip[10::20, 10:160:20, :3]  # of each of 8 x 8 pixels
+    assert np.array_equal(middles, (pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    tile = strip[:, 160 + pictures.GAP :, :3].astype(int)
+    corners = tile[40, 40], tile[40, 120], tile[120, 40], tile[120, 120]
+    assert corners[2].tolist() == [253, 231, 36]  # viridis' end
+    assert corners[3].tolist() == [68, 1, 84]  # and its start
+    assert strip[0, 160 + pictures.GAP // 2, 3] == 0  # nothing between the tiles
+
+
+# ---------------------------------------------------------------------------------------- the verb
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty held-out digits, a teacher, and three runs with random weights."""
+    root = tmp_path_factory.mktemp("world")
+    write_few_digits(root / "data", train=1, val=6)
+    torch.manual_seed(3)
+    save_file(fixed_teacher(10).state_dict(), root / "fixed.safetensors")
+    teacher = small_convnet(10)
+    with torch.no_grad():
+        teacher[-1].weight.mul_(20)  # a teacher with opinions
+        teacher[-1].bias -= teacher.eval()(held_out(root)[0]).mean(0)
+    save_file(teacher.state_dict(), root / "teacher.safetensors")
+    for name, kind in (("none", "none"), ("hard", "hard"), ("soft", "soft")):
+        make_run(root, name, kind)
+    return root
+
+
+def make_run(world: Path, name: str, kind: str, **changes: Any) -> Path:
+    config = digits_student().replace(
+        output=str(world / name),
+        data={"root": str(world / "data"), "workers": 0},
+        loss={"kind": kind},
+        model={"depth": 2, "embed_dim": 32, "num_heads": 2},
+    )
+    if kind == "none":
+        config = config.replace(model={"name": "deit_tiny_patch16_224"})
+    config = config.replace(**changes)
+    (world / name).mkdir()
+    torch.manual_seed(sum(name.encode()))
+    model = build_model(config, 10)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    heads = [m for n, m in model.named_modules() if n in ("head", "head_dist", "23")]
+    with torch.no_grad():
+        logits = [z for z in forward_heads(model.eval(), held_out(world)[0]) if z is not None]
+        for head, z in zip(heads, logits, strict=True):
+            head.bias -= z.mean(0)  # the decision shall depend on the image
+    save_file(model.state_dict(), world / name / "model.safetensors")
+    (world / name / "config.json").write_text(json.dumps(to_dict(config)))
+    return world / name
+
+
+@pytest.fixture(scope="module")
+def found(world: Path) -> dict[str, dict[str, Any]]:
+    """The analyses as the verb left them, by run."""
+    names = ("none", "hard", "soft")
+    spec = f"{CONVNET}@{world}/teacher.safetensors"
+    runs = [str(world / name) for name in names]
+    assert main(["analyze", *runs, "--teacher", spec, "--out", str(world / "out.json")]) == 0
+    return {n: json.loads((world / n / "analysis/analysis.json").read_text()) for n in names}
+
+
+def held_out(world: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as the digits' views are normalised, and labels, made one by one."""
+    source = ImageFolder(str(world / "data"), "val")
+    pixels = [eval_pixels(source.load(i), 16, 0.875) for i in range(source.num_samples)]
+    images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    return (images - 0.5) / 0.5, torch.tensor(source.labels)
+
+
+def decide(world: Path, name: str) -> dict[str, torch.Tensor]:
+    """Decisions of a run's heads, with timm's own forward in double precision."""
+    from safetensors.torch import load_file
+
+    config = RunConfig(**json_config(world / name))
+    model: Any = unfuse(build_model(config, 10)).eval().double()
+    model.load_state_dict(load_file(world / name / "model.safetensors"))
+    with torch.no_grad():
+        features = model.forward_features(held_out(world)[0].double())
+        logits = [model.head(features[:, 0])]
+        if name != "none":
+            logits.append(model.head_dist(features[:, 1]))
+    if len(logits) == 1:
+        return {"student": logits[0].argmax(1)}
+    return {
+        "class": logits[0].argmax(1),
+        "distillation": logits[1].argmax(1),
+        "both": (logits[0] + logits[1]).argmax(1),
+        "softmax": (logits[0].softmax(1) + logits[1].softmax(1)).argmax(1),
+    }
+
+
+def json_config(run: Path) -> dict[str, Any]:
+    from deit_fast.evaluate import read_run_config
+
+    config = read_run_config(run)
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_accuracy_is_what_evaluate_measures(world: Path, found: dict[str, dict]) -> None:
+    for name in ("none", "hard", "soft"):
+        measured = evaluate(str(world / name))
+        accuracy = found[name]["accuracy"]
+        assert accuracy[found[name]["main"]] == pytest.approx(measured["top1"], abs=1e-6)
+        assert found[name]["images"] == measured["samples"] == 60
+        if name != "none":
+            assert accuracy["class"] == pytest.approx(measured["top1_class"], abs=1e-6)
+            assert accuracy["distillation"] == pytest.approx(measured["top1_distill"], abs=1e-6)
+    softmax = decide(world, "soft")["softmax"] == held_out(world)[1]
+    expected = softmax.float().mean().item()
+    assert found["soft"]["accuracy"]["sum_softmax"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_disagreement_counts_every_pair(world: Path, found: dict[str, dict]) -> None:
+    images, labels = held_out(world)
+    spec = f"{CONVNET}@{world}/teacher.safetensors"
+    teacher = load_teacher(spec, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
+    everyone = {"truth": labels, "teacher": teacher(images).argmax(1)}
+    everyone |= {"undistilled": decide(world, "none")["student"], **decide(world, "hard")}
+    table = found["hard"]["disagreement"]
+    assert table["names"] == [
+        "truth", "teacher", "undistilled", "class", "distillation", "both",
+    ]  # fmt: skip
+    for name, row in zip(table["names"], table["shares"], strict=True):
+        for other, share in zip(table["names"], row, strict=True):
+            assert share == (everyone[name] != everyone[other]).sum().item() / 60, (name, other)
+    assert all(len(decision.unique()) > 2 for decision in everyone.values())  # not constant
+    assert found["none"]["disagreement"]["names"] == ["truth", "teacher", "student"]
+    assert found["hard"]["undistilled"]["run"] == str(world / "none")
+    agreement = (everyone["class"] == everyone["distillation"]).float().mean().item()
+    assert found["hard"]["heads"]["agreement"] == pytest.approx(agreement)
+
+
+def test_the_teachers_softening_is_of_its_own_logits(world: Path, found: dict[str, dict]) -> None:
+    images, labels = held_out(world)
+    spec = f"{CONVNET}@{world}/teacher.safetensors"
+    teacher = load_teacher(spec, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
+    logits = teacher(images).double()
+    told = found["soft"]["teacher"]
+    assert told["spec"] == CONVNET
+    assert told["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    entropies = []
+    for row in told["temperatures"]:
+        odds = (logits / row["temperature"]).softmax(1)
+        entropy = torch.distributions.Categorical(odds).entropy()
+        entropies.append(entropy)
+        assert row["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+        assert row["mass"]["5"] == pytest.approx(odds.topk(5).values.sum(1).mean().item())
+        assert set(row["mass"]) == {"1", "5"}
+    unsure = entropies[0].argmax().item()
+    assert told["sample"]["id"] == unsure == found["soft"]["attention"]["samples"][0]["id"]
+    assert told["sample"]["label"] == str(labels[unsure].item())
+    third = told["sample"]["temperatures"][2]["classes"]
+    best = (logits[unsure] / 3).softmax(0).topk(5)
+    assert [item["name"] for item in third] == [str(i) for i in best.indices.tolist()]
+    assert [item["probability"] for item in third] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+def test_layers_and_spread_come_from_all_images(world: Path, found: dict[str, dict]) -> None:
+    model = build_model(RunConfig(**json_config(world / "hard")), 10).eval()
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(world / "hard/model.safetensors"))
+    outputs = []
+    with torch.no_grad():
+        plain: Any = unfuse(model)
+        x = plain._pos_embed(plain.patch_embed(held_out(world)[0]))
+        for layer in (torch.nn.Identity(), *plain.blocks):
+            x = layer(x)
+            outputs.append(F.cosine_similarity(x[:, 0], x[:, 1]))
+        outputs.append(F.cosine_similarity(plain.norm(x)[:, 0], plain.norm(x)[:, 1]))
+    layers = found["hard"]["tokens"]["layers"]
+    for layer, values in zip(layers, outputs, strict=True):
+        assert layer["mean"] == pytest.approx(values.mean().item(), abs=1e-5)
+        assert layer["std"] == pytest.approx(values.std(correction=0).item(), abs=1e-5)
+    assert layers[0]["std"] == pytest.approx(0, abs=1e-6)  # the input's tokens know no image
+
+
+def test_runs_without_a_part_say_so(world: Path, found: dict[str, dict]) -> None:
+    assert "tokens" not in found["none"] and "heads" not in found["none"]
+    assert found["none"]["left_out"]["tokens"] == "the student has no distillation token"
+    assert "attention" in found["none"]
+    run = make_run(world, "convnet", "none", model={
+        "name": CONVNET, "patch_size": None, "embed_dim": None, "depth": None, "num_heads": None,
+    })  # fmt: skip
+    alone = make_run(world, "alone", "hard")
+    convnet, hard = analyze([run]), analyze([alone], maps=1)
+    assert convnet[0]["left_out"]["attention"] == "the student is no timm VisionTransformer"
+    assert "trained without a teacher" in convnet[0]["left_out"]["teacher"]
+    assert hard[0]["left_out"]["undistilled"].startswith("no run with loss.kind none")
+    assert hard[0]["left_out"]["teacher"].startswith("neither the run nor its cache names")
+    assert hard[0]["disagreement"]["names"] == ["truth", "class", "distillation", "both"]
+
+
+def test_the_teacher_is_the_runs_own_or_the_very_one_its_cache_names(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(world, "cached", "hard")
+    factory = "test_analyze:fixed_teacher"
+    fixed = load_teacher(factory, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
+    named = fixed.fingerprint() | {"from": "cache"}
+    (run / "result.json").write_text(json.dumps({"teacher": named}))
+    (by_name,) = analyze([run], maps=0)
+    logits = fixed(held_out(world)[0])
+    expected = (logits.argmax(1) == held_out(world)[1]).float().mean().item()
+    assert by_name["teacher"]["top1"] == pytest.approx(expected)
+
+    other = {**named, "teacher.spec": CONVNET}
+    (run / "result.json").write_text(json.dumps({"teacher": other}))
+    (lost,) = analyze([run], maps=0)
+    assert "teacher" not in lost
+    assert lost["left_out"]["teacher"].endswith(f"--teacher {CONVNET}@FILE does")
+
+    caplog.set_level(logging.WARNING, "deit_fast")
+    analyze([run], teacher=f"{factory}@{world}/fixed.safetensors", maps=0)
+    assert "not the teacher" not in caplog.text
+    analyze([run], teacher=f"{CONVNET}@{world}/teacher.safetensors", maps=0)
+    assert "is not the teacher that the run was trained with" in caplog.text
+
+    online = make_run(world, "online", "soft", teacher=f"{factory}@{world}/fixed.safetensors")
+    (direct,) = analyze([online], maps=0)
+    assert direct["teacher"]["top1"] == pytest.approx(expected)
+    gone = make_run(world, "gone", "soft", teacher=f"{factory}@{world}/gone.safetensors")
+    (without,) = analyze([gone], maps=0)
+    assert "gone.safetensors does not exist" in without["left_out"]["teacher"]
+
+
+def test_the_twin_is_of_the_same_model_and_seed() -> None:
+    def one(name: str, kind: str, seed: int, data: str = "d") -> Any:
+        config = RunConfig(seed=seed).replace(model={"name": name}, loss={"kind": kind})
+        return SimpleNamespace(config=config, data=data, ids=np.arange(3))
+
+    mine = one("deit_tiny_distilled_patch16_224", "hard", 4)
+    same, seed, model, data = (
+        one("deit_tiny_patch16_224", "none", 4),
+        one("deit_tiny_patch16_224", "none", 5),
+        one("x:convnet", "none", 4),
+        one("deit_tiny_patch16_224", "none", 4, "other"),
+    )
+    assert subject.undistilled(mine, [data, model, seed, same, mine]) is same
+    assert subject.undistilled(mine, [data, model, seed, mine]) is seed
+    assert subject.undistilled(mine, [data, mine]) is None
+    assert subject.undistilled(same, [seed, same]) is None
+
+
+def test_part_of_the_images_and_a_named_sample(world: Path, found: dict[str, dict]) -> None:
+    spec = f"{CONVNET}@{world}/teacher.safetensors"
+    run = make_run(world, "part", "soft")
+    (part,) = analyze([run], teacher=spec, max_images=7, sample=33, maps=2)
+    ids = [60 * i // 7 for i in range(7)]
+    right = decide(world, "part")["both"][ids] == held_out(world)[1][ids]
+    assert part["images"] == 7 and part["held_out"] == 60
+    assert part["accuracy"]["sum_logits"] == pytest.approx(right.float().mean().item())
+    assert part["teacher"]["sample"]["id"] == 33
+    assert [row["id"] for row in part["attention"]["samples"]] == [33, 0]
+    assert {p.name for p in (run / "analysis").glob("*.png")} == {
+        "attention-33.png", "attention-0.png",
+    }  # fmt: skip
+
+
+def test_the_average_of_the_weights(world: Path) -> None:
+    run = make_run(world, "averaged", "hard")
+    (run / "ema.safetensors").write_bytes((world / "soft/model.safetensors").read_bytes())
+    (averaged,) = analyze([run], ema=True, maps=0)
+    assert averaged["weights"] == "ema"
+    assert averaged["accuracy"]["class"] == pytest.approx(
+        evaluate(str(world / "soft"))["top1_class"], abs=1e-6
+    )
+
+
+def test_pictures_are_whole_and_the_same_every_time(world: Path, found: dict[str, dict]) -> None:
+    folder = world / "hard/analysis"
+    names = {"token-cosine.svg", "calibration.svg", "disagreement.svg", "temperature.svg"}
+    assert {p.name for p in folder.glob("*.svg")} == names
+    before = {name: (folder / name).read_bytes() for name in names}
+    for content in before.values():
+        assert ElementTree.fromstring(content).tag.endswith("svg")
+    runs = [world / name for name in ("none", "hard")]
+    analyze(runs, teacher=f"{CONVNET}@{world}/teacher.safetensors")
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    assert not (world / "none/analysis/token-cosine.svg").exists()
+
+
+def test_observations_are_counted(world: Path, found: dict[str, dict]) -> None:
+    saved = json.loads((world / "out.json").read_text())
+    assert saved["meta"]["torch"] and "analyze" in saved["meta"]["command"]
+    assert [row["run"] for row in saved["rows"]] == [
+        str(world / name) for name in ("none", "hard", "soft")
+    ]
+    claims = saved["observations"]
+    assert len(claims) == 3 and all(item["of"] == 2 for item in claims)
+    teacher = {n: found[n]["disagreement"]["shares"][1] for n in ("hard", "soft")}
+    closer = {str(world / n): row[3] - row[4] for n, row in teacher.items()}
+    assert claims[1]["differences"] == pytest.approx(closer)
+    assert claims[1]["holds"] == sum(value > 0 for value in closer.values())
+    more = {
+        str(world / n): found[n]["accuracy"]["sum_logits"] - found["none"]["accuracy"]["class"]
+        for n in ("hard", "soft")
+    }
+    assert claims[0]["differences"] == pytest.approx(more)
+    layers = found["soft"]["tokens"]["layers"]
+    later = claims[2]["differences"][str(world / "soft")]
+    assert later == pytest.approx(layers[-2]["mean"] - layers[0]["mean"])
+    assert summarise([found["none"]])["observations"] == []
+
+
+def test_terminal_table_and_report_show_the_figures(
+    world: Path, found: dict[str, dict], capsys: pytest.CaptureFixture
+) -> None:
+    runs = [str(world / name) for name in ("none", "hard")]
+    assert main(["analyze", *runs, "--maps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{100 * found['hard']['accuracy']['distillation']:.2f} %" in out
+    assert f"{found['hard']['tokens']['layers'][-2]['mean']:.3f}" in out
+    assert "none: left out: tokens, heads: the student has no distillation token" in out
+    assert "\x1b" not in out  # no terminal here
+    for name in ("none", "hard"):
+        (world / name / "metrics.jsonl").write_text("")
+        if not (world / name / "result.json").exists():
+            (world / name / "result.json").write_text("{}")
+    page = build_report([world / "none", world / "hard"], "t")
+    assert f"{100 * found['hard']['accuracy']['sum_softmax']:.2f} %" in page
+    assert page.count("data:image/png") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is no run folder"),
+        (["none", "--sample", "60"], "--sample 60: held-out images of "),
+        (["none", "--ema"], "weights file "),
+        (["none", "--max-images", "0"], "--max-images must be at least 1, not 0"),
+        (["none", "--maps", "-1"], "--maps must be at least 0, not -1"),
+        (["hard", "--teacher", "timm:nope"], "unknown teacher 'timm:nope'"),
+        (["none", "--data-root", "nowhere"], "image folder nowhere does not exist"),
+        (["none", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], message: str, world: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(world)
+    assert main(["analyze", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"deit-fast: error: {message}") and line.count("\n") == 1, line
+
+
+def test_damage_and_answers_that_are_no_numbers(
+    world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(world, "broken", "hard")
+    (run / "result.json").write_text("[")
+    assert main(["analyze", str(run)]) == 2
+    assert "result.json is damaged" in capsys.readouterr().err
+    (run / "result.json").unlink()
+    from safetensors.torch import load_file
+
+    state = load_file(run / "model.safetensors")
+    state["head.bias"][3] = math.nan
+    save_file(state, run / "model.safetensors")
+    assert main(["analyze", str(run)]) == 2
+    assert "the student's answers are not finite" in capsys.readouterr().err
+    assert not (run / "analysis").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["analyze", str(world / "hard")]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_so_before_it_measures(
+    world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["analyze", str(world / "hard")]) == 2
+    line = "deit-fast: error: analyze draws with matplotlib: pip install matplotlib\n"
+    assert capsys.readouterr().err == line

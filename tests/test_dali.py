@@ -1,0 +1,383 @@
+"""The DALI loader: its pixels, its verdicts on files, and what it decodes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deit_fast.cache import CacheMismatch
+from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.data import ImageFolder, open_loader
+from deit_fast.data.augment import augment
+from deit_fast.views import OPERATIONS, ViewPlan, plan_dtype
+from test_data import SEED, SIZE, picture, write_split
+from test_loaders import encode, folder_of, odd_files
+
+pytestmark = pytest.mark.dali
+
+PLAIN = ViewRecipe(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+FILL = (124, 116, 104)
+
+
+@pytest.fixture(autouse=True)
+def verdicts(tmp_path_factory, monkeypatch) -> Path:
+    """DALI's verdicts on files go to a folder of the test's own."""
+    base = tmp_path_factory.mktemp("verdicts")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    return base / "deit-fast" / "files"
+
+
+@pytest.fixture
+def source(tmp_path) -> ImageFolder:
+    write_split(tmp_path / "train", 2, 4)
+    return ImageFolder(str(tmp_path), "train")
+
+
+def loaded(source, batches, recipe=PLAIN, **settings):
+    data = DataConfig(**{"loader": "dali", "workers": 1, "on_error": "fail"} | settings)
+    plan = ViewPlan(recipe, SEED, source.num_samples)
+    return open_loader(data, source, plan, batches, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------------------------
+
+# Largest mean distance to Pillow's pixels, of 255: a linear for a cubic warp, another equalize.
+NEAR = dict.fromkeys(OPERATIONS, 0.8) | {
+    "none": 0, "invert": 0, "posterize": 0, "solarize": 0, "solarize_add": 0, "equalize": 2,
+    "rotate": 3, "shear_x": 3, "shear_y": 3, "translate_x": 3, "translate_y": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def operated() -> dict[tuple[str, int, bool], np.ndarray]:
+    """Each operation, at two levels, of views that will be flipped and of others: by DALI."""
+    from deit_fast.data.dali_graph import file_inputs, view_graph, view_inputs
+
+    image = np.asarray(picture(1, 96, 96))
+    rows = np.zeros(4 * len(OPERATIONS), plan_dtype(2))
+    rows["operations"][:, 1] = np.repeat(np.arange(len(OPERATIONS)), 4)
+    rows["levels"][:, 1] = np.tile([9300, 9300, -4100, -4100], len(OPERATIONS))
+    blurs = rows["operations"][:, 1] == OPERATIONS.index("gaussian_blur")
+    rows["levels"][blurs, 1] = [1000, 1000, 1900, 1900]
+    rows["flip"] = np.tile([0, 1], len(rows) // 2)
+    box = np.tile(np.array([0, 0, 96, 96], np.int32), (len(rows), 1))
+    inputs = file_inputs([image], len(rows)) + view_inputs(rows, box, np.zeros(len(rows)), 96)
+    (output,) = view_graph(lambda: inputs, len(rows), 1, None, 2, 96, 2, FILL).run()
+    views = np.array(output.as_tensor())
+    return {
+        (OPERATIONS[row["operations"][1]], int(row["levels"][1]), bool(row["flip"])): view
+        for row, view in zip(rows, views, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_comes_near_pillows(operated, name):
+    image = picture(1, 96, 96)
+    found = {key: view for key, view in operated.items() if key[0] == name}
+    assert len(found) == 4
+    for (_, level, flip), view in found.items():
+        expected = augment(image, [OPERATIONS.index(name)], [level], flip, FILL)
+        distance = np.abs(np.asarray(expected).astype(int) - view)
+        assert distance.mean() <= NEAR[name], (name, level, flip)
+        if name != "none":  # and it does something: the view's own pixels are farther away
+            assert np.abs(np.asarray(image).astype(int) - view).mean() > 1.5 * distance.mean()
+
+
+def test_views_come_near_pillows(tmp_path):
+    """Crops, files and levels arrive where they belong: any mix-up makes other pictures."""
+    folder = tmp_path / "train" / "class0"
+    folder.mkdir(parents=True)
+    for number in range(12):
+        picture(number, 200 + 10 * number, 150).save(folder / f"{number:02d}.jpg", quality=95)
+    source = ImageFolder(str(tmp_path), "train")
+    recipe = ViewRecipe(image_size=64, repeats=2)
+    batches = [(np.repeat(np.arange(12), 2), np.tile([0, 1], 12))]
+    near = next(iter(loaded(source, batches, recipe)))
+    exact = next(iter(loaded(source, batches, recipe, loader="pillow", workers=0)))
+    assert torch.equal(near.plan, exact.plan) and torch.equal(near.labels, exact.labels)
+    distance = (near.images.int() - exact.images.int()).abs().float().mean((1, 2, 3))
+    assert distance.max() < 5 and distance.median() < 1.5
+
+
+def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
+    batches = [(np.tile(np.arange(8), 4), np.repeat(np.arange(4), 8))]
+    recipe = ViewRecipe(image_size=SIZE, repeats=2)
+    whole = next(iter(loaded(source, batches, recipe))).images
+    monkeypatch.setattr("deit_fast.data.dali.CHUNK", 5)
+    assert torch.equal(next(iter(loaded(source, batches, recipe))).images, whole)
+    assert len(whole) == 32
+    empty = next(iter(loaded(source, [([], [])], recipe)))
+    assert empty.images.shape == (0, SIZE, SIZE, 3)
+
+
+def test_unknown_recipes_are_refused(source):
+    simple = ViewRecipe(image_size=SIZE, crop="simple")
+    for loader in ("dali", "dali-triton"):
+        with pytest.raises(InputError, match=r"view\.crop=resized"):
+            loaded(source, [], simple, loader=loader)
+    three = ViewRecipe(image_size=SIZE, augment="three_augment")
+    with pytest.raises(InputError, match="three_augment"):
+        loaded(source, [], three, loader="dali-triton")
+    assert len(next(iter(loaded(source, [([0, 1], [0, 0])], three)))) == 2
+    with pytest.raises(InputError, match=r"data\.dali_decoder=gpu needs a CUDA device"):
+        loaded(source, [], dali_decoder="gpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is decoded, and by whom
+# ---------------------------------------------------------------------------------------------
+
+
+def test_each_file_is_given_to_dali_once(source, monkeypatch):
+    import deit_fast.data.dali as dali
+
+    given: list[tuple[int, int]] = []
+    inputs = dali.file_inputs
+
+    def count(files, places):
+        given.append((sum(file.ndim == 1 for file in files), places))
+        return inputs(files, places)
+
+    monkeypatch.setattr(dali, "file_inputs", count)
+    recipe = ViewRecipe(image_size=SIZE, repeats=3)
+    partner = int(ViewPlan(recipe, SEED, 8).rows([0], [0])["partner"][0])
+    samples, views = np.repeat([0, partner], 3), np.tile(np.arange(3), 2)
+    next(iter(loaded(source, [(samples, views)], recipe)))
+    assert given[0] == (0, 1)  # what follows the last batch
+    assert given[1:] == [(2, 6)]  # six views, each other's halves, of two files
+
+
+def test_only_plain_jpegs_pass(tmp_path):
+    from deit_fast.data.validate import index_files
+
+    source = folder_of(
+        tmp_path, odd_files() | {"broken.jpg": encode(picture(1, 99, 80), "JPEG")[:900]}
+    )
+    index = index_files(source, 2)
+    passed = {
+        os.path.basename(path): tuple(size.tolist())
+        for path, size in zip(source.paths, index.sizes, strict=True)
+        if size[0]
+    }
+    assert passed == dict.fromkeys(("exif.jpg", "grey.jpg", "progressive.jpg"), (40, 30))
+    assert (index.lengths > 0).all()
+
+
+class Reads:
+    """A source that notes which files are read."""
+
+    def __init__(self, source: ImageFolder) -> None:
+        self.source, self.read_now = source, []
+        self.paths, self.labels, self.num_samples = source.paths, source.labels, source.num_samples
+        self.fingerprint, self.load = source.fingerprint, source.load
+
+    def read(self, index: int) -> bytes:
+        self.read_now.append(index)
+        return self.source.read(index)
+
+    def check(self) -> list[int]:
+        from deit_fast.data.validate import index_files
+
+        self.read_now.clear()
+        self.index = index_files(self, 2)
+        return sorted(self.read_now)
+
+
+def test_verdicts_are_kept_until_the_file_changes(source, verdicts):
+    reads = Reads(source)
+    assert reads.check() == [*range(8)]
+    sizes = reads.index.sizes.copy()
+    assert (sizes > 0).all()
+    assert reads.check() == [] and (reads.index.sizes == sizes).all()
+    os.utime(source.paths[3], (1, 1))
+    picture(7, 33, 22).save(source.paths[5])
+    assert reads.check() == [3, 5]
+    assert reads.index.sizes[5].tolist() == [33, 22]
+    assert (np.delete(reads.index.sizes, 5, 0) == np.delete(sizes, 5, 0)).all()
+    Path(source.paths[6]).unlink()
+    assert reads.check() == [6] and reads.check() == [6]  # missing: no verdict to keep
+    picture(7, 33, 22).save(source.paths[6])
+    assert reads.check() == [6] and reads.check() == []
+    assert not list(Path(source.folder).rglob("*.npz")) and list(verdicts.glob("*.npz"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "pickle", "other"])
+def test_damaged_verdicts_are_made_again(source, verdicts, damage, caplog, monkeypatch):
+    reads = Reads(source)
+    assert reads.check() == [*range(8)]
+    sizes = reads.index.sizes.copy()
+    (file,) = verdicts.glob("*.npz")
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:200])
+    if damage == "bit":
+        with np.load(file) as stored:
+            arrays = dict(stored)
+        arrays["sizes"][2, 0] ^= 1
+        np.savez(file, **arrays)
+    if damage == "pickle":
+        np.savez(file, stamps=np.array([{}], object), sizes=1, lengths=1, sha256=1)
+    if damage == "other":
+        monkeypatch.setattr("PIL.__version__", "11.9")
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        assert reads.check() == [*range(8)]
+    assert "checking the files again" in caplog.text and (reads.index.sizes == sizes).all()
+    assert reads.check() == []
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(source, verdicts, caplog):
+    verdicts.parent.mkdir(parents=True)
+    verdicts.write_text("a file where the folder should be")
+    reads = Reads(source)
+    assert reads.check() == [*range(8)] and (reads.index.sizes > 0).all()
+    assert "checked again next time" in caplog.text
+
+
+def test_two_processes_do_not_check_twice(source):
+    """As two ranks of a machine: here two threads, each with its own lock file handle."""
+    readers = [Reads(source), Reads(source)]
+    found: list[list[int]] = []
+    threads = [threading.Thread(target=lambda r=r: found.append(r.check())) for r in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [[], [*range(8)]]
+
+
+def test_a_file_that_shrinks_while_the_loader_runs_is_substituted(source):
+    batches = [(np.arange(8), np.full(8, view)) for view in range(6)]
+    passed = iter(loaded(source, batches, on_error="substitute"))
+    next(passed)
+    path = Path(source.paths[5])
+    path.write_bytes(path.read_bytes()[:300])
+    rest = list(passed)
+    assert rest[-1].substituted == [source.paths[5]] and len(rest) == 5
+    assert rest[-1].labels.tolist() == source.labels[[0, 1, 2, 3, 4, 6, 6, 7]].tolist()
+
+
+def test_a_file_that_breaks_unnoticed_is_named(source):
+    """Of the same length as when it was checked, so DALI meets it and its pipeline ends."""
+    batches = [(np.arange(8), np.full(8, view)) for view in range(8)]
+    passed = iter(loaded(source, batches, on_error="substitute"))
+    next(passed)
+    path = Path(source.paths[5])
+    path.write_bytes(b"\xff\xd8\xff" + bytes(len(path.read_bytes()) - 3))
+    with pytest.raises(InputError) as caught:
+        list(passed)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_process_does_not_wait_for_a_pipelines_threads(source):
+    """As an evaluation's worker, forked in mid-pass, that collects garbage."""
+    passed = iter(loaded(source, [(np.arange(8), np.full(8, view)) for view in range(8)]))
+    next(passed)
+    child = os.fork()
+    if child == 0:
+        passed = None
+        gc.collect()
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if status == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert status == (child, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Caches
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_cache_serves_the_loader_that_made_it(tmp_path):
+    from deit_fast.models.convnet import small_convnet
+    from deit_fast.precompute import estimate, precompute
+    from deit_fast.recheck import recheck
+    from deit_fast.recipes import digits_student
+    from deit_fast.train.teaching import create_teaching
+
+    write_split(tmp_path / "train", 10, 2)
+    save_file(small_convnet(10).state_dict(), tmp_path / "teacher.safetensors")
+    spec = f"deit_fast.models.convnet:small_convnet@{tmp_path}/teacher.safetensors"
+    config = digits_student().replace(
+        epochs=2, num_views=None, teacher=spec, teacher_batch=8, cache=str(tmp_path / "dali"),
+        device="cpu", data={"root": str(tmp_path), "workers": 1, "loader": "dali"},
+        view={"repeats": 1},
+    )  # fmt: skip
+    assert estimate(config)["images"] == 40
+    assert precompute(config)["images"] == 40
+    pillow = config.replace(cache=str(tmp_path / "pillow"), data={"loader": "pillow"})
+    precompute(pillow)
+    source = ImageFolder(str(tmp_path), "train")
+
+    def opens(config, cache: str) -> None:
+        create_teaching(config.replace(cache=str(tmp_path / cache)), source, torch.device("cpu"))
+
+    opens(config, "dali")
+    opens(pillow, "pillow")
+    opens(config.replace(data={"loader": "dali-triton"}), "pillow")  # the same pixels
+    with pytest.raises(CacheMismatch, match=r"contract\.pixels.*pillow/11-12.*"):
+        opens(config, "pillow")
+    with pytest.raises(CacheMismatch, match=r"contract\.pixels.*dali/cpu"):
+        opens(pillow, "dali")
+    assert recheck(config.cache, spec, config.data, samples=10, device="cpu")["failed"] == 0
+    with pytest.raises(CacheMismatch, match=r"contract\.pixels"):
+        recheck(config.cache, spec, pillow.data, samples=10, device="cpu")
+    # Another picture in a file of the same name and size, which the fingerprint cannot see.
+    path = Path(source.paths[3])
+    picture(99, 20, 20).save(path.with_suffix(".new"), "JPEG", quality=30)
+    content = path.with_suffix(".new").read_bytes()
+    assert len(content) < path.stat().st_size
+    path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
+    with pytest.raises(InputError, match="saw other pixels of sample"):
+        opens(config, "dali")
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
+def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path, loader):
+    """250 batches of several sizes; the decoder on the GPU, near Pillow's pixels."""
+    folder = tmp_path / "train" / "class0"
+    folder.mkdir(parents=True)
+    for number in range(16):
+        picture(number, 300 + 10 * number, 250).save(folder / f"{number:02d}.jpg", quality=95)
+    source = ImageFolder(str(tmp_path), "train")
+    recipe = ViewRecipe(image_size=64, repeats=2)
+    plan = ViewPlan(recipe, SEED, 16)
+    data = DataConfig(loader=loader, dali_decoder="gpu", workers=4)
+    keys = np.array([(sample, view) for sample in range(16) for view in range(4)])
+    rng = np.random.default_rng(0)
+    batches = [(keys[:, 0], keys[:, 1])]
+    batches += [tuple(keys[rng.permutation(64)[: rng.integers(1, 65)]].T) for _ in range(250)]
+    reference: dict[tuple[int, int], torch.Tensor] = {}
+    for batch in open_loader(data, source, plan, batches, device="cuda"):
+        assert batch.images.is_cuda
+        places = batch.plan[:, 0].tolist()
+        views = zip(batch.sample_ids.tolist(), batch.view_ids.tolist(), places, strict=True)
+        for sample, view, place in views:
+            found = batch.images[place]
+            assert torch.equal(reference.setdefault((sample, view), found.clone()), found)
+    exact = next(iter(loaded(source, batches[:1], recipe, loader="pillow", workers=0)))
+    mine = torch.stack([reference[tuple(key)] for key in keys.tolist()]).cpu().int()
+    distance = (mine - exact.images[exact.plan[:, 0].long()].int()).abs().float().mean((1, 2, 3))
+    assert distance.max() < 5 and distance.median() < 1.5

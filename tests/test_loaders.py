@@ -1,0 +1,380 @@
+"""What all loaders have in common: order, substitutes, clean ends, no leaks, contracts."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.data import ImageFolder, open_loader, pixel_contract
+from deit_fast.order import EpochOrder, TrainBatches
+from deit_fast.views import ViewPlan
+from test_data import SEED, SIZE, broken_files, digests, picture, write_split
+
+DALI = pytest.mark.dali
+LOADERS = ["pillow", pytest.param("dali", marks=DALI), pytest.param("dali-triton", marks=DALI)]
+RECIPE = ViewRecipe(image_size=SIZE, repeats=2)
+PLAIN = ViewRecipe(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+
+
+@pytest.fixture(autouse=True)
+def verdicts(tmp_path_factory, monkeypatch):
+    """DALI's verdicts on files go to a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("verdicts")))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    write_split(root / "train", 2, 6)
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(root) -> ImageFolder:
+    return ImageFolder(str(root), "train")
+
+
+def opened(loader, source, plan, batches, *, workers=0, on_error="fail", **more):
+    data = DataConfig(loader=loader, workers=workers, on_error=on_error)
+    return open_loader(data, source, plan, batches, device="cpu", **more)
+
+
+def run_batches(source, size=4, epochs=2, **more):
+    order = EpochOrder(SEED, source.num_samples, 2, 2)
+    return TrainBatches(order, size, epochs, **more)
+
+
+# ---------------------------------------------------------------------------------------------
+# Order and identity
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_view_is_the_same_in_any_batch_order_and_number_of_workers(source, loader):
+    plan = ViewPlan(RECIPE, SEED, 12)
+    keys = np.array([(sample, view) for sample in range(12) for view in range(2)])
+    rng = np.random.default_rng(0)
+    reference = None
+    for size, workers in ((24, 0), (1, 2), (7, 1), (10, 3)):
+        shuffled = rng.permutation(keys)
+        batches = [shuffled[at : at + size].T for at in range(0, len(keys), size)]
+        found = digests(opened(loader, source, plan, batches, workers=workers))
+        assert len(found) == 24 and len(set(found.values())) == 24
+        reference = reference or found
+        assert found == reference
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_pass_starts_and_stops_anywhere(source, loader):
+    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source)
+
+    def run(start: int, stop: int | None = None) -> list[tuple[list[int], bytes]]:
+        passed = opened(loader, source, plan, batches, workers=1, start=start, stop=stop)
+        found = [(batch.sample_ids.tolist(), batch.images.numpy().tobytes()) for batch in passed]
+        assert len(found) == len(passed)
+        return found
+
+    full = run(0)
+    assert [ids for ids, _ in full] == [batches[step][0].tolist() for step in range(len(batches))]
+    assert run(4) == full[4:] and run(1, 3) == full[1:3] and run(len(batches)) == []
+    with pytest.raises(InputError, match="start=99"):
+        run(99)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_rank_gets_equally_many_batches(source, loader):
+    plan = ViewPlan(PLAIN, SEED, 12)
+    counts, seen = [], []
+    for rank in range(3):
+        batches = TrainBatches(EpochOrder(SEED, 12, 2, 1), 9, 2, rank=rank, world=3)
+        found = [batch.sample_ids.tolist() for batch in opened(loader, source, plan, batches)]
+        counts.append([len(ids) for ids in found])
+        seen.append(found)
+    assert counts[0] == counts[1] == counts[2] == [3] * len(counts[0]) and counts[0]
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.dali
+def test_dali_with_our_kernel_makes_pillows_pixels(source):
+    plan = ViewPlan(RECIPE, SEED, 12)
+    batches = [(np.arange(12), np.full(12, view)) for view in range(2)]
+    ours = opened("pillow", source, plan, batches)
+    for mine, theirs in zip(ours, opened("dali-triton", source, plan, batches), strict=True):
+        for name in ("images", "plan", "labels", "partner_labels", "lam", "sample_ids", "view_ids"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert len(torch.unique(mine.images)) > 200
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that are no plain JPEGs
+# ---------------------------------------------------------------------------------------------
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def odd_files() -> dict[str, bytes]:
+    """Readable, but neither RGB nor 8 bits nor one frame nor upright."""
+    base = picture(3, 40, 30)
+    frames = [picture(n, 40, 30) for n in range(3)]
+    grey16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    palette = base.convert("P")
+    return {
+        "cmyk.jpg": encode(base.convert("CMYK"), "JPEG"),
+        "exif.jpg": encode(base, "JPEG", exif=rotated),
+        "grey.jpg": encode(base.convert("L"), "JPEG"),
+        "grey16.png": encode(grey16, "PNG"),
+        "palette.png": encode(palette, "PNG", transparency=3),
+        "png-inside.jpg": encode(base, "PNG"),
+        "progressive.jpg": encode(base, "JPEG", progressive=True),
+        "frames.webp": encode(
+            frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True
+        ),
+        "rgba.png": encode(base.convert("RGBA"), "PNG"),
+    }
+
+
+def folder_of(tmp_path: Path, files: dict[str, bytes]) -> ImageFolder:
+    folder = tmp_path / "train" / "class0"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return ImageFolder(str(tmp_path), "train")
+
+
+@pytest.mark.dali
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_odd_files_look_alike_in_all_loaders(tmp_path):
+    source = folder_of(tmp_path, odd_files())
+    count = source.num_samples
+    plan = ViewPlan(PLAIN, SEED, count)
+    batches = [(np.arange(count), np.zeros(count, int))]
+    found = {
+        loader: next(iter(opened(loader, source, plan, batches))).images.int()
+        for loader in ("pillow", "dali", "dali-triton")
+    }
+    assert torch.equal(found["pillow"], found["dali-triton"])
+    # Resized by another implementation; anything else (turned, another frame, inverted) is far off.
+    distance = (found["pillow"] - found["dali"]).abs().float().mean((1, 2, 3))
+    assert distance.max() < 1.5, dict(zip(source.paths, distance.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_broken_files_give_way_to_their_next_neighbour(tmp_path, loader):
+    broken = broken_files()
+    good = {f"{name}~.jpg": encode(picture(n, 40, 30), "JPEG") for n, name in enumerate(broken)}
+    source = folder_of(tmp_path, broken | good)
+    count, plan = source.num_samples, ViewPlan(PLAIN, SEED, source.num_samples)
+    source.labels = np.arange(count)  # tells who was taken
+    batches = [(np.arange(count), np.zeros(count, int)), (np.arange(2), np.ones(2, int))]
+    first, second = opened(loader, source, plan, batches, on_error="substitute")
+    names = [os.path.basename(path) for path in source.paths]
+    taken = [next(k % count for k in range(i, 2 * count) if names[k % count] not in broken)
+             for i in range(count)]  # fmt: skip
+    assert first.labels.tolist() == taken
+    assert sorted(map(os.path.basename, first.substituted)) == sorted(broken)
+    assert second.labels.tolist() == taken[:2]  # the loader lives
+    # Pixels of the neighbour, at the place that the plan gives the sample itself.
+    healed = folder_of(
+        tmp_path / "healed",
+        {name: Path(source.paths[place]).read_bytes()
+         for name, place in zip(names, taken, strict=True)},
+    )  # fmt: skip
+    expected = next(iter(opened(loader, healed, plan, batches)))
+    assert torch.equal(first.images, expected.images) and expected.substituted == []
+    with pytest.raises(InputError) as caught:
+        list(opened(loader, source, plan, batches))
+    message = str(caught.value)
+    assert "\n" not in message and "Error" in message and "data.on_error=fail" in message
+    assert any(os.path.join("class0", name) in message for name in broken)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_no_readable_image_is_an_error(tmp_path, loader):
+    source = folder_of(tmp_path, {f"{n}.jpg": b"nothing" for n in range(3)})
+    passed = opened(loader, source, ViewPlan(PLAIN, 0, 3), [([1], [0])], on_error="substitute")
+    with pytest.raises(InputError, match="no image of the data set is readable"):
+        list(passed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ends
+# ---------------------------------------------------------------------------------------------
+
+
+def helpers() -> set[str]:
+    """Threads and child processes of loaders that still run."""
+    threads = {thread.name for thread in threading.enumerate() if "dali" in thread.name}
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return threads | {
+        pid for pid in children if "pytest" in Path(f"/proc/{pid}/cmdline").read_text()
+    }
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_half_read_pass_and_an_exception_end_at_once(source, loader):
+    plan, batches = ViewPlan(PLAIN, SEED, 12), run_batches(source, epochs=50)
+    before = helpers()
+    passed = iter(opened(loader, source, plan, batches, workers=2))
+    next(passed)
+    started = time.monotonic()
+    del passed
+    assert time.monotonic() - started < 10 and helpers() == before
+
+    def fails() -> None:
+        for _ in opened(loader, source, plan, batches, workers=2):
+            raise RuntimeError("of the loop's own")
+
+    with pytest.raises(RuntimeError, match="of the loop's own"):
+        fails()
+    assert time.monotonic() - started < 20 and helpers() == before
+    assert len(list(opened(loader, source, plan, batches, workers=2, stop=3))) == 3
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_sigterm_ends_a_pass(root, loader):
+    code = (
+        "import sys, test_loaders as t\n"
+        "source = t.ImageFolder(sys.argv[1], 'train')\n"
+        "plan = t.ViewPlan(t.PLAIN, t.SEED, 12)\n"
+        "batches = t.run_batches(source, epochs=100000)\n"
+        "for k, _ in enumerate(t.opened(sys.argv[2], source, plan, batches, workers=2)):\n"
+        "    if k == 2: print('ready', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root), loader],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # its workers notice that it is gone
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("worker processes outlived the loader")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loader", "workers"), [("pillow", 0), ("pillow", 1), pytest.param("dali", 1, marks=DALI)]
+)
+def test_fifty_passes_leak_neither_memory_nor_files(source, loader, workers):
+    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def one_pass() -> None:
+        list(opened(loader, source, plan, batches, workers=workers, stop=3))
+
+    for _ in range(10):  # pools fill, modules are imported
+        one_pass()
+    files, memory = len(os.listdir("/proc/self/fd")), resident()
+    for _ in range(50):
+        one_pass()
+    assert len(os.listdir("/proc/self/fd")) <= files + 2
+    # A lost batch is 0.04 MB, a lost pipeline 3 MB and more.
+    assert resident() - memory < 40 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration and contracts
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dali
+def test_contracts_differ_where_pixels_do():
+    pillow = pixel_contract(DataConfig())
+    assert pillow == {"contract.pixels": "pillow/11-12"}
+    assert pixel_contract(DataConfig(loader="dali-triton")) == pillow
+    others = [
+        pixel_contract(DataConfig(loader=loader, dali_decoder=decoder))
+        for loader, decoder in (("dali", "cpu"), ("dali", "gpu"), ("dali-triton", "gpu"))
+    ]
+    names = {contract["contract.pixels"] for contract in [pillow, *others]}
+    assert names == {"pillow/11-12", "dali/cpu", "dali/gpu", "dali-decoded/gpu"}
+    for contract in others:
+        assert contract["contract.hw_decoder_load"] == 0.0 and contract["contract.dali"] >= "2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loader": "dali", "source": "synthetic"}, "data.source=synthetic"),
+        ({"dali_decoder": "gpu"}, "data.dali_decoder=gpu"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, words):
+    with pytest.raises(InputError, match=words):
+        DataConfig(**settings)
+
+
+def test_without_dali_one_line_names_the_extra(root):
+    code = (
+        "import sys\n"
+        "sys.modules['nvidia.dali'] = None\n"
+        "import test_loaders as t\n"
+        "source = t.ImageFolder(sys.argv[1], 'train')\n"
+        "for make in (lambda: t.pixel_contract(t.DataConfig(loader='dali-triton')),\n"
+        "             lambda: t.opened('dali', source, t.ViewPlan(t.PLAIN, 0, 12), [])):\n"
+        "    try: make()\n"
+        "    except t.InputError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("pip install deit-fast[dali]" in line for line in lines), done
+
+
+# ---------------------------------------------------------------------------------------------
+# Copies to the device
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_on_the_gpu_are_those_of_the_cpu(source, loader):
+    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source, epochs=20)
+    data = DataConfig(loader=loader, workers=2)
+    here = opened(loader, source, plan, batches, workers=2)
+    there = open_loader(data, source, plan, batches, device="cuda")
+    busy = torch.randn(2048, 2048, device="cuda")
+    for mine, other in zip(here, there, strict=True):
+        for _ in range(20):
+            busy = busy @ busy / 50  # the copies of the next batch overtake this
+        for name in ("images", "plan", "labels", "partner_labels", "lam"):
+            value = getattr(other, name)
+            assert value.is_cuda and torch.equal(value.cpu(), getattr(mine, name)), name

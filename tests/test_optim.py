@@ -1,0 +1,213 @@
+"""Optimisers and schedules against published figures, formulas of the papers and each other."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deit_fast.config import InputError, OptimConfig, RunConfig
+from deit_fast.models import create_student
+from deit_fast.packages import find_apex
+from deit_fast.train.optim import (
+    create_optimizer,
+    learning_rate,
+    set_learning_rate,
+    skips_on_device,
+)
+from deit_fast.train.step import compile_blocks
+
+
+def student(**options) -> torch.nn.Module:
+    return create_student(
+        "deit_tiny_distilled_patch16_224", 3, img_size=32, depth=3, fused=False, **options
+    )
+
+
+def names_by_group(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+# ---------------------------------------------------------------------------------------------
+# DeiT's own code
+# ---------------------------------------------------------------------------------------------
+
+
+def test_compat_gives_the_rates_of_deits_code():
+    """Printed by facebookresearch/deit with timm 0.3.2 at batch 1024: one epoch late."""
+    config = OptimConfig()  # DeiT's defaults
+    rates = [
+        learning_rate(
+            epoch * 10 + 7, config=config, batch_size=1024, steps_per_epoch=10, steps=3000,
+            compat="deit",
+        )
+        for epoch in range(300)
+    ]  # fmt: skip
+    published = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4]
+    assert rates[:8] == pytest.approx(published, rel=5e-5)
+    assert rates[299] == pytest.approx(1.0109e-5, rel=5e-5)
+
+
+def test_compat_decays_the_distillation_token_and_nothing_else_changes():
+    model = student()
+    ours, deits = (
+        {
+            name
+            for name, group in names_by_group(
+                model, create_optimizer(model, OptimConfig(), compat)
+            ).items()
+            if group["weight_decay"] > 0
+        }
+        for compat in ("none", "deit")
+    )
+    assert deits - ours == {"dist_token"} and ours <= deits
+
+
+# ---------------------------------------------------------------------------------------------
+# Layer decay
+# ---------------------------------------------------------------------------------------------
+
+
+def test_layer_decay_gives_each_block_its_rate():
+    """BEiT: the head at the full rate, block i of L at d^(L - i), embeddings at d^(L + 1)."""
+    model = student()
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
+    set_learning_rate(optimizer, 0.8)
+    rates = {name: group["lr"] for name, group in names_by_group(model, optimizer).items()}
+    assert rates["head.weight"] == rates["head_dist.bias"] == pytest.approx(0.8)
+    for block in range(3):
+        assert rates[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(0.8 * 0.5 ** (3 - block))
+    for name in ("patch_embed.proj.weight", "cls_token", "dist_token", "pos_embed"):
+        assert rates[name] == pytest.approx(0.8 * 0.5**4), name
+    assert names_by_group(model, optimizer)["blocks.1.attn.qkv.weight"]["weight_decay"] == 0.05
+    assert names_by_group(model, optimizer)["blocks.1.attn.qkv.bias"]["weight_decay"] == 0
+
+
+def test_without_layer_decay_all_share_the_rate():
+    model = student()
+    optimizer = create_optimizer(model, OptimConfig())
+    set_learning_rate(optimizer, 0.8)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.8}
+
+
+# ---------------------------------------------------------------------------------------------
+# LAMB
+# ---------------------------------------------------------------------------------------------
+
+
+def test_lamb_is_the_papers():
+    """You et al. 2020, algorithm 2, in float64, over three steps, with decay."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 4, bias=False)
+    config = OptimConfig(name="lamb", weight_decay=0.1, eps=1e-6)
+    optimizer = create_optimizer(model, config)
+    assert not skips_on_device(optimizer)
+    w = model.weight.detach().double().clone()
+    m = v = torch.zeros_like(w)
+    for step in range(1, 4):
+        gradient = torch.randn(4, 5)
+        model.weight.grad = gradient.clone()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        g = gradient.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        r = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-6) + 0.1 * w
+        w = w - 0.01 * w.norm() / r.norm() * r
+        assert torch.allclose(model.weight.double(), w, rtol=1e-5, atol=1e-7), step
+
+
+# ---------------------------------------------------------------------------------------------
+# apex
+# ---------------------------------------------------------------------------------------------
+
+NVIDIA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAdam: pass\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "it is not installed"),
+        (
+            {"apex/__init__.py": "'''A toolkit for Pyramid.'''"},
+            "the installed apex is PyPI's namesake",
+        ),
+        (NVIDIA, "it was built without its CUDA code (amp_C is missing)"),
+        ({**NVIDIA, "amp_C.py": ""}, "it needs a GPU and the model is on cpu"),
+        (
+            {"apex/__init__.py": "raise RuntimeError('old driver')"},
+            "it is broken (RuntimeError: old",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("name", "torchs"), [("adamw", "AdamW"), ("lamb", "Lamb")])
+def test_apex_that_cannot_be_used_is_said_and_torch_is_used(
+    tmp_path: Path, monkeypatch, caplog, files: dict[str, str], said: str, name: str, torchs: str
+) -> None:
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
+        monkeypatch.delitem(sys.modules, module)
+    config = OptimConfig(impl="apex", name=name)
+    assert type(create_optimizer(torch.nn.Linear(2, 2), config)).__name__ == torchs
+    for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[module]
+    assert f"optim.impl=apex, but {said}" in caplog.text
+    assert "torch's optimiser is used" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_apex_agrees_with_torch(name: str) -> None:
+    if find_apex().state != "real":
+        pytest.skip(f"needs NVIDIA's apex: {find_apex()}")
+    torch.manual_seed(0)
+    ours = student().cuda()
+    theirs = copy.deepcopy(ours)
+    pair = [
+        (model, create_optimizer(model, OptimConfig(name=name, impl=impl, weight_decay=0.05)))
+        for model, impl in ((ours, "torch"), (theirs, "apex"))
+    ]
+    for _ in range(5):
+        images = torch.randn(8, 3, 32, 32, device="cuda")
+        for model, optimizer in pair:
+            model.eval().zero_grad(set_to_none=True)
+            model(images).square().sum().backward()
+            set_learning_rate(optimizer, 1e-3)
+            optimizer.step()
+    for (n, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=2e-5, atol=2e-6), n
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings that do not go together
+# ---------------------------------------------------------------------------------------------
+
+
+def test_settings_that_do_not_fit_are_named():
+    with pytest.raises(InputError, match=r"optim\.layer_decay must lie in \(0, 1\], not 1\.5"):
+        OptimConfig(layer_decay=1.5)
+    with pytest.raises(InputError, match="cuda_graphs goes with compile"):
+        RunConfig(cuda_graphs=True)
+    with pytest.raises(InputError, match=r"needs a model with \.blocks, which Linear lacks"):
+        compile_blocks(torch.nn.Linear(2, 2))
+
+
+def test_the_correct_schedule_moves_every_step():
+    config = OptimConfig(warmup_epochs=2)
+    rates = [
+        learning_rate(step, config=config, batch_size=512, steps_per_epoch=10, steps=100)
+        for step in range(100)
+    ]
+    assert len(set(rates)) == 100
+    assert rates[0] == config.warmup_lr
+    assert rates[19] == pytest.approx(config.warmup_lr + (config.lr - config.warmup_lr) * 19 / 20)
+    cosine = (1 + math.cos(math.pi * 0.2)) / 2
+    assert rates[20] == pytest.approx(config.min_lr + (config.lr - config.min_lr) * cosine)
