@@ -2,8 +2,8 @@
 
 A verb is a function of its raw arguments that returns the text for stdout; what it needs is
 imported inside it, so that help and errors answer without torch. Wrong input is one line on stderr
-and exit status 2, a loss that is not finite one line and 1, a run that SIGTERM ended 75, an
-interrupt 130; any other exception is a bug and shows its traceback.
+and exit status 2, a loss that is not finite and memory that ran out one line and 1, a run that
+SIGTERM ended 75, an interrupt 130; any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def demo(args: list[str]) -> Outcome:
     rows += [
         ("mean", means),
         ("gain", f"{result['gain']:+.2f} points by distillation"),
+        *(("observed", line) for line in result["observed"]),
         ("report", str(result["report"])),
     ]
     return Outcome(columns(rows))
@@ -220,6 +221,95 @@ def evaluate(
     return Outcome(summary({"run": run, **result}))
 
 
+@_typed("analyze")
+def analyze(
+    runs: tuple[str, ...],
+    /,
+    *,
+    teacher: str | None = None,
+    data_root: str | None = None,
+    ema: bool = False,
+    max_images: int | None = None,
+    sample: int | None = None,
+    maps: int = 4,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    out: str | None = None,
+) -> Outcome:
+    """Look into finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
+
+    Writes RUN/analysis/ with figures and pictures, which `deit-fast report` shows. Runs on the
+    same images are compared; give the one without distillation too.
+
+    Args:
+        runs: Folders of the runs.
+        teacher: The runs' teacher, with its weights; none: as each run names it.
+        data_root: Image folder to measure on; none: the runs' own.
+        ema: Use the moving average of the weights.
+        max_images: Take so many held-out images, evenly spaced; none: all.
+        sample: Id of a held-out image to show softened; none: the teacher's least certain.
+        maps: Images to draw attention of.
+        device: `auto`: CUDA where there is one.
+        out: Also write the figures of all runs, with versions and command, to this JSON file.
+    """
+    for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
+        if value is not None and value < least:
+            raise InputError(f"--{flag} must be at least {least}, not {value}")
+    from deit_fast.analysis.runs import analyze as measure
+    from deit_fast.analysis.summary import write_summary
+    from deit_fast.analysis.table import render
+    from deit_fast.report import short_names
+
+    paths = [Path(run) for run in runs]
+    results = measure(
+        paths, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
+        sample=sample, maps=maps, device=device,
+    )  # fmt: skip
+    if out is not None:
+        write_summary(results, Path(out))
+    text = render(results, short_names(paths), tty=sys.stdout.isatty())
+    written = [*(f"{path}/analysis" for path in paths), *([out] if out else [])]
+    return Outcome(f"{text}\nwrote {', '.join(written)}")
+
+
+@_typed("pack")
+def pack(
+    root: str,
+    out: str,
+    /,
+    *,
+    form: Literal["uint8", "jpeg"] = "uint8",
+    short_side: int = 256,
+    quality: int = 92,
+    source: Literal["folder", "tar"] = "folder",
+    train: str = "train",
+    val: str = "val",
+    workers: int = 4,
+) -> Outcome:
+    """Decode each image once and write shards that load without decoding.
+
+    For hosts whose cores cannot keep up. `--data.source packed --data.root OUT` reads them. The
+    same command goes on after an interruption.
+
+    Args:
+        root: Image folder or tar shards with both splits.
+        out: Folder to write; uint8 images of ImageNet take about 330 GB, jpeg 40 GB.
+        form: `uint8`: pixels. `jpeg`: smaller, and still to be decoded.
+        short_side: Images are reduced to this shorter side, pixels; smaller ones stay.
+        quality: Of jpeg, 1 to 100.
+        source: What `root` holds.
+        train: Name of the training split's folder.
+        val: Name of the held-out split's folder.
+        workers: Processes.
+    """
+    from deit_fast.config import DataConfig
+    from deit_fast.pack import pack as write
+
+    data = DataConfig(root=root, source=source, train=train, val=val, workers=workers)
+    result = write(data, out, form=form, short_side=short_side, quality=quality)
+    unreadable = len(result.pop("unreadable"))
+    return Outcome(summary({**result, "unreadable": unreadable}))
+
+
 @_typed("report")
 def report(
     runs: tuple[str, ...], /, *, out: str = "report.html", title: str = "deit_fast runs"
@@ -238,16 +328,24 @@ def report(
 
 
 @_typed("doctor")
-def doctor(*, output: str = "runs", workers: int = 4) -> Outcome:
+def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> Outcome:
     """Say what this machine has, what is slow on it, and what to do about it.
 
     Args:
-        output: Where runs would be written; its disk is measured.
+        output: Where runs are written; its disk is measured.
         workers: Decoding processes to plan shared memory for.
+        report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
+            run's configuration and last log rows. Variables that may hold a secret are left out.
     """
     from deit_fast.doctor import examine, has_problem, render
 
     findings = examine(Path(output), workers)
+    if report:
+        from deit_fast.bug_report import write_report
+
+        path = Path("deit-fast-report.txt")
+        write_report(findings, Path(output), path)
+        return Outcome(f"wrote {path}; read it before you send it")
     return Outcome(render(findings, tty=sys.stdout.isatty()), int(has_problem(findings)))
 
 
@@ -282,9 +380,11 @@ def recipes_show(name: str, /) -> Outcome:
 
 VERBS: dict[str, Verb] = {
     "demo": demo,
+    "pack": pack,
     "train": train,
     "precompute": precompute,
     "evaluate": evaluate,
+    "analyze": analyze,
     "report": report,
     "cache info": _typed("cache info")(cache_verbs.info),
     "cache verify": _typed("cache verify")(cache_verbs.verify),
@@ -362,8 +462,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(_os_message(error))
-    except FloatingPointError as error:
-        return _fail(str(error), status=1)
+    except (FloatingPointError, MemoryError) as error:
+        return _fail(str(error) or "out of memory", status=1)
     except Preempted as error:
         return _fail(str(error), status=EXIT_STATUS)
     except KeyboardInterrupt:

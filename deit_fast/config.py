@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -38,14 +39,21 @@ class ViewRecipe:
 
     image_size: int = 224
     """Side of the square view, pixels."""
+    crop: Literal["resized", "simple"] = "resized"
+    """`resized`: a random box of the image, resized. `simple` (DeiT-III): the whole image with its
+    shorter side resized to image_size, 4 pixels reflected around it, a random square of that."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Random resized crop: range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random resized crop: range of the crop's width / height, log-uniform."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
-    augment: Literal["randaugment", "none"] = "randaugment"
-    """RandAugment of two operations out of fifteen (timm's `rand-mM-mstdS-inc1`), or none."""
+    augment: Literal["randaugment", "three_augment", "none"] = "randaugment"
+    """RandAugment of two operations out of fifteen (timm's `rand-mM-mstdS-inc1`), ThreeAugment of
+    grayscale, solarize or Gaussian blur (DeiT-III), or none."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation, in random order, each by a factor of 1 +- this much at
+    most, after ThreeAugment or none; RandAugment goes without it."""
     randaugment_magnitude: float = 9.0
     """RandAugment: mean strength, 0 to 10."""
     randaugment_std: float = 0.5
@@ -90,6 +98,19 @@ class ViewRecipe:
             value = getattr(self, name)
             _require(value >= 0, f"view.{name} must not be negative, not {value}")
         _require(min(self.std) > 0, f"view.std must be positive, not {self.std}")
+        jitter = self.color_jitter
+        _require(0 <= jitter <= 0.9, f"view.color_jitter must lie in [0, 0.9], not {jitter}")
+        _require(
+            jitter == 0 or self.augment != "randaugment",
+            f"view.color_jitter={jitter} does not go with view.augment=randaugment, which changes "
+            f"colours itself (timm and DeiT ignore it there): set it to 0, or choose three_augment "
+            f"or none",
+        )
+        _require(
+            self.crop == "resized" or self.image_size >= 5,
+            f"view.crop=simple reflects 4 pixels, so view.image_size must be at least 5, "
+            f"not {self.image_size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +118,22 @@ class DataConfig:
     """Where images come from and who decodes them."""
 
     root: str | None = None
-    """Image folder: `root/<train>/<class>/*.jpg` and `root/<val>/<class>/*.jpg`."""
-    source: Literal["folder", "synthetic"] = "folder"
-    """`synthetic` draws images from the sample id: no disk, no decoding, an upper speed bound."""
+    """Image folder: `root/<train>/<class>/*.jpg` and `root/<val>/<class>/*.jpg`; or of shards."""
+    source: Literal["folder", "tar", "packed", "synthetic"] = "folder"
+    """`tar`: shards in WebDataset's naming, `root/<train>/*.tar`. `packed`: what `deit-fast pack`
+    wrote. `synthetic`: drawn from the sample id, without disk or decoding: an upper speed bound."""
     train: str = "train"
     """Name of the training split's folder."""
     val: str = "val"
     """Name of the held-out split's folder."""
+    loader: Literal["pillow", "dali", "dali-triton"] = "pillow"
+    """Who makes views of files; a cache serves loaders of the same pixels only. `pillow`: Pillow,
+    in processes. `dali`: NVIDIA DALI, with pixels of its own. `dali-triton`: DALI decodes, our
+    kernel crops, resizes and augments; with dali_decoder=cpu to the pixels of `pillow`."""
+    dali_decoder: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI decodes, and crops, resizes and augments if it does. Their pixels differ a bit."""
     workers: int = 4
-    """Decoding processes of this rank; 0 decodes in the main process."""
+    """Decoding processes of this rank, 0: the main process decodes; threads where DALI loads."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """An unreadable image: take its next readable neighbour and count it, or stop."""
     eval_crop: float = 0.875
@@ -116,6 +144,14 @@ class DataConfig:
     """Classes of the synthetic source."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.loader == "pillow" or self.source != "synthetic",
+            f"data.loader={self.loader} decodes files, which data.source=synthetic has not",
+        )
+        _require(
+            self.loader != "pillow" or self.dali_decoder == "cpu",
+            f"data.dali_decoder={self.dali_decoder} goes with data.loader=dali or dali-triton",
+        )
         _require(self.workers >= 0, f"data.workers must not be negative, not {self.workers}")
         _require(
             0 < self.eval_crop <= 1, f"data.eval_crop must lie in (0, 1], not {self.eval_crop}"
@@ -187,8 +223,15 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, linear warm-up and cosine decay per step, and the weights' moving average."""
+    """Optimiser, linear warm-up and cosine decay per step, and the weights' moving average."""
 
+    name: Literal["adamw", "lamb"] = "adamw"
+    """AdamW, or LAMB (DeiT-III)."""
+    impl: Literal["auto", "torch", "apex"] = "auto"
+    """`torch`: torch's fused AdamW, timm's LAMB. `apex`: NVIDIA's FusedAdam and FusedLAMB, if
+    NVIDIA's apex is there. `auto`: apex for LAMB on a GPU if it is there, else torch."""
+    layer_decay: float | None = None
+    """Fine-tuning: a block's learning rate is this factor times that of the block above it."""
     lr: float = 5e-4
     """Peak learning rate at `lr_batch` samples per step; scaled linearly with the global batch."""
     lr_batch: int = 512
@@ -200,11 +243,11 @@ class OptimConfig:
     warmup_epochs: float = 5.0
     """Length of the linear warm-up, epochs."""
     weight_decay: float = 0.05
-    """AdamW's decay; none on biases, norms, tokens and position embeddings."""
+    """Decoupled decay; none on biases, norms, tokens and position embeddings."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decays."""
+    """Decays of the two moments."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Added to the root of the second moment."""
     clip_grad: float | None = None
     """Largest gradient norm; none: no clipping, as DeiT."""
     ema_decay: float = 0.99996
@@ -218,6 +261,10 @@ class OptimConfig:
         )
         _require(
             0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), not {self.ema_decay}"
+        )
+        _require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"optim.layer_decay must lie in (0, 1], not {self.layer_decay}",
         )
         _require(
             self.clip_grad is None or self.clip_grad > 0,
@@ -273,6 +320,10 @@ class RunConfig:
     """Passes over the data; an epoch offers about as many views as there are samples."""
     batch_size: int = 256
     """Samples per step over all ranks (global batch)."""
+    compat: Literal["none", "deit"] = "none"
+    """`deit`: the order of DeiT's RASampler, and Mixup/CutMix of each rank's whole batch with its
+    reverse, as in DeiT's code; for online teachers or none. A checkpoint then goes on with the
+    views it would have seen only under as many processes."""
     num_views: int | None = None
     """Distinct views per sample, a multiple of view.repeats; none: enough for all epochs."""
     accumulate: int = 1
@@ -289,6 +340,15 @@ class RunConfig:
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
     log_every: int = 50
     """Steps between lines of the log and rows of metrics.jsonl."""
+    track: tuple[str, ...] = ()
+    """Send the rows of metrics.jsonl also to `tensorboard`, `wandb`, `mlflow`, `trackio`."""
+    check_teacher_every: int | None = None
+    """With both `cache` and `teacher`: every so many steps the teacher answers the batch too, and
+    the run ends where the cache holds another answer. Costs that step a forward of the teacher."""
+    profile_steps: int = 0
+    """Profile so many steady steps of the first process: profile/trace.json, profile/table.txt."""
+    memory_snapshot: bool = False
+    """Record the GPU's allocations: memory.pickle at the end, and when memory runs out."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 1
@@ -302,8 +362,12 @@ class RunConfig:
     `rollback`: go back to the newest checkpoint and leave that step's views out."""
     max_rollbacks: int = 3
     """Rollbacks in one run before it stops after all."""
-    compile: bool = False
-    """torch.compile of the student; the first step takes minutes."""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """torch.compile of the student: each block by itself (seconds), or the whole model, where more
+    can be fused and the first step takes minutes."""
+    cuda_graphs: bool = False
+    """With `compile`: replay the kernels as CUDA graphs, for small models and batches, whose time
+    is that of their launches."""
     compress_gradients: bool = False
     """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
@@ -327,13 +391,37 @@ class RunConfig:
         ):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, not {value}")
-        for name in ("save_steps", "save_minutes"):
+        for name in ("save_steps", "save_minutes", "check_teacher_every"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, not {value}")
         _require(
+            not self.cuda_graphs or self.compile != "none",
+            "cuda_graphs goes with compile=blocks or compile=model, not compile=none",
+        )
+        _require(
             self.max_rollbacks >= 0, f"max_rollbacks must not be negative, not {self.max_rollbacks}"
         )
+        _require(
+            self.profile_steps >= 0, f"profile_steps must not be negative, not {self.profile_steps}"
+        )
+        for name in self.track:
+            hint = did_you_mean(closest(name, list(TRACKERS)))
+            _require(
+                name in TRACKERS, f"track must be of {', '.join(TRACKERS)}, not {name!r}{hint}"
+            )
+        _require(len(set(self.track)) == len(self.track), f"track names one twice: {self.track}")
         _require(0 <= self.seed < 2**64, f"seed must lie in [0, 2^64), not {self.seed}")
+        if self.compat == "deit":
+            _require(
+                self.cache is None,
+                f"compat=deit mixes a view with what its batch happens to hold, so no cache can "
+                f"hold it (cache={self.cache}): take --teacher alone, or --compat none",
+            )
+            _require(
+                self.num_views is None,
+                f"compat=deit draws new views every epoch; num_views={self.num_views} goes with "
+                f"--compat none",
+            )
         if self.num_views is not None:
             _require(
                 self.num_views >= 1 and self.num_views % self.view.repeats == 0,

@@ -5,18 +5,18 @@ A missing or broken package is a finding, never a crash; nothing but the standar
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
 import subprocess
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+from deit_fast.packages import Loaded, find_apex, load
 
 State = Literal["ok", "note", "problem"]
 
@@ -44,34 +44,6 @@ class Finding:
     value: str
     state: State = "ok"
     advice: str = ""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A package that was imported, or why it was not."""
-
-    module: ModuleType | None
-    error: str = ""  # empty where the package is simply absent
-
-
-def load(name: str) -> Loaded:
-    """Import a package; whatever goes wrong in it comes back as text."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Loaded(importlib.import_module(name))
-    except ModuleNotFoundError as error:
-        missing_itself = error.name is not None and f"{name}.".startswith(f"{error.name}.")
-        return Loaded(None, "" if missing_itself else _reason(error))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a package may even call sys.exit
-        return Loaded(None, _reason(error))
-
-
-def _reason(error: BaseException) -> str:
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"
 
 
 def version_of(package: str, module: ModuleType | None = None) -> str:
@@ -158,11 +130,16 @@ def pillow(loaded: Loaded) -> Finding:
 def dali_finding(loaded: Loaded, has_gpu: bool) -> Finding:
     """DALI decodes on the GPU; it is optional."""
     if loaded.module is not None:
-        return Finding("dali", version_of("nvidia-dali", loaded.module))
+        version = version_of("nvidia-dali", loaded.module)
+        return Finding("dali", f"{version}, for data.loader=dali and dali-triton")
     if loaded.error:
         advice = 'Reinstall it or remove it: pip install "deit-fast[dali]".'
         return Finding("dali", f"broken ({loaded.error})", "note", advice)
-    advice = 'Images are decoded on the CPU: pip install "deit-fast[dali]".' if has_gpu else ""
+    advice = (
+        'Images are decoded on the CPU; for data.loader=dali: pip install "deit-fast[dali]".'
+        if has_gpu
+        else ""
+    )
     return Finding("dali", "absent", "note" if has_gpu else "ok", advice)
 
 
@@ -192,21 +169,18 @@ def extension(loaded: Loaded, has_gpu: bool) -> Finding:
 
 def apex() -> Finding:
     """NVIDIA apex by its own symbols; the PyPI package `apex` is an unrelated toolkit."""
-    package = load("apex")
-    if package.module is None and not package.error:
+    found = find_apex()
+    if found.state == "absent":
         return Finding("apex", "absent (optional; torch's fused AdamW is used)")
-    optimizers = load("apex.optimizers")
-    if not hasattr(optimizers.module, "FusedAdam"):
-        if package.error or optimizers.error:
-            value = f"broken ({package.error or optimizers.error})"
-            return Finding("apex", value, "note", "Remove it: pip uninstall apex. It is optional.")
+    if found.state == "broken":
+        value = f"broken ({found.why})"
+        return Finding("apex", value, "note", "Remove it: pip uninstall apex. It is optional.")
+    if found.state == "namesake":
         advice = "Remove it: pip uninstall apex. NVIDIA's apex is built from source, and optional."
         return Finding("apex", "the PyPI namesake, not NVIDIA's", "note", advice)
-    kernels = load("amp_C")
-    if kernels.module is None:
-        why = kernels.error or "amp_C is missing"
+    if found.state == "no CUDA code":
         advice = "Build apex with --cpp_ext --cuda_ext, or remove it: it is optional."
-        return Finding("apex", f"NVIDIA's, without its CUDA code ({why})", "note", advice)
+        return Finding("apex", f"NVIDIA's, without its CUDA code ({found.why})", "note", advice)
     return Finding("apex", "NVIDIA's, with FusedAdam")
 
 

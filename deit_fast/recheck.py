@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deit_fast.cache import LogitCache
-from deit_fast.cache.codecs import Codec
+from deit_fast.cache.compare import THRESHOLD, compare_answers
+from deit_fast.cache.compare import record_errors as record_errors
 from deit_fast.cache.errors import CacheError
 from deit_fast.cache.pixels import pick_pixels
 from deit_fast.config import DataConfig, InputError, RunConfig, ViewRecipe, from_dict
 from deit_fast.data.digests import require_same_pixels
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import make_batch
+from deit_fast.data.open import open_loader
 from deit_fast.data.sources import open_source
 from deit_fast.evaluate import choose_device
-from deit_fast.kernels import TopK
 from deit_fast.train.teaching import load_class_matched_teacher, views_fingerprint
 from deit_fast.views import ViewPlan, lam_of
 
@@ -70,18 +70,14 @@ def recheck(
     data: DataConfig,
     *,
     samples: int = 64,
-    threshold: float = 1e-3,
+    threshold: float = THRESHOLD,
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Run loader and teacher again on random records; the recipe is the cache's own.
 
-    A record's error is the largest difference between stored and new log-probability over the
-    classes that it stores, and of the log of the mass outside them for `topk`, nats, at the first
-    recorded temperature; for `hard`, by how much the stored class is less probable than the best.
-    It may be as large as the codec's own rounding of
-    the new answer, twice, and ``threshold`` more, which is for arithmetic: other batch sizes or
-    another device.
+    A record's error is in nats, at the first recorded temperature; `cache.compare` says what it
+    is, and how large it may be beside ``threshold``.
 
     Args:
         teacher, data: what the cache was made from; their fingerprints are compared first.
@@ -101,26 +97,29 @@ def recheck(
     source = open_source(data, "train", recipe.image_size)
     expected = views_fingerprint(config, source.fingerprint())
     cache.require(expected)  # before the teacher, which may take a minute to load
-    model = load_class_matched_teacher(config, len(source.classes)).to(choose_device(device))
+    place = choose_device(device)
+    model = load_class_matched_teacher(config, len(source.classes)).to(place)
     cache.require(model.fingerprint())
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")
     plan = ViewPlan(recipe, view_seed, source.num_samples)
     digests = pick_pixels(cache.path, cache.manifest, cache.views, samples)
-    require_same_pixels(digests, source, plan, on_error=data.on_error, where=f"cache {path}")
+    require_same_pixels(digests, source, plan, data=data, device=place, where=f"cache {path}")
 
     ids, views = _draw(cache, samples, seed)
     tau = float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
     errors, allowed = [], []
-    for first in range(0, len(ids), _BATCH):
-        part = slice(first, first + _BATCH)
-        batch = make_batch(source, plan, ids[part], views[part], on_error=data.on_error)
-        logits = model(ingest_batch(batch.to(choose_device(device)), recipe, torch.float32)).cpu()
-        fresh = torch.log_softmax(logits.double() / tau, 1)
+    parts = [slice(first, first + _BATCH) for first in range(0, len(ids), _BATCH)]
+    batches = [(ids[part], views[part]) for part in parts]
+    loader = open_loader(dataclasses.replace(data, workers=0), source, plan, batches, device=place)
+    for part, batch in zip(parts, loader, strict=True):
+        logits = model(ingest_batch(batch, recipe, torch.float32)).cpu()
         stored = cache.gather(ids[part], views[part], tau=tau)
-        errors.append(record_errors(stored, fresh, tau))
-        rounding = record_errors(_round_trip(cache.codec, logits, batch.labels, tau), fresh, tau)
-        allowed.append(2 * rounding + threshold)
+        found, bound = compare_answers(
+            stored, logits, batch.labels.cpu(), codec=cache.codec, tau=tau, threshold=threshold
+        )
+        errors.append(found)
+        allowed.append(bound)
     error, limit = torch.cat(errors), torch.cat(allowed)
     worst = int((error - limit).argmax())
     return {
@@ -134,24 +133,6 @@ def recheck(
         },
         "pixels": len(digests),
     }
-
-
-def record_errors(answer: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
-    """Largest difference to the exact log-probabilities [n, C] over what a record stores [n]."""
-    if isinstance(answer, TopK):
-        ids = answer.ids.long()
-        inside = (answer.log_probs.double() - exact.gather(1, ids)).abs().amax(1)
-        if ids.shape[1] == exact.shape[1]:
-            return inside  # nothing is outside
-        tail = exact.scatter(1, ids, -torch.inf).logsumexp(1)
-        return torch.maximum(inside, (answer.log_tail.double() - tail).abs())
-    if answer.dim() == 1:
-        return exact.amax(1) - exact.gather(1, answer[:, None])[:, 0]
-    return (torch.log_softmax(answer.double() / tau, 1) - exact).abs().amax(1)
-
-
-def _round_trip(codec: Codec, logits: Tensor, labels: Tensor, tau: float) -> Tensor | TopK:
-    return codec.decode(codec.encode(logits, labels), tau, "bucket")
 
 
 def _draw(cache: LogitCache, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

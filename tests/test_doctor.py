@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from deit_fast import doctor
-from deit_fast.doctor import Finding, Loaded
+from deit_fast import bug_report, doctor
+from deit_fast.cli import main
+from deit_fast.doctor import Finding
+from deit_fast.packages import Loaded
 
 ROOT = Path(__file__).parent.parent
 
@@ -228,3 +233,61 @@ def test_this_machine() -> None:
     findings = {finding.name: finding for finding in doctor.examine(workers=0)}
     assert findings["torch"].state == "ok" and findings["pillow"].state == "ok"
     assert {"gpu", "gpu 0"} & set(findings)
+
+
+# ---------------------------------------------------------------------------------------- --report
+
+
+def write_run(folder: Path, config: dict, rows: int, age: float) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [json.dumps({"kind": "train", "step": step}) for step in range(1, rows + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - age,) * 2)
+
+
+def test_report_tells_of_the_newest_run_and_keeps_secrets(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    runs = tmp_path / "home" / "runs"
+    write_run(runs / "old", {"recipe": "old_recipe"}, rows=3, age=900)
+    write_run(runs / "deep" / "new", {
+        "recipe": "new_recipe", "data": {"root": f"{tmp_path}/home/images"},
+        "teacher": "https://name:hunter2@host/file",
+    }, rows=30, age=60)  # fmt: skip
+    environment = {
+        "OMP_NUM_THREADS": "3",
+        "NCCL_DEBUG": "INFO",
+        "TORCH_LOGS": "my_token=hunter2",
+        "WANDB_API_KEY": "hunter2",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "HOME": "/hunter2",
+        "PATH": "/hunter2/bin",
+    }
+    text = bug_report.compose(FINDINGS, runs, environment)
+    assert "hunter2" not in text and "WANDB" not in text and str(tmp_path) not in text
+    assert "OMP_NUM_THREADS=3\n" in text and "NCCL_DEBUG=INFO\n" in text
+    assert "TORCH_LOGS=(left out" in text
+    assert '"new_recipe"' in text and "old_recipe" not in text
+    assert 'data.root = "~/images"' in text and "~/runs/deep/new" in text
+    steps = [json.loads(line)["step"] for line in text.splitlines() if line.startswith("{")]
+    assert steps == list(range(31 - bug_report.LOG_ROWS, 31))
+    assert "problem  torch: Install it." in text
+    assert f"torch {importlib.metadata.version('torch')}\n" in text
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", ""])
+def test_report_of_a_broken_or_missing_run(config: str, tmp_path: Path) -> None:
+    assert f"no run in {tmp_path}" in bug_report.compose(FINDINGS, tmp_path, {})
+    (tmp_path / "config.json").write_text(config)
+    text = bug_report.compose(FINDINGS, tmp_path, {})
+    assert "== newest run ==" in text and "No such file" in text
+
+
+def test_report_verb_writes_one_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--report"]) == 0
+    assert "read it before you send it" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["deit-fast-report.txt"]
+    text = Path("deit-fast-report.txt").read_text()
+    assert "== machine ==" in text and "== environment ==" in text

@@ -7,17 +7,23 @@ processes are started by torchrun, over gloo.
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
 
+from deit_fast import cli
 from deit_fast.config import RunConfig, to_dict
 from deit_fast.precompute import precompute
 from deit_fast.train.checkpoint import list_checkpoints
@@ -65,6 +71,31 @@ def assert_arrived(run: Path, undisturbed: Path) -> None:
     for key in ("model", "ema", "optimizer", "step", "evaluated_step", "best_top1", "skipped"):
         assert equal(mine[key], theirs[key]), key
     assert comparable_rows(run) == comparable_rows(undisturbed)
+
+
+class AtStep(logging.Handler):
+    """Does something in the training thread when the log's line of a step comes."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        super().__init__(logging.INFO)
+        self.step, self.action = step, action
+        self.done = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(f"step {self.step}/"):
+            self.done += 1
+            self.action()
+
+    def __enter__(self) -> AtStep:
+        self.log = logging.getLogger("deit_fast")
+        self.level = self.log.level
+        self.log.setLevel(logging.INFO)
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.removeHandler(self)
+        self.log.setLevel(self.level)
 
 
 def train_rows(rows: list[dict]) -> list[dict]:
@@ -190,6 +221,19 @@ def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):  # 
     assert_arrived(tmp_path, whole)
 
 
+def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):  # noqa: F811
+    """Which knows no flag on the device: the host asks."""
+    monkeypatch.setenv("UNRULY", "nan:7")
+    optim = {"name": "lamb"}
+    with pytest.raises(FloatingPointError, match="step 8: the loss of rank 0 is not finite"):
+        train(unruly(world, tmp_path / "nan", optim=optim))
+    assert last_state(tmp_path / "nan")["step"] == 7
+    monkeypatch.delenv("UNRULY")
+    train(unruly(world, tmp_path / "nan", optim=optim))
+    train(unruly(world, tmp_path / "whole", optim=optim))
+    assert_arrived(tmp_path / "nan", tmp_path / "whole")
+
+
 def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeypatch):  # noqa: F811
     """Hard distillation: the largest of ten NaN is some class, and the loss finite."""
     monkeypatch.setenv("UNRULY", "nan:3")
@@ -206,9 +250,10 @@ def test_saves_by_the_clock(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_run(world, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_a_compiled_run_is_the_run(world, tmp_path, what):  # noqa: F811
     torch._dynamo.reset()
-    train(unruly(world, tmp_path, compile=True, max_steps=3, model={"drop_path": 0.0}))
+    train(unruly(world, tmp_path, compile=what, max_steps=3, model={"drop_path": 0.0}))
     plain = tmp_path / "plain"
     train(unruly(world, plain, max_steps=3, model={"drop_path": 0.0}))
     assert_close_runs(tmp_path, plain)
@@ -251,6 +296,123 @@ def assert_close_runs(run: Path, undisturbed: Path) -> None:
     for left, right in zip(mine, theirs, strict=True):
         for key in ("loss", "base_loss", "distill_loss", "grad_norm"):
             assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
+
+
+# ---------------------------------------------------------------------------------------------
+# What goes wrong around a run
+# ---------------------------------------------------------------------------------------------
+
+
+def ends_in_one_line(config: RunConfig, capsys) -> tuple[int, str]:
+    """Status and error line of `deit-fast train`, which must fail."""
+    path = Path(config.output).with_suffix(".json")
+    path.write_text(json.dumps(to_dict(config)))
+    capsys.readouterr()
+    status = cli.main(["train", "--config", str(path)])
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("deit-fast: error: ")]
+    assert status != 0 and len(lines) == 1 and "Traceback" not in err, err
+    return status, lines[0]
+
+
+def assert_goes_on(config: RunConfig, undisturbed: Path, step: int) -> None:
+    """The newest checkpoint is a good one of ``step``, and the same command arrives from there."""
+    assert last_state(Path(config.output))["step"] == step
+    assert not list((Path(config.output) / "checkpoints").glob(".tmp*"))
+    train(config)
+    assert_arrived(Path(config.output), undisturbed)
+
+
+@pytest.fixture
+def small_disk(whole, tmp_path):
+    """A file system that holds two checkpoints and a half; calling it makes room."""
+    checkpoint = list_checkpoints(whole / "checkpoints")[-1].stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk), "-o"]
+    command = [*mount, f"size={5 * checkpoint // 2}"]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk, lambda: subprocess.run([*mount, "remount,size=64m"], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_disk_full_in_mid_run(world, whole, small_disk, capsys):  # noqa: F811
+    disk, make_room = small_disk
+    config = unruly(world, disk / "run")
+    status, line = ends_in_one_line(config.replace(output=str(disk / "run")), capsys)
+    assert status == 2 and "no space left" in line and "step-000000003.pt" in line
+    make_room()
+    assert_goes_on(config, whole, step=2)
+
+
+def test_checkpoint_that_must_not_grow_so_large(world, whole, tmp_path, capsys):  # noqa: F811
+    """As a quota or a limit of the file system does; needs no rights."""
+    config = unruly(world, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with AtStep(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))):
+        try:
+            status, line = ends_in_one_line(config, capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and "File too large" in line and ".pt" in line
+    assert_goes_on(config, whole, step=4)
+
+
+def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):  # noqa: F811
+    config = unruly(world, tmp_path / "run")
+    train(config.replace(max_steps=7))
+    newest = list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if '"eval"' not in row or '"step": 7' not in row]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(kept))  # of the end at max_steps
+    train(config)
+    assert f"{newest.name} is broken" in caplog.text and "trying the one before" in caplog.text
+    assert_arrived(tmp_path / "run", whole)
+
+
+def test_loader_process_killed(world, whole, tmp_path, capsys):  # noqa: F811
+    def kill_one() -> None:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    config = unruly(world, tmp_path / "run", data={"workers": 1})
+    with AtStep(4, kill_one):
+        status, line = ends_in_one_line(config, capsys)
+    assert status == 2
+    assert "a process that loads images died" in line
+    assert "killed by signal: Killed" in line or "exited unexpectedly" in line
+    step = last_state(tmp_path / "run")["step"]
+    assert 3 <= step <= 6
+    assert_goes_on(config, whole, step)
+    assert multiprocessing.active_children() == []
+
+
+def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(world / "data", tmp_path / "data")
+    config = unruly(world, tmp_path / "run", data={"root": str(tmp_path / "data")})
+    with AtStep(4, lambda: (tmp_path / "data").rename(tmp_path / "away")):
+        status, line = ends_in_one_line(config, capsys)
+    assert status == 2 and "no image of the data set is readable" in line
+    assert str(tmp_path / "data") in line
+    (tmp_path / "away").rename(tmp_path / "data")
+    assert_goes_on(config, whole, step=4)
+
+
+def test_cache_removed_in_mid_run(world, tmp_path, capsys):  # noqa: F811
+    """Views in use stay readable; those of the second cycle, from step 19 on, are gone."""
+    cache = tmp_path / "cache"
+    config = unruly(world, tmp_path / "run", cache=str(cache), epochs=4, num_views=6)
+    precompute(config)
+    config = config.replace(teacher=None)
+    train(config.replace(output=str(tmp_path / "whole")))
+    with AtStep(1, lambda: cache.rename(tmp_path / "away")):
+        status, line = ends_in_one_line(config, capsys)
+    assert status == 2 and str(cache) in line and "is not in the cache" in line
+    (tmp_path / "away").rename(cache)
+    step = last_state(tmp_path / "run")["step"]
+    assert 1 <= step <= 18, "found when it is read ahead, or when it is needed"
+    assert_goes_on(config, tmp_path / "whole", step)
 
 
 # ---------------------------------------------------------------------------------------------

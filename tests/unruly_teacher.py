@@ -1,7 +1,8 @@
 """A teacher that does harm at a chosen call: `unruly_teacher:convnet@weights`.
 
 UNRULY="SIGTERM:5" signals this process at its sixth batch, "SIGKILL:5" kills it, "nan:5" answers
-that batch with NaN; "nan:5:1" does so in rank 1 alone.
+that batch with NaN, "oom:5" asks for more memory than there is, "drift:5" changes its own weights
+from then on; "nan:5:1" does so in rank 1 alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class Unruly(nn.Sequential):
         self.calls += 1
         if chosen and action.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, action))
+        if chosen and action == "oom":
+            torch.empty(1 << 50)
+        if chosen and action == "drift":
+            with torch.no_grad():
+                self[-1].weight *= -9
         answer = super().forward(images)
         return answer * float("nan") if chosen and action == "nan" else answer
 

@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from deit_fast.config import InputError, RunConfig, to_dict
+from deit_fast.data.compat import DeitBatches
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch, ViewLoader
+from deit_fast.data.loader import ViewBatch
+from deit_fast.data.open import open_loader
 from deit_fast.data.samples import save_samples
 from deit_fast.data.sources import open_source
 from deit_fast.environment import describe_command, describe_environment
@@ -21,13 +23,17 @@ from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.files import write_atomically, write_json
 from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.train.checkpoint import CheckpointWriter
+from deit_fast.train.failures import in_plain_words
+from deit_fast.train.garbage import Collection
 from deit_fast.train.guard import Guard
-from deit_fast.train.metrics import MetricsFile, Progress
+from deit_fast.train.metrics import METRICS, MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.preemption import Preempted, Signals
+from deit_fast.train.profile import StepProfiler, memory_history
 from deit_fast.train.state import create_state, go_back, resume
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teaching import CachedTeacher, create_teaching
+from deit_fast.train.trackers import Trackers, require_trackers
 from deit_fast.train.window import Window
 from deit_fast.views import ViewPlan
 from deit_fast.world import World, joined_world
@@ -41,7 +47,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train one model as ``config`` says, in this process or with others under torchrun.
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
-    checkpoints/, model.safetensors, ema.safetensors and result.json.
+    checkpoints/, model.safetensors, ema.safetensors and result.json; as asked for, also
+    trackers.json, tensorboard/, profile/ and memory.pickle.
 
     Returns:
         The content of result.json.
@@ -51,21 +58,23 @@ def train(config: RunConfig) -> dict[str, Any]:
         OSError: the disk is full or not writable; the newest checkpoints stay.
         FloatingPointError: a loss or gradient is not finite; it changed no weight, and the newest
             checkpoints stay.
+        MemoryError: too little, of the GPU or the host; names what it depends on.
+        ChildProcessError: a process of the loader died.
         Preempted: SIGTERM or SIGUSR1; the state is saved, the same call goes on.
     """
     device = choose_device(config.device)
     # In this order: a handler could not run while the processes wait for one another.
-    with joined_world(device) as world, Signals() as signals:
-        with signals.ending_at_once():
+    with (
+        joined_world(device) as world,
+        Signals() as signals,
+        memory_history(config, Path(config.output), device, world),
+    ):
+        with in_plain_words(config, device, world), signals.ending_at_once():
             run = _Run(config, device, world, signals)
         try:
-            while True:
-                try:
-                    run.train()
-                    break
-                except _NotFinite as error:
-                    run.roll_back(error)
-            return run.finish()
+            with in_plain_words(config, device, world):
+                run.to_the_end()
+                return run.finish()
         finally:
             run.close()
 
@@ -90,15 +99,12 @@ class _Run:
             raise InputError(
                 f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
             )
+        if world.is_first:
+            require_trackers(config.track)
         self.source = open_source(config.data, "train", config.view.image_size)
         self.held_out = open_source(config.data, "val", config.view.image_size)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
-        order = EpochOrder(
-            config.seed, self.source.num_samples, config.view_count, config.view.repeats
-        )
-        self.batches = TrainBatches(
-            order, config.batch_size, config.epochs, rank=world.rank, world=world.size
-        )
+        self.batches = _batches(config, self.source.num_samples, world)
         self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
         self.teaching = create_teaching(config, self.source, device)
@@ -115,10 +121,14 @@ class _Run:
         self.step_once = TrainStep(
             config, state.model, self.teaching, state.optimizer, state.ema, device, world
         )
-        self.metrics = MetricsFile(self._metrics_path(), state.step) if world.is_first else None
+        self.metrics: MetricsFile | None = None
+        if world.is_first:
+            trackers = Trackers(config, self.output, state.step)
+            self.metrics = MetricsFile(self.output / METRICS, state.step, trackers)
         self.writer = CheckpointWriter(self.output / "checkpoints")
         self.saved_at = time.monotonic()
         self.rollbacks = self.batches_evaluated = 0
+        self.finished = False
         self.evaluation: dict[str, Any] | None = None
         log.info(
             "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
@@ -127,32 +137,42 @@ class _Run:
             len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
         )  # fmt: skip
 
-    def _metrics_path(self) -> Path:
-        return self.output / "metrics.jsonl"
-
     # -- steps ---------------------------------------------------------------------------------
+
+    def to_the_end(self) -> None:
+        """All steps that are left, and again from a checkpoint where numbers were not finite."""
+        while True:
+            try:
+                self.train()
+                return
+            except _NotFinite as error:
+                self.roll_back(error)
 
     def train(self) -> None:
         """From the state's step to the last."""
         config, state, guard = self.config, self.state, self.step_once.guard
         self._catch_up_on_evaluation()
-        loader = ViewLoader(
+        loader = open_loader(
+            config.data,
             self.source,
             self.plan,
             self.batches,
-            workers=config.data.workers,
-            on_error=config.data.on_error,
+            device=self.device,
             start=state.step,
             stop=self.total,
-            pin_memory=self.device.type == "cuda",
         )
         window = Window(config, state, self.metrics, self.world, self.device, self.total)
         self.teaching.follow(self.batches, state.step)
         first = state.step
-        with Progress("train", self.total, state.step) as progress, ExitStack() as stack:
+        profiled = config.profile_steps if self.world.is_first else 0
+        with (
+            Collection() as garbage,
+            Progress("train", self.total, state.step) as progress,
+            StepProfiler(profiled, self.output / "profile", self.device) as profiler,
+            ExitStack() as stack,
+        ):
             stack.enter_context(self.signals.ending_at_once())  # the first step compiles
             for batch in window.timed(loader):
-                batch = batch.to(self.device)
                 if state.step == 0 and self.world.is_first:
                     _save_first_views(batch, config, self.output / "samples.png")
                 lr = self._learning_rate(state.step)
@@ -168,10 +188,11 @@ class _Run:
                 save |= self._is_save_due()
                 # Before every checkpoint too, so that none can hold a state that is not healthy.
                 stop = self._heed(guard, keep=0 if report or save else 1)
-                note = window.report(epoch, lr) if report else None
+                note = window.report(epoch, lr, self.teaching.noticed()) if report else None
                 progress.advance(note=note)
                 if state.step == first + 1:
                     stack.close()
+                    garbage.freeze()
                 if stop:
                     self._leave()
                 pause = time.perf_counter()
@@ -179,6 +200,9 @@ class _Run:
                     self._evaluate(epoch)
                 if save:
                     self._save()
+                if report:
+                    garbage.collect()
+                profiler()
                 window.since += time.perf_counter() - pause
         self._save_at_the_end()
 
@@ -192,6 +216,7 @@ class _Run:
             batch_size=self.config.batch_size,
             steps_per_epoch=self.steps_per_epoch,
             steps=len(self.batches),
+            compat=self.config.compat,
         )
 
     def _heed(self, guard: Guard, keep: int) -> bool:
@@ -264,8 +289,7 @@ class _Run:
         self.state.skipped = skipped
         self.step_once.guard.forget()
         if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = MetricsFile(self._metrics_path(), self.state.step)
+            self.metrics.rewind(self.state.step)
         log.warning("%s; going on from step %d without it", error, self.state.step)
 
     # -- evaluation ----------------------------------------------------------------------------
@@ -347,12 +371,27 @@ class _Run:
                 "%d unreadable images were substituted, the first is %s",
                 len(result["substituted"]), result["substituted"][0],
             )  # fmt: skip
+        self.finished = True
         return result
 
     def close(self) -> None:
+        """Also after an error: what the threads have in hand gets to its place."""
         self.teaching.close()
+        try:
+            self.writer.wait()
+        except OSError as error:
+            log.warning("the checkpoint under way was not written: %s", error)
         if self.metrics is not None:
-            self.metrics.close()
+            self.metrics.close(self.finished)
+
+
+def _batches(config: RunConfig, num_samples: int, world: World) -> TrainBatches | DeitBatches:
+    """What this rank shows the model, step by step."""
+    sizes = (config.batch_size, config.epochs, world.rank, world.size)
+    if config.compat == "deit":
+        return DeitBatches(config.view, config.seed, num_samples, *sizes)
+    order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
+    return TrainBatches(order, *sizes)
 
 
 def _describe_teaching(config: RunConfig, teaching: object) -> dict[str, Any] | None:

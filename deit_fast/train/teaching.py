@@ -9,11 +9,14 @@ import torch
 
 from deit_fast.cache import LogitCache
 from deit_fast.cache.ahead import ReadAhead
+from deit_fast.cache.compare import compare_answers
+from deit_fast.cache.errors import CacheError
 from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.config import InputError, RunConfig
 from deit_fast.data.digests import require_same_pixels
-from deit_fast.data.loader import ViewBatch, pixel_contract
+from deit_fast.data.loader import ViewBatch
+from deit_fast.data.open import pixel_contract
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher
 from deit_fast.views import ViewPlan
@@ -36,6 +39,10 @@ class Teaching(Protocol):
     def at(self, step: int) -> None:
         """Told before each step which one it is."""
         return
+
+    def noticed(self) -> dict[str, float]:
+        """For the log's row, since the last call; each the largest over the ranks counts."""
+        return {}
 
     def close(self) -> None:
         """No more batches come."""
@@ -79,20 +86,81 @@ class CachedTeacher(Teaching):
             self._ahead.close()
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
-        answer = self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
+        answer = self.stored(batch)
         if isinstance(answer, TopK):
             moved = [field.to(images.device, non_blocking=True) for field in answer[:3]]
             return TopK(*moved, answer.tail)
         return answer.to(images.device, non_blocking=True)
 
+    def stored(self, batch: ViewBatch) -> torch.Tensor | TopK:
+        """The cache's answer, on the host."""
+        return self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
+
+
+class CheckedTeacher(CachedTeacher):
+    """A cached teacher whose answers are compared with the network's own at every n-th step.
+
+    Such a step waits for the device. A batch in which an unreadable image was replaced is passed
+    over: the teacher may have seen the image itself.
+    """
+
+    def __init__(
+        self, cache: LogitCache, teacher: Teacher, *, every: int, tau: float, tail: str
+    ) -> None:
+        super().__init__(cache, tau=tau, tail=tail)
+        self.teacher, self.every = teacher, every
+        self._step = 0
+        self._worst: float | None = None
+
+    def at(self, step: int) -> None:
+        super().at(step)
+        self._step = step
+
+    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+        if self._step % self.every == 0 and not batch.substituted:
+            self._compare(batch, images)
+        return super().__call__(batch, images)
+
+    def _compare(self, batch: ViewBatch, images: torch.Tensor) -> None:
+        """Compare as `cache verify --teacher` does.
+
+        Raises:
+            CacheError: an answer differs by more than rounding and arithmetic explain.
+        """
+        errors, allowed = compare_answers(
+            self.stored(batch),
+            self.teacher(images).cpu(),
+            batch.labels.cpu(),
+            codec=self.cache.codec,
+            tau=self.tau,
+        )
+        self._worst = max(self._worst or 0.0, float(errors.max()))
+        excess = errors - allowed
+        place = int(torch.where(excess.isnan(), torch.inf, excess).argmax())
+        if not excess[place] <= 0:
+            raise CacheError(
+                f"cache {self.cache.path}: at step {self._step + 1} the teacher answers view "
+                f"{int(batch.view_ids[place])} of sample {int(batch.sample_ids[place])} otherwise "
+                f"than the cache: log-probabilities differ by {float(errors[place]):.3g}, "
+                f"{float(allowed[place]):.3g} is allowed (check_teacher_every={self.every})"
+            )
+
+    def noticed(self) -> dict[str, float]:
+        worst, self._worst = self._worst, None
+        return {} if worst is None else {"teacher_difference": worst}
+
 
 def views_fingerprint(config: RunConfig, source_fingerprint: dict) -> dict[str, object]:
     """What decides which pixels stand behind a (sample, view): recipe, data set, decoder."""
-    return view_fingerprint(config.view, config.seed) | source_fingerprint | pixel_contract()
+    return (
+        view_fingerprint(config.view, config.seed)
+        | source_fingerprint
+        | pixel_contract(config.data)
+    )
 
 
 def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching:
-    """Choose by the configuration: no distillation, ``cache``, or ``teacher``.
+    """Choose by the configuration: no distillation, ``cache``, ``teacher``, or both.
 
     Raises:
         InputError: distillation without teacher or cache; a teacher of another class count.
@@ -101,6 +169,12 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         CacheError: a view is missing or damaged; the loader makes other pixels than the teacher
             saw.
     """
+    every = config.check_teacher_every
+    if every is not None and None in (config.cache, config.teacher):
+        raise InputError(
+            f"check_teacher_every={every} compares a cache with its teacher: give --cache and "
+            f"--teacher, not {config.cache} and {config.teacher}"
+        )
     if config.loss.kind == "none":
         return NoTeacher()
     if config.teacher is None and config.cache is None:
@@ -130,9 +204,14 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),
         source,
         ViewPlan(config.view, config.seed, source.num_samples),
-        on_error=config.data.on_error,
+        data=config.data,
+        device=device,
         where=f"cache {config.cache}",
     )
+    if every is not None and teacher is not None:
+        return CheckedTeacher(
+            cache, teacher.to(device), every=every, tau=config.loss.tau, tail=config.loss.tail
+        )
     return CachedTeacher(cache, tau=config.loss.tau, tail=config.loss.tail)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from deit_fast.config import RunConfig
-from deit_fast.data.loader import ViewBatch, ViewLoader
+from deit_fast.data.loader import ViewBatch
+from deit_fast.data.open import DeviceLoader
 from deit_fast.train.metrics import MetricsFile
 from deit_fast.train.speed import peak_flops, training_flops
 from deit_fast.train.state import TrainState
@@ -37,7 +38,7 @@ class Window:
     def _start(self) -> None:
         self.waited, self.steps, self.since = 0.0, 0, time.perf_counter()
 
-    def timed(self, loader: ViewLoader) -> Iterator[ViewBatch]:
+    def timed(self, loader: DeviceLoader) -> Iterator[ViewBatch]:
         """The loader's batches; the time until each is there counts as waiting for data."""
         clock = time.perf_counter()
         for batch in loader:
@@ -53,17 +54,21 @@ class Window:
         self.state.summed += 1
         self.steps += 1
 
-    def report(self, epoch: int, lr: float) -> str:
-        """Write a row, start anew, and return the text to show; all ranks must call it together."""
+    def report(self, epoch: int, lr: float, noticed: dict[str, float]) -> str:
+        """Write a row, start anew, and return the text to show; all ranks must call it together.
+
+        ``noticed``: more for the row, by the same names on all ranks; the largest counts.
+        """
         state = self.state
         if self.steps == 0:  # all of them were left out
             return ""
         means = {name: (value / state.summed).item() for name, value in state.sums.items()}
         seconds = time.perf_counter() - self.since
-        waits = torch.tensor(self.waited / seconds, dtype=torch.float64, device=self.device)
-        self.world.maximum(waits)
+        largest = {"data_wait": self.waited / seconds, **noticed}
+        values = torch.tensor([*largest.values()], dtype=torch.float64, device=self.device)
+        self.world.maximum(values)
         state.train_seconds += seconds
-        speed = self._speed(seconds) | {"data_wait": waits.item()}
+        speed = self._speed(seconds) | dict(zip(largest, values.tolist(), strict=True))
         if self.metrics is not None:
             row = {"step": state.step, "epoch": epoch, **means, "lr": lr, **speed}
             self.metrics.write("train", row)

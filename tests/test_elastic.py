@@ -1,0 +1,72 @@
+"""A run that goes on with more or fewer processes sees the samples of the run that did not.
+
+Pixels are compared, not ids: a witness digests every image that student and teacher get.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_never_lost import STEPS, assert_close_runs, last_state, torchrun
+from test_train import comparable_rows, run_config, world  # noqa: F401  (fixture)
+
+from deit_fast.config import RunConfig
+from deit_fast.train.loop import train
+
+CHANGE = 5  # in the middle of the first epoch of six steps
+
+
+def witnessed(world: Path, output: Path, **changes) -> RunConfig:  # noqa: F811
+    teacher = f"witness_teacher:convnet@{world}/teacher.safetensors"
+    base = {"teacher": teacher, "loss": {"kind": "soft"}}
+    return run_config(world, output, **(base | changes))
+
+
+def sequence(folder: Path) -> list[list[str]]:
+    """Digests of the images of each step: those of the ranks, one after another."""
+    ranks = [path.read_text().splitlines() for path in sorted(folder.glob("*.txt"))]
+    assert len({len(lines) for lines in ranks}) == 1
+    return [" ".join(lines).split() for lines in zip(*ranks, strict=True)]
+
+
+def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[list[str]]:
+    """Train and return what was seen."""
+    seen.mkdir()
+    monkeypatch.setenv("WITNESS", str(seen))
+    if processes == 1:
+        train(config)
+    else:
+        done = torchrun(config, WITNESS=str(seen))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list(seen.glob("*.txt"))) == processes
+    return sequence(seen)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:  # noqa: F811
+    """Run folder and sequence of one process that nothing interrupts."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        return root / "run", run_in(1, witnessed(world, root / "run"), root / "seen", patch)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_change_of_size_keeps_the_sequence(
+    world, undisturbed, tmp_path, monkeypatch, before, after  # noqa: F811
+):  # fmt: skip
+    whole, expected = undisturbed
+    assert len(expected) == STEPS and {len(step) for step in expected} == {32}
+    config = witnessed(world, tmp_path / "run", save_steps=1)
+    seen = run_in(before, config.replace(max_steps=CHANGE), tmp_path / "first", monkeypatch)
+    assert last_state(tmp_path / "run")["step"] == CHANGE
+    seen += run_in(after, config, tmp_path / "second", monkeypatch)
+    assert seen == expected
+    assert_close_runs(tmp_path / "run", whole)
+    mine, theirs = (
+        {row["step"]: row["samples"] for row in comparable_rows(run) if row["kind"] == "eval"}
+        for run in (tmp_path / "run", whole)
+    )
+    assert mine.pop(CHANGE) == theirs[6] == mine[6]  # the end at max_steps evaluates too
+    assert mine == theirs

@@ -1,0 +1,315 @@
+"""A run seen from inside: the profile of its steps, its memory, its pauses and its waits."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_never_lost import AtStep, last_state, unruly
+from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deit_fast import cli
+from deit_fast.config import InputError, RunConfig, to_dict
+from deit_fast.data.open import open_loader
+from deit_fast.data.sources import open_source
+from deit_fast.order import EpochOrder, TrainBatches
+from deit_fast.precompute import precompute
+from deit_fast.train.garbage import Collection
+from deit_fast.train.loop import train
+from deit_fast.train.profile import WARM_UP
+from deit_fast.train.state import create_state
+from deit_fast.train.step import TrainStep
+from deit_fast.train.teaching import create_teaching
+from deit_fast.views import ViewPlan
+
+# ---------------------------------------------------------------------------------------------
+# Profile
+# ---------------------------------------------------------------------------------------------
+
+
+def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):  # noqa: F811
+    profiled = run_config(world, tmp_path / "profiled", profile_steps=3)
+    train(profiled)
+    trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    steps = {name for name in names if name.startswith("ProfilerStep#")}
+    assert steps == {f"ProfilerStep#{WARM_UP + place}" for place in range(3)}
+    assert names.count("_LossesBackward") == 3  # of kernels.distillation_loss
+    table = (tmp_path / "profiled/profile/table.txt").read_text()
+    assert "Self CPU" in table and "aten::addmm" in table
+    # Being watched changes no number.
+    train(run_config(world, tmp_path / "plain"))
+    assert comparable_rows(tmp_path / "profiled") == comparable_rows(tmp_path / "plain")
+    assert weights_equal(tmp_path / "profiled", tmp_path / "plain")
+
+
+def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):  # noqa: F811
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        train(run_config(world, tmp_path, profile_steps=3, max_steps=4))
+    assert "fewer than 6 steps, nothing was profiled" in caplog.text
+    assert not list((tmp_path / "profile").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    config = unruly(world, tmp_path / "run", accumulate=2)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    monkeypatch.setenv("UNRULY", "oom:7")  # two parts a step
+    assert cli.main(["train", "--config", str(path)]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    for part in ("out of memory on cpu", "batch_size=32", "accumulate=2", "peak ", " GiB",
+                 "you tried to allocate 4503599627370496 bytes"):  # fmt: skip
+        assert part in errors[0], errors[0]
+    assert last_state(tmp_path / "run")["step"] == 3
+    monkeypatch.delenv("UNRULY")
+    assert cli.main(["train", "--config", str(path)]) == 0
+
+
+def test_other_errors_are_not_called_too_little_memory(world, tmp_path, monkeypatch):  # noqa: F811
+    def broken(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(TrainStep, "__call__", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(run_config(world, tmp_path))
+
+
+def test_memory_snapshot_needs_a_gpu(world, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match=r"memory_snapshot records .* device is cpu"):
+        train(run_config(world, tmp_path / "run", memory_snapshot=True, device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_memory_snapshot_on_a_gpu(world, tmp_path):  # noqa: F811
+    config = run_config(world, tmp_path, memory_snapshot=True, device="cuda", max_steps=2)
+    train(config)
+    assert (tmp_path / "memory.pickle").stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+def test_too_little_memory_of_a_gpu_leaves_a_snapshot(world, tmp_path):  # noqa: F811
+    config = run_config(world, tmp_path, memory_snapshot=True, device="cuda")
+
+    def take_all() -> None:
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+    with (
+        AtStep(2, take_all),
+        pytest.raises(MemoryError, match=r"out of memory on cuda.*batch_size"),
+    ):
+        train(config)
+    assert (tmp_path / "memory.pickle").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------------------------------
+# Garbage collection
+# ---------------------------------------------------------------------------------------------
+
+
+class Knot:
+    """Refers to itself, so only the collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_collection_happens_where_it_is_told():
+    gc.enable()
+    before = gc.get_freeze_count()
+    with Collection() as garbage:
+        assert not gc.isenabled() and gc.get_freeze_count() > 1000
+        knot = weakref.ref(Knot())
+        for _ in range(3000):  # many times the automatic threshold
+            Knot()
+        assert knot() is not None
+        garbage.collect()
+        assert knot() is None
+    assert gc.isenabled() and gc.get_freeze_count() == before
+
+
+def test_collection_is_restored_after_an_error_and_left_as_it_was():
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="x"), Collection():
+            raise ValueError("x")
+        assert not gc.isenabled(), "it was off before"
+        gc.freeze()  # someone else's
+        frozen = gc.get_freeze_count()
+        with Collection():
+            pass
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def test_a_loader_process_collects_for_itself():
+    gc.enable()
+    with Collection():
+        child = os.fork()
+        if child == 0:
+            os._exit(gc.isenabled())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        assert not gc.isenabled()
+
+
+def test_a_run_collects_at_its_log_lines_alone(world, tmp_path):  # noqa: F811
+    seen = []
+
+    def note(phase: str, info: dict[str, Any]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    config = run_config(world, tmp_path, log_every=3, eval_every=9)
+    gc.enable()
+    off = []
+    with AtStep(3, lambda: off.append(gc.isenabled())), AtStep(9, seen.clear):
+        gc.callbacks.append(note)
+        try:
+            train(config)
+        finally:
+            gc.callbacks.remove(note)
+    assert off == [False]
+    assert seen[:2] == [2, 2], "after the rows of steps 9 and 12"
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Waits for the device
+# ---------------------------------------------------------------------------------------------
+
+READ_BACK = {
+    "item", "tolist", "numpy", "cpu", "nonzero", "is_nonzero", "equal", "allclose", "unique",
+    "masked_select", "__bool__", "__int__", "__float__", "__index__", "__array__",
+}  # fmt: skip
+
+
+def in_a_kernel() -> bool:
+    """Whether a kernel's CPU path is at work; what it does on a GPU its own tests look at."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if Path(frame.f_code.co_filename).parent.name == "kernels":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Python(TorchFunctionMode):
+    """Notes what Python reads from tensors, but for those that live on the host anyway."""
+
+    def __init__(self, on_host: set[int]) -> None:
+        super().__init__()
+        self.on_host, self.seen = on_host, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        known = name not in READ_BACK or args[0].data_ptr() in self.on_host
+        if not known and not in_a_kernel():
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Notes operators whose result's value or size the host has to know, from C++ too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2") and (
+            not in_a_kernel()
+        ):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def steps_of(config: RunConfig, count: int, device: str) -> tuple[TrainStep, list]:
+    """A step of the configuration as the loop makes it, and its first batches."""
+    source = open_source(config.data, "train", config.view.image_size)
+    place = torch.device(device)
+    state = create_state(config, len(source.classes), place)
+    teaching = create_teaching(config, source, place)
+    step = TrainStep(config, state.model, teaching, state.optimizer, state.ema, place)
+    plan = ViewPlan(config.view, config.seed, source.num_samples)
+    order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
+    batches = TrainBatches(order, config.batch_size, config.epochs)
+    loader = open_loader(config.data, source, plan, batches, device=place, stop=count)
+    return step, list(loader)
+
+
+STEPS = {
+    "online": {"loss": {"kind": "soft"}},
+    "online hard, clipped, in parts": {"optim": {"clip_grad": 1.0}, "accumulate": 2},
+    "labels": {"loss": {"kind": "none"}, "teacher": None},
+    "cached": {"cache": "cache", "loss": {"kind": "soft"}},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_reads_nothing_back(world, tmp_path, name):  # noqa: F811
+    config = run_config(world, tmp_path / "run", **STEPS[name])
+    if config.cache is not None:
+        config = config.replace(cache=str(tmp_path / "cache"))
+        precompute(config)
+    step, batches = steps_of(config, 3, "cpu")
+    step(batches[0], 0, 1e-3)
+    for place in (1, 2):
+        batch = batches[place]
+        ids = {t.data_ptr() for t in (batch.sample_ids, batch.view_ids)}
+        with Python(ids) as python, Operators() as operators:
+            step(batch, place, 1e-3)
+        assert python.seen == [] and operators.seen == []
+
+
+def test_what_reads_back_is_noticed():
+    value = torch.ones(3)
+    with Python(set()) as python, Operators() as operators:
+        value.sum().item()
+        bool(value[0] > 0)
+        value.tolist()
+        value.cpu()
+        value[value > 0]
+    assert python.seen == ["item", "__bool__", "tolist", "cpu"]
+    assert operators.seen[:2] == ["_local_scalar_dense"] * 2
+    with Python({value.data_ptr()}) as python:
+        value.tolist()
+    assert python.seen == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_waits_for_no_gpu(world, tmp_path, name):  # noqa: F811
+    config = run_config(world, tmp_path / "run", device="cuda", **STEPS[name])
+    if config.cache is not None:
+        config = config.replace(cache=str(tmp_path / "cache"))
+        precompute(config)
+    step, batches = steps_of(config, 6, "cuda")
+    for place in range(3):  # compiles kernels, allocates
+        step(batches[place], place, 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place in range(3, 6):
+            step(batches[place], place, 1e-3)
+            step.guard.read(keep=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,324 @@
+"""Trackers get the rows of metrics.jsonl, each once, and never end or hold a run.
+
+TensorBoard is read back from its event files; wandb, MLflow and trackio run for real, without a
+network, where they are installed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_never_lost import in_a_child, torchrun, unruly
+from test_train import run_config, world  # noqa: F401  (fixture)
+
+from deit_fast import cli
+from deit_fast.config import InputError, RunConfig
+from deit_fast.train import trackers
+from deit_fast.train.checkpoint import list_checkpoints
+from deit_fast.train.loop import train
+from deit_fast.train.metrics import MetricsFile, read_metrics
+from deit_fast.train.preemption import Preempted
+
+Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
+
+
+def rows_of(run: Path) -> Series:
+    """What a tracker must hold: the numbers of metrics.jsonl."""
+    found: Series = {}
+    for row in read_metrics(run / "metrics.jsonl"):
+        for name, value in row.items():
+            if name not in ("kind", "step", "time"):
+                found.setdefault(f"{row['kind']}/{name}", []).append((row["step"], value))
+    return found
+
+
+def in_tensorboard(run: Path) -> Series:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]}  # fmt: skip
+
+
+def assert_same(found: Series, expected: Series, rel: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert [step for step, _ in found[name]] == [step for step, _ in points], name
+        for (_, left), (_, right) in zip(found[name], points, strict=True):
+            assert left == pytest.approx(right, rel=rel, abs=1e-30), name
+
+
+def clocks(name: str) -> bool:
+    parts = ("images_per_s", "images_per_s_per_process", "step_ms", "seconds_left", "data_wait")
+    return name.removeprefix("train/") in parts
+
+
+def assert_same_numbers(found: Series, expected: Series, rel: float = 1e-12) -> None:
+    """But for times: rows that a killed process had sent are not sent again with new ones."""
+    assert found.keys() == expected.keys()
+    names = [name for name in expected if not clocks(name)]
+    assert_same({n: found[n] for n in names}, {n: expected[n] for n in names}, rel)
+
+
+def killed_and_resumed(config: RunConfig, monkeypatch) -> None:
+    """Killed two rows behind the newest checkpoint."""
+    monkeypatch.setenv("UNRULY", "SIGKILL:5")
+    assert in_a_child(config) == -signal.SIGKILL
+    monkeypatch.delenv("UNRULY")
+    newest = list_checkpoints(Path(config.output) / "checkpoints")[-1]
+    last = read_metrics(Path(config.output) / "metrics.jsonl")[-1]["step"]
+    assert newest.name == f"step-{last - 2:09d}.pt"
+    train(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# TensorBoard
+# ---------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_rows(world, tmp_path):  # noqa: F811
+    train(run_config(world, tmp_path, track=("tensorboard",)))
+    expected = rows_of(tmp_path)
+    assert len(expected["train/loss"]) == 12 and len(expected["eval/top1"]) == 2
+    assert_same(in_tensorboard(tmp_path), expected, rel=1e-6)  # float32 there
+
+
+def test_tensorboard_of_a_killed_run_has_each_row_once(world, tmp_path, monkeypatch):  # noqa: F811
+    config = unruly(world, tmp_path, track=("tensorboard",), save_steps=3)
+    killed_and_resumed(config, monkeypatch)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert_same(in_tensorboard(tmp_path), rows_of(tmp_path), rel=1e-6)
+
+
+def test_tensorboard_of_a_rolled_back_run_has_each_row_once(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("UNRULY", "nan:7")
+    train(unruly(world, tmp_path, track=("tensorboard",), save_steps=3, on_nonfinite="rollback"))
+    steps = [step for step, _ in in_tensorboard(tmp_path)["train/loss"]]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    assert_same(in_tensorboard(tmp_path), rows_of(tmp_path), rel=1e-6)
+
+
+@pytest.mark.dist
+def test_of_two_processes_the_first_alone_tracks(world, tmp_path):  # noqa: F811
+    config = unruly(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
+    done = torchrun(config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+    assert_same(in_tensorboard(tmp_path / "run"), rows_of(tmp_path / "run"), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# What goes wrong
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_missing_package_is_named_before_any_work(world, tmp_path, monkeypatch, name):  # noqa: F811
+    monkeypatch.setitem(sys.modules, name, None)  # its import fails
+    with pytest.raises(InputError) as caught:
+        train(run_config(world, tmp_path / "run", track=(name,)))
+    text = str(caught.value)
+    assert f"track={name} needs the package {name}: pip install {name}" in text
+    assert 'pip install "deit-fast[track]"' in text and "\n" not in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_trackers_are_refused(capsys):
+    assert cli.main(["train", "--track", "wandb", "tensorbord"]) == 2
+    assert "not 'tensorbord' (did you mean tensorboard?)" in capsys.readouterr().err
+    assert cli.main(["train", "--track", "wandb", "tensorboard", "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)["track"] == ["wandb", "tensorboard"]
+
+
+class Lost(trackers._TensorBoard):
+    """Its network goes away at the third row."""
+
+    written = 0
+
+    def write(self, values, step):
+        self.written += 1
+        if self.written == 3:
+            raise ConnectionError("api.example\nis not there")
+        super().write(values, step)
+
+
+def test_a_tracker_that_fails_in_mid_run_is_left_out(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setitem(trackers._CREATE, "tensorboard", Lost)
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        train(run_config(world, tmp_path / "run", track=("tensorboard",)))
+    warnings = [r.message for r in caplog.records if "left out" in r.message]
+    said = "tensorboard is left out from here on: ConnectionError: api.example is not there"
+    assert warnings == [said]
+    assert [step for step, _ in in_tensorboard(tmp_path / "run")["train/loss"]] == [1, 2]
+    assert len(rows_of(tmp_path / "run")["train/loss"]) == 12
+
+
+class Hung(trackers._TensorBoard):
+    def write(self, values, step):
+        time.sleep(30)
+
+
+def test_a_tracker_that_hangs_does_not_hold_the_run(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setitem(trackers._CREATE, "tensorboard", Hung)
+    monkeypatch.setattr(trackers, "_LAST_ROWS", 0.2)
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        train(run_config(world, tmp_path / "run", track=("tensorboard",), max_steps=3))
+    assert time.monotonic() - begun < 25
+    assert "tensorboard did not take the last rows" in caplog.text
+
+
+class NeverThere(trackers._TensorBoard):
+    def _open(self, step):
+        raise ConnectionError("no such server")
+
+
+def test_a_tracker_that_cannot_start_is_an_error_once(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+    config = run_config(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(trackers._CREATE, "tensorboard", NeverThere)
+        with pytest.raises(InputError, match="track=tensorboard cannot start: ConnectionError: no"):
+            train(config)
+    train(config)
+    monkeypatch.setitem(trackers._CREATE, "tensorboard", NeverThere)
+    with caplog.at_level(logging.WARNING, "deit_fast"):  # a restart must not die of the network
+        train(config.replace(max_steps=4))
+    assert "tensorboard is left out from here on: ConnectionError" in caplog.text
+    assert len(rows_of(tmp_path / "run")["train/loss"]) == 4
+
+
+class Kept(trackers.Tracker):
+    """Keeps what it was given in a file, for good, as a server does."""
+
+    def __init__(self, config, output, run, step):
+        self.run = run or "first"
+        self.path = output / "kept.txt"
+
+    def write(self, values, step):
+        with open(self.path, "a") as file:
+            file.write(f"{' '.join(values)} {step}\n")
+
+
+def test_rows_that_a_server_has_are_not_sent_again(tmp_path, monkeypatch):
+    """Of each kind by itself: an evaluation may be missing at a step whose other row is there."""
+    monkeypatch.setitem(trackers._CREATE, "mlflow", Kept)
+    config = RunConfig(track=("mlflow",), output=str(tmp_path))
+
+    def process(step: int, rows: list[tuple[str, int]], config: RunConfig = config) -> str:
+        """One process that goes on from ``step``; the run named in trackers.json."""
+        sent = trackers.Trackers(config, tmp_path, step)
+        file = MetricsFile(tmp_path / "metrics.jsonl", step, sent)
+        for kind, at in rows:
+            file.write(kind, {"step": at, "x": 1.0})
+        file.close(finished=False)
+        return json.loads((tmp_path / "trackers.json").read_text())["mlflow"]["run"]
+
+    process(0, [("train", 1), ("train", 2), ("train", 3)])
+    process(1, [("train", 2)])  # killed before it came as far as the first
+    assert process(1, [("train", 2), ("train", 3), ("eval", 3), ("train", 4)]) == "first"
+    sent = (tmp_path / "kept.txt").read_text().splitlines()
+    assert sent == ["train/x 1", "train/x 2", "train/x 3", "eval/x 3", "train/x 4"]
+    # Another run in the same folder, which has no checkpoint, is another run there too.
+    (tmp_path / "kept.txt").unlink()
+    process(0, [("train", 1)], config.replace(seed=1))
+    assert (tmp_path / "kept.txt").read_text() == "train/x 1\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# The others, for real
+# ---------------------------------------------------------------------------------------------
+
+
+def leveldb_records(content: bytes) -> list[bytes]:
+    """Records of a .wandb file: LevelDB's log format behind a header of 7 bytes.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    records, place, block = [b""], 7, 32768
+    while place + 7 <= len(content):
+        if block - place % block < 7:  # no header fits into the rest of the block
+            place += block - place % block
+            continue
+        size, part = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        records[-1] += content[place + 7 : place + 7 + size]
+        if part in (1, 4):  # whole, or last
+            records.append(b"")
+        place += 7 + size
+    return records[:-1]
+
+
+def in_wandb(run: Path) -> Series:
+    """All rows of the offline files of one run id."""
+    from wandb.proto import wandb_internal_pb2
+
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    known = json.loads((run / "trackers.json").read_text())["wandb"]["run"]
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {known}
+    found: Series = {}
+    for folder in folders:
+        for data in leveldb_records(next(folder.glob("*.wandb")).read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                   for item in record.history.item}  # fmt: skip
+            for name, value in row.items():
+                if "/" in name:
+                    found.setdefault(name, []).append((row["step"], value))
+    return found
+
+
+def in_mlflow(run: Path) -> Series:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("deit_fast")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1 and runs[0].info.status == "FINISHED"
+    assert runs[0].data.params["optim.ema_decay"] == "0.99"
+    return {
+        name: [(p.step, p.value) for p in client.get_metric_history(runs[0].info.run_id, name)]
+        for name in runs[0].data.metrics
+    }
+
+
+def in_trackio(run: Path) -> Series:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert len(SQLiteStorage.get_runs("deit_fast")) == 1
+    known = json.loads((run / "trackers.json").read_text())["trackio"]["run"]
+    found: Series = {}
+    for row in SQLiteStorage.get_logs("deit_fast", known):
+        for name, value in row.items():
+            if "/" in name:
+                found.setdefault(name, []).append((row["step"], value))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "read"), [("wandb", in_wandb), ("mlflow", in_mlflow), ("trackio", in_trackio)]
+)
+def test_a_resumed_run_goes_on_in_the_tracked_run(
+    world, tmp_path, monkeypatch, name: str, read: Callable[[Path], Series]  # noqa: F811
+):  # fmt: skip
+    """Two rows behind what the tracker has: as after a kill, but all of them surely sent."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its import
+    pytest.importorskip(name)
+    config = unruly(world, tmp_path / "run", track=(name,), save_steps=3)
+    monkeypatch.setenv("UNRULY", "SIGTERM:4")
+    with pytest.raises(Preempted, match="saved step 5"):
+        train(config)
+    monkeypatch.delenv("UNRULY")
+    list_checkpoints(tmp_path / "run/checkpoints")[-1].unlink()
+    train(config)
+    assert_same_numbers(read(tmp_path / "run"), rows_of(tmp_path / "run"))
