@@ -1,13 +1,19 @@
 """Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe.
 
-`ours` and timm decode with Pillow, take a random resized crop (bicubic), flip, apply RandAugment
-(in DeiT's recipe), normalise to float32 and erase, in this process with one torch thread. Mixing is
-left out. The files are crops of scikit-learn's two photographs, 500 x 375 pixels, JPEG quality 94,
-about the work of an ImageNet file.
+`ours` and timm decode with Pillow, take a random resized crop (bicubic) and apply RandAugment (in
+DeiT's recipe), in this process with one torch thread. The cases "to uint8" end where a host's work
+ends in training: with a batch of bytes, of which the device makes the rest (ours: ingest, timm: its
+PrefetchLoader, both left out). The cases "to float32" flip, normalise and erase on this core too.
+Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375 pixels, JPEG
+quality 94, about the work of an ImageNet file.
 
 `ours dali` is our loader over NVIDIA DALI, where that is installed: one thread of DALI on the CPU,
 which makes a batch only when it is asked for it. (A thread beside it reads the files and draws the
-plan, a tenth of the work.)
+plan, a tenth of the work.) `ours dali-triton`: DALI decodes and, on this host, our own functions
+crop, resize and augment, to Pillow's bytes.
+
+`ours packed` reads the same images from packed shards (`deit-fast pack`): decoded once, shorter
+side 256, uint8.
 
 `3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
 """
@@ -23,9 +29,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit_fast.config import InputError, ViewRecipe
+from deit_fast.config import DataConfig, InputError, ViewRecipe
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
+from deit_fast.data.packed import PackedImages
+from deit_fast.data.sources import Source
 from deit_fast.data.validate import index_files
+from deit_fast.pack import pack
 from deit_fast.views import ViewPlan
 
 from .common import Case
@@ -70,7 +79,9 @@ def one_core(function: Callable[[], Any], device: str) -> Callable[[], Any]:
     return run
 
 
-def build_loaders(device: str, augment: bool, repeats: int) -> dict[str, Callable[[], Any] | str]:
+def build_loaders(
+    device: str, augment: bool, repeats: int, whole: bool
+) -> dict[str, Callable[[], Any] | str]:
     from timm.data import ImageDataset, create_loader
 
     holder = tempfile.TemporaryDirectory()  # lives as long as the closures below
@@ -81,14 +92,21 @@ def build_loaders(device: str, augment: bool, repeats: int) -> dict[str, Callabl
     source = ImageFolder(str(root), "train")
     ids = np.repeat(np.arange(FILES), repeats)
     views = np.tile(np.arange(repeats), FILES)
-    ours = ViewLoader(
-        source, ViewPlan(recipe, 0, FILES), [(ids, views)], workers=0, on_error="fail"
-    )
+    data = DataConfig(root=str(root), val="train", workers=0)
+    pack(data, str(root / "pack"))
 
-    def run_ours() -> None:
-        assert holder
-        for batch in ours:
-            ingest_batch(batch, recipe, torch.float32)
+    def ours(source: Source) -> Callable[[], None]:
+        loader = ViewLoader(
+            source, ViewPlan(recipe, 0, FILES), [(ids, views)], workers=0, on_error="fail"
+        )
+
+        def run() -> None:
+            assert holder
+            for batch in loader:
+                if whole:
+                    ingest_batch(batch, recipe, torch.float32)
+
+        return run
 
     dataset = ImageDataset(str(root / "train"))
     dataset.reader.samples = dataset.reader.samples * repeats
@@ -97,7 +115,7 @@ def build_loaders(device: str, augment: bool, repeats: int) -> dict[str, Callabl
         input_size=(3, SIZE, SIZE),
         batch_size=len(ids),
         is_training=True,
-        use_prefetcher=False,
+        use_prefetcher=not whole,
         color_jitter=0.0,
         auto_augment="rand-m9-mstd0.5-inc1" if augment else None,
         re_prob=recipe.erase_prob,
@@ -105,26 +123,35 @@ def build_loaders(device: str, augment: bool, repeats: int) -> dict[str, Callabl
         interpolation="bicubic",
         num_workers=0,
         persistent_workers=False,
+        device=torch.device("cpu"),
     )
+    if not whole:
+        timms = timms.loader  # what its PrefetchLoader wraps
 
     def run_timm() -> None:
         for _ in timms:
             pass
 
     return {
-        "ours": one_core(run_ours, device),
-        "ours dali": build_dali(source, recipe, ids, views, root, device),
+        "ours": one_core(ours(source), device),
+        "ours packed": one_core(ours(PackedImages(str(root / "pack"), "train")), device),
+        **{
+            name: build_dali(name, source, recipe, ids, views, root, device, whole)
+            for name in ("ours dali", "ours dali-triton")
+        },
         "timm": one_core(run_timm, device),
     }
 
 
 def build_dali(
+    name: str,
     source: ImageFolder,
     recipe: ViewRecipe,
     ids: np.ndarray,
     views: np.ndarray,
     folder: Path,
     device: str,
+    whole: bool,
 ) -> Callable[[], Any] | str:
     try:
         from deit_fast.data.dali import DaliLoader
@@ -134,9 +161,18 @@ def build_dali(
         return str(error)
     plan = ViewPlan(recipe, 0, FILES)
     batches = Endless((ids, views))
-    loader = DaliLoader(source, plan, batches, workers=1, on_error="fail", depth=1, index=index)
+    loader = DaliLoader(
+        source, plan, batches, workers=1, on_error="fail", depth=1, index=index,
+        augmenter="dali" if name == "ours dali" else "kernel",
+    )  # fmt: skip
     passed = iter(loader)
-    return one_core(lambda: ingest_batch(next(passed), recipe, torch.float32), device)
+
+    def run() -> None:
+        batch = next(passed)
+        if whole:
+            ingest_batch(batch, recipe, torch.float32)
+
+    return one_core(run, device)
 
 
 class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
@@ -162,13 +198,15 @@ def build_plans(crops: bool, device: str) -> dict[str, Callable[[], Any] | str]:
 
 
 def cases(device: str) -> list[Case]:
-    def loaders(augment: bool, repeats: int) -> Callable[[], dict[str, Callable[[], Any] | str]]:
-        return lambda: build_loaders(device, augment, repeats)
+    def loaders(augment: bool, repeats: int, whole: bool = False) -> Callable[[], Any]:
+        return lambda: build_loaders(device, augment, repeats, whole)
 
     return [
         Case("plan rows", lambda: build_plans(False, device), items=PLANS),
         Case("plan crop boxes", lambda: build_plans(True, device), items=PLANS),
-        Case("JPEG, crop and flip", loaders(False, 1), items=FILES),
-        Case("JPEG, DeiT recipe", loaders(True, 1), items=FILES),
-        Case("JPEG, DeiT recipe, 3 repeats", loaders(True, 3), items=3 * FILES),
+        Case("to uint8, crop", loaders(False, 1), items=FILES),
+        Case("to uint8, DeiT recipe", loaders(True, 1), items=FILES),
+        Case("to uint8, DeiT recipe, 3 repeats", loaders(True, 3), items=3 * FILES),
+        Case("to float32, crop", loaders(False, 1, whole=True), items=FILES),
+        Case("to float32, DeiT recipe", loaders(True, 1, whole=True), items=FILES),
     ]

@@ -4,11 +4,13 @@ DALI's own random numbers depend on the batch, so it draws none: each choice of 
 an input. The input never ends (an exhausted one ends the pipeline); we count the batches.
 
 `augmenter="dali"`: DALI crops, resizes and augments, to pixels of its own. `"kernel"`: it decodes
-whole files only, and `kernels.augment` makes Pillow's pixels of them.
+whole files only, and `kernels.augment` makes Pillow's pixels of them; without a GPU the Pillow
+loader's own functions do.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ from deit_fast.data.loader import (
     Halves,
     ViewBatch,
     assemble,
+    draw_views,
     load_readable,
     needed_halves,
     steps_of,
@@ -116,6 +119,9 @@ class DaliLoader:
         self._files = _Files(source, index)
         self._batches, self._on_error = batches, on_error
         self._on_gpu = decoder == "gpu"
+        # Without a GPU the kernel's arithmetic is this host's, in the form that is fast there.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self._on_host = augmenter == "kernel" and self.device.type == "cpu" and not interpreted
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -124,11 +130,11 @@ class DaliLoader:
         with ThreadPoolExecutor(self._threads, "dali-read") as readers:
             feed = _Feed(lambda step: self._prepare(step, readers), self.steps, self._nothing())
             try:
-                yield from self._run(feed)
+                yield from self._run(feed, readers)
             finally:
                 feed.close()
 
-    def _run(self, feed: _Feed) -> Iterator[ViewBatch]:
+    def _run(self, feed: _Feed, readers: ThreadPoolExecutor) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
         size = self.plan.recipe.image_size
         lies_on = self.device if self._on_gpu or self.augmenter == "kernel" else "cpu"
@@ -139,9 +145,12 @@ class DaliLoader:
             )
             for chunk in job.chunks:
                 (output,) = self._next_output(pipeline, feed, job)
-                if chunk.table is None:  # DALI writes over its own memory in a later run
+                if self.augmenter == "dali":  # DALI writes over its own memory in a later run
                     images[chunk.rows] = torch.from_dlpack(output.as_tensor())
+                elif self._on_host:
+                    self._draw(output, chunk, job, images[chunk.rows].numpy(), readers)
                 else:
+                    assert chunk.table is not None
                     images[chunk.rows] = self._augment(output, chunk.table)
             batch = assemble(job.halves, images, job.labels, job.substituted, size)
             yield batch.pin_memory() if self.pin_memory and not images.is_cuda else batch
@@ -181,6 +190,15 @@ class DaliLoader:
                 f"cannot read image {changed}: it was replaced while the loader ran: "
                 f"{str(error).strip().splitlines()[-1]}"
             ) from None
+
+    def _draw(
+        self, output: Any, chunk: _Chunk, job: _Job, out: np.ndarray, readers: ThreadPoolExecutor
+    ) -> None:
+        """Views on this host's cores: the same bytes as the kernel's."""
+        pixels = [np.asarray(image) for image in output]
+        rows = job.halves.wanted[chunk.rows]
+        assert chunk.file is not None and chunk.boxes is not None
+        draw_views(pixels, chunk.file, rows, chunk.boxes, self.plan.recipe, out, readers.map)
 
     def _augment(self, output: Any, table: AugmentTable) -> Tensor:
         """Views, uint8 [n, S, S, 3], of whole images on the device."""
@@ -227,8 +245,10 @@ class DaliLoader:
             chunk_files, file = files[begin:end], which[rows] - begin
             if self.augmenter == "kernel":
                 inputs = file_inputs(chunk_files, len(chunk_files))
-                table = augment_table(self.plan.recipe, wanted[rows], boxes[rows], file)
-                job.chunks.append(_Chunk(inputs, rows, table))
+                table = None if self._on_host else augment_table(
+                    self.plan.recipe, wanted[rows], boxes[rows], file
+                )  # fmt: skip
+                job.chunks.append(_Chunk(inputs, rows, table, file, boxes[rows]))
                 continue
             inputs = file_inputs(chunk_files, len(file))
             size = self.plan.recipe.image_size
@@ -244,6 +264,8 @@ class _Chunk:
     inputs: tuple
     rows: slice
     table: AugmentTable | None = None
+    file: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deit_fast.config import InputError
+from deit_fast.config import InputError, ViewRecipe
 from deit_fast.data.augment import augment
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.resize import crop_and_resize, resize_shorter_side
@@ -174,9 +174,6 @@ def make_batch(
     halves = needed_halves(plan, sample_ids, view_ids, mix)
     wanted = halves.wanted
     size = plan.recipe.image_size
-    red, green, blue = (round(255 * mean) for mean in plan.recipe.mean)  # as timm's `img_mean`
-    fill = (red, green, blue)
-    cut = resize_and_crop if plan.recipe.crop == "simple" else crop_and_resize
     images = np.empty((len(wanted), size, size, 3), np.uint8)
     labels = np.empty(len(wanted), np.int64)
     substituted: list[str] = []
@@ -192,21 +189,48 @@ def make_batch(
         part = wanted[rows]
         boxes = plan.crop_boxes(part["sample"], part["view"], sizes[:, 0], sizes[:, 1])
         labels[rows] = source.labels[[taken for _, taken in loaded]][which]
-        operations = zip(
-            part["operations"].tolist(), part["levels"].tolist(), part["flip"].tolist(), strict=True
-        )
-        for place, item, box, (names, levels, flip) in zip(
-            images[rows], which.tolist(), boxes.tolist(), operations, strict=True
-        ):
-            if source.finished:
-                place[:] = pixels[item]
-                continue
-            cut(pixels[item], box, size, size, place)
-            if any(names):
-                view = augment(Image.fromarray(place), names, levels, bool(flip), fill)
-                place[:] = np.asarray(view)
+        if source.finished:
+            images[rows] = [pixels[item] for item in which.tolist()]
+        else:
+            draw_views(pixels, which, part, boxes, plan.recipe, images[rows])
 
     return assemble(halves, torch.from_numpy(images), labels, substituted, size)
+
+
+def draw_views(
+    pixels: Sequence[np.ndarray],
+    which: np.ndarray,
+    rows: np.ndarray,
+    boxes: np.ndarray,
+    recipe: ViewRecipe,
+    out: np.ndarray,
+    run: Callable[..., Iterable[None]] = map,
+) -> None:
+    """Crop, resize and augment on this host; flip, erasing and mixing are left to ingest.
+
+    Args:
+        pixels: whole images, uint8 [H, W, 3].
+        which: image of each view, integers [n].
+        rows: plan of the views, `plan_dtype` [n].
+        boxes: their crops, as `ViewPlan.crop_boxes` gives them, [n, 4].
+        out: where the views go, uint8 [n, S, S, 3].
+        run: `map`, or that of a pool of threads.
+    """
+    cut = resize_and_crop if recipe.crop == "simple" else crop_and_resize
+    red, green, blue = (round(255 * mean) for mean in recipe.mean)  # as timm's `img_mean`
+    size = recipe.image_size
+
+    def draw(
+        place: np.ndarray, item: int, box: list[int], names: list[int], levels: list[int], flip: int
+    ) -> None:
+        cut(pixels[item], box, size, size, place)
+        if any(names):
+            fill = (red, green, blue)
+            place[:] = augment(Image.fromarray(place), names, levels, bool(flip), fill)
+
+    columns = (rows["operations"].tolist(), rows["levels"].tolist(), rows["flip"].tolist())
+    for _ in run(draw, out, which.tolist(), boxes.tolist(), *columns):
+        pass
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
-_held = 0  # blocks of Collection that are open
+_held = 0  # open blocks of Collection that turned it off
 
 
 def _enable_in_child() -> None:
@@ -30,7 +30,7 @@ class Collection:
         self._was_on = gc.isenabled()
         self._may_freeze = gc.get_freeze_count() == 0  # else someone else's would be thawed too
         gc.disable()
-        _held += 1
+        _held += self._was_on
         self.freeze()
         return self
 
@@ -46,7 +46,7 @@ class Collection:
 
     def __exit__(self, *_: object) -> None:
         global _held
-        _held -= 1
+        _held -= self._was_on
         if self._may_freeze:
             gc.unfreeze()
         if self._was_on:

@@ -115,6 +115,9 @@ class _Run:
         self.output = Path(config.output)
         if world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
+            for folder in (self.output, self.output / "checkpoints"):
+                for leftover in folder.glob(".tmp-*"):  # of a process killed while it wrote
+                    leftover.unlink()
             write_json(self.output / "config.json", to_dict(config))
         self.eval_loader = build_eval_loader(config, self.held_out, device, world)
         state = self.state

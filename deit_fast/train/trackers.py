@@ -103,7 +103,8 @@ class _Wandb(Tracker):
         )
         # Its own counter drops a row whose step it has seen, so an evaluation after a resume.
         self._run.define_metric("*", step_metric="step")
-        log.info("wandb: run %s, %s", self.run, self._run.url or self._run.dir)
+        place = self._run.dir if self._run.offline else self._run.url
+        log.info("wandb: run %s, %s", self.run, place)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({"step": step, **values})
