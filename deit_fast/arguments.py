@@ -278,7 +278,10 @@ def describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         count = "one or more" if items[-1] is Ellipsis else str(len(items))
-        return f"{count} {'whole numbers' if items[0] is int else 'numbers'}"
+        if typing.get_origin(items[0]) is Literal:
+            return f"{count} of {', '.join(map(str, typing.get_args(items[0])))}"
+        things = {int: "whole numbers", str: "names"}.get(items[0], "numbers")
+        return f"{count} {things}"
     words = {int: "a whole number", float: "a number", str: "a value", bool: "no value"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

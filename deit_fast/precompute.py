@@ -30,6 +30,7 @@ from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source, open_source
 from deit_fast.evaluate import choose_device
 from deit_fast.models.teachers import Teacher, has_bf16
+from deit_fast.train.failures import in_plain_words
 from deit_fast.train.metrics import Progress
 from deit_fast.train.teaching import load_class_matched_teacher, views_fingerprint
 from deit_fast.views import ViewPlan
@@ -108,7 +109,11 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         if pending:
             writer.claim(*next(ahead))
         pace = _Pace(total)
-        with Progress("precompute", total, unit="view") as progress:
+        sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
+        with (
+            in_plain_words(job.device, sizes),
+            Progress("precompute", total, unit="view") as progress,
+        ):
             for (_, start, _), batch in zip(calls.calls, loader, strict=True):
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
                     writer.claim(*block)

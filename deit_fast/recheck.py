@@ -11,7 +11,6 @@ import torch
 
 from deit_fast.cache import LogitCache
 from deit_fast.cache.compare import THRESHOLD, compare_answers
-from deit_fast.cache.compare import record_errors as record_errors
 from deit_fast.cache.errors import CacheError
 from deit_fast.cache.pixels import pick_pixels
 from deit_fast.config import DataConfig, InputError, RunConfig, ViewRecipe, from_dict

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from deit_fast import _C, cli
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
+from deit_fast.cache.compare import record_errors
 from deit_fast.cache.statistics import draw_answers
 from deit_fast.cache.tinyvit import import_tinyvit
 from deit_fast.config import CodecConfig, InputError
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
-from deit_fast.recheck import record_errors
 from digits import write_few_digits
 
 FACTORY = "deit_fast.models.convnet:small_convnet"

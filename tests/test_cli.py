@@ -182,6 +182,7 @@ def test_both_spellings_equals_sign_lists_and_switches(capsys: pytest.CaptureFix
         ("train --codec.k some", "--codec.k needs a whole number or None, not 'some'"),
         ("train --view.crop_scale 0.1", "--view.crop_scale needs 2 numbers, not '0.1'"),
         ("train --codec.temperatures 1 x", "--codec.temperatures needs one or more numbers or Non"),
+        ("train --track", "--track needs one or more names, but got no value"),
         ("train --epochs 0", "epochs must be at least 1, not 0"),
         ("train --view.repeats 0", "view.repeats must be at least 1, not 0"),
         (

@@ -364,10 +364,13 @@ def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):  # noqa: F
     train(config.replace(max_steps=7))
     newest = list_checkpoints(tmp_path / "run/checkpoints")[-1]
     os.truncate(newest, newest.stat().st_size // 2)
+    leftover = newest.with_name(f".tmp-1-{newest.name}")  # of a process killed while it wrote
+    leftover.write_bytes(b"half")
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [row for row in rows if '"eval"' not in row or '"step": 7' not in row]
     (tmp_path / "run/metrics.jsonl").write_text("".join(kept))  # of the end at max_steps
     train(config)
+    assert not leftover.exists()
     assert f"{newest.name} is broken" in caplog.text and "trying the one before" in caplog.text
     assert_arrived(tmp_path / "run", whole)
 

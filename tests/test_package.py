@@ -17,6 +17,8 @@ LATE = {
     "matplotlib",
     "sklearn",
     "nvidia.dali",
+    "mlflow",
+    "trackio",
     "wandb",
     "apex",
     "pyarrow",

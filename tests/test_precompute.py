@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -171,6 +173,24 @@ def test_views_are_added_later(config, reference, tmp_path):
     added = precompute(later, range(1, 6))
     assert (added["blocks"], added["kept"]) == (24, 6)
     assert contents(later.cache) == reference
+
+
+def test_a_killed_process_of_the_loader_is_one_line_and_goes_on(config, reference, tmp_path):
+    config = config.replace(cache=str(tmp_path / "cache"), data={"workers": 1})
+
+    def kill_one() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(children[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(ChildProcessError, match="a process that loads images died") as caught:
+        precompute(config)
+    killer.join()
+    assert "\n" not in str(caught.value)
+    precompute(config)
+    assert contents(config.cache) == reference
 
 
 @pytest.mark.dist

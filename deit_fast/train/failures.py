@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
-from deit_fast.config import RunConfig
-from deit_fast.world import World
-
 
 @contextmanager
-def in_plain_words(config: RunConfig, device: torch.device, world: World) -> Iterator[None]:
+def in_plain_words(device: torch.device, sizes: str) -> Iterator[None]:
     """Errors of torch's allocators and of a loader's dead process get a name and one line.
+
+    Args:
+        sizes: what the memory depends on, and which of it to change.
 
     Raises:
         MemoryError: too little memory, of a GPU or of the host.
@@ -25,7 +25,10 @@ def in_plain_words(config: RunConfig, device: torch.device, world: World) -> Ite
         yield
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
         if _is_out_of_memory(error):
-            raise MemoryError(_describe_memory(error, config, device, world)) from error
+            raise MemoryError(
+                f"out of memory on {device}: peak {peak_memory(device) / 2**30:.2f} GiB "
+                f"({_reason(error)}); {sizes}"
+            ) from error
         if _is_of_dead_worker(error):
             reason = _reason(_told_by_torch(error))
             raise ChildProcessError(
@@ -59,17 +62,6 @@ def _is_out_of_memory(error: Exception) -> bool:
         return True
     words = ("CUDA error: out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(part in str(error) for part in words)
-
-
-def _describe_memory(
-    error: Exception, config: RunConfig, device: torch.device, world: World
-) -> str:
-    processes = f" over {world.size} processes" if world.size > 1 else ""
-    return (
-        f"out of memory on {device}: batch_size={config.batch_size}{processes} in "
-        f"accumulate={config.accumulate} parts, peak {peak_memory(device) / 2**30:.2f} GiB "
-        f"({_reason(error)}); a larger accumulate takes the same steps in less"
-    )
 
 
 def peak_memory(device: torch.device) -> int:

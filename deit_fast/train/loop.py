@@ -69,10 +69,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         Signals() as signals,
         memory_history(config, Path(config.output), device, world),
     ):
-        with in_plain_words(config, device, world), signals.ending_at_once():
+        processes = f" over {world.size} processes" if world.size > 1 else ""
+        sizes = (
+            f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
+            f"a larger accumulate takes the same steps in less"
+        )
+        with in_plain_words(device, sizes), signals.ending_at_once():
             run = _Run(config, device, world, signals)
         try:
-            with in_plain_words(config, device, world):
+            with in_plain_words(device, sizes):
                 run.to_the_end()
                 return run.finish()
         finally:

@@ -26,6 +26,7 @@ _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "log_every", "eval_every", "save_every",
     "save_steps", "save_minutes", "on_nonfinite", "max_rollbacks", "accumulate",
     "teacher", "teacher_batch", "cache", "data.root", "data.workers",
+    "track", "check_teacher_every", "profile_steps", "memory_snapshot",
 }  # fmt: skip
 
 
