@@ -34,9 +34,9 @@ read and written, 128 multiplied), and float32 with D of 32 or 64; wider float32
 and the CPU take the reference in plain PyTorch. With TRITON_INTERPRET=1 a CPU runs the kernels in
 Triton's interpreter.
 
-Tiles come from a fixed table (``TILES`` in attention_launch). With DEIT_FAST_AUTOTUNE=1 the first
-call of each kind times the candidates on its own tensors, outside of graph capture. To see the
-measured table:
+Tiles come from a fixed table, attention_tiles.json. With DEIT_FAST_AUTOTUNE=1 the first call of
+each kind times the candidates on its own tensors, outside of graph capture. To measure this GPU's
+rows and write them into the table:
 
     python -m deit_fast.kernels.attention --tune [--batch 256 --heads 6 --tokens 198 577]
 """
@@ -103,7 +103,8 @@ def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m deit_fast.kernels.attention",
-        description="Times all tiles of the attention kernels on this GPU; prints the best.",
+        description="Times all tiles of the attention kernels on this GPU and writes the best into "
+        "the table, attention_tiles.json.",
     )
     parser.add_argument("--tune", action="store_true", required=True)
     parser.add_argument("--batch", type=int, default=256)
@@ -117,8 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
         for tokens in options.tokens:
             shape = (options.batch, tokens, 3, options.heads, width)
             qkv = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            for key, tiles in launch.tune(qkv).items():
-                print(f"    {key!r}: {tiles!r},", flush=True)
+            found = launch.tune(qkv)
+            launch.write_tiles(found)
+            for key, tiles in found.items():
+                print(f"{key}: {tiles}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,31 +59,32 @@ class Tiles(NamedTuple):
 
 Key = tuple[int, str, int, int]
 
-# Chosen by what `python -m deit_fast.kernels.aot` shows: no spills under any triton, then the most
-# resident warps, then the largest tile. (architecture, kernel, bytes of an element, width) is
-# looked up first, then the same with 0 for the architecture.
-TILES: dict[Key, Tiles] = {
-    (0, "whole", 2, 32): Tiles(64, 0, 4, 1),
-    (0, "whole", 2, 64): Tiles(64, 0, 4, 1),
-    (0, "forward", 2, 32): Tiles(128, 64, 8, 3),
-    (0, "forward", 2, 64): Tiles(128, 64, 8, 3),
-    (0, "forward", 2, 128): Tiles(128, 64, 8, 3),
-    (0, "both", 2, 32): Tiles(64, 32, 4, 3),
-    (0, "both", 2, 64): Tiles(64, 32, 4, 3),
-    (0, "queries", 2, 32): Tiles(128, 64, 8, 2),
-    (0, "queries", 2, 64): Tiles(128, 64, 8, 2),
-    (0, "queries", 2, 128): Tiles(128, 32, 8, 2),
-    (0, "keys", 2, 32): Tiles(128, 32, 8, 2),
-    (0, "keys", 2, 64): Tiles(128, 32, 8, 3),
-    (0, "keys", 2, 128): Tiles(128, 16, 8, 2),
-    # Without tensor cores: float32 products in full.
-    (0, "forward", 4, 32): Tiles(64, 32, 8, 1),
-    (0, "forward", 4, 64): Tiles(64, 32, 8, 1),
-    (0, "queries", 4, 32): Tiles(32, 32, 8, 1),
-    (0, "queries", 4, 64): Tiles(32, 32, 8, 1),
-    (0, "keys", 4, 32): Tiles(32, 32, 8, 1),
-    (0, "keys", 4, 64): Tiles(32, 32, 8, 1),
-}
+TILES_FILE = Path(__file__).with_name("attention_tiles.json")
+
+
+def read_tiles(path: Path = TILES_FILE) -> dict[Key, Tiles]:
+    """The table: (architecture, kernel, bytes of an element, width) to its tiles."""
+    return {
+        (row["architecture"], row["kernel"], row["bytes"], row["width"]): Tiles(*row["tiles"])
+        for row in json.loads(path.read_text())
+    }
+
+
+def write_tiles(table: dict[Key, Tiles], path: Path = TILES_FILE) -> None:
+    """Replace the table, or add to it, on the disk: a row a line, to read in a diff."""
+    names = ("architecture", "kernel", "bytes", "width")
+    whole = read_tiles(path) | table
+    rows = [
+        json.dumps(dict(zip(names, key, strict=True)) | {"tiles": list(tiles)})
+        for key, tiles in sorted(whole.items(), key=lambda item: (item[0][0], item[0][2]))
+    ]
+    path.write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
+
+
+# Architecture 0, for which no tuning has written its own: chosen by what `python -m
+# deit_fast.kernels.aot` shows, no spills under any triton, then the most resident warps, then the
+# largest tile. Elements of 4 bytes go without tensor cores: float32 products in full.
+TILES = read_tiles()
 
 _STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
 CANDIDATES = dict.fromkeys(("forward", "both", "queries", "keys"), _STREAMED)
@@ -138,7 +141,7 @@ def _tuned_tiles(kind: str, qkv: Tensor, run: Callable[[], Any]) -> Tiles:
 
 
 def tune(qkv: Tensor) -> dict[Key, Tiles]:
-    """The fastest tiles of every kernel that qkv takes, as entries for ``TILES``."""
+    """The fastest tiles of every kernel that qkv takes, as rows of the table."""
     scale = 1 / math.sqrt(qkv.shape[-1])
     (forward,), backward = _kinds(qkv)
     _tune(_key(forward, qkv, None), lambda: _forward(qkv, scale), qkv.device)

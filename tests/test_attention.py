@@ -351,6 +351,22 @@ def test_tuning_times_and_chooses_among_the_candidates(monkeypatch: pytest.Monke
     assert launch._measured == table and all(launch._tiles(key) == table[key] for key in table)
 
 
+def test_the_table_on_the_disk_takes_measured_rows(tmp_path) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_bytes(launch.TILES_FILE.read_bytes())
+    measured = {
+        (90, "whole", 2, 64): launch.Tiles(128, 0, 8, 2),
+        (0, "whole", 2, 32): launch.Tiles(1, 2, 3, 4),
+    }
+    launch.write_tiles(measured, path)
+    assert launch.read_tiles(path) == launch.TILES | measured
+    launch.write_tiles({}, path)
+    before = path.read_text()
+    launch.write_tiles({}, path)
+    assert path.read_text() == before and len(before.splitlines()) == len(launch.TILES) + 1 + 2
+    assert launch.TILES[(0, "whole", 2, 64)] == launch.Tiles(64, 0, 4, 1)
+
+
 # ---------------------------------------------------------------------------------------------
 # Reference and bad input
 # ---------------------------------------------------------------------------------------------

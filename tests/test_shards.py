@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 from deit_fast.cli import main
 from deit_fast.config import DataConfig, InputError, ViewRecipe
-from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_source
+from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_loader, open_source
 from deit_fast.data.packed import PackedImages
 from deit_fast.data.tar import TarShards
 from deit_fast.pack import pack
@@ -440,3 +441,44 @@ def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "short_side must lie in [1, 65535], not 0" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "nowhere"), out]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# DALI reads them too
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("kind", ["tar", "jpeg pack"])
+def test_dali_decodes_shards_to_the_same_views(folder: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("nvidia.dali")
+    if kind == "tar":
+        write_tars(folder, tmp_path / "shards")
+        data = DataConfig(root=str(tmp_path / "shards"), source="tar", workers=2)
+    else:
+        pack(DataConfig(root=str(folder), workers=0), str(tmp_path / "shards"), form="jpeg")
+        data = dataclasses.replace(packed(tmp_path / "shards"), workers=2)
+    source = open_source(data, "train", 24)
+    plan = ViewPlan(RECIPE, 3, source.num_samples)
+    ids = np.arange(source.num_samples)
+    batches = [(ids, np.zeros_like(ids)), (ids[::-1].copy(), np.ones_like(ids))]
+    loaders = (
+        open_loader(dataclasses.replace(data, loader=name), source, plan, batches, device="cpu")
+        for name in ("pillow", "dali-triton")
+    )
+    steps = 0
+    for ours, dalis in zip(*loaders, strict=True):
+        assert ours.images.equal(dalis.images) and ours.labels.equal(dalis.labels)
+        steps += 1
+    assert steps == 2
+
+
+@pytest.mark.dali
+def test_dali_refuses_a_pack_of_pixels(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    pack(DataConfig(root=str(folder), workers=0), str(tmp_path / "pack"))
+    data = dataclasses.replace(packed(tmp_path / "pack"), loader="dali")
+    source = open_source(data, "train", 24)
+    plan = ViewPlan(RECIPE, 3, source.num_samples)
+    with pytest.raises(InputError, match="holds decoded pixels, which DALI has no use for"):
+        open_loader(data, source, plan, [([0], [0])], device="cpu")
