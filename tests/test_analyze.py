@@ -27,6 +27,7 @@ from deit_fast.cli import main
 from deit_fast.config import RunConfig, to_dict
 from deit_fast.data.evaluation import eval_pixels
 from deit_fast.data.sources import ImageFolder
+from deit_fast.environment import describe_command
 from deit_fast.evaluate import build_model, evaluate
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.convnet import small_convnet
@@ -548,7 +549,7 @@ def test_pictures_are_whole_and_the_same_every_time(world: Path, found: dict[str
 
 def test_observations_are_counted(world: Path, found: dict[str, dict]) -> None:
     saved = json.loads((world / "out.json").read_text())
-    assert saved["meta"]["torch"] and "analyze" in saved["meta"]["command"]
+    assert saved["meta"]["torch"] and saved["meta"]["command"] == describe_command()
     assert [row["run"] for row in saved["rows"]] == [
         str(world / name) for name in ("none", "hard", "soft")
     ]

@@ -31,11 +31,11 @@ from deit_fast.data.dali_graph import (
     view_graph,
     view_inputs,
 )
+from deit_fast.data.draw import draw_views
 from deit_fast.data.loader import (
     Halves,
     ViewBatch,
     assemble,
-    draw_views,
     load_readable,
     needed_halves,
     steps_of,

@@ -8,29 +8,24 @@ follow in ingest, on the accelerator where there is one.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deit_fast.config import InputError, ViewRecipe
-from deit_fast.data.augment import augment
+from deit_fast.config import InputError
+from deit_fast.data.draw import draw_views
 from deit_fast.data.ingest import build_rows
-from deit_fast.data.resize import crop_and_resize, resize_shorter_side
 from deit_fast.data.sources import Readable, Source, UnreadableImage
 from deit_fast.views import BatchMix, ViewPlan, lam_of
 
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
-_RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
 
 
 @dataclass
@@ -197,42 +192,6 @@ def make_batch(
     return assemble(halves, torch.from_numpy(images), labels, substituted, size)
 
 
-def draw_views(
-    pixels: Sequence[np.ndarray],
-    which: np.ndarray,
-    rows: np.ndarray,
-    boxes: np.ndarray,
-    recipe: ViewRecipe,
-    out: np.ndarray,
-    run: Callable[..., Iterable[None]] = map,
-) -> None:
-    """Crop, resize and augment on this host; flip, erasing and mixing are left to ingest.
-
-    Args:
-        pixels: whole images, uint8 [H, W, 3].
-        which: image of each view, integers [n].
-        rows: plan of the views, `plan_dtype` [n].
-        boxes: their crops, as `ViewPlan.crop_boxes` gives them, [n, 4].
-        out: where the views go, uint8 [n, S, S, 3].
-        run: `map`, or that of a pool of threads.
-    """
-    cut = resize_and_crop if recipe.crop == "simple" else crop_and_resize
-    red, green, blue = (round(255 * mean) for mean in recipe.mean)  # as timm's `img_mean`
-    size = recipe.image_size
-
-    def draw(
-        place: np.ndarray, item: int, box: list[int], names: list[int], levels: list[int], flip: int
-    ) -> None:
-        cut(pixels[item], box, size, size, place)
-        if any(names):
-            fill = (red, green, blue)
-            place[:] = augment(Image.fromarray(place), names, levels, bool(flip), fill)
-
-    columns = (rows["operations"].tolist(), rows["levels"].tolist(), rows["flip"].tolist())
-    for _ in run(draw, out, which.tolist(), boxes.tolist(), *columns):
-        pass
-
-
 @dataclass(frozen=True)
 class Halves:
     """What a batch of views is put together from.
@@ -278,38 +237,6 @@ def assemble(
         lam=torch.from_numpy(lam_of(own, size)),
         substituted=substituted,
     )
-
-
-def resize_and_crop(
-    pixels: np.ndarray, box: Sequence[int], width: int, height: int, out: np.ndarray | None = None
-) -> np.ndarray:
-    """Resize the whole image, its shorter side to `width`; then crop, reflecting at the edges.
-
-    torchvision's `Resize`, then `crop` of `pad(..., padding_mode="reflect")`, bit for bit.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        box: left, top, width, height in the resized image; may stick out by less than its sides.
-        width, height: sides of the box.
-        out: where the result goes; none: a new array.
-
-    Returns:
-        uint8 [height, width, 3].
-    """
-    left, top, across, down = box
-    resized = resize_shorter_side(pixels, width)
-    x = _reflected(np.arange(left, left + across), resized.shape[1])
-    y = _reflected(np.arange(top, top + down), resized.shape[0])
-    view = resized[y[:, None], x]
-    if out is None:
-        return view
-    out[:] = view
-    return out
-
-
-def _reflected(places: np.ndarray, side: int) -> np.ndarray:
-    places = np.abs(places)
-    return np.where(places < side, places, 2 * (side - 1) - places)
 
 
 def load_readable(
@@ -386,38 +313,3 @@ def _outlive_signals(worker: int) -> None:
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-# ---------------------------------------------------------------------------------------------
-# The pixel contract
-# ---------------------------------------------------------------------------------------------
-
-
-def pillow_contract() -> dict[str, str]:
-    """Which decoder and resize made the pixels; part of a cache's fingerprint.
-
-    Pillow 11.0 to 12.3 give the same pixels; 13.0 changes 2.2 % of resized values, and forks differ
-    within one version number, so a small resize is checked as well.
-
-    Raises:
-        InputError: another Pillow.
-    """
-    major = PIL.__version__.split(".")[0]
-    if major not in ("11", "12"):
-        raise InputError(f"views need the pixels of Pillow 11 or 12, not {PIL.__version__}")
-    if _resize_digest() != _RESIZE_SHA256:
-        raise InputError(
-            f"this build of Pillow {PIL.__version__} resizes to other pixels than Pillow 11 and 12"
-        )
-    return {"contract.pixels": "pillow/11-12"}
-
-
-@functools.cache
-def _resize_digest() -> str:
-    """Digest of a resize down, up and in both, of a fixed image of 211 x 157 pixels."""
-    values = np.arange(157 * 211 * 3, dtype=np.uint32) * np.uint32(2654435761) >> np.uint32(24)
-    image = Image.fromarray(values.astype(np.uint8).reshape(157, 211, 3))
-    digest = hashlib.sha256()
-    for size in ((64, 64), (224, 224), (250, 90)):
-        digest.update(image.resize(size, Image.Resampling.BICUBIC).tobytes())
-    return digest.hexdigest()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from deit_fast.config import DataConfig
-from deit_fast.data.loader import ViewBatch, ViewLoader, pillow_contract
+from deit_fast.data.contract import pillow_contract
+from deit_fast.data.loader import ViewBatch, ViewLoader
 from deit_fast.data.sources import Source
 from deit_fast.views import ViewPlan
 
