@@ -12,7 +12,7 @@ TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-.PHONY: install demo test lint format bench bench-gpu aot aot-golden fuzz sanitize compare clean
+.PHONY: install demo test lint format docs plots bench bench-gpu aot aot-golden fuzz sanitize compare clean
 
 install: $(INSTALLED)
 
@@ -48,10 +48,23 @@ aot-golden: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed
 	$(AOT) --write
 	$(AOT) --markdown docs/performance.md
 
+# Warnings of the docs are errors: a link or an anchor that leads nowhere ends the build.
+SPHINX := $(BIN)/sphinx-build -W --keep-going -q -d build/doctrees
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SPHINX) -b dummy docs build/docs-check
+
+docs: $(INSTALLED)
+	$(SPHINX) -b html docs build/docs
+	@echo build/docs/index.html
+
+# After a result file was added: the charts and tables of the performance page.
+plots: $(INSTALLED)
+	$(BIN)/python -m bench plot --out docs/plots --markdown docs/performance.md
+	rm docs/plots/*.png
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -61,11 +74,14 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench all
 
 # For a machine with a GPU that may have no network: takes the Python that holds torch there
-# (make bench-gpu PYTHON=...), installs nothing from outside, and ends in under nine minutes.
+# (make bench-gpu PYTHON=...), installs nothing from outside, ends in under nine minutes, and leaves
+# one JSON file under bench/results/ and one log.
+bench-gpu: SHELL := /bin/bash -o pipefail
 bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	timeout 200 $(PYTHON) -m pytest -q -m gpu tests
-	timeout 280 $(PYTHON) -m bench all --seconds 220 --device cuda
+	@mkdir -p build
+	timeout 200 $(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee build/bench-gpu.log
+	timeout 280 $(PYTHON) -m bench all --seconds 220 --device cuda 2>&1 | tee -a build/bench-gpu.log
 
 # The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: mutated files for
 # so many seconds, and every operation once. Needs g++ or clang++ with their sanitizer libraries.

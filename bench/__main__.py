@@ -1,4 +1,4 @@
-"""python -m bench all|kernels|NAME [--device cuda] [--seconds 300] [--out FILE]"""
+"""python -m bench all|kernels|NAME [--device cuda] [--seconds 300] [--out FILE], or bench plot"""
 
 from __future__ import annotations
 
@@ -24,13 +24,25 @@ def select(what: str) -> list[str]:
     if what == "kernels":
         return [name for name in names if (HERE.parent / "kernels" / f"{name}.py").exists()]
     if what not in names:
-        raise SystemExit(f"unknown bench {what!r}: all, kernels or one of {', '.join(names)}")
+        raise SystemExit(
+            f"unknown bench {what!r}: all, kernels or one of {', '.join(names)}; "
+            f"`plot` draws what they wrote"
+        )
     return [what]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plot"]:
+        from .plot import main as plot
+
+        plot(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", help="all, kernels, or the NAME of a file bench/bench_NAME.py")
+    parser.add_argument(
+        "what",
+        help="all, kernels, or the NAME of a file bench/bench_NAME.py, such as loader, cache or "
+        "step; `plot` draws what they wrote",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seconds", type=float, default=300, help="time for all benches together")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from bench import common
+from bench import common, plot
 from bench.__main__ import run_bench, select
 
 ROOT = Path(__file__).parent.parent
@@ -170,3 +171,118 @@ def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
         theirs = bench.timm(zc, zd, target, teacher, kind)
         base = 0.5 * bench.base(zc, target)
         torch.testing.assert_close((ours - base) * weight, theirs - base)
+
+
+# -------------------------------------------------------------------------------------------- plot
+
+
+def result_file(path: Path, rows: list[dict], **meta: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_results(path, META | meta, rows)
+    return path
+
+
+ROWS = [
+    {"bench": "b", "case": "one", "impl": "ours", "ms": 2.0, "ms_p20": 1.6, "ms_p80": 2.5,
+     "ratio": 1.5, "ratio_to": "peer", "gbps": 9.0, "roofline_pct": 60.0},
+    {"bench": "b", "case": "one", "impl": "peer", "ms": 3.0, "ms_p20": 3.0, "ms_p80": 3.0,
+     "gbps": 6.0, "roofline_pct": 40.0},
+    {"bench": "b", "case": "one", "impl": "slow", "ms": 6.0, "ms_p20": 5.0, "ms_p80": 12.0,
+     "ratio": 0.5, "ratio_to": "peer", "gbps": 3.0, "roofline_pct": 20.0},
+    {"bench": "b", "case": "two", "impl": "ours", "skipped": "no time left"},
+]  # fmt: skip
+
+
+def drawn(figure) -> list[tuple[float, float, float]]:
+    """(value, low end, high end of the whisker) of each bar, read from what is on the axes."""
+    (axes,) = figure.axes
+    (bars,) = (group for group in axes.containers if hasattr(group, "patches"))
+    whiskers = bars.errorbar.lines[2][0].get_segments()
+    ends = [(float(low[0]), float(high[0])) for low, high in whiskers]
+    return [(bar.get_width(), *end) for bar, end in zip(bars.patches, ends, strict=True)]
+
+
+def test_chart_shows_the_ratios_of_the_file_and_their_spread(tmp_path: Path) -> None:
+    (result,) = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
+    found = plot.charts(result)
+    assert list(found) == ["gpu-b", "gpu-b-roofline"]
+    # the peer's 3 ms over our 2.0 ms, 2.5 ms and 1.6 ms; over 6, 12 and 5 ms
+    for bar, expected in zip(
+        drawn(found["gpu-b"]), [(1.5, 1.2, 1.875), (0.5, 0.25, 0.6)], strict=True
+    ):
+        assert bar == pytest.approx(expected)
+    roofline = drawn(found["gpu-b-roofline"])
+    assert [bar[0] for bar in roofline] == [60.0, 40.0, 20.0]
+    assert roofline[0] == pytest.approx((60, 60 * 2 / 2.5, 60 * 2 / 1.6))
+    assert found["gpu-b"].axes[0].get_xlim()[1] > 1.875, "a whisker leaves the chart"
+
+
+def test_chart_files_hold_the_numbers_and_are_the_same_twice(tmp_path: Path) -> None:
+    (result,) = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
+    first = plot.save(plot.charts(result)["gpu-b"], tmp_path / "1", "x")
+    second = plot.save(plot.charts(result)["gpu-b"], tmp_path / "2", "x")
+    assert [path.suffix for path in first] == [".svg", ".png"]
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", first[0].read_text())
+    assert {"1.50x  ours", "0.50x  slow"} <= set(texts)
+    assert any("against peer" in text for text in texts)
+
+
+def test_charts_can_be_read_by_day_and_by_night() -> None:
+    def luminance(colour: str) -> float:  # WCAG 2
+        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for ground in plot.GROUNDS:
+        for colour, least in ((plot.TEXT, 4.0), (plot.OURS, 3.0), (plot.PEER, 3.0)):
+            one, two = sorted((luminance(colour), luminance(ground)))
+            assert (two + 0.05) / (one + 0.05) >= least, (colour, ground)
+
+
+def test_the_later_file_counts_and_other_files_are_refused(tmp_path: Path) -> None:
+    old = result_file(tmp_path / "gpu" / "old.json", ROWS)
+    new = result_file(tmp_path / "gpu" / "new.json", [ROWS[0] | {"ratio": 4.0}])
+    other = result_file(tmp_path / "cpu" / "old.json", ROWS)
+    found = plot.read([old, new, other])
+    assert [(r.path.parent.name, r.path.name) for r in found] == [
+        ("cpu", "old.json"),
+        ("gpu", "new.json"),
+    ]
+    assert plot.comparisons(found[1])[0].value == 4.0
+    (tmp_path / "x.json").write_text('{"rows": [{"seed": 0}], "meta": {}}')
+    with pytest.raises(ValueError, match=r"x\.json: not a result of `python -m bench`"):
+        plot.read([tmp_path / "x.json"])
+
+
+def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
+    results = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"# Head\n\n{plot.MARKS[0]}\nold\n{plot.MARKS[1]}\n\nTail\n")
+    plot.write_markdown(results, page, tmp_path / "docs" / "plots")
+    text = page.read_text()
+    assert text.startswith("# Head\n") and text.endswith("\n\nTail\n") and "old" not in text
+    assert "| one | ours | 2 | 1.6 to 2.5 | 9 | 60 | 1.50 | peer |" in text
+    assert "| one | peer | 3 | 3 to 3 | 6 | 40 |  |  |" in text and "two" not in text
+    assert "![gpu-b](plots/gpu-b.svg)" in text and "(../gpu/a.json)" in text
+    page.write_text("# Head\n")
+    with pytest.raises(ValueError, match="has not the marks"):
+        plot.write_markdown(results, page, tmp_path)
+
+
+def test_charts_of_the_docs_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    """`make plots` was run after the last result was committed."""
+    if why := plot.unordered():
+        pytest.skip(why)
+    folder = ROOT / "docs" / "plots"
+    wanted = set()
+    for result in plot.read(plot.committed()):
+        for stem, figure in plot.charts(result).items():
+            wanted.add(f"{stem}.svg")
+            plot.save(figure, tmp_path, stem)
+            here, there = ((f / f"{stem}.svg").read_text() for f in (tmp_path, folder))
+            pattern = r"<text[^>]*>([^<]*)</text>"  # another matplotlib draws other paths
+            assert re.findall(pattern, here) == re.findall(pattern, there), stem
+    assert wanted == {path.name for path in folder.iterdir()}

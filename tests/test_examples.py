@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,37 @@ def test_read_cache_reads_what_it_made_and_any_other(tmp_path):
         out = run("read_cache.py", str(tmp_path / name))
         for sample, label in enumerate(logits.argmax(1)[:4].tolist()):
             assert f"sample {sample}, view 5: class {label}" in out
+
+
+def test_timm_train_is_the_same_with_and_without_fuse():
+    out = run("timm_train.py", "--steps", "3", "--batch", "4")
+    losses = [line.split()[3::2] for line in out.splitlines() if line.startswith("step")]
+    assert len(losses) == 3 and len({pair[0] for pair in losses}) == 3, "it does not train"
+    assert float(out.split()[-1]) < 1e-4
+
+
+def test_kernels_alone_agree_with_pytorch():
+    out = run("kernels_alone.py", "--batch", "2", "--tokens", "17")
+    found = re.findall(r"^(\w+) +largest difference (\S+)", out, re.M)
+    names = ["attention_qkvpacked", "add_layer_norm", "bias_gelu", "distillation_loss"]
+    assert [name for name, _ in found] == names
+    assert all(float(difference) < 1e-5 for _, difference in found), out
+
+
+def test_own_data_is_learned(tmp_path):
+    out = run("own_data.py", str(tmp_path))
+    assert float(re.search(r"90 held-out images, top-1 (\S+) %", out).group(1)) > 70  # chance: 33
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["train", "val"]
+
+
+def test_custom_teacher_teaches_through_the_cache_alone(tmp_path):
+    out = run("custom_teacher.py", str(tmp_path))
+    assert float(re.search(r"teacher top-1 (\S+) %", out).group(1)) > 80
+    assert float(re.search(r"student top-1 (\S+) %", out).group(1)) > 60  # chance: 33
+    assert "2880 answers of 20 views cached" in out  # 144 images
+    log = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    losses = [row["distill_loss"] for row in map(json.loads, log) if row["kind"] == "train"]
+    assert 0 < losses[-1] < 0.8 * losses[0], losses
 
 
 def test_slurm_script_is_bash():
