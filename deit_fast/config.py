@@ -321,10 +321,10 @@ class RunConfig:
     batch_size: int = 256
     """Samples per step over all ranks (global batch)."""
     compat: Literal["none", "deit"] = "none"
-    """`deit`: the order of DeiT's RASampler, Mixup/CutMix of each rank's whole batch with its reverse,
-    the learning rate moved once an epoch, one late, and decay of `dist_token`, as in DeiT's code;
-    for online teachers or none. A checkpoint then goes on with the views it would have seen only
-    under as many processes."""
+    """`deit`: the order of DeiT's RASampler, Mixup/CutMix of each rank's whole batch with its
+    reverse, a learning rate that moves once an epoch, one late, and decay of `dist_token`, as in
+    DeiT's code; for online teachers or none. A checkpoint then goes on with the views it would have
+    seen only under as many processes."""
     num_views: int | None = None
     """Distinct views per sample, a multiple of view.repeats; none: enough for all epochs."""
     accumulate: int = 1
