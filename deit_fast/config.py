@@ -339,6 +339,9 @@ class RunConfig:
     """Views per teacher call in `precompute`; fixed: bytes must not depend on the process count."""
     cache: str | None = None
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
+    cache_on_device: bool = False
+    """Keep the logits of all views of the run in the device's memory, rather than stream each
+    batch's from the host: bytes of the cache's record times samples times views."""
     log_every: int = 50
     """Steps between lines of the log and rows of metrics.jsonl."""
     track: tuple[str, ...] = ()
@@ -365,7 +368,7 @@ class RunConfig:
     """Rollbacks in one run before it stops after all."""
     compile: Literal["none", "blocks", "model"] = "none"
     """torch.compile of the student: each block by itself (seconds), or the whole model, where more
-    can be fused and the first step takes minutes."""
+    can be fused and the first step takes minutes; with either, the whole teacher."""
     cuda_graphs: bool = False
     """With `compile`: replay the kernels as CUDA graphs, for small models and batches, whose time
     is that of their launches."""

@@ -177,7 +177,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     batch = next(loader)
     loading = time.perf_counter() - started
     codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
-    codec.encode(job.answer(batch), batch.labels)
+    codec.encode(job.answer(batch), batch.labels).cpu()  # a GPU would go on behind the clock's back
     started = time.perf_counter()
     codec.encode(job.answer(batch), batch.labels).cpu()
     answering = time.perf_counter() - started
@@ -235,7 +235,8 @@ def _prepare(config: RunConfig) -> _Job:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     source = open_source(config.data, "train", config.view.image_size)
-    teacher = load_class_matched_teacher(config, len(source.classes)).to(device)
+    teacher = load_class_matched_teacher(config, len(source.classes))
+    teacher.place(device, compiled=config.compile != "none")
     return _Job(config, source, teacher, device)
 
 

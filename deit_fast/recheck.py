@@ -97,7 +97,7 @@ def recheck(
     expected = views_fingerprint(config, source.fingerprint())
     cache.require(expected)  # before the teacher, which may take a minute to load
     place = choose_device(device)
-    model = load_class_matched_teacher(config, len(source.classes)).to(place)
+    model = load_class_matched_teacher(config, len(source.classes)).place(place)
     cache.require(model.fingerprint())
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")

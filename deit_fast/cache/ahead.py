@@ -82,6 +82,7 @@ class _Slot:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.count = 0
+        self.ids: tuple[Any, Any] = (), ()
         self.host = self.on_device = torch.empty((0, 0), dtype=torch.uint8)
         self.copied = self.decoded = None
         if device.type == "cuda":
@@ -119,6 +120,7 @@ class StreamedLogits:
         self._cache, self._batches, self._device = cache, batches, device
         self._tau, self._tail, self._ahead = tau, tail, ahead
         self._left = len(batches) - start
+        self.ids: tuple[Any, Any] = (), ()
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
         for _ in range(_SLOTS):
@@ -140,6 +142,7 @@ class StreamedLogits:
             self.close()
             raise slot
         self._left -= 1
+        self.ids = slot.ids
         if slot.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.copied)
         raw = slot.on_device[: slot.count]
@@ -182,7 +185,7 @@ class StreamedLogits:
     def _load(self, slot: _Slot, samples: Any, views: Any, side: torch.cuda.Stream | None) -> None:
         if slot.copied is not None:
             slot.copied.synchronize()  # this thread alone: the pinned buffer is still being read
-        slot.count = len(samples)
+        slot.count, slot.ids = len(samples), (samples, views)
         if side is None:
             slot.resize(slot.count, self._cache.codec.record_bytes)
             self._cache.gather_records(samples, views, out=slot.host)

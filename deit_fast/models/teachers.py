@@ -42,6 +42,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
+        self.memory_format = torch.contiguous_format
         self.mean, self.std = tuple(mean), tuple(std)
         self.renormalises = (self.mean, self.std) != (tuple(input_mean), tuple(input_std))
         # x_in * std_in + mean_in is the pixel; the teacher wants (pixel - mean) / std.
@@ -56,6 +57,24 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: a teacher in train mode would answer from batch statistics."""
         return super().train(False)
 
+    def place(self, device: torch.device, compiled: bool = False) -> Teacher:
+        """Itself, on the device it will answer on.
+
+        On CUDA channels go innermost in memory, the layout of tensor cores: a convnet in bf16
+        would otherwise be transposed at every convolution.
+
+        Args:
+            device: where to.
+            compiled: compile its network with torch.compile, on the first batch.
+        """
+        self.to(device)
+        if device.type == "cuda":
+            self.memory_format = torch.channels_last
+            self.to(memory_format=self.memory_format)
+        if compiled:
+            self.model.compile()
+        return self
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, C] for images [B, 3, S, S] that are normalised as the student's."""
@@ -63,6 +82,7 @@ class Teacher(nn.Module):
             self.model.eval()
         if self.renormalises:
             images = images * self.scale + self.shift
+        images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
             logits = self.model(images)
         return logits[0] if isinstance(logits, tuple) else logits

@@ -120,6 +120,7 @@ class TrainStep:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         with phase("forward"), autocast:
             outputs = self.forward(images)
+        self.teaching.join()
         with phase("loss"):
             total, numbers = self._loss(outputs, batch, answer)
         share = 1 / self.config.accumulate

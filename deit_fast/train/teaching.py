@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
-from deit_fast.cache import LogitCache
-from deit_fast.cache.ahead import ReadAhead
+from deit_fast.cache import LogitCache, ResidentLogits, StreamedLogits
 from deit_fast.cache.compare import compare_answers
 from deit_fast.cache.errors import CacheError
 from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
+from deit_fast.cache.reader import host_ids
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.config import InputError, RunConfig
 from deit_fast.data.digests import require_same_pixels
@@ -32,12 +33,16 @@ class Teaching(Protocol):
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> TeacherAnswer: ...
 
+    def join(self) -> None:
+        """Called before the last answer is read, on the stream that reads it."""
+        return
+
     def follow(self, batches: Sequence, start: int) -> None:
         """Told once that the batches from ``start`` on come next, in this order."""
         return
 
     def at(self, step: int) -> None:
-        """Told before each step which one it is."""
+        """Told before each step which one it is; its batch then comes whole or in parts."""
         return
 
     def noticed(self) -> dict[str, float]:
@@ -57,40 +62,104 @@ class NoTeacher(Teaching):
 
 
 class OnlineTeacher(Teaching):
-    """The teacher's forward on the very images that the student sees."""
+    """The teacher's forward on the very images that the student sees, beside the student's.
 
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+    On CUDA it has a stream of its own, which starts where the images are ready. No memory passes
+    from one stream to the other too early: each waits for the other once a batch.
+    """
+
+    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+        self.teacher, self.device = teacher, device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
-        return self.teacher(images)
+        if self._side is None:
+            return self.teacher(images)
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            return self.teacher(images)
+
+    def join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
 
 class CachedTeacher(Teaching):
-    """Stored answers, looked up by sample and view; read ahead where the order is known."""
+    """Stored answers, looked up by sample and view.
 
-    def __init__(self, cache: LogitCache, *, tau: float, tail: str) -> None:
-        self.cache, self.tau, self.tail = cache, tau, tail
-        self._ahead: ReadAhead | None = None
+    In a known order (``follow``, then ``at`` each step) they are read, gathered and copied to the
+    device ahead of the step by ``LogitCache.stream``, or come from ``resident`` where the run's
+    views lie in the device's memory. Batches in no known order are looked up when they come.
+    """
+
+    def __init__(
+        self,
+        cache: LogitCache,
+        device: torch.device,
+        *,
+        tau: float,
+        tail: str,
+        resident: ResidentLogits | None = None,
+    ) -> None:
+        self.cache, self.device, self.resident = cache, device, resident
+        self.tau, self.tail = tau, tail
+        self._batches: Sequence | None = None
+        self._stream: StreamedLogits | None = None
+        self._next = self._given = 0  # the stream's next step; rows given of the one before
+        self._answer: torch.Tensor | TopK | None = None
 
     def follow(self, batches: Sequence, start: int) -> None:
         self.close()
-        self._ahead = self.cache.prefetch(batches, start=start)
+        if self.resident is None:
+            self._batches, self._next = batches, start
 
     def at(self, step: int) -> None:
-        if self._ahead is not None:
-            self._ahead.advance(step)
+        if self._batches is None:
+            return
+        if self._stream is None:  # not in `follow`: the loader's processes are forked after it
+            self._next = step
+            self._stream = self.cache.stream(
+                self._batches, self.device, tau=self.tau, tail=self.tail, start=step
+            )
+        while self._next <= step:  # more than one where a step was left out
+            self._answer = next(self._stream)
+            self._next += 1
+        self._given = 0
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        stream, self._stream, self._batches, self._answer = self._stream, None, None, None
+        if stream is not None:
+            stream.close()
 
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+        if self.resident is not None:
+            return self.resident.gather(
+                batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail
+            )
+        if self._stream is not None:
+            return self._streamed(batch)
         answer = self.stored(batch)
         if isinstance(answer, TopK):
-            moved = [field.to(images.device, non_blocking=True) for field in answer[:3]]
+            moved = [field.to(self.device, non_blocking=True) for field in answer[:3]]
             return TopK(*moved, answer.tail)
-        return answer.to(images.device, non_blocking=True)
+        return answer.to(self.device, non_blocking=True)
+
+    def _streamed(self, batch: ViewBatch) -> torch.Tensor | TopK:
+        assert self._stream is not None and self._answer is not None
+        rows = slice(self._given, self._given + len(batch))
+        self._given = rows.stop
+        for name, ids, given in zip(
+            ("samples", "views"), self._stream.ids, (batch.sample_ids, batch.view_ids), strict=True
+        ):
+            expected = host_ids(ids, name)[rows] if np.ndim(ids) else ids
+            if not np.array_equal(np.broadcast_to(expected, len(batch)), host_ids(given, name)):
+                raise RuntimeError(
+                    f"the batch of step {self._next} does not hold the {name} of its place in the "
+                    f"order: first {given[:4].tolist()} rather than {expected[:4].tolist()}"
+                )
+        if isinstance(self._answer, TopK):
+            return TopK(*(field[rows] for field in self._answer[:3]), self._answer.tail)
+        return self._answer[rows]
 
     def stored(self, batch: ViewBatch) -> torch.Tensor | TopK:
         """The cache's answer, on the host."""
@@ -105,9 +174,15 @@ class CheckedTeacher(CachedTeacher):
     """
 
     def __init__(
-        self, cache: LogitCache, teacher: Teacher, *, every: int, tau: float, tail: str
+        self,
+        cache: LogitCache,
+        device: torch.device,
+        teacher: Teacher,
+        *,
+        every: int,
+        **settings: Any,
     ) -> None:
-        super().__init__(cache, tau=tau, tail=tail)
+        super().__init__(cache, device, **settings)
         self.teacher, self.every = teacher, every
         self._step = 0
         self._worst: float | None = None
@@ -182,10 +257,11 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
         )
     num_classes = len(source.classes)
+    compiled = config.compile != "none"
     teacher = load_class_matched_teacher(config, num_classes) if config.teacher else None
     if config.cache is None:
         assert teacher is not None
-        return OnlineTeacher(teacher.to(device))
+        return OnlineTeacher(teacher.place(device, compiled), device)
     cache = LogitCache.open(config.cache)
     if is_tinyvit(cache.manifest):
         raise InputError(
@@ -208,11 +284,14 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         device=device,
         where=f"cache {config.cache}",
     )
+    settings: dict[str, Any] = {"tau": config.loss.tau, "tail": config.loss.tail}
+    if config.cache_on_device:
+        settings["resident"] = cache.to_device(range(config.views_used), device)
     if every is not None and teacher is not None:
         return CheckedTeacher(
-            cache, teacher.to(device), every=every, tau=config.loss.tau, tail=config.loss.tail
+            cache, device, teacher.place(device, compiled), every=every, **settings
         )
-    return CachedTeacher(cache, tau=config.loss.tau, tail=config.loss.tail)
+    return CachedTeacher(cache, device, **settings)
 
 
 def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:
