@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,12 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             in_plain_words(job.device, sizes),
             Progress("precompute", total, unit="view") as progress,
         ):
-            for (_, start, _), batch in zip(calls.calls, loader, strict=True):
+            answered = zip(calls.calls, job.answers(loader), strict=True)
+            for (_, start, _), (batch, logits) in answered:
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
                     writer.claim(*block)
                 pixels.add(batch)
-                view, logits = int(batch.view_ids[0]), job.answer(batch)
-                writer.write(batch.sample_ids, view, logits, batch.labels)
+                writer.write(batch.sample_ids, int(batch.view_ids[0]), logits, batch.labels)
                 substituted.update(batch.substituted)
                 images_done += len(batch.sample_ids)
                 progress.advance(len(batch.sample_ids), pace.note(images_done))
@@ -220,6 +221,36 @@ class _Job:
             },
             info={"data.train": config.data.train},
         )
+
+    def answers(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:
+        """Batches and the teacher's logits about them.
+
+        The teacher is given the next batch before the last one's answers are handed out: on CUDA it
+        works, on a stream of its own, while the host waits for those, encodes and writes them.
+        """
+        on_cuda = self.device.type == "cuda"
+        side = torch.cuda.Stream(self.device) if on_cuda else None
+        waiting: deque[tuple[ViewBatch, torch.Tensor, torch.cuda.Event | None]] = deque()
+        for batch in batches:
+            if side is None:
+                waiting.append((batch, self.answer(batch), None))
+            else:
+                side.wait_stream(torch.cuda.current_stream(self.device))  # until the pixels came
+                with torch.cuda.stream(side):
+                    waiting.append((batch, self.answer(batch), side.record_event()))
+            if len(waiting) > 1:
+                yield self._ready(*waiting.popleft())
+        while waiting:
+            yield self._ready(*waiting.popleft())
+
+    def _ready(
+        self, batch: ViewBatch, logits: torch.Tensor, answered: torch.cuda.Event | None
+    ) -> tuple[ViewBatch, torch.Tensor]:
+        """For the current stream. The writer waits for what it reads, so that no memory of the
+        batch is free before the teacher is done with it."""
+        if answered is not None:
+            torch.cuda.current_stream(self.device).wait_event(answered)
+        return batch, logits
 
     def answer(self, batch: ViewBatch) -> torch.Tensor:
         """The teacher's logits [B, C] about a batch of views."""

@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch, LogitCache
 from deit_fast.config import InputError, RunConfig
+from deit_fast.data.ingest import ingest_batch
+from deit_fast.data.open import open_loader
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import TeacherCalls, _Pace, duration, estimate, precompute
+from deit_fast.precompute import TeacherCalls, _Pace, _prepare, duration, estimate, precompute
 from deit_fast.recipes import digits_student
 from digits import write_few_digits
 
@@ -64,6 +66,34 @@ def command(config: RunConfig, cache: Path) -> list[str]:
         "--teacher-batch", "32", "--cache", str(cache), "--data.root", str(config.data.root),
         "--data.workers", "0", "--codec.block-records", "36",
     ]  # fmt: skip
+
+
+def check_answers(config: RunConfig, device: str) -> None:
+    """What comes out is each batch's own answer, and the teacher has the next batch by then."""
+    job = _prepare(config.replace(device=device))
+    calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, job.source.num_samples, 20)
+    given: list[int] = []
+    job.teacher.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
+    for place, (batch, logits) in enumerate(job.answers(loader)):
+        assert len(given) == min(place + 2, len(calls))
+        kept = logits.cpu()  # as the writer does, which waits
+        samples, views = calls[place]
+        assert batch.sample_ids.tolist() == samples.tolist()
+        assert batch.view_ids.tolist() == views.tolist()
+        again = job.teacher(ingest_batch(batch, config.view, torch.float32)).cpu()
+        given.pop()
+        assert torch.equal(kept, again)
+    assert place + 1 == len(calls) == len(given) == 6
+
+
+def test_the_teacher_works_on_the_next_batch_while_one_is_written(config):
+    check_answers(config, "cpu")
+
+
+@pytest.mark.gpu
+def test_answers_on_a_gpu_belong_to_their_batches(config):
+    check_answers(config, "cuda")
 
 
 def test_calls_cover_each_view_once_and_never_cross_blocks():
