@@ -118,6 +118,8 @@ class ViewReader : public ViewFile {
   }
   // Asks the system to start reading a block; returns at once.
   void will_need(uint64_t block) const;
+  // Enters a block that is in memory into the map, which spares its readers the page faults.
+  void map_pages(uint64_t block) const;
   // Throws FormatError where the file's size is not what it was when it was opened.
   void check_unchanged() const { check_size(); }
 

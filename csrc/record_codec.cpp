@@ -9,6 +9,7 @@
 #if defined(__x86_64__) && defined(__linux__)
 #define DF_WIDE __attribute__((target_clones("avx2", "default")))
 #define DF_F16C 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define DF_WIDE
@@ -35,6 +36,12 @@ struct SerialBlock {
   template <typename Body>
   DF_BOTH void each(Body body) {
     for (uint32_t thread = 0; thread < kEncodeThreads; ++thread) body(thread);
+  }
+  template <typename Body>
+  DF_BOTH bool any(Body body) {
+    bool found = false;
+    for (uint32_t thread = 0; thread < kEncodeThreads; ++thread) found |= body(thread);
+    return found;
   }
   template <typename Term>
   DF_BOTH uint64_t total(uint32_t count, Term term) {
@@ -117,12 +124,19 @@ __attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layo
 }
 #endif
 
+#if defined(DF_F16C)
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows the word
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 using DecodeTopK = void (*)(const RecordLayout&, const unsigned char* const*, size_t,
                             const TopKOut&);
 
 DecodeTopK choose_topk(const RecordLayout& layout) {
 #if defined(DF_F16C)
-  static const bool fast = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  static const bool fast = __builtin_cpu_supports("avx2") && has_f16c();
   if (fast && layout.k == 16 && layout.id_bytes == 2) return decode_topk16;
 #endif
   (void)layout;

@@ -29,7 +29,6 @@ struct EncodeShared {
   uint64_t best[kEncodeThreads];
   uint64_t threshold;
   uint32_t found;
-  uint32_t bad;
   uint64_t* keys;
   uint64_t* sorted;
 };
@@ -73,25 +72,24 @@ DF_BOTH void collect(Block& block, Row row, uint32_t count, uint32_t room, Encod
   });
 }
 
-// The `wanted` largest keys of the row, descending, in shared.sorted; shared.bad where a value is
-// not finite. room >= wanted.
+// The `wanted` largest keys of the row, descending, in shared.sorted; false where a value is not
+// finite. room >= wanted.
 template <typename Block, typename Row>
-DF_BOTH void select_largest(Block& block, Row row, uint32_t count, uint32_t wanted, uint32_t room,
+DF_BOTH bool select_largest(Block& block, Row row, uint32_t count, uint32_t wanted, uint32_t room,
                             EncodeShared& shared) {
-  block.each([&](uint32_t thread) {
-    if (thread == 0) shared.bad = 0;
-  });
-  block.each([&](uint32_t thread) {
+  const bool bad = block.any([&](uint32_t thread) {
     uint64_t best = 0;
+    bool finite = true;
     for (uint32_t i = thread; i < count; i += kEncodeThreads) {
       const float value = row(i);
-      if (!is_finite(value)) shared.bad = 1;
+      finite = finite && is_finite(value);
       const uint64_t key = key_of(value, i);
       best = key > best ? key : best;
     }
     shared.best[thread] = best;
+    return !finite;
   });
-  if (shared.bad) return;
+  if (bad) return false;
   // `wanted` threads hold a key of at least the wanted-th largest of their best ones: a threshold
   // that passes all that is wanted and, in a row without a pattern, little more.
   uint32_t passed = room + 1;
@@ -120,6 +118,7 @@ DF_BOTH void select_largest(Block& block, Row row, uint32_t count, uint32_t want
     passed = shared.found;
   }
   block.sort_descending(shared.keys, passed, shared.sorted, wanted);
+  return true;
 }
 
 // Writes the record of a row; false, and nothing, where a value of it is not finite.
@@ -129,8 +128,7 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
                              uint32_t room, EncodeShared& shared, unsigned char* record) {
   const uint32_t count = shape.num_classes, k = shape.k;
   const bool whole = k == count;
-  select_largest(block, row, count, whole ? k : k + 1, room, shared);
-  if (shared.bad) return false;
+  if (!select_largest(block, row, count, whole ? k : k + 1, room, shared)) return false;
 
   const double top = value_of(shared.sorted[0]);
   const double next = whole ? top : value_of(shared.sorted[k]);

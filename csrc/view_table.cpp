@@ -98,6 +98,7 @@ void ReadAhead::stop() {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
     queue_.clear();
+    advised_ = 0;
   }
   more_.notify_all();
   idle_.notify_all();
@@ -143,12 +144,15 @@ void ReadAhead::work() {
     if (stop_) return;
     const Block mine = std::move(queue_.front());
     queue_.pop_front();
-    const Block next = queue_.empty() ? Block{} : queue_.front();
+    if (advised_ > 0) --advised_;
+    std::vector<Block> next;  // the disk works on these while this thread checks its block
+    for (; advised_ < std::min(kAdvised, queue_.size()); ++advised_) next.push_back(queue_[advised_]);
     lock.unlock();
-    if (next.first) next.first->will_need(next.second);  // the disk works while this one is checked
+    for (const auto& [view, block] : next) view->will_need(block);
     bool read = true;
     try {
       mine.first->require_block(mine.second);
+      mine.first->map_pages(mine.second);
     } catch (const std::exception&) {
       read = false;  // whoever asks for one of its records gets the error, with the same words
     }

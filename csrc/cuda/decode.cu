@@ -10,6 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 65536;  // loops stride over the rest
 constexpr uint32_t kLanes = 32;
+constexpr const char* kWhat = "gather of cached records";
 
 struct Table {
   const unsigned char* __restrict__ records;
@@ -131,8 +132,8 @@ void launch_copy(const RecordLayout& layout, const Table& table, int64_t count, 
                  cudaStream_t stream) {
   const uint32_t words = layout.record_bytes / sizeof(Word);
   const int64_t total = count * words;
-  copy_records<Word><<<blocks_for(total, kThreads * 4), kThreads, 0, stream>>>(
-      table, layout.record_bytes, words, total, static_cast<Word*>(out));
+  launch(kWhat, stream, blocks_for(total, kThreads * 4), kThreads, 0, copy_records<Word>, table,
+         layout.record_bytes, words, total, static_cast<Word*>(out));
 }
 
 void copy(const RecordLayout& layout, const Table& table, int64_t count, void* out,
@@ -154,7 +155,8 @@ void launch_topk(const RecordLayout& layout, const Table& table, int64_t count, 
   const uint32_t group = layout.k <= 16 ? 16 : kLanes;
   const unsigned blocks = blocks_for(count, kThreads / group);
   const auto kernel = group == 16 ? decode_topk<Id, 16> : decode_topk<Id, kLanes>;
-  kernel<<<blocks, kThreads, 0, stream>>>(layout, table, count, ids, out.second, out.third);
+  launch(kWhat, stream, blocks, kThreads, 0, kernel, layout, table, count, ids, out.second,
+         out.third);
 }
 
 template <RecordKind Kind>
@@ -163,7 +165,7 @@ void launch_bytes(const RecordLayout& layout, const Table& table, int64_t count,
   const bool wide = layout.num_classes % 4 == 0 &&
                     (reinterpret_cast<uintptr_t>(table.records) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
   const auto kernel = wide ? decode_bytes<Kind, true> : decode_bytes<Kind, false>;
-  kernel<<<blocks_for(count, 1), kThreads, 0, stream>>>(layout, table, count, out);
+  launch(kWhat, stream, blocks_for(count, 1), kThreads, 0, kernel, layout, table, count, out);
 }
 
 }  // namespace
@@ -172,8 +174,7 @@ void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, 
                       const int64_t* rows, int64_t count, const Decoded& out, int device,
                       void* stream_address) {
   if (count == 0) return;
-  constexpr const char* what = "gather of cached records";
-  check_cuda(cudaSetDevice(device), what);  // this runtime is linked in statically, beside torch's
+  check_cuda(cudaSetDevice(device), kWhat);  // this runtime is linked in statically, beside torch's
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const Table table{records, num_records, rows};
   switch (layout.kind) {
@@ -184,9 +185,9 @@ void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, 
       auto* to = static_cast<int64_t*>(out.first);
       const unsigned blocks = blocks_for(count, kThreads);
       if (layout.id_bytes == 2) {
-        decode_hard<uint16_t><<<blocks, kThreads, 0, stream>>>(table, count, to);
+        launch(kWhat, stream, blocks, kThreads, 0, decode_hard<uint16_t>, table, count, to);
       } else {
-        decode_hard<uint32_t><<<blocks, kThreads, 0, stream>>>(table, count, to);
+        launch(kWhat, stream, blocks, kThreads, 0, decode_hard<uint32_t>, table, count, to);
       }
       break;
     }
@@ -204,7 +205,6 @@ void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, 
       launch_bytes<RecordKind::fp8>(layout, table, count, static_cast<float*>(out.first), stream);
       break;
   }
-  check_cuda(cudaGetLastError(), what);
 }
 
 }  // namespace deit_fast

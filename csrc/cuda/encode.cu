@@ -11,6 +11,8 @@
 namespace deit_fast {
 namespace {
 
+constexpr const char* kWhat = "encoding of teacher logits";
+
 struct Temperatures {
   double inverse[kEncodeTemperatures];
 };
@@ -23,6 +25,10 @@ struct CudaBlock {
   __device__ __forceinline__ void each(Body body) {
     body(threadIdx.x);
     __syncthreads();
+  }
+  template <typename Body>
+  __device__ __forceinline__ bool any(Body body) {
+    return __syncthreads_or(body(threadIdx.x));
   }
   template <typename Term>
   __device__ __forceinline__ uint64_t total(uint32_t count, Term term) {
@@ -80,7 +86,6 @@ __global__ void __launch_bounds__(kEncodeThreads)
     encode_rows(TopKShape shape, Temperatures temperatures, const Float* __restrict__ logits,
                 int64_t count, const int64_t* __restrict__ labels,
                 unsigned char* __restrict__ records, int64_t* __restrict__ first_bad) {
-  extern __shared__ uint4 staged_words[];
   __shared__ EncodeShared shared;
   __shared__ uint64_t keys[kEncodeKeys];
   __shared__ uint64_t sorted[kEncodeKeys];
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
     unsigned char* record = records + i * shape.record_bytes();
     bool good = false;
     if (Staged) {
-      auto* staged = reinterpret_cast<Float*>(staged_words);
+      auto* staged = reinterpret_cast<Float*>(dynamic_shared());
       stage(row, shape.num_classes, staged);
       good = encode_topk_row(
           block, shape, [staged](uint32_t j) { return widen(staged[j]); }, label, kEncodeKeys,
@@ -118,13 +123,12 @@ __global__ void __launch_bounds__(kEncodeThreads)
 }
 
 template <typename Float>
-void launch(const TopKShape& shape, const Temperatures& temperatures, const void* logits,
+void encode(const TopKShape& shape, const Temperatures& temperatures, const void* logits,
             int64_t count, const int64_t* labels, unsigned char* records, int64_t* first_bad,
             int device, cudaStream_t stream) {
-  constexpr const char* what = "encoding of teacher logits";
   constexpr size_t kStatic = sizeof(EncodeShared) + 2 * 8 * kEncodeKeys + 1024;
   int limit = 0;
-  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kWhat);
   const size_t needed = (shape.num_classes * sizeof(Float) + 15) / 16 * 16;
   const bool staged = needed + kStatic <= static_cast<size_t>(limit);
   const auto kernel = staged ? encode_rows<Float, true> : encode_rows<Float, false>;
@@ -132,13 +136,11 @@ void launch(const TopKShape& shape, const Temperatures& temperatures, const void
   if (staged) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(dynamic)),
-               what);
+               kWhat);
   }
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(count, 65536));
-  kernel<<<blocks, kEncodeThreads, dynamic, stream>>>(shape, temperatures,
-                                                      static_cast<const Float*>(logits), count,
-                                                      labels, records, first_bad);
-  check_cuda(cudaGetLastError(), what);
+  launch(kWhat, stream, blocks, kEncodeThreads, dynamic, kernel, shape, temperatures,
+         static_cast<const Float*>(logits), count, labels, records, first_bad);
 }
 
 }  // namespace
@@ -148,15 +150,15 @@ void cuda_encode_topk(const TopKShape& shape, const void* logits, FloatType type
                       void* stream_address) {
   if (count == 0) return;
   if (shape.k >= kEncodeKeys || shape.temperatures > kEncodeTemperatures) {
-    throw std::runtime_error("encoding of teacher logits: k or temperatures beyond the kernel's");
+    throw std::runtime_error(std::string(kWhat) + ": k or temperatures beyond the kernel's");
   }
-  check_cuda(cudaSetDevice(device), "encoding of teacher logits");
+  check_cuda(cudaSetDevice(device), kWhat);
   Temperatures temperatures{};
   std::copy(shape.inverse_temperatures, shape.inverse_temperatures + shape.temperatures,
             temperatures.inverse);
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const auto run = [&](auto example) {
-    launch<decltype(example)>(shape, temperatures, logits, count, labels, records, first_bad,
+    encode<decltype(example)>(shape, temperatures, logits, count, labels, records, first_bad,
                               device, stream);
   };
   switch (type) {

@@ -2,6 +2,7 @@
 // buffers of the exact size.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -12,20 +13,9 @@
 #include "../logit_cache.h"
 #include "../record_codec.h"
 #include "../view_table.h"
+#include "random.h"
 
 namespace deit_fast {
-
-// splitmix64: a few lines, and any seed is a good one.
-struct Random {
-  uint64_t state;
-  uint64_t next() {
-    uint64_t z = (state += 0x9E3779B97F4A7C15u);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
-  uint64_t below(uint64_t limit) { return next() % limit; }
-};
 
 // A finding: the fuzzer's input number and the text are all that is needed to see it again.
 [[noreturn]] inline void fail(const std::string& what) {
@@ -150,6 +140,14 @@ struct Answers {
         numbers.resize(count * layout.num_classes);
         out.first = numbers.data();
     }
+  }
+  // Other bits everywhere, so that what is not written shows.
+  void mark() {
+    std::fill(bytes.begin(), bytes.end(), static_cast<unsigned char>(0xA5));
+    std::fill(labels.begin(), labels.end(), -7);
+    std::fill(ids.begin(), ids.end(), -7);
+    std::fill(numbers.begin(), numbers.end(), -7e7f);
+    std::fill(tails.begin(), tails.end(), -7e7f);
   }
   void require_ids_below(uint32_t limit) const {
     for (const int32_t id : ids) require(id >= 0 && static_cast<uint32_t>(id) < limit, "an id out of range");
