@@ -12,7 +12,7 @@ TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-.PHONY: install demo test lint format docs plots bench bench-gpu aot aot-golden fuzz sanitize compare clean
+.PHONY: install demo test lint format docs plots bench bench-gpu aot aot-golden fuzz fuzz-guided sanitize emulate compare clean
 
 install: $(INSTALLED)
 
@@ -75,13 +75,28 @@ bench: $(INSTALLED)
 
 # For a machine with a GPU that may have no network: takes the Python that holds torch there
 # (make bench-gpu PYTHON=...), installs nothing from outside, ends in under nine minutes, and leaves
-# one JSON file under bench/results/ and one log.
+# one JSON file under bench/results/ and one log. Most of the tests' time is the compilation of
+# kernels, on one core each: so many processes take a part of the tests each. A test that fails does
+# not keep the benches from running; at the limit pytest is interrupted, to tell what it has seen
+# (without `set -m` the shell's background processes would ignore that).
+GPU_TESTS := $(shell grep -l 'mark\.gpu' tests/test_*.py)
+TEST_PARTS ?= 12
+COMMIT ?=
 bench-gpu: SHELL := /bin/bash -o pipefail
 bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	@mkdir -p build
-	timeout 200 $(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee build/bench-gpu.log
-	timeout 280 $(PYTHON) -m bench all --seconds 220 --device cuda 2>&1 | tee -a build/bench-gpu.log
+	@mkdir -p build && rm -f build/bench-gpu*.log
+	@(set -m; for part in $$(seq $(TEST_PARTS)); do \
+	  timeout --signal=INT --kill-after=15 200 $(PYTHON) -m pytest -q -m gpu -rs \
+	    --part $$part/$(TEST_PARTS) $(GPU_TESTS) > build/bench-gpu-$$part.log 2>&1 & \
+	  parts="$$parts $$!"; \
+	done; \
+	for part in $$parts; do wait $$part || failed=1; done; \
+	exit $${failed:-0}) 2> /dev/null || failed=1; \
+	cat build/bench-gpu-*.log | tee build/bench-gpu.log; rm build/bench-gpu-*.log; \
+	timeout --signal=INT --kill-after=15 280 $(PYTHON) -m bench all --seconds 220 --device cuda \
+	  $(if $(COMMIT),--commit $(COMMIT)) 2>&1 | tee -a build/bench-gpu.log || failed=1; \
+	exit $${failed:-0}
 
 # The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: mutated files for
 # so many seconds, and every operation once. Needs g++ or clang++ with their sanitizer libraries.
@@ -99,9 +114,43 @@ $(SANITIZED)/%: csrc/fuzz/%.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h csrc/fuzz/*
 fuzz: $(SANITIZED)/fuzz
 	$< $(SECONDS) $(SEED)
 
+# The same checks, led by libFuzzer to code not yet reached; needs clang++. What it found of interest
+# stays in build/corpus, and the next run goes on from there.
+CLANGXX ?= clang++
+$(SANITIZED)/guided: csrc/fuzz/guided.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h csrc/fuzz/*.h)
+	@mkdir -p $(@D)
+	$(CLANGXX) $(SANITIZER_FLAGS) -fsanitize=fuzzer $< $(CACHE_SOURCES) -o $@
+
+fuzz-guided: $(SANITIZED)/guided
+	@mkdir -p build/corpus
+	$< -max_total_time=$(SECONDS) -max_len=512 -print_final_stats=1 -artifact_prefix=build/ build/corpus
+
 sanitize: $(SANITIZED)/operations
 	rm -rf $(SANITIZED)/cache && mkdir $(SANITIZED)/cache
 	$< $(SANITIZED)/cache
+
+# The CUDA part of the cache without a GPU: its kernels, compiled for the CPU against csrc/emulator,
+# give the host's bytes. First with those two sanitizers, then with the one that finds races.
+EMULATED := build/emulated
+EMULATOR_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -fno-strict-aliasing -ffp-contract=off -Wall -Wextra \
+  -Wno-unknown-pragmas -Icsrc/emulator -pthread
+KERNELS := $(wildcard csrc/cuda/*.cu csrc/emulator/*.cu)
+$(EMULATED)/address: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -DDF_PROCESSORS=1
+$(EMULATED)/thread: SANITIZER := -fsanitize=thread -DDF_PROCESSORS=2
+
+# Without a sanitizer: what runs the kernels, and what they are compared with.
+$(EMULATED)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/fuzz/*.h csrc/emulator/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATOR_FLAGS) -O2 -c $< -o $@
+
+# The objects first: of a template's two versions the linker takes the first.
+$(EMULATED)/address $(EMULATED)/thread: $(EMULATED)/emulator/emulator.o $(EMULATED)/record_codec.o \
+  csrc/emulator/emulate.cpp $(KERNELS) $(wildcard csrc/*.h csrc/cuda/*.h csrc/fuzz/*.h csrc/emulator/*.h)
+	$(CXX) $(EMULATOR_FLAGS) $(SANITIZER) -O1 $(filter %.o,$^) -x c++ $(KERNELS) csrc/emulator/emulate.cpp -o $@
+
+emulate: $(EMULATED)/address $(EMULATED)/thread
+	$(EMULATED)/address $(SECONDS) $(SEED)
+	$(EMULATED)/thread $(SECONDS) $(SEED)
 
 # Whether training's numbers moved since a commit: make compare BASE=<commit>
 BASE ?= HEAD

@@ -1,9 +1,14 @@
-"""python -m bench all|kernels|NAME [--device cuda] [--seconds 300] [--out FILE], or bench plot"""
+"""python -m bench all|kernels|NAME [--device cuda] [--seconds 300] [--out FILE], or bench plot
+
+The file is written after each bench: a run that is cut short keeps what it has measured.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +19,13 @@ if TYPE_CHECKING:
     from .common import Row, Timer
 
 HERE = Path(__file__).parent
+HOSTS = ("cache", "loader")  # mostly the host's work: last, as a GPU waits for it
 
 
 def select(what: str) -> list[str]:
     """Names of the benches that ``what`` stands for; a kernel's bench has the kernel's name."""
-    names = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    names = [path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")]
+    names.sort(key=lambda name: (name in HOSTS, name))
     if what == "all":
         return names
     if what == "kernels":
@@ -49,6 +56,9 @@ def main() -> None:
         "--out", type=Path, help="result file (bench/results/DEVICE/DATE-COMMIT.json)"
     )
     parser.add_argument("--commit", help="commit that is measured, where git cannot tell")
+    parser.add_argument(
+        "--go-on", action="store_true", help="keep the rows of the result file, run what it lacks"
+    )
     options = parser.parse_args()
     names = select(options.what)
 
@@ -62,27 +72,45 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device")
     meta = common.collect_meta(device, f"python -m bench {' '.join(sys.argv[1:])}", options.commit)
-    out = options.out or common.default_path(device, meta)
+    out = options.out or common.default_path(device, meta, options.what)
+    try:
+        common.require_meta(meta, out)  # now, not when all is measured
+    except ValueError as error:
+        raise SystemExit(f"{error}; --commit names what git cannot tell") from None
+    rows: list[common.Row] = []
+    if options.go_on and out.exists():
+        found = json.loads(out.read_text())
+        meta, rows = found["meta"], found["rows"]
+    names = [name for name in names if name not in {row["bench"] for row in rows}]
 
+    common.compile_every_shape()
     timer = common.Timer(device)  # measures the copy, which is not on the benches' time
     deadline = time.perf_counter() + options.seconds
-    rows: list[common.Row] = []
     for position, name in enumerate(names):
         print(f"\n{name} on {meta['device']}, copy {timer.copy_gbps:.0f} GB/s", flush=True)
         share = (deadline - time.perf_counter()) / (len(names) - position)
         for row in run_bench(name, device, timer, share):
             rows += row
             common.print_table(row)
-    try:
         common.write_results(out, meta, rows)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+        if timer.is_lost():
+            start_again(out, deadline - time.perf_counter())
     print(f"\n{out}")
 
 
+def start_again(out: Path, seconds: float) -> None:
+    """The benches that are left, in this process made new: one wrong kernel must not end them."""
+    print("the GPU is lost to this process: starting again", flush=True)
+    more = ["--go-on", "--out", str(out), "--seconds", f"{max(seconds, 0):.0f}"]
+    os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:], *more])
+
+
 def run_bench(name: str, device: str, timer: Timer, seconds: float) -> Iterator[list[Row]]:
-    """Rows of one bench, case by case; time that one case leaves over goes to those after it."""
-    from .common import skipped, time_case
+    """Rows of one bench, case by case; time that one case leaves over goes to those after it.
+
+    The first is timed even where no time is left: a bench that took too long costs no other bench.
+    """
+    from .common import NO_TIME, skipped, time_case
 
     try:
         cases = importlib.import_module(f"bench.bench_{name}").cases(device)
@@ -92,10 +120,10 @@ def run_bench(name: str, device: str, timer: Timer, seconds: float) -> Iterator[
     deadline = time.perf_counter() + seconds  # imports are not on the bench's time
     for position, case in enumerate(cases):
         left = deadline - time.perf_counter()
-        if left <= 0:
-            yield [skipped(name, case.name, "all", "no time left, give --seconds more")]
+        if left <= 0 and position > 0:
+            yield [skipped(name, case.name, "all", NO_TIME)]
             continue
-        yield time_case(name, case, timer, left / (len(cases) - position))
+        yield time_case(name, case, timer, left / (len(cases) - position), deadline)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ and file size, and has compared every block's checksum. Bytes: each record read 
 
 Cold: the same after the system forgot the files. A first record costs its whole block (4096
 records, read to compare its checksum), which pays in an epoch and not in one lonely batch: both are
-here. The epoch in a known order is read ahead; its peer reads the file from end to end.
+here. The peer of the epoch, in a random order known ahead, reads the file from end to end. Already
+the first batch holds records of nearly every block, so that nothing can be gathered before all is
+read: "ours, read and checked" ends there, "ours" when all batches have been decoded.
 
-Encode: logits to top-16 records with the tail mass at T=2, against numpy in float64.
+Encode: logits to top-16 records with the tail mass at T=2, against numpy in float64; and with
+writing: 16,384 samples into a new cache (checksums, each block synced before it is claimed) against
+numpy's records appended to a plain file that is synced at its end.
 
 Codecs: bytes a view and Kullback-Leibler divergence of the decoded answer, for a teacher trained
 here on scikit-learn's digits. ``python -m bench.bench_cache RESULT.json OUT.svg`` draws them.
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -86,9 +91,8 @@ def cases(device: str) -> list[Case]:
         for kind in ("records", "answers")
     ]
     found += [open_case(256), cold_batch_case(256), cold_epoch_case(4096)]
-    if device == "cuda":
-        found += [resident_case(batch) for batch in batches]
-    return [*found, encode_case(device, 256), codec_case(256)]
+    found = [*found, encode_case(device, 256), encode_and_write_case(16384, 256), codec_case(256)]
+    return [*([resident_case(batch) for batch in batches] if device == "cuda" else []), *found]
 
 
 @cache
@@ -165,7 +169,8 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
 
     moved = 2 * batch * RECORD.itemsize
     title = f"{kind}, stores" if len(names) > 1 else kind
-    return Case(f"gather top-16 {title} B={batch}", build, moved, batch, before)
+    name = f"gather top-16 {title} B={batch}"
+    return Case(name, build, moved, batch, on_host=True, before=before)
 
 
 def decode_tinyvit(raw: np.ndarray) -> TopK:
@@ -254,7 +259,8 @@ def open_case(batch: int) -> Case:
                 found[name] = {"own_mb": float(done.stdout)}
         return found
 
-    return Case(f"open and gather B={batch}", lambda: open_and_read(np.arange(batch)), facts=facts)
+    return Case(f"open and gather B={batch}", lambda: open_and_read(np.arange(batch)),
+                on_host=True, facts=facts)  # fmt: skip
 
 
 def forget(name: str) -> None:
@@ -267,7 +273,7 @@ def forget(name: str) -> None:
 def cold_batch_case(batch: int) -> Case:
     ids = np.random.default_rng(3).choice(SAMPLES, batch, replace=False)
     return Case(f"cold: open, one gather B={batch}", lambda: open_and_read(ids), before=forget,
-                items=batch)  # fmt: skip
+                items=batch, on_host=True)  # fmt: skip
 
 
 def cold_epoch_case(batch: int) -> Case:
@@ -286,15 +292,19 @@ def cold_epoch_case(batch: int) -> Case:
                 for samples, views in ahead:
                     opened.gather(samples, views, tau=TAU)
 
+        def read_and_checked() -> None:
+            with LogitCache.open(path).prefetch(batches) as ahead:
+                ahead.wait()
+
         def end_to_end() -> None:
             with open(path / "view-00000.dlc", "rb", buffering=0) as file:
                 while file.read(1 << 20):
                     pass
 
-        return {"ours": ours, "end to end": end_to_end}
+        return {"ours": ours, "ours, read and checked": read_and_checked, "end to end": end_to_end}
 
     return Case(f"cold: epoch, known order B={batch}", build, before=forget, items=SAMPLES,
-                bytes_moved=SAMPLES * RECORD.itemsize)  # fmt: skip
+                bytes_moved=SAMPLES * RECORD.itemsize, on_host=True)  # fmt: skip
 
 
 def resident_case(batch: int) -> Case:
@@ -325,12 +335,42 @@ def encode_case(device: str, batch: int) -> Case:
         logits = torch.randn(batch, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
         values = logits.numpy()
         on_device = logits.to(device)
-        return {
-            "ours": lambda: codec.encode(on_device),
-            "numpy": lambda: numpy_encode(values),
-        }
+        if device != "cpu":
+            return {"ours": lambda: codec.encode(on_device), "numpy": "works on the host"}
+        return {"ours": lambda: codec.encode(on_device), "numpy": lambda: numpy_encode(values)}
 
     return Case(f"encode top-16 C={CLASSES} B={batch} fp32", build, items=batch)
+
+
+def encode_and_write_case(samples: int, batch: int) -> Case:
+    """Ours through the writer that `precompute` has; each call into a folder or file of its own."""
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        config = CodecConfig(k=K, temperatures=(TAU,))
+        manifest = build_manifest(
+            config, num_classes=CLASSES, num_samples=samples, tau=TAU, fingerprint={"bench.seed": 0}
+        )
+        logits = torch.randn(samples, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+        ids = torch.arange(samples)
+
+        def ours() -> None:
+            with (
+                tempfile.TemporaryDirectory(prefix="deit-fast-bench-") as folder,
+                LogitCacheWriter(Path(folder) / "cache", manifest) as writer,
+            ):
+                for part in ids.split(batch):
+                    writer.write(part, 0, logits[part[0] : part[-1] + 1])
+
+        def peer() -> None:
+            with tempfile.TemporaryFile(prefix="deit-fast-bench-") as file:
+                for part in logits.split(batch):
+                    numpy_encode(part.numpy()).tofile(file)
+                os.fsync(file.fileno())
+
+        return {"ours": ours, "numpy, fsync": peer}
+
+    return Case(f"encode and write top-16 C={CLASSES} N={samples}", build, items=samples,
+                on_host=True)  # fmt: skip
 
 
 def numpy_encode(logits: np.ndarray) -> np.ndarray:
@@ -406,7 +446,8 @@ def codec_case(batch: int) -> Case:
             for name, codec in codecs.items()
         }
 
-    return Case(f"decode, digits teacher C=10 B={batch}", build, items=batch, facts=facts)
+    name = f"decode, digits teacher C=10 B={batch}"
+    return Case(name, build, items=batch, on_host=True, facts=facts)
 
 
 def kl_error(answer: Any, logits: torch.Tensor) -> float:

@@ -63,12 +63,10 @@ def write_photographs(folder: Path) -> None:
         )
 
 
-def one_core(function: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """On one torch thread. On CUDA the timer's flush must end first: this is the host's work."""
+def one_core(function: Callable[[], Any]) -> Callable[[], Any]:
+    """On one torch thread."""
 
     def run() -> Any:
-        if device == "cuda":
-            torch.cuda.synchronize()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -79,9 +77,7 @@ def one_core(function: Callable[[], Any], device: str) -> Callable[[], Any]:
     return run
 
 
-def build_loaders(
-    device: str, augment: bool, repeats: int, whole: bool
-) -> dict[str, Callable[[], Any] | str]:
+def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callable[[], Any] | str]:
     from timm.data import ImageDataset, create_loader
 
     holder = tempfile.TemporaryDirectory()  # lives as long as the closures below
@@ -133,13 +129,13 @@ def build_loaders(
             pass
 
     return {
-        "ours": one_core(ours(source), device),
-        "ours packed": one_core(ours(PackedImages(str(root / "pack"), "train")), device),
+        "ours": one_core(ours(source)),
+        "ours packed": one_core(ours(PackedImages(str(root / "pack"), "train"))),
         **{
-            name: build_dali(name, source, recipe, ids, views, root, device, whole)
+            name: build_dali(name, source, recipe, ids, views, root, whole)
             for name in ("ours dali", "ours dali-triton")
         },
-        "timm": one_core(run_timm, device),
+        "timm": one_core(run_timm),
     }
 
 
@@ -150,7 +146,6 @@ def build_dali(
     ids: np.ndarray,
     views: np.ndarray,
     folder: Path,
-    device: str,
     whole: bool,
 ) -> Callable[[], Any] | str:
     try:
@@ -172,7 +167,7 @@ def build_dali(
         if whole:
             ingest_batch(batch, recipe, torch.float32)
 
-    return one_core(run, device)
+    return one_core(run)
 
 
 class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
@@ -188,25 +183,26 @@ class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
         return self.batch
 
 
-def build_plans(crops: bool, device: str) -> dict[str, Callable[[], Any] | str]:
+def build_plans(crops: bool) -> dict[str, Callable[[], Any] | str]:
     plan = ViewPlan(ViewRecipe(), 0, 1_281_167)
     ids = np.random.default_rng(0).integers(0, plan.num_samples, PLANS)
     views, widths, heights = (np.full(PLANS, value) for value in (7, 500, 375))
     if crops:
-        return {"ours": one_core(lambda: plan.crop_boxes(ids, views, widths, heights), device)}
-    return {"ours": one_core(lambda: plan.rows(ids, views), device)}
+        return {"ours": one_core(lambda: plan.crop_boxes(ids, views, widths, heights))}
+    return {"ours": one_core(lambda: plan.rows(ids, views))}
 
 
 def cases(device: str) -> list[Case]:
     def loaders(augment: bool, repeats: int, whole: bool = False) -> Callable[[], Any]:
-        return lambda: build_loaders(device, augment, repeats, whole)
+        return lambda: build_loaders(augment, repeats, whole)
 
-    return [
-        Case("plan rows", lambda: build_plans(False, device), items=PLANS),
-        Case("plan crop boxes", lambda: build_plans(True, device), items=PLANS),
-        Case("to uint8, crop", loaders(False, 1), items=FILES),
-        Case("to uint8, DeiT recipe", loaders(True, 1), items=FILES),
-        Case("to uint8, DeiT recipe, 3 repeats", loaders(True, 3), items=3 * FILES),
-        Case("to float32, crop", loaders(False, 1, whole=True), items=FILES),
-        Case("to float32, DeiT recipe", loaders(True, 1, whole=True), items=FILES),
-    ]
+    builds = {
+        "plan rows": (lambda: build_plans(False), PLANS),
+        "plan crop boxes": (lambda: build_plans(True), PLANS),
+        "to uint8, crop": (loaders(False, 1), FILES),
+        "to uint8, DeiT recipe": (loaders(True, 1), FILES),
+        "to uint8, DeiT recipe, 3 repeats": (loaders(True, 3), 3 * FILES),
+        "to float32, crop": (loaders(False, 1, whole=True), FILES),
+        "to float32, DeiT recipe": (loaders(True, 1, whole=True), FILES),
+    }
+    return [Case(name, build, items=items, on_host=True) for name, (build, items) in builds.items()]

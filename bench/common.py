@@ -13,14 +13,19 @@ roofline_pct is its share of what a large copy reached on the same device in the
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import json
 import math
+import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,12 +34,14 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 META = ("device", "driver", "versions", "commit", "date", "command")
 PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "pillow", "liger-kernel")
 FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 WARMUP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+NO_TIME = "no time left, give --seconds more"
 
 Row = dict[str, Any]
 
@@ -48,6 +55,7 @@ class Case:
         in place of a callable is the reason why that implementation is skipped.
     bytes_moved: least memory traffic of one call, for gbps and roofline_pct.
     items: images or records of one call, for items_per_s.
+    on_host: it is the host's work, timed by its clock whatever the device is.
     before: called with the implementation's name before each of its calls, not timed.
     facts: more fields of an implementation's row, by its name; called once, after the timing.
     """
@@ -56,6 +64,7 @@ class Case:
     build: Callable[[], dict[str, Callable[[], Any] | str]]
     bytes_moved: int | None = None
     items: int | None = None
+    on_host: bool = False
     before: Callable[[str], None] = lambda name: None
     facts: Callable[[], dict[str, Row]] = dict
 
@@ -101,9 +110,32 @@ class Timer:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
+    def clear(self) -> None:
+        """Give back what a failed call left behind, or the next one may find too little memory."""
+        if not self.cuda:
+            return
+        gc.collect()
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
-def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]:
-    """Rows of one case, timed for about ``seconds``."""
+    def is_lost(self) -> bool:
+        """Whether this process can use its GPU no more, as after a wrong access to memory."""
+        if not self.cuda:
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+
+def time_case(
+    bench: str, case: Case, timer: Timer, seconds: float, until: float = math.inf
+) -> list[Row]:
+    """Rows of one case, timed for about ``seconds``.
+
+    ``until``, of time.perf_counter: implementations not begun by then, but two, are left out.
+    """
     start = time.perf_counter()
     ready: dict[str, Callable[[], Any]] = {}
     walls: dict[str, float] = {}
@@ -111,10 +143,16 @@ def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]
     try:
         implementations = case.build()
     except Exception as error:  # a case that cannot be built must not end the other benches
-        return [skipped(bench, case.name, "all", error)]
+        rows = [skipped(bench, case.name, "all", error)]
+    if rows:
+        timer.clear()  # here no more traceback holds what build has made
+        return rows
     for name, function in implementations.items():
         if isinstance(function, str):
             rows.append(skipped(bench, case.name, name, function))
+            continue
+        if len(ready) > 1 and time.perf_counter() > until:  # a compilation can take a minute
+            rows.append(skipped(bench, case.name, name, NO_TIME))
             continue
         try:
             for call in range(1 + WARMUP_CALLS):  # the first one compiles
@@ -124,17 +162,29 @@ def time_case(bench: str, case: Case, timer: Timer, seconds: float) -> list[Row]
             ready[name] = function
         except Exception as error:  # a peer's failure is a result of its own
             rows.append(skipped(bench, case.name, name, error))
+        if name not in ready:
+            timer.clear()
     if not ready:
         return rows
     times: dict[str, list[float]] = {name: [] for name in ready}
-    names = list(ready)
     for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+        if not times or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
             break
+        names = list(times)
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            case.before(name)
-            times[name].append(timer.call(ready[name], walls[name]))
+            try:
+                case.before(name)
+                if case.on_host:
+                    took = timer.wall(ready[name])
+                else:
+                    took = timer.call(ready[name], walls[name])
+                times[name].append(took)
+            except Exception as error:  # as above, though it went well at first
+                rows.append(skipped(bench, case.name, name, error))
+                del times[name]
+    if not times:
+        return rows
     measured = measured_rows(bench, case, times, timer)
     try:
         facts = case.facts()
@@ -155,7 +205,8 @@ def measured_rows(bench: str, case: Case, times: dict[str, list[float]], timer: 
         row |= {"ms_p20": low * 1e3, "ms_p80": high * 1e3}
         if case.bytes_moved is not None:
             row["gbps"] = case.bytes_moved / median / 1e9
-            if timer.cuda and timer.copy_gbps:  # a CPU's caches are warm: no roofline there
+            # a CPU's caches are warm: no roofline there
+            if timer.cuda and timer.copy_gbps and not case.on_host:
                 row["roofline_pct"] = 100 * row["gbps"] / timer.copy_gbps
         if case.items is not None:
             row["items_per_s"] = case.items / median
@@ -186,6 +237,18 @@ def training_step(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Ca
     return lambda: torch.autograd.grad(loss(), leaves)
 
 
+def compile_every_shape() -> None:
+    """From here on torch.compile makes a graph for each shape and model that a bench shows it.
+
+    Of one function it would stop after eight, and run the next ones eagerly under its own name.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 # ---------------------------------------------------------------------------------------------
 # Result file
 # ---------------------------------------------------------------------------------------------
@@ -211,6 +274,20 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def driver_version() -> str:
+    """Of NVIDIA's driver; where neither it nor its tool says, the CUDA that it supports."""
+    if said := output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
+        return said
+    with suppress(OSError):
+        if found := re.search(r" (\d+\.[\d.]+) ", DRIVER_FILE.read_text()):
+            return found[1]
+    supported = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(supported))
+    major, minor = divmod(supported.value // 10, 100)
+    return f"CUDA {major}.{minor}" if major else ""
+
+
 def collect_meta(device: str, command: str, commit: str | None) -> Row:
     """What a figure depends on. ``commit`` stands in where there is no git repository."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
@@ -220,10 +297,9 @@ def collect_meta(device: str, command: str, commit: str | None) -> Row:
         except metadata.PackageNotFoundError:
             continue
     cuda = device == "cuda"
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "driver": driver if cuda else f"{platform.system()} {platform.release()}",
+        "driver": driver_version() if cuda else f"{platform.system()} {platform.release()}",
         "versions": {name: version for name, version in versions.items() if version},
         "commit": commit or output_of("git", "describe", "--always", "--dirty", "--abbrev=9"),
         "date": datetime.date.today().isoformat(),
@@ -231,23 +307,34 @@ def collect_meta(device: str, command: str, commit: str | None) -> Row:
     }
 
 
-def default_path(device: str, meta: Row) -> Path:
-    """bench/results/<GPU name or cpu>/<date>-<commit>.json"""
+def default_path(device: str, meta: Row, what: str = "all") -> Path:
+    """bench/results/<GPU name or cpu>/<date>-<commit>.json; of a part ...-<what>.json"""
     folder = meta["device"].lower().replace(" ", "-") if device == "cuda" else "cpu"
-    return HERE / "results" / folder / f"{meta['date']}-{meta['commit']}.json"
+    part = "" if what == "all" else f"-{what}"
+    return HERE / "results" / folder / f"{meta['date']}-{meta['commit']}{part}.json"
 
 
-def write_results(path: Path, meta: Row, rows: list[Row]) -> None:
-    """Write the result file.
-
+def require_meta(meta: Row, path: Path) -> None:
+    """
     Raises:
         ValueError: a field of ``META`` is missing or empty: a figure without it is worth nothing.
     """
     missing = [name for name in META if not meta.get(name)]
     if missing:
         raise ValueError(f"no result file without meta {', '.join(missing)}: {path} is not written")
+
+
+def write_results(path: Path, meta: Row, rows: list[Row]) -> None:
+    """Write the result file, or replace it whole.
+
+    Raises:
+        ValueError: as ``require_meta``.
+    """
+    require_meta(meta, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def print_table(rows: list[Row]) -> None:

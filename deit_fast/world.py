@@ -110,5 +110,19 @@ def joined_world(device: torch.device) -> Iterator[World]:
         dist.init_process_group("gloo", **options)
     try:
         yield world
-    finally:
+    except BaseException:
+        _leave(device)
+        raise
+    dist.destroy_process_group()
+
+
+def _leave(device: torch.device) -> None:
+    """Leave the others where they are.
+
+    NCCL's orderly end waits for all processes of the machine, those too that wait for this one:
+    ten minutes, until a collective of theirs gives up, instead of torchrun's ending them at once.
+    """
+    if device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()

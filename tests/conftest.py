@@ -20,7 +20,17 @@ def absent(mark: str) -> str:
     return "" if found else "NVIDIA DALI is not installed"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="of the chosen tests every N-th: K/N")
+
+
+@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("part").split("/"))
+    chosen = items[part - 1 :: parts]
+    if parts > 1:
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     for mark in ("gpu", "dali"):
         reason = absent(mark)
         for item in items:

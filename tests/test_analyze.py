@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+pytest.importorskip("matplotlib")
+
 from deit_fast.analysis import answers, measures, pictures, subject, tokens
 from deit_fast.analysis.runs import analyze
 from deit_fast.analysis.summary import summarise

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -55,6 +55,138 @@ def test_times_and_ratios(timer: common.Timer) -> None:
     assert "roofline_pct" not in ours
 
 
+class AlmostCuda(common.Timer):
+    """A GPU's timer as far as a CPU can be one: device times are made up."""
+
+    def __init__(self) -> None:
+        self.cuda, self.copy_gbps = True, 1000.0
+        self.cleared: list[str] = []
+
+    def wall(self, function):
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def call(self, function, host_seconds=0.0):
+        function()
+        return 1e-3
+
+    def clear(self) -> None:
+        self.cleared.append("")
+
+
+@pytest.mark.parametrize("on_host", (False, True))
+def test_the_hosts_work_is_timed_by_its_clock_on_a_gpu_too(on_host: bool) -> None:
+    """Events around it would tell the few microseconds between two records."""
+    case = common.Case("nap", lambda: {"ours": sleeper(5)}, bytes_moved=1000, on_host=on_host)
+    (row,) = common.time_case("naps", case, AlmostCuda(), 0.0)
+    assert row["ms"] >= 5 if on_host else row["ms"] == 1
+    assert ("roofline_pct" in row) != on_host
+
+
+def test_all_that_works_on_the_host_says_so() -> None:
+    from bench import bench_cache, bench_loader
+
+    host = {case.name for case in bench_cache.cases("cuda") if case.on_host}
+    device = {case.name for case in bench_cache.cases("cuda")} - host
+    assert {name.split(" B=")[0] for name in device} == {
+        "gather top-16 resident",
+        "encode top-16 C=1000",
+    }
+    assert all(case.on_host for case in bench_loader.cases("cuda"))
+
+
+def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> None:
+    calls = 0
+
+    def fails_late() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1 + common.WARMUP_CALLS + 1:
+            raise RuntimeError("out of memory")
+
+    def fails() -> None:
+        raise RuntimeError("no kernel")
+
+    timer = AlmostCuda()
+    case = common.Case("c", lambda: {"ours": sleeper(1), "late": fails_late, "early": fails})
+    rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0)}
+    assert rows["late"]["skipped"] == "RuntimeError: out of memory" and "ms" not in rows["late"]
+    assert rows["ours"]["ms"] == 1 and "ratio" not in rows["ours"]
+    assert len(timer.cleared) == 1
+    for only in (fails, "not installed"):
+        (row,) = common.time_case("b", common.Case("c", lambda only=only: {"a": only}), timer, 0.0)
+        assert "skipped" in row
+
+
+def test_implementations_that_are_not_ready_in_time_are_left_out(timer: common.Timer) -> None:
+    """A compilation takes a minute; nine of them must not take the time of all other benches."""
+    case = common.Case("c", lambda: {name: sleeper(5) for name in "abcd"})
+    until = time.perf_counter() + 0.05  # warm-ups of 20 ms each: of the first two or three
+    rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0, until)}
+    assert "ms" in rows["a"] and "ms" in rows["b"]  # a figure and what to compare it with
+    assert rows["d"]["skipped"].startswith("no time left") and "ms" not in rows["d"]
+    rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0)}
+    assert all("ms" in row for row in rows.values())
+
+
+def test_a_compiled_peer_is_compiled_at_every_shape() -> None:
+    """torch.compile gives up after eight shapes of one function and runs the ninth eagerly."""
+    code = (
+        "import torch, bench.common as common\n"
+        "graphs = []\n"
+        "def backend(graph, inputs):\n"
+        "    graphs.append(graph)\n"
+        "    return graph\n"
+        "common.compile_every_shape()\n"
+        "double = torch.compile(lambda x: x * 2, dynamic=False, backend=backend)\n"
+        "for n in range(2, 22): double(torch.ones(n))\n"
+        "print(len(graphs))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "20\n", done.stderr[-2000:]
+
+
+def test_the_driver_is_named_where_nvidias_tool_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "output_of", lambda *command: "")
+    monkeypatch.setattr(common, "DRIVER_FILE", tmp_path / "version")
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
+    for line in (text, text.replace(" Open Kernel Module for x86_64", " x86_64 Kernel Module")):
+        (tmp_path / "version").write_text(line + "GCC version:  gcc version 13.3.0 (Ubuntu)\n")
+        assert common.driver_version() == "580.95.05"
+    (tmp_path / "version").unlink()
+
+    class Library:
+        def cuDriverGetVersion(self, found) -> None:
+            found._obj.value = 13010
+
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: Library())
+    assert common.driver_version() == "CUDA 13.1"
+
+
+class Event:
+    def __init__(self, name: str, start: float, end: float, kernels: tuple = ()) -> None:
+        self.name, self.kernels = name, [SimpleNamespace(name=n, duration=d) for n, d in kernels]
+        self.time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+
+
+def test_kernels_count_to_the_phase_that_launched_them() -> None:
+    """Also those of autograd's own thread, which are not below the phase's event."""
+    from bench.bench_step import phase_times
+
+    events = [
+        Event("step: forward", 0, 10, (("step: forward", 70.0),)),
+        Event("aten::mm", 2, 4, (("gemm", 30.0), ("reduce", 5.0))),
+        Event("step: backward", 10, 20),
+        Event("aten::mm", 12, 14, (("gemm", 60.0),)),  # of another thread
+        Event("aten::zero_", 25, 26, (("fill", 4.0),)),  # in no phase
+    ]
+    assert phase_times(events, cuda=True) == {"forward": 35.0, "backward": 60.0}
+    assert phase_times(events, cuda=False) == {"forward": 10, "backward": 10}
+
+
 def test_what_was_not_measured_is_absent(timer: common.Timer) -> None:
     case = common.Case("alone", lambda: {"ours": sleeper(1)})
     (row,) = common.time_case("naps", case, timer, 0.01)
@@ -98,6 +230,9 @@ def test_broken_benches_do_not_stop_the_run(
     ]
     module.cases = lambda device: cases  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bench.bench_fake", module)
+    (only, *others) = (rows[0] for rows in run_bench("fake", "cpu", timer, -5.0))
+    assert only["skipped"] == "MemoryError"  # the first case has its turn when all time is gone
+    assert all(row["skipped"].startswith("no time left") for row in others)
     broken, first, second = (rows[0] for rows in run_bench("fake", "cpu", timer, 0.1))
     assert broken["skipped"] == "MemoryError"
     assert first["ms"] >= 60
@@ -117,12 +252,15 @@ def test_no_file_without_its_meta(tmp_path: Path, name: str, value: str | None) 
 
 def test_default_path_names_device_date_and_commit() -> None:
     cpu, gpu = (common.default_path(d, META | {"device": "NVIDIA H100"}) for d in ("cpu", "cuda"))
+    part = common.default_path("cpu", META, "step")
+    assert part.name == "2026-01-01-c-step.json"  # or it would replace the file of all
     assert cpu.relative_to(ROOT).as_posix() == "bench/results/cpu/2026-01-01-c.json"
     assert gpu.relative_to(ROOT).as_posix() == "bench/results/nvidia-h100/2026-01-01-c.json"
 
 
 def test_benches_are_found_by_their_file_names() -> None:
     assert {"distillation_loss", "ingest"} <= set(select("kernels")) <= set(select("all"))
+    assert select("all")[-2:] == ["cache", "loader"]  # the card must not wait for the host's
     assert select("ingest") == ["ingest"]
     with pytest.raises(SystemExit, match="unknown bench 'nothing': all, kernels or one of"):
         select("nothing")
@@ -153,6 +291,62 @@ def test_command_line_writes_a_result_file(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
         assert f"{row['ms']:.4g} ms" in done.stdout
+
+
+def test_a_run_keeps_what_it_has_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut short in the second bench; then with a GPU that is lost after the second."""
+    from bench import __main__ as program
+
+    out, ran = tmp_path / "x.json", []
+
+    class Killed(BaseException):
+        pass
+
+    def bench(name: str, *_: object):
+        ran.append(name)
+        yield [{"bench": name, "case": "c", "impl": "ours", "skipped": "a reason"}]
+        if name == "b" and kill:
+            raise Killed
+
+    def main(*more: str) -> list[str]:
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["bench", "all", "--out", str(out), *more])
+        program.main()
+        return [row["bench"] for row in json.loads(out.read_text())["rows"]]
+
+    monkeypatch.setattr(program, "select", lambda what: ["a", "b", "c"])
+    monkeypatch.setattr(program, "run_bench", bench)
+    monkeypatch.setattr(common, "compile_every_shape", lambda: None)
+    fixed = ["--device", "cpu", "--commit", "1"]
+    kill = True
+    with pytest.raises(Killed):
+        main(*fixed)
+    assert [row["bench"] for row in json.loads(out.read_text())["rows"]] == ["a"]
+    kill = False
+    assert main(*fixed, "--go-on") == ["a", "b", "c"] and ran == ["b", "c"]
+    assert main(*fixed) == ["a", "b", "c"] == ran  # without it, from the start
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(common.Timer, "is_lost", lambda timer: ran == ["a", "b"])
+
+    def restart(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise Killed
+
+    monkeypatch.setattr(program.os, "execv", restart)
+    with pytest.raises(Killed):
+        main(*fixed, "--seconds", "50")
+    (command,) = started
+    assert command[:4] == [sys.executable, "-m", "bench", "all"] and "--go-on" in command
+    assert 0 < int(command[-1]) <= 50 and command[-2] == "--seconds"
+    assert [row["bench"] for row in json.loads(out.read_text())["rows"]] == ["a", "b"]
+    monkeypatch.setattr(common, "output_of", lambda *command: "")
+    ran.clear()
+    with pytest.raises(SystemExit, match=r"without meta commit.*--commit names"):
+        main("--device", "cpu")
+    assert ran == []  # said before the time is spent
 
 
 def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
@@ -203,6 +397,7 @@ def drawn(figure) -> list[tuple[float, float, float]]:
 
 
 def test_chart_shows_the_ratios_of_the_file_and_their_spread(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     (result,) = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
     found = plot.charts(result)
     assert list(found) == ["gpu-b", "gpu-b-roofline"]
@@ -218,6 +413,7 @@ def test_chart_shows_the_ratios_of_the_file_and_their_spread(tmp_path: Path) -> 
 
 
 def test_chart_files_hold_the_numbers_and_are_the_same_twice(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     (result,) = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
     first = plot.save(plot.charts(result)["gpu-b"], tmp_path / "1", "x")
     second = plot.save(plot.charts(result)["gpu-b"], tmp_path / "2", "x")
@@ -257,6 +453,7 @@ def test_the_later_file_counts_and_other_files_are_refused(tmp_path: Path) -> No
 
 
 def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     results = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
@@ -274,6 +471,7 @@ def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
 
 def test_charts_of_the_docs_are_those_of_the_committed_results(tmp_path: Path) -> None:
     """`make plots` was run after the last result was committed."""
+    pytest.importorskip("matplotlib")
     if why := plot.unordered():
         pytest.skip(why)
     folder = ROOT / "docs" / "plots"

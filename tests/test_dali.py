@@ -269,15 +269,76 @@ def test_a_file_that_shrinks_while_the_loader_runs_is_substituted(source):
 
 
 def test_a_file_that_breaks_unnoticed_is_named(source):
-    """Of the same length as when it was checked, so DALI meets it and its pipeline ends."""
+    """Of the same length and header as when it was checked: DALI meets it, its pipeline ends."""
     batches = [(np.arange(8), np.full(8, view)) for view in range(8)]
     passed = iter(loaded(source, batches, on_error="substitute"))
     next(passed)
     path = Path(source.paths[5])
-    path.write_bytes(b"\xff\xd8\xff" + bytes(len(path.read_bytes()) - 3))
+    content = path.read_bytes()
+    header = content[: content.index(b"\xff\xc0") + 19]
+    path.write_bytes(header.ljust(len(content), b"\0"))
     with pytest.raises(InputError) as caught:
         list(passed)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def bomb(encoded: bytes, side: int = 20_000) -> bytes:
+    """A JPEG of a few hundred bytes whose header promises 400 million pixels, 1.2 GB."""
+    at = encoded.index(b"\xff\xc0") + 5
+    return encoded[:at] + side.to_bytes(2, "big") * 2 + encoded[at + 4 :]
+
+
+def peak() -> int:
+    """Largest memory of this process so far, bytes."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
+def test_a_decompression_bomb_takes_no_memory(tmp_path, loader):
+    """In the data set from the start, and put in the place of another while the loader runs."""
+    jpegs = {f"{n}.jpg": encode(picture(n, 40, 30), "JPEG") for n in range(6)}
+    source = folder_of(tmp_path, jpegs | {"1.jpg": bomb(jpegs["1.jpg"])})
+    source.labels = np.arange(6)  # tells who was taken
+    batches = [(np.arange(6), np.full(6, view)) for view in range(6)]
+    next(iter(loaded(folder_of(tmp_path / "warm", jpegs), batches, loader=loader)))
+    before = peak()
+    passed = iter(loaded(source, batches, loader=loader, on_error="substitute"))
+    first = next(passed)
+    assert first.labels.tolist() == [0, 2, 2, 3, 4, 5] and first.substituted == [source.paths[1]]
+    Path(source.paths[4]).write_bytes(bomb(jpegs["4.jpg"]))  # as long as before
+    *_, last = passed
+    assert last.labels.tolist() == [0, 2, 2, 3, 5, 5] and last.substituted == source.paths[1:5:3]
+    with pytest.raises(InputError, match="DecompressionBombError"):
+        list(loaded(source, batches, loader=loader))
+    assert peak() - before < 400e6
+
+
+@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
+def test_another_image_of_the_same_length_is_cut_by_its_own_size(tmp_path, loader):
+    wide = encode(picture(1, 60, 20), "JPEG")
+    high = encode(picture(2, 20, 60), "JPEG")
+    longer = max(len(wide), len(high))
+    source = folder_of(tmp_path, {"a.jpg": wide.ljust(longer, b"\0")})
+    batches = [([0], [view]) for view in range(8)]
+    passed = iter(loaded(source, batches, loader=loader))
+    next(passed)
+    Path(source.paths[0]).write_bytes(high.ljust(longer, b"\0"))
+    *_, last = passed
+    (fresh,) = loaded(source, batches[-1:], loader=loader)
+    assert torch.equal(last.images, fresh.images)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(99)}])
+def test_a_header_says_the_size(options):
+    from deit_fast.data.validate import header_size
+
+    encoded = encode(picture(1, 51, 23), "JPEG", **options)
+    assert header_size(encoded) == (51, 23)
+    assert header_size(encoded[:2] + b"\xff" * 3 + encoded[2:]) == (51, 23)  # fill bytes
+    where = next(at for at in range(len(encoded)) if header_size(encoded[:at]) == (51, 23))
+    assert all(header_size(encoded[:at]) == (0, 0) for at in range(where))
+    assert header_size(b"") == header_size(b"\x89PNG\r\n\x1a\n" + bytes(50)) == (0, 0)
 
 
 @pytest.mark.timeout(60)

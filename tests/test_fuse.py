@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable
@@ -100,6 +101,48 @@ def test_deit_equals_timm(size: str) -> None:
     assert_same(run(fuse(model, kernels=KERNELS), images), theirs)
 
 
+def assert_no_worse_in_bf16(model: nn.Module, images: Tensor, compiled: bool = False) -> None:
+    """A training step under autocast against float64: twice timm's own error, a unit of bfloat16.
+
+    Autocast gives the stream another dtype than the branches, and the weights a third.
+    """
+
+    def step(model: nn.Module, dtype: torch.dtype, forward: Callable | None = None) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(4)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = (forward or model)(images.double() if dtype == torch.float64 else images)
+        gradients = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+        parameters = [*model.parameters()]
+        return [*(x.detach() for x in outputs),
+                *torch.autograd.grad(outputs, parameters, gradients)]  # fmt: skip
+
+    names = ["class logits", "distillation logits", *(name for name, _ in model.named_parameters())]
+    exact = step(copy.deepcopy(model).double(), torch.float64)
+    theirs = step(copy.deepcopy(model), torch.bfloat16)
+    fused = fuse(copy.deepcopy(model), kernels=KERNELS)
+    mine = step(fused, torch.bfloat16, torch.compile(fused) if compiled else None)
+    for name, got, other, true in zip(names, mine, theirs, exact, strict=True):
+        mistake, allowed = ((x.double() - true).norm() for x in (got, other))
+        unit = torch.finfo(torch.bfloat16).eps * true.norm()
+        assert mistake <= 2 * allowed + unit, f"{name}: {mistake:.1e}, timm's {allowed:.1e}"
+
+
+def test_bf16_is_as_exact_as_timms() -> None:
+    assert_no_worse_in_bf16(build("distilled").train(), IMAGES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_bf16_is_as_exact_as_timms_on_a_gpu(size: str, compiled: bool) -> None:
+    """The published shapes, two of the twelve blocks; the kernels as a run calls them."""
+    model = timm.create_model(f"deit_{size}_distilled_patch16_224", depth=2)
+    model.set_distilled_training(True)
+    assert_no_worse_in_bf16(
+        model.train().to(DEVICE), torch.randn(8, 3, 224, 224).to(DEVICE), compiled
+    )
+
+
 @pytest.mark.parametrize("kind", NAMES)
 def test_evaluation_has_the_structure_and_values_of_timm(kind: str) -> None:
     model = build(kind).eval()
@@ -133,8 +176,6 @@ def test_unfuse_gives_back_the_classes() -> None:
 
 
 def test_fused_models_are_copied_and_compiled() -> None:
-    import copy
-
     model = fuse(build("deit3", drop_path_rate=0.0), kernels=KERNELS)
     wanted = run(model, IMAGES)
     assert_same(run(copy.deepcopy(model), IMAGES), wanted, rtol=0)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 
 from deit_fast.config import DataConfig, InputError, ViewRecipe
 from deit_fast.data import ImageFolder, open_loader, pixel_contract
+from deit_fast.data.open import DeviceLoader
 from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.views import ViewPlan
 from test_data import SEED, SIZE, broken_files, digests, picture, write_split
@@ -284,7 +287,13 @@ def test_sigterm_ends_a_pass(root, loader):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loader", "workers"), [("pillow", 0), ("pillow", 1), pytest.param("dali", 1, marks=DALI)]
+    ("loader", "workers"),
+    [
+        ("pillow", 0),
+        ("pillow", 1),
+        pytest.param("dali", 1, marks=DALI),
+        pytest.param("dali-triton", 1, marks=DALI),
+    ],
 )
 def test_fifty_passes_leak_neither_memory_nor_files(source, loader, workers):
     plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source)
@@ -362,6 +371,61 @@ def test_without_dali_one_line_names_the_extra(root):
 # ---------------------------------------------------------------------------------------------
 # Copies to the device
 # ---------------------------------------------------------------------------------------------
+
+
+def test_the_loaders_own_work_runs_beside_the_computation(monkeypatch):
+    """Which stream is current when, and what waits for what; on streams that only take notes."""
+    current, notes = ["main"], []
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            self.name = "side" if device is not None else "main"
+
+        def record_event(self) -> str:
+            return f"event of {notes[-1]}"
+
+        def wait_event(self, event: str) -> None:
+            notes.append(f"{self.name} waits for {event}")
+
+    @contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    class Value:
+        def record_stream(self, stream: Stream) -> None:
+            notes.append(f"kept for {stream.name}")
+
+    class Batch:
+        images = plan = labels = partner_labels = lam = Value()
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, device: object) -> Batch:
+            notes.append(f"copy {self.number} on {current[-1]}")
+            return self
+
+    class Loader:
+        def __iter__(self) -> Iterator[Batch]:
+            for number in range(3):
+                notes.append(f"make {number} on {current[-1]}")
+                yield Batch(number)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    for batch in DeviceLoader(Loader(), torch.device("cuda", 0)):
+        assert current == ["main"]
+        notes.append(f"use {batch.number}")
+    made = [f"{what} {number} on side" for number in range(3) for what in ("make", "copy")]
+    kept = ["kept for main"] * 5
+    used = [
+        [f"main waits for event of copy {number} on side", *kept, f"use {number}"]
+        for number in range(3)
+    ]
+    assert notes == [*made[:4], *used[0], *made[4:], *used[1], *used[2]]
 
 
 @pytest.mark.gpu

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from deit_fast import charts
 from deit_fast.cli import main

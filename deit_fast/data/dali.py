@@ -41,7 +41,13 @@ from deit_fast.data.loader import (
     steps_of,
 )
 from deit_fast.data.sources import Source
-from deit_fast.data.validate import FileIndex, examine, index_files, require_dali
+from deit_fast.data.validate import (
+    FileIndex,
+    examine,
+    header_size,
+    index_files,
+    require_dali,
+)
 from deit_fast.kernels.augment import AugmentTable, augment
 from deit_fast.views import ViewPlan
 
@@ -153,7 +159,7 @@ class DaliLoader:
                     assert chunk.table is not None
                     images[chunk.rows] = self._augment(output, chunk.table)
             batch = assemble(job.halves, images, job.labels, job.substituted, size)
-            yield batch.pin_memory() if self.pin_memory and not images.is_cuda else batch
+            yield batch.pin_memory() if self.pin_memory else batch
 
     def _build(self, feed: _Feed) -> Any:
         ordinal = None
@@ -206,10 +212,15 @@ class DaliLoader:
         shapes = torch.tensor([image.shape[:2] for image in images])
         sizes = shapes.prod(1) * 3
         places = torch.stack([sizes.cumsum(0) - sizes, shapes[:, 1], shapes[:, 0]], dim=1)
-        pixels = torch.cat([image.reshape(-1) for image in images])
-        if self.device.type == "cuda":
+        lies_on, goes_to = images[0].device.type, self.device.type
+        # A hundred megabytes: put together where they are copied from, not once more behind that.
+        pinned = goes_to == "cuda" and lies_on == "cpu"
+        pixels = torch.empty(
+            int(sizes.sum()), dtype=torch.uint8, device=images[0].device, pin_memory=pinned
+        )
+        torch.cat([image.reshape(-1) for image in images], out=pixels)
+        if goes_to == "cuda":
             places, table = places.pin_memory(), table.pin_memory()
-            pixels = pixels if pixels.is_cuda else pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
         places = places.to(self.device, non_blocking=True)
         table = table.to(self.device, non_blocking=True)
@@ -358,7 +369,10 @@ class _Files:
         sizes, lengths = self.index.sizes, self.index.lengths
         if sizes[sample, 0]:
             encoded = self.source.read(sample)
-            if len(encoded) != lengths[sample]:  # replaced since it was checked
+            size = tuple(sizes[sample].tolist())
+            # Replaced since it was checked? A crop of the old size would lead out of the new image,
+            # and a few bytes can promise more pixels than there is memory.
+            if len(encoded) != lengths[sample] or header_size(encoded) != size:
                 sizes[sample] = examine(encoded, self.paths[sample])
                 lengths[sample] = len(encoded)
             if sizes[sample, 0]:

@@ -26,17 +26,22 @@ def digest_views(batch: ViewBatch, rows: Iterable[int]) -> list[str]:
     That is both halves' pixels, the plan's row without its places in the batch (little-endian
     int32), and both labels and lambda (int64, int64, float32).
     """
-    images, plan = batch.images.cpu().numpy(), batch.plan.cpu().numpy()
+    rows = list(rows)
+    plan = batch.plan.cpu().numpy()[rows].astype("<i4")
+    # Of a batch on a GPU only the images that are asked for come back.
+    places, where = np.unique(plan[:, _IMAGES], return_inverse=True)
+    wanted = torch.from_numpy(places.astype(np.int64)).to(batch.images.device)
+    images, where = batch.images[wanted].cpu().numpy(), where.reshape(len(rows), 2)
+    values = (batch.labels, batch.partner_labels, batch.lam)
+    labels, partners, lams = (value.cpu()[rows].tolist() for value in values)
+    plan[:, _IMAGES] = 0
     digests = []
-    for row in rows:
-        values = plan[row].astype("<i4")
+    for row in range(len(rows)):
         digest = hashlib.blake2b(digest_size=16)
-        for place in values[_IMAGES].tolist():
+        for place in where[row].tolist():
             digest.update(images[place].tobytes())
-        values[_IMAGES] = 0
-        digest.update(values.tobytes())
-        labels = int(batch.labels[row]), int(batch.partner_labels[row])
-        digest.update(struct.pack("<qqf", *labels, float(batch.lam[row])))
+        digest.update(plan[row].tobytes())
+        digest.update(struct.pack("<qqf", labels[row], partners[row], lams[row]))
         digests.append(digest.hexdigest())
     return digests
 

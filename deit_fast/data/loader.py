@@ -72,11 +72,10 @@ class ViewBatch:
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> ViewBatch:
-        """Called by torch's DataLoader."""
-        moved = {
-            name: getattr(self, name).pin_memory()
-            for name in ("images", "plan", "labels", "partner_labels", "lam")
-        }
+        """What is on the host, in pinned memory; called by torch's DataLoader."""
+        names = ("images", "plan", "labels", "partner_labels", "lam")
+        values = {name: getattr(self, name) for name in names}
+        moved = {name: value.pin_memory() for name, value in values.items() if not value.is_cuda}
         return dataclasses.replace(self, **moved)
 
 

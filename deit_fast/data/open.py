@@ -68,9 +68,10 @@ def pixel_contract(data: DataConfig) -> dict[str, Any]:
 
 
 class DeviceLoader:
-    """A loader's batches on the device, the next one copied while this one is used.
+    """A loader's batches on the device, the next one made and copied while this one is used.
 
-    The copy runs beside the computation on a stream of its own, from pinned memory.
+    What the loader itself does on the device (DALI's decoder, `kernels.augment`) and the copy, from
+    pinned memory, run on a stream of their own, beside the computation.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -84,15 +85,19 @@ class DeviceLoader:
             yield from self.loader
             return
         stream = torch.cuda.Stream(self.device)
-        ahead: tuple[ViewBatch, torch.cuda.Event] | None = None
-        for batch in self.loader:
-            with torch.cuda.stream(stream):
-                copied = batch.to(self.device), stream.record_event()
-            if ahead is not None:
-                yield self._ready(*ahead)
-            ahead = copied
-        if ahead is not None:
+        batches = iter(self.loader)
+        ahead = self._copied(batches, stream)
+        while ahead is not None:
+            behind = self._copied(batches, stream)
             yield self._ready(*ahead)
+            ahead = behind
+
+    def _copied(
+        self, batches: Iterator[ViewBatch], stream: torch.cuda.Stream
+    ) -> tuple[ViewBatch, torch.cuda.Event] | None:
+        with torch.cuda.stream(stream):  # the loader's own work for the batch too
+            batch = next(batches, None)
+            return None if batch is None else (batch.to(self.device), stream.record_event())
 
     def _ready(self, batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
         """The batch for the current stream."""

@@ -1,0 +1,72 @@
+"""Accuracy on held-out images, against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deit_fast.config import InputError
+from deit_fast.evaluate import evaluate_model
+
+CPU = torch.device("cpu")
+CLASSES = ["cat", "dog", "eel", "fox"]
+
+
+class Answers(nn.Module):
+    """Says the first four pixels of an image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :4]
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+def batches(sizes: tuple[int, ...], classes: int = 4) -> list[tuple[Tensor, Tensor, None]]:
+    return [(torch.randn(size, 3, 2, 2), torch.randint(classes, (size,)), None) for size in sizes]
+
+
+def test_figures_are_those_of_counting() -> None:
+    data = batches((7, 7, 5), classes=3)  # no fox
+    labels = torch.cat([labels for _, labels, _ in data])
+    logits = torch.cat([images.flatten(1)[:, :4] for images, _, _ in data])
+    model = Answers().train()
+    found = evaluate_model(model, data, CLASSES, CPU)
+    right = logits.argmax(1) == labels
+    assert found["samples"] == 19 and found["top1"] == pytest.approx(right.float().mean().item())
+    assert found["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-6)
+    assert found["per_class"] == {
+        name: pytest.approx(right[labels == label].float().mean().item())
+        for label, name in enumerate(CLASSES[:3])
+    }
+    assert model.training and "top1_distill" not in found
+
+
+def test_a_batch_waits_for_no_device() -> None:
+    """Nothing in it whose result's size or value the host has to know, as bincount's."""
+    between: list[set[str]] = []
+    with Operators() as operators:
+        evaluate_model(
+            Answers(), batches((4, 4)), CLASSES, CPU,
+            between_batches=lambda: between.append(set(operators.seen)),
+        )  # fmt: skip
+    assert len(between) == 2 and "index_add_" in between[-1]
+    assert not between[-1] & {"bincount", "nonzero", "index", "_local_scalar_dense"}
+    assert "_local_scalar_dense" in operators.seen  # at the end
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(InputError, match="evaluation saw no images"):
+        evaluate_model(Answers(), [], CLASSES, CPU)
