@@ -15,6 +15,11 @@ crop, resize and augment, to Pillow's bytes.
 `ours packed` reads the same images from packed shards (`deit-fast pack`): decoded once, shorter
 side 256, uint8.
 
+With a GPU also its decoders: the JPEG engine (`hw_decoder_load`, its share of the images) and the
+cores, under DALI with so many threads, end to end to views on the GPU, four batches ahead.
+`identical_pct`: views whose bytes stay the same when their batch is cut in two, which at a load
+between 0 and 1 they need not.
+
 `3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
 """
 
@@ -23,7 +28,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,14 +49,14 @@ FILES = 32
 PLANS = 4096
 
 
-def write_photographs(folder: Path) -> None:
-    """FILES crops of scikit-learn's photographs as an image folder."""
+def write_photographs(folder: Path, files: int = FILES) -> None:
+    """Crops of scikit-learn's photographs as an image folder."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
     target = folder / "train" / "photo"
     target.mkdir(parents=True)
-    for number in range(FILES):
+    for number in range(files):
         image = Image.fromarray(load_sample_images().images[number % 2])
         width = int(rng.integers(400, image.width + 1))
         height = width * 3 // 4
@@ -183,6 +188,63 @@ class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
         return self.batch
 
 
+def build_decoder(
+    decoder: Literal["cpu", "gpu"], device: str, load: float, threads: int
+) -> tuple[Callable[[], Any], Callable[[], float]] | str:
+    """Making a batch of FILES views, DALI working ahead; and the share of views that stay the same
+    in batches of half the size, percent. Or why it cannot be."""
+    holder = tempfile.TemporaryDirectory()
+    root = Path(holder.name)
+    write_photographs(root)
+    source = ImageFolder(str(root), "train")
+    plan = ViewPlan(ViewRecipe(mix_prob=0), 0, FILES)
+    ids, views = np.arange(FILES), np.zeros(FILES, np.int64)
+    try:
+        from deit_fast.data.dali import DaliLoader
+
+        index = index_files(source, 1, root)
+    except (ImportError, InputError) as error:
+        return str(error)
+
+    def loader(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> DaliLoader:
+        return DaliLoader(
+            source, plan, batches, workers=threads, on_error="fail", depth=4, index=index,
+            decoder=decoder, hw_decoder_load=load, device=device,
+        )  # fmt: skip
+
+    passed = iter(loader(Endless((ids, views))))
+
+    def run() -> None:
+        assert holder
+        next(passed).images.sum().item()  # until they are there
+
+    def identical_pct() -> float:
+        halves = [(ids[first::2], views[first::2]) for first in (0, 1)]
+        whole, *parts = (batch.images.clone() for batch in loader([(ids, views), *halves]))
+        same = [torch.equal(parts[place % 2][place // 2], whole[place]) for place in range(FILES)]
+        return 100 * sum(same) / FILES
+
+    return run, identical_pct
+
+
+def decoder_case(load: float, threads: int) -> Case:
+    impl = "ours dali, GPU decoder"
+    found: list[Callable[[], float]] = []
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        built = build_decoder("gpu", "cuda", load, threads)
+        if isinstance(built, str):
+            return {impl: built}
+        found[:] = built[1:]
+        return {impl: built[0]}
+
+    def facts() -> dict[str, dict[str, Any]]:
+        return {impl: {"identical_pct": found[0]()}} if found else {}
+
+    name = f"GPU decoder, hw_decoder_load {load}, {threads} threads"
+    return Case(name, build, items=FILES, on_host=True, facts=facts)
+
+
 def build_plans(crops: bool) -> dict[str, Callable[[], Any] | str]:
     plan = ViewPlan(ViewRecipe(), 0, 1_281_167)
     ids = np.random.default_rng(0).integers(0, plan.num_samples, PLANS)
@@ -205,4 +267,9 @@ def cases(device: str) -> list[Case]:
         "to float32, crop": (loaders(False, 1, whole=True), FILES),
         "to float32, DeiT recipe": (loaders(True, 1, whole=True), FILES),
     }
-    return [Case(name, build, items=items, on_host=True) for name, (build, items) in builds.items()]
+    found = [Case(name, build, items=n, on_host=True) for name, (build, n) in builds.items()]
+    if device == "cuda":
+        settings = [(load, 8) for load in (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)]
+        settings += [(load, threads) for threads in (2, 4, 16) for load in (0.0, 0.65)]
+        found += [decoder_case(load, threads) for load, threads in settings]
+    return found

@@ -4,14 +4,20 @@ Ours is ``deit_fast.train.step.TrainStep`` with ingest, both heads' loss, backwa
 is timm's TokenDistillationTask with the same student, teacher, pixels and optimiser settings; it is
 given labels instead of mixed pairs, which saves it a little work. Weights are random: the figures
 are times, and the cache holds the answers of the same random teacher.
+
+"fed by": our step (no teacher) with a loader in its steady state, on photographs as bench_loader's,
+beside the same step with a batch at hand: 1 - ratio is the share of the step that waits for data.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +30,30 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
-from deit_fast.config import CodecConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.config import (
+    CodecConfig,
+    DataConfig,
+    InputError,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    ViewRecipe,
+)
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, make_batch
-from deit_fast.data.sources import Synthetic
+from deit_fast.data.open import open_loader
+from deit_fast.data.sources import Synthetic, open_source
 from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student
 from deit_fast.models.teachers import has_bf16
+from deit_fast.pack import pack
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.speed import training_flops
 from deit_fast.train.step import PHASES, TrainStep
 from deit_fast.train.teaching import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
 from deit_fast.views import ViewPlan
 
+from .bench_loader import Endless, write_photographs
 from .common import Case
 
 CLASSES = 1000
@@ -65,29 +82,17 @@ def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.
         writer.write(batch.sample_ids, 0, logits)
 
 
-class _Repeated(Sequence[Any]):
-    """The same batch at every step of a run without end."""
-
-    def __init__(self, *ids: torch.Tensor) -> None:
-        self._ids = ids
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, step: Any) -> Any:
-        return self._ids
-
-
-def ours(config: RunConfig, batch: ViewBatch, teaching: Teaching, device: torch.device) -> Callable:
+def ours(
+    config: RunConfig, next_batch: Callable[[], ViewBatch], teaching: Teaching, device: torch.device
+) -> Callable[[], None]:
     torch.manual_seed(0)
     model = build_model(config, CLASSES).to(device).train()
     optimizer = create_optimizer(model, config.optim)
     step = TrainStep(config, model, teaching, optimizer, None, device)
     places = itertools.count()
-    teaching.follow(_Repeated(batch.sample_ids, batch.view_ids), 0)
 
     def once() -> None:
-        step(batch, next(places), LEARNING_RATE)
+        step(next_batch(), next(places), LEARNING_RATE)
         step.guard.read()  # as the loop does after every step
 
     return once
@@ -174,6 +179,62 @@ def phase_times(events: Sequence[Any], cuda: bool) -> dict[str, float]:
     return spent
 
 
+def fed_case(student: str, size: int, batch_size: int, device: str, loader: str) -> Case:
+    """A loader in its steady state before the step, against the step with a batch at hand.
+
+    What a loader has made beforehand is taken from it, not timed, before each of its calls. The
+    data wait is what is missing to a ratio of 1.
+    """
+    place = torch.device(device)
+    steps = 10 if device == "cuda" else 4
+    workers = os.cpu_count() or 1
+    passed: list[Iterator[ViewBatch]] = []
+
+    def build() -> dict[str, Callable[[], Any] | str]:
+        folder = tempfile.TemporaryDirectory()
+        write_photographs(Path(folder.name), batch_size)
+        data = DataConfig(root=folder.name, val="train", workers=workers)
+        if loader == "packed":
+            pack(data, f"{folder.name}/pack")
+            data = dataclasses.replace(data, source="packed", root=f"{folder.name}/pack")
+        else:
+            data = dataclasses.replace(data, loader=loader)
+        config = settings(student, size, batch_size).replace(loss={"kind": "none"})
+        source = open_source(data, "train", size)
+        plan = ViewPlan(config.view, 0, batch_size)
+        ids = np.arange(batch_size)
+        try:
+            opened = open_loader(data, source, plan, Endless((ids, 0 * ids)), device=place)
+        except InputError as error:  # no DALI
+            return {"ours, fed": str(error)}
+        passed[:] = [iter(opened)]
+        first = next(passed[0])
+        fed = ours(config, partial(next, passed[0]), NoTeacher(), place)
+        at_hand = ours(config, lambda: first, NoTeacher(), place)
+
+        def repeated(step: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                assert folder
+                for _ in range(steps):
+                    step()
+
+            return run
+
+        return {"ours, fed": repeated(fed), "batch at hand": repeated(at_hand)}
+
+    def before(name: str) -> None:
+        if name == "ours, fed":
+            for _ in range(2 * workers + 2):
+                next(passed[0])
+
+    name = f"{short(student)} {size}px B={batch_size} fed by {loader}, {workers} workers"
+    return Case(name, build, items=steps * batch_size, before=before)
+
+
+def short(student: str) -> str:
+    return student.removesuffix("_distilled_patch16_224")
+
+
 def cases(device: str) -> list[Case]:
     place = torch.device(device)
 
@@ -195,11 +256,14 @@ def cases(device: str) -> list[Case]:
                 cache = LogitCache.open(Path(folder) / "cache")
                 stored = CachedTeacher(cache, place, tau=1.0, tail="bucket")
                 stored(batch, logits)  # the file stays mapped after its name is gone
+            stored.follow(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())), 0)
+            at_hand = partial(lambda found: found, batch)
             plain = config.replace(loss={"kind": "none"})
+            online = OnlineTeacher(answering, place)
             steps.update({
-                "ours, cached top-16": ours(config, batch, stored, place),
-                "ours, online teacher": ours(config, batch, OnlineTeacher(answering, place), place),
-                "ours, no teacher": ours(plain, batch, NoTeacher(), place),
+                "ours, cached top-16": ours(config, at_hand, stored, place),
+                "ours, online teacher": ours(config, at_hand, online, place),
+                "ours, no teacher": ours(plain, at_hand, NoTeacher(), place),
             })  # fmt: skip
             return steps | {"timm, online teacher": timms(config, batch, network, place)}
 
@@ -216,14 +280,19 @@ def cases(device: str) -> list[Case]:
             found["timm, online teacher"] = {"flops_per_item": student_flops + teacher_flops}
             return found
 
-        short = student.removesuffix("_distilled_patch16_224")
-        name = f"{short} {teacher} {size}px B={batch_size}"
+        name = f"{short(student)} {teacher} {size}px B={batch_size}"
         return Case(name, build, items=batch_size, facts=facts)
 
+    tiny, small, base = (f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
     if device == "cpu":
-        return [case("deit_tiny_distilled_patch16_224", "regnety_016", 96, 16)]
+        return [case(tiny, "regnety_016", 96, 16), fed_case(tiny, 96, 16, device, "packed")]
     return [
-        case("deit_small_distilled_patch16_224", "regnety_160", 224, 256),
-        case("deit_tiny_distilled_patch16_224", "regnety_160", 224, 256),
-        case("deit_base_distilled_patch16_224", "regnety_160", 224, 256),
+        case(small, "regnety_160", 224, 256),
+        case(tiny, "regnety_160", 224, 256),
+        case(base, "regnety_160", 224, 256),
+        *(
+            fed_case(student, 224, 256, device, loader)
+            for student in (small, tiny)
+            for loader in ("packed", "dali-triton", "pillow")
+        ),
     ]

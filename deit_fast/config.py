@@ -132,6 +132,10 @@ class DataConfig:
     kernel crops, resizes and augments; with dali_decoder=cpu to the pixels of `pillow`."""
     dali_decoder: Literal["cpu", "gpu"] = "cpu"
     """Where DALI decodes, and crops, resizes and augments if it does. Their pixels differ a bit."""
+    dali_hw_decoder_load: float = 0.0
+    """With dali_decoder=gpu: share of the images that the GPU's JPEG engine takes off its cores.
+    Above 0 an image's last bits depend on which of the two decoded it, and so on its batch: for an
+    online teacher, as `train` refuses a cache whose pixels it does not find again."""
     workers: int = 4
     """Decoding processes of this rank, 0: the main process decodes; threads where DALI loads."""
     on_error: Literal["substitute", "fail"] = "substitute"
@@ -151,6 +155,12 @@ class DataConfig:
         _require(
             self.loader != "pillow" or self.dali_decoder == "cpu",
             f"data.dali_decoder={self.dali_decoder} goes with data.loader=dali or dali-triton",
+        )
+        load = self.dali_hw_decoder_load
+        _require(0 <= load <= 1, f"data.dali_hw_decoder_load must lie in [0, 1], not {load}")
+        _require(
+            load == 0 or self.dali_decoder == "gpu",
+            f"data.dali_hw_decoder_load={load} goes with data.dali_decoder=gpu",
         )
         _require(self.workers >= 0, f"data.workers must not be negative, not {self.workers}")
         _require(

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,44 @@ def test_all_that_works_on_the_host_says_so() -> None:
         "encode top-16 C=1000",
     }
     assert all(case.on_host for case in bench_loader.cases("cuda"))
+
+
+@pytest.mark.dali
+def test_views_of_one_decoder_do_not_depend_on_their_batch() -> None:
+    from bench import bench_loader
+
+    built = bench_loader.build_decoder("cpu", "cpu", 0.0, 2)
+    assert not isinstance(built, str), built
+    run, identical_pct = built
+    run()
+    assert identical_pct() == 100
+
+
+def test_a_slow_loader_shows_in_the_fed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it made beforehand is taken away first, so four steps wait for four batches."""
+    from bench import bench_step
+
+    made = bench_step.open_loader
+
+    def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for batch in made(*args, **kwargs):
+            time.sleep(0.3)
+            yield batch
+
+    monkeypatch.setattr(bench_step, "open_loader", slow)
+    monkeypatch.setattr(bench_step.os, "cpu_count", lambda: 1)
+    tiny = "deit_tiny_distilled_patch16_224"
+    case = bench_step.fed_case(tiny, 32, 4, "cpu", "packed")
+    steps = case.build()
+    seconds = {}
+    for name, step in steps.items():
+        assert not isinstance(step, str)
+        step()
+        case.before(name)
+        start = time.perf_counter()
+        step()
+        seconds[name] = time.perf_counter() - start
+    assert 1.2 < seconds["ours, fed"] - seconds["batch at hand"] < 2.4
 
 
 def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> None:

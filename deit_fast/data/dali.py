@@ -25,7 +25,6 @@ from deit_fast.config import InputError
 from deit_fast.data.augment_table import augment_table
 from deit_fast.data.dali_graph import (
     GRAPH_VERSION,
-    HW_DECODER_LOAD,
     decoding_graph,
     file_inputs,
     view_graph,
@@ -54,7 +53,7 @@ from deit_fast.views import ViewPlan
 CHUNK = 256  # views DALI makes at once: bounds its memory, whatever the batch
 
 
-def dali_contract(augmenter: str, decoder: str) -> dict[str, Any]:
+def dali_contract(augmenter: str, decoder: str, hw_decoder_load: float) -> dict[str, Any]:
     """What decides DALI's pixels, for a cache's fingerprint.
 
     Raises:
@@ -68,7 +67,7 @@ def dali_contract(augmenter: str, decoder: str) -> dict[str, Any]:
         "contract.pixels": f"dali/{decoder}" if augmenter == "dali" else f"dali-decoded/{decoder}",
         "contract.dali": nvidia.dali.__version__,
         "contract.nvimgcodec": nvimgcodec.__version__,
-        "contract.hw_decoder_load": HW_DECODER_LOAD,
+        "contract.hw_decoder_load": hw_decoder_load,
     }
     return facts | {"contract.dali_graph": GRAPH_VERSION} if augmenter == "dali" else facts
 
@@ -84,6 +83,8 @@ class DaliLoader:
         workers: threads that read, and as many of DALI; 0 counts as 1.
         augmenter: who makes views of images.
         decoder: "gpu" decodes on `device` (and crops, resizes and augments there, if DALI does).
+        hw_decoder_load: share of a chunk that the GPU's JPEG engine decodes. Above 0 an image's
+            last bits depend on which of two decoders its batch left free.
         device: where `kernels.augment` and a GPU decoder run.
         depth: chunks that DALI works on; 1: nothing is done ahead, for timing.
         index: which files DALI may decode; none: checks those that no earlier loader has checked.
@@ -106,6 +107,7 @@ class DaliLoader:
         pin_memory: bool = False,
         augmenter: Literal["dali", "kernel"] = "dali",
         decoder: Literal["cpu", "gpu"] = "cpu",
+        hw_decoder_load: float = 0.0,
         device: torch.device | str = "cpu",
         depth: int = 2,
         index: FileIndex | None = None,
@@ -124,7 +126,7 @@ class DaliLoader:
         index = index_files(source, self._threads) if index is None else index
         self._files = _Files(source, index)
         self._batches, self._on_error = batches, on_error
-        self._on_gpu = decoder == "gpu"
+        self._on_gpu, self._hw_decoder_load = decoder == "gpu", hw_decoder_load
         # Without a GPU the kernel's arithmetic is this host's, in the form that is fast there.
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         self._on_host = augmenter == "kernel" and self.device.type == "cpu" and not interpreted
@@ -166,7 +168,7 @@ class DaliLoader:
         if self._on_gpu:
             index = self.device.index
             ordinal = torch.cuda.current_device() if index is None else index
-        shared = (CHUNK, self._threads, ordinal, self._depth)
+        shared = (CHUNK, self._threads, ordinal, self._depth, self._hw_decoder_load)
         if self.augmenter == "kernel":
             return decoding_graph(feed, *shared)
         recipe = self.plan.recipe

@@ -22,7 +22,6 @@ from deit_fast.draws import LEVEL_ONE
 from deit_fast.views import OPERATIONS
 
 GRAPH_VERSION = 1  # raise it with any change of the pixels
-HW_DECODER_LOAD = 0.0  # above 0 a file's pixels depend on which decoder its batch left free
 
 _ID = {name: place for place, name in enumerate(OPERATIONS)}
 _GEOMETRIC = [_ID[n] for n in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")]
@@ -32,7 +31,12 @@ _CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
 
 def decoding_graph(
-    feed: Callable[[], tuple], batch: int, threads: int, device_id: int | None, depth: int
+    feed: Callable[[], tuple],
+    batch: int,
+    threads: int,
+    device_id: int | None,
+    depth: int,
+    hw_decoder_load: float,
 ):
     """A pipeline whose output is a batch of whole images, uint8 HWC; the input is `file_inputs`."""
     from nvidia.dali import fn, pipeline_def, types
@@ -43,7 +47,7 @@ def decoding_graph(
             feed, num_outputs=3, dtype=[types.UINT8, types.UINT8, types.INT32], ndim=[1, 3, 0],
             layout=["", "HWC", ""],
         )  # fmt: skip
-        return _decode(encoded, raw, is_encoded, device_id)
+        return _decode(encoded, raw, is_encoded, device_id, hw_decoder_load)
 
     return _build(graph, batch, threads, device_id, depth)
 
@@ -54,6 +58,7 @@ def view_graph(
     threads: int,
     device_id: int | None,
     depth: int,
+    hw_decoder_load: float,
     size: int,
     layers: int,
     fill: tuple[int, int, int],
@@ -76,7 +81,7 @@ def view_graph(
         inputs = fn.external_source(
             feed, num_outputs=len(ndim), dtype=dtype, ndim=ndim, layout=layout
         )
-        image = _decode(*inputs[:3], device_id)
+        image = _decode(*inputs[:3], device_id, hw_decoder_load)
         file, start, shape = inputs[3:6]
         image = fn.permute_batch(image, indices=file)
         # Slice first: a resize with a region of interest looks at pixels outside of it.
@@ -106,7 +111,7 @@ _kept: list[Any] = []
 os.register_at_fork(after_in_child=lambda: _kept.extend(_alive))
 
 
-def _decode(encoded, raw, is_encoded, device_id):
+def _decode(encoded, raw, is_encoded, device_id, hw_decoder_load):
     from nvidia.dali import fn, types
 
     on_gpu = device_id is not None
@@ -117,7 +122,7 @@ def _decode(encoded, raw, is_encoded, device_id):
             output_type=types.RGB,
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,
-            hw_decoder_load=HW_DECODER_LOAD,
+            hw_decoder_load=hw_decoder_load,
         )
     else:
         image = raw.gpu() if on_gpu else raw

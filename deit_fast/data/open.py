@@ -45,7 +45,12 @@ def open_loader(
     from deit_fast.data.dali import DaliLoader
 
     augmenter = "dali" if data.loader == "dali" else "kernel"
-    arguments |= {"augmenter": augmenter, "decoder": data.dali_decoder, "device": device}
+    arguments |= {
+        "augmenter": augmenter,
+        "decoder": data.dali_decoder,
+        "hw_decoder_load": data.dali_hw_decoder_load,
+        "device": device,
+    }
     return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device)
 
 
@@ -64,7 +69,8 @@ def pixel_contract(data: DataConfig) -> dict[str, Any]:
     require_dali()
     if data.loader == "dali-triton" and data.dali_decoder == "cpu":
         return pillow  # each file was compared
-    return dali_contract("dali" if data.loader == "dali" else "kernel", data.dali_decoder)
+    augmenter = "dali" if data.loader == "dali" else "kernel"
+    return dali_contract(augmenter, data.dali_decoder, data.dali_hw_decoder_load)
 
 
 class DeviceLoader:
