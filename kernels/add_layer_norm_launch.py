@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from . import add_layer_norm_kernel as kernel
-from .launching import DTYPES, TYPE_NAMES, implement, signature
+from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
 
 MOST_CHANNELS = 4096  # a longer row does not fit in the registers of its program
 # Partial rows of the weight gradients: 4 programs a processor are all at work at the same time, and
@@ -29,7 +29,7 @@ INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
 
 def takes(residual: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    if not (residual.is_cuda or INTERPRETED) or residual.shape[-1] > MOST_CHANNELS:
+    if not (INTERPRETED or on_gpu(residual)) or residual.shape[-1] > MOST_CHANNELS:
         return False
     return all(x is None or x.dtype in DTYPES for x in (residual, *others))
 

@@ -29,9 +29,9 @@ Numerics: float32 scores, softmax and sums; P and dS are rounded to the dtype of
 multiplied. float32 input is multiplied in full float32 (no TF32): correct, not fast. Two runs give
 the same bits: no sum depends on who comes first.
 
-On a GPU bfloat16 and float16 with D of 32, 64, 96 or 128 take the kernels (of 96 columns 96 are
-read and written, 128 multiplied), and float32 with D of 32 or 64; wider float32, float64, other D
-and the CPU take the reference in plain PyTorch. With TRITON_INTERPRET=1 a CPU runs the kernels in
+On a GPU float32, bfloat16 and float16 with D of 32, 64, 96 or 128 take the kernels; 96 columns are
+multiplied as three times 32, none of them in vain. float64, other D, the CPU and GPUs older than
+Ampere take the reference in plain PyTorch. With TRITON_INTERPRET=1 a CPU runs the kernels in
 Triton's interpreter.
 
 Tiles come from a fixed table, attention_tiles.json. With DEIT_FAST_AUTOTUNE=1 the first call of

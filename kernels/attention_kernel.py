@@ -24,37 +24,57 @@ import triton.language as tl
 QUERIES, KEYS, BOTH = (tl.constexpr(i) for i in range(3))
 
 # ---------------------------------------------------------------------------------------------
-# Rows of one head: D columns, padded to WIDTH, a power of two
+# Rows of one head: D columns as PARTS tensors of WIDTH, a power of two
 # ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_rows(
+def _load_block(
     pointer, start, tokens, stride,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     rows, cols = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     at = pointer + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    if WIDTH != D:
-        if RAGGED:
-            return tl.load(at, mask=(rows[:, None] < tokens) & (cols[None, :] < D), other=0.0)
-        return tl.load(at, mask=cols[None, :] < D, other=0.0)
     if RAGGED:
         return tl.load(at, mask=rows[:, None] < tokens, other=0.0)
     return tl.load(at)
 
 
 @triton.jit
-def _store_rows(
-    pointer, start, tokens, stride, value, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
-):
+def _store_block(pointer, start, tokens, stride, value, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     rows, cols = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     at = pointer + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    value = value.to(pointer.dtype.element_ty)
-    if WIDTH != D:
-        tl.store(at, value, mask=(rows[:, None] < tokens) & (cols[None, :] < D))
-    else:
-        tl.store(at, value, mask=rows[:, None] < tokens)
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=rows[:, None] < tokens)
+
+
+@triton.jit
+def _load_rows(
+    pointer, start, tokens, stride,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    parts = ()
+    for i in tl.static_range(PARTS):
+        block = _load_block(pointer + i * WIDTH, start, tokens, stride, ROWS, WIDTH, RAGGED)
+        parts = parts + (block,)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
+def _store_rows(
+    pointer, start, tokens, stride, parts, factor,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(PARTS):
+        value = parts[i] * factor
+        _store_block(pointer + i * WIDTH, start, tokens, stride, value, ROWS, WIDTH)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts = parts + (tl.zeros([ROWS, WIDTH], tl.float32),)  # type: ignore[assignment]
+    return parts
 
 
 @triton.jit
@@ -77,6 +97,27 @@ def _dot(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _over_columns(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a b^T of rows [., D]."""
+    total = _dot(a[0], tl.trans(b[0]), PRECISION, UPCAST)
+    for i in tl.static_range(1, PARTS):
+        total += _dot(a[i], tl.trans(b[i]), PRECISION, UPCAST)
+    return total
+
+
+@triton.jit
+def _add_products(
+    sums, a, rows, PARTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
+    """sums + a rows, of rows [., D]."""
+    parts = ()
+    for i in tl.static_range(PARTS):
+        part = sums[i] + _dot(a, rows[i], PRECISION, UPCAST)
+        parts = parts + (part,)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
 def _only_keys(x, start, tokens, fill, KEYS: tl.constexpr, RAGGED: tl.constexpr):
     """x [queries, keys] with fill for keys past the last token."""
     if RAGGED:
@@ -86,30 +127,31 @@ def _only_keys(x, start, tokens, fill, KEYS: tl.constexpr, RAGGED: tl.constexpr)
 
 @triton.jit
 def _query_gradient(
-    q, do, lse, delta, k, v, dq, start, tokens, scale2,
+    q, do, lse, delta, k, v, dq, start, tokens, scale2, PARTS: tl.constexpr,
     KEYS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq plus what one block of keys adds to it, without the factor scale."""
-    p = tl.exp2(_dot(q, tl.trans(k), PRECISION, UPCAST) * scale2 - lse[:, None])
+    p = tl.exp2(_over_columns(q, k, PARTS, PRECISION, UPCAST) * scale2 - lse[:, None])
     p = _only_keys(p, start, tokens, 0.0, KEYS, RAGGED)
-    dp = _dot(do, tl.trans(v), PRECISION, UPCAST)
-    ds = (p * (dp - delta[:, None])).to(k.dtype)
-    return dq + _dot(ds, k, PRECISION, UPCAST)
+    dp = _over_columns(do, v, PARTS, PRECISION, UPCAST)
+    ds = (p * (dp - delta[:, None])).to(k[0].dtype)
+    return _add_products(dq, ds, k, PARTS, PRECISION, UPCAST)
 
 
 @triton.jit
 def _key_gradients(
-    k, v, q, do, lse, delta, dk, dv, scale2, PRECISION: tl.constexpr, UPCAST: tl.constexpr
-):
+    k, v, q, do, lse, delta, dk, dv, scale2, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """dk (without the factor scale) and dv plus what one block of queries adds to them.
 
     Everything is transposed, [keys, queries]: so P and dS are left operands as they come.
     """
-    p = tl.exp2(_dot(k, tl.trans(q), PRECISION, UPCAST) * scale2 - lse[None, :])
-    dv += _dot(p.to(do.dtype), do, PRECISION, UPCAST)
-    dp = _dot(v, tl.trans(do), PRECISION, UPCAST)
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
-    return dk + _dot(ds, q, PRECISION, UPCAST), dv
+    p = tl.exp2(_over_columns(k, q, PARTS, PRECISION, UPCAST) * scale2 - lse[None, :])
+    dv = _add_products(dv, p.to(do[0].dtype), do, PARTS, PRECISION, UPCAST)
+    dp = _over_columns(v, do, PARTS, PRECISION, UPCAST)
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    return _add_products(dk, ds, q, PARTS, PRECISION, UPCAST), dv
 
 
 @triton.jit
@@ -125,8 +167,11 @@ def _store_row_values(pointer, start, tokens, value, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _row_products(a, b):
-    return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+def _row_products(a, b, PARTS: tl.constexpr):
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, PARTS):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,8 +182,8 @@ def _row_products(a, b):
 @triton.jit
 def forward_whole_kernel(
     qkv, out, lse, heads, tokens, stride_b, stride_n, stride_p, stride_h, scale2,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    PIECES: tl.constexpr, STARTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, splits): the blocks of query rows of a head, dealt out to its splits."""
     index = tl.program_id(0)
@@ -153,14 +198,14 @@ def forward_whole_kernel(
     keys, values = (), ()
     for i in tl.static_range(len(PIECES)):
         keys = keys + (  # type: ignore[assignment]
-            _load_rows(k_at, STARTS[i], tokens, stride_n, PIECES[i], D, WIDTH, i == last),
+            _load_block(k_at, STARTS[i], tokens, stride_n, PIECES[i], D, i == last),
         )
         values = values + (  # type: ignore[assignment]
-            _load_rows(v_at, STARTS[i], tokens, stride_n, PIECES[i], D, WIDTH, i == last),
+            _load_block(v_at, STARTS[i], tokens, stride_n, PIECES[i], D, i == last),
         )
 
     for start in range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS):
-        q = _load_rows(q_at, start, tokens, stride_n, ROWS, D, WIDTH, True)
+        q = _load_block(q_at, start, tokens, stride_n, ROWS, D, True)
         scores = ()
         top = tl.full([ROWS], float("-inf"), tl.float32)
         for i in tl.static_range(len(PIECES)):
@@ -170,43 +215,52 @@ def forward_whole_kernel(
             scores = scores + (s,)  # type: ignore[assignment]
         top = top * scale2
         total = tl.zeros([ROWS], tl.float32)
-        o = tl.zeros([ROWS, WIDTH], tl.float32)
+        o = tl.zeros([ROWS, D], tl.float32)
         for i in tl.static_range(len(PIECES)):
             p = tl.exp2(scores[i] * scale2 - top[:, None])
             p = _only_keys(p, STARTS[i], tokens, 0.0, PIECES[i], i == last)
             total += tl.sum(p, 1)
             o += _dot(p.to(q.dtype), values[i], PRECISION, UPCAST)
-        _store_rows(out_at, start, tokens, out_stride, o / total[:, None], ROWS, D, WIDTH)
+        _store_block(out_at, start, tokens, out_stride, o / total[:, None], ROWS, D)
         _store_row_values(lse_at, start, tokens, top + tl.log2(total), ROWS)
 
 
 # ---------------------------------------------------------------------------------------------
-# Any number of tokens: FULL blocks of BLOCK rows stream past, then one of TAIL rows
+# Any number of tokens: full blocks of BLOCK rows stream past, then one of TAIL rows. TAIL 0: the
+# last is one of BLOCK rows too, and all are masked
 # ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _rows_of_loop(tokens, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    return tokens if TAIL == 0 else (tokens - 1) // BLOCK * BLOCK
+
+
+@triton.jit
 def _forward_step(
-    q, k_at, v_at, start, tokens, stride_n, top, total, o, scale2, D: tl.constexpr,
-    WIDTH: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    q, k_at, v_at, start, tokens, stride_n, top, total, o, scale2, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    k = _load_rows(k_at, start, tokens, stride_n, KEYS, D, WIDTH, RAGGED)
-    s = _dot(q, tl.trans(k), PRECISION, UPCAST)
+    k = _load_rows(k_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
+    s = _over_columns(q, k, PARTS, PRECISION, UPCAST)
     known = _only_keys(s, start, tokens, float("-inf"), KEYS, RAGGED)
     higher = tl.maximum(top, tl.max(known, 1) * scale2)
     p = _only_keys(tl.exp2(s * scale2 - higher[:, None]), start, tokens, 0.0, KEYS, RAGGED)
     shrink = tl.exp2(top - higher)
     total = total * shrink + tl.sum(p, 1)
-    v = _load_rows(v_at, start, tokens, stride_n, KEYS, D, WIDTH, RAGGED)
-    o = o * shrink[:, None] + _dot(p.to(q.dtype), v, PRECISION, UPCAST)
-    return higher, total, o
+    v = _load_rows(v_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
+    p = p.to(q[0].dtype)
+    kept = ()
+    for i in tl.static_range(PARTS):
+        kept = kept + (o[i] * shrink[:, None],)  # type: ignore[assignment]
+    return higher, total, _add_products(kept, p, v, PARTS, PRECISION, UPCAST)
 
 
 @triton.jit
 def forward_blocks_kernel(
     qkv, out, lse, heads, tokens, stride_b, stride_n, stride_p, stride_h, scale2,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * blocks of ROWS queries,), the blocks of a head side by side."""
@@ -215,107 +269,123 @@ def forward_blocks_kernel(
     batch, head = _heads(index, heads)
     q_at = qkv + batch * stride_b + head * stride_h
     k_at, v_at = q_at + stride_p, q_at + stride_p + stride_p
-    out_stride = heads * D
-    out_at = out + batch * tokens * out_stride + head * D
+    out_stride = heads * (PARTS * WIDTH)
+    out_at = out + batch * tokens * out_stride + head * (PARTS * WIDTH)
 
-    q = _load_rows(q_at, start, tokens, stride_n, ROWS, D, WIDTH, True)
+    q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    o = tl.zeros([ROWS, WIDTH], tl.float32)
-    full = (tokens - 1) // BLOCK * BLOCK
+    o = _zeros(ROWS, WIDTH, PARTS)
+    full = _rows_of_loop(tokens, BLOCK, TAIL)
     for at in range(0, full, BLOCK):
         top, total, o = _forward_step(
             q, k_at, v_at, at, tokens, stride_n, top, total, o, scale2,
-            D, WIDTH, BLOCK, False, PRECISION, UPCAST,
+            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
-    top, total, o = _forward_step(
-        q, k_at, v_at, full, tokens, stride_n, top, total, o, scale2,
-        D, WIDTH, TAIL, True, PRECISION, UPCAST,
-    )  # fmt: skip
-    _store_rows(out_at, start, tokens, out_stride, o / total[:, None], ROWS, D, WIDTH)
+    if TAIL > 0:
+        top, total, o = _forward_step(
+            q, k_at, v_at, full, tokens, stride_n, top, total, o, scale2,
+            WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    for i in tl.static_range(PARTS):
+        value = o[i] / total[:, None]
+        _store_block(out_at + i * WIDTH, start, tokens, out_stride, value, ROWS, WIDTH)
     lse_at = lse + index.to(tl.int64) * tokens
     _store_row_values(lse_at, start, tokens, top + tl.log2(total), ROWS)
 
 
 @triton.jit
+def _query_step(
+    q, do, lse, delta, k_at, v_at, start, tokens, stride_n, dq, scale2, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    k = _load_rows(k_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
+    v = _load_rows(v_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
+    return _query_gradient(
+        q, do, lse, delta, k, v, dq, start, tokens, scale2, PARTS, KEYS, RAGGED, PRECISION, UPCAST
+    )
+
+
+@triton.jit
 def _query_role(
     q_at, do_at, o_at, dq_at, lse_at, delta_at, start, tokens, stride_n, stride_p, grad_stride_n,
-    out_stride, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries; leaves its delta where there is a place for it."""
-    q = _load_rows(q_at, start, tokens, stride_n, ROWS, D, WIDTH, True)
-    do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, D, WIDTH, True)
-    o = _load_rows(o_at, start, tokens, out_stride, ROWS, D, WIDTH, True)
+    q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
+    do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, WIDTH, PARTS, True)
+    o = _load_rows(o_at, start, tokens, out_stride, ROWS, WIDTH, PARTS, True)
     lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS)
-    delta = _row_products(do, o)
+    delta = _row_products(do, o, PARTS)
     if delta_at is not None:
         _store_row_values(delta_at, start, tokens, delta, ROWS)
     k_at, v_at = q_at + stride_p, q_at + stride_p + stride_p
-    dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    full = (tokens - 1) // BLOCK * BLOCK
+    dq = _zeros(ROWS, WIDTH, PARTS)
+    full = _rows_of_loop(tokens, BLOCK, TAIL)
     for at in range(0, full, BLOCK):
-        k = _load_rows(k_at, at, tokens, stride_n, BLOCK, D, WIDTH, False)
-        v = _load_rows(v_at, at, tokens, stride_n, BLOCK, D, WIDTH, False)
-        dq = _query_gradient(
-            q, do, lse, delta, k, v, dq, at, tokens, scale2, BLOCK, False, PRECISION, UPCAST
-        )
-    k = _load_rows(k_at, full, tokens, stride_n, TAIL, D, WIDTH, True)
-    v = _load_rows(v_at, full, tokens, stride_n, TAIL, D, WIDTH, True)
-    dq = _query_gradient(
-        q, do, lse, delta, k, v, dq, full, tokens, scale2, TAIL, True, PRECISION, UPCAST
-    )
-    _store_rows(dq_at, start, tokens, 3 * out_stride, dq * scale, ROWS, D, WIDTH)
+        dq = _query_step(
+            q, do, lse, delta, k_at, v_at, at, tokens, stride_n, dq, scale2,
+            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
+        )  # fmt: skip
+    if TAIL > 0:
+        dq = _query_step(
+            q, do, lse, delta, k_at, v_at, full, tokens, stride_n, dq, scale2,
+            WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
 
 
 @triton.jit
 def _key_step(
     k, v, q_at, do_at, o_at, lse_at, delta_at, start, tokens, stride_n, grad_stride_n, out_stride,
-    dk, dv, scale2, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    dk, dv, scale2, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    q = _load_rows(q_at, start, tokens, stride_n, ROWS, D, WIDTH, RAGGED)
-    do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, D, WIDTH, RAGGED)
+    q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, RAGGED)
+    do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, WIDTH, PARTS, RAGGED)
     lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS)
     if delta_at is None:
-        o = _load_rows(o_at, start, tokens, out_stride, ROWS, D, WIDTH, RAGGED)
-        delta = _row_products(do, o)
+        o = _load_rows(o_at, start, tokens, out_stride, ROWS, WIDTH, PARTS, RAGGED)
+        delta = _row_products(do, o, PARTS)
     else:
         delta = _load_row_values(delta_at, start, tokens, 0.0, ROWS)
-    return _key_gradients(k, v, q, do, lse, delta, dk, dv, scale2, PRECISION, UPCAST)
+    return _key_gradients(k, v, q, do, lse, delta, dk, dv, scale2, PARTS, PRECISION, UPCAST)
 
 
 @triton.jit
 def _key_role(
     q_at, do_at, o_at, dq_at, lse_at, delta_at, start, tokens, stride_n, stride_p, grad_stride_n,
-    out_stride, scale2, scale, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys; delta is read where there is a place for it."""
-    k = _load_rows(q_at + stride_p, start, tokens, stride_n, ROWS, D, WIDTH, True)
-    v = _load_rows(q_at + stride_p + stride_p, start, tokens, stride_n, ROWS, D, WIDTH, True)
-    dk = tl.zeros([ROWS, WIDTH], tl.float32)
-    dv = tl.zeros([ROWS, WIDTH], tl.float32)
-    full = (tokens - 1) // BLOCK * BLOCK
+    k = _load_rows(q_at + stride_p, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
+    v = _load_rows(q_at + stride_p + stride_p, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
+    dk = _zeros(ROWS, WIDTH, PARTS)
+    dv = _zeros(ROWS, WIDTH, PARTS)
+    full = _rows_of_loop(tokens, BLOCK, TAIL)
     for at in range(0, full, BLOCK):
         dk, dv = _key_step(
             k, v, q_at, do_at, o_at, lse_at, delta_at, at, tokens, stride_n, grad_stride_n,
-            out_stride, dk, dv, scale2, D, WIDTH, BLOCK, False, PRECISION, UPCAST,
+            out_stride, dk, dv, scale2, WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
-    dk, dv = _key_step(
-        k, v, q_at, do_at, o_at, lse_at, delta_at, full, tokens, stride_n, grad_stride_n,
-        out_stride, dk, dv, scale2, D, WIDTH, TAIL, True, PRECISION, UPCAST,
-    )  # fmt: skip
+    if TAIL > 0:
+        dk, dv = _key_step(
+            k, v, q_at, do_at, o_at, lse_at, delta_at, full, tokens, stride_n, grad_stride_n,
+            out_stride, dk, dv, scale2, WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
     dk_at = dq_at + out_stride
-    _store_rows(dk_at, start, tokens, 3 * out_stride, dk * scale, ROWS, D, WIDTH)
-    _store_rows(dk_at + out_stride, start, tokens, 3 * out_stride, dv, ROWS, D, WIDTH)
+    _store_rows(dk_at, start, tokens, 3 * out_stride, dk, scale, ROWS, WIDTH, PARTS)
+    _store_rows(dk_at + out_stride, start, tokens, 3 * out_stride, dv, 1.0, ROWS, WIDTH, PARTS)
 
 
 @triton.jit
 def backward_kernel(
     qkv, grad_out, out, lse, delta, grad_qkv, heads, tokens,
     stride_b, stride_n, stride_p, stride_h, grad_stride_b, grad_stride_n, grad_stride_h,
-    scale2, scale, ROLE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    scale2, scale, ROLE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * [2 *] blocks of ROWS,). ROLE: QUERIES, KEYS, or BOTH, which shares reads.
@@ -332,9 +402,9 @@ def backward_kernel(
     batch, head = _heads(index, heads)
     q_at = qkv + batch * stride_b + head * stride_h
     do_at = grad_out + batch * grad_stride_b + head * grad_stride_h
-    out_stride = heads * D
-    o_at = out + batch * tokens * out_stride + head * D
-    dq_at = grad_qkv + batch * tokens * (3 * out_stride) + head * D
+    out_stride = heads * (PARTS * WIDTH)
+    o_at = out + batch * tokens * out_stride + head * (PARTS * WIDTH)
+    dq_at = grad_qkv + batch * tokens * (3 * out_stride) + head * (PARTS * WIDTH)
     row = index.to(tl.int64) * tokens
     lse_at = lse + row
     delta_at = delta
@@ -343,12 +413,12 @@ def backward_kernel(
     if is_key:
         _key_role(
             q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
-            grad_stride_n, out_stride, scale2, scale, D, WIDTH, ROWS, BLOCK, TAIL,
+            grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip
     else:
         _query_role(
             q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
-            grad_stride_n, out_stride, scale2, scale, D, WIDTH, ROWS, BLOCK, TAIL,
+            grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip

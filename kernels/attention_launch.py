@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import attention_kernel as kernel
-from .launching import DTYPES, TYPE_NAMES, implement, signature
+from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
 
 WIDTHS = (32, 64, 96, 128)
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
@@ -37,10 +38,7 @@ PROCESSORS = 132  # of an H100: fewer heads than twice that are split, also on o
 
 def takes(qkv: Tensor) -> bool:
     """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    if not (qkv.is_cuda or INTERPRETED) or qkv.dtype not in DTYPES:
-        return False
-    # Wider float32 rows do not fit in registers: plain PyTorch is faster than spills.
-    return qkv.shape[-1] in WIDTHS and qkv.shape[-1] * qkv.dtype.itemsize <= 256
+    return (INTERPRETED or on_gpu(qkv)) and qkv.dtype in DTYPES and qkv.shape[-1] in WIDTHS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,14 +92,20 @@ _measured: dict[Key, Tiles] = {}
 
 
 def architecture(capability: tuple[int, int]) -> int:
-    """80, 90 or 100. GeForce Blackwell (12.x) has the matrix instructions of Ampere."""
-    return {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
+    """80, 86, 90 or 100: what one of them runs well, all GPUs of its kind do.
+
+    86 stands for GPUs with the matrix instructions of Ampere whose blocks have 99 KiB of shared
+    memory: GeForce and its sisters up to Blackwell (8.6, 8.9, 12.x). An A100's have 163 KiB.
+    """
+    if capability[0] in (9, 10, 11):
+        return 90 if capability[0] == 9 else 100
+    return 80 if capability in ((8, 0), (8, 7)) else 86
 
 
 def _key(kind: str, qkv: Tensor, arch: int | None) -> Key:
     if arch is None:
         arch = architecture(torch.cuda.get_device_capability(qkv.device)) if qkv.is_cuda else 0
-    return arch, kind, qkv.dtype.itemsize, triton.next_power_of_2(qkv.shape[-1])
+    return arch, kind, qkv.dtype.itemsize, qkv.shape[-1]
 
 
 def _tiles(key: Key) -> Tiles:
@@ -127,8 +131,11 @@ def _tune(key: Key, run: Callable[[], Any], device: torch.device) -> None:
         _measured[key] = tiles
         try:
             times[tiles] = _milliseconds(run, device)
-        except triton.runtime.errors.OutOfResources:
+        except (OutOfResources, PTXASError):  # too large for this GPU
             continue
+    if not times:
+        del _measured[key]
+        raise RuntimeError(f"attention: none of {len(CANDIDATES[key[1]])} tiles of {key} launches")
     _measured[key] = min(times, key=times.__getitem__)
 
 
@@ -172,6 +179,14 @@ def _pieces(tokens: int) -> tuple[int, ...]:
     return tuple(size for size in (128, 64, 32, 16) if rounded & size)
 
 
+def _columns(width: int, dtype: torch.dtype) -> int:
+    """Columns multiplied at once: a power of two that divides the width.
+
+    Of wide float32 rows 32, as without tensor cores a thread keeps whole rows of both factors.
+    """
+    return 32 if dtype == torch.float32 and width > 64 else width & -width
+
+
 def _power_of_two(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
@@ -191,18 +206,25 @@ def _arguments(
     strides = ("stride_b", "stride_n", "stride_p", "stride_h")
     values |= dict(zip(strides, qkv.stride(), strict=False))
     values |= {"scale2": scale * math.log2(math.e)}
-    values |= {"D": width, "WIDTH": triton.next_power_of_2(width), "ROWS": rows}
+    values["ROWS"] = rows
     if kind == "whole":
         pieces = _pieces(tokens)
-        values["PIECES"] = pieces
+        values |= {"D": width, "PIECES": pieces}
         values["STARTS"] = tuple(itertools.accumulate((0, *pieces[:-1])))
     else:
+        columns = _columns(width, qkv.dtype)
+        values |= {"WIDTH": columns, "PARTS": width // columns}
         block = min(tiles.block, _power_of_two(tokens))
         values["BLOCK"] = block
-        values["TAIL"] = _power_of_two((tokens - 1) % block + 1)
+        # Behind the loop the products of wide float32 rows would spill.
+        is_slow = qkv.dtype == torch.float32 and width > 64
+        values["TAIL"] = 0 if is_slow else _power_of_two((tokens - 1) % block + 1)
     values["PRECISION"] = "ieee"
     values["UPCAST"] = INTERPRETED and qkv.dtype == torch.bfloat16
-    return values, {"num_warps": tiles.warps, "num_stages": tiles.stages}, -(-tokens // rows)
+    stages = tiles.stages
+    if kind == "both" and values["TAIL"] > 16:
+        stages = min(stages, 2)  # or else the tail spills on sm_80 (triton 3.6)
+    return values, {"num_warps": tiles.warps, "num_stages": stages}, -(-tokens // rows)
 
 
 _ROLES = {"queries": kernel.QUERIES.value, "keys": kernel.KEYS.value, "both": kernel.BOTH.value}
@@ -319,15 +341,13 @@ _library.impl("attention", _differentiable, "Autograd")
 
 
 def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """(name, function, signature, constants, alignments, options, expectations) to compile.
-
-    Not among them: D=96, whose "keys" spill 8 bytes on sm_80 under triton 3.6; N=50, whose "both"
-    spills 16 bytes there.
-    """
+    """(name, function, signature, constants, alignments, options, expectations) to compile."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     shapes = [(bf16, 6, tokens, 64) for tokens in (196, 198, 576, 577)]
     shapes += [(fp16, 6, 198, 64), (bf16, 12, 198, 32)]
-    shapes += [(bf16, 6, 198, 128), (fp32, 6, 198, 64)]
+    shapes += [(bf16, 6, 50, 64), (bf16, 6, 198, 96), (bf16, 6, 198, 128)]
+    shapes += [(fp32, 6, 198, width) for width in (64, 96, 128)]
+    shapes += [(bf16, 1, 1, 64)]  # Triton makes constants of sizes that are 1
     for dtype, heads, tokens, width in shapes:
         qkv = torch.empty((256, tokens, 3, heads, width), dtype=dtype, device="meta")
         out, lse = _outputs(qkv, 0.125)
@@ -341,11 +361,15 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
                 function = kernel.backward_kernel
                 delta = None if kind == "both" else lse
                 values |= _backward_arguments(out, qkv, delta, 0.125, kind)
-            matrices = {"tensor_cores": True, "no_scalar_half": True} if dtype != fp32 else {}
+            expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True}
+            if dtype != fp32:
+                expect |= {"tensor_cores": True, "no_scalar_half": True}
+            elif kind == "keys" and width > 64:
+                expect |= {"wide_stores": False}  # 16 x 32 elements are 8 bytes a thread
             yield (
                 f"{kind}-{TYPE_NAMES[dtype]}-N={tokens}-D={width}",
                 function,
                 *signature(function, values),
                 options,
-                {"wide_loads": True, "i64_rows": True, **matrices},
+                expect,
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .augment_kernel import layer_kernel, resize_kernel, tables_kernel
 from .augment_reference import KINDS, TABLE_COLUMNS, reference
-from .launching import implement, signature
+from .launching import implement, on_gpu, signature
 
 # Eight lines share what their crops' lines cost; more of them mostly multiply by zero.
 RESIZE = {"LINES": 8, "BLOCK": 256}
@@ -88,7 +88,7 @@ def _augment(
     if not pixels.is_cuda or os.environ.get("DEIT_FAST_DEBUG") == "1":
         _check_values(pixels, images, rows, weights, size)
     pixels, images, rows, weights = (x.contiguous() for x in (pixels, images, rows, weights))
-    if not (pixels.is_cuda or INTERPRETED):
+    if not (INTERPRETED or on_gpu(pixels)):
         return reference(pixels, images, rows, weights, size, fill)
     out = pixels.new_empty((len(rows), size, size, 3))
     if out.numel() == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bias_gelu_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows, common_vector, programs_of
-from .launching import DTYPES, TYPE_NAMES, implement, signature
+from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
 
 ELEMENTS, WARPS = 2048, 4  # of a program: 16 elements of a tensor to a thread
 INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
 
 def takes(x: Tensor, bias: Tensor) -> bool:
     """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    return (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and bias.dtype in DTYPES
+    return (INTERPRETED or on_gpu(x)) and x.dtype in DTYPES and bias.dtype in DTYPES
 
 
 # ---------------------------------------------------------------------------------------------

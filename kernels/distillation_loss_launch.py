@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import distillation_loss_kernel as kernel
 from .distillation_loss_reference import TopK, soft_factor
-from .launching import DTYPES, TYPE_NAMES, implement, signature
+from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
 
 SINGLE_CLASSES = 8192  # a longer row does not fit in the registers of its program
 SPLIT_BLOCK = 2048
@@ -39,7 +39,7 @@ _TAILS |= {"uniform": kernel.UNIFORM.value, "bucket": kernel.BUCKET.value}
 
 def takes(logits: Tensor, teacher: Any) -> bool:
     """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    if not (logits.is_cuda or INTERPRETED) or logits.dtype not in DTYPES:
+    if not (INTERPRETED or on_gpu(logits)) or logits.dtype not in DTYPES:
         return False
     return not isinstance(teacher, TopK) or teacher.ids.shape[1] <= KEPT_CLASSES
 
@@ -245,21 +245,22 @@ _library.define(
     "float class_factor, float distill_factor) -> ()"
 )
 
-_arrivals: dict[tuple[int, int], Tensor] = {}
+_arrivals: dict[int, Tensor] = {}  # by device
 
 
 def _arrival_counter(like: Tensor) -> Tensor:
-    """An int32 0, which the kernel leaves at 0: one per stream, whose launches follow each other.
+    """An int32 0, which the kernel leaves at 0: kept for a device's default stream, whose launches
+    follow each other, so that a call needs no launch to make it.
 
-    A captured launch gets its own, zeroed by the graph: what is allocated during a capture holds
-    nothing before the first replay.
+    On other streams every call gets its own. They may be capturing: what is allocated then holds
+    nothing before the first replay. Or they warm up for the graphs of torch.compile
+    ("reduce-overhead"), in a pool of memory where no tensor may outlive the call.
     """
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros((1,), dtype=torch.int32)
-    key = (like.device.index, torch.cuda.current_stream(like.device).cuda_stream)
-    if key not in _arrivals:
-        _arrivals[key] = like.new_zeros((1,), dtype=torch.int32)
-    return _arrivals[key]
+    if like.is_cuda and torch.cuda.current_stream(like.device).cuda_stream == 0:
+        if like.device.index not in _arrivals:
+            _arrivals[like.device.index] = like.new_zeros((1,), dtype=torch.int32)
+        return _arrivals[like.device.index]
+    return like.new_zeros((1,), dtype=torch.int32)
 
 
 def _outputs(

@@ -53,6 +53,8 @@ __all__ = [
     "normal_quantiles",
 ]
 
+_LARGEST = 16384  # pixels a side; far below where a byte's place in its image leaves int32
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -72,6 +74,10 @@ def _check(
     _require(
         len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3,
         f"images_u8 must have shape [M, S, S, 3], not {shape}",
+    )
+    _require(
+        shape[1] <= _LARGEST,
+        f"images_u8 must have at most {_LARGEST} pixels a side, not {shape[1]}",
     )
     _require(
         plan_rows.dim() == 2 and plan_rows.shape[1] == len(PLAN_COLUMNS),

@@ -35,7 +35,7 @@ _WORD = 0xFFFFFFFF
 _CPU_PIECE = 8192  # pixels per Philox call: its int64 temporaries stay in a core's cache
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # for good: a captured graph reads the table by its address
 def normalised_values(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -45,7 +45,7 @@ def normalised_values(
     return values.div(255).sub(next(channels)).div(next(channels)).to(device)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def normal_quantiles(device: torch.device | str = "cpu") -> Tensor:
     """Quantiles (i + 1/2) / 65536 of N(0, 1), float32 [65536]."""
     quantile = NormalDist().inv_cdf

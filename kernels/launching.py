@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,33 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels read and write
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POINTERS = TYPE_NAMES | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+
+
+def refusal(capability: tuple[int, int]) -> str | None:
+    """Why GPUs of this compute capability do not run the kernels; None: they do."""
+    if capability >= (8, 0):
+        return None
+    found = ".".join(map(str, capability))
+    return f"compute capability {found}: Triton's bfloat16 and asynchronous copies need 8.0"
+
+
+@functools.cache
+def _runs_kernels(device: torch.device) -> bool:
+    reason = refusal(torch.cuda.get_device_capability(device))
+    if reason is not None:
+        name = torch.cuda.get_device_name(device)
+        logging.getLogger(__name__).warning("%s takes plain PyTorch: %s", name, reason)
+    return reason is None
+
+
+@torch.compiler.assume_constant_result
+def _is_new_enough(device: torch.device) -> bool:
+    return _runs_kernels(device)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU that runs the kernels; says once of one that does not, and why."""
+    return x.is_cuda and _is_new_enough(x.device)
 
 
 def implement(
@@ -42,6 +71,8 @@ def signature(
                 aligned[name] = 16
         elif isinstance(value, float):
             types[name] = "fp32"
+        elif value == 1 and name not in fixed:
+            types[name], constants[name] = "constexpr", value
         else:
             types[name] = "i32"
             if name not in fixed and value % 16 == 0:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import (
     DEVICE,
+    INTERPRETED,
     assert_250_repeats_are_equal,
     assert_replays,
     assert_waits_for_nothing,
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deit_fast.kernels import attention_launch as launch
+from deit_fast.kernels import launching
 from deit_fast.kernels.attention import attention_qkvpacked
 from deit_fast.kernels.attention_reference import reference_attention
 
@@ -112,6 +114,29 @@ def test_accuracy(tokens: int, dtype: torch.dtype) -> None:
     if tokens <= 17:
         for width in WIDTHS:
             check_accuracy(dtype, 1, tokens, 1, width)
+
+
+@interpreted
+@pytest.mark.parametrize("width", (96, 128))
+@pytest.mark.parametrize("tokens", (33, 70, 197))
+def test_accuracy_of_wide_float32(tokens: int, width: int) -> None:
+    """Part by part of its columns, several blocks and a ragged one; the heads are neighbours."""
+    check_accuracy(torch.float32, 1, tokens, 2, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_has_kernels_and_tiles(width: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 50, 198, 209, 577, 4096):
+        qkv = torch.empty(2, tokens, 3, 2, width, dtype=dtype, device="meta")
+        assert launch.takes(qkv) == INTERPRETED, "on a CPU outside of the interpreter: none"
+        out, lse = launch._outputs(qkv, 1.0)
+        (forward,), backward = launch._kinds(qkv)
+        for kind in (forward, *backward):
+            tiles = launch._tiles(launch._key(kind, qkv, 0))
+            values, _, blocks = launch._arguments(qkv, out, lse, 1.0, kind, tiles)
+            assert values.get("D", 0) == width or values["WIDTH"] * values["PARTS"] == width
+            assert blocks * values["ROWS"] >= tokens > (blocks - 1) * values["ROWS"]
 
 
 @interpreted
@@ -349,6 +374,49 @@ def test_tuning_times_and_chooses_among_the_candidates(monkeypatch: pytest.Monke
     assert {key[1:] for key in table} == {("whole", 2, 32), ("both", 2, 32)}
     assert all(tiles in few[key[1]] for key, tiles in table.items())
     assert launch._measured == table and all(launch._tiles(key) == table[key] for key in table)
+
+
+@interpreted
+def test_tuning_says_that_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_measured", {})
+    shared = launch.OutOfResources(200 * 1024, 99 * 1024, "shared memory")
+
+    def too_large() -> None:
+        raise shared
+
+    key = (86, "whole", 2, 64)
+    with pytest.raises(RuntimeError, match=r"none of 8 tiles of \(86, 'whole', 2, 64\) launches"):
+        launch._tune(key, too_large, torch.device("cpu"))
+    assert launch._measured == {}, "the next call takes the table's tiles"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        *(((8, 0), 80), ((8, 6), 86), ((8, 7), 80), ((8, 9), 86), ((9, 0), 90)),
+        *(((10, 0), 100), ((10, 3), 100), ((11, 0), 100), ((12, 0), 86), ((12, 1), 86)),
+    ],
+)
+def test_tiles_tuned_on_an_a100_stay_there(capability: tuple[int, int], architecture: int) -> None:
+    """GPUs with 99 KiB of shared memory for a block have rows of their own."""
+    assert launch.architecture(capability) == architecture
+
+
+def test_gpus_before_ampere_are_refused_with_a_reason() -> None:
+    assert launching.refusal((8, 0)) is launching.refusal((12, 0)) is None
+    assert launching.refusal((7, 5)).startswith("compute capability 7.5: ")
+
+
+@outer_run
+def test_sizes_of_one_are_constants_as_for_tritons_launcher() -> None:
+    qkv = torch.empty(1, 1, 3, 1, 64, device="meta")
+    out, lse = launch._outputs(qkv, 1.0)
+    tiles = launch.Tiles(64, 32, 8, 1)
+    values, _, _ = launch._arguments(qkv, out, lse, 1.0, "forward", tiles)
+    kernel = launch.kernel.forward_blocks_kernel
+    types, constants, _ = launching.signature(kernel, values)
+    assert (constants["heads"], constants["tokens"]) == (1, 1)
+    assert types["heads"] == types["tokens"] == "constexpr" and types["stride_n"] == "i32"
 
 
 def test_the_table_on_the_disk_takes_measured_rows(tmp_path) -> None:

@@ -264,6 +264,34 @@ def test_tiles_and_layouts_change_no_bit(layout: str, dtype: torch.dtype) -> Non
         assert torch.equal(got, plain)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize(
+    ("layout", "size", "patch"),
+    [
+        *(("channels_last", size, 1) for size in (37, 38, 40)),  # an area of 1 mod 2, 4 mod 8, 0
+        *(("patches", *sizes) for sizes in ((39, 3), (42, 14), (40, 4), (48, 8), (48, 16))),
+    ],
+)
+def test_wide_and_narrow_stores_give_the_same_bits(
+    layout: str, size: int, patch: int, dtype: torch.dtype
+) -> None:
+    """From one element to 16 bytes; erase and mix boxes within the first 36 pixels a side."""
+    from deit_fast.kernels.ingest_reference import reference
+
+    images, rows = photos(3, size), random_rows(6, 3, scale=3)
+    got = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=patch)
+    assert torch.equal(got, reference(images, rows, MEAN, STD, dtype, layout, patch))
+
+
+def test_groups_are_16_bytes_where_the_layout_has_them() -> None:
+    group = sys.modules["deit_fast.kernels.ingest_launch"]._group
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert group(224, bf16, "channels_last", 16) == 8 and group(224, fp32, "channels_last", 16) == 4
+    assert group(38, bf16, "channels_last", 1) == 1 and group(38, fp32, "channels_last", 1) == 4
+    assert [group(224, bf16, "patches", p) for p in (32, 16, 14, 7)] == [8, 8, 2, 1]
+    assert group(224, fp32, "patches", 16) == 4 and group(224, bf16, "nchw", 16) == 1
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 def test_operator_is_registered() -> None:
     launch = sys.modules["deit_fast.kernels.ingest_launch"]
@@ -278,12 +306,17 @@ def test_operator_is_registered() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ("nchw", "channels_last", "patches"))
-def test_the_compiled_kernel_gives_the_bits_of_the_cpu(layout: str) -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize(
+    ("layout", "patch"), (("nchw", 6), ("channels_last", 6), ("patches", 6), ("patches", 20))
+)
+def test_the_compiled_kernel_gives_the_bits_of_the_cpu(
+    layout: str, patch: int, dtype: torch.dtype
+) -> None:
     images, rows = photos(4, 60), random_rows(48, 4, scale=5)
-    wanted = ingest(images, rows, MEAN, STD, torch.bfloat16, layout=layout, patch=6)
+    wanted = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=patch)
     for _ in range(250):
-        got = ingest(images.cuda(), rows.cuda(), MEAN, STD, torch.bfloat16, layout=layout, patch=6)
+        got = ingest(images.cuda(), rows.cuda(), MEAN, STD, dtype, layout=layout, patch=patch)
         assert torch.equal(got.cpu(), wanted)
 
 
@@ -319,6 +352,10 @@ WRONG = {
     "images_u8 shape": (
         torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         "images_u8 must have shape [M, S, S, 3], not (1, 3, 4, 4)",
+    ),
+    "images_u8 size": (
+        torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 16385, 16385, 3),
+        "images_u8 must have at most 16384 pixels a side, not 16385",
     ),
     "plan_rows": (torch.zeros(1, 22), "plan_rows must be torch.int32, not torch.float32"),
     "plan_rows shape": (
