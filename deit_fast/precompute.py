@@ -218,7 +218,9 @@ class _Job:
             | {
                 "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
                 "teacher.batch": config.teacher_batch,
-            },
+            }
+            # Its last bits are others: a job that goes on without would mix the two.
+            | ({"teacher.compiled": True} if config.compile != "none" else {}),
             info={"data.train": config.data.train},
         )
 

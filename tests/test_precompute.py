@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deit_fast.cache import CacheMismatch, LogitCache
+from deit_fast.cache import CacheMismatch, LogitCache, LogitCacheWriter
 from deit_fast.config import InputError, RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader
@@ -85,6 +85,16 @@ def check_answers(config: RunConfig, device: str) -> None:
         given.pop()
         assert torch.equal(kept, again)
     assert place + 1 == len(calls) == len(given) == 6
+
+
+@pytest.mark.parametrize("first", ["none", "model"])
+def test_a_compiled_teacher_does_not_go_on_where_a_plain_one_began(config, tmp_path, first):
+    plans = [config.replace(cache=str(tmp_path), num_views=3, compile=kind)
+             for kind in (first, "blocks" if first == "none" else "none")]  # fmt: skip
+    with LogitCacheWriter(tmp_path, _prepare(plans[0]).manifest):
+        pass
+    with pytest.raises(CacheMismatch, match=r"teacher\.compiled"):
+        precompute(plans[1])
 
 
 def test_the_teacher_works_on_the_next_batch_while_one_is_written(config):
