@@ -74,7 +74,7 @@ def operated() -> dict[tuple[str, int, bool], np.ndarray]:
     rows["flip"] = np.tile([0, 1], len(rows) // 2)
     box = np.tile(np.array([0, 0, 96, 96], np.int32), (len(rows), 1))
     inputs = file_inputs([image], len(rows)) + view_inputs(rows, box, np.zeros(len(rows)), 96)
-    (output,) = view_graph(lambda: inputs, len(rows), 1, None, 2, 96, 2, FILL).run()
+    (output,) = view_graph(lambda: inputs, len(rows), 1, None, 2, 0.0, 96, 2, FILL).run()
     views = np.array(output.as_tensor())
     return {
         (OPERATIONS[row["operations"][1]], int(row["levels"][1]), bool(row["flip"])): view
