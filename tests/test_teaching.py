@@ -46,7 +46,7 @@ def expected(cache, ids):
 def test_streamed_answers_are_those_of_the_batch_and_its_parts(cached):
     cache, order = cached
     teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    teaching.follow(order, 1)
+    teaching.follow(order)
     assert reading_threads() == 0  # the loader's processes are forked after this
     for step in (1, 2, 5):  # what a rollback leaves out is passed over
         teaching.at(step)
@@ -70,7 +70,7 @@ def test_it_goes_back_where_a_run_goes_back(cached):
     cache, order = cached
     teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
     for start in (0, 4, 2):
-        teaching.follow(order, start)
+        teaching.follow(order)
         for step in (start + (start == 4), start + 2):  # at 4 its first step is left out
             teaching.at(step)
             assert equal(teaching(batch_of(order[step]), NONE), expected(cache, order[step]))
@@ -81,7 +81,7 @@ def test_it_goes_back_where_a_run_goes_back(cached):
 def test_a_batch_out_of_order_never_gets_another_ones_answer(cached, which):
     cache, order = cached
     teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    teaching.follow(order, 0)
+    teaching.follow(order)
     teaching.at(0)
     ids = [np.array(part) for part in order[0][:2]]
     place = ("samples", "views").index(which)
@@ -103,7 +103,7 @@ def test_resident_answers_are_those_of_the_cache(cached):
     cache, order = cached
     resident = cache.to_device([0, 1], CPU)
     teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop", resident=resident)
-    teaching.follow(order, 0)
+    teaching.follow(order)
     for step in (0, 3):
         teaching.at(step)
         assert equal(teaching(batch_of(order[step]), NONE), expected(cache, order[step]))
@@ -174,8 +174,6 @@ def test_precompute_and_training_compile_the_teacher_where_asked(world, tmp_path
 @pytest.mark.gpu
 def test_the_online_teacher_answers_beside_the_student_on_cuda():
     """Many batches in a row, each read right after `join`: none may see another one's memory."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     device = torch.device("cuda")
     teacher = small_teacher().place(device)
     teaching = OnlineTeacher(teacher, device)

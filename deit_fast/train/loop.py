@@ -170,7 +170,7 @@ class _Run:
             stop=self.total,
         )
         window = Window(config, state, self.metrics, self.world, self.device, self.total)
-        self.teaching.follow(self.batches, state.step)
+        self.teaching.follow(self.batches)
         first = state.step
         profiled = config.profile_steps if self.world.is_first else 0
         with (

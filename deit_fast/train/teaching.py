@@ -37,8 +37,8 @@ class Teaching(Protocol):
         """Called before the last answer is read, on the stream that reads it."""
         return
 
-    def follow(self, batches: Sequence, start: int) -> None:
-        """Told once that the batches from ``start`` on come next, in this order."""
+    def follow(self, batches: Sequence) -> None:
+        """Told once that batches come in this order from now on; ``at`` says from which on."""
         return
 
     def at(self, step: int) -> None:
@@ -108,10 +108,10 @@ class CachedTeacher(Teaching):
         self._next = self._given = 0  # the stream's next step; rows given of the one before
         self._answer: torch.Tensor | TopK | None = None
 
-    def follow(self, batches: Sequence, start: int) -> None:
+    def follow(self, batches: Sequence) -> None:
         self.close()
         if self.resident is None:
-            self._batches, self._next = batches, start
+            self._batches = batches
 
     def at(self, step: int) -> None:
         if self._batches is None:
