@@ -257,12 +257,19 @@ def test_two_processes_do_not_check_twice(source):
     assert sorted(found) == [[], [*range(8)]]
 
 
+def replace(path: str | Path, content: bytes) -> None:
+    """At once: a loader in mid-pass reads the old file or the new one, never one half written."""
+    path = Path(path)
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+
+
 def test_a_file_that_shrinks_while_the_loader_runs_is_substituted(source):
     batches = [(np.arange(8), np.full(8, view)) for view in range(6)]
     passed = iter(loaded(source, batches, on_error="substitute"))
     next(passed)
     path = Path(source.paths[5])
-    path.write_bytes(path.read_bytes()[:300])
+    replace(path, path.read_bytes()[:300])
     rest = list(passed)
     assert rest[-1].substituted == [source.paths[5]] and len(rest) == 5
     assert rest[-1].labels.tolist() == source.labels[[0, 1, 2, 3, 4, 6, 6, 7]].tolist()
@@ -276,7 +283,7 @@ def test_a_file_that_breaks_unnoticed_is_named(source):
     path = Path(source.paths[5])
     content = path.read_bytes()
     header = content[: content.index(b"\xff\xc0") + 19]
-    path.write_bytes(header.ljust(len(content), b"\0"))
+    replace(path, header.ljust(len(content), b"\0"))
     with pytest.raises(InputError) as caught:
         list(passed)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -306,7 +313,7 @@ def test_a_decompression_bomb_takes_no_memory(tmp_path, loader):
     passed = iter(loaded(source, batches, loader=loader, on_error="substitute"))
     first = next(passed)
     assert first.labels.tolist() == [0, 2, 2, 3, 4, 5] and first.substituted == [source.paths[1]]
-    Path(source.paths[4]).write_bytes(bomb(jpegs["4.jpg"]))  # as long as before
+    replace(source.paths[4], bomb(jpegs["4.jpg"]))  # as long as before
     *_, last = passed
     assert last.labels.tolist() == [0, 2, 2, 3, 5, 5] and last.substituted == source.paths[1:5:3]
     with pytest.raises(InputError, match="DecompressionBombError"):
@@ -323,7 +330,7 @@ def test_another_image_of_the_same_length_is_cut_by_its_own_size(tmp_path, loade
     batches = [([0], [view]) for view in range(8)]
     passed = iter(loaded(source, batches, loader=loader))
     next(passed)
-    Path(source.paths[0]).write_bytes(high.ljust(longer, b"\0"))
+    replace(source.paths[0], high.ljust(longer, b"\0"))
     *_, last = passed
     (fresh,) = loaded(source, batches[-1:], loader=loader)
     assert torch.equal(last.images, fresh.images)
