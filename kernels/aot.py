@@ -1,6 +1,7 @@
 """Compiles every kernel of this package ahead of time and checks its machine code; needs no GPU.
 
     python -m deit_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--kernel NAME] [--json FILE]
+    python -m deit_fast.kernels.aot --changed     # compiles only what the golden file does not know
     python -m deit_fast.kernels.aot --write       # after a wanted change: make the golden file anew
     python -m deit_fast.kernels.aot --write --kernel NAME          # or these kernels' lines of it
     python -m deit_fast.kernels.aot --markdown docs/performance.md  # its table, from those files
@@ -16,11 +17,16 @@ wheel. Exits with 1 and one line per broken rule where a kernel
 
 Without a golden file for the triton at hand the first two are checked all the same. Another triton
 runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
+
+The golden file also has a checksum of each kernel's intermediate representation as Triton's front
+end makes it, a sixteenth of the work. One triton makes one machine code of it, so ``--changed``
+takes the file's figures where it is the same, and checks the rules with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -35,8 +41,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -96,7 +103,8 @@ def package_cases() -> Iterator[Case]:
             yield case._replace(name=f"{module.name}/{case.name}")
 
 
-def compile_case(case: Case, arch: str) -> Any:
+def as_source(case: Case, arch: str) -> tuple[ASTSource, GPUTarget, dict[str, Any]]:
+    """What `triton.compile` takes: source, target, options."""
     names = case.fn.arg_names
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     attrs = {
@@ -108,7 +116,26 @@ def compile_case(case: Case, arch: str) -> Any:
     source = ASTSource(case.fn, signature, case.constexprs, attrs)
     # Stated because triton 3.10 changes the default.
     options = {"enable_fp_fusion": True, **case.options}
-    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
+    return source, GPUTarget("cuda", int(arch[3:]), 32), options
+
+
+def compile_case(case: Case, arch: str) -> Any:
+    source, target, options = as_source(case, arch)
+    return triton.compile(source, target=target, options=options)
+
+
+def ir_checksum(case: Case, arch: str) -> int:
+    """48 bits of SHA-256 over options and IR; where in a file the code stands does not count."""
+    source, target, options = as_source(case, arch)
+    backend = make_backend(target)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(parsed)
+    text = str(source.make_ir(target, parsed, functions, backend.get_module_map(), context))
+    text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", "", text, flags=re.MULTILINE)
+    return int(hashlib.sha256(f"{options}\n{text}".encode()).hexdigest()[:12], 16)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -116,8 +143,11 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def measure(case: Case, arch: str) -> Figures:
-    """Compile one case and count what matters in its machine code."""
+def measure(case: Case, arch: str, known: Figures | None = None) -> Figures:
+    """Compile one case and count what matters in its machine code; `known` where its IR is that."""
+    checksum = ir_checksum(case, arch)
+    if known is not None and known["ir"] == checksum:
+        return known
     compiled = compile_case(case, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -132,6 +162,7 @@ def measure(case: Case, arch: str) -> Figures:
         "shared": compiled.metadata.shared,
         **count_instructions(sass),
         "i64_muls": len(re.findall(r"arith\.muli [^\n]*: (?:tensor<\w*x)?i64", ttir)),
+        "ir": checksum,
     }
 
 
@@ -219,7 +250,7 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
                 yield f"{size} {kind}: {count}, {golden[f'{width}_{kind}']} in the golden file"
 
 
-_inherited: list[tuple[Case, str]] = []
+_inherited: list[tuple[Case, str, Figures | None]] = []
 
 
 def _measure_inherited(number: int) -> Figures:
@@ -227,11 +258,15 @@ def _measure_inherited(number: int) -> Figures:
 
 
 def gate(
-    cases: Iterable[Case], archs: Iterable[str] = ARCHITECTURES, golden: Table | None = None
+    cases: Iterable[Case],
+    archs: Iterable[str] = ARCHITECTURES,
+    golden: Table | None = None,
+    changed: bool = False,
 ) -> tuple[Table, list[str]]:
-    """Compile all cases; returns their figures and one line per broken rule."""
-    jobs = [(case, arch) for case in cases for arch in archs]
-    table: Table = {case.name: {} for case, _ in jobs}
+    """Compile all cases, or those whose IR changed; their figures, and one line per broken rule."""
+    known = golden if golden is not None and changed else {}
+    jobs = [(case, arch, known.get(case.name, {}).get(arch)) for case in cases for arch in archs]
+    table: Table = {case.name: {} for case, *_ in jobs}
     broken = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # a compiled kernel of another run proves nothing
@@ -239,7 +274,7 @@ def gate(
         context = multiprocessing.get_context("fork")
         with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
             measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
-    for (case, arch), got in zip(jobs, measured, strict=True):
+    for (case, arch, _), got in zip(jobs, measured, strict=True):
         table[case.name][arch] = got
         lines = list(broken_rules(case, arch, got))
         if golden is not None and arch in ARCHITECTURES:
@@ -345,6 +380,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(ARCHITECTURES))
     parser.add_argument("--kernel", default="", help="only cases whose name contains this")
+    parser.add_argument(
+        "--changed", action="store_true", help="compile only kernels of another IR than the golden"
+    )
     parser.add_argument("--write", action="store_true", help="make the golden file anew")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument(
@@ -366,7 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     version = triton.__version__
     golden = None if options.write else read_golden(version)
-    table, broken = gate(cases, options.arch, golden)
+    table, broken = gate(cases, options.arch, golden, options.changed)
     if golden is not None and not part:
         broken += [f"{name}: in the golden file only" for name in golden.keys() - table.keys()]
     print(f"triton {version}")

@@ -36,29 +36,80 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_gate_passes(folder: Path, version: str, archs: tuple[str, ...], **env: str) -> None:
+def assert_gate_passes(folder: Path, version: str, *arguments: str, **variables: str) -> None:
     file = folder / "figures.json"
-    done = run("-m", "deit_fast.kernels.aot", "--json", str(file), "--arch", *archs, **env)
+    done = run("-m", "deit_fast.kernels.aot", "--json", str(file), *arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"triton {version}\n")
     table = json.loads(file.read_text())
-    assert table and all(by_arch.keys() == set(archs) for by_arch in table.values())
+    archs = {"sm_90"} if "--arch" in arguments else set(aot.ARCHITECTURES)
+    assert table and all(by_arch.keys() == archs for by_arch in table.values())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # hundreds of compilations, minutes of two busy cores
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_all_kernels_pass_the_gate(tmp_path, arch):
-    assert_gate_passes(tmp_path, triton.__version__, (arch,))
+def test_all_kernels_pass_the_gate(tmp_path):
+    """In full for one architecture; `make aot` compiles for all."""
+    assert_gate_passes(tmp_path, triton.__version__, "--arch", "sm_90")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_all_kernels_pass_the_gate_under_the_oldest_triton(tmp_path):
-    if not OTHER_TRITON.exists():
-        pytest.skip(f"no {OTHER_TRITON.relative_to(ROOT)}: `make test` installs it")
-    # The H100 alone, whose machine has this release; `make aot` compiles for all.
-    assert_gate_passes(tmp_path, "3.6.0", ("sm_90",), PYTHONPATH=str(OTHER_TRITON))
+@pytest.mark.parametrize("version", [triton.__version__, "3.6.0"])
+def test_changed_kernels_pass_the_gate(tmp_path, version):
+    other = OTHER_TRITON if version != triton.__version__ else None
+    if other is not None and not other.exists():
+        pytest.skip(f"no {other.relative_to(ROOT)}: `make test` installs it")
+    variables = {} if other is None else {"PYTHONPATH": str(other)}
+    assert_gate_passes(tmp_path, version, "--changed", **variables)
+
+
+def test_unchanged_kernels_are_not_compiled(tmp_path):
+    """Where the code stands does not count, nor a comment; a factor or an option does."""
+    kernel = """
+import triton, triton.language as tl
+@triton.jit
+def scale(x, C: tl.constexpr):
+    at = tl.program_id(0) * C + tl.arange(0, C)
+    tl.store(x + at, 2 * tl.load(x + at))
+"""
+    script = """
+import kernel_0, kernel_1, kernel_2, json
+from deit_fast.kernels import aot
+def case(module, **options):
+    signature, constexprs = {"x": "*fp32"}, {"C": 1024}
+    return aot.Case("scale", module.scale, signature, constexprs, {"x": 16}, options, {})
+cases = [case(kernel_0), case(kernel_1), case(kernel_2), case(kernel_0, num_warps=8)]
+sums = [aot.ir_checksum(case, "sm_90") for case in cases]
+first = aot.measure(cases[0], "sm_90")
+assert first["ir"] == sums[0] and first["wide_loads"] > 0, first
+assert aot.measure(cases[2], "sm_90", first)["ir"] == sums[2]
+aot.compile_case = None
+assert aot.measure(cases[1], "sm_90", first) is first
+for case in cases[2:]:
+    try:
+        aot.measure(case, "sm_90", first)
+    except TypeError:
+        continue
+    raise AssertionError(f"{case} was taken for unchanged")
+print(json.dumps(sums))
+"""
+    (tmp_path / "kernel_0.py").write_text(kernel)
+    (tmp_path / "kernel_1.py").write_text(kernel.replace("    at", "\n    # why\n    at"))
+    (tmp_path / "kernel_2.py").write_text(kernel.replace("2 *", "3 *"))
+    done = run("-c", script, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    sums = json.loads(done.stdout)
+    assert sums[0] == sums[1] and len({*sums}) == 3
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_golden_figures_keep_the_rules(path):
+    """Those of kernels that are not compiled for a test."""
+    table = json.loads(path.read_text())
+    for case in aot.package_cases():
+        for arch, figures in table[case.name].items():
+            assert list(aot.broken_rules(case, arch, figures)) == []
 
 
 def test_gate_names_each_rule_that_a_bad_kernel_breaks():
