@@ -1,25 +1,32 @@
-"""python -m bench all|kernels|NAME [--device cuda] [--seconds 300] [--out FILE], or bench plot
+"""python -m bench all|kernels|NAME... [--device cuda] [--seconds 300] [--only REGEX] [--out FILE]
+python -m bench gpu|gpu-profile    the two scripts for a machine with a GPU (bench/gpu.py)
+python -m bench summary FILE       a result file as a page to read
+python -m bench plot [FILE...]     charts and tables
 
-The file is written after each bench: a run that is cut short keeps what it has measured.
+The result file is written after every case, and within a case whenever another implementation has
+been compiled: a run that is cut short keeps what it has measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .common import Row, Timer
+    from .common import Case, Report, Timer
+    from .record import ResultFile, Row
 
+STARTED = time.perf_counter()  # imports are on the time of --seconds
 HERE = Path(__file__).parent
 HOSTS = ("cache", "loader")  # mostly the host's work: last, as a GPU waits for it
+PROGRAMS = {"plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu"}
 
 
 def select(what: str) -> list[str]:
@@ -33,97 +40,168 @@ def select(what: str) -> list[str]:
     if what not in names:
         raise SystemExit(
             f"unknown bench {what!r}: all, kernels or one of {', '.join(names)}; "
-            f"`plot` draws what they wrote"
+            f"{', '.join(PROGRAMS)} are programs of their own"
         )
     return [what]
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["plot"]:
-        from .plot import main as plot
-
-        plot(sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "what",
-        help="all, kernels, or the NAME of a file bench/bench_NAME.py, such as loader, cache or "
-        "step; `plot` draws what they wrote",
+        nargs="+",
+        help="all, kernels, or names of files bench/bench_NAME.py, such as loader, cache or step",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seconds", type=float, default=300, help="time for all benches together")
+    parser.add_argument("--only", type=re.compile, help="cases whose name matches this regex")
     parser.add_argument(
         "--out", type=Path, help="result file (bench/results/DEVICE/DATE-COMMIT.json)"
     )
     parser.add_argument("--commit", help="commit that is measured, where git cannot tell")
     parser.add_argument(
-        "--go-on", action="store_true", help="keep the rows of the result file, run what it lacks"
+        "--resume", action="store_true", help="keep the rows of the result file, run what it lacks"
     )
-    options = parser.parse_args()
-    names = select(options.what)
+    parser.add_argument(
+        "--compile-only",
+        metavar="IMPLEMENTATION",
+        nargs="?",
+        const="",
+        help="call each implementation (or this one) once and write no file: later processes find "
+        "the compiled code in the caches of Inductor and Triton",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and (program := PROGRAMS.get(arguments[0])):
+        importlib.import_module(f"bench.{program}").main(arguments)
+        return
+    options = parse(arguments)
+    names = list(dict.fromkeys(name for what in options.what for name in select(what)))
 
     import torch  # after the arguments: --help must not wait for it
 
-    from . import common
+    from . import common, record
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device")
-    meta = common.collect_meta(device, f"python -m bench {' '.join(sys.argv[1:])}", options.commit)
-    out = options.out or common.default_path(device, meta, options.what)
-    try:
-        common.require_meta(meta, out)  # now, not when all is measured
-    except ValueError as error:
-        raise SystemExit(f"{error}; --commit names what git cannot tell") from None
-    rows: list[common.Row] = []
-    if options.go_on and out.exists():
-        found = json.loads(out.read_text())
-        meta, rows = found["meta"], found["rows"]
-    names = [name for name in names if name not in {row["bench"] for row in rows}]
-
     common.compile_every_shape()
-    timer = common.Timer(device)  # measures the copy, which is not on the benches' time
-    deadline = time.perf_counter() + options.seconds
+    deadline = STARTED + options.seconds
+    if options.compile_only is not None:
+        compile_ahead(names, device, options.only, options.compile_only)
+        return
+    meta = record.collect_meta(device, f"python -m bench {' '.join(arguments)}", options.commit)
+    out = options.out or record.default_path(device, meta, "-".join(options.what))
+    file = open_file(out, meta, options.resume)
+
+    timer = common.Timer(device)
     for position, name in enumerate(names):
         print(f"\n{name} on {meta['device']}, copy {timer.copy_gbps:.0f} GB/s", flush=True)
         share = (deadline - time.perf_counter()) / (len(names) - position)
-        for row in run_bench(name, device, timer, share):
-            rows += row
-            common.print_table(row)
-        common.write_results(out, meta, rows)
-        if timer.is_lost():
-            start_again(out, deadline - time.perf_counter())
+        for rows in run_bench(name, device, timer, share, options.only, file):
+            common.print_table(rows)
+            if timer.is_lost():
+                start_again(arguments, out, deadline - time.perf_counter())
     print(f"\n{out}")
 
 
-def start_again(out: Path, seconds: float) -> None:
-    """The benches that are left, in this process made new: one wrong kernel must not end them."""
+def open_file(out: Path, meta: Row, resume: bool) -> ResultFile:
+    """The result file, written once before anything is measured."""
+    from .record import ResultFile
+
+    try:
+        if resume and out.exists():
+            return ResultFile.resume(out)
+        return ResultFile.create(out, meta)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def start_again(arguments: Sequence[str], out: Path, seconds: float) -> None:
+    """Measure the remaining cases in a new process image, whose CUDA context is intact."""
     print("the GPU is lost to this process: starting again", flush=True)
-    more = ["--go-on", "--out", str(out), "--seconds", f"{max(seconds, 0):.0f}"]
-    os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:], *more])
+    more = ["--resume", "--out", str(out), "--seconds", f"{max(seconds, 0):.0f}"]
+    os.execv(sys.executable, [sys.executable, "-m", "bench", *arguments, *more])
 
 
-def run_bench(name: str, device: str, timer: Timer, seconds: float) -> Iterator[list[Row]]:
+def choose(name: str, device: str, only: re.Pattern[str] | None) -> list[Case]:
+    """The cases of a bench whose name matches."""
+    cases: list[Case] = importlib.import_module(f"bench.bench_{name}").cases(device)
+    return [case for case in cases if only is None or only.search(case.name)]
+
+
+def run_bench(
+    name: str, device: str, timer: Timer, seconds: float, only: re.Pattern[str] | None = None,
+    file: ResultFile | None = None,
+) -> Iterator[list[Row]]:  # fmt: skip
     """Rows of one bench, case by case; time that one case leaves over goes to those after it.
 
     The first is timed even where no time is left: a bench that took too long costs no other bench.
-    """
-    from .common import NO_TIME, skipped, time_case
 
+    Args:
+        only: the cases to run, by name.
+        file: where rows go as soon as they are there; cases that it already has are left out.
+    """
+    from .common import skipped, time_case
+    from .record import NO_TIME
+
+    def write(rows: list[Row]) -> None:
+        if file is not None:
+            file.put(rows)
+
+    report: Report = write
     try:
-        cases = importlib.import_module(f"bench.bench_{name}").cases(device)
+        cases = choose(name, device, only)
     except Exception as error:  # one broken bench must not cost the figures of the others
-        yield [skipped(name, "import", "all", error)]
+        rows = [skipped(name, "import", "all", error)]
+        write(rows)
+        yield rows
         return
+    known = file.finished_cases() if file is not None else set()
+    cases = [case for case in cases if (name, case.name) not in known]
     deadline = time.perf_counter() + seconds  # imports are not on the bench's time
     for position, case in enumerate(cases):
-        left = deadline - time.perf_counter()
-        if left <= 0 and position > 0:
-            yield [skipped(name, case.name, "all", NO_TIME)]
-            continue
-        yield time_case(name, case, timer, left / (len(cases) - position), deadline)
+        now = time.perf_counter()
+        share = (deadline - now) / (len(cases) - position)
+        if share <= 0 and position > 0:
+            rows = [skipped(name, case.name, "all", NO_TIME)]
+        else:
+            rows = time_case(name, case, timer, share, now + share, report)
+        write(rows)
+        yield rows
+
+
+def compile_ahead(
+    names: Sequence[str], device: str, only: re.Pattern[str] | None, implementation: str
+) -> None:
+    """Call each implementation of the chosen cases once; failures are printed, not raised."""
+    import torch
+
+    for name in names:
+        for case in choose(name, device, only):
+            for key, function in case.build().items():
+                if isinstance(function, str) or implementation not in ("", key):
+                    continue
+                start = time.perf_counter()
+                try:
+                    case.before(key)
+                    function()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                except Exception as error:
+                    print(f"{case.name}, {key}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                took = time.perf_counter() - start
+                print(f"{case.name}, {key}: first call {took:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

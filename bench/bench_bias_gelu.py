@@ -59,7 +59,7 @@ def case(
                 return lambda: torch.autograd.grad(function(x, bias), (x, bias), gradient)
             return torch.no_grad()(lambda: function(x, bias))
 
-        return {"ours": call(bias_gelu), "eager": call(plain), "torch.compile": call(compiled)}
+        return {"ours": call(bias_gelu), "torch.compile": call(compiled), "eager": call(plain)}
 
     cells = shape[0] * shape[1] * shape[2]
     label = f"[{shape[0]},{shape[1]},{shape[2]}] {str(dtype).removeprefix('torch.')}"

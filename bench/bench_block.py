@@ -3,13 +3,14 @@ kernel on and off, eager and compiled.
 
 This decides ``DEFAULT_KERNELS``: a kernel stays on where the compiled model is faster with it. The
 block is DeiT-S's at 198 tokens with stochastic depth 0.1; "whole model" includes both heads. Fused
-models without kernels show what the shorter last block saves by itself.
+models without kernels show what the shorter last block saves by itself. A whole model is timed by
+the host's clock over calls in a row: launches count.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from deit_fast.models.fuse import KERNELS, fuse
+from deit_fast.train.step import compile_blocks
 
-from .common import Case
+from .common import Case, Lazy
 
 DROP_PATH = 0.1
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
@@ -45,26 +47,51 @@ def step(function: Callable[..., Any], inputs: torch.Tensor, device: str) -> Cal
     return run
 
 
-def variants(model: nn.Module, pick: Callable[[Any], nn.Module], compiled: bool) -> dict[str, Any]:
-    """timm's, and fused with every useful set of kernels; ``pick`` takes what is called."""
+def variants(
+    make: Callable[[], nn.Module], pick: Callable[[Any], nn.Module],
+    run: Callable[[nn.Module], Callable[[], Any]], compiled: bool,
+) -> dict[str, Callable[[], Any] | str]:  # fmt: skip
+    """timm's, and fused with every useful set of kernels.
+
+    Args:
+        make: timm's model.
+        pick: takes the module that is called from it.
+        run: takes the module and returns the step to time.
+        compiled: fused models block by block, as ``compile=auto`` does on a GPU; timm's as a whole,
+            as its own training script does.
+    """
     sets: dict[str, tuple[str, ...]] = {"ours, all kernels": KERNELS, "ours, no kernel": ()}
-    sets |= {f"ours, {name} only": (name,) for name in KERNELS}
     sets |= {f"ours, all but {name}": tuple(k for k in KERNELS if k != name) for name in KERNELS}
-    modules = {"timm": pick(model)}
-    for name, kernels in sets.items():
-        modules[name] = pick(fuse(copy.deepcopy(model), kernels=kernels))
-    suffix = " torch.compile" if compiled else ""
-    return {
-        name + suffix: torch.compile(module) if compiled else module
-        for name, module in modules.items()
-    }
+    if not compiled:
+        sets |= {f"ours, {name} only": (name,) for name in KERNELS}
+
+    def timms() -> Callable[[], Any]:
+        module = pick(make())
+        return run(torch.compile(module) if compiled else module)
+
+    def fused(kernels: tuple[str, ...]) -> Callable[[], Any]:
+        model = fuse(make(), kernels=kernels)
+        module = pick(model)
+        if compiled and module is model:
+            compile_blocks(module)
+        elif compiled:
+            module.compile()
+        return run(module)
+
+    found: dict[str, Callable[[], Any] | str] = {"ours, all kernels": Lazy(lambda: fused(KERNELS))}
+    found["timm"] = Lazy(timms)
+    return found | {name: Lazy(partial(fused, kernels)) for name, kernels in sets.items()}
 
 
 def block_case(batch: int, device: str, compiled: bool) -> Case:
     def build() -> dict[str, Callable[[], Any] | str]:
         x = torch.randn(batch, 198, SIZES["small"][0], device=device, requires_grad=True)
-        found = variants(model_of("small", 2, device), lambda m: m.blocks[1], compiled)
-        return {name: step(block, x, device) for name, block in found.items()}
+        return variants(
+            lambda: model_of("small", 2, device),
+            lambda model: model.blocks[1],
+            lambda block: step(block, x, device),
+            compiled,
+        )
 
     how = "compiled" if compiled else "eager"
     return Case(f"block DeiT-S B={batch} {how}", build, items=batch)
@@ -73,17 +100,23 @@ def block_case(batch: int, device: str, compiled: bool) -> Case:
 def model_case(size: str, batch: int, depth: int, device: str, compiled: bool) -> Case:
     def build() -> dict[str, Callable[[], Any] | str]:
         images = torch.randn(batch, 3, 224, 224, device=device)
-        found = variants(model_of(size, depth, device), lambda m: m, compiled)
-        return {name: step(model, images, device) for name, model in found.items()}
+        return variants(
+            lambda: model_of(size, depth, device),
+            lambda model: model,
+            lambda model: step(model, images, device),
+            compiled,
+        )
 
     how = "compiled" if compiled else "eager"
-    return Case(f"DeiT-{size} depth={depth} B={batch} {how}", build, items=batch)
+    repeats = 10 if device == "cuda" else 1
+    name = f"DeiT-{size} depth={depth} B={batch} {how}"
+    return Case(name, build, items=batch, repeats=repeats)
 
 
 def cases(device: str) -> list[Case]:
     if device == "cpu":  # ours has no kernel there: what the stream itself costs or saves
         return [block_case(8, device, False), model_case("tiny", 8, 12, device, False)]
-    found = [block_case(256, device, compiled) for compiled in (False, True)]
-    for size, batch in (("small", 256), ("tiny", 512), ("base", 128)):
-        found += [model_case(size, batch, 12, device, compiled) for compiled in (False, True)]
-    return found
+    sizes = (("small", 256), ("tiny", 512), ("base", 128))
+    found = [model_case(size, batch, 12, device, True) for size, batch in sizes]
+    found += [model_case(size, batch, 12, device, False) for size, batch in sizes]
+    return [*found, *(block_case(256, device, compiled) for compiled in (True, False))]

@@ -1,5 +1,7 @@
 """Teacher-logit cache: gather from a whole ImageNet view, encoding, and what codecs cost and lose.
 
+"On the device": encode, decode and gather beside the same work in PyTorch's operations, with a GPU.
+
 Gather: warm top-16 records (72 bytes) of one view of 1,281,167 samples in an epoch's order, so that
 each comes once and the 92 MB of a view pass through the CPU's caches. "records" is the bytes alone;
 "answers" decodes them to a TopK at T=2, ours against numpy's raw copy, undecoded, of the same
@@ -38,7 +40,13 @@ import numpy as np
 import torch
 
 from deit_fast import _C
-from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.cache import (
+    LogitCache,
+    LogitCacheWriter,
+    ResidentLogits,
+    build_manifest,
+    codec_from_config,
+)
 from deit_fast.cache.manifest import temporary_path, view_path, view_spec
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
@@ -50,6 +58,14 @@ SAMPLES, CLASSES, K, TAU = 1_281_167, 1000, 16, 2.0
 RECORD = np.dtype(
     [("ids", "<u2", K), ("log_probs", "<f2", K), ("log_tail", "<f4"), ("log_norm", "<f4")]
 )
+
+
+def random_records(rng: np.random.Generator, count: int) -> np.ndarray:
+    records = np.zeros(count, RECORD)
+    records["ids"] = rng.integers(0, CLASSES, (count, K))
+    records["log_probs"] = -np.sort(rng.exponential(4, (count, K)))
+    records["log_tail"] = -rng.exponential(1, count)
+    return records
 
 
 @cache
@@ -67,10 +83,7 @@ def imagenet_view() -> tuple[tempfile.TemporaryDirectory[str], LogitCache]:
         file = _C.ViewWriter(str(name), str(temporary_path(name)), view_spec(manifest, 0))
         for block in range(writer.num_blocks):
             start, stop = writer.block_range(block)
-            records = np.zeros(stop - start, RECORD)
-            records["ids"] = rng.integers(0, CLASSES, (stop - start, K))
-            records["log_probs"] = -np.sort(rng.exponential(4, (stop - start, K)))
-            records["log_tail"] = -rng.exponential(1, stop - start)
+            records = random_records(rng, stop - start)
             file.commit(block, records.ctypes.data, records.nbytes)
     opened = LogitCache.open(path)
     offset = view_spec(manifest, 0).data_offset
@@ -91,8 +104,11 @@ def cases(device: str) -> list[Case]:
         for kind in ("records", "answers")
     ]
     found += [open_case(256), cold_batch_case(256), cold_epoch_case(4096)]
-    found = [*found, encode_case(device, 256), encode_and_write_case(16384, 256), codec_case(256)]
-    return [*([resident_case(batch) for batch in batches] if device == "cuda" else []), *found]
+    found = [*found, encode_case(256), encode_and_write_case(16384, 256), codec_case(256)]
+    if device == "cpu":
+        return found
+    return [device_encode_case(256), device_decode_case(256), resident_case(256),
+            device_encode_case(4096), resident_case(4096), *found]  # fmt: skip
 
 
 @cache
@@ -308,38 +324,86 @@ def cold_epoch_case(batch: int) -> Case:
 
 
 def resident_case(batch: int) -> Case:
+    """A batch from records in the device's memory, 92 MB of them."""
+
     def build() -> dict[str, Callable[[], Any] | str]:
-        _, opened = imagenet_view()
-        resident = opened.to_device([0], "cuda")
-        everything = opened.gather_records(np.arange(SAMPLES), 0)
-        records = everything.cuda()
+        codec = codec_from_config(CodecConfig(k=K, temperatures=(TAU,)), CLASSES, TAU)
+        raw = random_records(np.random.default_rng(0), SAMPLES).view(np.uint8)
+        records = torch.from_numpy(raw.reshape(SAMPLES, RECORD.itemsize)).cuda()
+        resident = ResidentLogits(codec, [0], SAMPLES, records)
         ids = torch.randint(SAMPLES, (batch,))
         views = torch.zeros(batch, dtype=torch.int64)
 
         def peer() -> Any:
-            raw = records.index_select(0, ids.to("cuda", non_blocking=True))
-            return opened.codec.decode(raw, TAU, "bucket")
+            return torch_decode(records.index_select(0, ids.to("cuda", non_blocking=True)))
 
+        return {"ours": lambda: resident.gather(ids, views, tau=TAU), "torch operations": peer}
+
+    moved = batch * (RECORD.itemsize + 8 * K + 4)
+    return Case(f"on the device: gather top-16 B={batch}", build, bytes_moved=moved, items=batch)
+
+
+def device_decode_case(batch: int) -> Case:
+    def build() -> dict[str, Callable[[], Any] | str]:
+        codec = codec_from_config(CodecConfig(k=K, temperatures=(TAU,)), CLASSES, TAU)
+        raw = random_records(np.random.default_rng(0), batch).view(np.uint8)
+        records = torch.from_numpy(raw.reshape(batch, RECORD.itemsize)).cuda()
         return {
-            "ours": lambda: resident.gather(ids, views, tau=TAU),
-            "torch index_select": peer,
+            "ours": lambda: codec.decode(records, TAU, "bucket"),
+            "torch operations": lambda: torch_decode(records),
         }
 
-    moved = 2 * batch * RECORD.itemsize
-    return Case(f"gather top-16 resident B={batch}", build, bytes_moved=moved, items=batch)
+    moved = batch * (RECORD.itemsize + 8 * K + 4)
+    return Case(f"on the device: decode top-16 B={batch}", build, bytes_moved=moved, items=batch)
 
 
-def encode_case(device: str, batch: int) -> Case:
+def device_encode_case(batch: int) -> Case:
+    def build() -> dict[str, Callable[[], Any] | str]:
+        codec = codec_from_config(CodecConfig(k=K, temperatures=(TAU,)), CLASSES, TAU)
+        logits = torch.randn(batch, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+        logits = logits.cuda()
+        return {
+            "ours": lambda: codec.encode(logits),
+            "torch operations": lambda: torch_encode(logits),
+        }
+
+    moved = batch * (4 * CLASSES + RECORD.itemsize)
+    name = f"on the device: encode top-16 C={CLASSES} B={batch} fp32"
+    return Case(name, build, bytes_moved=moved, items=batch)
+
+
+def torch_decode(raw: torch.Tensor) -> TopK:
+    """Records [n, 72] to the values that ours gives."""
+    ids = raw[:, : 2 * K].contiguous().view(torch.int16).int() & 0xFFFF
+    stored = raw[:, 2 * K : 4 * K].contiguous().view(torch.float16).float()
+    tail, norm = raw[:, 4 * K :].contiguous().view(torch.float32).unbind(1)
+    return TopK(ids, stored / TAU - norm[:, None], tail, "bucket")
+
+
+def torch_encode(logits: torch.Tensor) -> torch.Tensor:
+    """Nearly the same records: float32 sums, ties in any order."""
+    values, ids = logits.topk(K, 1)
+    stored = (values - logits.logsumexp(1, keepdim=True)).half()
+    scaled = logits / TAU
+    outside = scaled.scatter(1, ids, -torch.inf).logsumexp(1)
+    whole = scaled.logsumexp(1)
+    inside = (values / TAU).logsumexp(1)
+    norm = (stored.float() / TAU).logsumexp(1) - inside + whole
+    floats = torch.stack((outside - whole, norm), 1)
+    return torch.cat([part.view(torch.uint8) for part in (ids.short(), stored, floats)], 1)
+
+
+def encode_case(batch: int) -> Case:
+    """On the host."""
+
     def build() -> dict[str, Callable[[], Any] | str]:
         codec = codec_from_config(CodecConfig(k=K, temperatures=(TAU,)), CLASSES, TAU)
         logits = torch.randn(batch, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
         values = logits.numpy()
-        on_device = logits.to(device)
-        if device != "cpu":
-            return {"ours": lambda: codec.encode(on_device), "numpy": "works on the host"}
-        return {"ours": lambda: codec.encode(on_device), "numpy": lambda: numpy_encode(values)}
+        return {"ours": lambda: codec.encode(logits), "numpy": lambda: numpy_encode(values)}
 
-    return Case(f"encode top-16 C={CLASSES} B={batch} fp32", build, items=batch)
+    name = f"encode top-16 C={CLASSES} B={batch} fp32"
+    return Case(name, build, items=batch, on_host=True)
 
 
 def encode_and_write_case(samples: int, batch: int) -> Case:

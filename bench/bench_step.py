@@ -1,9 +1,16 @@
-"""One whole training step from uint8 pixels: cached and online teacher, beside timm's own task.
+"""One whole training step from uint8 pixels, ours beside timm's own task.
 
 Ours is ``deit_fast.train.step.TrainStep`` with ingest, both heads' loss, backward, AdamW. The peer
 is timm's TokenDistillationTask with the same student, teacher, pixels and optimiser settings; it is
 given labels instead of mixed pairs, which saves it a little work. Weights are random: the figures
-are times, and the cache holds the answers of the same random teacher.
+are times, and the cache holds the logits of the same random teacher.
+
+"student": both sides find the teacher's logits in memory. "teacher": ours reads them from a cache
+or runs the teacher, timm runs the teacher. On CUDA both sides are compiled, ours block by block as
+``compile=auto`` does, timm's task by its own ``compile()``. A figure is the wall-clock time of 30
+steps in a row, so it includes what the host needs to launch them; beside it stand ``device_ms``,
+the time in which at least one kernel ran, and ``host_ms``, the time until the call of one step
+returns.
 
 "fed by": our step (no teacher) with a loader in its steady state, on photographs as bench_loader's,
 beside the same step with a batch at hand: 1 - ratio is the share of the step that waits for data.
@@ -14,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +33,7 @@ import numpy as np
 import timm
 import torch
 from timm.task import TokenDistillationTask
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,37 +62,57 @@ from deit_fast.train.teaching import CachedTeacher, NoTeacher, OnlineTeacher, Te
 from deit_fast.views import ViewPlan
 
 from .bench_loader import Endless, write_photographs
-from .common import Case
+from .common import Case, Lazy
+from .trace import busy_us, device_intervals
 
 CLASSES = 1000
 LEARNING_RATE = 1e-4
+STEPS_IN_A_ROW = 30  # of one timing on a GPU
+TINY, SMALL, BASE = (f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
+
+Step = Callable[[], Any]
 
 
-def settings(student: str, size: int, batch: int) -> RunConfig:
+# ---------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------
+
+
+def settings(student: str, size: int, batch: int, compile_mode: str = "none") -> RunConfig:
     return RunConfig(
         batch_size=batch,
         view=ViewRecipe(image_size=size),
         model=ModelConfig(name=student),
         loss=LossConfig(kind="soft", reduction="batchmean"),
+        compile=compile_mode,
     )
 
 
-def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.Tensor) -> None:
-    """A cache of view 0 that covers the batch's samples."""
-    manifest = build_manifest(
-        CodecConfig(block_records=len(batch)),
-        num_classes=CLASSES,
-        num_samples=len(batch),
-        tau=config.loss.tau,
-        fingerprint={},
-    )
-    with LogitCacheWriter(folder, manifest) as writer:
-        writer.write(batch.sample_ids, 0, logits)
+class LogitsAtHand(Teaching):
+    """The same logits for every batch."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, batch: ViewBatch, images: Tensor) -> Tensor:
+        return self.logits
+
+
+class TeacherAtHand(nn.Module):
+    """A teacher for timm's task that returns the same logits for every batch."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits, persistent=False)
+        self.num_classes = logits.shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits
 
 
 def ours(
     config: RunConfig, next_batch: Callable[[], ViewBatch], teaching: Teaching, device: torch.device
-) -> Callable[[], None]:
+) -> Step:
     torch.manual_seed(0)
     model = build_model(config, CLASSES).to(device).train()
     optimizer = create_optimizer(model, config.optim)
@@ -99,8 +127,8 @@ def ours(
 
 
 def timms(
-    config: RunConfig, batch: ViewBatch, teacher: nn.Module, device: torch.device
-) -> Callable:
+    config: RunConfig, batch: ViewBatch, teacher: nn.Module, device: torch.device, compiled: bool
+) -> Step:
     torch.manual_seed(0)
     config = config.replace(model={"fused": False})
     model = build_model(config, CLASSES).to(device).train()
@@ -114,7 +142,8 @@ def timms(
         device=device,
         verbose=False,
     )
-
+    if compiled:
+        task.compile()
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def step() -> None:
@@ -130,23 +159,95 @@ def timms(
     return step
 
 
-def split(step: Callable[[], Any], device: torch.device, calls: int = 5) -> dict[str, float]:
-    """Share of each phase in the time of a step, percent; "other" is what no phase holds.
+def synthetic_batch(config: RunConfig, device: torch.device) -> ViewBatch:
+    """View 0 of random images, on the device."""
+    batch_size = config.batch_size
+    source = Synthetic(batch_size, CLASSES, config.view.image_size, 0)
+    plan = ViewPlan(config.view, 0, batch_size)
+    ids = np.arange(batch_size)
+    return make_batch(source, plan, ids, 0 * ids, on_error="fail").to(device)
 
-    On a GPU the device's time, so that "other" is idling, zeroing and the guard.
-    """
+
+def random_logits(batch_size: int, device: torch.device) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return (torch.randn(batch_size, CLASSES, generator=draw) * 3).to(device)
+
+
+def student_steps(
+    student: str, size: int, batch_size: int, device: torch.device
+) -> dict[str, Step]:
+    """Every way to run the step with the teacher's logits at hand, by name."""
+    config = settings(student, size, batch_size)
+    batch = synthetic_batch(config, device)
+    logits = random_logits(batch_size, device)
+
+    def our_step(**changes: Any) -> Lazy:
+        changed = config.replace(**changes)
+        return Lazy(lambda: ours(changed, lambda: batch, LogitsAtHand(logits), device))
+
+    def timm_step(compiled: bool) -> Lazy:
+        return Lazy(lambda: timms(config, batch, TeacherAtHand(logits), device, compiled))
+
+    if device.type != "cuda":  # Inductor needs minutes for a model on two cores
+        return {"ours": our_step(), "timm, eager": timm_step(False)}
+    return {
+        "ours": our_step(compile="blocks"),
+        "timm, compiled": timm_step(True),
+        "ours, eager": our_step(),
+        "timm, eager": timm_step(False),
+        "ours, CUDA graphs": our_step(compile="blocks", cuda_graphs=True),
+        "ours, compile=model": our_step(compile="model"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Where the time of a step goes
+# ---------------------------------------------------------------------------------------------
+
+
+def profiled(step: Step, device: torch.device, calls: int) -> tuple[list[Any], float]:
+    """The profiler's events of some steps in a row, and their wall-clock time in microseconds."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     step()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         start = time.perf_counter()
         for _ in range(calls):
             step()
         if cuda:
             torch.cuda.synchronize()
         whole = (time.perf_counter() - start) * 1e6
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
-    spent = phase_times(events, cuda)
+    return list(profiler.events()), whole
+
+
+def step_facts(step: Step, device: torch.device, calls: int = 5) -> dict[str, Any]:
+    """device_ms and host_ms on a GPU, and the share of each phase of our own step."""
+    events, whole = profiled(step, device, calls)
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":
+        facts["device_ms"] = busy_us(device_intervals(events)) / calls / 1e3
+        facts["host_ms"] = statistics.median(host_ms(step) for _ in range(10))
+    if shares := split(events, whole, device.type == "cuda"):
+        facts["phases_pct"] = shares
+    return facts
+
+
+def host_ms(step: Step) -> float:
+    """Time until the call of a step returns, on a GPU that is idle when it begins."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def split(events: Sequence[Any], whole: float, cuda: bool) -> dict[str, float]:
+    """Share of each phase in the time of our step, percent; "other" is what no phase holds.
+
+    On a GPU the device's time, so that "other" is idling, zeroing and the guard.
+    """
+    spent = phase_times([event for event in events if event.device_type == DeviceType.CPU], cuda)
+    if not spent:
+        return {}
     shares = {name: round(100 * used / whole, 1) for name, used in spent.items()}
     return shares | {"other": round(100 - sum(shares.values()), 1)}
 
@@ -177,6 +278,105 @@ def phase_times(events: Sequence[Any], cuda: bool) -> dict[str, float]:
                 spent[name] += sum(k.duration for k in event.kernels if k.name != f"step: {name}")
                 break
     return spent
+
+
+# ---------------------------------------------------------------------------------------------
+# Cases
+# ---------------------------------------------------------------------------------------------
+
+
+def short(student: str) -> str:
+    return student.removesuffix("_distilled_patch16_224")
+
+
+def student_case(
+    student: str, size: int, batch_size: int, device: torch.device, kind: str, names: Sequence[str]
+) -> Case:
+    """The step with logits at hand, run in the named ways."""
+    steps: dict[str, Step] = {}
+
+    def build() -> dict[str, Step | str]:
+        found = student_steps(student, size, batch_size, device)
+        steps.update({name: found[name] for name in names if name in found})
+        return dict(steps)
+
+    def facts() -> dict[str, dict[str, Any]]:
+        flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+        found = {}
+        while steps:  # a step's memory is given back when its facts are known
+            name, step = steps.popitem()
+            found[name] = {"flops_per_item": flops} | step_facts(step, device)
+        return found
+
+    name = f"{short(student)} {kind} {size}px B={batch_size}"
+    repeats = STEPS_IN_A_ROW if device.type == "cuda" else 1
+    return Case(name, build, items=batch_size, repeats=repeats, facts=facts)
+
+
+def teacher_case(
+    student: str, teacher: str, size: int, batch_size: int, device: torch.device
+) -> Case:
+    """The step with the teacher's network or with a cache of its logits."""
+    steps: dict[str, Step] = {}
+    cuda = device.type == "cuda"
+
+    def build() -> dict[str, Step | str]:
+        config = settings(student, size, batch_size, "blocks" if cuda else "none")
+        batch = synthetic_batch(config, device)
+        logits = random_logits(batch_size, device)
+
+        def network() -> nn.Module:
+            torch.manual_seed(1)
+            made: nn.Module = timm.create_model(teacher, num_classes=CLASSES)
+            return made.to(device).eval()
+
+        def cached() -> Step:
+            with tempfile.TemporaryDirectory() as folder:
+                write_cache(str(Path(folder) / "cache"), config, batch, logits)
+                cache = LogitCache.open(Path(folder) / "cache")
+                stored = CachedTeacher(cache, device, tau=1.0, tail="bucket")
+                stored(batch, logits)  # the file stays mapped after its name is gone
+            stored.follow(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())))
+            return ours(config, lambda: batch, stored, device)
+
+        def online() -> Step:
+            answering = Teacher(network(), teacher).place(device, compiled=cuda)
+            return ours(config, lambda: batch, OnlineTeacher(answering, device), device)
+
+        steps["ours, cached top-16"] = Lazy(cached)
+        steps["timm, online teacher"] = Lazy(
+            lambda: timms(config, batch, network(), device, compiled=cuda)
+        )
+        steps["ours, online teacher"] = Lazy(online)
+        return dict(steps)
+
+    def facts() -> dict[str, dict[str, Any]]:
+        """FLOPs of an image, and where the time of our steps goes."""
+        student_flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+        teacher_flops = training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
+        found: dict[str, dict[str, Any]] = {}
+        while steps:
+            name, step = steps.popitem()
+            flops = student_flops + ("online" in name) * teacher_flops
+            found[name] = {"flops_per_item": flops} | step_facts(step, device)
+        return found
+
+    name = f"{short(student)} teacher {teacher} {size}px B={batch_size}"
+    repeats = STEPS_IN_A_ROW if cuda else 1
+    return Case(name, build, items=batch_size, repeats=repeats, facts=facts)
+
+
+def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.Tensor) -> None:
+    """A cache of view 0 that covers the batch's samples."""
+    manifest = build_manifest(
+        CodecConfig(block_records=len(batch)),
+        num_classes=CLASSES,
+        num_samples=len(batch),
+        tau=config.loss.tau,
+        fingerprint={},
+    )
+    with LogitCacheWriter(folder, manifest) as writer:
+        writer.write(batch.sample_ids, 0, logits)
 
 
 def fed_case(student: str, size: int, batch_size: int, device: str, loader: str) -> Case:
@@ -231,71 +431,27 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
     return Case(name, build, items=steps * batch_size, before=before)
 
 
-def short(student: str) -> str:
-    return student.removesuffix("_distilled_patch16_224")
-
-
 def cases(device: str) -> list[Case]:
     place = torch.device(device)
-
-    def case(student: str, teacher: str, size: int, batch_size: int) -> Case:
-        steps: dict[str, Callable[[], Any]] = {}
-
-        def build() -> dict[str, Callable[[], Any] | str]:
-            config = settings(student, size, batch_size)
-            source = Synthetic(batch_size, CLASSES, size, 0)
-            plan = ViewPlan(config.view, 0, batch_size)
-            ids = np.arange(batch_size)
-            batch = make_batch(source, plan, ids, 0 * ids, on_error="fail").to(place)
-            torch.manual_seed(1)
-            network = timm.create_model(teacher, num_classes=CLASSES).to(place).eval()
-            answering = Teacher(network, teacher).place(place)
-            with tempfile.TemporaryDirectory() as folder:
-                logits = answering(ingest_batch(batch, config.view, torch.float32))
-                write_cache(str(Path(folder) / "cache"), config, batch, logits.float())
-                cache = LogitCache.open(Path(folder) / "cache")
-                stored = CachedTeacher(cache, place, tau=1.0, tail="bucket")
-                stored(batch, logits)  # the file stays mapped after its name is gone
-            stored.follow(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())))
-
-            def at_hand() -> ViewBatch:
-                return batch
-
-            plain = config.replace(loss={"kind": "none"})
-            online = OnlineTeacher(answering, place)
-            steps.update({
-                "ours, cached top-16": ours(config, at_hand, stored, place),
-                "ours, online teacher": ours(config, at_hand, online, place),
-                "ours, no teacher": ours(plain, at_hand, NoTeacher(), place),
-            })  # fmt: skip
-            return steps | {"timm, online teacher": timms(config, batch, network, place)}
-
-        def facts() -> dict[str, dict[str, Any]]:
-            """FLOPs of an image, and where the time of our steps goes."""
-            student_flops = training_flops(create_student(student, CLASSES, img_size=size), size)
-            teacher_flops = (
-                training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
-            )
-            found: dict[str, dict[str, Any]] = {}
-            for name, step in steps.items():
-                flops = student_flops + ("online" in name) * teacher_flops
-                found[name] = {"flops_per_item": flops, "phases_pct": split(step, place)}
-            found["timm, online teacher"] = {"flops_per_item": student_flops + teacher_flops}
-            return found
-
-        name = f"{short(student)} {teacher} {size}px B={batch_size}"
-        return Case(name, build, items=batch_size, facts=facts)
-
-    tiny, small, base = (f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
+    main = ("ours", "timm, compiled", "ours, eager", "timm, eager")
     if device == "cpu":
-        return [case(tiny, "regnety_016", 96, 16), fed_case(tiny, 96, 16, device, "packed")]
+        return [
+            student_case(TINY, 96, 16, place, "student", main),
+            teacher_case(TINY, "regnety_016", 96, 16, place),
+            fed_case(TINY, 96, 16, device, "packed"),
+        ]
+    ways = ("ours", "timm, compiled", "ours, CUDA graphs", "ours, compile=model")
     return [
-        case(small, "regnety_160", 224, 256),
-        case(tiny, "regnety_160", 224, 256),
-        case(base, "regnety_160", 224, 256),
+        student_case(SMALL, 224, 256, place, "student", main),
+        student_case(TINY, 224, 256, place, "student", main),
+        teacher_case(SMALL, "regnety_160", 224, 256, place),
+        student_case(BASE, 224, 256, place, "student", main),
+        student_case(SMALL, 224, 256, place, "ways to run", ways),
+        student_case(TINY, 224, 256, place, "ways to run", ways),
+        teacher_case(TINY, "regnety_160", 224, 256, place),
         *(
             fed_case(student, 224, 256, device, loader)
-            for student in (small, tiny)
+            for student in (SMALL, TINY)
             for loader in ("packed", "dali-triton", "pillow")
         ),
     ]

@@ -1,49 +1,40 @@
-"""One harness for every bench: what a case is, how it is timed, what a result file holds.
+"""One harness for every bench: what a case is and how it is timed.
 
 All implementations of a case are timed in the same run: one call of each per round, the order
 rotated from round to round, so that clocks and neighbours disturb all of them alike. Medians with
 the 20th and 80th percentile, after a warm-up. A peer that is missing or fails is a line with the
 reason, never a number.
 
-On CUDA every call finds a cold L2: a buffer larger than it is overwritten first. The overwriting
-is also repeated until the host is ahead, so that the time between the two events is the device's.
+On CUDA every call finds a cold and clean L2: a buffer larger than it is read first. (Writing one
+would leave up to the whole L2 dirty, and the timed kernel would pay for the write-back.) The
+reading is also repeated until the host is ahead, so that the time between the two events is the
+device's. That hides what the host needs to launch, so a whole training step is timed otherwise: as
+wall-clock time of ``Case.repeats`` calls back to back.
+
 Bandwidth counts the bytes that the best implementation must move, not those that one does move;
 roofline_pct is its share of what a large copy reached on the same device in the same run.
 """
 
 from __future__ import annotations
 
-import ctypes
-import datetime
 import gc
-import json
 import math
-import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
-META = ("device", "driver", "versions", "commit", "date", "command")
-PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "pillow", "liger-kernel")
+from .record import NO_TIME, Row
+
 FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 WARMUP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-NO_TIME = "no time left, give --seconds more"
-
-Row = dict[str, Any]
+SECONDS_BETWEEN_REPORTS = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,8 @@ class Case:
     bytes_moved: least memory traffic of one call, for gbps and roofline_pct.
     items: images or records of one call, for items_per_s.
     on_host: it is the host's work, timed by its clock whatever the device is.
+    repeats: calls of one timing, back to back, by the host's clock from an idle device to an idle
+        device; "ms" is the time of one call. For whole steps, whose launches cost time too.
     before: called with the implementation's name before each of its calls, not timed.
     facts: more fields of an implementation's row, by its name; called once, after the timing.
     """
@@ -65,8 +58,23 @@ class Case:
     bytes_moved: int | None = None
     items: int | None = None
     on_host: bool = False
+    repeats: int = 1
     before: Callable[[str], None] = lambda name: None
     facts: Callable[[], dict[str, Row]] = dict
+
+
+class Lazy:
+    """What its first call builds and every call runs: a process that times one implementation of
+    a case, or compiles it ahead, does not pay for the others."""
+
+    def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:
+        self._make = make
+        self._function: Callable[[], Any] | None = None
+
+    def __call__(self) -> Any:
+        if self._function is None:
+            self._function = self._make()
+        return self._function()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -75,40 +83,53 @@ class Case:
 
 
 class Timer:
-    """Times single calls on one device, in seconds."""
+    """Times calls on one device, in seconds."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
         self.copy_gbps: float | None = None
         if self.cuda:
-            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-            self.flush_seconds = statistics.median(self.wall(self.flush.zero_) for _ in range(5))
+            self.buffer = torch.randn(FLUSH_BYTES // 4, device=device)
+            self.flush_result = torch.empty((), device=device)
+            self.flush()  # loads the kernel
+            self.flush_seconds = statistics.median(self.wall(self.flush) for _ in range(5))
         size = COPY_BYTES[device]
-        source = torch.zeros(size, dtype=torch.uint8, device=device)
-        target = torch.zeros_like(source)
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
         seconds = statistics.median(self.call(lambda: target.copy_(source)) for _ in range(9))
         self.copy_gbps = 2 * size / seconds / 1e9
 
-    def wall(self, function: Callable[[], Any]) -> float:
-        """Host time until the device has finished."""
+    def flush(self) -> None:
+        """Fill the L2 with clean lines of a buffer that no bench reads."""
+        torch.sum(self.buffer, 0, out=self.flush_result)
+
+    def wall(self, function: Callable[[], Any], repeats: int = 1) -> float:
+        """Host time of ``repeats`` calls in a row until the device has finished, per call."""
         start = time.perf_counter()
-        function()
+        for _ in range(repeats):
+            function()
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / repeats
 
     def call(self, function: Callable[[], Any], host_seconds: float = 0.0) -> float:
-        """Time of one call; ``host_seconds``: what the host needs to launch it."""
+        """Device time of one call; ``host_seconds``: what the host needs to launch it."""
         if not self.cuda:
             return self.wall(function)
         for _ in range(1 + math.ceil(host_seconds / self.flush_seconds)):
-            self.flush.zero_()
+            self.flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def time(self, case: Case, function: Callable[[], Any], host_seconds: float) -> float:
+        """Time of one call of a case's implementation, by the clock that the case asks for."""
+        if case.on_host or case.repeats > 1:
+            return self.wall(function, case.repeats)
+        return self.call(function, host_seconds)
 
     def clear(self) -> None:
         """Give back what a failed call left behind, or the next one may find too little memory."""
@@ -129,78 +150,123 @@ class Timer:
         return False
 
 
+@dataclass
+class _Timed:
+    """One implementation that is ready to be timed."""
+
+    function: Callable[[], Any]
+    first_call_s: float  # holds its compilation
+    wall: float  # seconds of a warm call, launches and device
+    seconds: list[float]
+
+
+Report = Callable[[list[Row]], None]
+
+
 def time_case(
-    bench: str, case: Case, timer: Timer, seconds: float, until: float = math.inf
+    bench: str,
+    case: Case,
+    timer: Timer,
+    seconds: float,
+    until: float = math.inf,
+    report: Report = lambda rows: None,
 ) -> list[Row]:
     """Rows of one case, timed for about ``seconds``.
 
-    ``until``, of time.perf_counter: implementations not begun by then, but two, are left out.
+    Args:
+        until: of time.perf_counter; implementations that are not ready by then are left out, but
+            the first two: ours, and the peer to compare it with.
+        report: called with all rows so far, marked "provisional", whenever an implementation took
+            seconds to get ready: a process that is killed leaves what it has measured.
     """
-    start = time.perf_counter()
-    ready: dict[str, Callable[[], Any]] = {}
-    walls: dict[str, float] = {}
-    rows: list[Row] = []
     try:
         implementations = case.build()
     except Exception as error:  # a case that cannot be built must not end the other benches
         rows = [skipped(bench, case.name, "all", error)]
-    if rows:
-        timer.clear()  # here no more traceback holds what build has made
-        return rows
+    else:
+        rows = _time_implementations(bench, case, timer, seconds, until, report, implementations)
+        del implementations
+    timer.clear()  # here no more traceback holds what build has made
+    return rows
+
+
+def _time_implementations(
+    bench: str, case: Case, timer: Timer, seconds: float, until: float, report: Report,
+    implementations: dict[str, Callable[[], Any] | str],
+) -> list[Row]:  # fmt: skip
+    start = last_report = time.perf_counter()
+    ready: dict[str, _Timed] = {}
+    problems: list[Row] = []
     for name, function in implementations.items():
         if isinstance(function, str):
-            rows.append(skipped(bench, case.name, name, function))
+            problems.append(skipped(bench, case.name, name, function))
             continue
         if len(ready) > 1 and time.perf_counter() > until:  # a compilation can take a minute
-            rows.append(skipped(bench, case.name, name, NO_TIME))
+            problems.append(skipped(bench, case.name, name, NO_TIME))
             continue
         try:
-            for call in range(1 + WARMUP_CALLS):  # the first one compiles
-                case.before(name)
-                wall = timer.wall(function)
-                walls[name] = min(wall, walls.get(name, wall)) if call > 1 else wall
-            ready[name] = function
+            ready[name] = _warm_up(case, name, function, timer)
         except Exception as error:  # a peer's failure is a result of its own
-            rows.append(skipped(bench, case.name, name, error))
+            problems.append(skipped(bench, case.name, name, error))
         if name not in ready:
             timer.clear()
-    if not ready:
-        return rows
-    times: dict[str, list[float]] = {name: [] for name in ready}
+        if time.perf_counter() - last_report > SECONDS_BETWEEN_REPORTS:
+            for turn in range(MIN_ROUNDS if case.repeats == 1 else 1):
+                problems += _round(bench, case, timer, ready, turn)
+            rows = measured_rows(bench, case, ready, timer) + problems
+            report([row | {"provisional": True} for row in rows])
+            last_report = time.perf_counter()
+    for timed in ready.values():
+        timed.seconds.clear()  # all figures of a case come from the same rounds
     for turn in range(MAX_ROUNDS):
-        if not times or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
+        if not ready or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
             break
-        names = list(times)
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            try:
-                case.before(name)
-                if case.on_host:
-                    took = timer.wall(ready[name])
-                else:
-                    took = timer.call(ready[name], walls[name])
-                times[name].append(took)
-            except Exception as error:  # as above, though it went well at first
-                rows.append(skipped(bench, case.name, name, error))
-                del times[name]
-    if not times:
+        problems += _round(bench, case, timer, ready, turn)
+    return _with_facts(bench, case, measured_rows(bench, case, ready, timer)) + problems
+
+
+def _warm_up(case: Case, name: str, function: Callable[[], Any], timer: Timer) -> _Timed:
+    walls = []
+    for _ in range(1 + WARMUP_CALLS):
+        case.before(name)
+        walls.append(timer.wall(function))
+    return _Timed(function, walls[0], min(walls[1:]), [])
+
+
+def _round(bench: str, case: Case, timer: Timer, ready: dict[str, _Timed], turn: int) -> list[Row]:
+    """Time each implementation once; drops those that fail and returns their rows."""
+    failed = []
+    names = list(ready)
+    shift = turn % max(len(names), 1)
+    for name in names[shift:] + names[:shift]:
+        try:
+            case.before(name)
+            ready[name].seconds.append(timer.time(case, ready[name].function, ready[name].wall))
+        except Exception as error:  # although it succeeded at first
+            failed.append(skipped(bench, case.name, name, error))
+            del ready[name]
+    return failed
+
+
+def _with_facts(bench: str, case: Case, rows: list[Row]) -> list[Row]:
+    if not rows:
         return rows
-    measured = measured_rows(bench, case, times, timer)
     try:
         facts = case.facts()
     except Exception as error:
-        facts, rows = {}, [*rows, skipped(bench, case.name, "facts", error)]
-    return [row | facts.get(row["impl"], {}) for row in measured] + rows
+        return [*rows, skipped(bench, case.name, "facts", error)]
+    return [row | facts.get(row["impl"], {}) for row in rows]
 
 
-def measured_rows(bench: str, case: Case, times: dict[str, list[float]], timer: Timer) -> list[Row]:
+def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer) -> list[Row]:
     """Medians in ms; ``ratio`` is how many times faster than the fastest peer, ``ratio_to``."""
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: statistics.median(timed.seconds) for name, timed in ready.items()}
     peers = [name for name in medians if not name.startswith("ours")]
     best = min(peers, key=lambda name: medians[name]) if peers else None
     rows = []
     for name, median in medians.items():
-        low, high = percentile(times[name], 0.2), percentile(times[name], 0.8)
+        times = ready[name].seconds
+        low, high = percentile(times, 0.2), percentile(times, 0.8)
         row: Row = {"bench": bench, "case": case.name, "impl": name, "ms": median * 1e3}
         row |= {"ms_p20": low * 1e3, "ms_p80": high * 1e3}
         if case.bytes_moved is not None:
@@ -212,6 +278,7 @@ def measured_rows(bench: str, case: Case, times: dict[str, list[float]], timer: 
             row["items_per_s"] = case.items / median
         if best is not None and name != best:
             row |= {"ratio": medians[best] / median, "ratio_to": best}
+        row["first_call_s"] = round(ready[name].first_call_s, 3)
         rows.append(row)
     return rows
 
@@ -247,94 +314,6 @@ def compile_every_shape() -> None:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
-# ---------------------------------------------------------------------------------------------
-# Result file
-# ---------------------------------------------------------------------------------------------
-
-
-def output_of(*command: str) -> str:
-    """First line that a command prints; empty where it fails."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=True, cwd=HERE
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().split("\n")[0]
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def driver_version() -> str:
-    """Of NVIDIA's driver; where neither it nor its tool says, the CUDA that it supports."""
-    if said := output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
-        return said
-    with suppress(OSError):
-        if found := re.search(r" (\d+\.[\d.]+) ", DRIVER_FILE.read_text()):
-            return found[1]
-    supported = ctypes.c_int()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(supported))
-    major, minor = divmod(supported.value // 10, 100)
-    return f"CUDA {major}.{minor}" if major else ""
-
-
-def collect_meta(device: str, command: str, commit: str | None) -> Row:
-    """What a figure depends on. ``commit`` stands in where there is no git repository."""
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or ""}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    cuda = device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "driver": driver_version() if cuda else f"{platform.system()} {platform.release()}",
-        "versions": {name: version for name, version in versions.items() if version},
-        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--abbrev=9"),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
-
-
-def default_path(device: str, meta: Row, what: str = "all") -> Path:
-    """bench/results/<GPU name or cpu>/<date>-<commit>.json; of a part ...-<what>.json"""
-    folder = meta["device"].lower().replace(" ", "-") if device == "cuda" else "cpu"
-    part = "" if what == "all" else f"-{what}"
-    return HERE / "results" / folder / f"{meta['date']}-{meta['commit']}{part}.json"
-
-
-def require_meta(meta: Row, path: Path) -> None:
-    """
-    Raises:
-        ValueError: a field of ``META`` is missing or empty: a figure without it is worth nothing.
-    """
-    missing = [name for name in META if not meta.get(name)]
-    if missing:
-        raise ValueError(f"no result file without meta {', '.join(missing)}: {path} is not written")
-
-
-def write_results(path: Path, meta: Row, rows: list[Row]) -> None:
-    """Write the result file, or replace it whole.
-
-    Raises:
-        ValueError: as ``require_meta``.
-    """
-    require_meta(meta, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def print_table(rows: list[Row]) -> None:

@@ -64,11 +64,11 @@ class Result:
 
 def committed() -> list[Path]:
     """The result files of this repository, oldest first; of one day in the order of commits."""
-    from . import common
+    from . import record
 
     def age(path: Path) -> tuple[str, int, str]:
         meta = json.loads(path.read_text())["meta"]
-        count = common.output_of("git", "rev-list", "--count", meta["commit"])
+        count = record.output_of("git", "rev-list", "--count", meta["commit"])
         return meta["date"], int(count or 0), path.name
 
     files = (HERE / "results").glob("*/*.json")
@@ -77,9 +77,9 @@ def committed() -> list[Path]:
 
 def unordered() -> str:
     """Why ``committed`` cannot tell the order of results of one day; empty where it can."""
-    from . import common
+    from . import record
 
-    if common.output_of("git", "rev-parse", "--is-shallow-repository") != "false":
+    if record.output_of("git", "rev-parse", "--is-shallow-repository") != "false":
         return "no git history, or a shallow one"
     return ""
 
@@ -232,7 +232,25 @@ def as_markdown(results: Sequence[Result], page: Path, folder: Path) -> str:
             parts.append(f"![{stem}]({image})\n")
         parts.append(f"<!-- measured: {_from_root(result.path)} -->")
         parts.append(_table(result))
-    return "\n".join(parts).rstrip()
+    return "\n".join([*parts, _predictions()]).rstrip()
+
+
+def _predictions() -> str:
+    """What was predicted before any measurement; a result file of the device shows it too."""
+    from . import record
+
+    known = record.predictions()
+    lines = [
+        f"### Predicted for an {known['device']}, before any measurement\n",
+        "<!-- computed: bench/predictions.json -->",
+        "| bench | case | implementation | predicted, ms | from |",
+        "|---|---|---|---|---|",
+    ]
+    for row in known["rows"]:
+        low, high = row["ms"]
+        cells = (row["bench"], row["case"], row["impl"], f"{low:g} to {high:g}", row["from"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _from_root(path: Path) -> str:
@@ -286,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/plots"), help="folder of charts")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write tables there too")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments[1:])
     try:
         results = read(options.files or committed())
         written = [

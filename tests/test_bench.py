@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import common, plot
+from bench import common, plot, record
 from bench.__main__ import run_bench, select
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +64,11 @@ class AlmostCuda(common.Timer):
         self.cuda, self.copy_gbps = True, 1000.0
         self.cleared: list[str] = []
 
-    def wall(self, function):
+    def wall(self, function, repeats=1):
         start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats
 
     def call(self, function, host_seconds=0.0):
         function()
@@ -89,12 +90,8 @@ def test_the_hosts_work_is_timed_by_its_clock_on_a_gpu_too(on_host: bool) -> Non
 def test_all_that_works_on_the_host_says_so() -> None:
     from bench import bench_cache, bench_loader
 
-    host = {case.name for case in bench_cache.cases("cuda") if case.on_host}
-    device = {case.name for case in bench_cache.cases("cuda")} - host
-    assert {name.split(" B=")[0] for name in device} == {
-        "gather top-16 resident",
-        "encode top-16 C=1000",
-    }
+    for case in bench_cache.cases("cuda"):
+        assert case.on_host != case.name.startswith("on the device: ")
     assert all(case.on_host for case in bench_loader.cases("cuda"))
 
 
@@ -153,7 +150,7 @@ def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> N
     rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0)}
     assert rows["late"]["skipped"] == "RuntimeError: out of memory" and "ms" not in rows["late"]
     assert rows["ours"]["ms"] == 1 and "ratio" not in rows["ours"]
-    assert len(timer.cleared) == 1
+    assert len(timer.cleared) == 2  # after the early failure, and after the case
     for only in (fails, "not installed"):
         (row,) = common.time_case("b", common.Case("c", lambda only=only: {"a": only}), timer, 0.0)
         assert "skipped" in row
@@ -190,20 +187,20 @@ def test_a_compiled_peer_is_compiled_at_every_shape() -> None:
 def test_the_driver_is_named_where_nvidias_tool_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "output_of", lambda *command: "")
-    monkeypatch.setattr(common, "DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(record, "output_of", lambda *command: "")
+    monkeypatch.setattr(record, "DRIVER_FILE", tmp_path / "version")
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
     for line in (text, text.replace(" Open Kernel Module for x86_64", " x86_64 Kernel Module")):
         (tmp_path / "version").write_text(line + "GCC version:  gcc version 13.3.0 (Ubuntu)\n")
-        assert common.driver_version() == "580.95.05"
+        assert record.driver_version() == "580.95.05"
     (tmp_path / "version").unlink()
 
     class Library:
         def cuDriverGetVersion(self, found) -> None:
             found._obj.value = 13010
 
-    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: Library())
-    assert common.driver_version() == "CUDA 13.1"
+    monkeypatch.setattr(record.ctypes, "CDLL", lambda name: Library())
+    assert record.driver_version() == "CUDA 13.1"
 
 
 class Event:
@@ -230,7 +227,7 @@ def test_kernels_count_to_the_phase_that_launched_them() -> None:
 def test_what_was_not_measured_is_absent(timer: common.Timer) -> None:
     case = common.Case("alone", lambda: {"ours": sleeper(1)})
     (row,) = common.time_case("naps", case, timer, 0.01)
-    assert set(row) == {"bench", "case", "impl", "ms", "ms_p20", "ms_p80"}
+    assert set(row) == {"bench", "case", "impl", "ms", "ms_p20", "ms_p80", "first_call_s"}
 
 
 def test_implementations_take_turns(timer: common.Timer) -> None:
@@ -279,20 +276,20 @@ def test_broken_benches_do_not_stop_the_run(
     assert second["skipped"].startswith("no time left")
 
 
-@pytest.mark.parametrize("name", common.META)
+@pytest.mark.parametrize("name", record.META)
 @pytest.mark.parametrize("value", (None, ""))
 def test_no_file_without_its_meta(tmp_path: Path, name: str, value: str | None) -> None:
     path = tmp_path / "out" / "x.json"
     with pytest.raises(ValueError, match=f"no result file without meta {name}:"):
-        common.write_results(path, META | {name: value}, [])
+        record.write_results(path, META | {name: value}, [])
     assert not path.exists()
-    common.write_results(path, META, [{"bench": "b"}])
-    assert json.loads(path.read_text()) == {"meta": META, "rows": [{"bench": "b"}]}
+    record.write_results(path, META, ROWS)
+    assert json.loads(path.read_text()) == {"meta": META, "rows": ROWS}
 
 
 def test_default_path_names_device_date_and_commit() -> None:
-    cpu, gpu = (common.default_path(d, META | {"device": "NVIDIA H100"}) for d in ("cpu", "cuda"))
-    part = common.default_path("cpu", META, "step")
+    cpu, gpu = (record.default_path(d, META | {"device": "NVIDIA H100"}) for d in ("cpu", "cuda"))
+    part = record.default_path("cpu", META, "step")
     assert part.name == "2026-01-01-c-step.json"  # or it would replace the file of all
     assert cpu.relative_to(ROOT).as_posix() == "bench/results/cpu/2026-01-01-c.json"
     assert gpu.relative_to(ROOT).as_posix() == "bench/results/nvidia-h100/2026-01-01-c.json"
@@ -324,7 +321,7 @@ def test_command_line_writes_a_result_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert set(result) == {"meta", "rows"}
-    assert result["meta"].keys() == set(common.META)
+    assert result["meta"].keys() == set(record.META)
     assert "torch" in result["meta"]["versions"] and result["meta"]["commit"] == "abc"
     assert "--device cpu --seconds 1" in result["meta"]["command"]
     assert {row["impl"] for row in result["rows"]} == {"ours", "torchvision v2"}
@@ -333,60 +330,140 @@ def test_command_line_writes_a_result_file(tmp_path: Path) -> None:
         assert f"{row['ms']:.4g} ms" in done.stdout
 
 
-def test_a_run_keeps_what_it_has_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Cut short in the second bench; then with a GPU that is lost after the second."""
+def fake_benches(monkeypatch: pytest.MonkeyPatch, **cases: list[common.Case]) -> None:
+    """Modules bench.bench_NAME with these cases, and no others."""
     from bench import __main__ as program
 
-    out, ran = tmp_path / "x.json", []
+    for name, found in cases.items():
+        module = ModuleType(f"bench.bench_{name}")
+        module.cases = lambda device, found=found: found  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"bench.bench_{name}", module)
+    monkeypatch.setattr(program, "select", lambda what: list(cases) if what == "all" else [what])
+    monkeypatch.setattr(common, "compile_every_shape", lambda: None)
+    monkeypatch.setattr(program, "STARTED", time.perf_counter())
 
-    class Killed(BaseException):
-        pass
 
-    def bench(name: str, *_: object):
-        ran.append(name)
-        yield [{"bench": name, "case": "c", "impl": "ours", "skipped": "a reason"}]
-        if name == "b" and kill:
-            raise Killed
+class Killed(BaseException):
+    """As an interrupt: no bench catches it."""
+
+
+def test_a_run_that_is_cut_short_keeps_its_rows_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import __main__ as program
+
+    out = tmp_path / "x.json"
+    ran: list[str] = []
+    kill = True
+
+    def case(name: str, fails: bool = False) -> common.Case:
+        def build() -> dict:
+            ran.append(name)
+            if fails and kill:
+                raise Killed
+            return {"ours": sleeper(0.1)}
+
+        return common.Case(name, build)
+
+    fake_benches(
+        monkeypatch, a=[case("first"), case("second")], b=[case("third", True)], c=[case("fourth")]
+    )
 
     def main(*more: str) -> list[str]:
         ran.clear()
-        monkeypatch.setattr(sys, "argv", ["bench", "all", "--out", str(out), *more])
-        program.main()
-        return [row["bench"] for row in json.loads(out.read_text())["rows"]]
+        program.main(["all", "--device", "cpu", "--commit", "1", "--out", str(out), *more])
+        return [row["case"] for row in record.read(out)["rows"]]
 
-    monkeypatch.setattr(program, "select", lambda what: ["a", "b", "c"])
-    monkeypatch.setattr(program, "run_bench", bench)
-    monkeypatch.setattr(common, "compile_every_shape", lambda: None)
-    fixed = ["--device", "cpu", "--commit", "1"]
-    kill = True
     with pytest.raises(Killed):
-        main(*fixed)
-    assert [row["bench"] for row in json.loads(out.read_text())["rows"]] == ["a"]
+        main()
+    assert [row["case"] for row in record.read(out)["rows"]] == ["first", "second"]
     kill = False
-    assert main(*fixed, "--go-on") == ["a", "b", "c"] and ran == ["b", "c"]
-    assert main(*fixed) == ["a", "b", "c"] == ran  # without it, from the start
+    assert main("--resume") == ["first", "second", "third", "fourth"]
+    assert ran == ["third", "fourth"]
+    assert main() == ["first", "second", "third", "fourth"] == ran  # without it, from the start
+    assert main("--only", "^f") == ["first", "fourth"] == ran
 
+
+def test_what_has_been_timed_is_on_disk_while_a_peer_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third implementation is killed in its first call; two have their figures and a ratio."""
+    from bench import __main__ as program
+
+    def compiles() -> None:
+        raise Killed
+
+    case = common.Case(
+        "c", lambda: {"ours": sleeper(1), "peer": sleeper(3), "slow to compile": compiles}
+    )
+    fake_benches(monkeypatch, a=[case])
+    monkeypatch.setattr(common, "SECONDS_BETWEEN_REPORTS", 0.0)
+    out = tmp_path / "x.json"
+    with pytest.raises(Killed):
+        program.main(["a", "--device", "cpu", "--commit", "1", "--out", str(out)])
+    ours, peer = record.read(out)["rows"]
+    assert ours["impl"] == "ours" and ours["ratio"] > 1 and ours["ratio_to"] == "peer"
+    assert ours["provisional"] and peer["provisional"]
+    # Such a case is measured again, and a whole case is not.
+    file = record.ResultFile.resume(out)
+    assert file.finished_cases() == set()
+    file.put([{key: value for key, value in ours.items() if key != "provisional"}])
+    assert file.finished_cases() == {("a", "c")}
+    file.put([ours | {"skipped": record.NO_TIME}])
+    assert file.finished_cases() == set()
+
+
+def test_a_lost_gpu_is_taken_up_by_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import __main__ as program
+
+    out = tmp_path / "x.json"
     started: list[list[str]] = []
-    monkeypatch.setattr(common.Timer, "is_lost", lambda timer: ran == ["a", "b"])
 
-    def restart(program: str, command: list[str]) -> None:
+    def restart(executable: str, command: list[str]) -> None:
         started.append(command)
         raise Killed
 
+    case = common.Case("c", lambda: {"ours": sleeper(0.1)})
+    fake_benches(monkeypatch, a=[case], b=[case])
+    monkeypatch.setattr(common.Timer, "is_lost", lambda timer: True)
     monkeypatch.setattr(program.os, "execv", restart)
     with pytest.raises(Killed):
-        main(*fixed, "--seconds", "50")
+        program.main(["all", "--device", "cpu", "--out", str(out), "--seconds", "50"])
     (command,) = started
-    assert command[:4] == [sys.executable, "-m", "bench", "all"] and "--go-on" in command
+    assert command[:4] == [sys.executable, "-m", "bench", "all"] and "--resume" in command
     assert 0 < int(command[-1]) <= 50 and command[-2] == "--seconds"
-    assert [row["bench"] for row in json.loads(out.read_text())["rows"]] == ["a", "b"]
-    monkeypatch.setattr(common, "output_of", lambda *command: "")
-    ran.clear()
-    with pytest.raises(SystemExit, match=r"without meta commit.*--commit names"):
-        main("--device", "cpu")
-    assert ran == []  # said before the time is spent
+    assert [row["bench"] for row in record.read(out)["rows"]] == ["a"]
+
+
+def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: common.Timer) -> None:
+    """Also on a GPU: events around one call would hide what the host needs to launch it."""
+    calls: list[str] = []
+
+    def step() -> None:
+        calls.append("")
+        time.sleep(0.002)
+
+    case = common.Case("s", lambda: {"ours": step}, items=8, repeats=5)
+    for device in (timer, AlmostCuda()):
+        calls.clear()
+        (row,) = common.time_case("b", case, device, 0.0)
+        assert 2 <= row["ms"] < 10  # of one call, not of five; and not the 1 ms of events
+        assert len(calls) == 1 + common.WARMUP_CALLS + 5 * common.MIN_ROUNDS
+        assert row["items_per_s"] == pytest.approx(8e3 / row["ms"])
+
+
+def test_lazy_implementations_build_what_is_called() -> None:
+    built: list[str] = []
+
+    def make(name: str):
+        built.append(name)
+        return lambda: name
+
+    first, second = (common.Lazy(lambda name=name: make(name)) for name in "ab")
+    assert second() == "b" and second() == "b" and built == ["b"]
+    assert first() == "a" and built == ["b", "a"]
 
 
 def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
@@ -412,7 +489,7 @@ def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
 
 def result_file(path: Path, rows: list[dict], **meta: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_results(path, META | meta, rows)
+    record.write_results(path, META | meta, rows)
     return path
 
 
