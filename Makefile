@@ -12,7 +12,7 @@ TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-.PHONY: install demo test lint format docs plots bench bench-gpu aot aot-golden fuzz fuzz-guided sanitize emulate compare clean
+.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden fuzz fuzz-guided sanitize emulate compare clean
 
 install: $(INSTALLED)
 
@@ -73,30 +73,20 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m bench all
 
-# For a machine with a GPU that may have no network: takes the Python that holds torch there
-# (make bench-gpu PYTHON=...), installs nothing from outside, ends in under nine minutes, and leaves
-# one JSON file under bench/results/ and one log. Most of the tests' time is the compilation of
-# kernels, on one core each: so many processes take a part of the tests each. A test that fails does
-# not keep the benches from running; at the limit pytest is interrupted, to tell what it has seen
-# (without `set -m` the shell's background processes would ignore that).
-GPU_TESTS := $(shell grep -l 'mark\.gpu' tests/test_*.py)
-TEST_PARTS ?= 12
+# For a machine with a GPU that may have no network: they take the Python that holds torch there
+# (make bench-gpu PYTHON=...), install nothing from outside, and each ends within nine minutes.
+# bench-gpu measures, profile-gpu explains; both write into the folder OUT as they go (bench/gpu.py).
+# COMMIT names the commit where git cannot; APEX the folder with the source of NVIDIA's apex.
+OUT ?=
 COMMIT ?=
-bench-gpu: SHELL := /bin/bash -o pipefail
+APEX ?=
+export APEX
+GPU_OPTIONS = $(if $(OUT),--out '$(OUT)') $(if $(COMMIT),--commit $(COMMIT))
 bench-gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	@mkdir -p build && rm -f build/bench-gpu*.log
-	@(set -m; for part in $$(seq $(TEST_PARTS)); do \
-	  timeout --signal=INT --kill-after=15 200 $(PYTHON) -m pytest -q -m gpu -rs \
-	    --part $$part/$(TEST_PARTS) $(GPU_TESTS) > build/bench-gpu-$$part.log 2>&1 & \
-	  parts="$$parts $$!"; \
-	done; \
-	for part in $$parts; do wait $$part || failed=1; done; \
-	exit $${failed:-0}) 2> /dev/null || failed=1; \
-	cat build/bench-gpu-*.log | tee build/bench-gpu.log; rm build/bench-gpu-*.log; \
-	timeout --signal=INT --kill-after=15 280 $(PYTHON) -m bench all --seconds 220 --device cuda \
-	  $(if $(COMMIT),--commit $(COMMIT)) 2>&1 | tee -a build/bench-gpu.log || failed=1; \
-	exit $${failed:-0}
+	$(PYTHON) -m bench gpu $(GPU_OPTIONS)
+
+profile-gpu:
+	$(PYTHON) -m bench gpu-profile $(GPU_OPTIONS)
 
 # The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: mutated files for
 # so many seconds, and every operation once. Needs g++ or clang++ with their sanitizer libraries.

@@ -1,9 +1,18 @@
-"""Marks that this machine cannot serve are skipped with a reason; all tests have one seed."""
+"""Marks that this machine cannot serve are skipped with a reason; all tests have one seed.
+
+``--outcomes FILE`` appends a line of JSON for each test as soon as it ends, so that a run that is
+killed still says what it has seen: bench/gpu.py reads it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,21 +30,73 @@ def absent(mark: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", help="of the chosen tests every N-th: K/N")
+    parser.addoption("--outcomes", type=Path, metavar="FILE", help="a line of JSON for each test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):  # not in a worker of xdist
+        config.pluginmanager.register(Outcomes(path), "outcomes")
+
+
+class Outcomes:
+    """Appends {"collected": N} once, then {"test", "outcome", "message"} for each test."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_counted = False
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.items:  # empty in the controller of xdist
+            self._count(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self._count(len(ids))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            text = report.longreprtext.strip().splitlines()
+            message = text[-1][:300] if text else ""
+            self._append({"test": report.nodeid, "outcome": report.outcome, "message": message})
+
+    def _count(self, number: int) -> None:
+        if not self.is_counted:
+            self._append({"collected": number})
+        self.is_counted = True
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 @pytest.hookimpl(trylast=True)  # when -m and -k have chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, parts = map(int, config.getoption("part").split("/"))
-    chosen = items[part - 1 :: parts]
-    if parts > 1:
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for mark in ("gpu", "dali"):
         reason = absent(mark)
         for item in items:
             if reason and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """End a worker of xdist whose GPU context a kernel has destroyed; xdist starts another one."""
+    result = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and is_gpu_lost():
+        os._exit(70)
+    return result
+
+
+def is_gpu_lost() -> bool:
+    """Whether this process has used its GPU and every further call fails."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture(autouse=True)

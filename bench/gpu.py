@@ -1,0 +1,277 @@
+"""Two scripts for the first minutes on a GPU.
+
+    python -m bench gpu         --out FOLDER    # make bench-gpu OUT=FOLDER
+    python -m bench gpu-profile --out FOLDER    # make profile-gpu OUT=FOLDER
+
+Each ends within nine minutes whatever is slow, needs no network, and installs nothing but this
+project. The first answers the questions that decide, in the order in which they matter: do the
+kernels work, how fast is the compiled step beside timm's, what do the teacher and the cache cost,
+then kernels, loss and cache beside their peers, then all tests. The second one explains the
+figures: hardware counters, one step kernel by kernel, sanitizers, repeats, NCCL, tiles, apex.
+
+FOLDER receives results.json, tests.jsonl, log.txt and summary.txt; the second script adds ncu.csv,
+tiles.json and traces. All are written as the run goes, so a run that is killed keeps what it has.
+On a machine without a GPU every stage runs its CPU form or says why it is skipped: a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .stages import Command, Log, Stage, plan_text, run_stages
+
+TOTAL = 525.0  # of the 540 s that are promised: the rest is Python's start and the last kill
+PYTHON = sys.executable
+JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # processes that compile side by side
+
+# One small shape of each kernel, forward and backward: a broken kernel shows in the first minute.
+FIRST_TESTS = (
+    "tests/test_attention.py::test_accuracy_on_a_gpu[198-64-dtype1]",
+    "tests/test_add_layer_norm.py::test_accuracy_on_a_gpu[keep-dtypes3]",
+    "tests/test_bias_gelu.py::test_accuracy_on_a_gpu[plain-dtypes1]",
+    "tests/test_distillation_loss_kernel.py::test_accuracy_on_a_gpu[dense-dtype1]",
+    "tests/test_ingest.py::test_the_compiled_kernel_gives_the_bits_of_the_cpu[nchw-6-dtype1]",
+)
+# What must also hold when it is repeated, watched or replayed.
+REPEATED = "250_repeats or wait_for or waits_for or graph_replay or nccl"
+SMALL_STUDENT = r"deit_small student"
+
+
+def bench(
+    out: Path, device: str, *arguments: str, seconds: str = "{seconds}", name: str = ""
+) -> Command:
+    """A bench that adds its rows to the result file."""
+    command = (PYTHON, "-m", "bench", *arguments, "--device", device, "--seconds", seconds)
+    return Command(name or arguments[0], (*command, "--out", str(out / "results.json"), "--resume"))
+
+
+def compile_ahead(device: str, *arguments: str, implementation: str = "") -> Command:
+    """A process that fills the caches of Inductor and Triton and measures nothing."""
+    command = (PYTHON, "-m", "bench", *arguments, "--device", device)
+    name = f"compile {arguments[0]}"
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    return Command(name, (*command, f"--compile-only={implementation}"), threads)
+
+
+def pytest(out: Path, *arguments: str, name: str = "tests", wrapper: Sequence[str] = ()) -> Command:
+    """Tests whose outcomes are written one by one."""
+    options = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider")
+    outcomes = ("--outcomes", str(out / "tests.jsonl"))
+    return Command(name, (*wrapper, PYTHON, "-m", "pytest", *options, *outcomes, *arguments))
+
+
+def build() -> Stage:
+    pip = ("install", "--quiet", "--no-build-isolation", "--no-deps", "-e", ".")
+    command = Command("build", (PYTHON, "-m", "pip", *pip))
+    return Stage("build", 45, "install the project from this folder, offline", (command,))
+
+
+def gpu_test_files() -> tuple[str, ...]:
+    files = (record.ROOT / "tests").glob("test_*.py")
+    return tuple(
+        sorted(f"tests/{path.name}" for path in files if "mark.gpu" in path.read_text("utf-8"))
+    )
+
+
+def plan(out: Path, device: str) -> tuple[Stage, ...]:
+    """The first script: what is promised, in the order in which it matters."""
+    cuda = device == "cuda"
+    small = r"H=6 N=198|,384\]|,1536\]|B=256 S=224" if cuda else r"H=3 N=198|,192\]|,768\]|B=32"
+    loss = "C=1000 B=256 |C=21841 B=4096 " if cuda else "C=1000 B=64 "
+    teacher = "small teacher" if cuda else "teacher"
+    students = "(small|tiny) student"
+    cache = "on the device" if cuda else "encode top-16"
+    workers = ("-n", str(max(1, (os.cpu_count() or 1) * 3 // 4)))
+    ahead = (
+        compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="ours"),
+        compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="timm, compiled"),
+        compile_ahead(device, "step", "--only", "tiny student", implementation="ours"),
+        compile_ahead(device, "step", "--only", "tiny student", implementation="timm, compiled"),
+        compile_ahead(device, "step", "--only", teacher, implementation="ours, online teacher"),
+        compile_ahead(device, "step", "--only", teacher, implementation="timm, online teacher"),
+        compile_ahead(device, "attention", "add_layer_norm", "--only", small),
+        compile_ahead(device, "bias_gelu", "ingest", "--only", small),
+        compile_ahead(device, "distillation_loss", "--only", loss),
+    )
+    ready = (pytest(out, *FIRST_TESTS, name="first"), *(ahead if cuda else ()))
+    kernels = ("attention", "add_layer_norm", "bias_gelu", "ingest")
+    return (
+        build(),
+        Stage("first", 120, "kernels at one small shape; meanwhile the steps compile", ready,
+              jobs=1 + JOBS),
+        Stage("step", 115, "the compiled step, ours beside timm's, DeiT-S then DeiT-Ti",
+              (bench(out, device, "step", "--only", students),)),
+        Stage("teacher", 80, "the step with a cached and an online teacher",
+              (bench(out, device, "step", "--only", teacher, name="teacher"),)),
+        Stage("kernels", 60, "kernels at DeiT-S shapes beside cuDNN, Flash, Inductor, Liger",
+              tuple(bench(out, device, name, "--only", small) for name in kernels)),
+        Stage("loss", 30, "distillation loss at 1,000 and 21,841 classes",
+              (bench(out, device, "distillation_loss", "--only", loss, name="loss"),)),
+        Stage("cache", 25, "encode, decode and gather of cached logits on the device",
+              (bench(out, device, "cache", "--only", cache),)),
+        Stage("tests", 50, "all tests that need a GPU, in the time that is left",
+              (pytest(out, *workers, *gpu_test_files()),)),
+    )  # fmt: skip
+
+
+def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
+    """The second script: why the figures are what they are, and whether they can be trusted."""
+    cuda = device == "cuda"
+    no_gpu = "" if cuda else "no CUDA device"
+
+    def skip(tool: str) -> str:
+        return no_gpu or ("" if shutil.which(tool) else f"{tool} is not on PATH")
+
+    apex = os.environ.get("APEX", "")
+    no_apex = no_gpu or ("" if apex else "no source of NVIDIA's apex: name its folder by APEX=")
+    results = ("--out", str(out))
+    sanitizer = ("compute-sanitizer", "--error-exitcode", "99", "--target-processes", "all")
+    without_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def sanitized(tool: str) -> Command:
+        command = pytest(out, *FIRST_TESTS, name=tool, wrapper=(*sanitizer, "--tool", tool))
+        return Command(tool, command.arguments, without_cache)
+
+    ahead = tuple(
+        compile_ahead(device, "block", "--only", "small.*compiled", implementation=name)
+        for name in ("timm", "ours, all kernels", "ours, no kernel", "ours, all but attention",
+                     "ours, all but add_layer_norm", "ours, all but bias_gelu")
+    )  # fmt: skip
+    ahead += tuple(
+        compile_ahead(device, "step", "--only", "small ways", implementation=name)
+        for name in ("ours", "timm, compiled", "ours, CUDA graphs", "ours, compile=model")
+    )
+    sanitizers = (sanitized("memcheck"), sanitized("racecheck"))
+    return (
+        build(),
+        Stage("ncu", 55, "hardware counters of attention, LayerNorm and the loss",
+              (Command("ncu", (PYTHON, "-m", "bench.counters", *results)),), skip=skip("ncu")),
+        Stage("sanitizer", 80, "compute-sanitizer at small shapes; meanwhile the models compile",
+              (*sanitizers, *ahead), jobs=2 + JOBS, skip=skip("compute-sanitizer")),
+        Stage("trace", 40, "one step of ours and of timm's, kernel by kernel",
+              (Command("trace", (PYTHON, "-m", "bench.trace", "--device", device, *results)),)),
+        Stage("choice", 70, "each kernel on and off in the compiled model",
+              (bench(out, device, "block", "--only", "small.*compiled" if cuda else "block"),)),
+        Stage("repeats", 40, "250 repeats bit-equal, no waiting for the device, graphs, NCCL",
+              (pytest(out, "-n", str(JOBS), "-k", REPEATED, *gpu_test_files()),)),
+        Stage("tiles", 40, "attention's tiles and pipeline stages by measurement",
+              (Command("tiles", (PYTHON, "-m", "deit_fast.kernels.attention", "--tune",
+                                 "--out", str(out / "tiles.json"))),), skip=no_gpu),
+        Stage("ways", 45, "the step by CUDA graphs and compiled as a whole; DeiT-B",
+              (bench(out, device, "step", "--only", "small ways|base student", name="ways"),),
+              skip=no_gpu),
+        Stage("fed", 25, "a step fed by a loader beside the same step with a batch at hand",
+              (bench(out, device, "step", "--only", "small.*fed by packed" if cuda
+                     else "fed by packed", name="fed"),)),
+        Stage("apex", 75, "NVIDIA's apex, built from source: optimiser test, LayerNorm bench",
+              (Command("apex", ("bash", "bench/apex.sh", apex, str(out), PYTHON)),),
+              skip=no_apex),
+    )  # fmt: skip
+
+
+def read_tests(path: Path) -> dict[str, Any]:
+    """Counts and failures of tests.jsonl, which tests/conftest.py writes."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures, collected = [], 0
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a process that was killed
+            continue
+        if "collected" in entry:
+            collected += entry["collected"]
+            continue
+        counts[entry["outcome"]] += 1
+        if entry["outcome"] == "failed":
+            failures.append({"test": entry["test"], "message": entry["message"]})
+    missing = max(0, collected - sum(counts.values()))
+    return {"collected": collected, **counts, "not_run": missing, "failures": failures}
+
+
+def main(arguments: Sequence[str]) -> None:
+    start = time.monotonic()
+    script = arguments[0]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {script}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    folder = Path("build") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parser.add_argument("--out", type=Path, default=folder, help="folder (build/SCRIPT-TIME)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for the whole script")
+    parser.add_argument("--commit", help="commit that is measured, where git cannot tell")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="STAGE", help="leave these out, such as build"
+    )
+    options = parser.parse_args(arguments[1:])
+
+    import torch  # after the arguments: --help must not wait for it
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA device")
+    out = options.out.resolve()
+    if (out / "results.json").exists():
+        raise SystemExit(f"--out {out}: has the results of an earlier run; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    command = f"python -m bench {' '.join(arguments)}"
+    meta = record.collect_meta(device, command, options.commit)
+    file = record.ResultFile.create(out / "results.json", meta)
+    stages = (plan if script == "gpu" else profile_plan)(out, device)
+    stages = without(scaled(stages, options.seconds / TOTAL), options.skip)
+
+    log = Log(out / "log.txt")
+    log.write("", f"{command}\n{meta['device']}, commit {meta['commit']}\n")
+    log.write("", plan_text(stages, options.seconds) + "\n")
+
+    def report(records: list[dict[str, Any]]) -> None:
+        """Stages write rows while they run; this process writes only between them."""
+        current = record.ResultFile.resume(file.path)
+        current.content |= {"stages": records, "tests": read_tests(out / "tests.jsonl")}
+        current.save()
+
+    records = run_stages(stages, options.seconds, log, report, start)
+    from .summary import page
+
+    text = page(record.read(file.path))
+    (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    log.write("", f"\n{text}\n\nwritten to {out}, {time.monotonic() - start:.0f} s in all")
+    log.close()
+    if any(entry["outcome"] in ("failed", "stopped") for entry in records):
+        raise SystemExit(1)
+
+
+def scaled(stages: Sequence[Stage], factor: float) -> tuple[Stage, ...]:
+    """The same plan for another total."""
+    return tuple(replace(stage, seconds=stage.seconds * factor) for stage in stages)
+
+
+def without(stages: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
+    """The same plan with the named stages skipped.
+
+    Raises:
+        SystemExit: a name that no stage has.
+    """
+    known = [stage.name for stage in stages]
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--skip {unknown[0]}: the stages are {', '.join(known)}")
+    return tuple(
+        replace(stage, skip="by --skip") if stage.name in names else stage for stage in stages
+    )

@@ -1,0 +1,75 @@
+"""The compiled step as a run makes it: it waits for nothing, and a process group changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_profile import steps_of
+from test_train import run_config, world  # noqa: F401  (fixture)
+from torch.nn.parallel import DistributedDataParallel
+
+from deit_fast.precompute import precompute
+
+WARM_UP, STEPS = 3, 20
+
+DEVICES = [
+    pytest.param("cpu", "gloo", "none", id="gloo"),
+    pytest.param("cuda", "nccl", "blocks", id="nccl", marks=pytest.mark.gpu),
+]
+
+
+@contextmanager
+def alone_in_a_group(backend: str, store: Path) -> Iterator[None]:
+    dist.init_process_group(backend, store=dist.FileStore(str(store), 1), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("device", "backend", "compiled"), DEVICES)
+def test_a_group_of_one_rank_changes_no_number(world, tmp_path, device, backend, compiled):  # noqa: F811
+    """Gradients pass through DDP's buckets and an all-reduce of the backend."""
+    config = run_config(world, tmp_path / "run", device=device, compile=compiled)
+
+    def losses(wrapped: bool) -> list[torch.Tensor]:
+        step, batches = steps_of(config, 6, device)
+        if wrapped:
+            ids = [0] if device == "cuda" else None
+            step.forward = DistributedDataParallel(
+                step.forward, device_ids=ids, gradient_as_bucket_view=True
+            )
+        return [step(batch, place, 1e-3)["loss"].cpu() for place, batch in enumerate(batches)]
+
+    alone = losses(wrapped=False)
+    with alone_in_a_group(backend, tmp_path / "store"):
+        grouped = losses(wrapped=True)
+    assert torch.equal(torch.stack(alone), torch.stack(grouped))
+    assert len(set(map(float, alone))) == len(alone), "the model did not learn"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("online", "cached"))
+def test_20_compiled_steps_wait_for_no_gpu(world, tmp_path, name):  # noqa: F811
+    config = run_config(world, tmp_path / "run", device="cuda", compile="blocks", epochs=3)
+    if name == "cached":
+        config = config.replace(cache=str(tmp_path / "cache"))
+        precompute(config)
+    step, batches = steps_of(config, WARM_UP + STEPS, "cuda")
+    for place in range(WARM_UP):  # compiles, allocates
+        step(batches[place], place, 1e-3)
+        step.guard.read(keep=1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place in range(WARM_UP, WARM_UP + STEPS):
+            step(batches[place], place, 1e-3)
+            step.guard.read(keep=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
