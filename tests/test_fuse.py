@@ -82,6 +82,14 @@ def test_equals_timm(kind: str, kernels: tuple[str, ...], drop_path: float) -> N
     assert all(torch.equal(a, b) for a, b in zip(unfused[0], theirs[0], strict=True))
 
 
+@pytest.mark.parametrize("option", ["proj_drop_rate", "attn_drop_rate"])
+def test_dropout_and_drop_path_draw_in_timms_order(option: str) -> None:
+    model = build("average", drop_path_rate=0.4, **{option: 0.3}).train()
+    theirs = run(model, IMAGES)
+    assert_same(run(fuse(model, kernels=KERNELS), IMAGES), theirs)
+    assert not any(block.draws_ahead for block in model.blocks)
+
+
 @outer_run
 def test_equals_timm_in_the_interpreter() -> None:
     """The kernels themselves, all three at once, where this process runs their references."""

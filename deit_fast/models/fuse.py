@@ -75,18 +75,57 @@ def _drop_rate(drop: nn.Module) -> float:
     return drop.drop_prob or 0.0 if isinstance(drop, DropPath) and drop.training else 0.0
 
 
-BatchPart = tuple[int, int]
-"""Where a forward's first sample stands in the whole batch, and the size of that."""
+class BatchPart(NamedTuple):
+    """Which part of a batch a forward sees.
+
+    The position is a tensor because compiled code takes a tensor as an input, but compiles a number
+    in as a constant: it would be compiled anew for each part of each rank.
+    """
+
+    first: Tensor  # int64 [1] on the model's device: position of the part's first sample
+    whole: int  # samples of the whole batch
 
 
-def _keep_scale(value: Tensor, drop: nn.Module, part: BatchPart | None) -> Tensor | None:
-    """DropPath's factor of each sample: the draws of timm's drop_path, in its order."""
-    rate = _drop_rate(drop)
-    if rate == 0:
-        return None
-    first, whole = part or (0, len(value))
-    keep = value.new_empty((whole,)).bernoulli_(1 - rate)[first : first + len(value)].float()
-    return keep / (1 - rate) if drop.scale_by_keep and rate < 1 else keep
+KeepScales = tuple[Tensor | None, Tensor | None]
+"""DropPath's factors for the two halves of a block: float [B], 0 or 1 / (1 - p); None: no drop."""
+
+
+def _keep_scales(drops: list[Any], x: Tensor, part: BatchPart | None) -> list[Tensor | None]:
+    """DropPath's factor of each sample, for several DropPath modules.
+
+    These are the draws that timm's drop_path would make for the whole batch, one module after the
+    other; those of this part are returned.
+    """
+    rates = [_drop_rate(drop) for drop in drops]
+    drawn = [place for place, rate in enumerate(rates) if rate > 0]
+    scales: list[Tensor | None] = [None] * len(drops)
+    if not drawn:
+        return scales
+    whole = len(x) if part is None else part.whole
+    keep = x.new_empty((len(drawn), whole))
+    for row, place in zip(keep.unbind(), drawn, strict=True):
+        row.bernoulli_(1 - rates[place])
+    if part is not None and whole != len(x):
+        keep = keep.index_select(1, part.first + torch.arange(len(x), device=x.device))
+    rows, kept_shares = [], []
+    for row, place in zip(keep.float().unbind(), drawn, strict=True):
+        scales[place] = row
+        if drops[place].scale_by_keep and rates[place] < 1:
+            rows.append(row)
+            kept_shares.append(1 - rates[place])
+    if torch.compiler.is_compiling():  # Inductor fuses these, but not the call for many tensors
+        for row, kept_share in zip(rows, kept_shares, strict=True):
+            row.div_(kept_share)
+    elif rows:
+        torch._foreach_div_(rows, kept_shares)
+    return scales
+
+
+def _draw_ahead(blocks: list[Any], x: Tensor, part: BatchPart | None) -> list[KeepScales]:
+    """The factors of all blocks, before the first of them runs."""
+    drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
+    scales = _keep_scales(drops, x, part)
+    return list(zip(scales[::2], scales[1::2], strict=True))
 
 
 def _add(residual: Tensor, branch: _Branch | None) -> Tensor:
@@ -116,6 +155,7 @@ class _Stream:
     """The residual stream through blocks, a branch always waiting to be added.
 
     subset: efficient stochastic depth (Oquab et al. 2023, DINOv2, appendix): see ``fuse``.
+    keep_scales: of the next block, where they were drawn ahead; otherwise the block draws them.
     """
 
     def __init__(
@@ -124,9 +164,16 @@ class _Stream:
     ) -> None:  # fmt: skip
         self.residual, self.kernels, self.subset, self.part = residual, kernels, subset, part
         self.branch: _Branch | None = None
+        self.keep_scales: KeepScales | None = None
+
+    def keep_scale(self, half: int, drop: nn.Module) -> Tensor | None:
+        """DropPath's factors for the first (0) or second (1) half of a block."""
+        if self.keep_scales is not None:
+            return self.keep_scales[half]
+        return _keep_scales([drop], self.residual, self.part)[0]
 
     def half(
-        self, norm: nn.Module, function: Callable[[Tensor], Tensor], scale: nn.Module,
+        self, half: int, norm: nn.Module, function: Callable[[Tensor], Tensor], scale: nn.Module,
         drop: nn.Module,
     ) -> None:  # fmt: skip
         """residual += drop(scale(function(norm(residual))))."""
@@ -135,7 +182,7 @@ class _Stream:
             return
         _, normed = self.norm(norm)
         value = function(normed)
-        self.branch = _Branch(value, _gamma(scale), _keep_scale(value, drop, self.part))
+        self.branch = _Branch(value, _gamma(scale), self.keep_scale(half, drop))
 
     def _half_of_a_subset(
         self, norm: nn.Module, function: Callable[[Tensor], Tensor], scale: nn.Module, rate: float
@@ -195,10 +242,19 @@ class FusedMlp(Mlp):
 
 
 class FusedBlock(Block):
-    """timm's Block on a residual stream."""
+    """timm's Block on a residual stream.
+
+    Attributes:
+        kernels: names of the kernels that it runs on.
+        subset: whether stochastic depth drops whole samples from the computation.
+        draws_ahead: whether DropPath's draws are made before the block runs. A compiled block then
+            takes them as tensors, and blocks that differ in nothing but their drop rates share one
+            compilation: a rate that the block itself read would be compiled in as a constant.
+    """
 
     kernels: frozenset[str]
     subset: bool
+    draws_ahead: bool
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -206,12 +262,19 @@ class FusedBlock(Block):
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         stream = _Stream(x, self.kernels, self.subset)
+        if self.draws_ahead:
+            stream.keep_scales = _draw_ahead([self], x, None)[0]
         self.run(stream)
         return stream.add()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled method is bound to this block: in a copy it would compute with its weights.
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in COMPILED_METHODS}
+
     def run(self, stream: _Stream) -> None:
-        stream.half(self.norm1, self.attn, self.ls1, self.drop_path1)
-        stream.half(self.norm2, self.mlp, self.ls2, self.drop_path2)
+        stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
     def run_last(self, stream: _Stream, tokens: int) -> None:
         """As ``run``, but only the first tokens come out."""
@@ -219,15 +282,15 @@ class FusedBlock(Block):
         drops = attention.training and attention.attn_drop.p > 0
         whole = drops or _why_not_attention(attention) is not None
         if whole or (stream.subset and _drop_rate(self.drop_path1) > 0):
-            stream.half(self.norm1, self.attn, self.ls1, self.drop_path1)
+            stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
             stream.keep_tokens(tokens)
         else:
             _, normed = stream.norm(self.norm1)
             value = _attend(attention, normed, tokens)
             stream.keep_tokens(tokens)
-            keep_scale = _keep_scale(value, self.drop_path1, stream.part)
+            keep_scale = stream.keep_scale(0, self.drop_path1)
             stream.branch = _Branch(value, _gamma(self.ls1), keep_scale)
-        stream.half(self.norm2, self.mlp, self.ls2, self.drop_path2)
+        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
 def _attend(attention: Any, x: Tensor, tokens: int) -> Tensor:
@@ -250,11 +313,16 @@ class _FusedForward(VisionTransformer):
         if arguments or options or self.grad_checkpointing or len(self.blocks) == 0:
             return super().forward(x, *arguments, **options)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        blocks: Any = self.blocks
+        blocks: list[Any] = list(self.blocks)
         last = blocks[-1]
         stream = _Stream(x, last.kernels, last.subset, self.batch_part)
-        for block in blocks[:-1]:
+        scales: list[KeepScales | None] = [None] * len(blocks)
+        if all(block.draws_ahead for block in blocks):
+            scales[:] = _draw_ahead(blocks, x, self.batch_part)
+        for block, keep_scales in zip(blocks[:-1], scales[:-1], strict=True):
+            stream.keep_scales = keep_scales
             block.run(stream)
+        stream.keep_scales = scales[-1]
         if self.global_pool == "token":
             last.run_last(stream, self.num_prefix_tokens)
         else:
@@ -265,6 +333,8 @@ class _FusedForward(VisionTransformer):
 
 _FUSED: dict[type, type] = {Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock}
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+COMPILED_METHODS = ("run", "run_last")
+"""Methods of a fused block that do its work: what is to be compiled of it."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,6 +461,9 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
             reasons.append(f"{name}: {reason}")
     block.__class__ = FusedBlock
     block.kernels, block.subset = kernels, subset
+    # Where dropout draws between the two halves, DropPath keeps timm's order and draws in its turn.
+    dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.modules())
+    block.draws_ahead = not subset and not dropout
     return reasons
 
 
@@ -405,7 +478,11 @@ def set_batch_part(model: nn.Module, first: int, whole: int) -> bool:
     """
     if not isinstance(model, _FusedForward):
         return False
-    model.batch_part = first, whole
+    device = next(model.parameters()).device
+    part = model.batch_part
+    if part is None or part.whole != whole or part.first.device != device:
+        part = model.batch_part = BatchPart(torch.empty(1, dtype=torch.int64, device=device), whole)
+    part.first.fill_(first)  # on the device's stream: the host does not wait
     return True
 
 
@@ -417,7 +494,8 @@ def unfuse(model: nn.Module) -> nn.Module:
             continue
         module.__class__ = plain
         if plain is Block:
-            del module.kernels, module.subset
+            for name in ("kernels", "subset", "draws_ahead", *COMPILED_METHODS):
+                module.__dict__.pop(name, None)
     if isinstance(model, _FusedForward):
         model.__dict__.pop("batch_part", None)
         model.__class__ = type(model).__mro__[2]
