@@ -376,12 +376,13 @@ class RunConfig:
     `rollback`: go back to the newest checkpoint and leave that step's views out."""
     max_rollbacks: int = 3
     """Rollbacks in one run before it stops after all."""
-    compile: Literal["none", "blocks", "model"] = "none"
-    """torch.compile of the student: each block by itself (seconds), or the whole model, where more
-    can be fused and the first step takes minutes; with either, the whole teacher."""
+    compile: Literal["auto", "none", "blocks", "model"] = "auto"
+    """torch.compile of the student: each of its `blocks` by itself, or the whole `model`, which
+    takes longer; the first steps are slow. `auto`: `blocks` on CUDA, `none` on a CPU. An online
+    teacher is compiled too, as a whole; that of `precompute` by `blocks` or `model` alone."""
     cuda_graphs: bool = False
-    """With `compile`: replay the kernels as CUDA graphs, for small models and batches, whose time
-    is that of their launches."""
+    """With a compiled student on CUDA: replay the kernels as CUDA graphs, for small models and
+    batches, whose time is that of their launches. Not with `accumulate` above 1."""
     compress_gradients: bool = False
     """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
@@ -410,7 +411,12 @@ class RunConfig:
             _require(value is None or value > 0, f"{name} must be positive, not {value}")
         _require(
             not self.cuda_graphs or self.compile != "none",
-            "cuda_graphs goes with compile=blocks or compile=model, not compile=none",
+            "cuda_graphs goes with compile=auto, blocks or model, not compile=none",
+        )
+        _require(
+            not self.cuda_graphs or self.accumulate == 1,
+            f"cuda_graphs with accumulate={self.accumulate} is not tested: the gradients of one "
+            f"part may lie in memory that the next part's graph writes; set accumulate to 1",
         )
         _require(
             self.max_rollbacks >= 0, f"max_rollbacks must not be negative, not {self.max_rollbacks}"

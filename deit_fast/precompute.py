@@ -220,7 +220,7 @@ class _Job:
                 "teacher.batch": config.teacher_batch,
             }
             # Its last bits are others: a job that goes on without would mix the two.
-            | ({"teacher.compiled": True} if config.compile != "none" else {}),
+            | ({"teacher.compiled": True} if _compiles(config) else {}),
             info={"data.train": config.data.train},
         )
 
@@ -269,8 +269,18 @@ def _prepare(config: RunConfig) -> _Job:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     source = open_source(config.data, "train", config.view.image_size)
     teacher = load_class_matched_teacher(config, len(source.classes))
-    teacher.place(device, compiled=config.compile != "none")
+    teacher.place(device, compiled=_compiles(config))
     return _Job(config, source, teacher, device)
+
+
+def _compiles(config: RunConfig) -> bool:
+    """Whether the teacher is compiled: where that was asked for, and not by `auto`.
+
+    Inductor chooses between kernels by their measured times, so another process may get other last
+    bits; without it a cache's bytes do not depend on who wrote which part. `auto` also goes on in a
+    cache that was begun without compilation.
+    """
+    return config.compile not in ("auto", "none")
 
 
 class _PixelRecord:

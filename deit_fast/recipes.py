@@ -293,6 +293,7 @@ def digits_teacher() -> RunConfig:
         model=ModelConfig(name="deit_fast.models.convnet:small_convnet", drop_path=0.0),
         loss=LossConfig(kind="none", smoothing=0.1),
         optim=OptimConfig(lr=2e-3, lr_batch=64, warmup_epochs=2.0, ema_decay=0.0),
+        compile="none",  # on a GPU it would take longer than the training
         log_every=10,
         eval_every=10,
         save_every=10,
@@ -322,6 +323,7 @@ def digits_student() -> RunConfig:
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
         optim=OptimConfig(lr=1e-3, lr_batch=64, warmup_epochs=5.0, ema_decay=0.0),
         codec=CodecConfig(name="topk", block_records=256),
+        compile="none",  # on a GPU it would take longer than the training
         log_every=10,
         eval_every=5,
         save_every=10,

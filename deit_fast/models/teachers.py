@@ -65,14 +65,15 @@ class Teacher(nn.Module):
 
         Args:
             device: where to.
-            compiled: compile its network with torch.compile, on the first batch.
+            compiled: compile its network with torch.compile, on the first batch. Each batch size
+                is compiled for itself, so answers do not depend on the sizes that came before.
         """
         self.to(device)
         if device.type == "cuda":
             self.memory_format = torch.channels_last
             self.to(memory_format=self.memory_format)
         if compiled:
-            self.model.compile()
+            self.model.compile(dynamic=False)
         return self
 
     @torch.no_grad()

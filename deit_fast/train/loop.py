@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.files import write_atomically, write_json
 from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.train.checkpoint import CheckpointWriter
+from deit_fast.train.compiling import CompileCount, log_compile, resolve_compile
 from deit_fast.train.failures import in_plain_words
 from deit_fast.train.garbage import Collection
 from deit_fast.train.guard import Guard
@@ -126,6 +127,8 @@ class _Run:
             write_json(self.output / "config.json", to_dict(config))
         self.eval_loader = build_eval_loader(config, self.held_out, device, world)
         state = self.state
+        self.compiles = resolve_compile(config, device, state.model) != "none"
+        self.compile_count = CompileCount()
         self.step_once = TrainStep(
             config, state.model, self.teaching, state.optimizer, state.ema, device, world
         )
@@ -144,6 +147,7 @@ class _Run:
             config.model.name, device.type, world.size, self.source.num_samples,
             len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
         )  # fmt: skip
+        log_compile(config, device, state.model)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -198,6 +202,8 @@ class _Run:
                 stop = self._heed(guard, keep=0 if report or save else 1)
                 note = window.report(epoch, lr, self.teaching.noticed()) if report else None
                 progress.advance(note=note)
+                if report:
+                    self.compile_count.report(state.step)
                 if state.step == first + 1:
                     stack.close()
                     garbage.freeze()
@@ -327,11 +333,16 @@ class _Run:
         self.evaluation, state.evaluated_step = evaluation, state.step
 
     def evaluate_once(self, model: torch.nn.Module) -> dict[str, Any]:
-        """All held-out images, over all ranks."""
+        """All held-out images, over all ranks.
+
+        Uncompiled: a compiled block would be compiled again for evaluation, and again for the last
+        batch. The result is then the same as that of `deit-fast evaluate`.
+        """
         classes = self.source.classes
-        return evaluate_model(
-            model, self.eval_loader, classes, self.device, self.world, self._heed_in_evaluation
-        )
+        with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
+            return evaluate_model(
+                model, self.eval_loader, classes, self.device, self.world, self._heed_in_evaluation
+            )
 
     def _heed_in_evaluation(self) -> None:
         # Ranks have to ask one another, which waits for the device: not at every batch.

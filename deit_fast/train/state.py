@@ -21,11 +21,11 @@ from deit_fast.train.optim import create_optimizer
 log = logging.getLogger("deit_fast")
 
 # What may differ between a checkpoint and the command that goes on from it: nothing that changes
-# a pixel, a weight or a learning rate.
+# a pixel, a weight or a learning rate by more than rounding.
 _FREE_TO_CHANGE = {
-    "recipe", "output", "resume", "max_steps", "device", "log_every", "eval_every", "save_every",
-    "save_steps", "save_minutes", "on_nonfinite", "max_rollbacks", "accumulate",
-    "teacher", "teacher_batch", "cache", "data.root", "data.workers",
+    "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
+    "log_every", "eval_every", "save_every", "save_steps", "save_minutes", "on_nonfinite",
+    "max_rollbacks", "accumulate", "teacher", "teacher_batch", "cache", "data.root", "data.workers",
     "track", "check_teacher_every", "profile_steps", "memory_snapshot",
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import distillation_loss
 from deit_fast.models.fuse import set_batch_part
 from deit_fast.models.teachers import has_bf16
+from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.optim import set_learning_rate, skips_on_device
 from deit_fast.train.teaching import Teaching
@@ -154,37 +155,31 @@ class TrainStep:
         return total, {"loss": total, "base_loss": base, "distill_loss": distill}
 
 
-def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile each block by itself: equal blocks share one compilation, minutes become seconds.
+def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    """What a step calls: the model, compiled as configured, its gradients averaged over ranks.
 
     Raises:
-        InputError: the model has no list of blocks.
+        InputError: compile=blocks for a model without blocks; cuda_graphs without a CUDA device, or
+            where `auto` compiles nothing.
     """
-    blocks: Any = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-        raise InputError(
-            f"compile=blocks needs a model with .blocks, which {type(model).__name__} lacks: "
-            f"choose compile=model"
-        )
-    for block in blocks:
-        names = [name for name in ("run", "run_last") if hasattr(block, name)]  # of a fused one
-        for name in names:
-            setattr(block, name, torch.compile(getattr(block, name), **options))
-        if not names:
-            block.compile(**options)
-
-
-def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
-    """What a step calls: the model, compiled if asked for, its gradients averaged over ranks."""
     forward: Any = model
-    if config.compile != "none":
-        # DDP's own splitting would cut the graph at its buckets; they overlap well enough without.
+    mode = resolve_compile(config, device, model)
+    if config.cuda_graphs and device.type != "cuda":
+        raise InputError(f"cuda_graphs needs a CUDA device, and the run is on {device.type}")
+    if config.cuda_graphs and mode == "none":
+        raise InputError(
+            f"cuda_graphs needs a compiled model, and compile=auto does not compile "
+            f"{type(model).__name__} here: choose --compile model"
+        )
+    if mode != "none":
+        # DDP's own splitting would cut each graph at its buckets. Blocks are graphs of their own,
+        # and the exchange of one block's gradients overlaps the backward of those below it; of a
+        # whole model (compile=model) all gradients come at the end, and nothing overlaps.
         torch._dynamo.config.optimize_ddp = False
         options: dict[str, Any] = {"mode": "reduce-overhead" if config.cuda_graphs else None}
-        if config.cuda_graphs and device.type != "cuda":
-            raise InputError(f"cuda_graphs needs a CUDA device, and the run is on {device.type}")
-        if config.compile == "model":
-            forward = torch.compile(model, **options)
+        if mode == "model":
+            raise_recompile_limit()
+            forward = torch.compile(model, dynamic=False, **options)
         else:
             compile_blocks(model, **options)
     if world.size == 1:

@@ -20,6 +20,7 @@ from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import pixel_contract
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher
+from deit_fast.train.compiling import resolve_compile
 from deit_fast.views import ViewPlan
 from deit_fast.views import fingerprint as view_fingerprint
 
@@ -257,10 +258,10 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
         )
     num_classes = len(source.classes)
-    compiled = config.compile != "none"
     teacher = load_class_matched_teacher(config, num_classes) if config.teacher else None
     if config.cache is None:
         assert teacher is not None
+        compiled = resolve_compile(config, device) != "none"
         return OnlineTeacher(teacher.place(device, compiled), device)
     cache = LogitCache.open(config.cache)
     if is_tinyvit(cache.manifest):
@@ -288,6 +289,8 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
     if config.cache_on_device:
         settings["resident"] = cache.to_device(range(config.views_used), device)
     if every is not None and teacher is not None:
+        # Of `auto` it is not worth a compilation: it answers one batch of `every`.
+        compiled = config.compile not in ("auto", "none")
         return CheckedTeacher(
             cache, device, teacher.place(device, compiled), every=every, **settings
         )

@@ -1,0 +1,364 @@
+"""torch.compile in a run: what `auto` means, how often a model is compiled, and what comes out.
+
+`CompileCounter` stands in for Inductor: it counts the graphs and runs their operations as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_fuse import KERNELS, assert_same, build, run
+from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from deit_fast import cli
+from deit_fast.config import InputError, RunConfig
+from deit_fast.models import Teacher, fuse, unfuse
+from deit_fast.models.convnet import small_convnet
+from deit_fast.models.fuse import set_batch_part
+from deit_fast.precompute import _prepare, precompute
+from deit_fast.recipes import RECIPES
+from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
+from deit_fast.train.loop import train
+from deit_fast.train.step import TrainStep, parallel
+from deit_fast.train.teaching import CheckedTeacher, OnlineTeacher, create_teaching
+from deit_fast.world import World
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+PARTS = 12
+
+
+@pytest.fixture
+def counter(monkeypatch) -> Iterator[CompileCounter]:
+    """Every call of torch.compile counts its graphs here."""
+    torch._dynamo.reset()
+    counter, compile_ = CompileCounter(), torch.compile
+
+    def compile_with_counter(target, *, mode=None, **options):
+        return compile_(target, **({"backend": counter} | options))
+
+    monkeypatch.setattr(torch, "compile", compile_with_counter)
+    yield counter
+    torch._dynamo.reset()
+
+
+def student(depth: int = 2, drop_path: float = 0.1, fused: bool = True) -> nn.Module:
+    model = build("distilled", depth=depth, drop_path_rate=drop_path).cpu().train()
+    return fuse(model, kernels=KERNELS) if fused else model
+
+
+def backward(forward: Callable) -> None:
+    sum(output.sum() for output in forward(IMAGES)).backward()
+
+
+# ---------------------------------------------------------------------------------------------
+# What `auto` means
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["transformer", "convnet"])
+@pytest.mark.parametrize("asked", ["auto", "none", "blocks", "model"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_what_the_setting_means(device, asked, model):
+    config = RunConfig(compile=asked)
+    module = student() if model == "transformer" else small_convnet(10)
+    has_blocks = model == "transformer"
+    auto = "blocks" if device == CUDA and has_blocks else "none"
+    assert resolve_compile(config, device, module) == (auto if asked == "auto" else asked)
+    assert RunConfig().compile == "auto"
+
+
+def test_auto_knows_which_gpus_triton_supports(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((6, 1), "none"), ((7, 0), "blocks"), ((9, 0), "blocks")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert resolve_compile(RunConfig(), CUDA) == expected
+        assert resolve_compile(RunConfig(compile="model"), CUDA) == "model"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "model", "line"),
+    [
+        ("auto", CUDA, student, "compile=auto means compile=blocks: the first steps are slow"),
+        ("auto", CPU, student, "compile=auto means compile=none: the device is cpu"),
+        ("auto", CUDA, small_convnet, "compile=none: Sequential has no .blocks; --compile model"),
+        ("model", CPU, student, "compile=model: the first steps are slow"),
+        ("none", CUDA, student, ""),
+    ],
+)
+def test_the_log_says_what_is_compiled(caplog, asked, device, model, line):
+    with caplog.at_level(logging.INFO, "deit_fast"):
+        log_compile(RunConfig(compile=asked), device, model(10))
+    assert len(caplog.records) == bool(line)
+    assert line in caplog.text
+
+
+def test_what_a_person_types_stays_in_the_configuration(capsys):
+    """A config file made on one machine means the right thing on another."""
+    assert cli.main(["train", "--recipe", "deit_small", "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)["compile"] == "auto"
+    assert {name for name, recipe in RECIPES.items() if recipe().compile != "auto"} == {
+        "digits_teacher", "digits_student",
+    }  # fmt: skip
+
+
+def test_cuda_graphs_need_a_compiled_model_and_one_part(monkeypatch):
+    with pytest.raises(InputError, match="cuda_graphs goes with compile=auto, blocks or model"):
+        RunConfig(cuda_graphs=True, compile="none")
+    with pytest.raises(InputError, match="cuda_graphs with accumulate=2 is not tested"):
+        RunConfig(cuda_graphs=True, accumulate=2)
+    for asked in ("auto", "blocks"):
+        config = RunConfig(cuda_graphs=True, compile=asked)
+        with pytest.raises(InputError, match="needs a CUDA device, and the run is on cpu"):
+            parallel(config, student(), CPU, World())
+    with pytest.raises(InputError, match=r"does not compile Sequential here: choose --compile mod"):
+        parallel(RunConfig(cuda_graphs=True), small_convnet(10), CUDA, World())
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options["mode"]) or f)
+    parallel(RunConfig(cuda_graphs=True), student(), CUDA, World())
+    assert set(modes) == {"reduce-overhead"}
+
+
+# ---------------------------------------------------------------------------------------------
+# How often a model is compiled
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("model", 1), ("blocks", 2)])
+def test_parts_of_a_batch_and_ranks_share_a_compilation(counter, mode, expected):
+    """The offset of a part is an input of the compiled code: 12 parts stand for ranks as well."""
+    model = student()
+    forward = parallel(RunConfig(compile=mode), model, CPU, World())
+    made = []
+    for part in range(PARTS):
+        assert set_batch_part(model, part * len(IMAGES), PARTS * len(IMAGES))
+        backward(forward)
+        made.append(counter.frame_count)
+    assert made == [expected] * PARTS
+
+
+@pytest.mark.parametrize(("drop_path", "expected"), [(0.0, 3), (0.1, 4)])
+def test_blocks_of_a_deep_model_share_compilations(counter, drop_path, expected):
+    """With drop rates: the first block, one behind it, the others, and the last."""
+    model = student(depth=12, drop_path=drop_path)
+    compile_blocks(model)
+    for _ in range(3):
+        backward(model)
+        assert counter.frame_count == expected
+
+
+def test_a_block_by_itself_draws_before_it_runs(counter):
+    """Where a model has a forward of its own, which calls its fused blocks one by one."""
+    model = student(depth=6, drop_path=0.4)
+    compile_blocks(model)
+    tokens = torch.randn(2, 5, 48)
+    for block in model.blocks:
+        tokens = block(tokens)
+    assert counter.frame_count == 2  # without and with drops
+
+
+def test_timms_own_blocks_are_all_compiled(counter, caplog):
+    """Each has a drop rate of its own, and torch's limit is 8 compilations of a function."""
+    model = student(depth=12, fused=False)
+    with torch._dynamo.config.patch(recompile_limit=8), caplog.at_level(logging.WARNING):
+        compile_blocks(model)
+        for _ in range(2):
+            backward(model)
+    assert counter.frame_count == 12
+    assert "recompile_limit" not in caplog.text
+
+
+def test_other_batch_sizes_leave_the_first_as_fast(counter):
+    """Shapes stay constants of the code, and a size that comes back is not compiled again.
+
+    A teacher's answer about a batch then depends on no batch before, as a cache's bytes must not.
+    """
+    model = student(drop_path=0.0)
+    compile_blocks(model)
+    teacher = Teacher(small_convnet(10), "small").place(CPU, compiled=True)
+    for forward, graphs in ((model, 2), (teacher, 1)):
+        counter.clear()
+        made = []
+        for size in (2, 3, 4, 2, 3, 4):
+            forward(torch.rand(size, 3, 32, 32))
+            made.append(counter.frame_count)
+        assert made == [graphs, 2 * graphs] + [3 * graphs] * 4
+
+
+def compiled_run(
+    world: Path, output: Path, counter: CompileCounter, monkeypatch, **changes  # noqa: F811
+) -> tuple[RunConfig, list[int]]:  # fmt: skip
+    """Train two epochs; the graphs that there are after each step, and at the end."""
+    made: list[int] = []
+    call = TrainStep.__call__
+
+    def counting(self, *arguments):
+        result = call(self, *arguments)
+        made.append(counter.frame_count)
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", counting)
+    config = run_config(world, output, **changes)
+    train(config)
+    return config, [*made, counter.frame_count]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("blocks", 3), ("model", 1)])
+def test_a_run_compiles_in_its_first_step_alone(
+    world, tmp_path, counter, monkeypatch, caplog, mode, expected  # noqa: F811
+):  # fmt: skip
+    """Parts, evaluations of model and average with a smaller last batch, and training after that.
+
+    The weights are those of the run that compiled nothing, to the last bit.
+    """
+    changes = {
+        "accumulate": 2,
+        "teacher": None,
+        "loss": {"kind": "none"},
+        "model": {"drop_path": 0.4, "depth": 3},
+    }
+    with caplog.at_level(logging.INFO, "deit_fast"):
+        _, made = compiled_run(
+            world, tmp_path / mode, counter, monkeypatch, compile=mode, **changes
+        )
+    assert made == [expected] * 13
+    assert f"compile={mode}: the first steps are slow" in caplog.text
+    assert f"torch.compile made {expected} graphs in the first steps" in caplog.text
+    assert "more graphs" not in caplog.text
+    train(run_config(world, tmp_path / "plain", **changes))
+    assert weights_equal(tmp_path / mode, tmp_path / "plain")
+    assert comparable_rows(tmp_path / mode) == comparable_rows(tmp_path / "plain")
+
+
+def test_late_compilations_are_a_warning(counter, caplog):
+    model = student()
+    compile_blocks(model)
+    count = CompileCount()
+    with caplog.at_level(logging.INFO, "deit_fast"):
+        for step, size in ((1, 2), (2, 2), (3, 1)):
+            model(IMAGES[:size])
+            count.report(step)
+    told = [(record.levelname, record.getMessage().partition(",")[0]) for record in caplog.records]
+    assert told == [
+        ("INFO", "torch.compile made 2 graphs in the first steps"),
+        ("WARNING", "torch.compile made 2 more graphs before step 3"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", "blocks", "model"])
+def test_parts_make_the_draws_of_the_whole(counter, mode):
+    """Also those of timm's model, which draws as it goes."""
+    model = student(depth=3, drop_path=0.6)
+    images = torch.rand(6, 3, 32, 32)
+    plain = unfuse(copy.deepcopy(model))
+    torch.manual_seed(5)
+    whole = plain(images)
+    torch.manual_seed(6)
+    assert not torch.allclose(plain(images)[0], whole[0], rtol=1e-2)
+    forward = parallel(RunConfig(compile=mode), model, CPU, World())
+    for first in (0, 2, 4):
+        set_batch_part(model, first, 6)
+        torch.manual_seed(5)
+        part = forward(images[first : first + 2])
+        for got, wanted in zip(part, whole, strict=True):
+            torch.testing.assert_close(got, wanted[first : first + 2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(counter):
+    model = student(drop_path=0.0)
+    compile_blocks(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.blocks.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(twin(IMAGES)[0], model(IMAGES)[0])
+    assert_same(run(twin, IMAGES), run(copy.deepcopy(twin), IMAGES), rtol=0)
+    plain = unfuse(twin)
+    assert not any({"run", "run_last"} & set(vars(block)) for block in plain.blocks)
+    assert all(not vars(block).keys() & {"run", "run_last"} for block in unfuse(model).blocks)
+
+
+# ---------------------------------------------------------------------------------------------
+# Teachers, caches and runs that go on
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """`auto` decides as on a machine with a GPU; everything runs on the CPU."""
+    for module in ("loop", "step", "teaching"):
+        name = f"deit_fast.train.{module}.resolve_compile"
+        monkeypatch.setattr(
+            name, lambda config, _, student=None: resolve_compile(config, CUDA, student)
+        )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+def test_which_teachers_are_compiled(world, tmp_path, on_cuda):  # noqa: F811
+    """Under `auto` the online one alone: what it answers is kept nowhere."""
+    from deit_fast.data.sources import open_source
+
+    config = run_config(world, tmp_path / "run", compile="auto", max_steps=2)
+    cached = config.replace(cache=str(tmp_path / "cache"), check_teacher_every=2)
+    precompute(cached.replace(check_teacher_every=None))
+    source = open_source(config.data, "train", config.view.image_size)
+    for asked, online, other in (
+        ("auto", True, False), ("none", False, False), ("blocks", True, True),
+        ("model", True, True),
+    ):  # fmt: skip
+        teaching = create_teaching(config.replace(compile=asked), source, CPU)
+        assert isinstance(teaching, OnlineTeacher)
+        assert is_compiled(teaching.teacher.model) is online, asked
+        checked = create_teaching(cached.replace(compile=asked), source, CPU)
+        assert isinstance(checked, CheckedTeacher)
+        assert is_compiled(checked.teacher.model) is other, asked
+        job = _prepare(cached.replace(compile=asked))
+        assert is_compiled(job.teacher.model) is other, asked
+        assert ("teacher.compiled" in job.manifest["fingerprint"]) is other, asked
+
+
+@pytest.mark.parametrize(("before", "after"), [("none", "auto"), ("auto", "none")])
+def test_auto_goes_on_with_a_cache_begun_without_compilation(world, tmp_path, before, after):  # noqa: F811
+    """As all were that were written before `auto` was the default."""
+    config = run_config(world, tmp_path / "run", cache=str(tmp_path / "cache"), compile=before)
+    assert precompute(config, range(1))["views"] == 1
+    again = precompute(config.replace(compile=after))
+    assert again["kept"] > 0 and again["blocks"] > 0
+
+
+@pytest.mark.parametrize("asked", ["auto", "none", "blocks", "model"])
+def test_a_compiled_teachers_cache_trains_any_run(world, tmp_path, counter, asked):  # noqa: F811
+    config = run_config(
+        world, tmp_path / "run", cache=str(tmp_path / "cache"), compile="model", max_steps=1
+    )
+    precompute(config)
+    assert counter.frame_count > 0
+    result = train(config.replace(compile=asked))
+    assert result["teacher"]["teacher.compiled"] is True
+
+
+@pytest.mark.parametrize(("before", "after"), [("none", "blocks"), ("blocks", "auto")])
+def test_a_run_goes_on_with_another_setting(world, tmp_path, counter, before, after):  # noqa: F811
+    """It moves numbers by rounding, and here by nothing."""
+    config = run_config(world, tmp_path / "parts", teacher=None, loss={"kind": "none"})
+    train(config.replace(compile=before, max_steps=4))
+    assert train(config.replace(compile=after))["steps"] == 12
+    assert counter.frame_count > 0
+    train(config.replace(output=str(tmp_path / "whole")))
+    assert weights_equal(tmp_path / "parts", tmp_path / "whole")
