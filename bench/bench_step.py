@@ -142,13 +142,15 @@ def timms(
         device=device,
         verbose=False,
     )
+    # As timm's --channels-last, for the teacher too.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    task.to(memory_format=layout)
     if compiled:
         task.compile()
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def step() -> None:
         images = ingest_batch(batch, config.view, torch.float32)
-        images = images.contiguous(memory_format=layout)  # as timm's --channels-last
+        images = images.contiguous(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             loss = task(images, batch.labels)["loss"]
         optimizer.zero_grad()

@@ -50,13 +50,13 @@ SMALL_MODEL = {
     "--model.num-heads": "2",
 }  # fmt: skip
 NOT_RUN = {
-    r"make [\w-]+$": "test_make_targets_exist; what they run is run by the tests of its own",
+    r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run is run by the tests of its own",
     r"source ": "the tests run inside an environment",
     r"python -m pip ": "installs",
     r"deit-fast demo": "minutes; tests/test_demo.py",
     r"sbatch ": "needs Slurm; tests/test_examples.py plays its commands",
     r"kubectl ": "needs a cluster; tests/test_examples.py reads the file",
-    r"python -m bench (?!plot)": "minutes; tests/test_bench.py, and the name is looked up below",
+    r"python -m bench (?!plot|summary)": "minutes; tests/test_bench.py, and the name is looked up below",
     r"python -m deit_fast\.kernels\.aot": "minutes; tests/test_aot.py",
     r"python -m pytest": "is the test suite",
 }
@@ -189,7 +189,7 @@ class Shell:
             else:
                 self.monkeypatch.setenv(name, value)
         if words[:3] == ["python", "-m", "bench"]:
-            return self.in_process("bench.plot", words[4:])
+            return self.in_process("bench.__main__", words[3:])
         if words[0] == "torchrun":
             after = words.index("deit_fast") + 1
             if words[after] not in self.launched:
@@ -266,10 +266,10 @@ def test_make_targets_exist():
 
 
 def test_benches_exist():
-    from bench.__main__ import select
+    from bench.__main__ import PROGRAMS, select
 
     text = "\n".join(page.read_text() for page in PAGES)
-    names = set(re.findall(r"python -m bench (\w+)", text)) - {"plot", "NAME"}
+    names = set(re.findall(r"python -m bench ([\w-]+)", text)) - {*PROGRAMS, "NAME"}
     assert {"all", "kernels"} <= names
     for name in names:
         select(name)
