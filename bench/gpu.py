@@ -70,10 +70,13 @@ def pytest(out: Path, *arguments: str, name: str = "tests", wrapper: Sequence[st
     return Command(name, (*wrapper, PYTHON, "-m", "pytest", *options, *outcomes, *arguments))
 
 
-def build() -> Stage:
+def build(device: str) -> Stage:
+    """Install the project; the log then also says which card it is and in what state."""
     pip = ("install", "--quiet", "--no-build-isolation", "--no-deps", "-e", ".")
-    command = Command("build", (PYTHON, "-m", "pip", *pip))
-    return Stage("build", 45, "install the project from this folder, offline", (command,))
+    commands = [Command("build", (PYTHON, "-m", "pip", *pip))]
+    if device == "cuda" and shutil.which("nvidia-smi"):
+        commands.append(Command("card", ("nvidia-smi",)))
+    return Stage("build", 45, "install the project from this folder, offline", tuple(commands))
 
 
 def gpu_test_files() -> tuple[str, ...]:
@@ -106,7 +109,7 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
     ready = (pytest(out, *FIRST_TESTS, name="first"), *(ahead if cuda else ()))
     kernels = ("attention", "add_layer_norm", "bias_gelu", "ingest")
     return (
-        build(),
+        build(device),
         Stage("first", 120, "kernels at one small shape; meanwhile the steps compile", ready,
               jobs=1 + JOBS),
         Stage("step", 115, "the compiled step, ours beside timm's, DeiT-S then DeiT-Ti",
@@ -153,7 +156,7 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
     )
     sanitizers = (sanitized("memcheck"), sanitized("racecheck"))
     return (
-        build(),
+        build(device),
         Stage("ncu", 55, "hardware counters of attention, LayerNorm and the loss",
               (Command("ncu", (PYTHON, "-m", "bench.counters", *results)),), skip=skip("ncu")),
         Stage("sanitizer", 80, "compute-sanitizer at small shapes; meanwhile the models compile",

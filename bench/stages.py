@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from .record import ROOT
 
 SECONDS_TO_LEAVE = 8.0  # between the interrupt at a stage's limit and the kill
+SECONDS_TO_DIE = 1.0  # after the kill
 SHARE_TOLD = 0.85  # of its time that a command is told: a case under way still has to end
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1
@@ -228,8 +229,11 @@ class _Running:
         found["took_s"] = round(time.monotonic() - self.began, 1)
         if self.process is None:
             return found | {"outcome": "failed", "reason": self.error}
-        code = self.process.wait()
-        self.reader.join(timeout=1)
+        try:
+            code = self.process.wait(timeout=SECONDS_TO_DIE)
+        except subprocess.TimeoutExpired:  # it hangs in the driver, where no signal reaches it
+            return found | {"outcome": "stopped", "reason": "does not die by SIGKILL"}
+        self.reader.join(timeout=SECONDS_TO_DIE)
         if stopped:
             return found | {"outcome": "stopped"}
         return found | {"outcome": "failed" if code else "passed", "exit_status": code}

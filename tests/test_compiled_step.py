@@ -1,4 +1,4 @@
-"""The compiled step as a run makes it: it waits for nothing, and a process group changes nothing."""
+"""The compiled step as a run makes it: it never waits, and a process group changes no number."""
 
 from __future__ import annotations
 

@@ -50,13 +50,13 @@ SMALL_MODEL = {
     "--model.num-heads": "2",
 }  # fmt: skip
 NOT_RUN = {
-    r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run is run by the tests of its own",
+    r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run has tests of its own",
     r"source ": "the tests run inside an environment",
     r"python -m pip ": "installs",
     r"deit-fast demo": "minutes; tests/test_demo.py",
     r"sbatch ": "needs Slurm; tests/test_examples.py plays its commands",
     r"kubectl ": "needs a cluster; tests/test_examples.py reads the file",
-    r"python -m bench (?!plot|summary)": "minutes; tests/test_bench.py, and the name is looked up below",
+    r"python -m bench (?!plot|summary)": "minutes; test_bench.py; its name is checked below",
     r"python -m deit_fast\.kernels\.aot": "minutes; tests/test_aot.py",
     r"python -m pytest": "is the test suite",
 }
