@@ -484,6 +484,32 @@ def test_the_peers_of_the_loss_bench_compute_the_same_loss() -> None:
         torch.testing.assert_close((ours - base) * weight, theirs - base)
 
 
+def test_the_peers_of_the_cache_bench_make_the_same_records() -> None:
+    """On the device ours is timed beside PyTorch's operations: they must do the same work."""
+    import torch
+
+    from bench import bench_cache as bench
+    from deit_fast.cache import codec_from_config
+    from deit_fast.config import CodecConfig
+
+    config = CodecConfig(k=bench.K, temperatures=(bench.TAU,))
+    codec = codec_from_config(config, bench.CLASSES, bench.TAU)
+    logits = torch.randn(50, bench.CLASSES) * 3
+    records = codec.encode(logits)
+    made = bench.torch_encode(logits)
+    assert made.shape == records.shape and made.dtype == records.dtype
+    assert torch.equal(made[:, : 2 * bench.K], records[:, : 2 * bench.K])  # the ids
+    for raw in (records, made):
+        ours = codec.decode(raw, bench.TAU, "bucket")
+        theirs = bench.torch_decode(raw)
+        for one, other in zip(ours[:3], theirs[:3], strict=True):
+            torch.testing.assert_close(one, other, check_dtype=False)
+    exact = codec.decode(records, bench.TAU, "bucket")
+    nearly = codec.decode(made, bench.TAU, "bucket")
+    torch.testing.assert_close(exact.log_probs, nearly.log_probs, rtol=0, atol=2e-3)
+    torch.testing.assert_close(exact.log_tail, nearly.log_tail, rtol=1e-4, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------- plot
 
 
