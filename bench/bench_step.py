@@ -63,6 +63,7 @@ from deit_fast.views import ViewPlan
 
 from .bench_loader import Endless, write_photographs
 from .common import Case, Lazy
+from .record import Row
 from .trace import busy_us, device_intervals
 
 CLASSES = 1000
@@ -302,13 +303,9 @@ def student_case(
         steps.update({name: found[name] for name in names if name in found})
         return dict(steps)
 
-    def facts() -> dict[str, dict[str, Any]]:
+    def facts(name: str) -> Row:
         flops = training_flops(create_student(student, CLASSES, img_size=size), size)
-        found = {}
-        while steps:  # a step's memory is given back when its facts are known
-            name, step = steps.popitem()
-            found[name] = {"flops_per_item": flops} | step_facts(step, device)
-        return found
+        return {"flops_per_item": flops} | step_facts(steps[name], device)
 
     name = f"{short(student)} {kind} {size}px B={batch_size}"
     repeats = STEPS_IN_A_ROW if device.type == "cuda" else 1
@@ -352,16 +349,12 @@ def teacher_case(
         steps["ours, online teacher"] = Lazy(online)
         return dict(steps)
 
-    def facts() -> dict[str, dict[str, Any]]:
+    def facts(name: str) -> Row:
         """FLOPs of an image, and where the time of our steps goes."""
-        student_flops = training_flops(create_student(student, CLASSES, img_size=size), size)
-        teacher_flops = training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
-        found: dict[str, dict[str, Any]] = {}
-        while steps:
-            name, step = steps.popitem()
-            flops = student_flops + ("online" in name) * teacher_flops
-            found[name] = {"flops_per_item": flops} | step_facts(step, device)
-        return found
+        flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+        if "online" in name:
+            flops += training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
+        return {"flops_per_item": flops} | step_facts(steps[name], device)
 
     name = f"{short(student)} teacher {teacher} {size}px B={batch_size}"
     repeats = STEPS_IN_A_ROW if cuda else 1

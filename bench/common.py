@@ -50,7 +50,7 @@ class Case:
     repeats: calls of one timing, back to back, by the host's clock from an idle device to an idle
         device; "ms" is the time of one call. For whole steps, whose launches cost time too.
     before: called with the implementation's name before each of its calls, not timed.
-    facts: more fields of an implementation's row, by its name; called once, after the timing.
+    facts: more fields of the row of the implementation with this name; called after the timing.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Case:
     on_host: bool = False
     repeats: int = 1
     before: Callable[[str], None] = lambda name: None
-    facts: Callable[[], dict[str, Row]] = dict
+    facts: Callable[[str], Row] = lambda name: {}
 
 
 class Lazy:
@@ -222,7 +222,9 @@ def _time_implementations(
         if not ready or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
-    return _with_facts(bench, case, measured_rows(bench, case, ready, timer)) + problems
+    rows = measured_rows(bench, case, ready, timer)
+    report([row | {"provisional": True} for row in rows + problems])
+    return [whole for row in rows for whole in _with_facts(case, row)] + problems
 
 
 def _warm_up(case: Case, name: str, function: Callable[[], Any], timer: Timer) -> _Timed:
@@ -248,14 +250,12 @@ def _round(bench: str, case: Case, timer: Timer, ready: dict[str, _Timed], turn:
     return failed
 
 
-def _with_facts(bench: str, case: Case, rows: list[Row]) -> list[Row]:
-    if not rows:
-        return rows
+def _with_facts(case: Case, row: Row) -> list[Row]:
+    """The row with its facts; where they fail the row, and one with the reason."""
     try:
-        facts = case.facts()
+        return [row | case.facts(row["impl"])]
     except Exception as error:
-        return [*rows, skipped(bench, case.name, "facts", error)]
-    return [row | facts.get(row["impl"], {}) for row in rows]
+        return [row, skipped(row["bench"], case.name, f"{row['impl']}, facts", error)]
 
 
 def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer) -> list[Row]:

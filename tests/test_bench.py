@@ -454,6 +454,27 @@ def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: comm
         assert row["items_per_s"] == pytest.approx(8e3 / row["ms"])
 
 
+def test_facts_are_asked_of_what_was_measured_alone(timer: common.Timer) -> None:
+    """A step that no time was left for must not be compiled to tell its facts."""
+    asked: list[str] = []
+
+    def facts(name: str) -> dict[str, Any]:
+        asked.append(name)
+        if name == "peer":
+            raise RuntimeError("no profiler")
+        return {"device_ms": 1.5}
+
+    case = common.Case("c", lambda: {n: sleeper(1) for n in ("ours", "peer", "late")}, facts=facts)
+    rows = common.time_case("b", case, timer, 0.0, time.perf_counter())
+    assert asked == ["ours", "peer"]
+    by_name = {row["impl"]: row for row in rows}
+    assert by_name["ours"]["device_ms"] == 1.5 and "device_ms" not in by_name["peer"]
+    assert by_name["peer"]["ms"] > 0
+    assert by_name["peer, facts"]["skipped"] == "RuntimeError: no profiler"
+    assert by_name["late"]["skipped"] == record.NO_TIME
+    assert record.find_faults({"meta": META, "rows": rows}) == []
+
+
 def test_lazy_implementations_build_what_is_called() -> None:
     built: list[str] = []
 
