@@ -34,6 +34,7 @@ FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 WARMUP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+MAX_ROUNDS_IN_A_ROW = 6  # where one timing already is many calls
 SECONDS_BETWEEN_REPORTS = 5.0
 
 
@@ -218,7 +219,7 @@ def _time_implementations(
             last_report = time.perf_counter()
     for timed in ready.values():
         timed.seconds.clear()  # all figures of a case come from the same rounds
-    for turn in range(MAX_ROUNDS):
+    for turn in range(MAX_ROUNDS if case.repeats == 1 else MAX_ROUNDS_IN_A_ROW):
         if not ready or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
