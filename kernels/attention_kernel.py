@@ -3,8 +3,8 @@
 Up to 256 tokens (``*_whole``) one program holds all keys and values of a head, or in its backward
 twin all queries, as a few pieces whose sizes are powers of two, because Triton knows no others:
 198 tokens are 128 + 64 + 16 = 208 rows. Only the last piece is ragged and pays for a mask. Longer
-sequences (``*_blocks``) stream blocks of them past one block of rows with a running maximum, and
-end with a block of its own size: the tail of 577 keys is 16 wide, not 64.
+sequences (``*_blocks``) stream blocks of them past one block of rows with a running maximum. The
+rows that fill no whole block are a tail of its own size: for 577 keys it is 16 wide, not 64.
 
 Rows past the last token read as zeros. As queries they get log-sum-exp +inf, which makes their
 probabilities 0; as keys they are masked wherever a maximum or a sum runs over keys: before and
@@ -155,9 +155,13 @@ def _key_gradients(
 
 
 @triton.jit
-def _load_row_values(pointer, start, tokens, fill, ROWS: tl.constexpr):
+def _load_row_values(
+    pointer, start, tokens, fill, ROWS: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
     rows = start + tl.arange(0, ROWS)
-    return tl.load(pointer + rows, mask=rows < tokens, other=fill)
+    if RAGGED:
+        return tl.load(pointer + rows, mask=rows < tokens, other=fill)
+    return tl.load(pointer + rows)
 
 
 @triton.jit
@@ -226,8 +230,14 @@ def forward_whole_kernel(
 
 
 # ---------------------------------------------------------------------------------------------
-# Any number of tokens: full blocks of BLOCK rows stream past, then one of TAIL rows. TAIL 0: the
-# last is one of BLOCK rows too, and all are masked
+# Any number of tokens: a tail of TAIL rows, then full blocks of BLOCK rows, which need no mask.
+# TAIL 0: no tail; the last block may be ragged, so every block is masked.
+#
+# The tail comes before the loop because of wgmma (sm_90). A product behind the software-pipelined
+# loop would add to the loop's accumulators after other instructions have written their registers;
+# ptxas then gives up overlapping products in the whole kernel and waits for each wgmma alone
+# (warning C7515, "wgmma.mma_async instructions are serialized"). In front of the loop the tail only
+# sets the accumulators that the loop starts with. kernels/aot.py fails on that warning.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -277,15 +287,15 @@ def forward_blocks_kernel(
     total = tl.zeros([ROWS], tl.float32)
     o = _zeros(ROWS, WIDTH, PARTS)
     full = _rows_of_loop(tokens, BLOCK, TAIL)
-    for at in range(0, full, BLOCK):
-        top, total, o = _forward_step(
-            q, k_at, v_at, at, tokens, stride_n, top, total, o, scale2,
-            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
-        )  # fmt: skip
     if TAIL > 0:
         top, total, o = _forward_step(
             q, k_at, v_at, full, tokens, stride_n, top, total, o, scale2,
             WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    for at in range(0, full, BLOCK):
+        top, total, o = _forward_step(
+            q, k_at, v_at, at, tokens, stride_n, top, total, o, scale2,
+            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
     for i in tl.static_range(PARTS):
         value = o[i] / total[:, None]
@@ -317,22 +327,22 @@ def _query_role(
     q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
     do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, WIDTH, PARTS, True)
     o = _load_rows(o_at, start, tokens, out_stride, ROWS, WIDTH, PARTS, True)
-    lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS)
+    lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS, True)
     delta = _row_products(do, o, PARTS)
     if delta_at is not None:
         _store_row_values(delta_at, start, tokens, delta, ROWS)
     k_at, v_at = q_at + stride_p, q_at + stride_p + stride_p
     dq = _zeros(ROWS, WIDTH, PARTS)
     full = _rows_of_loop(tokens, BLOCK, TAIL)
-    for at in range(0, full, BLOCK):
-        dq = _query_step(
-            q, do, lse, delta, k_at, v_at, at, tokens, stride_n, dq, scale2,
-            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
-        )  # fmt: skip
     if TAIL > 0:
         dq = _query_step(
             q, do, lse, delta, k_at, v_at, full, tokens, stride_n, dq, scale2,
             WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    for at in range(0, full, BLOCK):
+        dq = _query_step(
+            q, do, lse, delta, k_at, v_at, at, tokens, stride_n, dq, scale2,
+            WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
     _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
 
@@ -345,12 +355,12 @@ def _key_step(
 ):  # fmt: skip
     q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, RAGGED)
     do = _load_rows(do_at, start, tokens, grad_stride_n, ROWS, WIDTH, PARTS, RAGGED)
-    lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS)
+    lse = _load_row_values(lse_at, start, tokens, float("inf"), ROWS, RAGGED)
     if delta_at is None:
         o = _load_rows(o_at, start, tokens, out_stride, ROWS, WIDTH, PARTS, RAGGED)
         delta = _row_products(do, o, PARTS)
     else:
-        delta = _load_row_values(delta_at, start, tokens, 0.0, ROWS)
+        delta = _load_row_values(delta_at, start, tokens, 0.0, ROWS, RAGGED)
     return _key_gradients(k, v, q, do, lse, delta, dk, dv, scale2, PARTS, PRECISION, UPCAST)
 
 
@@ -366,15 +376,15 @@ def _key_role(
     dk = _zeros(ROWS, WIDTH, PARTS)
     dv = _zeros(ROWS, WIDTH, PARTS)
     full = _rows_of_loop(tokens, BLOCK, TAIL)
-    for at in range(0, full, BLOCK):
-        dk, dv = _key_step(
-            k, v, q_at, do_at, o_at, lse_at, delta_at, at, tokens, stride_n, grad_stride_n,
-            out_stride, dk, dv, scale2, WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
-        )  # fmt: skip
     if TAIL > 0:
         dk, dv = _key_step(
             k, v, q_at, do_at, o_at, lse_at, delta_at, full, tokens, stride_n, grad_stride_n,
             out_stride, dk, dv, scale2, WIDTH, PARTS, TAIL, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    for at in range(0, full, BLOCK):
+        dk, dv = _key_step(
+            k, v, q_at, do_at, o_at, lse_at, delta_at, at, tokens, stride_n, grad_stride_n,
+            out_stride, dk, dv, scale2, WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
     dk_at = dq_at + out_stride
     _store_rows(dk_at, start, tokens, 3 * out_stride, dk, scale, ROWS, WIDTH, PARTS)
@@ -410,14 +420,15 @@ def backward_kernel(
     delta_at = delta
     if delta is not None:
         delta_at = delta + row
-    if is_key:
-        _key_role(
+    # In the other order ptxas spills on sm_100 (triton 3.6, float16).
+    if not is_key:
+        _query_role(
             q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
             grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip
     else:
-        _query_role(
+        _key_role(
             q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
             grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,

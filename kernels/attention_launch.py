@@ -81,7 +81,10 @@ def write_tiles(table: dict[Key, Tiles], path: Path = TILES_FILE) -> None:
 
 # Architecture 0, for which no tuning has written its own: chosen by what `python -m
 # deit_fast.kernels.aot` shows, no spills under any triton, then the most resident warps, then the
-# largest tile. Elements of 4 bytes go without tensor cores: float32 products in full.
+# largest tile. Elements of 4 bytes go without tensor cores: float32 products in full. The depth of
+# the pipeline (stages) follows from the same. Under triton 3.6 `both` at 3 and `queries` at 2 spill
+# on sm_100, and `keys` at 3 has one resident block on sm_90, not two; under 3.9 `whole` at 2 takes
+# 254 registers.
 TILES = read_tiles()
 
 _STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
@@ -182,9 +185,9 @@ def _pieces(tokens: int) -> tuple[int, ...]:
 def _columns(width: int, dtype: torch.dtype) -> int:
     """Columns multiplied at once: a power of two that divides the width.
 
-    Of wide float32 rows 32, as without tensor cores a thread keeps whole rows of both factors.
+    Of float32 rows 32, as without tensor cores a thread keeps whole rows of both factors.
     """
-    return 32 if dtype == torch.float32 and width > 64 else width & -width
+    return 32 if dtype == torch.float32 else width & -width
 
 
 def _power_of_two(rows: int) -> int:
@@ -216,15 +219,14 @@ def _arguments(
         values |= {"WIDTH": columns, "PARTS": width // columns}
         block = min(tiles.block, _power_of_two(tokens))
         values["BLOCK"] = block
-        # Behind the loop the products of wide float32 rows would spill.
-        is_slow = qkv.dtype == torch.float32 and width > 64
-        values["TAIL"] = 0 if is_slow else _power_of_two((tokens - 1) % block + 1)
+        # In float32 a tail costs more than the masks it saves: products without tensor cores, in
+        # the tail and in the loop, leave room for one resident block where the loop alone has two.
+        values["TAIL"] = (
+            0 if qkv.dtype == torch.float32 else _power_of_two((tokens - 1) % block + 1)
+        )
     values["PRECISION"] = "ieee"
     values["UPCAST"] = INTERPRETED and qkv.dtype == torch.bfloat16
-    stages = tiles.stages
-    if kind == "both" and values["TAIL"] > 16:
-        stages = min(stages, 2)  # or else the tail spills on sm_80 (triton 3.6)
-    return values, {"num_warps": tiles.warps, "num_stages": stages}, -(-tokens // rows)
+    return values, {"num_warps": tiles.warps, "num_stages": tiles.stages}, -(-tokens // rows)
 
 
 _ROLES = {"queries": kernel.QUERIES.value, "keys": kernel.KEYS.value, "both": kernel.BOTH.value}
