@@ -12,11 +12,14 @@ wheel. Exits with 1 and one line per broken rule where a kernel
 
 - uses local memory (a stack or spills), fp64 instructions that its case does not announce, or more
   shared memory than a block has;
+- has serialized wgmma instructions (sm_90): ptxas warns of it in its log (C7510, C7515 and other
+  codes that begin with C75), or the machine code waits as often as it multiplies;
 - fails what its case expects (see `EXPECTATIONS`);
-- got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads.
+- got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads, fewer
+  thread blocks that fit on a multiprocessor at once.
 
-Without a golden file for the triton at hand the first two are checked all the same. Another triton
-runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
+Without a golden file for the triton at hand all but the last are checked all the same. Another
+triton runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
 
 The golden file also has a checksum of each kernel's intermediate representation as Triton's front
 end makes it, a sixteenth of the work. One triton makes one machine code of it, so ``--changed``
@@ -26,8 +29,10 @@ takes the file's figures where it is the same, and checks the rules with them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -41,6 +46,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -53,8 +59,31 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # for them).
 SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), 99 * 1024)
 SHARED_LIMIT |= {"sm_90": 227 * 1024, "sm_100": 227 * 1024}
-# Registers are handed out in eights; less than that changes no occupancy by itself.
+# Registers are allocated in units of 8 a thread. Where a unit more costs a resident block, the rule
+# on blocks per multiprocessor says so.
 REGISTER_SLACK = 8
+
+
+class Multiprocessor(NamedTuple):
+    """What the resident blocks of one streaming multiprocessor (SM) share."""
+
+    threads: int
+    blocks: int  # the most that it holds, however small they are
+    shared: int  # bytes, with those that the driver reserves in each block
+    registers: int = 64 * 1024
+    partitions: int = 4  # each has a quarter of the registers and runs every fourth warp
+    tensor_memory: int = 512  # columns; compute capability 10 only
+
+
+# Table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(2048, 32, 164 * 1024),
+    "sm_86": Multiprocessor(1536, 16, 100 * 1024),
+    "sm_89": Multiprocessor(1536, 24, 100 * 1024),
+    "sm_90": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_100": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_120": Multiprocessor(1536, 24, 100 * 1024),
+}
 MARKS = ("<!-- made by deit_fast.kernels.aot: begin -->", "<!-- end -->")
 
 EXPECTATIONS = {
@@ -138,43 +167,89 @@ def ir_checksum(case: Case, arch: str) -> int:
     return int(hashlib.sha256(f"{options}\n{text}".encode()).hexdigest()[:12], 16)
 
 
+def compile_logged(case: Case, arch: str) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas wrote when Triton ran it (Triton always passes -v)."""
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # from its cache no ptxas runs, and no log comes
+        compiled = compile_case(case, arch)
+    log = printed.getvalue()
+    if not re.search(r"Used \d+ registers", log):
+        raise RuntimeError(f"no log of ptxas from triton {triton.__version__}: {log!r}")
+    return compiled, log
+
+
+def serialized_wgmma(log: str) -> list[str]:
+    """The lines of ptxas's log that say that matrix instructions wait for each other."""
+    return [line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)]
+
+
+def blocks_per_sm(arch: str, registers: int, warps: int, shared: int, tensor_memory: int) -> int:
+    """How many blocks of a kernel are resident on one multiprocessor at once.
+
+    ``registers`` of a thread, ``warps`` and bytes of ``shared`` memory of a block; columns of
+    ``tensor_memory``, which ptxas and the driver do not limit, but a block waits for its own.
+    As in NVIDIA's cuda_occupancy.h, which test_aot.py compares it with.
+    """
+    sm = MULTIPROCESSORS[arch]
+    of_a_warp = -(-registers * 32 // 256) * 256
+    resident_warps = sm.registers // sm.partitions // of_a_warp * sm.partitions
+    # Each block also has 1 KiB that belongs to the driver; memory comes in units of 128 bytes.
+    of_a_block = -(-(shared + 1024) // 128) * 128
+    limits = [sm.blocks, sm.threads // (32 * warps), resident_warps // warps]
+    limits.append(sm.shared // of_a_block)
+    if tensor_memory:
+        limits.append(sm.tensor_memory // tensor_memory)
+    return min(limits)
+
+
 def tool(name: str, *arguments: str) -> str:
     command = [str(TOOLS / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def measure(case: Case, arch: str, known: Figures | None = None) -> Figures:
-    """Compile one case and count what matters in its machine code; `known` where its IR is that."""
+def measure(case: Case, arch: str, known: Figures | None = None) -> tuple[Figures, list[str]]:
+    """Compile one case and count what matters in its machine code; also what ptxas warns of.
+
+    `known` and no warning where the IR is that of the golden file, which has no kernel with one.
+    """
     checksum = ir_checksum(case, arch)
     if known is not None and known["ir"] == checksum:
-        return known
-    compiled = compile_case(case, arch)
+        return known, []
+    compiled, log = compile_logged(case, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = tool("nvdisasm", "--print-code", "--no-dataflow", cubin.name)
     resources = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    ttir = compiled.asm["ttir"]
-    return {
+    ttir, metadata = compiled.asm["ttir"], compiled.metadata
+    blocks = blocks_per_sm(
+        arch, resources["REG"], metadata.num_warps, metadata.shared, metadata.tmem_size or 0
+    )
+    figures = {
         "registers": resources["REG"],
+        "blocks_per_sm": blocks,
         "stack": resources["STACK"] + resources["LOCAL"],
-        "shared": compiled.metadata.shared,
+        "shared": metadata.shared,
         **count_instructions(sass),
         "i64_muls": len(re.findall(r"arith\.muli [^\n]*: (?:tensor<\w*x)?i64", ttir)),
         "ir": checksum,
     }
+    return figures, serialized_wgmma(log)
 
 
 def count_instructions(sass: str) -> Figures:
     """What nvdisasm printed, counted: global accesses by width, spills, fp64 and matrix work.
 
     Widths per access: wide 16 bytes or more (also asynchronous and TMA copies), half 1 or 2 bytes,
-    scalar 4 bytes; 8 bytes (an int64 label) count nowhere.
+    scalar 4 bytes; 8 bytes (an int64 label) count nowhere. ``wgmma``: those of the matrix
+    instructions that run asynchronously (Hopper's); ``wgmma_waits``: waits for groups of them.
     """
     widths = ("wide", "half", "scalar")
     counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
-    counts |= {"spills": 0, "fp64": 0, "tensor": 0}
+    counts |= {"spills": 0, "fp64": 0, "tensor": 0, "wgmma": 0, "wgmma_waits": 0}
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", sass)
     if not opcodes:
         raise RuntimeError("no instruction found in the output of nvdisasm; has its form changed?")
@@ -194,6 +269,9 @@ def count_instructions(sass: str) -> Figures:
             counts["spills"] += 1
         elif name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA"):
             counts["tensor"] += 1
+            counts["wgmma"] += name in ("HGMMA", "QGMMA")
+        elif name == "WARPGROUP":
+            counts["wgmma_waits"] += "DEPBAR" in suffixes
         elif name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA") or any(
             "F64" in suffix or suffix.endswith("64H") for suffix in suffixes
         ):
@@ -212,6 +290,8 @@ def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
     if got["fp64"] > most:
         hint = f"at most {most} expected" if most else "is a scalar passed as fp64?"
         yield f"fp64: {got['fp64']} double-precision instructions; {hint}"
+    if got["wgmma_waits"] >= max(got["wgmma"], 1):
+        yield f"wgmma waits: {got['wgmma_waits']} for {got['wgmma']} wgmma; they do not overlap"
     if got["shared"] > SHARED_LIMIT[arch]:
         yield f"shared memory: {got['shared']} bytes, a block has {SHARED_LIMIT[arch]}"
     if got["registers"] > expect.get("max_regs", 255):
@@ -238,6 +318,13 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
     """Where the machine code is worse than the golden file says, one line each."""
     if got["registers"] > golden["registers"] + REGISTER_SLACK:
         yield f"registers: {got['registers']}, {golden['registers']} in the golden file"
+    if got["blocks_per_sm"] < golden["blocks_per_sm"]:
+        yield (
+            f"blocks per multiprocessor: {got['blocks_per_sm']}, "
+            f"{golden['blocks_per_sm']} in the golden file"
+        )
+    if got["wgmma_waits"] > golden["wgmma_waits"]:
+        yield f"wgmma waits: {got['wgmma_waits']}, {golden['wgmma_waits']} in the golden file"
     if got["i64_muls"] < golden["i64_muls"]:
         yield f"i64 rows: {got['i64_muls']} products, {golden['i64_muls']} in the golden file"
     if got["shared"] > golden["shared"]:
@@ -253,7 +340,7 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
 _inherited: list[tuple[Case, str, Figures | None]] = []
 
 
-def _measure_inherited(number: int) -> Figures:
+def _measure_inherited(number: int) -> tuple[Figures, list[str]]:
     return measure(*_inherited[number])
 
 
@@ -274,9 +361,9 @@ def gate(
         context = multiprocessing.get_context("fork")
         with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
             measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
-    for (case, arch, _), got in zip(jobs, measured, strict=True):
+    for (case, arch, _), (got, warnings) in zip(jobs, measured, strict=True):
         table[case.name][arch] = got
-        lines = list(broken_rules(case, arch, got))
+        lines = [*(f"ptxas log: {line}" for line in warnings), *broken_rules(case, arch, got)]
         if golden is not None and arch in ARCHITECTURES:
             old = golden.get(case.name, {}).get(arch)
             lines += ["not in the golden file"] if old is None else regressions(got, old)
@@ -310,12 +397,13 @@ def write_table(path: Path, table: Table) -> None:
 
 
 HEADER = (
-    *("kernel", "arch", "regs", "stack", "shared", "ld128", "st128"),
-    *("ld16", "st16", "ld32", "st32", "spills", "fp64", "mma", "i64"),
+    *("kernel", "arch", "regs", "blocks", "stack", "shared", "ld128", "st128"),
+    *("ld16", "st16", "ld32", "st32", "spills", "fp64", "mma", "wgmma", "waits", "i64"),
 )
 FIELDS = (
-    *("registers", "stack", "shared", "wide_loads", "wide_stores", "half_loads", "half_stores"),
-    *("scalar_loads", "scalar_stores", "spills", "fp64", "tensor", "i64_muls"),
+    *("registers", "blocks_per_sm", "stack", "shared", "wide_loads", "wide_stores"),
+    *("half_loads", "half_stores", "scalar_loads", "scalar_stores", "spills", "fp64"),
+    *("tensor", "wgmma", "wgmma_waits", "i64_muls"),
 )
 
 
@@ -341,25 +429,22 @@ def as_markdown(folder: Path = GOLDEN) -> str:
     versions = sorted(tables, key=lambda version: [int(part) for part in version.split(".")])
     golden = [json.loads(tables[version].read_text()) for version in versions]
 
-    def cell(name: str, archs: Iterable[str], *fields: str) -> str:
-        values = [
-            " + ".join(str(table[name][arch][field]) for field in fields)
-            for arch in archs
-            for table in golden
-        ]
+    def cell(name: str, archs: Iterable[str], form: str) -> str:
+        values = [form.format_map(table[name][arch]) for arch in archs for table in golden]
         return values[0] if len(set(values)) == 1 else ", ".join(values)
 
     columns = " | ".join(ARCHITECTURES)
     lines = [
-        f"Triton {', '.join(versions)}, in this order where they differ.",
+        f"Triton {', '.join(versions)}, in this order where they differ. In parentheses: thread "
+        "blocks that fit on a multiprocessor at once.",
         "",
         f"| kernel | registers {columns} | shared bytes | 16-byte loads + stores |",
         f"|---|{'---|' * len(ARCHITECTURES)}---|---|",
     ]
     for name in golden[0]:
-        registers = [cell(name, [arch], "registers") for arch in ARCHITECTURES]
-        shared = cell(name, ARCHITECTURES, "shared")
-        wide = cell(name, ARCHITECTURES, "wide_loads", "wide_stores")
+        registers = [cell(name, [arch], "{registers} ({blocks_per_sm})") for arch in ARCHITECTURES]
+        shared = cell(name, ARCHITECTURES, "{shared}")
+        wide = cell(name, ARCHITECTURES, "{wide_loads} + {wide_stores}")
         lines.append(f"| {name} | {' | '.join([*registers, shared, wide])} |")
     return "\n".join(lines)
 

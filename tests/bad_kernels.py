@@ -1,4 +1,4 @@
-"""Kernels that break the rules of deit_fast.kernels.aot, one each and a clean one; test_aot.py runs
+"""Kernels that break the rules of deit_fast.kernels.aot, one each and clean ones; test_aot.py runs
 this file and reads the lines. Compiling needs a process without Triton's interpreter, hence a file.
 """
 
@@ -29,6 +29,40 @@ def scale_rows(
     tl.store(y_ptr + row * stride + columns, y.to(y_ptr.dtype.element_ty), mask=columns < C)
 
 
+@triton.jit
+def load_block(x_ptr, start, BLOCK: tl.constexpr):
+    rows, columns = start + tl.arange(0, BLOCK), tl.arange(0, 64)
+    return tl.load(x_ptr + rows[:, None] * 64 + columns[None, :])
+
+
+@triton.jit
+def add_block(q, sums, x_ptr, start, BLOCK: tl.constexpr):
+    x = load_block(x_ptr, start, BLOCK)
+    weights = tl.exp2(tl.dot(q, tl.trans(x)))
+    return sums + tl.dot(weights.to(x.dtype), x)
+
+
+@triton.jit
+def weighted_sums(
+    q_ptr,  # [64, 64]
+    x_ptr,  # [rows + 16, 64]
+    y_ptr,  # [64, 64]
+    rows,
+    TAIL_FIRST: tl.constexpr,
+):
+    """Half an attention. With the last 16 rows behind the pipelined loop ptxas serializes wgmma."""
+    q = load_block(q_ptr, 0, 64)
+    sums = tl.zeros([64, 64], tl.float32)
+    if TAIL_FIRST:
+        sums = add_block(q, sums, x_ptr, rows, 16)
+    for start in range(0, rows, 64):
+        sums = add_block(q, sums, x_ptr, start, 64)
+    if not TAIL_FIRST:
+        sums = add_block(q, sums, x_ptr, rows, 16)
+    at = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(y_ptr + at, sums)
+
+
 SIGNATURE = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32", "factor": "fp32"}
 CONSTEXPRS = {"stride": 1000, "C": 1000, "BLOCK": 1024, "WIDE_ROWS": True}
 EXPECT = {"wide_loads": True, "no_scalar_half": True, "i64_rows": True, "max_regs": 255}
@@ -37,8 +71,20 @@ GOOD = Case("good", scale_rows, SIGNATURE, CONSTEXPRS, ALIGNED, {"num_warps": 4}
 FLOATS = SIGNATURE | {"x_ptr": "*fp32", "y_ptr": "*fp32"}
 RUN_TIME_STRIDE = {name: CONSTEXPRS[name] for name in ("C", "BLOCK", "WIDE_ROWS")}
 
+PIPELINED = Case(
+    "tail before the loop",
+    weighted_sums,
+    {"q_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*fp32", "rows": "i32"},
+    {"TAIL_FIRST": True},
+    {"q_ptr": 16, "x_ptr": 16, "y_ptr": 16},
+    {"num_warps": 4, "num_stages": 3},
+    {"wide_loads": True, "tensor_cores": True},
+)
+
 CASES = [
     GOOD,
+    PIPELINED,
+    PIPELINED._replace(name="tail behind the loop", constexprs={"TAIL_FIRST": False}),
     GOOD._replace(name="run-time stride", constexprs=RUN_TIME_STRIDE),
     GOOD._replace(
         name="run-time stride, fp32",

@@ -5,9 +5,11 @@ Compiling happens in processes of its own: other tests load Triton's interpreter
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,9 @@ OTHER_TRITON = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
 GOLDEN_FILES = sorted(aot.GOLDEN.glob("aot-triton-*.json"))
 
 GOOD = {
-    "registers": 40, "stack": 0, "shared": 64, "wide_loads": 4, "half_loads": 0,
-    "scalar_loads": 2, "wide_stores": 2, "half_stores": 0, "scalar_stores": 1,
-    "spills": 0, "fp64": 0, "tensor": 0, "i64_muls": 2,
+    "registers": 40, "blocks_per_sm": 3, "stack": 0, "shared": 64, "wide_loads": 4,
+    "half_loads": 0, "scalar_loads": 2, "wide_stores": 2, "half_stores": 0, "scalar_stores": 1,
+    "spills": 0, "fp64": 0, "tensor": 9, "wgmma": 8, "wgmma_waits": 3, "i64_muls": 2,
 }  # fmt: skip
 
 
@@ -81,11 +83,12 @@ def case(module, **options):
     return aot.Case("scale", module.scale, signature, constexprs, {"x": 16}, options, {})
 cases = [case(kernel_0), case(kernel_1), case(kernel_2), case(kernel_0, num_warps=8)]
 sums = [aot.ir_checksum(case, "sm_90") for case in cases]
-first = aot.measure(cases[0], "sm_90")
+first, _ = aot.measure(cases[0], "sm_90")
 assert first["ir"] == sums[0] and first["wide_loads"] > 0, first
-assert aot.measure(cases[2], "sm_90", first)["ir"] == sums[2]
+assert aot.measure(cases[0], "sm_90") == (first, []), "no log from a kernel in Triton's cache"
+assert aot.measure(cases[2], "sm_90", first)[0]["ir"] == sums[2]
 aot.compile_case = None
-assert aot.measure(cases[1], "sm_90", first) is first
+assert aot.measure(cases[1], "sm_90", first)[0] is first
 for case in cases[2:]:
     try:
         aot.measure(case, "sm_90", first)
@@ -130,7 +133,10 @@ def test_gate_names_each_rule_that_a_bad_kernel_breaks():
         "no matrices": {"tensor cores"},
         "typing error": {"expectation 'wide_load' is not known"},
         "spills": {"stack", "spills"},
+        "tail behind the loop": {"ptxas log", "wgmma waits"},
     }
+    # The code of the warning and what it says
+    assert re.search(r"ptxas log: .*\(C7515\).* serialized .*'weighted_sums'", done.stdout)
 
 
 def test_shared_memory_limit_depends_on_the_architecture():
@@ -155,8 +161,117 @@ def test_double_precision_must_be_announced():
     assert list(aot.broken_rules(announced, "sm_90", got)) == []
 
 
+LOG = """ptxas-blackwell info    : 11 bytes gmem
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Compiling entry function 'C75_forward' for 'sm_90a'
+ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 106 registers, used 1 barriers, 7515 bytes smem
+"""
+
+
+def test_warnings_are_found_in_the_log_of_ptxas():
+    assert aot.serialized_wgmma("") == []
+    lines = LOG.splitlines()
+    assert aot.serialized_wgmma(LOG) == [lines[1], lines[3]]
+
+
+def test_a_triton_that_hands_out_no_log_is_an_error(monkeypatch):
+    monkeypatch.setattr(aot, "compile_case", lambda *_: print(LOG))
+    assert aot.compile_logged(None, "sm_90") == (None, LOG + "\n")
+    monkeypatch.setattr(aot, "compile_case", lambda *_: print("compiled"))
+    with pytest.raises(RuntimeError, match="no log of ptxas"):
+        aot.compile_logged(None, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("wgmma", "waits", "broken"), [(0, 0, 0), (41, 13, 0), (13, 12, 0), (41, 41, 1), (0, 1, 1)]
+)
+def test_as_many_waits_as_products_mean_that_none_overlap(wgmma, waits, broken):
+    case = aot.Case("x", None, {}, {}, {}, {}, {})
+    got = GOOD | {"wgmma": wgmma, "wgmma_waits": waits}
+    line = f"wgmma waits: {waits} for {wgmma} wgmma; they do not overlap"
+    assert list(aot.broken_rules(case, "sm_90", got)) == [line] * broken
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "warps", "shared", "tensor_memory", "blocks"),
+    [
+        ("sm_90", 168, 4, 49536, 0, 3),
+        ("sm_90", 169, 4, 49536, 0, 2),  # registers come in units of 8 a thread
+        ("sm_90", 173, 4, 45440, 0, 2),
+        ("sm_90", 128, 8, 53504, 0, 2),
+        ("sm_90", 129, 8, 53504, 0, 1),
+        ("sm_90", 80, 4, 76800, 0, 3),  # exactly: 228 KiB are three times 75 and 1
+        ("sm_90", 80, 4, 76801, 0, 2),
+        ("sm_90", 32, 8, 0, 0, 8),  # 2048 threads
+        ("sm_86", 32, 8, 0, 0, 6),  # 1536
+        ("sm_90", 16, 1, 0, 0, 32),
+        ("sm_100", 80, 4, 0, 128, 4),  # 512 columns of tensor memory
+        ("sm_100", 80, 4, 0, 512, 1),
+        ("sm_80", 80, 4, 200 * 1024, 0, 0),
+    ],
+)
+def test_resident_blocks(arch, registers, warps, shared, tensor_memory, blocks):
+    assert aot.blocks_per_sm(arch, registers, warps, shared, tensor_memory) == blocks
+
+
+OCCUPANCY = """
+#include <cstdio>
+#include <cuda_occupancy.h>
+int main() {
+    cudaOccDeviceProp sm = {};
+    sm.maxThreadsPerBlock = 1024, sm.warpSize = 32, sm.numSms = 1;
+    sm.regsPerBlock = sm.regsPerMultiprocessor = 65536;
+    sm.sharedMemPerBlock = 48 * 1024, sm.reservedSharedMemPerBlock = 1024;
+    int registers, warps, shared;
+    while (scanf("%d %d %d %zu %d %d %d", &sm.computeMajor, &sm.computeMinor,
+                 &sm.maxThreadsPerMultiprocessor, &sm.sharedMemPerMultiprocessor,
+                 &registers, &warps, &shared) == 7) {
+        sm.sharedMemPerBlockOptin = sm.sharedMemPerMultiprocessor - 1024;
+        cudaOccFuncAttributes kernel = {};
+        kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers;
+        kernel.maxDynamicSharedSizeBytes = sm.sharedMemPerBlockOptin;
+        kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+        cudaOccDeviceState state = {};
+        state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+        cudaOccResult result;
+        if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &sm, &kernel, &state, 32 * warps,
+                                                    shared) != CUDA_OCC_SUCCESS)
+            return 1;
+        printf("%d\\n", result.activeBlocksPerMultiprocessor);
+    }
+}
+"""
+
+
+def test_resident_blocks_are_those_of_nvidias_calculator(tmp_path):
+    """cuda_occupancy.h, which Triton's wheel has; it knows no tensor memory."""
+    header = aot.TOOLS.parent / "include"
+    compiler = shutil.which("c++")
+    if compiler is None or not (header / "cuda_occupancy.h").exists():
+        pytest.skip("no C++ compiler, or no cuda_occupancy.h beside Triton's ptxas")
+    (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
+    program = tmp_path / "occupancy"
+    subprocess.run(
+        [compiler, "-w", "-I", header, tmp_path / "occupancy.cpp", "-o", program], check=True
+    )
+    registers, warps = (16, 32, 40, 80, 128, 136, 166, 168, 169, 173, 204, 255), (1, 2, 4, 8, 16)
+    shared = (0, 1, 9000, 49536, 61440, 101376, 227 * 1024)
+    cases = list(itertools.product(aot.MULTIPROCESSORS, registers, warps, shared))
+    lines = []
+    for arch, *rest in cases:
+        sm = aot.MULTIPROCESSORS[arch]
+        lines.append(" ".join(map(str, (*divmod(int(arch[3:]), 10), sm.threads, sm.shared, *rest))))
+    done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
+    assert done.returncode == 0
+    ours = [aot.blocks_per_sm(*case, 0) for case in cases]
+    assert ours == [int(line) for line in done.stdout.split()] and len({*ours}) > 10
+
+
 def test_figures_as_good_as_the_golden_ones_pass():
     better = GOOD | {"registers": 30, "shared": 0, "wide_loads": 5, "scalar_loads": 0}
+    better |= {"blocks_per_sm": 4, "wgmma_waits": 2}
     slack = GOOD | {"registers": GOOD["registers"] + aot.REGISTER_SLACK}
     for got in (GOOD, better, slack):
         assert list(aot.regressions(got, GOOD)) == []
@@ -166,6 +281,8 @@ def test_figures_as_good_as_the_golden_ones_pass():
     ("field", "value", "line"),
     [
         ("registers", 49, "registers: 49, 40 in the golden file"),
+        ("blocks_per_sm", 2, "blocks per multiprocessor: 2, 3 in the golden file"),
+        ("wgmma_waits", 4, "wgmma waits: 4, 3 in the golden file"),
         ("i64_muls", 1, "i64 rows: 1 products, 2 in the golden file"),
         ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
         ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
@@ -202,13 +319,17 @@ def test_instructions_are_counted_by_width():
         /*0100*/                   MUFU.RCP64H R5, R4 ;
         /*0110*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
         /*0120*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0128*/                   QGMMA.64x64x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24, gsb0 ;
+        /*012c*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*012e*/                   WARPGROUP.ARRIVE ;
+        /*012f*/                   DEPBAR.LE SB0, 0x2 ;
         /*0130*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], tmem[UR6] ;
         /*0140*/                   IMAD.WIDE R2, R2, 0x4, R4 ;
     """
     assert aot.count_instructions(sass) == {
         "wide_loads": 4, "half_loads": 2, "scalar_loads": 1,
         "wide_stores": 1, "half_stores": 1, "scalar_stores": 1,
-        "spills": 2, "fp64": 3, "tensor": 3,
+        "spills": 2, "fp64": 3, "tensor": 4, "wgmma": 2, "wgmma_waits": 1,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="nvdisasm"):
         aot.count_instructions("no instruction here")
