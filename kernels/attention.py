@@ -36,9 +36,11 @@ Triton's interpreter.
 
 Tiles come from a fixed table, attention_tiles.json. With DEIT_FAST_AUTOTUNE=1 the first call of
 each kind times the candidates on its own tensors, outside of graph capture. To measure this GPU's
-rows and write them into the table:
+rows and write them into the table, or with --out into another file:
 
     python -m deit_fast.kernels.attention --tune [--batch 256 --heads 6 --tokens 198 577]
+
+Times are the GPU's own (CUDA events around the kernel alone, the L2 cleared before each run).
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ import argparse
 import functools
 import logging
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -103,14 +106,18 @@ def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m deit_fast.kernels.attention",
-        description="Times all tiles of the attention kernels on this GPU and writes the best into "
-        "the table, attention_tiles.json.",
+        description="Times all tiles of the attention kernels on this GPU and writes the fastest "
+        "ones to a table, kernel by kernel: what an interrupted run has measured is kept.",
     )
     parser.add_argument("--tune", action="store_true", required=True)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="+", default=[198, 577])
     parser.add_argument("--width", type=int, nargs="+", choices=launch.WIDTHS, default=[64])
+    parser.add_argument(
+        "--out", type=Path, default=launch.TILES_FILE, metavar="FILE",
+        help="where the rows go; default: the table of this installation",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("--tune needs a CUDA GPU: tiles are timed, not guessed")
@@ -118,10 +125,20 @@ def main(arguments: list[str] | None = None) -> None:
         for tokens in options.tokens:
             shape = (options.batch, tokens, 3, options.heads, width)
             qkv = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            found = launch.tune(qkv)
-            launch.write_tiles(found)
-            for key, tiles in found.items():
-                print(f"{key}: {tiles}", flush=True)
+            write_tuned(qkv, options.out)
+
+
+def write_tuned(qkv: Tensor, path: Path) -> None:
+    """Tune the kernels that qkv takes; after each, print all times and write the best row."""
+    for key, times in launch.tune(qkv):
+        architecture, kernel, _, width = key
+        print(f"{kernel}, {qkv.shape[1]} tokens, D={width}, sm_{architecture}, ms:")
+        best, *_ = ranking = sorted(times, key=times.__getitem__)
+        for tiles in ranking:
+            rows, block, warps, stages = tiles
+            print(f"  {times[tiles]:9.4f}  {rows=} {block=} {warps=} {stages=}")
+        launch.write_tiles({key: best}, path)
+        print(f"  best written to {path}", flush=True)
 
 
 if __name__ == "__main__":

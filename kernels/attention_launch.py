@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -69,9 +71,9 @@ def read_tiles(path: Path = TILES_FILE) -> dict[Key, Tiles]:
 
 
 def write_tiles(table: dict[Key, Tiles], path: Path = TILES_FILE) -> None:
-    """Replace the table, or add to it, on the disk: a row a line, to read in a diff."""
+    """Put rows into the table in a file, or into a new file: a row a line, to read in a diff."""
     names = ("architecture", "kernel", "bytes", "width")
-    whole = read_tiles(path) | table
+    whole = (read_tiles(path) if path.exists() else {}) | table
     rows = [
         json.dumps(dict(zip(names, key, strict=True)) | {"tiles": list(tiles)})
         for key, tiles in sorted(whole.items(), key=lambda item: (item[0][0], item[0][2]))
@@ -87,7 +89,7 @@ def write_tiles(table: dict[Key, Tiles], path: Path = TILES_FILE) -> None:
 # 254 registers.
 TILES = read_tiles()
 
-_STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+_STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
 CANDIDATES = dict.fromkeys(("forward", "both", "queries", "keys"), _STREAMED)
 CANDIDATES["whole"] = [Tiles(*t) for t in itertools.product((64, 128), (0,), (4, 8), (1, 2))]
 
@@ -115,52 +117,81 @@ def _tiles(key: Key) -> Tiles:
     return _measured.get(key) or TILES.get(key) or TILES[(0, *key[1:])]
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
+class Launch(NamedTuple):
+    """A kernel with its grid and all its arguments."""
 
-    once(), once()
-    return statistics.median(once() for _ in range(9))
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> None:
+        self.function[self.grid](**self.arguments)
 
 
-def _tune(key: Key, run: Callable[[], Any], device: torch.device) -> None:
-    """Time all candidates on real arguments; the fastest answers for this key from now on."""
+def _compile_all(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compile at once what would otherwise compile one by one: a candidate takes seconds."""
+
+    def compile_one(launch: Launch) -> None:
+        # What does not compile raises again where it is timed.
+        with torch.cuda.device(device), contextlib.suppress(OutOfResources, PTXASError):
+            launch.function.warmup(grid=launch.grid, **launch.arguments)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_one, launches))
+
+
+def _milliseconds(launch: Launch, device: torch.device) -> float:
+    """Median time of the kernel alone, by the GPU's clock, with none of its data in the L2."""
+    if device.type == "cuda":
+        return float(triton.testing.do_bench(launch, return_mode="median"))
+    start = time.perf_counter()  # the interpreter: a time, but of nothing that matters
+    launch()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _tune(key: Key, prepare: Callable[[Tiles], Launch], device: torch.device) -> dict[Tiles, float]:
+    """Milliseconds of each candidate that fits; the fastest serves this key from now on."""
+    candidates = CANDIDATES[key[1]]
+    if device.type == "cuda":
+        _compile_all(map(prepare, candidates), device)
     times = {}
-    for tiles in CANDIDATES[key[1]]:
-        _measured[key] = tiles
-        try:
-            times[tiles] = _milliseconds(run, device)
-        except (OutOfResources, PTXASError):  # too large for this GPU
-            continue
+    for tiles in candidates:
+        with contextlib.suppress(OutOfResources, PTXASError):  # too large for this GPU
+            times[tiles] = _milliseconds(prepare(tiles), device)
     if not times:
-        del _measured[key]
-        raise RuntimeError(f"attention: none of {len(CANDIDATES[key[1]])} tiles of {key} launches")
+        raise RuntimeError(f"attention: none of {len(candidates)} tiles of {key} launches")
     _measured[key] = min(times, key=times.__getitem__)
+    return times
 
 
-def _tuned_tiles(kind: str, qkv: Tensor, run: Callable[[], Any]) -> Tiles:
+def _tuned_tiles(kind: str, qkv: Tensor, prepare: Callable[[Tiles], Launch]) -> Tiles:
     key = _key(kind, qkv, None)
     capturing = qkv.is_cuda and torch.cuda.is_current_stream_capturing()
     if AUTOTUNE and key not in _measured and not capturing:
-        _tune(key, run, qkv.device)
+        _tune(key, prepare, qkv.device)
     return _tiles(key)
 
 
-def tune(qkv: Tensor) -> dict[Key, Tiles]:
-    """The fastest tiles of every kernel that qkv takes, as rows of the table."""
+def tune(qkv: Tensor) -> Iterator[tuple[Key, dict[Tiles, float]]]:
+    """Time every kernel that qkv takes, one after the other: row of the table, milliseconds."""
     scale = 1 / math.sqrt(qkv.shape[-1])
     (forward,), backward = _kinds(qkv)
-    _tune(_key(forward, qkv, None), lambda: _forward(qkv, scale), qkv.device)
-    out, lse = _forward(qkv, scale)
-    for kind in backward:
-        key = _key(kind, qkv, None)
-        _tune(key, lambda: _backward(out, qkv, out, lse, scale), qkv.device)
-    keys = [_key(kind, qkv, None) for kind in (forward, *backward)]
-    return {key: _measured[key] for key in keys}
+    out, lse = _outputs(qkv, scale)
+    grad_qkv, delta = _grad_qkv(out, qkv, out, lse, scale), _delta(lse, backward)
+
+    def prepare_forward(tiles: Tiles) -> Launch:
+        return _forward_launch(forward, qkv, out, lse, scale, tiles)
+
+    with torch.cuda.device_of(qkv):
+        yield (key := _key(forward, qkv, None)), _tune(key, prepare_forward, qkv.device)
+        prepare_forward(_tiles(key))()  # the backward reads what it wrote
+        for kind in backward:
+
+            def prepare(tiles: Tiles, kind: str = kind) -> Launch:
+                return _backward_launch(kind, out, qkv, out, lse, delta, grad_qkv, scale, tiles)
+
+            key = _key(kind, qkv, None)
+            yield key, _tune(key, prepare, qkv.device)
 
 
 def _kinds(qkv: Tensor) -> tuple[tuple[str], tuple[str, ...]]:
@@ -259,40 +290,65 @@ def _outputs(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
+def _forward_launch(
+    kind: str, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, tiles: Tiles
+) -> Launch:
+    programs = qkv.shape[0] * qkv.shape[3]
+    values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+    if kind == "whole":
+        splits = min(blocks, -(-2 * PROCESSORS // programs))
+        return Launch(kernel.forward_whole_kernel, (programs, splits), values | options)
+    return Launch(kernel.forward_blocks_kernel, (programs * blocks,), values | options)
+
+
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, N, H, D] and log2-sum-exp2 of the scaled scores, float32 [B, H, N]."""
     qkv = _readable(qkv)
     out, lse = _outputs(qkv, scale)
-    programs = qkv.shape[0] * qkv.shape[3]
-    if programs == 0:
+    if qkv.shape[0] == 0:
         return out, lse
     ((kind,), _) = _kinds(qkv)
-    tiles = _tuned_tiles(kind, qkv, lambda: _forward(qkv, scale))
-    values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+
+    def prepare(tiles: Tiles) -> Launch:
+        return _forward_launch(kind, qkv, out, lse, scale, tiles)
+
     with torch.cuda.device_of(qkv):
-        if kind == "whole":
-            splits = min(blocks, -(-2 * PROCESSORS // programs))
-            kernel.forward_whole_kernel[(programs, splits)](**values, **options)
-        else:
-            kernel.forward_blocks_kernel[(programs * blocks,)](**values, **options)
+        prepare(_tuned_tiles(kind, qkv, prepare))()
     return out, lse
+
+
+def _delta(lse: Tensor, kinds: tuple[str, ...]) -> Tensor | None:
+    """Place for the row sums of dO * O that one kernel of the backward leaves for the next."""
+    return None if "both" in kinds else torch.empty_like(lse)
+
+
+def _backward_launch(
+    kind: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, delta: Tensor | None,
+    grad_qkv: Tensor, scale: float, tiles: Tiles,
+) -> Launch:  # fmt: skip
+    values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+    values |= _backward_arguments(grad_out, grad_qkv, delta, scale, kind)
+    programs = qkv.shape[0] * qkv.shape[3] * blocks
+    grid = (2 * programs if kind == "both" else programs,)
+    return Launch(kernel.backward_kernel, grid, values | options)
 
 
 def _backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     qkv, grad_out = _readable(qkv), _readable(grad_out)
     grad_qkv = _grad_qkv(grad_out, qkv, out, lse, scale)
-    programs = qkv.shape[0] * qkv.shape[3]
-    if programs == 0:
+    if qkv.shape[0] == 0:
         return grad_qkv
     _, kinds = _kinds(qkv)
-    delta = None if "both" in kinds else torch.empty_like(lse)
-    for kind in kinds:
-        tiles = _tuned_tiles(kind, qkv, lambda: _backward(grad_out, qkv, out, lse, scale))
-        values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
-        values |= _backward_arguments(grad_out, grad_qkv, delta, scale, kind)
-        grid = (programs * blocks * (2 if kind == "both" else 1),)
-        with torch.cuda.device_of(qkv):
-            kernel.backward_kernel[grid](**values, **options)
+    delta = _delta(lse, kinds)
+    with torch.cuda.device_of(qkv):
+        for kind in kinds:
+
+            def prepare(tiles: Tiles, kind: str = kind) -> Launch:
+                return _backward_launch(
+                    kind, grad_out, qkv, out, lse, delta, grad_qkv, scale, tiles
+                )
+
+            prepare(_tuned_tiles(kind, qkv, prepare))()
     return grad_qkv
 
 
