@@ -108,8 +108,8 @@ def collect_meta(device: str, command: str, commit: str | None) -> Row:
     Args:
         device: "cpu" or "cuda".
         command: what was typed.
-        commit: the commit that is measured; None: git's answer, or ``tree_checksum`` where git
-            does not know.
+        commit: the commit that is measured; None: what git reports, or ``tree_checksum`` where
+            there is no git repository.
     """
     import torch
 

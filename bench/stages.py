@@ -27,7 +27,7 @@ from .record import ROOT
 
 SECONDS_TO_LEAVE = 8.0  # between the interrupt at a stage's limit and the kill
 SECONDS_TO_DIE = 1.0  # after the kill
-SHARE_TOLD = 0.85  # of its time that a command is told: a case under way still has to end
+PASSED_ON = 0.85  # of a command's time, as its {seconds}: the case under way still has to end
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1
 
@@ -149,9 +149,7 @@ def _run_stage(stage: Stage, until: float, log: Log) -> list[dict[str, Any]]:
                 break
             while waiting and len(running) < stage.jobs:
                 rounds = -(-len(waiting) // stage.jobs)  # commands that share the time that is left
-                running.append(
-                    _Running(stage.name, waiting.pop(0), SHARE_TOLD * left / rounds, log)
-                )
+                running.append(_Running(stage.name, waiting.pop(0), PASSED_ON * left / rounds, log))
             running, ended = _partition(running)
             done += [process.record() for process in ended]
             time.sleep(POLL_SECONDS)

@@ -105,11 +105,11 @@ def test_commands_of_a_stage_run_side_by_side_and_each_outcome_is_kept(tmp_path:
     assert entry["outcome"] == "failed" and "no-such-program" in log
 
 
-def test_a_command_is_told_the_time_it_has_and_the_skipped_stage_its_reason(tmp_path: Path) -> None:
-    told = Command("told", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"))
-    stages = [Stage("a", 8, "", (told, told)), Stage("b", 5, "", (), skip="no card")]
+def test_a_command_knows_its_time_and_a_skipped_stage_has_a_reason(tmp_path: Path) -> None:
+    echo = Command("echo", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"))
+    stages = [Stage("a", 8, "", (echo, echo)), Stage("b", 5, "", (), skip="no card")]
     records, log = run(stages, 8, tmp_path)
-    seconds = [int(value) for value in re.findall(r"told      \| (\d+)$", log, re.M)]
+    seconds = [int(value) for value in re.findall(r"echo      \| (\d+)$", log, re.M)]
     assert 1 <= seconds[0] <= 4 and seconds[1] >= seconds[0]  # half of it, then what is left
     assert records[1] == {"stage": "b", "outcome": "skipped", "reason": "no card"}
     text = plan_text(stages, 8)
