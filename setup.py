@@ -3,6 +3,7 @@ where nvcc is found, the CUDA part of the cache.
 
 Everything else stands in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
 torch. DEIT_FAST_CUDA=0 leaves CUDA out, DEIT_FAST_CUDA=1 insists on it; CXX names the compiler.
+DEIT_FAST_CUDA_ARCHITECTURES=90 compiles for one architecture alone (80, 90 and 100 otherwise).
 Objects stay in build/native-*, so a second build does only what changed.
 """
 
@@ -103,9 +104,10 @@ def find_ninja() -> str:
 def architecture_flags(nvcc: str) -> str:
     """Machine code for each architecture that this nvcc knows, and PTX of the last one."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    known = [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in listed.stdout.split()]
+    chosen = os.environ.get("DEIT_FAST_CUDA_ARCHITECTURES", ",".join(CUDA_ARCHITECTURES)).split(",")
+    known = [a for a in chosen if f"compute_{a}" in listed.stdout.split()]
     if not known:
-        raise PlatformError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+        raise PlatformError(f"{nvcc} knows none of sm_{', sm_'.join(chosen)}")
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in known]
     return " ".join([*flags, f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}"])
 

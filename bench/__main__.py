@@ -151,7 +151,7 @@ def run_bench(
         only: the cases to run, by name.
         file: where rows go as soon as they are there; cases that it already has are left out.
     """
-    from .common import skipped, time_case
+    from .common import skipped, time_case, with_facts
     from .record import NO_TIME
 
     def write(rows: list[Row]) -> None:
@@ -169,6 +169,7 @@ def run_bench(
     known = file.finished_cases() if file is not None else set()
     cases = [case for case in cases if (name, case.name) not in known]
     deadline = time.perf_counter() + seconds  # imports are not on the bench's time
+    timed = []
     for position, case in enumerate(cases):
         now = time.perf_counter()
         share = (deadline - now) / (len(cases) - position)
@@ -177,20 +178,34 @@ def run_bench(
         else:
             rows = time_case(name, case, timer, share, now + share, report)
         write(rows)
+        timed.append((case, rows))
         yield rows
+    for case, rows in timed:
+        write(with_facts(case, rows, deadline))
 
 
 def compile_ahead(
     names: Sequence[str], device: str, only: re.Pattern[str] | None, implementation: str
 ) -> None:
-    """Call each implementation of the chosen cases once; failures are printed, not raised."""
-    import torch
+    """Call each implementation of the chosen cases once; failures are printed, not raised.
 
+    Inductor's choices between configurations are not kept: other processes share the device now,
+    and the one that measures must choose on a quiet device.
+
+    Raises:
+        SystemExit: no chosen case has this implementation.
+    """
+    import torch
+    import torch._inductor.config
+
+    torch._inductor.config.autotune_local_cache = False
+    found = False
     for name in names:
         for case in choose(name, device, only):
             for key, function in case.build().items():
                 if isinstance(function, str) or implementation not in ("", key):
                     continue
+                found = True
                 start = time.perf_counter()
                 try:
                     case.before(key)
@@ -202,7 +217,13 @@ def compile_ahead(
                     continue
                 took = time.perf_counter() - start
                 print(f"{case.name}, {key}: first call {took:.1f} s", flush=True)
+    if not found:
+        raise SystemExit(f"--compile-only {implementation}: no chosen case has it")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # at a stage's limit; the rows are on disk
+        print("interrupted", flush=True)
+        sys.exit(130)

@@ -13,4 +13,4 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
 export PYTHONPATH=$target/site${PYTHONPATH:+:$PYTHONPATH}
 "$python" -m pytest -q -m gpu -k apex --outcomes "$out/tests.jsonl" tests/test_optim.py
 "$python" -m bench add_layer_norm --device cuda --seconds 30 --only ',384\] keep bfloat16 fwd' \
-  --out "$out/apex.json"
+  --out "$out/results.json" --resume

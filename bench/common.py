@@ -35,7 +35,6 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 WARMUP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 MAX_ROUNDS_IN_A_ROW = 6  # where one timing already is many calls
-SECONDS_BETWEEN_REPORTS = 5.0
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,8 @@ def time_case(
     Args:
         until: of time.perf_counter; implementations that are not ready by then are left out, but
             the first two: ours, and the peer to compare it with.
-        report: called with all rows so far, marked "provisional", whenever an implementation took
-            seconds to get ready: a process that is killed leaves what it has measured.
+        report: called with all rows so far, marked "provisional", whenever an implementation is
+            ready: a process that is killed leaves what it has measured.
     """
     try:
         implementations = case.build()
@@ -195,7 +194,7 @@ def _time_implementations(
     bench: str, case: Case, timer: Timer, seconds: float, until: float, report: Report,
     implementations: dict[str, Callable[[], Any] | str],
 ) -> list[Row]:  # fmt: skip
-    start = last_report = time.perf_counter()
+    start = time.perf_counter()
     ready: dict[str, _Timed] = {}
     problems: list[Row] = []
     for name, function in implementations.items():
@@ -211,21 +210,16 @@ def _time_implementations(
             problems.append(skipped(bench, case.name, name, error))
         if name not in ready:
             timer.clear()
-        if time.perf_counter() - last_report > SECONDS_BETWEEN_REPORTS:
-            for turn in range(MIN_ROUNDS if case.repeats == 1 else 1):
-                problems += _round(bench, case, timer, ready, turn)
-            rows = measured_rows(bench, case, ready, timer) + problems
-            report([row | {"provisional": True} for row in rows])
-            last_report = time.perf_counter()
+        problems += _round(bench, case, timer, ready, 0)
+        rows = measured_rows(bench, case, ready, timer) + problems
+        report([row | {"provisional": True} for row in rows])
     for timed in ready.values():
         timed.seconds.clear()  # all figures of a case come from the same rounds
     for turn in range(MAX_ROUNDS if case.repeats == 1 else MAX_ROUNDS_IN_A_ROW):
         if not ready or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
-    rows = measured_rows(bench, case, ready, timer)
-    report([row | {"provisional": True} for row in rows + problems])
-    return [whole for row in rows for whole in _with_facts(case, row)] + problems
+    return measured_rows(bench, case, ready, timer) + problems
 
 
 def _warm_up(case: Case, name: str, function: Callable[[], Any], timer: Timer) -> _Timed:
@@ -251,12 +245,21 @@ def _round(bench: str, case: Case, timer: Timer, ready: dict[str, _Timed], turn:
     return failed
 
 
-def _with_facts(case: Case, row: Row) -> list[Row]:
-    """The row with its facts; where they fail the row, and one with the reason."""
-    try:
-        return [row | case.facts(row["impl"])]
-    except Exception as error:
-        return [row, skipped(row["bench"], case.name, f"{row['impl']}, facts", error)]
+def with_facts(case: Case, rows: list[Row], until: float) -> list[Row]:
+    """The rows of a case with their facts, as far as they are known by ``until``.
+
+    To call when every case of the process is timed: a profiler may slow down what comes after it.
+    """
+    whole = []
+    for row in rows:
+        whole.append(row)
+        if "ms" not in row or time.perf_counter() > until:
+            continue
+        try:
+            whole[-1] = row | case.facts(row["impl"])
+        except Exception as error:
+            whole.append(skipped(row["bench"], case.name, f"{row['impl']}, facts", error))
+    return whole
 
 
 def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer) -> list[Row]:

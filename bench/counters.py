@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import ROOT, ResultFile
+from .record import ROOT, ResultFile, find_tool
 
 # (bench, case as a regex, implementation): the kernels whose predictions decide, first things first
 TARGETS = (
@@ -33,6 +34,10 @@ SECTIONS = (
     *("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis"),
     *("ComputeWorkloadAnalysis", "LaunchStats", "Occupancy"),
 )
+METRICS = (  # that the sections may lack
+    *("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"),
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+)
 COLUMNS = {  # field of a row: patterns of a counter's name in ncu's raw page, best first
     "us": (r"^gpu__time_duration\.(sum|avg)$",),
     "issue_active_pct": (
@@ -40,16 +45,13 @@ COLUMNS = {  # field of a row: patterns of a counter's name in ncu's raw page, b
         r"^smsp?__inst_issued\.avg\.pct_of_peak_sustained_active$",
         r"^sm__inst_issued\.avg\.pct_of_peak_sustained_(active|elapsed)$",
     ),
-    "dram_pct": (
-        r"dram__throughput\.avg\.pct_of_peak_sustained_elapsed$",
-        r"^dram__bytes.*\.pct_of_peak_sustained_elapsed$",
-    ),
+    "dram_pct": (r"dram_+throughput\.avg\.pct_of_peak_sustained_elapsed$",),
     "dram_bytes": (r"^dram__bytes\.sum$",),
     "dram_read_bytes": (r"^dram__bytes_read\.sum$",),
     "dram_write_bytes": (r"^dram__bytes_write\.sum$",),
     "tensor_pct": (
-        r"^sm__inst_executed_pipe_tensor.*\.pct_of_peak_sustained_active$",
-        r"^sm__pipe_tensor.*\.pct_of_peak_sustained_(active|elapsed)$",
+        r"^sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_(active|elapsed)$",
+        r"^sm__(inst_executed_)?pipe_tensor.*\.pct_of_peak_sustained_(active|elapsed)$",
     ),
     "registers": (r"^launch__registers_per_thread$",),
     "occupancy_pct": (r"^sm__warps_active\.avg\.pct_of_peak_sustained_active$",),
@@ -66,8 +68,9 @@ def command(bench: str, case: str, implementation: str) -> list[str]:
     sections = [part for name in SECTIONS for part in ("--section", name)]
     target = (sys.executable, "-m", "bench.counters", "--call", bench, case, implementation)
     return [
-        *("ncu", "--csv", "--page", "raw", "--profile-from-start", "off"),
-        *("--target-processes", "all", "--clock-control", "none", *sections, *target),
+        *(find_tool("ncu") or "ncu", "--csv", "--page", "raw", "--profile-from-start", "off"),
+        *("--target-processes", "all", "--clock-control", "none"),
+        *(*sections, "--metrics", ",".join(METRICS), *target),
     ]
 
 
@@ -112,12 +115,15 @@ def _read_kernel(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"kernel": re.sub(r"\s+", " ", row["Kernel Name"])[:120]}
     for field, patterns in COLUMNS.items():
         for pattern in patterns:
-            name = next((name for name in row if name and re.search(pattern, name)), None)
-            value = _number(row.get(name, "")) if name else None
-            if name is not None and value is not None:
-                unit = units.get(name) or ""
-                scale = TO_MICROSECONDS.get(unit, 1.0) if field == "us" else TO_BYTES.get(unit, 1.0)
-                found[field] = round(value * scale, 2)
+            names = [name for name in row if name and re.search(pattern, name)]
+            scale = TO_MICROSECONDS if field == "us" else TO_BYTES
+            values = [
+                value * scale.get(units.get(name) or "", 1.0)
+                for name in names
+                if (value := _number(row[name] or "")) is not None
+            ]
+            if values:  # of several units of one kind the one that worked most
+                found[field] = round(max(values), 2)
                 break
     stalls = {}
     for name, text in row.items():
@@ -134,9 +140,10 @@ def _read_kernel(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.replace(",", ""))
+        value = float(text.replace(",", ""))
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

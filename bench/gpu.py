@@ -10,8 +10,9 @@ then kernels, loss and cache beside their peers, then all tests. The second one 
 figures: hardware counters, one step kernel by kernel, sanitizers, repeats, NCCL, tiles, apex.
 
 FOLDER receives results.json, tests.jsonl, log.txt and summary.txt; the second script adds ncu.csv,
-tiles.json and traces. All are written as the run goes, so a run that is killed keeps what it has.
-On a machine without a GPU every stage runs its CPU form or says why it is skipped: a rehearsal.
+tiles.json and two traces. All are written as the run goes, so a run that is killed keeps what it
+has. On a machine without a GPU every stage runs its CPU form or says why it is skipped: a
+rehearsal. The exit status is 1 where a stage failed or was cut short; its results so far are good.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -28,9 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from . import record
+from .record import find_tool
 from .stages import Command, Log, Stage, plan_text, run_stages
 
-TOTAL = 525.0  # of the 540 s that are promised: the rest is Python's start and the last kill
+TOTAL = 495.0  # seconds of all stages
+PROMISED = 530.0  # from the start of this process, with its imports, to the summary
+WRITTEN = ("results.json", "tests.jsonl", "log.txt", "summary.txt")
 PYTHON = sys.executable
 JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # processes that compile side by side
 
@@ -70,13 +73,13 @@ def pytest(out: Path, *arguments: str, name: str = "tests", wrapper: Sequence[st
     return Command(name, (*wrapper, PYTHON, "-m", "pytest", *options, *outcomes, *arguments))
 
 
-def build(device: str) -> Stage:
+def build(device: str, seconds: float) -> Stage:
     """Install the project; the log then also says which card it is and in what state."""
-    pip = ("install", "--quiet", "--no-build-isolation", "--no-deps", "-e", ".")
-    commands = [Command("build", (PYTHON, "-m", "pip", *pip))]
-    if device == "cuda" and shutil.which("nvidia-smi"):
-        commands.append(Command("card", ("nvidia-smi",)))
-    return Stage("build", 45, "install the project from this folder, offline", tuple(commands))
+    commands = [Command("build", (PYTHON, "-m", "bench.install", "--device", device))]
+    if device == "cuda" and (tool := find_tool("nvidia-smi")):
+        commands.append(Command("card", (tool,)))
+    about = "install the project from this folder, offline"
+    return Stage("build", seconds, about, tuple(commands), is_required=True)
 
 
 def gpu_test_files() -> tuple[str, ...]:
@@ -109,20 +112,20 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
     ready = (pytest(out, *FIRST_TESTS, name="first"), *(ahead if cuda else ()))
     kernels = ("attention", "add_layer_norm", "bias_gelu", "ingest")
     return (
-        build(device),
-        Stage("first", 120, "kernels at one small shape; meanwhile the steps compile", ready,
+        build(device, 100),
+        Stage("first", 95, "kernels at one small shape; meanwhile the steps compile", ready,
               jobs=1 + JOBS),
-        Stage("step", 115, "the compiled step, ours beside timm's, DeiT-S then DeiT-Ti",
+        Stage("step", 100, "the compiled step, ours beside timm's, DeiT-S then DeiT-Ti",
               (bench(out, device, "step", "--only", students),)),
-        Stage("teacher", 80, "the step with a cached and an online teacher",
+        Stage("teacher", 65, "the step with a cached and an online teacher",
               (bench(out, device, "step", "--only", teacher, name="teacher"),)),
-        Stage("kernels", 60, "kernels at DeiT-S shapes beside cuDNN, Flash, Inductor, Liger",
+        Stage("kernels", 50, "kernels at DeiT-S shapes beside cuDNN, Flash, Inductor, Liger",
               tuple(bench(out, device, name, "--only", small) for name in kernels)),
-        Stage("loss", 30, "distillation loss at 1,000 and 21,841 classes",
+        Stage("loss", 25, "distillation loss at 1,000 and 21,841 classes",
               (bench(out, device, "distillation_loss", "--only", loss, name="loss"),)),
-        Stage("cache", 25, "encode, decode and gather of cached logits on the device",
+        Stage("cache", 20, "encode, decode and gather of cached logits on the device",
               (bench(out, device, "cache", "--only", cache),)),
-        Stage("tests", 50, "all tests that need a GPU, in the time that is left",
+        Stage("tests", 40, "all tests that need a GPU, in the time that is left",
               (pytest(out, *workers, *gpu_test_files()),)),
     )  # fmt: skip
 
@@ -132,17 +135,18 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
     cuda = device == "cuda"
     no_gpu = "" if cuda else "no CUDA device"
 
-    def skip(tool: str) -> str:
-        return no_gpu or ("" if shutil.which(tool) else f"{tool} is not on PATH")
-
+    no_ncu = no_gpu or ("" if find_tool("ncu") else "Nsight Compute (ncu) is not here")
+    sanitizer = find_tool("compute-sanitizer")
     apex = os.environ.get("APEX", "")
     no_apex = no_gpu or ("" if apex else "no source of NVIDIA's apex: name its folder by APEX=")
     results = ("--out", str(out))
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "99", "--target-processes", "all")
+    options = ("--error-exitcode", "99", "--report-api-errors", "no", "--target-processes", "all")
     without_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def sanitized(tool: str) -> Command:
-        command = pytest(out, *FIRST_TESTS, name=tool, wrapper=(*sanitizer, "--tool", tool))
+        command = pytest(
+            out, *FIRST_TESTS, name=tool, wrapper=(sanitizer, *options, "--tool", tool)
+        )
         return Command(tool, command.arguments, without_cache)
 
     ahead = tuple(
@@ -154,54 +158,63 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
         compile_ahead(device, "step", "--only", "small ways", implementation=name)
         for name in ("ours", "timm, compiled", "ours, CUDA graphs", "ours, compile=model")
     )
-    sanitizers = (sanitized("memcheck"), sanitized("racecheck"))
+    sanitizers = (sanitized("memcheck"), sanitized("racecheck")) if sanitizer else ()
+    missing = "" if sanitizer else "; compute-sanitizer is not here"
     return (
-        build(device),
-        Stage("ncu", 55, "hardware counters of attention, LayerNorm and the loss",
-              (Command("ncu", (PYTHON, "-m", "bench.counters", *results)),), skip=skip("ncu")),
-        Stage("sanitizer", 80, "compute-sanitizer at small shapes; meanwhile the models compile",
-              (*sanitizers, *ahead), jobs=2 + JOBS, skip=skip("compute-sanitizer")),
-        Stage("trace", 40, "one step of ours and of timm's, kernel by kernel",
+        build(device, 90),
+        Stage("ncu", 60, "hardware counters of attention, LayerNorm and the loss",
+              (Command("ncu", (PYTHON, "-m", "bench.counters", *results)),), skip=no_ncu),
+        Stage("sanitizer", 75, f"memcheck and racecheck; meanwhile the models compile{missing}",
+              (*sanitizers, *ahead), jobs=2 + JOBS, skip=no_gpu),
+        Stage("trace", 35, "one step of ours and of timm's, kernel by kernel",
               (Command("trace", (PYTHON, "-m", "bench.trace", "--device", device, *results)),)),
-        Stage("choice", 70, "each kernel on and off in the compiled model",
+        Stage("choice", 55, "each kernel on and off in the compiled model",
               (bench(out, device, "block", "--only", "small.*compiled" if cuda else "block"),)),
-        Stage("repeats", 40, "250 repeats bit-equal, no waiting for the device, graphs, NCCL",
+        Stage("repeats", 35, "250 repeats bit-equal, no waiting for the device, graphs, NCCL",
               (pytest(out, "-n", str(JOBS), "-k", REPEATED, *gpu_test_files()),)),
-        Stage("tiles", 40, "attention's tiles and pipeline stages by measurement",
+        Stage("tiles", 35, "attention's tiles and pipeline stages by measurement",
               (Command("tiles", (PYTHON, "-m", "deit_fast.kernels.attention", "--tune",
                                  "--out", str(out / "tiles.json"))),), skip=no_gpu),
-        Stage("ways", 45, "the step by CUDA graphs and compiled as a whole; DeiT-B",
+        Stage("ways", 50, "the step by CUDA graphs and compiled as a whole; DeiT-B",
               (bench(out, device, "step", "--only", "small ways|base student", name="ways"),),
               skip=no_gpu),
-        Stage("fed", 25, "a step fed by a loader beside the same step with a batch at hand",
+        Stage("fed", 20, "a step fed by a loader beside the same step with a batch at hand",
               (bench(out, device, "step", "--only", "small.*fed by packed" if cuda
                      else "fed by packed", name="fed"),)),
-        Stage("apex", 75, "NVIDIA's apex, built from source: optimiser test, LayerNorm bench",
+        Stage("apex", 40, "NVIDIA's apex, built from source: optimiser test, LayerNorm bench",
               (Command("apex", ("bash", "bench/apex.sh", apex, str(out), PYTHON)),),
               skip=no_apex),
     )  # fmt: skip
 
 
 def read_tests(path: Path) -> dict[str, Any]:
-    """Counts and failures of tests.jsonl, which tests/conftest.py writes."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, collected = [], 0
+    """Counts and failures of tests.jsonl, which tests/conftest.py writes.
+
+    A test counts once in each run of pytest; if it has several lines there, the worst counts.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         lines = []
+    collected = 0
+    tests: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:  # the last line of a process that was killed
             continue
-        if "collected" in entry:
-            collected += entry["collected"]
-            continue
-        counts[entry["outcome"]] += 1
-        if entry["outcome"] == "failed":
-            failures.append({"test": entry["test"], "message": entry["message"]})
-    missing = max(0, collected - sum(counts.values()))
+        collected += entry.get("collected", 0)
+        key = entry["run"], entry.get("test", "")
+        if key[1] and tests.get(key, {}).get("outcome") != "failed":
+            tests[key] = entry
+    outcomes = [entry["outcome"] for entry in tests.values()]
+    counts = {name: outcomes.count(name) for name in ("passed", "failed", "skipped")}
+    failures = [
+        {"test": entry["test"], "message": entry["message"]}
+        for entry in tests.values()
+        if entry["outcome"] == "failed"
+    ]
+    missing = max(0, collected - len(tests))
     return {"collected": collected, **counts, "not_run": missing, "failures": failures}
 
 
@@ -223,6 +236,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments[1:])
 
+    out = options.out.resolve()
+    prepare(out)
+
     import torch  # after the arguments: --help must not wait for it
 
     device = options.device
@@ -230,35 +246,58 @@ def main(arguments: Sequence[str]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device")
-    out = options.out.resolve()
-    if (out / "results.json").exists():
-        raise SystemExit(f"--out {out}: has the results of an earlier run; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
     command = f"python -m bench {' '.join(arguments)}"
     meta = record.collect_meta(device, command, options.commit)
     file = record.ResultFile.create(out / "results.json", meta)
+    total = min(options.seconds, PROMISED - (time.monotonic() - start))
     stages = (plan if script == "gpu" else profile_plan)(out, device)
-    stages = without(scaled(stages, options.seconds / TOTAL), options.skip)
+    stages = without(scaled(stages, total / TOTAL), options.skip)
 
     log = Log(out / "log.txt")
     log.write("", f"{command}\n{meta['device']}, commit {meta['commit']}\n")
-    log.write("", plan_text(stages, options.seconds) + "\n")
+    log.write("", plan_text(stages, total) + "\n")
 
     def report(records: list[dict[str, Any]]) -> None:
         """Stages write rows while they run; this process writes only between them."""
-        current = record.ResultFile.resume(file.path)
+        try:
+            current = record.ResultFile.resume(file.path)
+        except ValueError as error:  # a stage that breaks the file must not end the others
+            log.write("", str(error))
+            return
         current.content |= {"stages": records, "tests": read_tests(out / "tests.jsonl")}
         current.save()
 
-    records = run_stages(stages, options.seconds, log, report, start)
+    records: list[dict[str, Any]] = []
+    try:
+        records = run_stages(stages, total, log, report)
+        status = int(any(entry["outcome"] not in ("passed", "skipped") for entry in records))
+    except KeyboardInterrupt:
+        status = 130
     from .summary import page
 
     text = page(record.read(file.path))
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    (out / ".results.json.part").unlink(missing_ok=True)
     log.write("", f"\n{text}\n\nwritten to {out}, {time.monotonic() - start:.0f} s in all")
     log.close()
-    if any(entry["outcome"] in ("failed", "stopped") for entry in records):
-        raise SystemExit(1)
+    if status:
+        raise SystemExit(status)
+
+
+def prepare(out: Path) -> None:
+    """Make the folder of results.
+
+    Raises:
+        SystemExit: it has results already, or cannot be written.
+    """
+    found = [name for name in ("results.json", "tests.jsonl") if (out / name).exists()]
+    if found:
+        raise SystemExit(f"--out {out}: has {found[0]} of an earlier run; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.txt").write_text("")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: cannot be written: {error.strerror}") from None
 
 
 def scaled(stages: Sequence[Stage], factor: float) -> tuple[Stage, ...]:

@@ -18,9 +18,11 @@ import ctypes
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -62,6 +64,13 @@ def output_of(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().split("\n")[0]
+
+
+def find_tool(name: str) -> str:
+    """A tool of NVIDIA's, on PATH or where its installers put it; empty where it is not."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = [f"{home}/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*"))]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or ""
 
 
 def cpu_name() -> str:
@@ -184,7 +193,7 @@ def write(path: Path, content: Content) -> None:
     require_meta(content["meta"], path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
@@ -200,6 +209,17 @@ def read(path: Path) -> Content:
     if faults := find_faults(content):
         raise ValueError(f"{path}: not a result of `python -m bench`: {faults[0]}")
     return content  # type: ignore[no-any-return]
+
+
+def find_fault(row: Row) -> str:
+    """What is wrong with the figures of a row; empty where nothing is."""
+    for name, value in row.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not math.isfinite(value):
+            return f"{name} is {value}"
+        if name in ("ms", "ms_p20", "ms_p80", "ratio") and not (is_number and value > 0):
+            return f"{name} is {value}, not a positive number"
+    return "" if ("ms" in row) != ("skipped" in row) else "needs either ms or skipped"
 
 
 def find_faults(content: Any) -> list[str]:
@@ -220,12 +240,16 @@ def find_faults(content: Any) -> list[str]:
         if key in seen and "skipped" not in row:
             faults.append(f"row {number} repeats {key}")
         seen.add(key)
-        numbers = [row[name] for name in ("ms", "ms_p20", "ms_p80", "ratio") if name in row]
-        if not all(isinstance(value, (int, float)) and 0 < value < 1e12 for value in numbers):
-            faults.append(f"row {number}, {key}: a time or ratio is not a positive number")
-        if ("ms" in row) == ("skipped" in row):
-            faults.append(f"row {number}, {key}: needs either ms or skipped")
+        if fault := find_fault(row):
+            faults.append(f"row {number}, {key}: {fault}")
     return faults
+
+
+def _without_fault(row: Row) -> Row:
+    fault = find_fault(row)
+    if not fault:
+        return row
+    return dict(zip(("bench", "case", "impl"), key_of(row), strict=True)) | {"skipped": fault}
 
 
 class ResultFile:
@@ -267,8 +291,11 @@ class ResultFile:
         }
 
     def put(self, rows: Iterable[Row]) -> None:
-        """Add the rows of one case, in place of all earlier rows of that case."""
-        rows = [self._with_prediction(row) for row in rows]
+        """Add the rows of one case, in place of all earlier rows of that case.
+
+        A row whose figures cannot be right becomes one that says so: it must not cost the others.
+        """
+        rows = [self._with_prediction(_without_fault(row)) for row in rows]
         replaced = {(row["bench"], row["case"]) for row in rows}
         kept = [row for row in self.rows if (row["bench"], row["case"]) not in replaced]
         self.content["rows"] = kept + rows

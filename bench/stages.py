@@ -3,7 +3,8 @@
 Every stage has a share of the time, in seconds. It may also use what the stages before it left
 over, but never a later stage's share: at its limit it is interrupted, and killed a few seconds
 later. So a stage that hangs, or a compilation that takes twice as long as expected, costs no other
-stage its time, and the whole ends in time.
+stage its time, and the whole ends in time. Commands that run one after the other within a stage
+share its time in the same way.
 
 What the processes print goes to one log, line by line, with the stage's name in front. The result
 file says of each stage what became of it; the rows are written by the stages themselves.
@@ -11,7 +12,6 @@ file says of each stage what became of it; the rows are written by the stages th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +30,7 @@ SECONDS_TO_LEAVE = 8.0  # between the interrupt at a stage's limit and the kill
 SECONDS_TO_DIE = 1.0  # after the kill
 PASSED_ON = 0.85  # of a command's time, as its {seconds}: the case under way still has to end
 POLL_SECONDS = 0.05
-PR_SET_PDEATHSIG = 1
+LEASH = Path(__file__).with_name("leash.py")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Stage:
     about: one line for a person.
     commands: run ``jobs`` at a time, in this order.
     skip: why the stage is left out; empty where it runs.
+    is_required: without it the stages after it would measure nothing; they are left out then.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Stage:
     commands: tuple[Command, ...]
     jobs: int = 1
     skip: str = ""
+    is_required: bool = False
 
 
 class Log:
@@ -97,14 +100,12 @@ def run_stages(
     total: float,
     log: Log,
     report: Callable[[list[dict[str, Any]]], None],
-    start: float | None = None,
 ) -> list[dict[str, Any]]:
     """Run the stages in order; returns one record each.
 
     Args:
         total: seconds for all stages together; at least the sum of their shares.
         report: called with the records so far whenever a stage begins or ends.
-        start: of time.monotonic, when the time began to run; None: now.
 
     Raises:
         ValueError: the shares do not fit into ``total``.
@@ -112,12 +113,13 @@ def run_stages(
     shares = [0.0 if stage.skip else stage.seconds for stage in stages]
     if sum(shares) > total:
         raise ValueError(f"shares of {sum(shares):.0f} s do not fit into {total:.0f} s")
-    deadline = (time.monotonic() if start is None else start) + total
+    deadline = time.monotonic() + total
     records: list[dict[str, Any]] = []
+    missing = ""
     for position, stage in enumerate(stages):
-        if stage.skip:
-            log.write(stage.name, f"skipped: {stage.skip}")
-            records.append({"stage": stage.name, "outcome": "skipped", "reason": stage.skip})
+        if reason := stage.skip or missing:
+            log.write(stage.name, f"skipped: {reason}")
+            records.append({"stage": stage.name, "outcome": "skipped", "reason": reason})
             report(records)
             continue
         until = deadline - sum(shares[position + 1 :])
@@ -128,51 +130,42 @@ def run_stages(
         report(records)
         log.write(stage.name, f"{stage.about}; at most {limit:.0f} s")
         began = time.monotonic()
-        record["commands"] = _run_stage(stage, until, log)
+        try:
+            record["commands"] = _run_stage(stage, until, log)
+        except KeyboardInterrupt:
+            record["outcome"] = "interrupted"
+            report(records)
+            raise
         outcomes = {command["outcome"] for command in record["commands"]}
-        worst = [name for name in ("stopped", "failed", "passed") if name in outcomes]
-        record["outcome"] = worst[0] if worst else "stopped"
+        order = ("not started", "stopped", "failed", "passed")
+        record["outcome"] = next(name for name in order if name in outcomes)
         record["took_s"] = round(time.monotonic() - began, 1)
         log.write(stage.name, f"{record['outcome']} after {record['took_s']} s")
         report(records)
+        if stage.is_required and record["commands"][0]["outcome"] != "passed":
+            missing = f"stage {stage.name} did not pass"
     return records
 
 
 def _run_stage(stage: Stage, until: float, log: Log) -> list[dict[str, Any]]:
     """Records of the stage's commands; none of their processes is alive when it returns."""
-    grace = min(SECONDS_TO_LEAVE, (until - time.monotonic()) / 4)
     waiting, running, done = list(stage.commands), [], []
     try:
         while waiting or running:
-            left = until - grace - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= until:
                 break
             while waiting and len(running) < stage.jobs:
-                rounds = -(-len(waiting) // stage.jobs)  # commands that share the time that is left
-                running.append(_Running(stage.name, waiting.pop(0), PASSED_ON * left / rounds, log))
-            running, ended = _partition(running)
-            done += [process.record() for process in ended]
+                # One after the other they share the time that is left; side by side each has all.
+                left = (until - now) / (len(waiting) if stage.jobs == 1 else 1)
+                running.append(_Running(stage.name, waiting.pop(0), left, log))
+            for process in [process for process in running if process.has_ended()]:
+                running.remove(process)
+                done.append(process.record())
             time.sleep(POLL_SECONDS)
     finally:
-        for process in running:
-            process.send(signal.SIGINT)
-        while any(process.is_alive() for process in running) and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
-        for process in running:
-            process.send(signal.SIGKILL)
-        done += [process.record(stopped=True) for process in running]
-    left_out = [{"command": c.name, "outcome": "stopped", "took_s": 0.0} for c in waiting]
-    return done + left_out
-
-
-def _partition(processes: list[_Running]) -> tuple[list[_Running], list[_Running]]:
-    alive = [process for process in processes if process.is_alive()]
-    return alive, [process for process in processes if process not in alive]
-
-
-def _die_with_parent() -> None:
-    """In the child: Linux kills it when this process ends, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        done += [process.record() for process in running]
+    return done + [{"command": command.name, "outcome": "not started"} for command in waiting]
 
 
 class _Running:
@@ -180,58 +173,57 @@ class _Running:
 
     def __init__(self, stage: str, command: Command, seconds: float, log: Log) -> None:
         self.command, self.began = command, time.monotonic()
-        self.error = ""
-        self.process: subprocess.Popen[bytes] | None = None
+        grace = min(SECONDS_TO_LEAVE, seconds / 4)
+        self.kill_at = self.began + seconds
+        self.interrupt_at = self.kill_at - grace
+        self.is_stopped = False
         label = stage if command.name == stage else command.name
-        arguments = [part.replace("{seconds}", f"{seconds:.0f}") for part in command.arguments]
+        told = f"{PASSED_ON * (seconds - grace):.0f}"
+        arguments = [part.replace("{seconds}", told) for part in command.arguments]
         log.write(label, f"$ {' '.join(arguments)}")
-        try:
-            self.process = subprocess.Popen(
-                arguments,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | command.env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-        except OSError as error:
-            self.error = str(error)
-            log.write(label, self.error)
-            return
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", str(LEASH), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | command.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.reader = threading.Thread(target=self._copy, args=(label, log), daemon=True)
         self.reader.start()
 
     def _copy(self, label: str, log: Log) -> None:
-        assert self.process is not None and self.process.stdout is not None
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             log.write(label, line.decode(errors="replace"))
 
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+    def has_ended(self) -> bool:
+        """Whether it has ended, or its time has; interrupts it shortly before that."""
+        if self.process.poll() is not None:
+            return True
+        now = time.monotonic()
+        if now >= self.interrupt_at and not self.is_stopped:
+            self.is_stopped = True
+            self._send(signal.SIGINT)
+        return now >= self.kill_at
 
-    def send(self, number: int) -> None:
-        """To all processes of the group; those of a leader that has ended too."""
-        if self.process is None:
-            return
-        try:
+    def _send(self, number: int) -> None:
+        """To all processes of the group, those of a leader that has ended too."""
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return
 
-    def record(self, stopped: bool = False) -> dict[str, Any]:
-        """What became of it; what it left behind in its group is killed."""
-        self.send(signal.SIGKILL)
+    def record(self) -> dict[str, Any]:
+        """What became of it; every process of its group is killed."""
+        is_stopped = self.is_stopped or self.process.poll() is None
+        self._send(signal.SIGKILL)
         found: dict[str, Any] = {"command": self.command.name}
         found["took_s"] = round(time.monotonic() - self.began, 1)
-        if self.process is None:
-            return found | {"outcome": "failed", "reason": self.error}
         try:
-            code = self.process.wait(timeout=SECONDS_TO_DIE)
+            status = self.process.wait(timeout=SECONDS_TO_DIE)
         except subprocess.TimeoutExpired:  # it hangs in the driver, where no signal reaches it
             return found | {"outcome": "stopped", "reason": "does not die by SIGKILL"}
         self.reader.join(timeout=SECONDS_TO_DIE)
-        if stopped:
+        if is_stopped:
             return found | {"outcome": "stopped"}
-        return found | {"outcome": "failed" if code else "passed", "exit_status": code}
+        return found | {"outcome": "failed" if status else "passed", "exit_status": status}

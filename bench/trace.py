@@ -24,17 +24,15 @@ def device_intervals(events: Iterable[Any]) -> list[Interval]:
     """(name, start, end) in microseconds of all kernels, copies and fills on the device.
 
     Args:
-        events: of torch.profiler, host and device. A named region of the host has a twin on the
-            device, which is no kernel.
+        events: of torch.profiler, host and device. A region that the program has named has a twin
+            on the device, which is no kernel.
     """
     from torch.autograd import DeviceType
 
-    events = list(events)
-    regions = {event.name for event in events if event.device_type == DeviceType.CPU}
     return [
         (event.name, event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA and event.name not in regions
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
 
 
@@ -112,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         busy, table = busy_us(intervals), by_kernel(intervals, CALLS)
         print(f"\n{case}, {name}: {busy / CALLS / 1e3:.2f} ms busy")
         print(table_text(table, busy / CALLS), flush=True)
+        if not busy:
+            print("the profiler has seen nothing on the device")
+            continue
         row = {"bench": "trace", "case": f"{case}, {name}", "impl": name}
         row |= {"ms": busy / CALLS / 1e3, "kernels": table[:60]}
         ResultFile.resume(options.out / "results.json").put([row])

@@ -1,7 +1,7 @@
 """Marks that this machine cannot serve are skipped with a reason; all tests have one seed.
 
 ``--outcomes FILE`` appends a line of JSON for each test as soon as it ends, so that a run that is
-killed still says what it has seen: bench/gpu.py reads it.
+killed leaves the outcomes so far: bench/gpu.py reads them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Appends {"collected": N} once, then {"test", "outcome", "message"} for each test."""
+    """Appends {"run", "collected"} once, then {"run", "test", "outcome", "message"} for each test.
+
+    "run" is the process: several may append to one file. A test whose process died has two lines.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,9 +59,10 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            text = report.longreprtext.strip().splitlines()
-            message = text[-1][:300] if text else ""
-            self._append({"test": report.nodeid, "outcome": report.outcome, "message": message})
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash is not None else report.longreprtext
+            entry = {"test": report.nodeid, "outcome": report.outcome, "message": message[:2000]}
+            self._append(entry)
 
     def _count(self, number: int) -> None:
         if not self.is_counted:
@@ -67,7 +71,7 @@ class Outcomes:
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"run": os.getpid()} | entry) + "\n")
 
 
 @pytest.hookimpl(trylast=True)  # when -m and -k have chosen

@@ -139,7 +139,7 @@ def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> N
     def fails_late() -> None:
         nonlocal calls
         calls += 1
-        if calls > 1 + common.WARMUP_CALLS + 1:
+        if calls > 1 + common.WARMUP_CALLS + 2:
             raise RuntimeError("out of memory")
 
     def fails() -> None:
@@ -234,9 +234,12 @@ def test_implementations_take_turns(timer: common.Timer) -> None:
     calls: list[str] = []
     case = common.Case("turns", lambda: {name: lambda n=name: calls.append(n) for name in "abc"})
     common.time_case("turns", case, timer, 0.0)
-    warm = 3 * (1 + common.WARMUP_CALLS)
-    assert "".join(calls[:warm]) == "aaaabbbbcccc"
-    assert "".join(calls[warm:]) == "abc" + "bca" + "cab"
+    made = "".join(calls)
+    # Each is warmed up and then timed once beside those that are ready, for the file.
+    assert (
+        made[: 3 * (1 + common.WARMUP_CALLS) + 6] == "aaaa" + "a" + "bbbb" + "ab" + "cccc" + "abc"
+    )
+    assert made[3 * (1 + common.WARMUP_CALLS) + 6 :] == "abc" + "bca" + "cab"
 
 
 def test_a_peer_that_fails_is_a_line_with_the_reason(timer: common.Timer) -> None:
@@ -397,7 +400,6 @@ def test_what_has_been_timed_is_on_disk_while_a_peer_compiles(
         "c", lambda: {"ours": sleeper(1), "peer": sleeper(3), "slow to compile": compiles}
     )
     fake_benches(monkeypatch, a=[case])
-    monkeypatch.setattr(common, "SECONDS_BETWEEN_REPORTS", 0.0)
     out = tmp_path / "x.json"
     with pytest.raises(Killed):
         program.main(["a", "--device", "cpu", "--commit", "1", "--out", str(out)])
@@ -409,7 +411,7 @@ def test_what_has_been_timed_is_on_disk_while_a_peer_compiles(
     assert file.finished_cases() == set()
     file.put([{key: value for key, value in ours.items() if key != "provisional"}])
     assert file.finished_cases() == {("a", "c")}
-    file.put([ours | {"skipped": record.NO_TIME}])
+    file.put([{"bench": "a", "case": "c", "impl": "ours", "skipped": record.NO_TIME}])
     assert file.finished_cases() == set()
 
 
@@ -450,32 +452,45 @@ def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: comm
         calls.clear()
         (row,) = common.time_case("b", case, device, 0.0)
         assert 2 <= row["ms"] < 10  # of one call, not of five; and not the 1 ms of events
-        assert len(calls) == 1 + common.WARMUP_CALLS + 5 * common.MIN_ROUNDS
+        assert len(calls) == 1 + common.WARMUP_CALLS + 5 * (1 + common.MIN_ROUNDS)
         assert row["items_per_s"] == pytest.approx(8e3 / row["ms"])
     calls.clear()
     common.time_case("b", case, timer, 60.0)  # time that is not needed is left to later stages
-    assert len(calls) == 1 + common.WARMUP_CALLS + 5 * common.MAX_ROUNDS_IN_A_ROW
+    assert len(calls) == 1 + common.WARMUP_CALLS + 5 * (1 + common.MAX_ROUNDS_IN_A_ROW)
 
 
-def test_facts_are_asked_of_what_was_measured_alone(timer: common.Timer) -> None:
-    """A step that no time was left for must not be compiled to tell its facts."""
-    asked: list[str] = []
+def test_facts_are_asked_of_what_was_measured_when_every_case_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profiler may slow down what comes after it, and a step that no time was left for must not
+    be compiled to tell its facts."""
+    from bench import __main__ as program
+
+    events: list[str] = []
 
     def facts(name: str) -> dict[str, Any]:
-        asked.append(name)
+        events.append(f"facts of {name}")
         if name == "peer":
             raise RuntimeError("no profiler")
         return {"device_ms": 1.5}
 
-    case = common.Case("c", lambda: {n: sleeper(1) for n in ("ours", "peer", "late")}, facts=facts)
-    rows = common.time_case("b", case, timer, 0.0, time.perf_counter())
-    assert asked == ["ours", "peer"]
-    by_name = {row["impl"]: row for row in rows}
+    def case(name: str) -> common.Case:
+        def build() -> dict:
+            events.append(name)
+            return {"ours": sleeper(1), "peer": sleeper(2), "late": "no time left"}
+
+        return common.Case(name, build, facts=facts)
+
+    fake_benches(monkeypatch, a=[case("first"), case("second")])
+    out = tmp_path / "x.json"
+    program.main(["a", "--device", "cpu", "--commit", "1", "--seconds", "20", "--out", str(out)])
+    assert events == ["first", "second", *2 * ["facts of ours", "facts of peer"]]
+    by_name = {row["impl"]: row for row in record.read(out)["rows"] if row["case"] == "first"}
     assert by_name["ours"]["device_ms"] == 1.5 and "device_ms" not in by_name["peer"]
-    assert by_name["peer"]["ms"] > 0
+    assert by_name["peer"]["ms"] > 0 and "provisional" not in by_name["peer"]
     assert by_name["peer, facts"]["skipped"] == "RuntimeError: no profiler"
-    assert by_name["late"]["skipped"] == record.NO_TIME
-    assert record.find_faults({"meta": META, "rows": rows}) == []
+    row = {"bench": "a", "case": "c", "impl": "ours", "ms": 1.0}
+    assert common.with_facts(case("c"), [row], time.perf_counter() - 1) == [row]  # no time left
 
 
 def test_lazy_implementations_build_what_is_called() -> None:

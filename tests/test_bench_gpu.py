@@ -68,7 +68,7 @@ def test_a_stage_that_hangs_costs_no_other_stage_its_time(tmp_path: Path) -> Non
     )
     took = time.monotonic() - start
     assert [entry["outcome"] for entry in records] == ["stopped", "stopped", "passed"]
-    assert took < 7
+    assert took < 7.5
     assert all(entry["limit_s"] >= entry["share_s"] - 0.3 for entry in records)
     assert records[0]["took_s"] < 2.5 and records[1]["took_s"] < 2.5
     assert "three     | alive" in log
@@ -116,6 +116,23 @@ def test_a_command_knows_its_time_and_a_skipped_stage_has_a_reason(tmp_path: Pat
     assert text.index("a ") < text.index("b ") and "skipped: no card" in text
 
 
+def test_commands_of_a_stage_have_limits_of_their_own(tmp_path: Path) -> None:
+    """The first one hangs, and the others still have their parts of the time."""
+    (entry,), log = run([stage("s", 12, HANG, "print('second')", "print('third')")], 12, tmp_path)
+    outcomes = [command["outcome"] for command in entry["commands"]]
+    assert outcomes == ["stopped", "passed", "passed"] and entry["outcome"] == "stopped"
+    assert 3 < entry["commands"][0]["took_s"] < 5
+    assert "second" in log and "third" in log
+
+
+def test_nothing_is_measured_without_a_stage_that_is_required(tmp_path: Path) -> None:
+    build = Stage("build", 5, "", (python("build", "raise SystemExit(1)"),), is_required=True)
+    records, _ = run([build, stage("step", 5, "print('measures a mixture')")], 10, tmp_path)
+    assert records[0]["outcome"] == "failed"
+    expected = {"stage": "step", "outcome": "skipped", "reason": "stage build did not pass"}
+    assert records[1] == expected
+
+
 def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
     child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid())); {HANG}"
     code = (
@@ -150,14 +167,16 @@ from bench.stages import Command, Stage
 
 def plan(out, device):
     code = '''
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from bench.record import ResultFile
 name, out = sys.argv[1:]
+tool = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 row = {"bench": "b", "case": name, "impl": "ours", "ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0}
 ResultFile.resume(Path(out) / "results.json").put([row])
-print(f"stage {name} is measured", os.getpid())
+print(f"stage {name} is measured", os.getpid(), tool.pid)
 if name == KILLED: time.sleep(60)
+tool.kill()
 '''.replace("KILLED", repr(sys.argv[2]))
     command = lambda name: Command(name, (sys.executable, "-c", code, name, str(out)))
     return tuple(Stage(name, 30, "", (command(name),)) for name in ("one", "two", "three"))
@@ -178,12 +197,13 @@ def test_a_kill_in_any_stage_leaves_what_was_measured(tmp_path: Path, killed: st
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if found := re.search(rf"stage {killed} is measured (\d+)", line):
-            child = int(found[1])
+        if found := re.search(rf"stage {killed} is measured (\d+) (\d+)", line):
+            started = int(found[1]), int(found[2])
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not is_alive(child)  # or it would hold the GPU of the next run
+    # Neither the stage's process nor the tool that it runs may hold the GPU of the next run.
+    assert not any(is_alive(pid) for pid in started)
     content = record.read(tmp_path / "results.json")
     names = ["one", "two", "three"]
     assert [row["case"] for row in content["rows"]] == names[: names.index(killed) + 1]
@@ -194,20 +214,23 @@ def test_a_kill_in_any_stage_leaves_what_was_measured(tmp_path: Path, killed: st
 
 
 def test_wrong_calls_end_with_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
+    for name in ("results.json", "tests.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+    (tmp_path / "file").write_text("")
     for arguments, words in (
-        (["gpu", "--out", str(tmp_path)], "has the results of an earlier run; name another folder"),
-        (
-            ["gpu", "--out", str(tmp_path / "x"), "--skip", "all"],
-            "--skip all: the stages are build",
-        ),
-        (["gpu", "--device", "cuda"], "--device cuda: torch finds no CUDA device"),
+        (["--out", f"{tmp_path}/results.json"], "has results.json of an earlier run; name another"),
+        (["--out", f"{tmp_path}/tests.jsonl"], "has tests.jsonl of an earlier run; name another"),
+        (["--out", f"{tmp_path}/file"], "file: cannot be written: File exists"),
+        (["--out", f"{tmp_path}/file/x"], "file/x: cannot be written: Not a directory"),
+        (["--out", f"{tmp_path}/x", "--skip", "all"], "--skip all: the stages are build, first"),
+        (["--out", f"{tmp_path}/y", "--device", "cuda"], "torch finds no CUDA device"),
     ):
         if "cuda" in arguments and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit, match=re.escape(words)):
-            gpu.main(arguments)
-    assert (tmp_path / "results.json").read_text() == "{}"
+            gpu.main(["gpu", *arguments])
+    assert (tmp_path / "results.json" / "results.json").read_text() == "{}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,10 +243,10 @@ def test_the_plans_fit_into_nine_minutes_in_the_order_that_matters(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("APEX", "somewhere")
-    monkeypatch.setattr(gpu.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(gpu, "find_tool", lambda tool: tool)
     first, second = gpu.plan(tmp_path, device), gpu.profile_plan(tmp_path, device)
     for stages in (first, second):
-        assert sum(stage.seconds for stage in stages) <= gpu.TOTAL <= 540 - 15
+        assert sum(stage.seconds for stage in stages) <= gpu.TOTAL < gpu.PROMISED < 540
     names = [stage.name for stage in first]
     assert names == ["build", "first", "step", "teacher", "kernels", "loss", "cache", "tests"]
     assert {"ncu", "trace", "sanitizer", "repeats", "tiles", "apex"} <= {s.name for s in second}
@@ -301,45 +324,79 @@ def test_makefile_runs_both_scripts_where_the_caller_says() -> None:
             text=True,
         )
         expected = f"python3 -m bench {script} --out '/tmp/x y' --commit abc"
-        assert done.stdout.strip() == expected, done.stderr
-
-
-SLOW_COMPILER = """#!/bin/sh
-echo "$@" >> "$0.calls"
-sleep 5
-exec g++ "$@"
-"""
+        assert expected in done.stdout.splitlines(), done.stderr
 
 
 @pytest.mark.slow
-def test_slow_compilations_cost_no_stage_its_share(tmp_path: Path) -> None:
-    """The first script as a whole on this CPU, every call of the C++ compiler 5 s slower."""
+def test_a_compilation_that_takes_for_ever_costs_one_row_and_no_other_stage(tmp_path: Path) -> None:
+    """Two real benches; the C++ compiler that Inductor calls never ends."""
     compiler = tmp_path / "slow-g++"
-    compiler.write_text(SLOW_COMPILER)
+    compiler.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\nexec sleep 600\n')
     compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    record.ResultFile.create(tmp_path / "results.json", META)
+
+    def measure(name: str, only: str) -> Command:
+        command = gpu.bench(tmp_path, "cpu", name, "--only", only)
+        return Command(name, command.arguments, environment)
+
+    share = 45.0
+    stages = [
+        Stage("slow", share, "", (measure("bias_gelu", r",768\] float32 fwd$"),)),
+        Stage("quick", share, "", (measure("ingest", "B=32"),)),
+    ]
+    (slow, quick), log = run(stages, 2 * share, tmp_path)
+    assert (tmp_path / "slow-g++.calls").exists(), log
+    assert slow["outcome"] == "stopped" and slow["took_s"] < share + 2
+    assert quick["outcome"] == "passed" and quick["limit_s"] > share - 2, log
+    rows = {
+        (row["bench"], row["impl"]): row for row in record.read(tmp_path / "results.json")["rows"]
+    }
+    assert rows["bias_gelu", "ours"]["ms"] > 0  # on disk before its peer began to compile
+    assert rows["ingest", "ours"]["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_the_first_script_as_a_whole_on_a_cpu(tmp_path: Path) -> None:
+    """A rehearsal in a minute: every stage runs or is cut at its limit, and the files are whole."""
+    out = tmp_path / "out of the way"
     total = 60.0
-    out = tmp_path / "out"
-    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "bench", "gpu", "--device", "cpu", "--out", str(out),
          "--seconds", str(total), "--skip", "build"],  # which would replace the tested package
-        cwd=ROOT, env=environment, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    took = time.monotonic() - start
-    assert took < total + 20, "the end of the last stage, and this process's imports"
-    assert (tmp_path / "slow-g++.calls").exists(), "no compilation was delayed"
+    assert time.monotonic() - start < total + 30, "imports of this process, and the summary"
     content = record.read(out / "results.json")
     stages = {entry["stage"]: entry for entry in content["stages"]}
     assert list(stages) == [stage.name for stage in gpu.plan(out, "cpu")]
     assert stages.pop("build") == {"stage": "build", "outcome": "skipped", "reason": "by --skip"}
     for entry in stages.values():
-        assert entry["outcome"] in ("passed", "stopped", "failed"), entry
         assert entry["limit_s"] >= entry["share_s"] - 1, entry
-        assert entry["took_s"] <= entry["limit_s"] + 1, entry
+        assert entry["took_s"] <= entry["limit_s"] + 2, entry
     log = (out / "log.txt").read_text()
     assert log.index("share  what it does") < log.index("first     | ")  # printed first
     assert (out / "summary.txt").read_text().strip() in done.stdout
+    written = {path.name for path in out.iterdir()}
+    assert written == set(gpu.WRITTEN)
+
+
+def test_an_interrupted_run_ends_with_its_summary(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), "two"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "stage two is measured" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "Traceback" not in rest
+    content = record.read(tmp_path / "results.json")
+    assert [entry["outcome"] for entry in content["stages"]] == ["passed", "interrupted"]
+    assert "stage two: interrupted" in (tmp_path / "summary.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,12 +429,12 @@ def test_killed():
 
 def test_outcomes_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = pytest_in(tmp_path, TESTS)
-    assert lines[0] == {"collected": 4}
+    assert lines[0].keys() == {"run", "collected"} and lines[0]["collected"] == 4
     found = gpu.read_tests(tmp_path / "tests.jsonl")
     assert (found["passed"], found["failed"], found["skipped"], found["not_run"]) == (2, 1, 1, 0)
     (failure,) = found["failures"]
     assert (
-        failure["test"].endswith("test_x.py::test_bad") and "assert" in failure["message"].lower()
+        failure["test"].endswith("test_x.py::test_bad") and "one is not two" in failure["message"]
     )
     (tmp_path / "tests.jsonl").unlink()
     monkeypatch.setenv("KILL", "1")
@@ -386,6 +443,14 @@ def test_outcomes_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         file.write('{"test": "cut sh')
     found = gpu.read_tests(tmp_path / "tests.jsonl")
     assert (found["passed"], found["failed"], found["skipped"], found["not_run"]) == (1, 1, 1, 1)
+    # Another run of the same tests counts too; a test with two lines in one run counts once.
+    one = (
+        '{"run": 1, "collected": 2}\n{"run": 1, "test": "x", "outcome": "passed", "message": ""}\n'
+    )
+    crash = '{"run": 1, "test": "x", "outcome": "failed", "message": "worker crashed"}\n'
+    (tmp_path / "tests.jsonl").write_text(one + one.replace('"run": 1', '"run": 2') + crash)
+    found = gpu.read_tests(tmp_path / "tests.jsonl")
+    assert (found["passed"], found["failed"], found["not_run"]) == (1, 1, 2)
     assert gpu.read_tests(tmp_path / "absent")["collected"] == 0
 
 
@@ -428,9 +493,23 @@ def test_rows_carry_the_prediction_for_this_device(tmp_path: Path) -> None:
     assert "predicted" not in record.read(elsewhere.path)["rows"][0]
 
 
+def test_a_row_that_cannot_be_right_costs_no_other_row(tmp_path: Path) -> None:
+    """A profiler that sees nothing gives 0 ms, ncu may print nan."""
+    file = record.ResultFile.create(tmp_path / "r.json", META)
+    bad = {"case": "other"}
+    file.put([row("good"), row("zero", ms=0.0), row("nan", gbps=float("nan"))])
+    file.put([row("inf", ratio=float("inf"), **bad)])
+    rows = {one["impl"]: one for one in record.read(file.path)["rows"]}
+    assert rows["good"]["ms"] == 24.0
+    assert (
+        rows["zero"]["skipped"] == "ms is 0.0, not a positive number" and "ms" not in rows["zero"]
+    )
+    assert rows["nan"]["skipped"] == "gbps is nan" and rows["inf"]["skipped"] == "ratio is inf"
+
+
 def test_every_prediction_is_for_a_case_that_the_scripts_measure(tmp_path: Path) -> None:
     measured: set[tuple[str, str]] = set()
-    for stage in gpu.plan(tmp_path, "cuda"):
+    for stage in (*gpu.plan(tmp_path, "cuda"), *gpu.profile_plan(tmp_path, "cuda")):
         for command in stage.commands:
             words = command.arguments
             if words[1:3] == ("-m", "bench") and "--resume" in words:
@@ -453,8 +532,8 @@ def test_faults_of_a_result_file_are_named(tmp_path: Path) -> None:
     for change, words in (
         ({"meta": META | {"commit": ""}}, "meta lacks commit"),
         ({"rows": [row(), row()]}, "repeats"),
-        ({"rows": [row(ms=-1.0)]}, "not a positive number"),
-        ({"rows": [row(ms=float("inf"))]}, "not a positive number"),
+        ({"rows": [row(ms=-1.0)]}, "ms is -1.0, not a positive number"),
+        ({"rows": [row(gbps=float("nan"))]}, "gbps is nan"),
         ({"rows": [row(skipped="and measured")]}, "needs either ms or skipped"),
         ({"rows": [{"bench": "b"}]}, "row 0 lacks bench, case or impl"),
         ({"rows": {}}, "no list 'rows'"),
@@ -522,8 +601,9 @@ def test_the_page_says_what_a_person_asks_first(tmp_path: Path, capsys: Any) -> 
     ]  # fmt: skip
     file.save()
     (tmp_path / "tests.jsonl").write_text(
-        '{"collected": 3}\n{"test": "a", "outcome": "passed", "message": ""}\n'
-        '{"test": "tests/test_attention.py::x", "outcome": "failed", "message": "wrong"}\n'
+        '{"run": 1, "collected": 3}\n{"run": 1, "test": "a", "outcome": "passed", "message": ""}\n'
+        '{"run": 1, "test": "tests/test_attention.py::x", "outcome": "failed", '
+        '"message": "wrong"}\n'
     )
     summary.main(["summary", str(tmp_path)])
     page = capsys.readouterr().out
@@ -573,6 +653,9 @@ NCU_COLUMNS = {  # a counter's name: its unit, its values for two kernels
     "launch__registers_per_thread": ("register/thread", "136", "24"),
     "smsp__average_warps_issue_stalled_gmma_per_issue_active.ratio": ("inst", "3.25", ""),
     "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": ("inst", "0.50", "1.5"),
+    "sm__inst_executed_pipe_tensor_op_dmma.avg.pct_of_peak_sustained_active": ("%", "0", "0"),
+    "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active": ("%", "38.1", "0"),
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": ("%", "61.5", "nan"),
     "FBPA.TriageCompute.dramc__x": ("%", "n/a", ""),
 }
 NCU_LINES = [NCU_COLUMNS, *([column[i] for column in NCU_COLUMNS.values()] for i in range(3))]
@@ -587,6 +670,8 @@ def test_counters_are_read_from_the_tools_own_table() -> None:
     assert backward["issue_active_pct"] == 72.5 and backward["registers"] == 136
     assert backward["dram_read_bytes"] == 1024.5e6
     assert backward["stall"] == "gmma 3.25 wait 0.50"
+    assert backward["tensor_pct"] == 38.1 and backward["dram_pct"] == 61.5
+    assert "dram_pct" not in reduce
     assert reduce["us"] == 2.1 and reduce["stall"] == "wait 1.50" and "dram_bytes" not in reduce
     nanoseconds = NCU.replace('"us"', '"ns"')
     assert counters.read_csv(nanoseconds)[0]["us"] == pytest.approx(0.16, abs=0.01)
@@ -601,23 +686,30 @@ def test_counters_leave_the_cards_clocks_alone_and_name_one_case_each() -> None:
         assert len(choose(bench, "cuda", re.compile(case))) == 1
 
 
-def event(name: str, start: float, end: float, device: DeviceType) -> SimpleNamespace:
+def event(
+    name: str, start: float, end: float, device: DeviceType, is_region: bool = False
+) -> SimpleNamespace:
     span = SimpleNamespace(start=start, end=end)
-    return SimpleNamespace(name=name, time_range=span, device_type=device)
+    return SimpleNamespace(
+        name=name, time_range=span, device_type=device, is_user_annotation=is_region
+    )
 
 
 def test_the_device_is_busy_while_any_kernel_runs() -> None:
     cpu, cuda = DeviceType.CPU, DeviceType.CUDA
     events = [
-        event("step: forward", 0, 9, cpu),
-        event("step: forward", 10, 90, cuda),  # the region's twin on the device
+        event("step: forward", 0, 9, cpu, True),
+        event("step: forward", 10, 90, cuda, True),  # the region's twin on the device
         event("gemm", 10, 30, cuda),
         event("teacher", 20, 40, cuda),  # on another stream
         event("gemm", 60, 70, cuda),
         event("inside", 62, 65, cuda),
+        # Inductor names the launch of its kernel on the host like the kernel.
+        event("triton_poi_fused_add_0", 1, 2, cpu),
+        event("triton_poi_fused_add_0", 70, 75, cuda),
     ]
     intervals = trace.device_intervals(events)
-    assert trace.busy_us(intervals) == 40
+    assert trace.busy_us(intervals) == 45
     table = trace.by_kernel(intervals, calls=2)
     assert table[0] == {"kernel": "gemm", "calls": 1.0, "us": 15.0}
     assert "37.5%" in trace.table_text(table, 40)

@@ -34,8 +34,16 @@ def alone_in_a_group(backend: str, store: Path) -> Iterator[None]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("device", "backend", "compiled"), DEVICES)
-def test_a_group_of_one_rank_changes_no_number(world, tmp_path, device, backend, compiled):  # noqa: F811
+def test_a_group_of_one_rank_changes_no_number(
+    world,
+    tmp_path,
+    monkeypatch,
+    device,
+    backend,
+    compiled,  # noqa: F811
+):
     """Gradients pass through DDP's buckets and an all-reduce of the backend."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     config = run_config(world, tmp_path / "run", device=device, compile=compiled)
 
     def losses(wrapped: bool) -> list[torch.Tensor]:
