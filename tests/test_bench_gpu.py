@@ -254,6 +254,14 @@ def test_the_plans_fit_into_nine_minutes_in_the_order_that_matters(
         assert not any(stage.skip for stage in (*first, *second))
 
 
+def test_the_page_shows_the_plans(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for script, make in (("bench-gpu", gpu.plan), ("profile-gpu", gpu.profile_plan)):
+        section = text.split(f"| `{script}` | share, s |")[1].split("\n\n")[0]
+        shown = re.findall(r"^\| (\w+) \| (\d+) \|", section, re.M)
+        assert shown == [(stage.name, f"{stage.seconds:.0f}") for stage in make(tmp_path, "cpu")]
+
+
 def test_every_bench_of_the_plans_finds_cases_and_every_implementation_its_name(
     tmp_path: Path,
 ) -> None:

@@ -35,12 +35,12 @@ def alone_in_a_group(backend: str, store: Path) -> Iterator[None]:
 @pytest.mark.dist
 @pytest.mark.parametrize(("device", "backend", "compiled"), DEVICES)
 def test_a_group_of_one_rank_changes_no_number(
-    world,
+    world,  # noqa: F811
     tmp_path,
     monkeypatch,
     device,
     backend,
-    compiled,  # noqa: F811
+    compiled,
 ):
     """Gradients pass through DDP's buckets and an all-reduce of the backend."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
