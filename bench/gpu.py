@@ -50,11 +50,9 @@ REPEATED = "250_repeats or wait_for or waits_for or graph_replay or nccl"
 SMALL_STUDENT = r"deit_small student"
 
 
-def bench(
-    out: Path, device: str, *arguments: str, seconds: str = "{seconds}", name: str = ""
-) -> Command:
+def bench(out: Path, device: str, *arguments: str, name: str = "") -> Command:
     """A bench that adds its rows to the result file."""
-    command = (PYTHON, "-m", "bench", *arguments, "--device", device, "--seconds", seconds)
+    command = (PYTHON, "-m", "bench", *arguments, "--device", device, "--seconds", "{seconds}")
     return Command(name or arguments[0], (*command, "--out", str(out / "results.json"), "--resume"))
 
 
