@@ -141,13 +141,18 @@ class Timer:
 
     def is_lost(self) -> bool:
         """Whether this process can use its GPU no more, as after a wrong access to memory."""
-        if not self.cuda:
-            return False
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
+        return self.cuda and is_gpu_lost()
+
+
+def is_gpu_lost() -> bool:
+    """Whether this process has used its GPU and every further call fails."""
+    if not torch.cuda.is_initialized():
         return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @dataclass

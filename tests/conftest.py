@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.common import is_gpu_lost
+
 # Two cores shared by test processes and loader workers: a second thread mostly waits for the first.
 torch.set_num_threads(1)
 
@@ -90,17 +92,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     if "PYTEST_XDIST_WORKER" in os.environ and is_gpu_lost():
         os._exit(70)
     return result
-
-
-def is_gpu_lost() -> bool:
-    """Whether this process has used its GPU and every further call fails."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 @pytest.fixture(autouse=True)

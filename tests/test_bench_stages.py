@@ -1,0 +1,257 @@
+"""Stages of a script: limits, kills, interrupts, and what they leave on the disk."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu, record, summary
+from bench.stages import Command, Log, Stage, plan_text, run_stages
+
+ROOT = Path(__file__).parent.parent
+META = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "580.1",
+    "versions": {"torch": "2.11.0"},
+    "commit": "c0ffee",
+    "date": "2026-01-01",
+    "command": "python -m bench gpu",
+}
+
+
+def python(name: str, code: str) -> Command:
+    return Command(name, (sys.executable, "-c", code))
+
+
+def stage(name: str, seconds: float, *codes: str, jobs: int = 1) -> Stage:
+    commands = tuple(python(f"{name}{i or ''}", code) for i, code in enumerate(codes))
+    return Stage(name, seconds, f"about {name}", commands, jobs)
+
+
+def run(stages: list[Stage], total: float, folder: Path) -> tuple[list[dict[str, Any]], str]:
+    log = Log(folder / "log.txt")
+    records = run_stages(stages, total, log, lambda records: None)
+    log.close()
+    return records, (folder / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------
+
+HANG = (
+    "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+)
+
+
+def test_a_stage_that_hangs_costs_no_other_stage_its_time(tmp_path: Path) -> None:
+    """It ignores the interrupt; the stage after it still has its share, and all ends in time."""
+    start = time.monotonic()
+    records, log = run(
+        [stage("one", 2, HANG), stage("two", 2, HANG), stage("three", 3, "print('alive')")],
+        7,
+        tmp_path,
+    )
+    took = time.monotonic() - start
+    assert [entry["outcome"] for entry in records] == ["stopped", "stopped", "passed"]
+    assert took < 7.5
+    assert all(entry["limit_s"] >= entry["share_s"] - 0.3 for entry in records)
+    assert records[0]["took_s"] < 2.5 and records[1]["took_s"] < 2.5
+    assert "three     | alive" in log
+
+
+def test_time_that_is_left_over_goes_to_later_stages(tmp_path: Path) -> None:
+    records, log = run(
+        [stage("quick", 20, "pass"), stage("slow", 1, "import time; time.sleep(2); print('done')")],
+        21,
+        tmp_path,
+    )
+    assert [entry["outcome"] for entry in records] == ["passed", "passed"]
+    assert records[1]["limit_s"] > 10 and "done" in log
+
+
+def test_shares_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shares of 5 s do not fit into 4 s"):
+        run([stage("a", 2, "pass"), stage("b", 3, "pass")], 4, tmp_path)
+
+
+def test_commands_of_a_stage_run_side_by_side_and_each_outcome_is_kept(tmp_path: Path) -> None:
+    nap = "import time; time.sleep(1.5)"
+    start = time.monotonic()
+    (entry,), log = run(
+        [stage("s", 20, nap, nap, nap, f"{nap}; raise SystemExit(3)", jobs=4)], 20, tmp_path
+    )
+    assert time.monotonic() - start < 5
+    assert entry["outcome"] == "failed"
+    by_name = {command["command"]: command for command in entry["commands"]}
+    assert by_name["s3"]["exit_status"] == 3 and by_name["s"]["outcome"] == "passed"
+    (entry,), log = run(
+        [Stage("s", 5, "", (Command("missing", ("no-such-program",)),))], 5, tmp_path
+    )
+    assert entry["outcome"] == "failed" and "no-such-program" in log
+
+
+def test_a_command_knows_its_time_and_a_skipped_stage_has_a_reason(tmp_path: Path) -> None:
+    echo = Command("echo", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"))
+    stages = [Stage("a", 8, "", (echo, echo)), Stage("b", 5, "", (), skip="no card")]
+    records, log = run(stages, 8, tmp_path)
+    seconds = [int(value) for value in re.findall(r"echo      \| (\d+)$", log, re.M)]
+    assert 1 <= seconds[0] <= 4 and seconds[1] >= seconds[0]  # half of it, then what is left
+    assert records[1] == {"stage": "b", "outcome": "skipped", "reason": "no card"}
+    text = plan_text(stages, 8)
+    assert text.index("a ") < text.index("b ") and "skipped: no card" in text
+
+
+def test_commands_of_a_stage_have_limits_of_their_own(tmp_path: Path) -> None:
+    """The first one hangs, and the others still have their parts of the time."""
+    (entry,), log = run([stage("s", 12, HANG, "print('second')", "print('third')")], 12, tmp_path)
+    outcomes = [command["outcome"] for command in entry["commands"]]
+    assert outcomes == ["stopped", "passed", "passed"] and entry["outcome"] == "stopped"
+    assert 3 < entry["commands"][0]["took_s"] < 5
+    assert "second" in log and "third" in log
+
+
+def test_nothing_is_measured_without_a_stage_that_is_required(tmp_path: Path) -> None:
+    build = Stage("build", 5, "", (python("build", "raise SystemExit(1)"),), is_required=True)
+    records, _ = run([build, stage("step", 5, "print('measures a mixture')")], 10, tmp_path)
+    assert records[0]["outcome"] == "failed"
+    expected = {"stage": "step", "outcome": "skipped", "reason": "stage build did not pass"}
+    assert records[1] == expected
+
+
+def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
+    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid())); {HANG}"
+    code = (
+        f"import subprocess, sys, time, os\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.DEVNULL)\n"
+        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
+        f"time.sleep(0.3)"
+    )
+    (entry,), _ = run([stage("s", 20, code)], 20, tmp_path)
+    assert entry["outcome"] == "passed"
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def is_alive(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from bench import gpu, record
+from bench.stages import Command, Stage
+
+def plan(out, device):
+    code = '''
+import os, subprocess, sys, time
+from pathlib import Path
+from bench.record import ResultFile
+name, out = sys.argv[1:]
+tool = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+row = {"bench": "b", "case": name, "impl": "ours", "ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0}
+ResultFile.resume(Path(out) / "results.json").put([row])
+print(f"stage {name} is measured", os.getpid(), tool.pid)
+if name == KILLED: time.sleep(60)
+tool.kill()
+'''.replace("KILLED", repr(sys.argv[2]))
+    command = lambda name: Command(name, (sys.executable, "-c", code, name, str(out)))
+    return tuple(Stage(name, 30, "", (command(name),)) for name in ("one", "two", "three"))
+
+gpu.plan = plan
+gpu.TOTAL = 90.0
+gpu.main(["gpu", "--out", sys.argv[1], "--device", "cpu", "--seconds", "90"])
+"""
+
+
+@pytest.mark.parametrize("killed", ("one", "two", "three"))
+def test_a_kill_in_any_stage_leaves_what_was_measured(tmp_path: Path, killed: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), killed],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.search(rf"stage {killed} is measured (\d+) (\d+)", line):
+            started = int(found[1]), int(found[2])
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Neither the stage's process nor the tool that it runs may hold the GPU of the next run.
+    assert not any(is_alive(pid) for pid in started)
+    content = record.read(tmp_path / "results.json")
+    names = ["one", "two", "three"]
+    assert [row["case"] for row in content["rows"]] == names[: names.index(killed) + 1]
+    *earlier, last = content["stages"]
+    assert all(entry["outcome"] == "passed" for entry in earlier) and last["outcome"] == "running"
+    assert f"stage {killed} is measured" in (tmp_path / "log.txt").read_text()
+    assert f"stage {killed}: running" in summary.page(content)
+
+
+@pytest.mark.slow
+def test_a_compilation_that_takes_for_ever_costs_one_row_and_no_other_stage(tmp_path: Path) -> None:
+    """Two real benches; the C++ compiler that Inductor calls never ends."""
+    compiler = tmp_path / "slow-g++"
+    compiler.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\nexec sleep 600\n')
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    record.ResultFile.create(tmp_path / "results.json", META)
+
+    def measure(name: str, only: str) -> Command:
+        command = gpu.bench(tmp_path, "cpu", name, "--only", only)
+        return Command(name, command.arguments, environment)
+
+    share = 45.0
+    stages = [
+        Stage("slow", share, "", (measure("bias_gelu", r",768\] float32 fwd$"),)),
+        Stage("quick", share, "", (measure("ingest", "B=32"),)),
+    ]
+    (slow, quick), log = run(stages, 2 * share, tmp_path)
+    assert (tmp_path / "slow-g++.calls").exists(), log
+    assert slow["outcome"] == "stopped" and slow["took_s"] < share + 2
+    assert quick["outcome"] == "passed" and quick["limit_s"] > share - 2, log
+    rows = {
+        (row["bench"], row["impl"]): row for row in record.read(tmp_path / "results.json")["rows"]
+    }
+    assert rows["bias_gelu", "ours"]["ms"] > 0  # on disk before its peer began to compile
+    assert rows["ingest", "ours"]["ratio"] > 0
+
+
+def test_an_interrupted_run_ends_with_its_summary(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), "two"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell lets its background jobs ignore interrupts, and they pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "stage two is measured" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "Traceback" not in rest
+    content = record.read(tmp_path / "results.json")
+    assert [entry["outcome"] for entry in content["stages"]] == ["passed", "interrupted"]
+    assert "stage two: interrupted" in (tmp_path / "summary.txt").read_text()
