@@ -159,8 +159,8 @@ def test_the_first_script_as_a_whole_on_a_cpu(tmp_path: Path) -> None:
     assert list(stages) == [stage.name for stage in gpu.plan(out, "cpu")]
     assert stages.pop("build") == {"stage": "build", "outcome": "skipped", "reason": "by --skip"}
     for entry in stages.values():
-        assert entry["limit_s"] >= entry["share_s"] - 1, entry
-        assert entry["took_s"] <= entry["limit_s"] + 2, entry
+        assert entry["limit_s"] >= entry["share_s"] - 3, entry
+        assert entry["took_s"] <= entry["limit_s"] + 4, entry
     log = (out / "log.txt").read_text()
     assert log.index("share  what it does") < log.index("first     | ")  # printed first
     assert (out / "summary.txt").read_text().strip() in done.stdout

@@ -55,15 +55,15 @@ def test_a_stage_that_hangs_costs_no_other_stage_its_time(tmp_path: Path) -> Non
     """It ignores the interrupt; the stage after it still has its share, and all ends in time."""
     start = time.monotonic()
     records, log = run(
-        [stage("one", 2, HANG), stage("two", 2, HANG), stage("three", 3, "print('alive')")],
-        7,
+        [stage("one", 2, HANG), stage("two", 2, HANG), stage("three", 30, "print('alive')")],
+        34,
         tmp_path,
     )
     took = time.monotonic() - start
     assert [entry["outcome"] for entry in records] == ["stopped", "stopped", "passed"]
-    assert took < 7.5
-    assert all(entry["limit_s"] >= entry["share_s"] - 0.3 for entry in records)
-    assert records[0]["took_s"] < 2.5 and records[1]["took_s"] < 2.5
+    assert took < 34
+    assert all(entry["limit_s"] >= entry["share_s"] - 1 for entry in records)
+    assert records[0]["took_s"] < 10 and records[1]["took_s"] < 10
     assert "three     | alive" in log
 
 
@@ -83,44 +83,44 @@ def test_shares_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_commands_of_a_stage_run_side_by_side_and_each_outcome_is_kept(tmp_path: Path) -> None:
-    nap = "import time; time.sleep(1.5)"
+    nap = "import time; time.sleep(5)"
     start = time.monotonic()
     (entry,), log = run(
-        [stage("s", 20, nap, nap, nap, f"{nap}; raise SystemExit(3)", jobs=4)], 20, tmp_path
+        [stage("s", 60, nap, nap, nap, f"{nap}; raise SystemExit(3)", jobs=4)], 60, tmp_path
     )
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # one after the other they need 20 s and more
     assert entry["outcome"] == "failed"
     by_name = {command["command"]: command for command in entry["commands"]}
     assert by_name["s3"]["exit_status"] == 3 and by_name["s"]["outcome"] == "passed"
     (entry,), log = run(
-        [Stage("s", 5, "", (Command("missing", ("no-such-program",)),))], 5, tmp_path
+        [Stage("s", 30, "", (Command("missing", ("no-such-program",)),))], 30, tmp_path
     )
     assert entry["outcome"] == "failed" and "no-such-program" in log
 
 
 def test_a_command_knows_its_time_and_a_skipped_stage_has_a_reason(tmp_path: Path) -> None:
     echo = Command("echo", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"))
-    stages = [Stage("a", 8, "", (echo, echo)), Stage("b", 5, "", (), skip="no card")]
-    records, log = run(stages, 8, tmp_path)
+    stages = [Stage("a", 40, "", (echo, echo)), Stage("b", 5, "", (), skip="no card")]
+    records, log = run(stages, 40, tmp_path)
     seconds = [int(value) for value in re.findall(r"echo      \| (\d+)$", log, re.M)]
-    assert 1 <= seconds[0] <= 4 and seconds[1] >= seconds[0]  # half of it, then what is left
+    assert 1 <= seconds[0] <= 20 and seconds[1] >= seconds[0]  # half of it, then what is left
     assert records[1] == {"stage": "b", "outcome": "skipped", "reason": "no card"}
-    text = plan_text(stages, 8)
+    text = plan_text(stages, 40)
     assert text.index("a ") < text.index("b ") and "skipped: no card" in text
 
 
 def test_commands_of_a_stage_have_limits_of_their_own(tmp_path: Path) -> None:
     """The first one hangs, and the others still have their parts of the time."""
-    (entry,), log = run([stage("s", 12, HANG, "print('second')", "print('third')")], 12, tmp_path)
+    (entry,), log = run([stage("s", 30, HANG, "print('second')", "print('third')")], 30, tmp_path)
     outcomes = [command["outcome"] for command in entry["commands"]]
     assert outcomes == ["stopped", "passed", "passed"] and entry["outcome"] == "stopped"
-    assert 3 < entry["commands"][0]["took_s"] < 5
+    assert 9 < entry["commands"][0]["took_s"] < 20
     assert "second" in log and "third" in log
 
 
 def test_nothing_is_measured_without_a_stage_that_is_required(tmp_path: Path) -> None:
-    build = Stage("build", 5, "", (python("build", "raise SystemExit(1)"),), is_required=True)
-    records, _ = run([build, stage("step", 5, "print('measures a mixture')")], 10, tmp_path)
+    build = Stage("build", 30, "", (python("build", "raise SystemExit(1)"),), is_required=True)
+    records, _ = run([build, stage("step", 5, "print('measures a mixture')")], 35, tmp_path)
     assert records[0]["outcome"] == "failed"
     expected = {"stage": "step", "outcome": "skipped", "reason": "stage build did not pass"}
     assert records[1] == expected
