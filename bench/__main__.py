@@ -202,7 +202,12 @@ def compile_ahead(
     found = False
     for name in names:
         for case in choose(name, device, only):
-            for key, function in case.build().items():
+            try:
+                implementations = case.build()
+            except Exception as error:
+                print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
+                continue
+            for key, function in implementations.items():
                 if isinstance(function, str) or implementation not in ("", key):
                     continue
                 found = True

@@ -111,7 +111,7 @@ def run_stages(
         ValueError: the shares do not fit into ``total``.
     """
     shares = [0.0 if stage.skip else stage.seconds for stage in stages]
-    if sum(shares) > total:
+    if sum(shares) > total + 0.01:  # scaled shares add up to it but for rounding
         raise ValueError(f"shares of {sum(shares):.0f} s do not fit into {total:.0f} s")
     deadline = time.monotonic() + total
     records: list[dict[str, Any]] = []
@@ -178,8 +178,8 @@ class _Running:
         self.interrupt_at = self.kill_at - grace
         self.is_stopped = False
         label = stage if command.name == stage else command.name
-        told = f"{PASSED_ON * (seconds - grace):.0f}"
-        arguments = [part.replace("{seconds}", told) for part in command.arguments]
+        budget = f"{PASSED_ON * (seconds - grace):.0f}"
+        arguments = [part.replace("{seconds}", budget) for part in command.arguments]
         log.write(label, f"$ {' '.join(arguments)}")
         self.process = subprocess.Popen(
             [sys.executable, "-S", str(LEASH), *arguments],

@@ -277,7 +277,7 @@ def _compiles(config: RunConfig) -> bool:
     """Whether the teacher is compiled: where that was asked for, and not by `auto`.
 
     Inductor chooses between kernels by their measured times, so another process may get other last
-    bits; without it a cache's bytes do not depend on who wrote which part. `auto` also goes on in a
+    bits; without it a cache's bytes do not depend on who wrote which part. `auto` also resumes a
     cache that was begun without compilation.
     """
     return config.compile not in ("auto", "none")

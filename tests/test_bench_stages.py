@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bench_results import META
 
 from bench import gpu, record, summary
 from bench.stages import Command, Log, Stage, plan_text, run_stages
 
 ROOT = Path(__file__).parent.parent
-META = {
-    "device": "NVIDIA H100 80GB HBM3",
-    "driver": "580.1",
-    "versions": {"torch": "2.11.0"},
-    "commit": "c0ffee",
-    "date": "2026-01-01",
-    "command": "python -m bench gpu",
-}
 
 
 def python(name: str, code: str) -> Command:
@@ -80,6 +73,19 @@ def test_time_that_is_left_over_goes_to_later_stages(tmp_path: Path) -> None:
 def test_shares_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shares of 5 s do not fit into 4 s"):
         run([stage("a", 2, "pass"), stage("b", 3, "pass")], 4, tmp_path)
+
+
+def test_scaled_shares_fit_whatever_rounding_adds(tmp_path: Path) -> None:
+    """A slow start of Python scales the plan, and its shares then add up to a little more."""
+    shares = (1.1, 2.2)
+    assert sum(shares) > 3.3
+    records, _ = run([stage("a", shares[0], "pass"), stage("b", shares[1], "pass")], 3.3, tmp_path)
+    assert len(records) == 2
+    totals = [gpu.TOTAL - 0.37 * i for i in range(500)]
+    assert any(
+        sum(s.seconds for s in gpu.scaled(gpu.plan(tmp_path, "cpu"), total / gpu.TOTAL)) > total
+        for total in totals
+    ), "the case does not occur"
 
 
 def test_commands_of_a_stage_run_side_by_side_and_each_outcome_is_kept(tmp_path: Path) -> None:

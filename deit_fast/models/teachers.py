@@ -66,7 +66,7 @@ class Teacher(nn.Module):
         Args:
             device: where to.
             compiled: compile its network with torch.compile, on the first batch. Each batch size
-                is compiled for itself, so answers do not depend on the sizes that came before.
+                is compiled for itself, so logits do not depend on earlier batch sizes.
         """
         self.to(device)
         if device.type == "cuda":

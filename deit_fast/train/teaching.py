@@ -289,7 +289,7 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
     if config.cache_on_device:
         settings["resident"] = cache.to_device(range(config.views_used), device)
     if every is not None and teacher is not None:
-        # Of `auto` it is not worth a compilation: it answers one batch of `every`.
+        # Under `auto` it is not compiled: it runs on one batch of `every` only.
         compiled = config.compile not in ("auto", "none")
         return CheckedTeacher(
             cache, device, teacher.place(device, compiled), every=every, **settings
