@@ -90,18 +90,21 @@ def backward_kernel(
     x, branch,  # [rows, C]: what was normalised; branch where its gamma wants a gradient
     weight, gamma, keep_scale, mean, rstd,
     grad_residual, grad_branch,  # [rows, C], contiguous; None where not wanted
-    weight_sums, bias_sums, gamma_sums,  # float32 [programs, C]; None where not wanted
+    weight_sums, bias_sums, gamma_sums, branch_bias_sums,  # float32 [programs, C]; None: unwanted
     rows, rows_per_sample, tiles, x_stride, branch_stride,
     grad_residual_out_stride, grad_normed_stride,
     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)
     to_input: tl.constexpr = (
-        grad_residual is not None or grad_branch is not None or gamma_sums is not None
+        grad_residual is not None
+        or grad_branch is not None
+        or gamma_sums is not None
+        or branch_bias_sums is not None
     )
     if grad_normed is not None and to_input:
         w = _per_channel(weight, cols, C)
-    if gamma is not None and grad_branch is not None:
+    if gamma is not None and (grad_branch is not None or branch_bias_sums is not None):
         scale = _per_channel(gamma, cols, C)
     if weight_sums is not None:
         for_weight = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -109,6 +112,8 @@ def backward_kernel(
         for_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     if gamma_sums is not None:
         for_gamma = tl.zeros([ROWS, BLOCK], tl.float32)
+    if branch_bias_sums is not None:
+        for_branch_bias = tl.zeros([ROWS, BLOCK], tl.float32)
 
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         at = tile * ROWS + tl.arange(0, ROWS)
@@ -137,7 +142,7 @@ def backward_kernel(
                     g += (dy - tl.sum(dy, 1)[:, None] / C - x_hat * along) * inverse
         if grad_residual is not None:
             tl.store(grad_residual + out, g.to(grad_residual.dtype.element_ty), mask=valid)
-        if grad_branch is not None or gamma_sums is not None:
+        if grad_branch is not None or gamma_sums is not None or branch_bias_sums is not None:
             if keep_scale is not None:
                 g *= _per_sample(keep_scale, at, rows, rows_per_sample)[:, None]
             if gamma_sums is not None:
@@ -145,10 +150,13 @@ def backward_kernel(
                     branch + row_tile(at, cols, branch_stride, VEC), mask=valid, other=0.0
                 )
                 for_gamma += tl.where(valid, g * added.to(tl.float32), 0.0)
-            if grad_branch is not None:
+            if grad_branch is not None or branch_bias_sums is not None:
                 if gamma is not None:
                     g *= scale
-                tl.store(grad_branch + out, g.to(grad_branch.dtype.element_ty), mask=valid)
+                if branch_bias_sums is not None:
+                    for_branch_bias += g  # rows past the last are 0, columns are not stored
+                if grad_branch is not None:
+                    tl.store(grad_branch + out, g.to(grad_branch.dtype.element_ty), mask=valid)
 
     if weight_sums is not None:
         _store_partial(weight_sums, for_weight, cols, C)
@@ -156,6 +164,8 @@ def backward_kernel(
         _store_partial(bias_sums, for_bias, cols, C)
     if gamma_sums is not None:
         _store_partial(gamma_sums, for_gamma, cols, C)
+    if branch_bias_sums is not None:
+        _store_partial(branch_bias_sums, for_branch_bias, cols, C)
 
 
 @triton.jit
@@ -174,8 +184,8 @@ def add_up(partial, total, count, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.
 
 @triton.jit(do_not_specialize=("count",))
 def sum_kernel(
-    weight_sums, bias_sums, gamma_sums,  # float32 [count, C] or None
-    grad_weight, grad_bias, grad_gamma,  # [C] or None
+    weight_sums, bias_sums, gamma_sums, branch_bias_sums,  # float32 [count, C] or None
+    grad_weight, grad_bias, grad_gamma, grad_branch_bias,  # [C] or None
     count, C: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the partial rows; the second axis of the grid is the gradient."""
@@ -184,5 +194,7 @@ def sum_kernel(
         add_up(weight_sums, grad_weight, count, C, COLS, ROWS)
     elif which == 1:
         add_up(bias_sums, grad_bias, count, C, COLS, ROWS)
-    else:
+    elif which == 2:
         add_up(gamma_sums, grad_gamma, count, C, COLS, ROWS)
+    else:
+        add_up(branch_bias_sums, grad_branch_bias, count, C, COLS, ROWS)

@@ -8,7 +8,7 @@ backward ``deit_fast::add_layer_norm_backward``. An output that is not wanted is
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ import triton
 from torch import Tensor
 
 from . import add_layer_norm_kernel as kernel
-from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
+from .launching import DTYPES, TYPE_NAMES, Launch, Plans, implement, on_gpu, signature
 
 MOST_CHANNELS = 4096  # a longer row does not fit in the registers of its program
 # Partial rows of the weight gradients: 4 programs a processor are all at work at the same time, and
 # writing and reading their rows is 1.7 % of the backward's traffic for [256, 198, 384] on an H100.
 PROGRAMS_PER_PROCESSOR = 4
 SUM_COLS, SUM_ROWS = 16, 128
+_SUMS = ("weight_sums", "bias_sums", "gamma_sums", "branch_bias_sums")
 
 INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
 
@@ -124,7 +125,8 @@ def _backward_arguments(
     (rows, channels), vector = values["x"].shape, common_vector(x.shape[-1], *values.values())
     for name in tensors:
         values[f"{name}_stride"] = 0 if values[name] is None else values[name].stride(0)
-    shape, warps = backward_shape(channels, outputs[4].numel() > 0 or x.dtype.itemsize == 4)
+    more_sums = outputs[4].numel() > 0 or outputs[5].numel() > 0
+    shape, warps = backward_shape(channels, more_sums or x.dtype.itemsize == 4)
     tiles = triton.cdiv(rows, shape["ROWS"])
     programs = min(tiles, most_programs)
     if grad_normed is None:
@@ -136,7 +138,7 @@ def _backward_arguments(
         values[name] = output if output.numel() else None
     wanted = [output.numel() > 0 for output in outputs[2:]]
     sums = iter(x.new_empty((sum(wanted), programs, channels), dtype=torch.float32))
-    for name, is_wanted in zip(("weight_sums", "bias_sums", "gamma_sums"), wanted, strict=True):
+    for name, is_wanted in zip(_SUMS, wanted, strict=True):
         values[name] = next(sums) if is_wanted else None
     values |= {"rows": rows, "rows_per_sample": rows // samples, "tiles": tiles}
     values |= {"C": channels, "VEC": vector, **shape}
@@ -147,8 +149,8 @@ def _sum_arguments(
     values: dict[str, Any], programs: int, outputs: tuple[Tensor, ...]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """All arguments of the summing kernel after a backward with these values."""
-    names = ("grad_weight", "grad_bias", "grad_gamma")
-    result = {name: values[name] for name in ("weight_sums", "bias_sums", "gamma_sums", "C")}
+    names = ("grad_weight", "grad_bias", "grad_gamma", "grad_branch_bias")
+    result = {name: values[name] for name in (*_SUMS, "C")}
     for name, output in zip(names, outputs[2:], strict=True):
         result[name] = output if output.numel() else None
     result |= {"count": programs, "COLS": SUM_COLS, "ROWS": SUM_ROWS}
@@ -164,15 +166,16 @@ _ARGUMENTS = (
     "Tensor residual, Tensor? branch, Tensor weight, Tensor bias, Tensor? gamma, "
     "Tensor? keep_scale, float eps, ScalarType normed_dtype"
 )
-_library.define(f"add_layer_norm({_ARGUMENTS}) -> (Tensor, Tensor)")
+_library.define(f"add_layer_norm({_ARGUMENTS}, Tensor? branch_bias=None) -> (Tensor, Tensor)")
 _library.define(
     f"add_layer_norm_forward({_ARGUMENTS}, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "add_layer_norm_backward(Tensor? grad_residual_out, Tensor? grad_normed, Tensor x, "
     "Tensor? branch, Tensor weight, Tensor bias, Tensor? gamma, Tensor? keep_scale, Tensor mean, "
-    "Tensor rstd, ScalarType branch_dtype, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor rstd, ScalarType branch_dtype, bool[] wanted, "
+    "ScalarType? branch_bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -190,15 +193,25 @@ def _forward(
     residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None,
     keep_scale: Tensor | None, eps: float, normed_dtype: torch.dtype, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _outputs(residual, branch, normed_dtype, statistics)
     if residual.numel() == 0:
-        return outputs
+        return _outputs(residual, branch, normed_dtype, statistics)
+    inputs = (residual, branch, weight, bias, gamma, keep_scale)
+    return _forward_plans(inputs, eps, normed_dtype, statistics)  # type: ignore[return-value]
+
+
+def _forward_results(inputs: Any, _: float, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(*inputs[:2], *rest)
+
+
+def _forward_launches(inputs: Any, outputs: Any, eps: float, *_: Any) -> Iterator[Launch]:
+    residual, branch, weight, bias, gamma, keep_scale = inputs
     values, programs, options = _forward_arguments(
         residual, branch, weight, bias, gamma, keep_scale, eps, outputs
     )
-    with torch.cuda.device_of(residual):
-        kernel.forward_kernel[(programs,)](**values, **options)
-    return outputs
+    yield Launch(kernel.forward_kernel, (programs,), values | options)
+
+
+_forward_plans = Plans(_forward_results, _forward_launches)
 
 
 def _forward_fake(residual, branch, *rest):  # type: ignore[no-untyped-def]
@@ -206,13 +219,17 @@ def _forward_fake(residual, branch, *rest):  # type: ignore[no-untyped-def]
 
 
 def _gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, branch_dtype: torch.dtype,
-    wanted: list[bool],
+    x: Tensor, weight: Tensor, bias_dtype: torch.dtype, gamma: Tensor | None,
+    branch_dtype: torch.dtype, wanted: Sequence[bool], branch_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Empty gradients of residual, branch, weight, bias and gamma; without elements if unwanted."""
-    scale_dtype = weight.dtype if gamma is None else gamma.dtype
-    dtypes = (x.dtype, branch_dtype, weight.dtype, bias.dtype, scale_dtype)
-    shapes = (x.shape, x.shape, weight.shape, weight.shape, weight.shape)
+    """Empty gradients of residual, branch, weight, bias, gamma and branch_bias.
+
+    Those that are not wanted have no elements.
+    """
+    gamma_dtype = weight.dtype if gamma is None else gamma.dtype
+    branch_bias_dtype = branch_bias_dtype or weight.dtype
+    dtypes = (x.dtype, branch_dtype, weight.dtype, bias_dtype, gamma_dtype, branch_bias_dtype)
+    shapes = (x.shape, x.shape, *(weight.shape,) * 4)
     return tuple(
         x.new_empty(shape if want else (0,), dtype=dtype)
         for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
@@ -223,31 +240,48 @@ def _backward(
     grad_residual_out: Tensor | None, grad_normed: Tensor | None, x: Tensor,
     branch: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None,
     keep_scale: Tensor | None, mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype,
-    wanted: list[bool],
+    wanted: list[bool], branch_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    outputs = _gradients(x, weight, bias, gamma, branch_dtype, wanted)
     if x.numel() == 0:
+        outputs = _gradients(x, weight, bias.dtype, gamma, branch_dtype, wanted, branch_bias_dtype)
         for output in outputs[2:]:
             output.zero_()
         return outputs
+    inputs = (x, grad_residual_out, grad_normed, branch, weight, gamma, keep_scale, mean, rstd)
+    return _backward_plans(inputs, branch_dtype, bias.dtype, branch_bias_dtype, tuple(wanted))
+
+
+def _backward_results(
+    inputs: Any, branch_dtype: torch.dtype, bias_dtype: torch.dtype,
+    branch_bias_dtype: torch.dtype | None, wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x, weight, gamma = inputs[0], inputs[4], inputs[5]
+    return _gradients(x, weight, bias_dtype, gamma, branch_dtype, wanted, branch_bias_dtype)
+
+
+def _backward_launches(inputs: Any, outputs: Any, *constants: Any) -> Iterator[Launch]:
+    x, grad_residual_out, grad_normed, branch, weight, gamma, keep_scale, mean, rstd = inputs
+    wanted = constants[-1]
     values, programs, options = _backward_arguments(
         grad_residual_out, grad_normed, x, branch, weight, gamma, keep_scale, mean, rstd,
         outputs, programs_of(x.device),
     )  # fmt: skip
-    with torch.cuda.device_of(x):
-        kernel.backward_kernel[(programs,)](**values, **options)
-        if any(wanted[2:]):
-            values, options = _sum_arguments(values, programs, outputs)
-            grid = (triton.cdiv(x.shape[-1], SUM_COLS), 3 if wanted[4] else 2)
-            kernel.sum_kernel[grid](**values, **options)
-    return outputs
+    yield Launch(kernel.backward_kernel, (programs,), values | options)
+    if any(wanted[2:]):
+        values, options = _sum_arguments(values, programs, outputs)
+        last = max(i for i, is_wanted in enumerate(wanted[2:], 1) if is_wanted)
+        grid = (triton.cdiv(x.shape[-1], SUM_COLS), last)
+        yield Launch(kernel.sum_kernel, grid, values | options)
+
+
+_backward_plans = Plans(_backward_results, _backward_launches)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
     _grad_residual_out, _grad_normed, x, _branch, weight, bias, gamma, _keep_scale, _mean, _rstd,
-    branch_dtype, wanted,
+    branch_dtype, wanted, branch_bias_dtype,
 ):  # fmt: skip
-    return _gradients(x, weight, bias, gamma, branch_dtype, wanted)
+    return _gradients(x, weight, bias.dtype, gamma, branch_dtype, wanted, branch_bias_dtype)
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -255,6 +289,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor,
         gamma: Tensor | None, keep_scale: Tensor | None, eps: float, normed_dtype: torch.dtype,
+        branch_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         residual_out, normed, mean, rstd = torch.ops.deit_fast.add_layer_norm_forward(
             residual, branch, weight, bias, gamma, keep_scale, eps, normed_dtype, True
@@ -265,7 +300,10 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.branch_dtype = residual.dtype if branch is None else branch.dtype
         saved_branch = branch if ctx.needs_input_grad[4] else None
         x = residual if branch is None else residual_out
-        ctx.save_for_backward(x, saved_branch, weight, bias, gamma, keep_scale, mean, rstd)
+        rows = (x, saved_branch, weight, bias, gamma, keep_scale, mean, rstd)
+        ctx.save_for_backward(*rows)
+        # Its dtype alone: a compiled model then does not compute the value.
+        ctx.branch_bias_dtype = None if branch_bias is None else branch_bias.dtype
         return residual_out, normed
 
     @staticmethod
@@ -274,9 +312,9 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any, grad_residual_out: Tensor | None, grad_normed: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_residual_out is None and grad_normed is None:
-            return (None,) * 8
+            return (None,) * 9
         x, branch, weight, bias, gamma, keep_scale, mean, rstd = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:5])
+        wanted = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[8]]
         both = wanted[0] and wanted[1]
         same = gamma is None and keep_scale is None and ctx.branch_dtype == x.dtype
         if grad_normed is None:  # nothing flows through the norm
@@ -285,11 +323,11 @@ class _AddLayerNorm(torch.autograd.Function):
             wanted[1] = wanted[1] and not same
         elif same and both:
             wanted[1] = False
-        gradients: list[Tensor | None] = [None] * 5
+        gradients: list[Tensor | None] = [None] * 6
         if any(wanted):
             found = torch.ops.deit_fast.add_layer_norm_backward(
                 grad_residual_out, grad_normed, x, branch, weight, bias, gamma, keep_scale,
-                mean, rstd, ctx.branch_dtype, wanted,
+                mean, rstd, ctx.branch_dtype, wanted, ctx.branch_bias_dtype,
             )  # fmt: skip
             gradients = [g if want else None for g, want in zip(found, wanted, strict=True)]
         if grad_normed is None and ctx.needs_input_grad[0]:
@@ -298,22 +336,23 @@ class _AddLayerNorm(torch.autograd.Function):
             gradients[1] = grad_residual_out
         elif same and both:
             gradients[1] = gradients[0]
-        return (*gradients, None, None, None)
+        return (*gradients[:5], None, None, None, gradients[5])
 
 
 def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs = [x for x in arguments[:5] if x is not None]
+    arguments = (*arguments, None)[:9]  # the dispatcher leaves out what has its default value
+    inputs = [x for x in (*arguments[:5], *arguments[8:]) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _AddLayerNorm.apply(*arguments)
     return _without_statistics(*arguments)
 
 
 def _without_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.deit_fast.add_layer_norm_forward(*arguments, False)[:2]
+    return torch.ops.deit_fast.add_layer_norm_forward(*arguments[:8], False)[:2]
 
 
 def _without_statistics_fake(residual, branch, *rest):  # type: ignore[no-untyped-def]
-    return _outputs(residual, branch, rest[-1], False)[:2]
+    return _outputs(residual, branch, rest[5], False)[:2]
 
 
 for _name, _function, _fake in (
@@ -349,7 +388,8 @@ def _aot_calls(
     )
     yield "forward", kernel.forward_kernel, values, options
     wanted = [True, branch is not None and keep is not None, True, True, gamma is not None]
-    gradients = _gradients(residual, weight, weight, gamma, dtype, wanted)
+    wanted.append(branch is not None)
+    gradients = _gradients(residual, weight, weight.dtype, gamma, dtype, wanted, weight.dtype)
     values, programs, options = _backward_arguments(
         None if branch is None else residual, outputs[1], residual,
         None if gamma is None else branch, weight, gamma, keep, *outputs[2:], gradients,

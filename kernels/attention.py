@@ -65,7 +65,9 @@ def _say_once(device: str, dtype: torch.dtype, width: int) -> None:
     logging.getLogger(__name__).debug("%s, D=%d on %s takes the reference", dtype, width, device)
 
 
-def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
+def attention_qkvpacked(
+    qkv: Tensor, scale: float | None = None, *, query_bias: Tensor | None = None
+) -> Tensor:
     """softmax(scale q k^T) v, every token with every other.
 
     Args:
@@ -73,6 +75,12 @@ def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
             neighbouring columns are neighbours in memory, and from a copy where not. B may be 0.
             Under autocast it is cast like the input of PyTorch's own attention.
         scale: factor of the scores, finite and not negative; None: 1 / sqrt(D).
+        query_bias: float [H D], the bias that the queries already contain without a gradient. The
+            value is not read. Its gradient is made here: the sums of the queries' gradient over
+            samples and tokens, in float32 in the same pass. There is none for the keys' bias: it
+            adds one number to all scores of a query, so its gradient is 0. Nor is there one for
+            the values' bias: the weights of a query sum to 1, so its gradient is the sum of
+            ``grad_out`` over samples and tokens.
 
     Returns:
         [B, N, H, D], contiguous, in the dtype of qkv (under autocast in that of autocast).
@@ -92,12 +100,18 @@ def attention_qkvpacked(qkv: Tensor, scale: float | None = None) -> Tensor:
         scale = 1 / math.sqrt(qkv.shape[-1])
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, not {scale}")
+    if query_bias is not None and query_bias.shape != (qkv.shape[3:].numel(),):
+        expected = (qkv.shape[3:].numel(),)
+        raise ValueError(f"query_bias has shape {tuple(query_bias.shape)}, not {expected}")
     kind = qkv.device.type
     if qkv.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
     if launch.takes(qkv):
-        result: Tensor = torch.ops.deit_fast.attention(qkv, float(scale))
+        result: Tensor = torch.ops.deit_fast.attention(qkv, float(scale), query_bias)
         return result
+    if query_bias is not None:  # zeros that carry the gradient
+        zero = (query_bias - query_bias.detach()).to(qkv.dtype).view(qkv.shape[3:])
+        qkv = torch.cat((qkv[:, :, :1] + zero, qkv[:, :, 1:]), 2)
     if not torch.compiler.is_compiling():
         _say_once(kind, qkv.dtype, qkv.shape[-1])
     return reference_attention(qkv, scale)

@@ -70,6 +70,18 @@ def _store_rows(
 
 
 @triton.jit
+def _store_column_sums(
+    pointer, start, tokens, parts, factor,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums over the rows up to the last token, of one program."""
+    valid = (start + tl.arange(0, ROWS) < tokens)[:, None]
+    for i in tl.static_range(PARTS):
+        total = tl.sum(tl.where(valid, parts[i], 0.0), 0) * factor
+        tl.store(pointer + i * WIDTH + tl.arange(0, WIDTH), total)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     parts = ()
     for _ in tl.static_range(PARTS):
@@ -319,9 +331,10 @@ def _query_step(
 
 @triton.jit
 def _query_role(
-    q_at, do_at, o_at, dq_at, lse_at, delta_at, start, tokens, stride_n, stride_p, grad_stride_n,
-    out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    q_at, do_at, o_at, dq_at, lse_at, delta_at, sums_at, start, tokens, stride_n, stride_p,
+    grad_stride_n, out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries; leaves its delta where there is a place for it."""
     q = _load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
@@ -345,6 +358,8 @@ def _query_role(
             WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
     _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
+    if sums_at is not None:
+        _store_column_sums(sums_at, start, tokens, dq, scale, ROWS, WIDTH, PARTS)
 
 
 @triton.jit
@@ -366,9 +381,10 @@ def _key_step(
 
 @triton.jit
 def _key_role(
-    q_at, do_at, o_at, dq_at, lse_at, delta_at, start, tokens, stride_n, stride_p, grad_stride_n,
-    out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    q_at, do_at, o_at, dq_at, lse_at, delta_at, start, tokens, stride_n, stride_p,
+    grad_stride_n, out_stride, scale2, scale, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys; delta is read where there is a place for it."""
     k = _load_rows(q_at + stride_p, start, tokens, stride_n, ROWS, WIDTH, PARTS, True)
@@ -393,7 +409,9 @@ def _key_role(
 
 @triton.jit
 def backward_kernel(
-    qkv, grad_out, out, lse, delta, grad_qkv, heads, tokens,
+    qkv, grad_out, out, lse, delta, grad_qkv,
+    bias_sums,  # float32 [B * blocks, H, D] or None: a program's column sums of dq
+    heads, tokens,
     stride_b, stride_n, stride_p, stride_h, grad_stride_b, grad_stride_n, grad_stride_h,
     scale2, scale, ROLE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -420,16 +438,19 @@ def backward_kernel(
     delta_at = delta
     if delta is not None:
         delta_at = delta + row
+    sums_at = bias_sums
+    if bias_sums is not None:
+        sums_at = bias_sums + (batch * blocks + block) * out_stride + head * (PARTS * WIDTH)
     # In the other order ptxas spills on sm_100 (triton 3.6, float16).
     if not is_key:
         _query_role(
-            q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
-            grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
+            q_at, do_at, o_at, dq_at, lse_at, delta_at, sums_at, block * ROWS, tokens, stride_n,
+            stride_p, grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip
     else:
         _key_role(
-            q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
-            grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
+            q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n,
+            stride_p, grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip

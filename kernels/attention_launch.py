@@ -24,7 +24,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import attention_kernel as kernel
-from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
+from .add_layer_norm_launch import SUM_COLS, SUM_ROWS
+from .bias_gelu_kernel import sum_kernel
+from .launching import DTYPES, TYPE_NAMES, Inputs, Launch, Plans, implement, on_gpu, signature
 
 WIDTHS = (32, 64, 96, 128)
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
@@ -40,7 +42,12 @@ PROCESSORS = 132  # of an H100: fewer heads than twice that are split, also on o
 
 def takes(qkv: Tensor) -> bool:
     """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    return (INTERPRETED or on_gpu(qkv)) and qkv.dtype in DTYPES and qkv.shape[-1] in WIDTHS
+    return takes_width(qkv, qkv.shape[-1])
+
+
+def takes_width(x: Tensor, width: int) -> bool:
+    """As ``takes``, of heads so wide, projected from x."""
+    return (INTERPRETED or on_gpu(x)) and x.dtype in DTYPES and width in WIDTHS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,17 +124,6 @@ def _tiles(key: Key) -> Tiles:
     return _measured.get(key) or TILES.get(key) or TILES[(0, *key[1:])]
 
 
-class Launch(NamedTuple):
-    """A kernel with its grid and all its arguments."""
-
-    function: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-    def __call__(self) -> None:
-        self.function[self.grid](**self.arguments)
-
-
 def _compile_all(launches: Iterable[Launch], device: torch.device) -> None:
     """Compile at once what would otherwise compile one by one: a candidate takes seconds."""
 
@@ -161,6 +157,8 @@ def _tune(key: Key, prepare: Callable[[Tiles], Launch], device: torch.device) ->
     if not times:
         raise RuntimeError(f"attention: none of {len(candidates)} tiles of {key} launches")
     _measured[key] = min(times, key=times.__getitem__)
+    for plans in (_forward_plans, _backward_plans):
+        plans.clear()  # they hold the tiles of before
     return times
 
 
@@ -177,7 +175,7 @@ def tune(qkv: Tensor) -> Iterator[tuple[Key, dict[Tiles, float]]]:
     scale = 1 / math.sqrt(qkv.shape[-1])
     (forward,), backward = _kinds(qkv)
     out, lse = _outputs(qkv, scale)
-    grad_qkv, delta = _grad_qkv(out, qkv, out, lse, scale), _delta(lse, backward)
+    grad_qkv, delta = torch.empty_like(qkv), _delta(lse, backward)
 
     def prepare_forward(tiles: Tiles) -> Launch:
         return _forward_launch(forward, qkv, out, lse, scale, tiles)
@@ -188,7 +186,9 @@ def tune(qkv: Tensor) -> Iterator[tuple[Key, dict[Tiles, float]]]:
         for kind in backward:
 
             def prepare(tiles: Tiles, kind: str = kind) -> Launch:
-                return _backward_launch(kind, out, qkv, out, lse, delta, grad_qkv, scale, tiles)
+                return _backward_launch(
+                    kind, out, qkv, out, lse, delta, grad_qkv, scale, None, tiles
+                )
 
             key = _key(kind, qkv, None)
             yield key, _tune(key, prepare, qkv.device)
@@ -264,10 +264,12 @@ _ROLES = {"queries": kernel.QUERIES.value, "keys": kernel.KEYS.value, "both": ke
 
 
 def _backward_arguments(
-    grad_out: Tensor, grad_qkv: Tensor, delta: Tensor | None, scale: float, kind: str
-) -> dict[str, Any]:
+    grad_out: Tensor, grad_qkv: Tensor, delta: Tensor | None, scale: float, kind: str,
+    bias_sums: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
     strides = grad_out.stride()
     values: dict[str, Any] = {"grad_out": grad_out, "grad_qkv": grad_qkv, "delta": delta}
+    values["bias_sums"] = bias_sums
     values |= {"grad_stride_b": strides[0], "grad_stride_n": strides[1], "scale": scale}
     return values | {"grad_stride_h": strides[2], "ROLE": _ROLES[kind]}
 
@@ -277,10 +279,11 @@ def _backward_arguments(
 # ---------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("deit_fast", "FRAGMENT")
-_library.define("attention(Tensor qkv, float scale) -> Tensor")
+_library.define("attention(Tensor qkv, float scale, Tensor? query_bias=None) -> Tensor")
 _library.define("attention_forward(Tensor qkv, float scale) -> (Tensor, Tensor)")
 _library.define(
-    "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor"
+    "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale, "
+    "Tensor? query_bias=None) -> (Tensor, Tensor)"
 )
 
 
@@ -304,90 +307,140 @@ def _forward_launch(
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, N, H, D] and log2-sum-exp2 of the scaled scores, float32 [B, H, N]."""
     qkv = _readable(qkv)
-    out, lse = _outputs(qkv, scale)
-    if qkv.shape[0] == 0:
-        return out, lse
+    if qkv.numel() == 0:
+        return _outputs(qkv, scale)
+    return _forward_plans((qkv,), scale)  # type: ignore[return-value]
+
+
+def _forward_results(inputs: Inputs, scale: float) -> tuple[Tensor, Tensor]:
+    (qkv,) = inputs
+    assert qkv is not None
+    return _outputs(qkv, scale)
+
+
+def _forward_launches(inputs: Any, outputs: Any, scale: float) -> Iterator[Launch]:
+    (qkv,), (out, lse) = inputs, outputs
     ((kind,), _) = _kinds(qkv)
 
     def prepare(tiles: Tiles) -> Launch:
         return _forward_launch(kind, qkv, out, lse, scale, tiles)
 
-    with torch.cuda.device_of(qkv):
-        prepare(_tuned_tiles(kind, qkv, prepare))()
-    return out, lse
+    yield prepare(_tuned_tiles(kind, qkv, prepare))
 
 
-def _delta(lse: Tensor, kinds: tuple[str, ...]) -> Tensor | None:
+_forward_plans = Plans(_forward_results, _forward_launches)
+
+
+def _delta(lse: Tensor, kinds: tuple[str, ...]) -> Tensor:
     """Place for the row sums of dO * O that one kernel of the backward leaves for the next."""
-    return None if "both" in kinds else torch.empty_like(lse)
+    return lse.new_empty(0 if "both" in kinds else lse.shape)
 
 
 def _backward_launch(
-    kind: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, delta: Tensor | None,
-    grad_qkv: Tensor, scale: float, tiles: Tiles,
+    kind: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
+    grad_qkv: Tensor, scale: float, query_bias: Tensor | None, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
-    values |= _backward_arguments(grad_out, grad_qkv, delta, scale, kind)
+    sums = None
+    if query_bias is not None and kind != "keys":
+        sums = lse.new_empty((len(qkv) * blocks, query_bias.numel()))
+    place = delta if delta.numel() else None
+    values |= _backward_arguments(grad_out, grad_qkv, place, scale, kind, sums)
     programs = qkv.shape[0] * qkv.shape[3] * blocks
     grid = (2 * programs if kind == "both" else programs,)
     return Launch(kernel.backward_kernel, grid, values | options)
 
 
-def _backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+def _sum_launch(sums: Tensor, grad_bias: Tensor) -> Launch:
+    channels = grad_bias.numel()
+    values: dict[str, Any] = {"bias_sums": sums, "grad_bias": grad_bias, "count": len(sums)}
+    values |= {"C": channels, "COLS": SUM_COLS, "ROWS": SUM_ROWS, "num_warps": 4, "num_stages": 1}
+    return Launch(sum_kernel, (triton.cdiv(channels, SUM_COLS),), values)
+
+
+def _backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float,
+    query_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     qkv, grad_out = _readable(qkv), _readable(grad_out)
-    grad_qkv = _grad_qkv(grad_out, qkv, out, lse, scale)
-    if qkv.shape[0] == 0:
-        return grad_qkv
-    _, kinds = _kinds(qkv)
-    delta = _delta(lse, kinds)
-    with torch.cuda.device_of(qkv):
-        for kind in kinds:
-
-            def prepare(tiles: Tiles, kind: str = kind) -> Launch:
-                return _backward_launch(
-                    kind, grad_out, qkv, out, lse, delta, grad_qkv, scale, tiles
-                )
-
-            prepare(_tuned_tiles(kind, qkv, prepare))()
-    return grad_qkv
+    inputs = (qkv, grad_out, out, lse, query_bias)
+    if qkv.numel() == 0:
+        grad_qkv, grad_bias, _ = _backward_results(inputs, scale)
+        return grad_qkv, grad_bias.zero_()
+    return _backward_plans(inputs, scale)[:2]  # type: ignore[return-value]
 
 
-def _grad_qkv(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+def _backward_results(inputs: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, grad_out, out, lse, query_bias = inputs
+    gradients = _gradients(grad_out, qkv, out, lse, scale, query_bias)
+    return *gradients, _delta(lse, _kinds(qkv)[1])
+
+
+def _backward_launches(inputs: Any, outputs: Any, scale: float) -> Iterator[Launch]:
+    (qkv, grad_out, out, lse, query_bias), (grad_qkv, grad_bias, delta) = inputs, outputs
+    for kind in _kinds(qkv)[1]:
+
+        def prepare(tiles: Tiles, kind: str = kind) -> Launch:
+            return _backward_launch(
+                kind, grad_out, qkv, out, lse, delta, grad_qkv, scale, query_bias, tiles
+            )
+
+        launch = prepare(_tuned_tiles(kind, qkv, prepare))
+        yield launch
+        sums = launch.arguments["bias_sums"]
+        if sums is not None:
+            yield _sum_launch(sums, grad_bias)
+
+
+_backward_plans = Plans(_backward_results, _backward_launches)
+
+
+def _gradients(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float,
+    query_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Empty gradients of qkv and of the queries' bias; the latter without elements for no bias."""
+    grad_bias = qkv.new_empty(0) if query_bias is None else query_bias.new_empty(query_bias.shape)
+    return qkv.new_empty(qkv.shape), grad_bias
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, scale: float, query_bias: Tensor | None = None) -> Tensor:
         out, lse = torch.ops.deit_fast.attention_forward(qkv, scale)
-        ctx.save_for_backward(qkv, out, lse)
+        ctx.save_for_backward(qkv, out, lse, query_bias if ctx.needs_input_grad[2] else None)
         ctx.scale = scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.deit_fast.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        qkv, out, lse, query_bias = ctx.saved_tensors
+        grad_qkv, grad_bias = torch.ops.deit_fast.attention_backward(
+            grad_out, qkv, out, lse, ctx.scale, query_bias
+        )
+        return grad_qkv, None, None if query_bias is None else grad_bias
 
 
-def _attention(qkv: Tensor, scale: float) -> Tensor:
+def _attention(qkv: Tensor, scale: float, query_bias: Tensor | None = None) -> Tensor:
     return torch.ops.deit_fast.attention_forward(qkv, scale)[0]  # type: ignore[no-any-return]
 
 
-def _attention_fake(qkv: Tensor, scale: float) -> Tensor:
+def _attention_fake(qkv: Tensor, scale: float, query_bias: Tensor | None = None) -> Tensor:
     return _outputs(qkv, scale)[0]
 
 
-def _differentiable(qkv: Tensor, scale: float) -> Tensor:
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return _Attention.apply(qkv, scale)  # type: ignore[no-any-return]
+def _differentiable(qkv: Tensor, scale: float, query_bias: Tensor | None = None) -> Tensor:
+    wants = qkv.requires_grad or (query_bias is not None and query_bias.requires_grad)
+    if torch.is_grad_enabled() and wants:
+        return _Attention.apply(qkv, scale, query_bias)  # type: ignore[no-any-return]
     return _attention(qkv, scale)
 
 
 for _name, _function, _fake in (
     ("attention", _attention, _attention_fake),
     ("attention_forward", _forward, _outputs),
-    ("attention_backward", _backward, _grad_qkv),
+    ("attention_backward", _backward, _gradients),
 ):
     implement(_library, _name, _function, _fake)
 _library.impl("attention", _differentiable, "Autograd")

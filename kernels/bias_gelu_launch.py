@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bias_gelu_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows, common_vector, programs_of
-from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
+from .launching import DTYPES, TYPE_NAMES, Launch, Plans, implement, on_gpu, signature
 
 ELEMENTS, WARPS = 2048, 4  # of a program: 16 elements of a tensor to a thread
 INTERPRETED = not isinstance(kernel.forward_kernel, triton.JITFunction)
@@ -90,13 +90,21 @@ _library.define(
 
 
 def _forward(x: Tensor, bias: Tensor) -> Tensor:
-    out = x.new_empty(x.shape)
     if x.numel() == 0:
-        return out
-    values, grid = _forward_arguments(x, bias, out)
-    with torch.cuda.device_of(x):
-        kernel.forward_kernel[grid](**values, **_OPTIONS)
-    return out
+        return x.new_empty(x.shape)
+    return _forward_plans((x, bias))[0]
+
+
+def _forward_results(inputs: Any) -> tuple[Tensor]:
+    return (_forward_fake(*inputs),)
+
+
+def _forward_launches(inputs: Any, outputs: Any) -> Iterator[Launch]:
+    values, grid = _forward_arguments(*inputs, *outputs)
+    yield Launch(kernel.forward_kernel, grid, values | _OPTIONS)
+
+
+_forward_plans = Plans(_forward_results, _forward_launches)
 
 
 def _forward_fake(x: Tensor, bias: Tensor) -> Tensor:
@@ -110,16 +118,27 @@ def _gradients(x: Tensor, bias: Tensor, for_x: bool, for_bias: bool) -> tuple[Te
 def _backward(
     grad: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _gradients(x, bias, for_x, for_bias)
     if x.numel() == 0:
+        grad_x, grad_bias = _gradients(x, bias, for_x, for_bias)
         return grad_x, grad_bias.zero_()
+    return _backward_plans((x, grad, bias), for_x, for_bias)  # type: ignore[return-value]
+
+
+def _backward_results(inputs: Any, for_x: bool, for_bias: bool) -> tuple[Tensor, Tensor]:
+    x, _, bias = inputs
+    return _gradients(x, bias, for_x, for_bias)
+
+
+def _backward_launches(inputs: Any, outputs: Any, _: bool, for_bias: bool) -> Iterator[Launch]:
+    (x, grad, bias), (grad_x, grad_bias) = inputs, outputs
     values, grid = _backward_arguments(grad, x, bias, grad_x, grad_bias, programs_of(x.device))
-    with torch.cuda.device_of(x):
-        kernel.backward_kernel[grid](**values, **_OPTIONS)
-        if for_bias:
-            values = _sum_arguments(values, grad_bias)
-            kernel.sum_kernel[(triton.cdiv(x.shape[-1], SUM_COLS),)](**values, **_OPTIONS)
-    return grad_x, grad_bias
+    yield Launch(kernel.backward_kernel, grid, values | _OPTIONS)
+    if for_bias:
+        programs = triton.cdiv(x.shape[-1], SUM_COLS)
+        yield Launch(kernel.sum_kernel, (programs,), _sum_arguments(values, grad_bias) | _OPTIONS)
+
+
+_backward_plans = Plans(_backward_results, _backward_launches)
 
 
 def _backward_fake(

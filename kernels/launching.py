@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,3 +78,149 @@ def signature(
             if name not in fixed and value % 16 == 0:
                 aligned[name] = 16
     return types, constants, aligned
+
+
+Inputs = Sequence[Tensor | None]
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid, and by name all its arguments and the options of the launch."""
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.function[self.grid](**self.arguments)
+
+
+class _Step(NamedTuple):
+    """A planned launch."""
+
+    run: Callable[..., None]  # the compiled kernel with its grid
+    arguments: list[Any]  # by position, None where a tensor goes
+    places: tuple[tuple[int, int], ...]  # (position of the argument, number of the tensor)
+
+
+class _Plan(NamedTuple):
+    """The launches of one call. Tensors count from the inputs over the results to the scratch."""
+
+    results: int
+    new: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # of results and scratch
+    steps: list[_Step]
+
+
+_MOST_PLANS = 512  # of an operator: kinds of arguments; further ones are launched without a plan
+
+
+def _kind_of(x: Tensor | None) -> tuple | None:
+    """All of a tensor that a launch depends on, but for its address."""
+    if x is None:
+        return None
+    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
+
+
+class Plans:
+    """The launches of one operator, worked out once for each kind of arguments.
+
+    The first call with tensors of these dtypes, shapes, strides and alignments takes the launches
+    from ``make`` and runs them through Triton's launcher. The plan keeps the compiled kernels and
+    their arguments by position; later calls put new addresses in. This removes the host time of
+    working out arguments, of binding them by name and of looking up the compiled kernel.
+
+    Not planned, but launched through ``make`` each time: calls with an argument that ``make``
+    copied, calls where two arguments have one address, and all calls under Triton's interpreter.
+
+    Args:
+        results: (inputs, *constants) to the operator's results, new tensors without values.
+        make: (inputs, results, *constants) to the launches, in their order. Tensors in their
+            arguments are inputs, results, or float32 scratch under a name that ends in ``_sums``.
+    """
+
+    def __init__(
+        self, results: Callable[..., Sequence[Tensor]], make: Callable[..., Iterable[Launch]]
+    ) -> None:
+        self._results, self._make = results, make
+        self._plans: dict[tuple, _Plan] = {}
+
+    def clear(self) -> None:
+        """Forget all plans: something that ``make`` reads has changed."""
+        self._plans.clear()
+
+    def __call__(self, inputs: Inputs, *constants: Any) -> tuple[Tensor, ...]:
+        """Results of the operator. The first input is not None; all are on its device."""
+        first: Any = inputs[0]
+        index = first.get_device()  # -1: CPU
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(inputs, *constants)
+        key = (constants, index, *map(_kind_of, inputs))
+        plan = self._plans.get(key)
+        if plan is None:
+            return self._run_unplanned(key, inputs, constants)
+        device = first.device
+        # new_empty takes twice as long.
+        new = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype in plan.new
+        ]
+        tensors = [*inputs, *new]
+        for run, arguments, places in plan.steps:
+            arguments = arguments.copy()
+            for place, number in places:
+                arguments[place] = tensors[number]
+            run(*arguments)
+        return tuple(new[: plan.results])
+
+    def _run_unplanned(self, key: tuple, inputs: Inputs, constants: tuple) -> tuple[Tensor, ...]:
+        results = tuple(self._results(inputs, *constants))
+        recorder = _Recorder([*inputs, *results])
+        for launch in self._make(inputs, results, *constants):
+            recorder.add(launch, launch())
+        if recorder.is_complete and len(self._plans) < _MOST_PLANS:
+            new = [(tuple(x.shape), x.stride(), x.dtype) for x in (*results, *recorder.scratch)]
+            self._plans[key] = _Plan(len(results), new, recorder.steps)
+        return results
+
+
+class _Recorder:
+    """Turns launches that were made into steps of a plan."""
+
+    def __init__(self, tensors: list[Tensor | None]) -> None:
+        used = [(x.data_ptr(), i) for i, x in enumerate(tensors) if x is not None and x.numel()]
+        self.numbers, self.count = dict(used), len(tensors)
+        self.steps: list[_Step] = []
+        self.scratch: list[Tensor] = []
+        # One address for two arguments says nothing about the next call's.
+        self.is_complete = len(self.numbers) == len(used)
+
+    def add(self, launch: Launch, compiled: Any) -> None:
+        """A launch, and what Triton's launcher returned: the compiled kernel."""
+        if not hasattr(compiled, "function"):
+            self.is_complete = False  # the interpreter compiles nothing
+        if not self.is_complete:
+            return
+        arguments, places = [], []
+        for position, name in enumerate(launch.function.arg_names):
+            value = launch.arguments[name]
+            is_tensor = isinstance(value, Tensor)
+            arguments.append(None if is_tensor else value)
+            if not is_tensor:
+                continue
+            number = self._number_of(name, value)
+            if number is None:
+                self.is_complete = False
+                return
+            places.append((position, number))
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        self.steps.append(_Step(compiled[x, y, z], arguments, tuple(places)))
+
+    def _number_of(self, name: str, value: Tensor) -> int | None:
+        """Number of a tensor, a new one for scratch; None for a copy."""
+        known = self.numbers.get(value.data_ptr())
+        if known is not None:
+            return known
+        if value.dtype != torch.float32 or not name.endswith("_sums"):
+            return None
+        self.scratch.append(value)
+        return self.numbers.setdefault(value.data_ptr(), self.count + len(self.scratch) - 1)

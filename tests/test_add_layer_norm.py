@@ -296,10 +296,10 @@ def test_backward_reads_and_writes_each_element_once(form: str) -> None:
     x, mean, rstd = residual if branch is None else out[0], *out[2:]
     gradients = [None if branch is None else normal(*shape, dtype=BF16), normal(*shape, dtype=BF16)]
     saved = branch if gamma is not None else None
-    wanted = [True, branch is not None, True, True, gamma is not None]
+    wanted = [True, branch is not None, True, True, gamma is not None, branch is not None]
     with recorded() as seen:
         found = torch.ops.deit_fast.add_layer_norm_backward(
-            *gradients, x, saved, weight, bias, gamma, keep, mean, rstd, BF16, wanted
+            *gradients, x, saved, weight, bias, gamma, keep, mean, rstd, BF16, wanted, bias.dtype
         )
     read = [y for y in (*gradients, x, saved, mean, rstd) if y is not None]
     for y in read:
@@ -386,15 +386,18 @@ def test_opcheck(form: str) -> None:
     rest = (tensors[5], EPS, BF16)
     # Without a branch the first output is a stand-in without elements and without a gradient.
     torch.library.opcheck(operators.add_layer_norm.default, (*arguments, *rest))
+    branch_bias = None if form == "norm" else normal(24).requires_grad_()
+    torch.library.opcheck(operators.add_layer_norm.default, (*arguments, *rest, branch_bias))
     detached = [x if x is None else x.detach() for x in arguments]
     forward = (*detached, *rest, True)
     torch.library.opcheck(operators.add_layer_norm_forward.default, forward)
     out = operators.add_layer_norm_forward(*forward)
     x = detached[0] if form == "norm" else out[0]
-    wanted = [True, form != "norm", True, True, "gamma" in form]
+    wanted = [True, form != "norm", True, True, "gamma" in form, form != "norm"]
     backward = (
         x.clone() if form != "norm" else None, out[1].clone(), x,
         detached[1] if wanted[4] else None, *detached[2:], tensors[5], *out[2:], BF16, wanted,
+        FP32,
     )  # fmt: skip
     torch.library.opcheck(operators.add_layer_norm_backward.default, backward)
 
@@ -559,3 +562,32 @@ def test_no_call_waits_for_the_device() -> None:
 def test_graph_replay_with_other_inputs() -> None:
     call, leaves = batch(384)
     assert_replays(call, leaves)
+
+
+@pytest.mark.parametrize("form", ["plain", "gamma keep"])
+@pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), (BF16, BF16, FP32)])
+def test_a_folded_bias_has_the_gradient_of_one_added_before(
+    form: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    shape = (3, 33, 192)
+    residual, branch, weight, bias, gamma, keep = inputs(shape, form, dtypes)
+    assert branch is not None
+    last = normal(192)
+    gradients = [normal(*shape, dtype=torch.float64) for _ in range(2)]
+
+    def gradient(double: bool, folds: bool) -> Tensor:
+        tensors = [x if x is None else x.double() if double else x
+                   for x in (residual, branch, weight, bias, gamma, keep)]  # fmt: skip
+        added = (last.double() if double else last.clone()).requires_grad_()
+        held = (added.detach() if folds else added).to(tensors[1].dtype)
+        tensors[1] = tensors[1] + held
+        *four, scale, drops = tensors
+        out = add_layer_norm(
+            *four, gamma=scale, keep_scale=drops, eps=EPS, branch_bias=added if folds else None
+        )
+        total = sum((y.double() * g).sum() for y, g in zip(out, gradients, strict=True))
+        return torch.autograd.grad(total, added)[0].double()
+
+    expected = gradient(True, False)
+    errors = [(gradient(False, folds) - expected).norm() for folds in (False, True)]
+    assert errors[1] <= errors[0]

@@ -309,7 +309,7 @@ def test_bytes_of_a_head(tokens: int, width: int, monkeypatch: pytest.MonkeyPatc
 
     grad_out = normal(1, tokens, 2, width, dtype=torch.float16)
     with recorded() as seen:
-        grad = torch.ops.deit_fast.attention_backward(grad_out, qkv, out, lse, 0.1)
+        grad, _ = torch.ops.deit_fast.attention_backward(grad_out, qkv, out, lse, 0.1)
     assert (seen.counts(seen.writes, grad) == 1).all()
     delta = 0 if width == 64 else 2 * tokens
     assert seen.outside(seen.writes, [grad]) == delta
@@ -349,6 +349,31 @@ def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
     out, lse = operators.attention_forward(qkv, 0.2)
     grad_out = normal(1, 1, 1, 32, dtype=dtype).expand_as(out)
     torch.library.opcheck(operators.attention_backward.default, (grad_out, qkv, out, lse, 0.2))
+    bias = normal(32).requires_grad_()
+    leaf = qkv.clone().requires_grad_()
+    torch.library.opcheck(operators.attention.default, (leaf, 0.2, bias))
+    arguments = (grad_out, qkv, out, lse, 0.2, bias.detach())
+    torch.library.opcheck(operators.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("tokens", (13, 198, 230))  # one kernel; the same; queries and keys apart
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_query_bias_has_the_gradient_of_one_added_before(tokens: int, dtype: torch.dtype) -> None:
+    """Its error against float64 is at most that of PyTorch's sum over the gradient of qkv."""
+    qkv, bias, grad = normal(2, tokens, 3, 2, 32), normal(64), normal(2, tokens, 2, 32)
+
+    def gradient(dtype: torch.dtype, is_folded: bool) -> Tensor:
+        leaf = bias.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        leaf.requires_grad_()
+        added = (leaf.detach() if is_folded else leaf).to(dtype).view(1, 1, 1, 2, 32)
+        x = qkv.to(dtype)
+        x = torch.cat((x[:, :, :1] + added, x[:, :, 1:]), 2)
+        out = attention_qkvpacked(x, query_bias=leaf if is_folded else None)
+        return torch.autograd.grad(out, leaf, grad.to(dtype))[0].double()
+
+    exact = gradient(torch.float64, False)
+    folded, separate = ((gradient(dtype, way) - exact).norm() for way in (True, False))
+    assert folded <= 1.05 * separate + 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
