@@ -181,6 +181,9 @@ class ModelConfig:
     stochastic_depth: str = "sample"
     """`sample`: drop each sample's branch by itself. `subset`: compute it for a random part of
     fixed size of the batch, which saves the dropped work; the number kept no longer varies."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of a fused transformer's residual stream. `bfloat16` halves what the norms read and
+    write, and rounds the sum behind each half of a block; see docs/performance.md."""
     fused: bool = True
     """Run timm transformers on this package's kernels, where they win on this machine."""
     patch_size: int | None = None
@@ -201,6 +204,10 @@ class ModelConfig:
         _require(
             self.stochastic_depth in ("sample", "subset"),
             f"model.stochastic_depth must be sample or subset, not {self.stochastic_depth!r}",
+        )
+        _require(
+            self.residual == "float32" or self.fused,
+            f"model.residual={self.residual} needs model.fused",
         )
 
 

@@ -104,6 +104,7 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         num_heads=model.num_heads,
         fused=model.fused,
         stochastic_depth=model.stochastic_depth,
+        residual=model.residual,
     )
 
 

@@ -41,9 +41,22 @@ def build_rows(
     return table
 
 
-def ingest_batch(batch: ViewBatch, recipe: ViewRecipe, dtype: torch.dtype) -> Tensor:
-    """Flip, normalise, erase and mix: [B, 3, S, S] of `dtype`, on the device of the batch."""
-    return ingest(batch.images, batch.plan, recipe.mean, recipe.std, dtype)
+def ingest_batch(
+    batch: ViewBatch, recipe: ViewRecipe, dtype: torch.dtype, patch: int | None = None
+) -> Tensor:
+    """Flip, normalise, erase and mix, on the device of the batch.
+
+    Args:
+        batch: views of side S.
+        recipe: with mean and std.
+        dtype: of the result.
+        patch: side of the patches whose rows are made; None: images.
+
+    Returns:
+        Images [B, 3, S, S], or rows of patches [B, (S / patch)^2, 3 patch^2].
+    """
+    layout = {} if patch is None else {"layout": "patches", "patch": patch}
+    return ingest(batch.images, batch.plan, recipe.mean, recipe.std, dtype, **layout)
 
 
 def _half(rows: np.ndarray, image: np.ndarray, prefix: str) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ def create_student(
     num_heads: int | None = None,
     fused: bool = True,
     stochastic_depth: str = "sample",
+    residual: str = "float32",
 ) -> nn.Module:
     """Build a model to train, with random weights.
 
@@ -44,6 +45,7 @@ def create_student(
         patch_size, embed_dim, depth, num_heads: overrides of the named transformer.
         fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
         stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
+        residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
 
     Raises:
         InputError: unknown name, or an override that the model does not take.
@@ -61,6 +63,8 @@ def create_student(
     if ":" in name:
         if shape:
             raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
+        if residual != "float32":
+            raise InputError(f"residual {residual!r} needs a timm model, not {name!r}")
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -76,9 +80,11 @@ def create_student(
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
     if fused and isinstance(model, VisionTransformer):
-        return fuse(model, stochastic_depth=stochastic_depth)
+        return fuse(model, stochastic_depth=stochastic_depth, residual=residual)
     if stochastic_depth != "sample":
         raise InputError(f"stochastic_depth {stochastic_depth!r} needs a fused transformer")
+    if residual != "float32":
+        raise InputError(f"residual {residual!r} needs a fused transformer")
     return model
 
 

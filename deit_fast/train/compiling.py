@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deit_fast.config import InputError, RunConfig
-from deit_fast.models.fuse import COMPILED_METHODS
+from deit_fast.models.fused import COMPILED_METHODS, FusedForward
 
 log = logging.getLogger("deit_fast")
 
@@ -61,6 +61,8 @@ def _has_blocks(model: nn.Module) -> bool:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile each block by itself, in place: equal blocks share one compilation.
 
+    Of a fused model the embedding in front of the blocks is compiled too.
+
     Shapes are constants of the compiled code, so it is as fast for the second batch size of a
     process as for the first. torch's limit of compilations per function, behind which it runs that
     function uncompiled, is raised: blocks that timm runs take one compilation for each drop rate.
@@ -79,6 +81,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     options = {"dynamic": False} | options
     raise_recompile_limit()
     blocks: Any = model.blocks
+    if isinstance(model, FusedForward):
+        model.embed = torch.compile(model.embed, **options)  # type: ignore[method-assign]
     for block in blocks:
         names = [name for name in COMPILED_METHODS if hasattr(block, name)]  # of a fused one
         for name in names:

@@ -16,7 +16,8 @@ from deit_fast.config import InputError, RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import distillation_loss
-from deit_fast.models.fuse import set_batch_part
+from deit_fast.models.fuse import patch_side, set_batch_part
+from deit_fast.models.shadow import Shadows
 from deit_fast.models.teachers import has_bf16
 from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.train.guard import Guard, gradient_norms
@@ -57,6 +58,11 @@ class TrainStep:
         self.bf16 = has_bf16(device)
         self.guard = Guard(self.world, device, model)
         self.forward = parallel(config, model, device, self.world)
+        # Autocast would round the images and the weights on their way into the products: ingest
+        # writes rounded rows of patches, and the weights are rounded for all layers at once.
+        rounds = self.bf16 and device.type == "cuda"
+        self.patch = patch_side(model) if rounds and not teaching.reads_images else None
+        self.shadows = Shadows(model, torch.bfloat16) if rounds else None
 
     def __call__(
         self, batch: ViewBatch, step: int, lr: float, is_told_to_stop: Callable[[], bool] = bool
@@ -71,6 +77,8 @@ class TrainStep:
         """
         self.model.zero_grad(set_to_none=True)
         self.teaching.at(step)
+        if self.shadows is not None:
+            self.shadows.refresh()
         numbers: dict[str, torch.Tensor] = {}
         parts = self.config.accumulate
         size = len(batch) // parts
@@ -115,11 +123,13 @@ class TrainStep:
     def _backward(self, batch: ViewBatch) -> dict[str, torch.Tensor]:
         """Gradients of one part, added up; its share of the losses."""
         with phase("ingest"):
-            images = ingest_batch(batch, self.config.view, torch.float32)
+            dtype = torch.float32 if self.patch is None else torch.bfloat16
+            images = ingest_batch(batch, self.config.view, dtype, self.patch)
         with phase("teacher"):
             answer = self.teaching(batch, images)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with phase("forward"), autocast:
+        shadows = nullcontext() if self.shadows is None else self.shadows.current()
+        with phase("forward"), autocast, shadows:
             outputs = self.forward(images)
         self.teaching.join()
         with phase("loss"):

@@ -32,6 +32,9 @@ TeacherAnswer: TypeAlias = torch.Tensor | TopK | None
 class Teaching(Protocol):
     """Answers for a batch of views, in a form that ``kernels.distillation_loss`` takes."""
 
+    reads_images: bool = False
+    """Whether it computes with the images; if not, the step may pass rows of patches instead."""
+
     def __call__(self, batch: ViewBatch, images: torch.Tensor) -> TeacherAnswer: ...
 
     def join(self) -> None:
@@ -68,6 +71,8 @@ class OnlineTeacher(Teaching):
     On CUDA it has a stream of its own, which starts where the images are ready. No memory passes
     from one stream to the other too early: each waits for the other once a batch.
     """
+
+    reads_images = True
 
     def __init__(self, teacher: Teacher, device: torch.device) -> None:
         self.teacher, self.device = teacher, device
@@ -173,6 +178,8 @@ class CheckedTeacher(CachedTeacher):
     Such a step waits for the device. A batch in which an unreadable image was replaced is passed
     over: the teacher may have seen the image itself.
     """
+
+    reads_images = True
 
     def __init__(
         self,

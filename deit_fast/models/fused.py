@@ -1,0 +1,248 @@
+"""The modules of a fused transformer. Each is timm's class with another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from deit_fast.kernels import attention_qkvpacked, bias_gelu
+from deit_fast.kernels.attention_launch import takes_width
+from deit_fast.models.shadow import Shadow, linear
+from deit_fast.models.stream import (
+    BatchPart,
+    Branch,
+    KeepScales,
+    Stream,
+    draw_ahead,
+    drop_rate,
+    gamma_of,
+)  # fmt: skip
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+COMPILED_METHODS = ("run", "run_last")
+"""Methods of a fused block that do its work: what is to be compiled of it."""
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's call is nothing but its product: no wrapper, no hook."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    return not any(getattr(layer, name) for name in _HOOKS)
+
+
+def _drops(drop: nn.Module) -> bool:
+    """Whether a Dropout, or what stands in its place, changes its input."""
+    return drop.training and getattr(drop, "p", 0.0) > 0
+
+
+def _state_without(module: nn.Module, *names: str) -> dict[str, Any]:
+    """What a copy or a pickle of a module keeps."""
+    return {name: value for name, value in module.__dict__.items() if name not in names}
+
+
+class _Shadowed(nn.Module):
+    """A module whose linear layers may have shadows; copies and pickles of it leave them out."""
+
+    shadowed_layers: tuple[str, ...]
+    shadows: dict[str, Shadow] | None = None
+
+    def shadow(self, name: str, is_read: bool) -> Shadow | None:
+        return self.shadows[name] if is_read and self.shadows and name in self.shadows else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _state_without(self, "shadows")
+
+
+class FusedAttention(_Shadowed, Attention):
+    """timm's Attention on attention_qkvpacked; with a mask or dropout timm's own."""
+
+    shadowed_layers = ("qkv", "proj")
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if attn_mask is not None or is_causal or _drops(self.attn_drop):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.proj_drop(self.proj(self._attend(self.qkv(x), None)))
+
+    def _attend(self, qkv: Tensor, query_bias: Tensor | None) -> Tensor:
+        qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
+        return attention_qkvpacked(qkv, self.scale, query_bias=query_bias).flatten(2)
+
+    def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
+        """The output, and what is to get the column sums of its gradient as its own gradient.
+
+        These sums are the gradient of the projection's bias. The gradient of the values' bias
+        follows from them: the weights of a query sum to 1, so a bias of the values reaches the
+        output through the projection's weight alone. The keys' bias has the gradient 0.
+        """
+        qkv, proj, bias = self.qkv, self.proj, self.qkv.bias
+        if _drops(self.attn_drop) or _drops(self.proj_drop) or not is_plain(proj):
+            return self(x), None
+        shadow = self.shadow("proj", shadows)
+        folds = bias is not None and proj.bias is not None and is_plain(qkv)
+        if not folds or not takes_width(x, self.head_dim):
+            return linear(self._attend(qkv(x), None), proj, shadow), proj.bias
+        of_queries, _, of_values = bias.chunk(3)
+        x = self._attend(linear(x, qkv, self.shadow("qkv", shadows)), of_queries)
+        with torch.autocast(x.device.type, enabled=False):
+            zero = F.linear(of_values - of_values.detach(), proj.weight.detach())
+        return linear(x, proj, shadow), proj.bias + zero
+
+
+class FusedMlp(_Shadowed, Mlp):
+    """timm's Mlp, its first bias added by the activation."""
+
+    shadowed_layers = ("fc1", "fc2")
+    fc1: nn.Linear
+    fc2: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_plain(self.fc1):
+            return super().forward(x)
+        return self.drop2(self.fc2(self._hidden(x, False)))
+
+    def _hidden(self, x: Tensor, shadows: bool) -> Tensor:
+        x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
+        return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
+
+    def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
+        """The output, and the bias that is to get the column sums of its gradient."""
+        if _drops(self.drop2) or not is_plain(self.fc1) or not is_plain(self.fc2):
+            return self(x), None
+        x = self._hidden(x, shadows)
+        return linear(x, self.fc2, self.shadow("fc2", shadows)), self.fc2.bias
+
+
+def why_not_attention(module: nn.Module) -> str | None:
+    """Why not; None: queries, keys and values are parts of one projection, used as they are."""
+    if type(module) not in (Attention, FusedAttention):
+        return f"is {type(module).__name__}, not timm's Attention"
+    for name in ("q_norm", "k_norm", "norm"):
+        if not isinstance(getattr(module, name), nn.Identity):
+            return f"has {name} {type(getattr(module, name)).__name__}"
+    return "has a gate" if getattr(module, "gate", None) is not None else None
+
+
+class FusedBlock(Block):
+    """timm's Block on a residual stream.
+
+    Attributes:
+        kernels: names of the kernels that it runs on.
+        subset: whether stochastic depth drops whole samples from the computation.
+        draws_ahead: whether DropPath's draws are made before the block runs. A compiled block then
+            takes them as tensors, and blocks that differ in nothing but their drop rates share one
+            compilation: a rate that the block itself read would be compiled in as a constant.
+    """
+
+    kernels: frozenset[str]
+    subset: bool
+    draws_ahead: bool
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        stream = Stream(x, self.kernels, self.subset)
+        if self.draws_ahead:
+            stream.keep_scales = draw_ahead([self], x, None)[0]
+        self.run(stream)
+        return stream.add()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled method is bound to this block: in a copy it would compute with its weights.
+        return _state_without(self, *COMPILED_METHODS)
+
+    def run(self, stream: Stream) -> None:
+        stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+
+    def run_last(self, stream: Stream, tokens: int) -> None:
+        """As ``run``, but only the first tokens come out."""
+        attention: Any = self.attn
+        whole = why_not_attention(attention) is not None or _drops(attention.attn_drop)
+        whole = whole or not is_plain(attention.qkv)
+        if whole or (stream.subset and drop_rate(self.drop_path1) > 0):
+            stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+            stream.keep_tokens(tokens)
+        else:
+            _, normed = stream.norm(self.norm1)
+            value, bias = _attend(attention, normed, tokens, stream.folds)
+            stream.keep_tokens(tokens)
+            keep_scale = stream.keep_scale(0, self.drop_path1)
+            stream.branch = Branch(value, gamma_of(self.ls1), keep_scale, bias)
+        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+
+
+def _attend(attention: Any, x: Tensor, tokens: int, folds: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention of the first tokens to all; the last bias where its gradient is to be made."""
+    width, heads, bias = attention.attn_dim, attention.num_heads, attention.qkv.bias
+    weight_q, weight_kv = attention.qkv.weight.split((width, 2 * width))
+    bias_q, bias_kv = (None, None) if bias is None else bias.split((width, 2 * width))
+    q = F.linear(x[:, :tokens], weight_q, bias_q).unflatten(2, (heads, -1)).transpose(1, 2)
+    k, v = F.linear(x, weight_kv, bias_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    x = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    x, proj = x.transpose(1, 2).flatten(2), attention.proj
+    if folds and is_plain(proj) and not _drops(attention.proj_drop):
+        return linear(x, proj, None), proj.bias
+    return attention.proj_drop(proj(x)), None
+
+
+class FusedPatchEmbed(PatchEmbed):
+    """timm's PatchEmbed, which also takes the rows that ``ingest(layout="patches")`` writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3:
+            return super().forward(x)
+        return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
+
+
+class FusedForward(VisionTransformer):
+    """``model(x)`` on one stream from the first block to the final norm.
+
+    Attributes:
+        residual_dtype: of the stream; None: the embedding's.
+        reads_shadows: whether products read shadow weights; ``Shadows.current`` sets it.
+    """
+
+    batch_part: BatchPart | None = None
+    residual_dtype: torch.dtype | None = None
+    reads_shadows: bool = False
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        if arguments or options or self.grad_checkpointing or len(self.blocks) == 0:
+            return super().forward(x, *arguments, **options)
+        x = self.embed(x)
+        blocks: list[Any] = list(self.blocks)
+        last = blocks[-1]
+        stream = Stream(
+            x, last.kernels, last.subset, self.batch_part, folds=True, shadows=self.reads_shadows
+        )
+        scales: list[KeepScales | None] = [None] * len(blocks)
+        if all(block.draws_ahead for block in blocks):
+            scales[:] = draw_ahead(blocks, x, self.batch_part)
+        for block, keep_scales in zip(blocks[:-1], scales[:-1], strict=True):
+            stream.keep_scales = keep_scales
+            block.run(stream)
+        stream.keep_scales = scales[-1]
+        if self.global_pool == "token":
+            last.run_last(stream, self.num_prefix_tokens)
+        else:
+            last.run(stream)
+        _, normed = stream.norm(self.norm)
+        return self.forward_head(normed)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The stream's first value [B, N, C] from images or from rows of patches."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        # The embedding is summed in its own dtype and rounded once.
+        return x.to(self.residual_dtype) if self.residual_dtype and x.dtype == torch.float32 else x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _state_without(self, "embed", "batch_part")  # as a block's compiled methods

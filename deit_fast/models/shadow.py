@@ -1,0 +1,124 @@
+"""Half-precision copies of a fused model's weights, made once a step.
+
+Under autocast every product casts its float32 weight, and casts the weight's gradient back: two
+launches a layer, four layers a block. Shadow weights are cast in one launch for all layers, and the
+gradient comes out of its product in float32, which also spares it a rounding.
+
+A shadow is the rounded parameter, so the forward's numbers are those of autocast. It is valid until
+the parameter changes; ``Shadows`` therefore refreshes before each step and is used inside
+``with shadows.current():`` alone. State dicts, copies and pickles of a model hold no shadows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit_fast.kernels.launching import on_gpu
+
+
+class Shadow(NamedTuple):
+    """Copies of a linear layer's parameters."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Product(torch.autograd.Function):
+    """``F.linear(x, shadow.weight, shadow.bias)``; the gradient is that of the float32 weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shadow: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, shadow)
+        ctx.dtype = weight.dtype
+        return F.linear(x, shadow, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, shadow = ctx.saved_tensors
+        grad_x = grad @ shadow if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _product_of(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _product_of(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, not rounded to the dtype of a where the device can leave that out."""
+    if on_gpu(a) and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def linear(x: Tensor, layer: nn.Linear, shadow: Shadow | None, has_bias: bool = True) -> Tensor:
+    """``layer(x)`` without a gradient of the bias, or without the bias.
+
+    Args:
+        x: [..., in_features]; with a shadow of its dtype.
+        layer: a plain linear layer.
+        shadow: of the layer; None: the layer's own weights.
+        has_bias: whether the bias is added.
+    """
+    if shadow is not None:
+        bias = shadow.bias if has_bias else None
+        return _Product.apply(x, layer.weight, shadow.weight, bias)  # type: ignore[no-any-return]
+    bias = layer.bias.detach() if has_bias and layer.bias is not None else None
+    return F.linear(x, layer.weight, bias)
+
+
+class Shadows:
+    """The shadow weights of a model.
+
+    Args:
+        model: a fused model, on its device.
+        dtype: of the copies: autocast's.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model: Any = model
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        module: Any
+        for module in model.modules():
+            names = getattr(module, "shadowed_layers", ())
+            layers = {name: getattr(module, name) for name in names}
+            if layers:
+                module.shadows = {
+                    name: self._shadow_of(layer, dtype)
+                    for name, layer in layers.items()
+                    if type(layer) is nn.Linear
+                }
+
+    def _shadow_of(self, layer: nn.Linear, dtype: torch.dtype) -> Shadow:
+        copies = []
+        for parameter in (layer.weight, layer.bias):
+            if parameter is None:
+                copies.append(None)
+                continue
+            copies.append(torch.empty_like(parameter, dtype=dtype, requires_grad=False))
+            self._sources.append(parameter.detach())
+            self._copies.append(copies[-1])
+        return Shadow(*copies)
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def refresh(self) -> None:
+        """Copy the parameters; a few launches for all of them."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """The model's training forward reads the shadows; they must have been refreshed."""
+        self.model.reads_shadows = True
+        try:
+            yield
+        finally:
+            self.model.reads_shadows = False
