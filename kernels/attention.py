@@ -149,8 +149,9 @@ def write_tuned(qkv: Tensor, path: Path) -> None:
         print(f"{kernel}, {qkv.shape[1]} tokens, D={width}, sm_{architecture}, ms:")
         best, *_ = ranking = sorted(times, key=times.__getitem__)
         for tiles in ranking:
-            rows, block, warps, stages = tiles
-            print(f"  {times[tiles]:9.4f}  {rows=} {block=} {warps=} {stages=}")
+            rows, block, warps, stages, per_head = tiles
+            more = f" {per_head=}" if per_head else ""
+            print(f"  {times[tiles]:9.4f}  {rows=} {block=} {warps=} {stages=}{more}")
         launch.write_tiles({key: best}, path)
         print(f"  best written to {path}", flush=True)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-QUERIES, KEYS, BOTH = (tl.constexpr(i) for i in range(3))
+QUERIES, KEYS, BOTH, HEAD = (tl.constexpr(i) for i in range(4))
 
 # ---------------------------------------------------------------------------------------------
 # Rows of one head: D columns as PARTS tensors of WIDTH, a power of two
@@ -359,6 +359,7 @@ def _query_role(
         )  # fmt: skip
     _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
     if sums_at is not None:
+        sums_at += start // ROWS * out_stride
         _store_column_sums(sums_at, start, tokens, dq, scale, ROWS, WIDTH, PARTS)
 
 
@@ -409,20 +410,25 @@ def _key_role(
 
 @triton.jit
 def backward_kernel(
-    qkv, grad_out, out, lse, delta, grad_qkv,
+    qkv, grad_out, out, lse,
+    row_sums,  # float32 [B, H, N] or None: row sums of dO * O, delta
+    grad_qkv,
     bias_sums,  # float32 [B * blocks, H, D] or None: a program's column sums of dq
     heads, tokens,
     stride_b, stride_n, stride_p, stride_h, grad_stride_b, grad_stride_n, grad_stride_h,
     scale2, scale, ROLE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * [2 *] blocks of ROWS,). ROLE: QUERIES, KEYS, or BOTH, which shares reads.
+    """Grid (B * H * [2 *] blocks of ROWS,), or (B * H,). ROLE: QUERIES, KEYS, BOTH or HEAD.
 
-    QUERIES leaves delta = row sums of dO * O, float [B, H, N], and KEYS reads it. BOTH has no
-    delta: which of two neighbours runs first is open, so each makes its own.
+    QUERIES writes delta to row_sums, and KEYS reads it. BOTH has no row_sums: which of two
+    neighbours runs first is open, so each computes its own delta. HEAD does all blocks of one head:
+    first those of the queries, then those of the keys, which read delta.
     """
     blocks = (tokens + ROWS - 1) // ROWS
     block, index = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    if ROLE == HEAD:
+        index = tl.program_id(0)
     is_key = ROLE == KEYS
     if ROLE == BOTH:
         is_key = index % 2 == 1
@@ -435,14 +441,28 @@ def backward_kernel(
     dq_at = grad_qkv + batch * tokens * (3 * out_stride) + head * (PARTS * WIDTH)
     row = index.to(tl.int64) * tokens
     lse_at = lse + row
-    delta_at = delta
-    if delta is not None:
-        delta_at = delta + row
+    delta_at = row_sums
+    if row_sums is not None:
+        delta_at = row_sums + row
     sums_at = bias_sums
     if bias_sums is not None:
-        sums_at = bias_sums + (batch * blocks + block) * out_stride + head * (PARTS * WIDTH)
-    # In the other order ptxas spills on sm_100 (triton 3.6, float16).
-    if not is_key:
+        sums_at = bias_sums + batch * blocks * out_stride + head * (PARTS * WIDTH)
+    if ROLE == HEAD:
+        # Hoisted out of these loops, addresses cost a third of the registers.
+        for each in tl.range(0, blocks, num_stages=1, disable_licm=True):
+            _query_role(
+                q_at, do_at, o_at, dq_at, lse_at, delta_at, sums_at, each * ROWS, tokens, stride_n,
+                stride_p, grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
+                PRECISION, UPCAST,
+            )  # fmt: skip
+        tl.debug_barrier()  # delta as other threads of this program wrote it
+        for each in tl.range(0, blocks, num_stages=1, disable_licm=True):
+            _key_role(
+                q_at, do_at, o_at, dq_at, lse_at, delta_at, each * ROWS, tokens, stride_n, stride_p,
+                grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
+                PRECISION, UPCAST,
+            )  # fmt: skip
+    elif not is_key:  # in the other order ptxas spills on sm_100 (triton 3.6, float16)
         _query_role(
             q_at, do_at, o_at, dq_at, lse_at, delta_at, sums_at, block * ROWS, tokens, stride_n,
             stride_p, grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
@@ -450,7 +470,7 @@ def backward_kernel(
         )  # fmt: skip
     else:
         _key_role(
-            q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n,
-            stride_p, grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
+            q_at, do_at, o_at, dq_at, lse_at, delta_at, block * ROWS, tokens, stride_n, stride_p,
+            grad_stride_n, out_stride, scale2, scale, WIDTH, PARTS, ROWS, BLOCK, TAIL,
             PRECISION, UPCAST,
         )  # fmt: skip

@@ -37,6 +37,7 @@ WHOLE_TOKENS, SHORT_WIDTH = 208, 64
 # Up to here dq and dk, dv share a launch, and with it what they read; beyond, delta is worth one,
 # and whole blocks alone spill on sm_100.
 SHARED_TOKENS = WHOLE_TOKENS
+LEAST_HEADS = 1024  # of B * H for `per_head`: 2.6 times what an H100 runs at once
 PROCESSORS = 132  # of an H100: fewer heads than twice that are split, also on other GPUs
 
 
@@ -56,12 +57,17 @@ def takes_width(x: Tensor, width: int) -> bool:
 
 
 class Tiles(NamedTuple):
-    """rows of the block that stays, block: rows of those that stream past (whole heads: 0)."""
+    """rows of the block that stays, block: rows of those that stream past (whole heads: 0).
+
+    per_head: of `both`: 1 where one program does a whole head. Its keys then read what its queries
+    computed, which takes a fifth of the instructions away; but a program more or less is a head.
+    """
 
     rows: int
     block: int
     warps: int
     stages: int
+    per_head: int = 0
 
 
 Key = tuple[int, str, int, int]
@@ -82,7 +88,10 @@ def write_tiles(table: dict[Key, Tiles], path: Path = TILES_FILE) -> None:
     names = ("architecture", "kernel", "bytes", "width")
     whole = (read_tiles(path) if path.exists() else {}) | table
     rows = [
-        json.dumps(dict(zip(names, key, strict=True)) | {"tiles": list(tiles)})
+        json.dumps(
+            dict(zip(names, key, strict=True))
+            | {"tiles": list(tiles if tiles.per_head else tiles[:4])}
+        )
         for key, tiles in sorted(whole.items(), key=lambda item: (item[0][0], item[0][2]))
     ]
     path.write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
@@ -98,6 +107,9 @@ TILES = read_tiles()
 
 _STREAMED = [Tiles(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
 CANDIDATES = dict.fromkeys(("forward", "both", "queries", "keys"), _STREAMED)
+PER_HEAD = Tiles(64, 32, 4, 1, per_head=1)  # by machine code the best of its kind
+_PER_HEAD = [PER_HEAD._replace(block=block, stages=n) for block in (32, 64) for n in (1, 2, 3)]
+CANDIDATES["both"] = [*_STREAMED, *_PER_HEAD]
 CANDIDATES["whole"] = [Tiles(*t) for t in itertools.product((64, 128), (0,), (4, 8), (1, 2))]
 
 _measured: dict[Key, Tiles] = {}
@@ -175,7 +187,7 @@ def tune(qkv: Tensor) -> Iterator[tuple[Key, dict[Tiles, float]]]:
     scale = 1 / math.sqrt(qkv.shape[-1])
     (forward,), backward = _kinds(qkv)
     out, lse = _outputs(qkv, scale)
-    grad_qkv, delta = torch.empty_like(qkv), _delta(lse, backward)
+    grad_qkv, row_sums = torch.empty_like(qkv), _row_sums(lse, backward)
 
     def prepare_forward(tiles: Tiles) -> Launch:
         return _forward_launch(forward, qkv, out, lse, scale, tiles)
@@ -187,7 +199,7 @@ def tune(qkv: Tensor) -> Iterator[tuple[Key, dict[Tiles, float]]]:
 
             def prepare(tiles: Tiles, kind: str = kind) -> Launch:
                 return _backward_launch(
-                    kind, out, qkv, out, lse, delta, grad_qkv, scale, None, tiles
+                    kind, out, qkv, out, lse, row_sums, grad_qkv, scale, None, tiles
                 )
 
             key = _key(kind, qkv, None)
@@ -260,18 +272,18 @@ def _arguments(
     return values, {"num_warps": tiles.warps, "num_stages": tiles.stages}, -(-tokens // rows)
 
 
-_ROLES = {"queries": kernel.QUERIES.value, "keys": kernel.KEYS.value, "both": kernel.BOTH.value}
+_ROLES = {"queries": kernel.QUERIES, "keys": kernel.KEYS, "both": kernel.BOTH}
 
 
 def _backward_arguments(
-    grad_out: Tensor, grad_qkv: Tensor, delta: Tensor | None, scale: float, kind: str,
+    grad_out: Tensor, grad_qkv: Tensor, row_sums: Tensor | None, scale: float, role: Any,
     bias_sums: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     strides = grad_out.stride()
-    values: dict[str, Any] = {"grad_out": grad_out, "grad_qkv": grad_qkv, "delta": delta}
+    values: dict[str, Any] = {"grad_out": grad_out, "grad_qkv": grad_qkv, "row_sums": row_sums}
     values["bias_sums"] = bias_sums
     values |= {"grad_stride_b": strides[0], "grad_stride_n": strides[1], "scale": scale}
-    return values | {"grad_stride_h": strides[2], "ROLE": _ROLES[kind]}
+    return values | {"grad_stride_h": strides[2], "ROLE": role.value}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -331,24 +343,27 @@ def _forward_launches(inputs: Any, outputs: Any, scale: float) -> Iterator[Launc
 _forward_plans = Plans(_forward_results, _forward_launches)
 
 
-def _delta(lse: Tensor, kinds: tuple[str, ...]) -> Tensor:
-    """Place for the row sums of dO * O that one kernel of the backward leaves for the next."""
-    return lse.new_empty(0 if "both" in kinds else lse.shape)
+def _row_sums(lse: Tensor, kinds: tuple[str, ...]) -> Tensor | None:
+    """Place for the row sums of dO * O that one kernel of the backward writes for the next."""
+    return None if "both" in kinds else lse.new_empty(lse.shape)
 
 
 def _backward_launch(
-    kind: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
+    kind: str, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, row_sums: Tensor | None,
     grad_qkv: Tensor, scale: float, query_bias: Tensor | None, tiles: Tiles,
 ) -> Launch:  # fmt: skip
     values, options, blocks = _arguments(qkv, out, lse, scale, kind, tiles)
+    heads, role = qkv.shape[0] * qkv.shape[3], _ROLES[kind]
+    programs = heads * blocks
+    if kind == "both":
+        programs *= 2
+        if tiles.per_head and heads >= LEAST_HEADS:
+            role, programs, row_sums = kernel.HEAD, heads, lse.new_empty(lse.shape)
     sums = None
     if query_bias is not None and kind != "keys":
         sums = lse.new_empty((len(qkv) * blocks, query_bias.numel()))
-    place = delta if delta.numel() else None
-    values |= _backward_arguments(grad_out, grad_qkv, place, scale, kind, sums)
-    programs = qkv.shape[0] * qkv.shape[3] * blocks
-    grid = (2 * programs if kind == "both" else programs,)
-    return Launch(kernel.backward_kernel, grid, values | options)
+    values |= _backward_arguments(grad_out, grad_qkv, row_sums, scale, role, sums)
+    return Launch(kernel.backward_kernel, (programs,), values | options)
 
 
 def _sum_launch(sums: Tensor, grad_bias: Tensor) -> Launch:
@@ -365,24 +380,25 @@ def _backward(
     qkv, grad_out = _readable(qkv), _readable(grad_out)
     inputs = (qkv, grad_out, out, lse, query_bias)
     if qkv.numel() == 0:
-        grad_qkv, grad_bias, _ = _backward_results(inputs, scale)
+        grad_qkv, grad_bias = _backward_results(inputs, scale)
         return grad_qkv, grad_bias.zero_()
-    return _backward_plans(inputs, scale)[:2]  # type: ignore[return-value]
+    return _backward_plans(inputs, scale)  # type: ignore[return-value]
 
 
-def _backward_results(inputs: Any, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_results(inputs: Any, scale: float) -> tuple[Tensor, Tensor]:
     qkv, grad_out, out, lse, query_bias = inputs
-    gradients = _gradients(grad_out, qkv, out, lse, scale, query_bias)
-    return *gradients, _delta(lse, _kinds(qkv)[1])
+    return _gradients(grad_out, qkv, out, lse, scale, query_bias)
 
 
 def _backward_launches(inputs: Any, outputs: Any, scale: float) -> Iterator[Launch]:
-    (qkv, grad_out, out, lse, query_bias), (grad_qkv, grad_bias, delta) = inputs, outputs
-    for kind in _kinds(qkv)[1]:
+    (qkv, grad_out, out, lse, query_bias), (grad_qkv, grad_bias) = inputs, outputs
+    kinds = _kinds(qkv)[1]
+    row_sums = _row_sums(lse, kinds)
+    for kind in kinds:
 
         def prepare(tiles: Tiles, kind: str = kind) -> Launch:
             return _backward_launch(
-                kind, grad_out, qkv, out, lse, delta, grad_qkv, scale, query_bias, tiles
+                kind, grad_out, qkv, out, lse, row_sums, grad_qkv, scale, query_bias, tiles
             )
 
         launch = prepare(_tuned_tiles(kind, qkv, prepare))
@@ -461,18 +477,19 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
     shapes += [(bf16, 1, 1, 64)]  # Triton makes constants of sizes that are 1
     for dtype, heads, tokens, width in shapes:
         qkv = torch.empty((256, tokens, 3, heads, width), dtype=dtype, device="meta")
-        out, lse = _outputs(qkv, 0.125)
-        (forward,), backward = _kinds(qkv)
-        for kind in (forward, *backward):
-            values, options, _ = _arguments(qkv, out, lse, 0.125, kind, _tiles(_key(kind, qkv, 0)))
-            function = kernel.forward_whole_kernel
-            if kind == "forward":
-                function = kernel.forward_blocks_kernel
-            elif kind != "whole":
-                function = kernel.backward_kernel
-                delta = None if kind == "both" else lse
-                sums = None if kind == "keys" else lse.new_empty((256, heads * width))
-                values |= _backward_arguments(out, qkv, delta, 0.125, kind, sums)
+        ((forward,), backward), out, lse = _kinds(qkv), *_outputs(qkv, 0.125)
+        row_sums, bias = _row_sums(lse, backward), lse.new_empty(heads * width)
+
+        def backward_of(kind: str, tiles: Tiles) -> Launch:
+            return _backward_launch(kind, out, qkv, out, lse, row_sums, qkv, 0.125, bias, tiles)  # noqa: B023
+
+        calls = {
+            forward: _forward_launch(forward, qkv, out, lse, 0.125, _tiles(_key(forward, qkv, 0)))
+        }
+        calls |= {kind: backward_of(kind, _tiles(_key(kind, qkv, 0))) for kind in backward}
+        if "both" in calls and width == 64 and tokens > 64:
+            calls["head"] = backward_of("both", PER_HEAD)
+        for kind, call in calls.items():
             expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True}
             if dtype != fp32:
                 expect |= {"tensor_cores": True, "no_scalar_half": True}
@@ -480,8 +497,8 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
                 expect |= {"wide_stores": False}  # 16 x 32 elements are 8 bytes a thread
             yield (
                 f"{kind}-{TYPE_NAMES[dtype]}-N={tokens}-D={width}",
-                function,
-                *signature(function, values),
-                options,
+                call.function,
+                *signature(call.function, call.arguments),
+                {name: call.arguments[name] for name in ("num_warps", "num_stages")},
                 expect,
             )

@@ -376,6 +376,39 @@ def test_query_bias_has_the_gradient_of_one_added_before(tokens: int, dtype: tor
     assert folded <= 1.05 * separate + 1e-6 * exact.norm()
 
 
+@pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="kernels run interpreted or on a GPU"
+)
+@pytest.mark.parametrize("tokens", (13, 70, 198))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_one_program_a_head_gives_the_gradients_of_one_a_block(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys read the row sums that its queries wrote, where a block computes its own."""
+    qkv, grad = normal(2, tokens, 3, 2, 64, dtype=dtype), normal(2, tokens, 2, 64, dtype=dtype)
+    bias = normal(128)
+    out, lse = torch.ops.deit_fast.attention_forward(qkv, 0.125)
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        launch._backward_plans.clear()
+        return torch.ops.deit_fast.attention_backward(grad, qkv, out, lse, 0.125, bias)  # type: ignore[no-any-return]
+
+    by_block = gradients()
+    key = launch._key("both", qkv, None)
+    monkeypatch.setitem(launch._measured, key, launch.PER_HEAD)
+    few = gradients()  # too few heads to keep a GPU busy
+    monkeypatch.setattr(launch, "LEAST_HEADS", 4)
+    kernel_launch = launch._backward_launch(
+        "both", grad, qkv, out, lse, None, qkv, 0.125, bias, launch._tiles(key)
+    )
+    assert kernel_launch.grid == (4,) and kernel_launch.arguments["row_sums"] is not None
+    by_head = gradients()
+    launch._backward_plans.clear()
+    for block, other, head in zip(by_block, few, by_head, strict=True):
+        assert torch.equal(block, other)
+        assert (block - head).double().norm() <= 1e-3 * block.double().norm()
+
+
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiles_without_a_break(backend: str) -> None:
     """In the interpreter the operator, outside of it the reference."""
@@ -430,7 +463,9 @@ def test_tuning_writes_each_kernel_as_it_is_measured(
     printed = capsys.readouterr().out
     for kind in kinds:
         assert f"{kind}, 3 tokens, D=32, sm_0, ms:" in printed
-    rows = re.findall(r"^ +\d+\.\d{4}  rows=\d+ block=\d+ warps=\d+ stages=\d$", printed, re.M)
+    rows = re.findall(
+        r"^ +\d+\.\d{4}  rows=\d+ block=\d+ warps=\d+ stages=\d( per_head=1)?$", printed, re.M
+    )
     assert len(rows) == 2 * len(kinds)
     assert launch.read_tiles() == launch.TILES, "the installed table is as it was"
 
