@@ -1,8 +1,9 @@
 """Triton's interpreter rounds float32 to bfloat16 toward zero; GPUs round to nearest.
 
-A bfloat16 result of an interpreted kernel is therefore up to one unit in the last place off, twice
-the error of a GPU, and biased. The bounds of the kernels' tests allow for it: they are two units, or
-twice PyTorch's error. Should this test fail, the interpreter rounds as a GPU, and they can be halved.
+A bfloat16 result of an interpreted kernel is therefore up to one unit in the last place off, which
+is twice the error of a GPU, and biased. The bounds of the kernels' tests allow for it: they are two
+units, or twice PyTorch's error. If this test fails, the interpreter rounds as a GPU does, and the
+bounds can be halved.
 """
 
 from __future__ import annotations
