@@ -12,7 +12,14 @@ TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden fuzz fuzz-guided sanitize emulate compare clean
+# What Inductor writes for a GPU is checked under the torch of the GPU machines, which brings CUDA's
+# libraries along: 4.8 GB. A pip --target beside the installed torch would share them, but only as
+# long as both are of one CUDA.
+TORCH_OLDEST := $(VENV)/torch-2.11.0
+TORCH_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm==1.0.31
+TRAFFIC := $(TORCH_OLDEST)/bin/python -m bench traffic
+
+.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden traffic traffic-golden fuzz fuzz-guided sanitize emulate compare clean
 
 install: $(INSTALLED)
 
@@ -28,13 +35,27 @@ $(INSTALLED): $(BIN)/python pyproject.toml $(NATIVE)
 demo: $(INSTALLED)
 	$(BIN)/deit-fast demo
 
-test: $(INSTALLED) $(TRITON_OLDEST)/.installed
+test: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TORCH_OLDEST)/.installed
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 $(VENV)/triton-%/.installed: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	  --target $(@D) triton==$*
 	@touch $@
+
+$(TORCH_OLDEST)/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES)
+	@touch $@
+
+# Counts what a compiled block launches and moves on an H100; needs no GPU.
+traffic: $(TORCH_OLDEST)/.installed
+	$(TRAFFIC) --check
+
+# After a wanted change of that: the golden table, and the predictions on the performance page.
+traffic-golden: $(INSTALLED) $(TORCH_OLDEST)/.installed
+	$(TRAFFIC) --write
+	$(BIN)/python -m bench roofline --markdown docs/performance.md
 
 # Compiles all kernels for sm_80, sm_90 and sm_100; needs no GPU.
 aot: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()  # imports are on the time of --seconds
 HERE = Path(__file__).parent
 HOSTS = ("cache", "loader")  # mostly the host's work: last, as a GPU waits for it
-PROGRAMS = {"plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu"}
+PROGRAMS = {
+    "plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu",
+    "traffic": "traffic", "roofline": "roofline",
+}  # fmt: skip
 
 
 def select(what: str) -> list[str]:
