@@ -56,7 +56,7 @@ NOT_RUN = {
     r"deit-fast demo": "minutes; tests/test_demo.py",
     r"sbatch ": "needs Slurm; tests/test_examples.py plays its commands",
     r"kubectl ": "needs a cluster; tests/test_examples.py reads the file",
-    r"python -m bench (?!plot|summary)": "minutes; test_bench.py; its name is checked below",
+    r"python -m bench (?!plot|summary|roofline)": "minutes; test_bench.py; names checked below",
     r"python -m deit_fast\.kernels\.aot": "minutes; tests/test_aot.py",
     r"python -m pytest": "is the test suite",
 }
