@@ -103,7 +103,7 @@ def run_seed(data: str, seed: int, work: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "data": data, "seed": seed, "residual": residual, "steps": len(losses),
-                "top1": round(100 * result["top1"], 2),
+                "accuracy": round(100 * result["top1"], 2),
                 "loss": [round(float(part.mean()), 5) for part in parts],
             }
         )  # fmt: skip
@@ -116,16 +116,13 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for data in dict.fromkeys(row["data"] for row in rows):
         for residual in RESIDUALS:
             chosen = [x for x in rows if x["data"] == data and x["residual"] == residual]
-            top1, last = ([f(x) for x in chosen] for f in (lambda x: x["top1"],
-                                                           lambda x: x["loss"][-1]))  # fmt: skip
-            spread = float(np.std(top1, ddof=1)) if len(top1) > 1 else 0.0
-            result.append(
-                {
-                    "data": data, "residual": residual, "seeds": len(chosen),
-                    "top1": round(float(np.mean(top1)), 2), "top1_std": round(spread, 2),
-                    "last_loss": round(float(np.mean(last)), 4),
-                }
-            )  # fmt: skip
+            accuracies = [x["accuracy"] for x in chosen]
+            spread = float(np.std(accuracies, ddof=1)) if len(chosen) > 1 else 0.0
+            row = {"data": data, "residual": residual, "seeds": len(chosen)}
+            row["accuracy"] = round(float(np.mean(accuracies)), 2)
+            row["accuracy_std"] = round(spread, 2)
+            row["last_loss"] = round(float(np.mean([x["loss"][-1] for x in chosen])), 4)
+            result.append(row)
     return result
 
 
@@ -150,7 +147,7 @@ def main() -> None:
             result = {"meta": meta, "means": means(rows), "rows": rows}
             options.out.write_text(json.dumps(result, indent=1) + "\n")
             for row in rows[-len(RESIDUALS) :]:
-                print(f"{data} seed {seed} {row['residual']}: {row['top1']} %", flush=True)
+                print(f"{data} seed {seed} {row['residual']}: {row['accuracy']} %", flush=True)
 
 
 if __name__ == "__main__":
