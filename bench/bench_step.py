@@ -68,6 +68,7 @@ from .trace import busy_us, device_intervals
 
 CLASSES = 1000
 LEARNING_RATE = 1e-4
+NARROW = "ours, bfloat16 stream"  # the residual stream, as an option
 STEPS_IN_A_ROW = 30  # of one timing on a GPU
 TINY, SMALL, BASE = (f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
 
@@ -195,6 +196,7 @@ def student_steps(
     return {
         "ours": our_step(compile="blocks"),
         "timm, compiled": timm_step(True),
+        NARROW: our_step(compile="blocks", model={"residual": "bfloat16"}),
         "ours, eager": our_step(),
         "timm, eager": timm_step(False),
         "ours, CUDA graphs": our_step(compile="blocks", cuda_graphs=True),
@@ -438,7 +440,7 @@ def cases(device: str) -> list[Case]:
     main = ("ours", "timm, compiled")
     ways = (*main, "ours, eager", "timm, eager", "ours, CUDA graphs", "ours, compile=model")
     return [
-        student_case(SMALL, 224, 256, place, "student", main),
+        student_case(SMALL, 224, 256, place, "student", (*main, NARROW)),
         student_case(TINY, 224, 256, place, "student", main),
         teacher_case(SMALL, "regnety_160", 224, 256, place),
         student_case(BASE, 224, 256, place, "student", main),

@@ -99,6 +99,9 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
     ahead = (
         compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="ours"),
         compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="timm, compiled"),
+        compile_ahead(
+            device, "step", "--only", SMALL_STUDENT, implementation="ours, bfloat16 stream"
+        ),
         compile_ahead(device, "step", "--only", "tiny student", implementation="ours"),
         compile_ahead(device, "step", "--only", "tiny student", implementation="timm, compiled"),
         compile_ahead(device, "step", "--only", teacher, implementation="ours, online teacher"),
