@@ -388,8 +388,9 @@ class RunConfig:
     takes longer; the first steps are slow. `auto`: `blocks` on CUDA, `none` on a CPU. An online
     teacher is compiled too, as a whole; that of `precompute` by `blocks` or `model` alone."""
     cuda_graphs: bool = False
-    """With a compiled student on CUDA: replay the kernels as CUDA graphs, for small models and
-    batches, whose time is that of their launches. Not with `accumulate` above 1."""
+    """On CUDA: capture a whole step, teacher and optimiser included, as one CUDA graph and replay
+    it, for small models and batches, whose time is that of their launches. With AdamW, in one
+    process, without `accumulate` and `profile_steps`."""
     compress_gradients: bool = False
     """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
@@ -417,13 +418,14 @@ class RunConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, not {value}")
         _require(
-            not self.cuda_graphs or self.compile != "none",
-            "cuda_graphs goes with compile=auto, blocks or model, not compile=none",
+            not self.cuda_graphs or self.accumulate == 1,
+            f"cuda_graphs with accumulate={self.accumulate}: each part needs the generator's seed "
+            f"anew, which a graph cannot set; choose accumulate=1 or --no-cuda-graphs",
         )
         _require(
-            not self.cuda_graphs or self.accumulate == 1,
-            f"cuda_graphs with accumulate={self.accumulate} is not tested: the gradients of one "
-            f"part may lie in memory that the next part's graph writes; set accumulate to 1",
+            not self.cuda_graphs or self.profile_steps == 0,
+            "cuda_graphs with profile_steps: the operators of a graph have no names; profile with "
+            "--no-cuda-graphs",
         )
         _require(
             self.max_rollbacks >= 0, f"max_rollbacks must not be negative, not {self.max_rollbacks}"

@@ -194,8 +194,8 @@ def test_apex_agrees_with_torch(name: str) -> None:
 def test_settings_that_do_not_fit_are_named():
     with pytest.raises(InputError, match=r"optim\.layer_decay must lie in \(0, 1\], not 1\.5"):
         OptimConfig(layer_decay=1.5)
-    with pytest.raises(InputError, match="cuda_graphs goes with compile"):
-        RunConfig(cuda_graphs=True, compile="none")
+    with pytest.raises(InputError, match="cuda_graphs with profile_steps"):
+        RunConfig(cuda_graphs=True, profile_steps=3)
     with pytest.raises(InputError, match=r"needs a model with \.blocks, which Linear lacks"):
         compile_blocks(torch.nn.Linear(2, 2))
 

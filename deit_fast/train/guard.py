@@ -1,14 +1,17 @@
 """What ends a run, agreed between the ranks on the device: numbers that are not finite, signals.
 
 ``judge`` finds out before the update whether the step is healthy, as a tensor that the optimiser
-takes as ``found_inf``: a step that is not healthy changes no weight. The host learns it one step
-later, from a copy that waits for nothing.
+takes as ``found_inf``: a step that is not healthy changes no weight. It runs on the device alone,
+so that a CUDA graph may hold it. The host learns the result one step later, from a copy that
+``watch`` starts and that waits for nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,14 @@ class Verdict:
         return not (self.bad_ranks or self.bad_gradient)
 
 
+class Judgement(NamedTuple):
+    """What ``judge`` found, on the device."""
+
+    found_inf: Tensor  # float32 []: 1.0 where the update must not happen, else 0.0
+    flags: Tensor  # float32 [ranks + 2]: a loss not finite, by rank; the gradient; stop
+    means: Tensor  # float32 [numbers]: over the ranks
+
+
 @dataclass
 class _Pending:
     step: int
@@ -48,32 +59,33 @@ class Guard:
         self._pending: deque[_Pending] = deque()
         self._last_norms: Tensor | None = None
 
-    def judge(
-        self, step: int, numbers: dict[str, Tensor], norms: Tensor, total_norm: Tensor, stop: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Whether the update must not happen, and the numbers of all ranks, in one all-reduce.
+    def judge(self, losses: list[Tensor], total_norm: Tensor, stop: Tensor) -> Judgement:
+        """Judge this step, and average the losses, in one all-reduce. The host waits for nothing.
 
         Args:
-            step: position in the order.
-            numbers: this rank's losses, float []; the first one decides.
-            norms: of ``gradient_norms``, after the all-reduce.
-            total_norm: of all of them, [].
-            stop: whether this rank was told to leave.
-
-        Returns:
-            1.0 where the update must not happen, else 0.0: float32 [], on the device; means over
-            the ranks.
+            losses: this rank's, float []; the first one decides.
+            total_norm: of all gradients after their all-reduce, [].
+            stop: float32 [], above 0 where this rank has been signalled.
         """
         size = self.world.size
-        values = torch.stack([value.float() for value in numbers.values()])
+        values = torch.stack([value.float() for value in losses])
         message = torch.zeros(size + 2 + len(values), device=self.device)
         message[self.world.rank] = ~torch.isfinite(values[0])
         message[size] = ~torch.isfinite(total_norm)
-        if stop:
-            message[size + 1] = 1.0
+        message[size + 1] = stop
         message[size + 2 :] = values / size
         self.world.sum(message)
         flags, means = message[: size + 2], message[size + 2 :]
+        return Judgement((flags[: size + 1] > 0).any().float(), flags, means)
+
+    def watch(self, step: int, flags: Tensor, norms: Tensor) -> None:
+        """Start the copy of a step's flags to the host.
+
+        Args:
+            step: position in the order.
+            flags: of ``judge``.
+            norms: of ``gradient_norms``; kept until the verdict after this one is read.
+        """
         host = torch.empty_like(flags, device="cpu", pin_memory=flags.is_cuda)
         host.copy_(flags, non_blocking=True)
         ready = None
@@ -81,8 +93,6 @@ class Guard:
             ready = torch.cuda.Event()
             ready.record()
         self._pending.append(_Pending(step, host, ready, norms))
-        found = (flags[: size + 1] > 0).any().float()
-        return found, dict(zip(numbers, means.unbind(), strict=True))
 
     def read(self, keep: int = 1) -> Verdict | None:
         """The oldest verdict beyond the ``keep`` newest steps, which may be under way."""
@@ -121,8 +131,8 @@ class Guard:
         return f"step {verdict.step + 1}: {reasons or 'the norm of all gradients is not finite'}"
 
 
-def gradient_norms(model: nn.Module) -> tuple[list[nn.Parameter], Tensor]:
-    """Parameters that have a gradient, and the norms of those, float32 [P]."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return parameters, torch.stack([norm.float() for norm in norms])
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
+    """Parameters that have a gradient, and the norms of those gradients, float32 [P]."""
+    found = [p for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for p in found if p.grad is not None])
+    return found, torch.stack([norm.float() for norm in norms])

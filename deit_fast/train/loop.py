@@ -301,7 +301,7 @@ class _Run:
         if not go_back(checkpoints, self.state):
             raise FloatingPointError(f"{where}; there is none yet to roll back to")
         self.state.skipped = skipped
-        self.step_once.guard.forget()
+        self.step_once.forget()
         if self.metrics is not None:
             self.metrics.rewind(self.state.step)
         log.warning("%s; going on from step %d without it", error, self.state.step)

@@ -1,4 +1,14 @@
-"""The optimiser in timm's decay groups, and the learning rate as a function of the step alone."""
+"""The optimiser in timm's decay groups, and the learning rate as a function of the step alone.
+
+Bytes that an update moves for each float32 parameter:
+
+    norm of the gradients      reads the gradient                                          4
+    clip, in the AdamW kernel  the kernel writes the clipped gradient back                 4
+    AdamW                      reads weight, gradient, both moments; writes all but one   28
+    moving average             reads average and weight, writes the average               12
+
+together 44, and 48 with clipping. A clip by itself would read and write the gradient: 52.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,8 @@ from typing import Any
 
 import torch
 from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from deit_fast.config import OptimConfig
 from deit_fast.packages import find_apex
@@ -69,6 +80,51 @@ def _apex_optimizers(config: OptimConfig, device: torch.device) -> Any:
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimiser changes nothing where its ``found_inf`` is 1, without the host."""
     return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], total_norm: Tensor,
+    max_norm: float,
+) -> None:  # fmt: skip
+    """Scale gradients by min(1, max_norm / (total_norm + 1e-6)), as torch's clip_grad_norm_ does.
+
+    torch's fused AdamW on a GPU divides them by ``grad_scale`` as it reads them, which saves a
+    pass; on a CPU they are scaled here, by torch's own function and to its last bit.
+    """
+    if skips_on_device(optimizer) and total_norm.is_cuda:
+        scale_in_update(optimizer, total_norm, max_norm)
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+
+
+def scale_in_update(optimizer: torch.optim.Optimizer, total_norm: Tensor, max_norm: float) -> None:
+    """Let the next step of a fused AdamW divide the gradients by the clip's factor."""
+    fused: Any = optimizer
+    fused.grad_scale = ((total_norm + 1e-6) / max_norm).clamp(min=1.0)
+
+
+class Average:
+    """Applies a ModelEmaV3 to its model in one launch for many tensors.
+
+    The tensors are listed once: ModelEmaV3.update itself makes both state dicts at every step,
+    1 ms of Python for DeiT-Ti on the CPU of our tests.
+    """
+
+    def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
+        self.ema = ema
+        pairs = [*zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._values = [value for average, value in pairs if average.is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the model's weights, by timm's factor for this step."""
+        weight = 1.0 - self.ema.get_decay(step)
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._values, weight=weight)
+        for average, value in self._others:
+            average.copy_(value)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

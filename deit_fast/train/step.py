@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deit_fast.config import InputError, RunConfig
+from deit_fast.config import RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import distillation_loss
@@ -21,10 +21,12 @@ from deit_fast.models.shadow import Shadows
 from deit_fast.models.teachers import has_bf16
 from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.train.guard import Guard, gradient_norms
-from deit_fast.train.optim import set_learning_rate, skips_on_device
+from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
+from deit_fast.train.step_graph import Outcome, Part, StepGraph, require_capturable
 from deit_fast.train.teaching import Teaching
 from deit_fast.world import World
 
+NUMBERS = ("loss", "base_loss", "distill_loss")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")
 
 
@@ -35,6 +37,11 @@ def phase(name: str) -> Any:
 
 class TrainStep:
     """Applies one batch to the model.
+
+    A step has three parts. ``prepare`` is what the host knows before: position, learning rate,
+    generator's seed, stored answers. ``work`` is what the device computes; it reads nothing back,
+    so a CUDA graph may hold all of it. ``finish`` launches what depends on the step's number and
+    starts the copy of the guard's flags.
 
     The numbers it returns, zero-dimensional tensors, stay on the device, so a step waits for
     nothing; the loop reads them when it logs. The draws of stochastic depth follow from seed and
@@ -53,10 +60,18 @@ class TrainStep:
         world: World | None = None,
     ) -> None:
         self.config, self.model, self.teaching = config, model, teaching
-        self.optimizer, self.ema, self.device = optimizer, ema, device
+        self.optimizer, self.device = optimizer, device
         self.world = world or World()
         self.bf16 = has_bf16(device)
         self.guard = Guard(self.world, device, model)
+        self.average = Average(ema, model) if ema is not None else None
+        self.parameters = list(model.parameters())
+        self.stop = torch.zeros((), device=device)  # above 0: this process was told to leave
+        self._was_told = False
+        self.graph: StepGraph | None = None
+        if config.cuda_graphs:
+            require_capturable(device, self.world, optimizer)
+            self.graph = StepGraph(optimizer, device, self.work)
         self.forward = parallel(config, model, device, self.world)
         # Autocast would round the images and the weights on their way into the products: ingest
         # writes rounded rows of patches, and the weights are rounded for all layers at once.
@@ -66,46 +81,85 @@ class TrainStep:
 
     def __call__(
         self, batch: ViewBatch, step: int, lr: float, is_told_to_stop: Callable[[], bool] = bool
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Returns loss, base_loss and distill_loss, means over the ranks, and grad_norm.
 
         Args:
             batch: this rank's share of the step's views.
             step: position in the order.
             lr: learning rate of this step.
-            is_told_to_stop: whether this process was told to leave; asked as late as can be.
+            is_told_to_stop: whether this process was told to leave.
         """
-        self.model.zero_grad(set_to_none=True)
+        parts = self.prepare(batch, step, lr, is_told_to_stop())
+        outcome = self.work(parts) if self.graph is None else self.graph(parts, lr)
+        return self.finish(step, outcome)
+
+    def forget(self) -> None:
+        """Model and optimiser went back to an earlier state: steps not yet judged do not count."""
+        self.guard.forget()
+        if self.graph is not None:
+            self.graph.drop()
+
+    # -- the three parts of a step ---------------------------------------------------------------
+
+    def prepare(self, batch: ViewBatch, step: int, lr: float, stop: bool) -> list[Part]:
+        """All that the host decides; the batch in ``accumulate`` parts."""
         self.teaching.at(step)
+        count = self.config.accumulate
+        size = len(batch) // count
+        parts = []
+        for place in range(count):
+            piece = batch if count == 1 else batch.part(place * size, (place + 1) * size)
+            answer = None
+            if not self.teaching.reads_images:
+                with phase("teacher"):
+                    answer = self.teaching(piece, None)
+            parts.append(Part(piece, answer, step, (self.world.rank * count + place) * size))
+        set_learning_rate(self.optimizer, lr)
+        if stop != self._was_told:
+            self.stop.fill_(stop)
+            self._was_told = stop
+        self._seed(parts[0])
+        return parts
+
+    def work(self, parts: list[Part]) -> Outcome:
+        """Forward, loss, backward and update, on the device alone. The host decides nothing here:
+        it makes the same calls at every step, and reads no number (but for LAMB and apex)."""
+        for parameter in self.parameters:
+            parameter.grad = None
         if self.shadows is not None:
             self.shadows.refresh()
-        numbers: dict[str, torch.Tensor] = {}
-        parts = self.config.accumulate
-        size = len(batch) // parts
-        for part in range(parts):
-            piece = batch if parts == 1 else batch.part(part * size, (part + 1) * size)
-            self._seed(step, (self.world.rank * parts + part) * size)
+        sums: list[Tensor] = []
+        for place, part in enumerate(parts):
+            if place > 0:
+                self._seed(part)
             forward: Any = self.forward
-            last = part == parts - 1
+            last = place == len(parts) - 1
             is_alone = last or not isinstance(forward, DistributedDataParallel)
             with nullcontext() if is_alone else forward.no_sync():
-                for name, value in self._backward(piece).items():
-                    numbers[name] = numbers[name] + value if part else value
+                losses = self._backward(part, share=1 / len(parts))
+            sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
 
-        parameters, norms = gradient_norms(self.model)
+        updated, norms = gradient_norms(self.parameters)
         total_norm = torch.linalg.vector_norm(norms)
-        stop = is_told_to_stop()
-        found_inf, numbers = self.guard.judge(step, numbers, norms, total_norm, stop)
-        if self.config.optim.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_grad, total_norm)
-        set_learning_rate(self.optimizer, lr)
+        found_inf, flags, means = self.guard.judge(sums, total_norm, self.stop)
         with phase("optimizer"):
+            if self.config.optim.clip_grad is not None:
+                clip_gradients(self.optimizer, updated, total_norm, self.config.optim.clip_grad)
             self._update(found_inf)
-        if self.ema is not None:
-            self.ema.update(self.model, step=step)
-        return numbers | {"grad_norm": total_norm}
+        return Outcome(flags, means, norms, total_norm)
 
-    def _update(self, found_inf: torch.Tensor) -> None:
+    def finish(self, step: int, outcome: Outcome) -> dict[str, Tensor]:
+        """The moving average, whose weight depends on the step, and the copy of the flags."""
+        if self.average is not None:
+            self.average.update(step)
+        self.guard.watch(step, outcome.flags, outcome.norms)
+        numbers = dict(zip(NUMBERS, outcome.means.unbind(), strict=True))
+        return numbers | {"grad_norm": outcome.total_norm}
+
+    # -- pieces ----------------------------------------------------------------------------------
+
+    def _update(self, found_inf: Tensor) -> None:
         """The optimiser's step, which a loss or gradient that is not finite must not reach."""
         optimizer: Any = self.optimizer
         if skips_on_device(optimizer):
@@ -114,35 +168,36 @@ class TrainStep:
         elif found_inf.item() == 0:  # LAMB and apex know no such flag: one wait for the device
             optimizer.step()
 
-    def _seed(self, step: int, offset: int) -> None:
-        """Draws of the forward whose first sample stands at ``offset`` of the whole batch."""
-        fused = set_batch_part(self.model, offset, self.config.batch_size)
-        words = (self.config.seed, step) if fused else (self.config.seed, step, offset)
+    def _seed(self, part: Part) -> None:
+        """Start the draws of the part's forward."""
+        fused = set_batch_part(self.model, part.offset, self.config.batch_size)
+        words = (
+            (self.config.seed, part.step) if fused else (self.config.seed, part.step, part.offset)
+        )
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
-    def _backward(self, batch: ViewBatch) -> dict[str, torch.Tensor]:
-        """Gradients of one part, added up; its share of the losses."""
+    def _backward(self, part: Part, share: float) -> list[Tensor]:
+        """Gradients of one part, added up; its share of the losses, as NUMBERS."""
+        batch, answer = part.batch, part.answer
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
             images = ingest_batch(batch, self.config.view, dtype, self.patch)
-        with phase("teacher"):
-            answer = self.teaching(batch, images)
+        if self.teaching.reads_images:
+            with phase("teacher"):
+                answer = self.teaching(batch, images)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         shadows = nullcontext() if self.shadows is None else self.shadows.current()
         with phase("forward"), autocast, shadows:
             outputs = self.forward(images)
         self.teaching.join()
         with phase("loss"):
-            total, numbers = self._loss(outputs, batch, answer)
-        share = 1 / self.config.accumulate
+            total, base, distill = self._loss(outputs, batch, answer)
         with phase("backward"):
             (total if share == 1 else total * share).backward()
-        return {name: value.detach() * share for name, value in numbers.items()}
+        return [value.detach() * share for value in (total, base, distill)]
 
-    def _loss(
-        self, outputs: Any, batch: ViewBatch, answer: Any
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss to differentiate, and all three numbers for the log."""
+    def _loss(self, outputs: Any, batch: ViewBatch, answer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss to differentiate, and its two parts."""
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
@@ -159,39 +214,30 @@ class TrainStep:
             reduction=loss.reduction,
             return_parts=True,
         )
-        if isinstance(answer, torch.Tensor) and answer.is_floating_point():
+        if isinstance(answer, Tensor) and answer.is_floating_point():
             # A decision hides it: the largest of logits that are not finite is some class.
             total = torch.where(torch.isfinite(answer).all(), total, float("nan"))
-        return total, {"loss": total, "base_loss": base, "distill_loss": distill}
+        return total, base, distill
 
 
 def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
     """What a step calls: the model, compiled as configured, its gradients averaged over ranks.
 
     Raises:
-        InputError: compile=blocks for a model without blocks; cuda_graphs without a CUDA device, or
-            where `auto` compiles nothing.
+        InputError: compile=blocks for a model without blocks.
     """
     forward: Any = model
     mode = resolve_compile(config, device, model)
-    if config.cuda_graphs and device.type != "cuda":
-        raise InputError(f"cuda_graphs needs a CUDA device, and the run is on {device.type}")
-    if config.cuda_graphs and mode == "none":
-        raise InputError(
-            f"cuda_graphs needs a compiled model, and compile=auto does not compile "
-            f"{type(model).__name__} here: choose --compile model"
-        )
     if mode != "none":
         # DDP's own splitting would cut each graph at its buckets. Blocks are graphs of their own,
         # and the exchange of one block's gradients overlaps the backward of those below it; of a
         # whole model (compile=model) all gradients come at the end, and nothing overlaps.
         torch._dynamo.config.optimize_ddp = False
-        options: dict[str, Any] = {"mode": "reduce-overhead" if config.cuda_graphs else None}
         if mode == "model":
             raise_recompile_limit()
-            forward = torch.compile(model, dynamic=False, **options)
+            forward = torch.compile(model, dynamic=False)
         else:
-            compile_blocks(model, **options)
+            compile_blocks(model)
     if world.size == 1:
         return forward  # type: ignore[no-any-return]
     # Buffers follow the first rank's by default; transformers have none and send nothing.

@@ -14,8 +14,9 @@ from deit_fast.cache.errors import CacheError
 from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
 from deit_fast.cache.reader import host_ids
 from deit_fast.cache.tinyvit import is_tinyvit
-from deit_fast.config import InputError, RunConfig
+from deit_fast.config import InputError, RunConfig, ViewRecipe
 from deit_fast.data.digests import require_same_pixels
+from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import pixel_contract
 from deit_fast.kernels import TopK
@@ -33,9 +34,10 @@ class Teaching(Protocol):
     """Answers for a batch of views, in a form that ``kernels.distillation_loss`` takes."""
 
     reads_images: bool = False
-    """Whether it computes with the images; if not, the step may pass rows of patches instead."""
+    """Whether the answer is computed from the images. If not it is looked up, before the step's
+    work on the device begins, and the images may be None or rows of patches."""
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> TeacherAnswer: ...
+    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> TeacherAnswer: ...
 
     def join(self) -> None:
         """Called before the last answer is read, on the stream that reads it."""
@@ -61,7 +63,7 @@ class Teaching(Protocol):
 class NoTeacher(Teaching):
     """Training against the labels alone."""
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> None:
+    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> None:
         return None
 
 
@@ -78,7 +80,8 @@ class OnlineTeacher(Teaching):
         self.teacher, self.device = teacher, device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor:
+        assert images is not None
         if self._side is None:
             return self.teacher(images)
         self._side.wait_stream(torch.cuda.current_stream(self.device))
@@ -137,7 +140,7 @@ class CachedTeacher(Teaching):
         if stream is not None:
             stream.close()
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor | TopK:
         if self.resident is not None:
             return self.resident.gather(
                 batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail
@@ -175,11 +178,9 @@ class CachedTeacher(Teaching):
 class CheckedTeacher(CachedTeacher):
     """A cached teacher whose answers are compared with the network's own at every n-th step.
 
-    Such a step waits for the device. A batch in which an unreadable image was replaced is passed
-    over: the teacher may have seen the image itself.
+    Such a step waits for the device, before its own work begins. A batch in which an unreadable
+    image was replaced is passed over: the teacher may have seen the image itself.
     """
-
-    reads_images = True
 
     def __init__(
         self,
@@ -188,10 +189,11 @@ class CheckedTeacher(CachedTeacher):
         teacher: Teacher,
         *,
         every: int,
+        view: ViewRecipe,
         **settings: Any,
     ) -> None:
         super().__init__(cache, device, **settings)
-        self.teacher, self.every = teacher, every
+        self.teacher, self.every, self.view = teacher, every, view
         self._step = 0
         self._worst: float | None = None
 
@@ -199,12 +201,12 @@ class CheckedTeacher(CachedTeacher):
         super().at(step)
         self._step = step
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor) -> torch.Tensor | TopK:
+    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor | TopK:
         if self._step % self.every == 0 and not batch.substituted:
-            self._compare(batch, images)
+            self._compare(batch)
         return super().__call__(batch, images)
 
-    def _compare(self, batch: ViewBatch, images: torch.Tensor) -> None:
+    def _compare(self, batch: ViewBatch) -> None:
         """Compare as `cache verify --teacher` does.
 
         Raises:
@@ -212,7 +214,7 @@ class CheckedTeacher(CachedTeacher):
         """
         errors, allowed = compare_answers(
             self.stored(batch),
-            self.teacher(images).cpu(),
+            self.teacher(ingest_batch(batch, self.view, torch.float32)).cpu(),
             batch.labels.cpu(),
             codec=self.cache.codec,
             tau=self.tau,
@@ -299,8 +301,9 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         # Under `auto` it is not compiled: it runs on one batch of `every` only.
         compiled = config.compile not in ("auto", "none")
         return CheckedTeacher(
-            cache, device, teacher.place(device, compiled), every=every, **settings
-        )
+            cache, device, teacher.place(device, compiled), every=every, view=config.view,
+            **settings,
+        )  # fmt: skip
     return CachedTeacher(cache, device, **settings)
 
 
