@@ -229,10 +229,10 @@ def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: W
     forward: Any = model
     mode = resolve_compile(config, device, model)
     if mode != "none":
-        # DDP's own splitting would cut each graph at its buckets. Blocks are graphs of their own,
-        # and the exchange of one block's gradients overlaps the backward of those below it; of a
-        # whole model (compile=model) all gradients come at the end, and nothing overlaps.
-        torch._dynamo.config.optimize_ddp = False
+        # Gradients of a compiled graph come all at its end, so graphs have to be smaller than the
+        # model for DDP to exchange some while others are computed. Blocks are graphs of their own;
+        # a whole model's graph is cut by torch at the borders of DDP's buckets.
+        torch._dynamo.config.optimize_ddp = mode == "model"
         if mode == "model":
             raise_recompile_limit()
             forward = torch.compile(model, dynamic=False)

@@ -1,0 +1,115 @@
+"""compile=model over two processes: gradients are exchanged while the backward goes on."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.parallel import DistributedDataParallel
+
+from deit_fast.config import LossConfig, RunConfig
+from deit_fast.models import fuse
+from deit_fast.models.fuse import KERNELS, set_batch_part
+from deit_fast.train.step import parallel
+from deit_fast.world import World
+
+CPU = torch.device("cpu")
+RANKS, SHARE, DEPTH = 2, 4, 3
+
+
+def student() -> nn.Module:
+    """Of 5.4 MB, so that DDP makes a bucket of 1 MB and one of what is left."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, depth=DEPTH, embed_dim=192, num_heads=3,
+        num_classes=10, drop_path_rate=0.2,
+    )  # fmt: skip
+    model.set_distilled_training(True)
+    return fuse(model.train(), kernels=KERNELS)
+
+
+def gradients(forward: Any, model: nn.Module, rank: int, kind: str, parts: int) -> list:
+    """Of one step in ``parts``. Without a teacher those of the second head are None or, as a
+    compiled graph makes them, 0."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    images = torch.randn(RANKS, SHARE, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for part in range(parts):
+        set_batch_part(model, SHARE * rank, RANKS * SHARE)
+        torch.manual_seed(7 + part)
+        exchanges = part == parts - 1
+        with torch.enable_grad() if exchanges else forward.no_sync():
+            heads = forward(images[rank])
+            sum(z.square().sum() for z in (heads if kind == "hard" else heads[:1])).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def worker(rank: int, folder: str, splits: bool, kind: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    order: list[str] = []
+
+    def compile_backward(graph, _):
+        def run(arguments):
+            order.append("backward")
+            return make_boxed_func(graph.forward)(arguments)
+
+        run._boxed_call = True
+        return run
+
+    # The graphs of AOTAutograd as they are: a backward's gradients come out together, as compiled.
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+                           bw_compiler=compile_backward)  # fmt: skip
+    torch.compile = partial(torch.compile, backend=backend)
+    config = RunConfig(compile="model", loss=LossConfig(kind=kind))
+    model = student()
+    plain = copy.deepcopy(model)
+    wrapped = parallel(config, model, CPU, World(rank, RANKS, rank))
+    assert isinstance(wrapped, DistributedDataParallel)
+    torch._dynamo.config.optimize_ddp &= splits
+    expected = parallel(config.replace(compile="none"), plain, CPU, World(rank, RANKS, rank))
+
+    def exchange(_, bucket):  # DDP refuses annotations that are strings
+        order.append(f"bucket {bucket.index()}")
+        work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return work.then(lambda done: done.value()[0] / RANKS)
+
+    wrapped.register_comm_hook(None, exchange)
+    for parts in (1, 1, 2):  # DDP settles on its buckets in the first step
+        order.clear()
+        found = gradients(wrapped, model, rank, kind, parts)
+        for mine, theirs in zip(found, gradients(expected, plain, rank, kind, parts), strict=True):
+            assert torch.equal(mine, theirs)
+    early = order.index("bucket 0") < len(order) - 1 - order[::-1].index("backward")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    Path(folder, f"{rank}.txt").write_text(f"{early} {graphs}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("splits", "kind", "early"),
+    # With a head that may have no gradient DDP's first bucket holds almost all of so small a model.
+    [(True, "hard", True), (True, "none", False), (False, "hard", False)],
+    ids=["split", "split, one head", "whole"],
+)
+def test_gradients_are_exchanged_during_the_backward(tmp_path, splits, kind, early):
+    """And are those of the model that is not compiled, to the last bit; one compilation in all.
+
+    A graph that is not split exchanges nothing before all of it has run.
+    """
+    mp.spawn(worker, args=(str(tmp_path), splits, kind), nprocs=RANKS)
+    for rank in range(RANKS):
+        assert (tmp_path / f"{rank}.txt").read_text() == f"{early} 1"
