@@ -174,6 +174,11 @@ class StepGraph:
         self._graph.replay()
         return Outcome(*(value.clone() for value in self._outcome))
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next step of the same shape is a replay."""
+        return self._graph is not None
+
     def drop(self) -> None:
         """Forget the graph, which holds addresses of an optimiser state that was replaced."""
         self._graph = self._outcome = None

@@ -1,0 +1,338 @@
+"""The step as one CUDA graph: its device part on any machine, the graph itself on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_profile import Operators, Python, steps_of
+from test_train import run_config, world  # noqa: F401  (fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deit_fast.config import InputError, OptimConfig, RunConfig
+from deit_fast.data.loader import ViewBatch
+from deit_fast.kernels.ingest import PLAN_COLUMNS
+from deit_fast.models import Teacher, create_student, load_weights
+from deit_fast.precompute import precompute
+from deit_fast.train.loop import train
+from deit_fast.train.optim import create_optimizer
+from deit_fast.train.step import TrainStep
+from deit_fast.train.step_graph import WARM_UP, Rates, StaticPart, require_capturable
+from deit_fast.world import World
+
+CPU = torch.device("cpu")
+COLUMNS = [PLAN_COLUMNS.index(name) for name in ("image", "partner_image")]
+RUNS: dict[str, dict[str, Any]] = {
+    "online": {"loss": {"kind": "soft"}, "optim": {"clip_grad": 0.5, "ema_decay": 0.99}},
+    "labels": {"loss": {"kind": "none"}, "teacher": None},
+    "cached": {"cache": "cache", "loss": {"kind": "soft"}},
+    "dense": {"cache": "cache", "codec": {"name": "dense-fp32"}},
+    "not fused": {"model": {"fused": False, "drop_path": 0.3, "depth": 2}},
+}
+
+
+@pytest.fixture(params=RUNS)
+def config(world, tmp_path, request) -> RunConfig:  # noqa: F811
+    config = run_config(world, tmp_path / "run", **RUNS[request.param])
+    if config.cache is not None:
+        config = config.replace(cache=str(tmp_path / "cache"))
+        precompute(config)
+    return config
+
+
+def rate(place: int) -> float:
+    return 1e-3 * (1 + place)
+
+
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    """Weights, average and moments of the optimiser, by name."""
+    found = {f"model.{name}": value for name, value in step.model.state_dict().items()}
+    if step.average is not None:
+        averages = step.average.ema.module.state_dict()
+        found |= {f"average.{name}": value for name, value in averages.items()}
+    for place, state in enumerate(step.optimizer.state_dict()["state"].values()):
+        found |= {f"optimizer.{place}.{name}": value for name, value in state.items()}
+    return found
+
+
+def widened(batch: ViewBatch, more: int) -> ViewBatch:
+    """The same views, with images in front that no view needs: M is another one."""
+    plan = batch.plan.clone()
+    plan[:, COLUMNS] += more
+    images = torch.cat([batch.images[:1].expand(more, -1, -1, -1), batch.images])
+    return dataclasses.replace(batch, images=images, plan=plan)
+
+
+# ---------------------------------------------------------------------------------------------
+# On any machine
+# ---------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Notes what may not happen in a capture: memory of the host, pinned or to copy to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name.removeprefix("aten::")
+        if name in ("_pin_memory", "is_pinned", "record_stream") or kwargs.get("pin_memory"):
+            self.seen.append(name)
+        return function(*args, **kwargs)
+
+
+def test_the_work_of_a_step_reads_nothing_and_pins_nothing(config):
+    step, batches = steps_of(config, 3, "cpu")
+    for place, batch in enumerate(batches):
+        parts = step.prepare(batch, place, rate(place), stop=False)
+        with Python(set()) as python, Operators() as operators, Allocations() as allocations:
+            outcome = step.work(parts)
+        step.finish(place, outcome)
+        if place > 0:  # the first makes the optimiser's state
+            assert python.seen == [] and operators.seen == [] and allocations.seen == []
+    assert step.guard.read(keep=0).healthy
+
+
+def test_work_on_memory_that_stays_is_the_work(config):
+    """To the last bit, with numbers of images that vary; no step sees what the last one left."""
+    step, batches = steps_of(config, 4, "cpu")
+    other, _ = steps_of(config, 4, "cpu")  # initial weights follow from the seed
+    static, counts = None, set()
+    for place, batch in enumerate(batches):
+        given = widened(batch, more=place % 3)
+        counts.add(len(given.images))
+        expected = step(batch, place, rate(place))
+        parts = other.prepare(given, place, rate(place), stop=False)
+        static = static or StaticPart(parts[0])
+        address = static.part.batch.images.data_ptr()
+        assert static.fill(parts[0])
+        parts[0].batch.images.zero_()  # is not read any more
+        found = other.finish(place, other.work([static.part]))
+        assert static.part.batch.images.data_ptr() == address
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(counts) > 1
+    mine, theirs = state_of(other), state_of(step)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_parts_of_another_shape_are_not_taken(config):
+    step, batches = steps_of(config, 2, "cpu")
+    (part,) = step.prepare(batches[0], 0, 1e-3, stop=False)
+    static = StaticPart(part)
+    before = copy.deepcopy(static.part.batch.plan)
+    half = dataclasses.replace(part, batch=batches[1].part(0, 16))
+    assert not static.fill(half)
+    assert not static.fill(dataclasses.replace(part, batch=widened(batches[1], more=64)))
+    if part.answer is not None:
+        assert not static.fill(dataclasses.replace(part, answer=None))
+    assert torch.equal(static.part.batch.plan, before)
+
+
+def test_rates_are_numbers_again_behind_the_capture():
+    model = create_student("deit_tiny_distilled_patch16_224", 3, img_size=32, depth=2)
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
+    rates = Rates(optimizer, CPU)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    rates.fill(0.8)
+    with rates.in_use():
+        for group in optimizer.param_groups:
+            assert group["capturable"] and isinstance(group["lr"], torch.Tensor)
+            assert float(group["lr"]) == pytest.approx(0.8 * group["lr_scale"])
+    assert optimizer.state_dict()["param_groups"] == before
+
+
+def test_rates_on_the_device_update_as_numbers_do():
+    """As a float32, which the kernel reads: 3e-8 of the rate."""
+    first, images = torch.nn.Linear(64, 64), torch.randn(8, 64)
+    pair = []
+    for model in (first, copy.deepcopy(first)):
+        optimizer = create_optimizer(model, OptimConfig())
+        pair.append((model, optimizer, Rates(optimizer, CPU)))
+    before = first.weight.detach().clone()
+    for place in range(5):
+        for on_device, (model, optimizer, rates) in enumerate(pair):
+            model.zero_grad()
+            model(images).square().sum().backward()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(place)
+            rates.fill(rate(place))
+            if on_device:
+                with rates.in_use():
+                    optimizer.step()
+            else:
+                optimizer.step()
+    numbers, tensors = (model.weight for model, *_ in pair)
+    assert not torch.allclose(numbers, before, atol=1e-3)
+    torch.testing.assert_close(tensors, numbers, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_", "name", "reason"),
+    [
+        ("cpu", World(), "adamw", "needs a CUDA device, and the run is on cpu"),
+        ("cuda", World(0, 2), "adamw", "with 2 processes: the exchange of gradients"),
+        ("cuda", World(), "lamb", "Lamb asks the host whether to update"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(device, world_, name, reason):
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name))
+    with pytest.raises(InputError, match=f"cuda_graphs.*{reason}"):
+        require_capturable(torch.device(device), world_, optimizer)
+
+
+def test_a_run_on_a_cpu_refuses_the_graph(world, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="cuda_graphs needs a CUDA device"):
+        train(run_config(world, tmp_path / "run", cuda_graphs=True))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """What two equal steps need to be equal to the last bit."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+def on_gpu(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.replace(device="cuda", **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+def test_replays_are_the_steps(config, exact, compiled):
+    """Seeds, rates and numbers of images vary; weights, average and moments are those without."""
+    count = WARM_UP + 5
+    plain = on_gpu(config, compile=compiled)
+    step, batches = steps_of(plain, count, "cuda")
+    graphed, _ = steps_of(plain.replace(cuda_graphs=True), count, "cuda")
+    for place, batch in enumerate(batches):
+        given = widened(batch, more=place % 3)
+        expected = step(given, place, rate(place))
+        found = graphed(given, place, rate(place))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert step.guard.read(keep=0) == graphed.guard.read(keep=0)
+        is_captured = graphed.graph is not None and graphed.graph.is_captured
+        assert is_captured == (place >= WARM_UP)
+    mine, theirs = state_of(graphed), state_of(step)
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def poisoned(batch: ViewBatch) -> ViewBatch:
+    return dataclasses.replace(batch, lam=torch.full_like(batch.lam, float("nan")))
+
+
+@pytest.mark.gpu
+def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):  # noqa: F811
+    config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True, optim={"ema_decay": 0}))
+    step, batches = steps_of(config, WARM_UP + 3, "cuda")
+    for place in range(WARM_UP + 1):
+        step(batches[place], place, 1e-3)
+        assert step.guard.read(keep=0).healthy
+    before = {name: value.clone() for name, value in state_of(step).items()}
+    step(poisoned(batches[WARM_UP + 1]), WARM_UP + 1, 1e-3)
+    verdict = step.guard.read(keep=0)
+    assert not verdict.healthy
+    assert "the loss of rank 0 is not finite" in step.guard.explain(verdict)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(step).items())
+    step(batches[WARM_UP + 2], WARM_UP + 2, 1e-3)
+    assert step.guard.read(keep=0).healthy
+    after = state_of(step)
+    assert not all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.gpu
+def test_a_rate_of_nothing_reaches_the_graph(world, tmp_path):  # noqa: F811
+    config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
+    step, batches = steps_of(config, WARM_UP + 3, "cuda")
+    for place in range(WARM_UP + 1):
+        step(batches[place], place, 1e-3)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step(batches[WARM_UP + 1], WARM_UP + 1, 0.0)
+    assert all(torch.equal(value, before[n]) for n, value in step.model.state_dict().items())
+    step(batches[WARM_UP + 2], WARM_UP + 2, 1e-3)
+    assert not all(torch.equal(value, before[n]) for n, value in step.model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_replays_wait_for_no_gpu(config):
+    step, batches = steps_of(on_gpu(config, cuda_graphs=True), WARM_UP + 4, "cuda")
+    for place in range(WARM_UP + 1):
+        step(batches[place], place, 1e-3)
+        step.guard.read(keep=1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place in range(WARM_UP + 1, WARM_UP + 4):
+            step(batches[place], place, 1e-3)
+            step.guard.read(keep=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_run_with_graphs_goes_on(world, tmp_path, exact):  # noqa: F811
+    """Also without them: checkpoints are the same."""
+    config = on_gpu(run_config(world, tmp_path / "parts", cuda_graphs=True, save_steps=1))
+    train(config.replace(max_steps=6))
+    assert train(config)["steps"] == 12
+    whole = config.replace(output=str(tmp_path / "whole"))
+    train(whole)
+    weights_close(tmp_path / "parts", tmp_path / "whole")
+    mixed = config.replace(output=str(tmp_path / "mixed"))
+    train(mixed.replace(max_steps=6))
+    train(mixed.replace(cuda_graphs=False))
+    weights_close(tmp_path / "mixed", tmp_path / "whole")
+
+
+def weights_close(left: Path, right: Path) -> None:
+    for name in ("model.safetensors", "ema.safetensors"):
+        theirs = load_weights(right / name)
+        for key, value in load_weights(left / name).items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.gpu
+def test_an_earlier_state_is_captured_anew(world, tmp_path):  # noqa: F811
+    """Loading replaces the optimiser's moments, whose addresses the graph holds."""
+    config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
+    step, batches = steps_of(config, WARM_UP + 2, "cuda")
+    for place in range(WARM_UP + 1):
+        step(batches[place], place, 1e-3)
+    step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+    step.forget()
+    before = copy.deepcopy(step.optimizer.state_dict()["state"])
+    step(batches[WARM_UP + 1], WARM_UP + 1, 1e-3)
+    after = step.optimizer.state_dict()["state"]
+    assert all(after[k]["step"] == before[k]["step"] + 1 for k in before)
+
+
+class Asking(torch.nn.Module):
+    """A teacher that waits for the device."""
+
+    num_classes = 10
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :10] * float(images.sum())
+
+
+@pytest.mark.gpu
+def test_what_waits_in_a_step_is_named(world, tmp_path):  # noqa: F811
+    config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
+    step, batches = steps_of(config, WARM_UP + 1, "cuda")
+    step.teaching.teacher = Teacher(Asking(), "asking").place(torch.device("cuda"))
+    with pytest.raises(InputError, match=r"the step cannot be captured .*--no-cuda-graphs"):
+        for place, batch in enumerate(batches):
+            step(batch, place, 1e-3)
