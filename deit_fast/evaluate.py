@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from deit_fast.models.teachers import has_bf16
 from deit_fast.models.weights import fit_weights
 from deit_fast.world import World, read_world
 
+Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
 
 @torch.no_grad()
 def evaluate_model(
@@ -28,6 +30,8 @@ def evaluate_model(
     device: torch.device,
     world: World | None = None,
     between_batches: Callable[[], None] = lambda: None,
+    forward: Heads | None = None,
+    rows: int | None = None,
 ) -> dict[str, Any]:
     """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper adds softmaxes).
 
@@ -38,6 +42,9 @@ def evaluate_model(
         classes: class names, by label.
         world: processes that hold a share of the images each; the result is that of all.
         between_batches: called after each, equally often on all ranks; what it raises ends it.
+        forward: what computes both heads' logits; by default ``forward_heads``.
+        rows: images of every forward: smaller batches are filled up, and what comes of the filling
+            is left out. Compiled code is then compiled for one size.
 
     Returns:
         `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy;
@@ -53,7 +60,7 @@ def evaluate_model(
     rounds = max(world.gather(len(loader))) if world is not None else 0  # shares differ by one
     for images, labels, _ in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            class_logits, distill_logits = forward_heads(model, images)
+            class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
         two_heads = distill_logits is not None
         mean = class_logits if distill_logits is None else (class_logits + distill_logits) / 2
         loss += cross_entropy(mean.float(), labels, reduction="sum")
@@ -88,6 +95,16 @@ def evaluate_model(
         if total
     }
     return result
+
+
+def _logits(
+    forward: Heads, model: nn.Module, images: torch.Tensor, rows: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    count = len(images)
+    if rows is not None and count < rows:
+        images = torch.cat([images, images.new_zeros((rows - count, *images.shape[1:]))])
+    class_logits, distill_logits = forward(model, images)
+    return class_logits[:count], None if distill_logits is None else distill_logits[:count]
 
 
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:

@@ -203,9 +203,9 @@ def compiled_run(
     return config, [*made, counter.frame_count]
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("blocks", 4), ("model", 1)])
-def test_a_run_compiles_in_its_first_step_alone(
-    world, tmp_path, counter, monkeypatch, caplog, mode, expected  # noqa: F811
+@pytest.mark.parametrize(("mode", "expected", "more"), [("blocks", 4, 4), ("model", 1, 1)])
+def test_a_run_compiles_in_its_first_step_and_evaluation_alone(
+    world, tmp_path, counter, monkeypatch, caplog, mode, expected, more  # noqa: F811
 ):  # fmt: skip
     """Parts, evaluations of model and average with a smaller last batch, and training after that.
 
@@ -221,9 +221,10 @@ def test_a_run_compiles_in_its_first_step_alone(
         _, made = compiled_run(
             world, tmp_path / mode, counter, monkeypatch, compile=mode, **changes
         )
-    assert made == [expected] * 13
+    assert made == [expected] * 6 + [expected + more] * 7
     assert f"compile={mode}: the first steps are slow" in caplog.text
     assert f"torch.compile made {expected} graphs in the first steps" in caplog.text
+    assert f"torch.compile made {more} graphs in the first evaluation" in caplog.text
     assert "more graphs" not in caplog.text
     train(run_config(world, tmp_path / "plain", **changes))
     assert weights_equal(tmp_path / mode, tmp_path / "plain")

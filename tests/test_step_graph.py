@@ -169,7 +169,7 @@ def test_rates_on_the_device_update_as_numbers_do():
                 optimizer.step()
     numbers, tensors = (model.weight for model, *_ in pair)
     assert not torch.allclose(numbers, before, atol=1e-3)
-    torch.testing.assert_close(tensors, numbers, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(tensors, numbers, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

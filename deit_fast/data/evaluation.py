@@ -55,6 +55,7 @@ class EvalLoader:
             raise InputError(f"rank {rank} is not one of {world} processes")
         count = source.num_samples
         ids = np.arange(count * rank // world, count * (rank + 1) // world)
+        self.batch_size = batch_size
         batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
         self.num_images = len(ids)
         self.substituted: list[str] = []

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from timm.layers import Attention, DropPath, LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from deit_fast.config import InputError
 from deit_fast.models.fused import (
@@ -248,6 +248,17 @@ def set_batch_part(model: nn.Module, first: int, whole: int) -> bool:
         part = model.batch_part = BatchPart(torch.empty(1, dtype=torch.int64, device=device), whole)
     part.first.fill_(first)  # on the device's stream: the host does not wait
     return True
+
+
+def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
+    """The final norm's tokens, at least those that the heads read: [B, tokens, width].
+
+    Of a fused model by its fused stream, unless hooks watch its blocks, which would not fire there.
+    """
+    is_watched = any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    if isinstance(model, FusedForward) and not (is_watched or model.grad_checkpointing):
+        return model.forward_stream(images)
+    return model.forward_features(images)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -218,15 +218,20 @@ class FusedForward(VisionTransformer):
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         if arguments or options or self.grad_checkpointing or len(self.blocks) == 0:
             return super().forward(x, *arguments, **options)
+        return self.forward_head(self.forward_stream(x))
+
+    def forward_stream(self, x: Tensor) -> Tensor:
+        """The final norm's tokens, at least those that the head reads."""
         x = self.embed(x)
         blocks: list[Any] = list(self.blocks)
         last = blocks[-1]
+        part = self.batch_part if self.training else None
         stream = Stream(
-            x, last.kernels, last.subset, self.batch_part, folds=True, shadows=self.reads_shadows
+            x, last.kernels, last.subset, part, folds=True, shadows=self.reads_shadows
         )
         scales: list[KeepScales | None] = [None] * len(blocks)
         if all(block.draws_ahead for block in blocks):
-            scales[:] = draw_ahead(blocks, x, self.batch_part)
+            scales[:] = draw_ahead(blocks, x, part)
         for block, keep_scales in zip(blocks[:-1], scales[:-1], strict=True):
             stream.keep_scales = keep_scales
             block.run(stream)
@@ -236,7 +241,7 @@ class FusedForward(VisionTransformer):
         else:
             last.run(stream)
         _, normed = stream.norm(self.norm)
-        return self.forward_head(normed)
+        return normed
 
     def embed(self, x: Tensor) -> Tensor:
         """The stream's first value [B, N, C] from images or from rows of patches."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from deit_fast.config import InputError
 from deit_fast.models.factory import build_from_factory
-from deit_fast.models.fuse import fuse
+from deit_fast.models.fuse import fuse, head_tokens
 
 
 def create_student(
@@ -105,7 +105,7 @@ def forward_heads(
         return model(images), None
     if model.training:
         return model(images)
-    tokens = model.forward_features(images)
+    tokens = head_tokens(model, images)
     return model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from deit_fast.config import InputError, RunConfig
+from deit_fast.models import forward_heads
 from deit_fast.models.fused import COMPILED_METHODS, FusedForward
 
 log = logging.getLogger("deit_fast")
@@ -91,6 +93,20 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
             block.compile(**options)
 
 
+def compile_evaluation(mode: CompileMode, average: nn.Module | None) -> Callable[..., Any]:
+    """What evaluation calls in place of ``forward_heads``, compiled as training is.
+
+    Args:
+        mode: of the run. By `blocks` the student's own are compiled already.
+        average: the moving average, evaluated as well; `blocks` compiles its blocks in place.
+    """
+    if mode == "model":
+        return torch.compile(forward_heads, dynamic=False)
+    if mode == "blocks" and average is not None:
+        compile_blocks(average)
+    return forward_heads
+
+
 def raise_recompile_limit() -> None:
     """Let one function be compiled as often as all functions together, 256 times by default.
 
@@ -106,20 +122,25 @@ class CompileCount:
 
     def __init__(self) -> None:
         self._seen = _graphs()
-        self._first = True
+        self._expected = {"steps", "evaluation"}
 
-    def report(self, step: int) -> None:
-        """Log how many graphs were made since the last call; after the first call as a warning."""
+    def report(self, step: int, of: Literal["steps", "evaluation"] = "steps") -> None:
+        """Log how many graphs were made since the last call; after the first of a kind a warning.
+
+        Args:
+            step: that the run has come to.
+            of: what was done since the last call.
+        """
         made, self._seen = _graphs() - self._seen, _graphs()
-        if made and self._first:
-            log.info("torch.compile made %d graphs in the first steps", made)
+        if made and of in self._expected:
+            log.info("torch.compile made %d graphs in the first %s", made, of)
         elif made:
             log.warning(
                 "torch.compile made %d more graphs before step %d, which made those steps slow; "
                 "TORCH_LOGS=recompiles says why",
                 made, step,
             )  # fmt: skip
-        self._first = False
+        self._expected.discard(of)
 
 
 def _graphs() -> int:

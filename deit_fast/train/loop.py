@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.files import write_atomically, write_json
 from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.train.checkpoint import CheckpointWriter
-from deit_fast.train.compiling import CompileCount, log_compile, resolve_compile
+from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.failures import in_plain_words
 from deit_fast.train.garbage import Collection
 from deit_fast.train.guard import Guard
@@ -127,11 +127,14 @@ class _Run:
             write_json(self.output / "config.json", to_dict(config))
         self.eval_loader = build_eval_loader(config, self.held_out, device, world)
         state = self.state
-        self.compiles = resolve_compile(config, device, state.model) != "none"
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
             config, state.model, self.teaching, state.optimizer, state.ema, device, world
         )
+        self.eval_forward = None
+        if (mode := resolve_compile(config, device, state.model)) != "none":
+            average = state.ema.module if state.ema is not None else None
+            self.eval_forward = compile_evaluation(mode, average)
         self.metrics: MetricsFile | None = None
         if world.is_first:
             trackers = Trackers(config, self.output, state.step)
@@ -331,18 +334,24 @@ class _Run:
             row = {key: value for key, value in evaluation.items() if key != "per_class"}
             self.metrics.write("eval", {"step": state.step, "epoch": epoch, **row})
         self.evaluation, state.evaluated_step = evaluation, state.step
+        self.compile_count.report(state.step, "evaluation")
 
     def evaluate_once(self, model: torch.nn.Module) -> dict[str, Any]:
         """All held-out images, over all ranks.
 
-        Uncompiled: a compiled block would be compiled again for evaluation, and again for the last
-        batch. The result is then the same as that of `deit-fast evaluate`.
+        Where training is compiled, so is this: for batches of one size, which the last is filled
+        up to. Otherwise the result is the same as that of `deit-fast evaluate`.
         """
-        classes = self.source.classes
-        with torch.compiler.set_stance("force_eager") if self.compiles else nullcontext():
-            return evaluate_model(
-                model, self.eval_loader, classes, self.device, self.world, self._heed_in_evaluation
-            )
+        return evaluate_model(
+            model,
+            self.eval_loader,
+            self.source.classes,
+            self.device,
+            self.world,
+            self._heed_in_evaluation,
+            forward=self.eval_forward,
+            rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
+        )
 
     def _heed_in_evaluation(self) -> None:
         # Ranks have to ask one another, which waits for the device: not at every batch.
