@@ -185,7 +185,8 @@ class ModelConfig:
     """Dtype of a fused transformer's residual stream. `bfloat16` halves what the norms read and
     write, and rounds the sum behind each half of a block; see docs/performance.md."""
     fused: bool = True
-    """Run timm transformers on this package's kernels, where they win on this machine."""
+    """Run timm transformers on this package's kernels, where they win on this machine. An online
+    teacher too, on a GPU; that of `precompute` with `compile` of `blocks` or `model` alone."""
     patch_size: int | None = None
     """Override of the patch side, pixels."""
     embed_dim: int | None = None
@@ -385,8 +386,9 @@ class RunConfig:
     """Rollbacks in one run before it stops after all."""
     compile: Literal["auto", "none", "blocks", "model"] = "auto"
     """torch.compile of the student: each of its `blocks` by itself, or the whole `model`, which
-    takes longer; the first steps are slow. `auto`: `blocks` on CUDA, `none` on a CPU. An online
-    teacher is compiled too, as a whole; that of `precompute` by `blocks` or `model` alone."""
+    takes longer; the first steps are slow. `auto`: `blocks` on CUDA, `none` on a CPU. Evaluation is
+    compiled as training is, and an online teacher, as a whole; that of `precompute` by `blocks` or
+    `model` alone."""
     cuda_graphs: bool = False
     """On CUDA: capture a whole step, teacher and optimiser included, as one CUDA graph and replay
     it, for small models and batches, whose time is that of their launches. With AdamW, in one

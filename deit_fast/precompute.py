@@ -220,7 +220,8 @@ class _Job:
                 "teacher.batch": config.teacher_batch,
             }
             # Its last bits are others: a job that goes on without would mix the two.
-            | ({"teacher.compiled": True} if _compiles(config) else {}),
+            | ({"teacher.compiled": True} if _compiles(config) else {})
+            | ({"teacher.fused": True} if teacher.is_fused else {}),
             info={"data.train": config.data.train},
         )
 
@@ -269,12 +270,14 @@ def _prepare(config: RunConfig) -> _Job:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     source = open_source(config.data, "train", config.view.image_size)
     teacher = load_class_matched_teacher(config, len(source.classes))
-    teacher.place(device, compiled=_compiles(config))
+    compiled = _compiles(config)
+    teacher.place(device, compiled, fused=compiled and config.model.fused)
     return _Job(config, source, teacher, device)
 
 
 def _compiles(config: RunConfig) -> bool:
-    """Whether the teacher is compiled: where that was asked for, and not by `auto`.
+    """Whether the teacher is compiled, and a transformer fused: where that was asked for, and not
+    by `auto`.
 
     Inductor chooses between kernels by their measured times, so another process may get other last
     bits; without it a cache's bytes do not depend on who wrote which part. `auto` also resumes a

@@ -138,10 +138,14 @@ def test_parts_of_a_batch_and_ranks_share_a_compilation(counter, mode, expected)
 
 @pytest.mark.parametrize(("drop_path", "blocks"), [(0.0, 3), (0.1, 4)])
 def test_blocks_of_a_deep_model_share_compilations(counter, drop_path, blocks):
-    """With drop rates: the first block, one behind it, the others, and the last; the embedding."""
+    """With drop rates: the first block, one behind it, the others, and the last; the embedding.
+
+    Neither parts of a batch nor ranks add one.
+    """
     model = student(depth=12, drop_path=drop_path)
     compile_blocks(model)
-    for _ in range(3):
+    for offset in (0, 2, 6):
+        assert set_batch_part(model, offset, 8)
         backward(model)
         assert counter.frame_count == blocks + 1
 

@@ -1,4 +1,4 @@
-"""compile=model over two processes: gradients are exchanged while the backward goes on."""
+"""Compiled models over two processes: gradients are exchanged while the backward goes on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gradients(forward: Any, model: nn.Module, rank: int, kind: str, parts: int) 
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def worker(rank: int, folder: str, splits: bool, kind: str) -> None:
+def worker(rank: int, folder: str, mode: str, splits: bool, kind: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -72,7 +72,7 @@ def worker(rank: int, folder: str, splits: bool, kind: str) -> None:
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
                            bw_compiler=compile_backward)  # fmt: skip
     torch.compile = partial(torch.compile, backend=backend)
-    config = RunConfig(compile="model", loss=LossConfig(kind=kind))
+    config = RunConfig(compile=mode, loss=LossConfig(kind=kind))
     model = student()
     plain = copy.deepcopy(model)
     wrapped = parallel(config, model, CPU, World(rank, RANKS, rank))
@@ -100,16 +100,22 @@ def worker(rank: int, folder: str, splits: bool, kind: str) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("splits", "kind", "early"),
-    # With a head that may have no gradient DDP's first bucket holds almost all of so small a model.
-    [(True, "hard", True), (True, "none", False), (False, "hard", False)],
-    ids=["split", "split, one head", "whole"],
+    ("mode", "splits", "kind", "early", "graphs"),
+    [
+        ("model", True, "hard", True, 1),
+        # With a head that may have no gradient DDP's first bucket holds most of so small a model.
+        ("model", True, "none", False, 1),
+        ("model", False, "hard", False, 1),
+        ("blocks", False, "hard", True, 3),
+    ],
+    ids=["model", "model, one head", "model, not split", "blocks"],
 )
-def test_gradients_are_exchanged_during_the_backward(tmp_path, splits, kind, early):
-    """And are those of the model that is not compiled, to the last bit; one compilation in all.
+def test_gradients_are_exchanged_during_the_backward(tmp_path, mode, splits, kind, early, graphs):
+    """And are those of the model that is not compiled, to the last bit. Ranks and parts of a batch
+    add no compilation.
 
     A graph that is not split exchanges nothing before all of it has run.
     """
-    mp.spawn(worker, args=(str(tmp_path), splits, kind), nprocs=RANKS)
+    mp.spawn(worker, args=(str(tmp_path), mode, splits, kind), nprocs=RANKS)
     for rank in range(RANKS):
-        assert (tmp_path / f"{rank}.txt").read_text() == f"{early} 1"
+        assert (tmp_path / f"{rank}.txt").read_text() == f"{early} {graphs}"

@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
+from torch.nn.utils import clip_grads_with_norm_
 
 from deit_fast.config import InputError, OptimConfig, RunConfig
 from deit_fast.models import create_student
 from deit_fast.packages import find_apex
+from deit_fast.train.guard import gradient_norms
 from deit_fast.train.optim import (
+    Average,
+    clip_gradients,
     create_optimizer,
     learning_rate,
+    scale_in_update,
     set_learning_rate,
     skips_on_device,
 )
@@ -119,6 +127,88 @@ def test_lamb_is_the_papers():
         r = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-6) + 0.1 * w
         w = w - 0.01 * w.norm() / r.norm() * r
         assert torch.allclose(model.weight.double(), w, rtol=1e-5, atol=1e-7), step
+
+
+# ---------------------------------------------------------------------------------------------
+# Passes over the parameters
+# ---------------------------------------------------------------------------------------------
+
+
+def updated(
+    device: str, clip: Callable[..., None], found_inf: float = 0.0, bad: float = 1.0
+) -> torch.nn.Module:  # fmt: skip
+    """A model after five clipped steps, gradients up to 20 times as long as allowed."""
+    torch.manual_seed(0)
+    model = student().to(device)
+    optimizer: Any = create_optimizer(model, OptimConfig())
+    set_learning_rate(optimizer, 1e-3)
+    draw = torch.Generator().manual_seed(1)
+    for step in range(5):
+        for p in model.parameters():
+            p.grad = (torch.randn(p.shape, generator=draw) * 1e-3 * step * bad).to(device)
+        parameters, norms = gradient_norms(model.parameters())
+        clip(optimizer, parameters, torch.linalg.vector_norm(norms), 0.5)
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
+        optimizer.step()
+    return model
+
+
+def in_update(optimizer, parameters, total_norm, max_norm) -> None:
+    scale_in_update(optimizer, total_norm, max_norm)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_clip_within_the_update_is_the_clip(device):
+    """By a division where torch's function multiplies: float32 rounding of 1.2e-7 a step."""
+    ours = updated(device, in_update)
+    torchs = updated(device, lambda _, p, norm, most: clip_grads_with_norm_(p, most, norm))
+    unclipped = updated(device, lambda *_: None)
+    for name, value in torchs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value, rtol=2e-6, atol=2e-8, msg=name)
+    moved = [not torch.allclose(value, unclipped.get_parameter(name), rtol=1e-5, atol=1e-6)
+             for name, value in torchs.named_parameters()]  # fmt: skip
+    assert sum(moved) > len(moved) / 2, "the clip did nothing"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_norm_that_is_not_finite_reaches_no_weight(device):
+    torch.manual_seed(0)
+    before = student().to(device)
+    after = updated(device, in_update, found_inf=1.0, bad=math.nan)
+    for mine, theirs in zip(after.parameters(), before.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_where_a_clip_is_made():
+    """On a CPU as torch's function makes it, to the last bit."""
+    ours = updated("cpu", clip_gradients)
+    torchs = updated("cpu", lambda _, p, norm, most: clip_grads_with_norm_(p, most, norm))
+    assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
+
+
+def test_the_average_is_timms():
+    """To the last bit, with a counter among the buffers, which is copied."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
+    emas = [ModelEmaV3(model, decay=0.9, use_warmup=True) for _ in range(2)]
+    average = Average(emas[0], model)
+    for step in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 5))
+        average.update(step)
+        emas[1].update(model, step=step)
+        mine, theirs = (ema.module.state_dict() for ema in emas)
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert mine["1.num_batches_tracked"] == 6
+    loaded = {name: torch.zeros_like(value) for name, value in theirs.items()}
+    emas[0].module.load_state_dict(loaded)  # as a rollback does
+    average.update(100)
+    assert 0 < emas[0].module[0].weight.abs().max() < model[0].weight.abs().max()
 
 
 # ---------------------------------------------------------------------------------------------

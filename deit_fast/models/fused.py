@@ -226,9 +226,7 @@ class FusedForward(VisionTransformer):
         blocks: list[Any] = list(self.blocks)
         last = blocks[-1]
         part = self.batch_part if self.training else None
-        stream = Stream(
-            x, last.kernels, last.subset, part, folds=True, shadows=self.reads_shadows
-        )
+        stream = Stream(x, last.kernels, last.subset, part, folds=True, shadows=self.reads_shadows)
         scales: list[KeepScales | None] = [None] * len(blocks)
         if all(block.draws_ahead for block in blocks):
             scales[:] = draw_ahead(blocks, x, part)

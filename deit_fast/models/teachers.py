@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, InputError
 from deit_fast.models.factory import build_from_factory
+from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights
 
 
@@ -24,6 +26,7 @@ class Teacher(nn.Module):
         spec: what it was made from, without the weights' path.
         num_classes: classes C of its answer.
         mean, std: channel statistics of its input, in units of 255.
+        is_fused: whether it runs on this package's kernels.
     """
 
     scale: torch.Tensor
@@ -43,6 +46,7 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
         self.memory_format = torch.contiguous_format
+        self.is_fused = False
         self.mean, self.std = tuple(mean), tuple(std)
         self.renormalises = (self.mean, self.std) != (tuple(input_mean), tuple(input_std))
         # x_in * std_in + mean_in is the pixel; the teacher wants (pixel - mean) / std.
@@ -57,7 +61,7 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: a teacher in train mode would answer from batch statistics."""
         return super().train(False)
 
-    def place(self, device: torch.device, compiled: bool = False) -> Teacher:
+    def place(self, device: torch.device, compiled: bool = False, fused: bool = False) -> Teacher:
         """Itself, on the device it will answer on.
 
         On CUDA channels go innermost in memory, the layout of tensor cores: a convnet in bf16
@@ -67,8 +71,13 @@ class Teacher(nn.Module):
             device: where to.
             compiled: compile its network with torch.compile, on the first batch. Each batch size
                 is compiled for itself, so logits do not depend on earlier batch sizes.
+            fused: run a timm vision transformer on this package's kernels, on a GPU that has them.
+                Logits then differ by rounding.
         """
         self.to(device)
+        if fused and isinstance(self.model, VisionTransformer) and (names := kernels_on(device)):
+            fuse(self.model, kernels=names)
+            self.is_fused = True
         if device.type == "cuda":
             self.memory_format = torch.channels_last
             self.to(memory_format=self.memory_format)
@@ -104,6 +113,11 @@ class Teacher(nn.Module):
             return declared
         with torch.no_grad():
             return int(self.model(torch.zeros(1, 3, 64, 64)).shape[-1])
+
+
+def kernels_on(device: torch.device) -> tuple[str, ...]:
+    """Kernels for a teacher's forward on a device."""
+    return default_kernels() if device.type == "cuda" else ()
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -271,7 +271,7 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"
-        return OnlineTeacher(teacher.place(device, compiled), device)
+        return OnlineTeacher(teacher.place(device, compiled, config.model.fused), device)
     cache = LogitCache.open(config.cache)
     if is_tinyvit(cache.manifest):
         raise InputError(
@@ -298,7 +298,7 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
     if config.cache_on_device:
         settings["resident"] = cache.to_device(range(config.views_used), device)
     if every is not None and teacher is not None:
-        # Under `auto` it is not compiled: it runs on one batch of `every` only.
+        # As in `precompute`: under `auto` neither compiled nor fused.
         compiled = config.compile not in ("auto", "none")
         return CheckedTeacher(
             cache, device, teacher.place(device, compiled), every=every, view=config.view,
