@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -54,10 +56,29 @@ def gradients(forward: Any, model: nn.Module, rank: int, kind: str, parts: int) 
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def worker(rank: int, folder: str, mode: str, splits: bool, kind: str) -> None:
+CASES = {
+    # mode, whether torch splits a graph, loss.kind, whether an exchange begins early, graphs
+    "model": ("model", True, "hard", True, 1),
+    # With a head that may have no gradient DDP's first bucket holds most of so small a model.
+    "model, one head": ("model", True, "none", False, 1),
+    "model, not split": ("model", False, "hard", False, 1),
+    "blocks": ("blocks", False, "hard", True, 3),
+}
+
+
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    found = {name: run_case(rank, *case[:3]) for name, case in CASES.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def run_case(rank: int, mode: str, splits: bool, kind: str) -> dict[str, Any]:
+    """Whether gradients are those of the plain model, an exchange began early, and the graphs."""
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     order: list[str] = []
 
     def compile_backward(graph, _):
@@ -71,11 +92,12 @@ def worker(rank: int, folder: str, mode: str, splits: bool, kind: str) -> None:
     # The graphs of AOTAutograd as they are: a backward's gradients come out together, as compiled.
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
                            bw_compiler=compile_backward)  # fmt: skip
-    torch.compile = partial(torch.compile, backend=backend)
+    compiling = mock.patch.object(torch, "compile", partial(torch.compile, backend=backend))
     config = RunConfig(compile=mode, loss=LossConfig(kind=kind))
     model = student()
     plain = copy.deepcopy(model)
-    wrapped = parallel(config, model, CPU, World(rank, RANKS, rank))
+    with compiling:
+        wrapped = parallel(config, model, CPU, World(rank, RANKS, rank))
     assert isinstance(wrapped, DistributedDataParallel)
     torch._dynamo.config.optimize_ddp &= splits
     expected = parallel(config.replace(compile="none"), plain, CPU, World(rank, RANKS, rank))
@@ -86,36 +108,36 @@ def worker(rank: int, folder: str, mode: str, splits: bool, kind: str) -> None:
         return work.then(lambda done: done.value()[0] / RANKS)
 
     wrapped.register_comm_hook(None, exchange)
+    is_equal = True
     for parts in (1, 1, 2):  # DDP settles on its buckets in the first step
         order.clear()
         found = gradients(wrapped, model, rank, kind, parts)
-        for mine, theirs in zip(found, gradients(expected, plain, rank, kind, parts), strict=True):
-            assert torch.equal(mine, theirs)
-    early = order.index("bucket 0") < len(order) - 1 - order[::-1].index("backward")
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    Path(folder, f"{rank}.txt").write_text(f"{early} {graphs}")
-    dist.destroy_process_group()
+        is_equal &= all(map(torch.equal, found, gradients(expected, plain, rank, kind, parts)))
+    last = len(order) - 1 - order[::-1].index("backward")
+    return {
+        "equal": is_equal,
+        "early": order.index("bucket 0") < last,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] - before,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
+    """By rank and case."""
+    folder = tmp_path_factory.mktemp("ddp")
+    mp.spawn(worker, args=(str(folder),), nprocs=RANKS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "splits", "kind", "early", "graphs"),
-    [
-        ("model", True, "hard", True, 1),
-        # With a head that may have no gradient DDP's first bucket holds most of so small a model.
-        ("model", True, "none", False, 1),
-        ("model", False, "hard", False, 1),
-        ("blocks", False, "hard", True, 3),
-    ],
-    ids=["model", "model, one head", "model, not split", "blocks"],
-)
-def test_gradients_are_exchanged_during_the_backward(tmp_path, mode, splits, kind, early, graphs):
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_exchanged_during_the_backward(found, name):
     """And are those of the model that is not compiled, to the last bit. Ranks and parts of a batch
     add no compilation.
 
     A graph that is not split exchanges nothing before all of it has run.
     """
-    mp.spawn(worker, args=(str(tmp_path), mode, splits, kind), nprocs=RANKS)
-    for rank in range(RANKS):
-        assert (tmp_path / f"{rank}.txt").read_text() == f"{early} {graphs}"
+    *_, early, graphs = CASES[name]
+    for of_rank in found:
+        assert of_rank[name] == {"equal": True, "early": early, "graphs": graphs}
