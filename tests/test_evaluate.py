@@ -54,6 +54,22 @@ def test_figures_are_those_of_counting() -> None:
     assert model.training and "top1_distill" not in found
 
 
+def test_batches_of_one_size_for_compiled_code() -> None:
+    """The last one is filled up, which no figure shows."""
+    data, sizes = batches((7, 7, 5)), []
+
+    def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(images))
+        logits = model(images)
+        return logits, -logits
+
+    plain = evaluate_model(Answers(), data, CLASSES, CPU, forward=forward)
+    assert sizes == [7, 7, 5] and plain["samples"] == 19
+    filled = evaluate_model(Answers(), data, CLASSES, CPU, forward=forward, rows=7)
+    assert sizes[3:] == [7, 7, 7]
+    assert filled == plain and "top1_distill" in plain
+
+
 def test_a_batch_waits_for_no_device() -> None:
     """Nothing in it whose result's size or value the host has to know, as bincount's."""
     between: list[set[str]] = []

@@ -214,8 +214,22 @@ def test_heads_apart_average_to_the_model_in_eval_mode():
         together = model(images)
     torch.testing.assert_close(apart[0], class_logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(apart[1], distill_logits, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close((apart[0] + apart[1]) / 2, together)
+    assert torch.equal((apart[0] + apart[1]) / 2, together), "both run the fused stream"
     assert not torch.allclose(apart[0], apart[1])
+
+
+def test_heads_apart_of_a_model_whose_blocks_are_watched():
+    """Hooks on blocks fire, as on a model that is not fused."""
+    model = tiny_student().eval()
+    images, seen = torch.randn(3, 3, 16, 16), []
+    with torch.no_grad():
+        apart = forward_heads(model, images)
+        for block in model.blocks:
+            block.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        watched = forward_heads(model, images)
+    assert len(seen) == len(model.blocks)
+    for mine, theirs in zip(watched, apart, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
