@@ -62,7 +62,7 @@ CASES = {
     # With a head that may have no gradient DDP's first bucket holds most of so small a model.
     "model, one head": ("model", True, "none", False, 1),
     "model, not split": ("model", False, "hard", False, 1),
-    "blocks": ("blocks", False, "hard", True, 3),
+    "blocks": ("blocks", False, "hard", True, 4),
 }
 
 

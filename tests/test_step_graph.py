@@ -11,17 +11,23 @@ import pytest
 import torch
 from test_profile import Operators, Python, steps_of
 from test_train import run_config, world  # noqa: F401  (fixture)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.config import InputError, OptimConfig, RunConfig
 from deit_fast.data.loader import ViewBatch
+from deit_fast.evaluate import build_model
+from deit_fast.kernels import ingest_launch
 from deit_fast.kernels.ingest import PLAN_COLUMNS
-from deit_fast.models import Teacher, create_student, load_weights
+from deit_fast.models import Teacher, create_student, fuse, load_weights
+from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.precompute import precompute
+from deit_fast.recipes import digits_student
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
-from deit_fast.train.step_graph import WARM_UP, Rates, StaticPart, require_capturable
+from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
+from deit_fast.train.teaching import Teaching
 from deit_fast.world import World
 
 CPU = torch.device("cpu")
@@ -119,6 +125,63 @@ def test_work_on_memory_that_stays_is_the_work(config):
     assert len(counts) > 1
     mine, theirs = state_of(other), state_of(step)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+class Stored(Teaching):
+    """Logits that are looked up."""
+
+    def __call__(self, batch: ViewBatch, images: object) -> None:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*Disabling autocast")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_the_work_asks_no_gpu(monkeypatch, optimizer):
+    """The calls that a GPU gets, kernels, shadow weights and patch rows included, on tensors that
+    have shapes and a CUDA device but no values: whatever reads one raises an error. The backward
+    stays out: torch's engine wants a driver. LAMB does read, and is refused.
+    """
+    here = torch.device("cuda", 0)
+    monkeypatch.setattr("deit_fast.kernels.launching._runs_kernels", lambda device: True)
+    monkeypatch.setattr("deit_fast.train.step.has_bf16", lambda device: True)
+    for name in ("normalised_values", "normal_quantiles"):  # no cache may keep such tensors
+        monkeypatch.setattr(ingest_launch, name, getattr(ingest_launch, name).__wrapped__)
+    config = digits_student().replace(
+        batch_size=8, loss={"kind": "soft"}, optim={"clip_grad": 1.0, "name": optimizer},
+        model={"drop_path": 0.1, "depth": 2, "embed_dim": 64, "num_heads": 1, "fused": False},
+    )  # fmt: skip
+    model = fuse(build_model(config, 10).train(), kernels=KERNELS)
+
+    def no_backward(loss: torch.Tensor) -> None:
+        assert loss.requires_grad
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", no_backward)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, value in module.named_parameters(recurse=False):
+                fake = torch.nn.Parameter(torch.empty(value.shape, device=here))
+                setattr(module, name, fake)
+        step = TrainStep(config, model, Stored(), create_optimizer(model, config.optim), None, here)
+        assert step.patch and step.shadows
+        side = config.view.image_size
+        ids = torch.empty(8, dtype=torch.int64, device=here)
+        rows = torch.empty(8, len(PLAN_COLUMNS), dtype=torch.int32, device=here)
+        images = torch.empty(9, side, side, 3, dtype=torch.uint8, device=here)
+        batch = ViewBatch(images, rows, ids, ids, ids, ids, torch.empty(8, device=here))
+        part = Part(batch, torch.empty(8, 10, device=here), 0, 0)
+        set_batch_part(model, 0, 8)
+        static = StaticPart(part)
+        assert static.fill(part)
+        if optimizer == "lamb":
+            with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+                step.work([static.part])
+            return
+        for _ in range(2):  # the first makes the moments
+            outcome = step.work([static.part])
+        assert {value.device for value in outcome} == {here}
+        assert step.optimizer.grad_scale.device == here
 
 
 def test_parts_of_another_shape_are_not_taken(config):
