@@ -137,15 +137,17 @@ def test_lamb_is_the_papers():
 def updated(
     device: str, clip: Callable[..., None], found_inf: float = 0.0, bad: float = 1.0
 ) -> torch.nn.Module:  # fmt: skip
-    """A model after five clipped steps, gradients up to 20 times as long as allowed."""
+    """A model after five clipped steps, of gradients shorter and up to 20 times as long as 0.5."""
     torch.manual_seed(0)
     model = student().to(device)
     optimizer: Any = create_optimizer(model, OptimConfig())
     set_learning_rate(optimizer, 1e-3)
     draw = torch.Generator().manual_seed(1)
-    for step in range(5):
-        for p in model.parameters():
-            p.grad = (torch.randn(p.shape, generator=draw) * 1e-3 * step * bad).to(device)
+    for length in (10.0, 0.475, 0.6, 2.0, 0.1):
+        drawn = [torch.randn(p.shape, generator=draw) for p in model.parameters()]
+        share = bad * length / torch.nn.utils.get_total_norm(drawn)
+        for p, gradient in zip(model.parameters(), drawn, strict=True):
+            p.grad = (gradient * share).to(device)
         parameters, norms = gradient_norms(model.parameters())
         clip(optimizer, parameters, torch.linalg.vector_norm(norms), 0.5)
         optimizer.found_inf = torch.tensor(found_inf, device=device)
