@@ -25,6 +25,10 @@ def _share_above(a):
     coefficients are our fit of log2(erfc(a / sqrt 2) / 2) on [0, 6], the maximum of its weighted
     error made small. The result is off by 3e-8 at most, and by 4e-6 of itself up to a = 5; beyond 6
     the polynomial keeps falling, so that nothing is left far out.
+
+    Formula 7.1.26 of Abramowitz and Stegun shares exp(-u^2 / 2) with the slope, but is worse: off
+    by 4e-7, its slope farther from the truth than PyTorch's, and on sm_90 more instructions because
+    of its division (forward 455 for 325, backward 671 for 605).
     """
     p = -2.4736342751907614e-08 * a + 7.533118946412287e-07
     p = p * a - 9.8268392321188e-06
@@ -36,6 +40,14 @@ def _share_above(a):
     p = p * a - 0.45920804142951965
     p = p * a - 1.151105523109436
     return tl.exp2(p * a - 1.0)
+
+
+@triton.jit
+def gelu_slope(u):
+    """Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)."""
+    above = _share_above(tl.abs(u))
+    below = tl.where(u < 0, above, 1.0 - above)
+    return below + u * (DENSITY_AT_0 * tl.exp2(u * u * MINUS_HALF_LOG2E))
 
 
 @triton.jit(do_not_specialize=("rows", "x_stride"))
@@ -72,10 +84,7 @@ def backward_kernel(
         g = tl.load(grad + row_tile(at, cols, grad_stride, VEC), mask=valid, other=0.0)
         u = tl.load(x + row_tile(at, cols, x_stride, VEC), mask=valid, other=0.0)
         u = u.to(tl.float32) + b
-        above = _share_above(tl.abs(u))
-        below = tl.where(u < 0, above, 1.0 - above)
-        slope = below + u * (DENSITY_AT_0 * tl.exp2(u * u * MINUS_HALF_LOG2E))
-        g = g.to(tl.float32) * slope
+        g = g.to(tl.float32) * gelu_slope(u)
         if grad_x is not None:
             out = row_tile(at, cols, C, VEC)
             tl.store(grad_x + out, g.to(grad_x.dtype.element_ty), mask=valid)

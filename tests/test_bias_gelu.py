@@ -138,6 +138,51 @@ def test_the_left_tail_keeps_its_digits() -> None:
     torch.testing.assert_close(slope.double(), true_slope, rtol=1e-5, atol=1e-7)
 
 
+def of_values(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """function(x) and its slope."""
+    leaf = x.detach().requires_grad_()
+    y = function(leaf)
+    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
+
+
+def alone(x: Tensor) -> Tensor:
+    return bias_gelu(x[:, None], torch.zeros(1, device=DEVICE))[:, 0]
+
+
+@interpreted
+@pytest.mark.parametrize("values", ("all of bfloat16", "grid of float32"))
+def test_largest_error_is_at_most_that_of_pytorch(values: str) -> None:
+    """Of float32 results, over all values; y is also compared after its rounding to bfloat16."""
+    if values == "grid of float32":
+        x = torch.linspace(-12, 12, 1 << 17, device=DEVICE)
+    else:
+        x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+        x = x[x.abs() < 1e38].float().to(DEVICE)  # PyTorch's own overflows beyond on a CPU
+    mine, theirs, truth = of_values(alone, x), of_values(F.gelu, x), of_values(F.gelu, x.double())
+    for got, other, true in zip(mine, theirs, truth, strict=True):
+        assert (got - true).abs().max() <= (other - true).abs().max()
+    true = truth[0][x > -5]
+    unit = torch.exp2(true.abs().clamp_min(torch.finfo(BF16).tiny).log2().floor() - 7)
+    worst = [
+        ((y[x > -5].to(BF16).double() - true).abs() / unit).max().item()
+        for y in (mine[0], theirs[0])
+    ]
+    assert worst[0] < 0.51 and worst[0] <= worst[1], worst  # 0.5 is correctly rounded
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", (FP32, BF16, FP16))
+def test_what_is_infinite_stays_visible(dtype: torch.dtype) -> None:
+    """inf and nan give values that are not finite, as PyTorch's do; large numbers give none."""
+    largest = torch.finfo(dtype).max / 2
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, largest, -largest], device=DEVICE)
+    for got, expected in zip(
+        of_values(alone, x.to(dtype)), of_values(F.gelu, x.to(dtype)), strict=True
+    ):
+        assert got.isfinite().tolist() == expected.isfinite().tolist() == [False] * 3 + [True] * 2
+        torch.testing.assert_close(got[3:], expected[3:])
+
+
 @interpreted
 def test_of_zero_it_is_that_of_the_bias() -> None:
     bias = normal(48)
