@@ -28,6 +28,7 @@ GOOD = {
     "registers": 40, "blocks_per_sm": 3, "stack": 0, "shared": 64, "wide_loads": 4,
     "half_loads": 0, "scalar_loads": 2, "wide_stores": 2, "half_stores": 0, "scalar_stores": 1,
     "spills": 0, "fp64": 0, "tensor": 9, "wgmma": 8, "wgmma_waits": 3, "i64_muls": 2,
+    "instructions": 1000,
 }  # fmt: skip
 
 
@@ -194,6 +195,19 @@ def test_as_many_waits_as_products_mean_that_none_overlap(wgmma, waits, broken):
     assert list(aot.broken_rules(case, "sm_90", got)) == [line] * broken
 
 
+def test_a_kernel_is_compiled_for_the_architectures_that_run_it(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # the gate sets its own
+    case = aot.Case("x", None, {}, {}, {}, {}, {"only_on": ("sm_90",)})
+    assert aot.gate([case], ["sm_80", "sm_100"]) == ({}, [])
+
+
+def test_a_case_can_ask_for_resident_blocks():
+    case = aot.Case("x", None, {}, {}, {}, {}, {"min_blocks": 4})
+    (line,) = aot.broken_rules(case, "sm_90", GOOD)
+    assert line == "blocks per multiprocessor: 3, at least 4 expected"
+    assert list(aot.broken_rules(case, "sm_90", GOOD | {"blocks_per_sm": 4})) == []
+
+
 @pytest.mark.parametrize(
     ("arch", "registers", "warps", "shared", "tensor_memory", "blocks"),
     [
@@ -272,7 +286,7 @@ def test_resident_blocks_are_those_of_nvidias_calculator(tmp_path):
 def test_figures_as_good_as_the_golden_ones_pass():
     better = GOOD | {"registers": 30, "shared": 0, "wide_loads": 5, "scalar_loads": 0}
     better |= {"blocks_per_sm": 4, "wgmma_waits": 2}
-    slack = GOOD | {"registers": GOOD["registers"] + aot.REGISTER_SLACK}
+    slack = GOOD | {"registers": GOOD["registers"] + aot.REGISTER_SLACK, "instructions": 1050}
     for got in (GOOD, better, slack):
         assert list(aot.regressions(got, GOOD)) == []
 
@@ -283,6 +297,7 @@ def test_figures_as_good_as_the_golden_ones_pass():
         ("registers", 49, "registers: 49, 40 in the golden file"),
         ("blocks_per_sm", 2, "blocks per multiprocessor: 2, 3 in the golden file"),
         ("wgmma_waits", 4, "wgmma waits: 4, 3 in the golden file"),
+        ("instructions", 1051, "instructions: 1051, 1000 in the golden file"),
         ("i64_muls", 1, "i64 rows: 1 products, 2 in the golden file"),
         ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
         ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
@@ -325,11 +340,13 @@ def test_instructions_are_counted_by_width():
         /*012f*/                   DEPBAR.LE SB0, 0x2 ;
         /*0130*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], tmem[UR6] ;
         /*0140*/                   IMAD.WIDE R2, R2, 0x4, R4 ;
+        /*0150*/                   NOP ;
     """
     assert aot.count_instructions(sass) == {
         "wide_loads": 4, "half_loads": 2, "scalar_loads": 1,
         "wide_stores": 1, "half_stores": 1, "scalar_stores": 1,
         "spills": 2, "fp64": 3, "tensor": 4, "wgmma": 2, "wgmma_waits": 1,
+        "instructions": 25,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="nvdisasm"):
         aot.count_instructions("no instruction here")
