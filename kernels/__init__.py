@@ -4,6 +4,7 @@ from .add_layer_norm import add_layer_norm
 from .attention import attention_qkvpacked
 from .augment import augment
 from .bias_gelu import bias_gelu
+from .bias_gelu_linear import bias_gelu_linear
 from .distillation_loss import TopK, distillation_loss
 from .ingest import ingest
 
@@ -13,6 +14,7 @@ __all__ = [
     "attention_qkvpacked",
     "augment",
     "bias_gelu",
+    "bias_gelu_linear",
     "distillation_loss",
     "ingest",
 ]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels read and write
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -69,6 +70,9 @@ def signature(
             types[name] = f"*{_POINTERS[value.dtype]}"
             if value.data_ptr() % 16 == 0:
                 aligned[name] = 16
+        elif isinstance(value, TensorDescriptor):
+            tile = ", ".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{_POINTERS[value.base.dtype]}[{tile}]>"
         elif isinstance(value, float):
             types[name] = "fp32"
         elif value == 1 and name not in fixed:

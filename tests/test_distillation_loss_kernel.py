@@ -319,9 +319,9 @@ def recorded() -> Iterator[Accesses]:
     def note(events: list[np.ndarray], pointers: Any, mask: Any) -> None:
         events.append(np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].astype(np.int64))
 
-    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+    def counting_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         note(seen.reads, pointers, mask)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **named)
 
     def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         note(seen.writes, pointers, mask)
