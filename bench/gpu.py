@@ -42,6 +42,7 @@ FIRST_TESTS = (
     "tests/test_attention.py::test_accuracy_on_a_gpu[198-64-dtype1]",
     "tests/test_add_layer_norm.py::test_accuracy_on_a_gpu[keep-dtypes3]",
     "tests/test_bias_gelu.py::test_accuracy_on_a_gpu[plain-dtypes1]",
+    "tests/test_bias_gelu_linear.py::test_accuracy_on_a_gpu[128x128-33-384-dtype0]",
     "tests/test_distillation_loss_kernel.py::test_accuracy_on_a_gpu[dense-dtype1]",
     "tests/test_ingest.py::test_the_compiled_kernel_gives_the_bits_of_the_cpu[nchw-6-dtype1]",
 )
@@ -107,11 +108,11 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
         compile_ahead(device, "step", "--only", teacher, implementation="ours, online teacher"),
         compile_ahead(device, "step", "--only", teacher, implementation="timm, online teacher"),
         compile_ahead(device, "attention", "add_layer_norm", "--only", small),
-        compile_ahead(device, "bias_gelu", "ingest", "--only", small),
+        compile_ahead(device, "bias_gelu", "bias_gelu_linear", "ingest", "--only", small),
         compile_ahead(device, "distillation_loss", "--only", loss),
     )
     ready = (pytest(out, *FIRST_TESTS, name="first"), *(ahead if cuda else ()))
-    kernels = ("attention", "add_layer_norm", "bias_gelu", "ingest")
+    kernels = ("attention", "add_layer_norm", "bias_gelu", "bias_gelu_linear", "ingest")
     return (
         build(device, 100),
         Stage("first", 95, "kernels at one small shape; meanwhile the steps compile", ready,

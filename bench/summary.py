@@ -16,8 +16,8 @@ from .record import Row
 
 STEPS = ("step",)
 KERNELS = (
-    *("attention", "add_layer_norm", "bias_gelu", "ingest", "distillation_loss", "cache"),
-    *("block", "augment", "loader"),
+    *("attention", "add_layer_norm", "bias_gelu", "bias_gelu_linear", "ingest"),
+    *("distillation_loss", "cache", "block", "augment", "loader"),
 )
 COUNTERS = ("us", "issue_active_pct", "dram_pct", "tensor_pct", "stall", "registers")
 
