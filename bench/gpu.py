@@ -154,7 +154,8 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
     ahead = tuple(
         compile_ahead(device, "block", "--only", "small.*compiled", implementation=name)
         for name in ("timm", "ours, all kernels", "ours, no kernel", "ours, all but attention",
-                     "ours, all but add_layer_norm", "ours, all but bias_gelu")
+                     "ours, all but add_layer_norm", "ours, all but bias_gelu",
+                     "ours, all but mlp_backward")
     )  # fmt: skip
     ahead += tuple(
         compile_ahead(device, "step", "--only", "small ways", implementation=name)

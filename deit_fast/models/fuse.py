@@ -1,11 +1,12 @@
 """``fuse``: a timm vision transformer on this package's kernels, parameters and names untouched.
 
 Each fused module changes its class and nothing else, so state dicts go both ways and ``unfuse`` is
-the way back. Three kernels take over what moves bytes between the matrix products:
+the way back. These kernels take over what moves bytes between the matrix products:
 
     attention        attention_qkvpacked between the two projections
     add_layer_norm   residual + LayerScale + DropPath + the next LayerNorm, over block borders too
     bias_gelu        bias of the first MLP layer + GELU
+    mlp_backward     with bias_gelu: its backward as part of the product in front of it
 
 and one rewriting saves products: where the heads read prefix tokens alone (``global_pool="token"``)
 the last block makes queries, projection and MLP for those only. Their keys and values still come
@@ -37,6 +38,7 @@ from deit_fast.models.fused import (
     FusedBlock,
     FusedForward,
     FusedMlp,
+    FusedMlpBackward,
     FusedPatchEmbed,
     why_not_attention,
 )  # fmt: skip
@@ -44,7 +46,7 @@ from deit_fast.models.stream import BatchPart
 
 log = logging.getLogger("deit_fast")
 
-KERNELS = ("attention", "add_layer_norm", "bias_gelu")
+KERNELS = ("attention", "add_layer_norm", "bias_gelu", "mlp_backward")
 STOCHASTIC_DEPTH = ("sample", "subset")
 RESIDUALS = {"float32": None, "bfloat16": torch.bfloat16}
 """Dtypes of the residual stream; None: that of the embedding."""
@@ -52,10 +54,12 @@ RESIDUALS = {"float32": None, "bfloat16": torch.bfloat16}
 DEFAULT_KERNELS = {
     # The kernels' references are PyTorch's own operations and would win nothing.
     "cpu": (),
-    # By their bytes (docs/performance.md) all three win; not measured yet.
-    "sm_80": KERNELS,
-    "sm_90": KERNELS,
-    "sm_100": KERNELS,
+    # By their bytes (docs/performance.md) these win; not measured yet. mlp_backward stays off until
+    # it has won in a compiled model: it times two ways at its first call, and as their last bits
+    # differ, two runs may differ.
+    "sm_80": KERNELS[:3],
+    "sm_90": KERNELS[:3],
+    "sm_100": KERNELS[:3],
 }
 
 
@@ -70,7 +74,7 @@ def default_kernels() -> tuple[str, ...]:
 _FUSED: dict[type, type] = {
     Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, PatchEmbed: FusedPatchEmbed,
 }  # fmt: skip
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedMlpBackward: Mlp}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
 def _why_not_mlp(module: nn.Module) -> str | None:
-    if type(module) not in (Mlp, FusedMlp):
+    if type(module) not in (Mlp, FusedMlp, FusedMlpBackward):
         return f"is {type(module).__name__}, not timm's Mlp"
     if not isinstance(module.act, nn.GELU) or module.act.approximate != "none":
         return f"has activation {module.act}, not the exact GELU"
@@ -213,6 +217,8 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
             part.__class__ = _FUSED[type(part)]
         else:
             reasons.append(f"{name}: {reason}")
+    if "mlp_backward" in kernels and type(block.mlp) is FusedMlp:
+        block.mlp.__class__ = FusedMlpBackward
     block.__class__ = FusedBlock
     block.kernels, block.subset = kernels, subset
     # Where dropout draws between the two halves, DropPath keeps timm's order and draws in its turn.

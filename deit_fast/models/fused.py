@@ -10,7 +10,7 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.kernels import attention_qkvpacked, bias_gelu
+from deit_fast.kernels import attention_qkvpacked, bias_gelu, bias_gelu_linear
 from deit_fast.kernels.attention_launch import takes_width
 from deit_fast.models.shadow import Shadow, linear
 from deit_fast.models.stream import (
@@ -117,6 +117,37 @@ class FusedMlp(_Shadowed, Mlp):
             return self(x), None
         x = self._hidden(x, shadows)
         return linear(x, self.fc2, self.shadow("fc2", shadows)), self.fc2.bias
+
+
+class FusedMlpBackward(FusedMlp):
+    """FusedMlp, its second product's gradient multiplied by the activation's slope as it is made.
+
+    Dropout or a norm between the two, a hook or a wrapper lead back to FusedMlp.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._joins():
+            return super().forward(x)
+        return self.drop2(self._joined(x, False, self.fc2.bias))
+
+    def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
+        if _drops(self.drop2) or not self._joins():
+            return super().without_bias_gradient(x, shadows)
+        bias = self.fc2.bias
+        return self._joined(x, shadows, None if bias is None else bias.detach()), bias
+
+    def _joins(self) -> bool:
+        if _drops(self.drop1) or not isinstance(self.norm, nn.Identity):
+            return False
+        return is_plain(self.fc1) and is_plain(self.fc2)
+
+    def _joined(self, x: Tensor, shadows: bool, out_bias: Tensor | None) -> Tensor:
+        x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
+        shadow = self.shadow("fc2", shadows)
+        if shadow is None:
+            return bias_gelu_linear(x, self.fc1.bias, self.fc2.weight, out_bias)
+        bias = out_bias if shadow.bias is None else shadow.bias
+        return bias_gelu_linear(x, self.fc1.bias, self.fc2.weight, bias, shadow.weight)
 
 
 def why_not_attention(module: nn.Module) -> str | None:
