@@ -1,0 +1,144 @@
+"""The two ways of bias_gelu_linear's backward, and the choice between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.testing
+from kernel_checks import (
+    DEVICE,
+    assert_250_repeats_are_equal,
+    assert_replays,
+    assert_waits_for_nothing,
+    interpreted,
+    outer_run,
+    run_in_the_interpreter,
+)
+from test_bias_gelu import normal
+from test_bias_gelu_linear import BF16, FP16, NAMES, assert_no_worse, leaves_of, results
+from torch import Tensor
+
+from deit_fast.kernels import bias_gelu, bias_gelu_linear
+from deit_fast.kernels import bias_gelu_linear_launch as launch
+
+
+@outer_run
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+@interpreted
+def test_the_separate_way_is_that_of_bias_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit."""
+    monkeypatch.setattr(launch, "CHOICE", "separate")
+    leaves, gradient = leaves_of((3, 43, 256), 64), normal(3, 43, 64, dtype=BF16)
+    mine = results(bias_gelu_linear, leaves, gradient)
+    other = results(
+        lambda x, bias, weight, out_bias: F.linear(bias_gelu(x, bias), weight, out_bias),
+        leaves, gradient,
+    )  # fmt: skip
+    for name, a, b in zip(NAMES, mine, other, strict=True):
+        assert torch.equal(a, b), name
+
+
+@interpreted
+def test_rows_of_no_whole_16_bytes_take_the_separate_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHOICE", "fused")
+    assert_no_worse(leaves_of((9, 100), 64), normal(9, 64, dtype=BF16))
+    assert_no_worse(leaves_of((9, 64), 10), normal(9, 10, dtype=BF16))
+
+
+@pytest.mark.parametrize("fastest", range(1 + len(launch.TILES)))
+def test_the_fastest_way_is_taken(
+    fastest: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [0.3, 0.2, 0.25]
+    times[fastest] = 0.1
+    ran: list[launch.Way] = []
+
+    def timed(run: Callable[[], object], return_mode: str) -> float:
+        run()
+        return times[len(ran) - 1]
+
+    monkeypatch.setattr(triton.testing, "do_bench", timed)
+    with caplog.at_level(logging.INFO, "deit_fast"):
+        key = launch._key(torch.zeros(130, 64), torch.zeros(130, 256, dtype=BF16))
+        way = launch._measure(ran.append, key)
+    assert ran == [None, *launch.TILES] and way == ran[fastest]
+    assert len(caplog.messages) == 1 and "100" in caplog.messages[0]
+
+
+def test_close_numbers_of_rows_share_a_measurement() -> None:
+    def key(rows: int, hidden: int = 256, dtype: torch.dtype = BF16) -> launch.Key:
+        return launch._key(torch.zeros(rows, 64), torch.zeros(2, rows // 2, hidden, dtype=dtype))
+
+    assert key(1100) == key(2000) and key(1000) != key(1100)
+    assert key(1100) != key(1100, hidden=128) and key(1100) != key(1100, dtype=FP16)
+
+
+def test_an_unknown_choice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one of measure, fused, separate, not 'fast'"):
+        launch.choice_of("fast")
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------
+
+
+def batch(channels: int) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+    """A call with its inputs on the device; returns (output and gradients, inputs)."""
+    leaves = [x.requires_grad_() for x in leaves_of((64, 198, 4 * channels), channels)]
+    gradient = normal(64, 198, channels, dtype=BF16)
+
+    def call() -> list[Tensor]:
+        with torch.autocast(DEVICE, BF16):
+            y = bias_gelu_linear(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
+
+    return call, leaves
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_once_and_not_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: dict[launch.Key, launch.Way] = {}
+    monkeypatch.setattr(launch, "CHOICE", "measure")
+    monkeypatch.setattr(launch, "_measured", measured)
+    call, leaves = batch(384)
+    with monkeypatch.context() as capture:
+        capture.setattr(launch, "CHOICE", "separate")
+        call()  # compiles what the capture needs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    assert not measured
+    call()
+    fused = launch.fuses(leaves[2].t(), leaves[0])
+    assert len(measured) == fused
+    kept = dict(measured)
+    call()
+    assert measured == kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ("fused", "separate"))
+def test_250_repeats_are_equal(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHOICE", choice)
+    assert_250_repeats_are_equal(batch(384)[0])
+
+
+@pytest.mark.gpu
+def test_no_call_waits_for_the_device() -> None:
+    assert_waits_for_nothing(batch(384)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ("fused", "separate"))
+def test_graph_replay_with_other_inputs(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHOICE", choice)
+    call, leaves = batch(384)
+    assert_replays(call, leaves)
