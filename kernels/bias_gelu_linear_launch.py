@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import bias_gelu_kernel, bias_gelu_launch
 from . import bias_gelu_linear_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows
-from .launching import TYPE_NAMES, implement, signature
+from .launching import TYPE_NAMES, Launch, Plans, implement, signature
 
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -130,18 +130,27 @@ _measured: dict[Key, Way] = {}
 def fused(
     grad: Tensor, weight: Tensor, x: Tensor, bias: Tensor, for_bias: bool, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _gradients(grad, weight, x, bias, True, for_bias)
-    rows = grad_x.view(-1, x.shape[-1])
-    values, options, programs = _arguments(
-        as_rows(grad), weight, as_rows(x), bias, rows, for_bias, tiles
-    )
-    with torch.cuda.device_of(x):
-        kernel.backward_kernel[(programs,)](**values, **options)
-        if for_bias:
-            grid = (triton.cdiv(x.shape[-1], SUM_COLS),)
-            values = _sum_arguments(values, grad_bias)
-            bias_gelu_kernel.sum_kernel[grid](**values, num_warps=4, num_stages=1)
-    return grad_x, grad_bias
+    return _fused_plans((x, grad, weight, bias), for_bias, tiles)  # type: ignore[return-value]
+
+
+def _fused_results(inputs: Any, for_bias: bool, _: Tiles) -> tuple[Tensor, Tensor]:
+    x, grad, weight, bias = inputs
+    return _gradients(grad, weight, x, bias, True, for_bias)
+
+
+def _fused_launches(inputs: Any, outputs: Any, for_bias: bool, tiles: Tiles) -> Iterator[Launch]:
+    (x, grad, weight, bias), (grad_x, grad_bias) = inputs, outputs
+    x, grad, rows = as_rows(x), as_rows(grad), grad_x.view(-1, grad_x.shape[-1])
+    values, options, programs = _arguments(grad, weight, x, bias, rows, for_bias, tiles)
+    yield Launch(kernel.backward_kernel, (programs,), values | options)
+    if for_bias:
+        options = {"num_warps": 4, "num_stages": 1}
+        programs = triton.cdiv(x.shape[-1], SUM_COLS)
+        arguments = _sum_arguments(values, grad_bias) | options
+        yield Launch(bias_gelu_kernel.sum_kernel, (programs,), arguments)
+
+
+_fused_plans = Plans(_fused_results, _fused_launches)
 
 
 def separate(

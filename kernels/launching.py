@@ -104,6 +104,8 @@ class _Step(NamedTuple):
     run: Callable[..., None]  # the compiled kernel with its grid
     arguments: list[Any]  # by position, None where a tensor goes
     places: tuple[tuple[int, int], ...]  # (position of the argument, number of the tensor)
+    # The same with a tensor descriptor's fields, all but its tensor.
+    described: tuple[tuple[int, int, dict[str, Any]], ...]
 
 
 class _Plan(NamedTuple):
@@ -138,7 +140,8 @@ class Plans:
     Args:
         results: (inputs, *constants) to the operator's results, new tensors without values.
         make: (inputs, results, *constants) to the launches, in their order. Tensors in their
-            arguments are inputs, results, or float32 scratch under a name that ends in ``_sums``.
+            arguments are inputs, results, or float32 scratch under a name that ends in ``_sums``;
+            an argument may also be a host's descriptor of one.
     """
 
     def __init__(
@@ -169,10 +172,14 @@ class Plans:
             for shape, strides, dtype in plan.new
         ]
         tensors = [*inputs, *new]
-        for run, arguments, places in plan.steps:
+        for run, arguments, places, described in plan.steps:
             arguments = arguments.copy()
             for place, number in places:
                 arguments[place] = tensors[number]
+            for place, number, fields in described:
+                descriptor = object.__new__(TensorDescriptor)  # its constructor checks again
+                descriptor.__dict__.update(fields, base=tensors[number])
+                arguments[place] = descriptor
             run(*arguments)
         return tuple(new[: plan.results])
 
@@ -204,20 +211,25 @@ class _Recorder:
             self.is_complete = False  # the interpreter compiles nothing
         if not self.is_complete:
             return
-        arguments, places = [], []
+        arguments, places, described = [], [], []
         for position, name in enumerate(launch.function.arg_names):
             value = launch.arguments[name]
-            is_tensor = isinstance(value, Tensor)
-            arguments.append(None if is_tensor else value)
-            if not is_tensor:
+            has_address = isinstance(value, (Tensor, TensorDescriptor))
+            arguments.append(None if has_address else value)
+            if not has_address:
                 continue
-            number = self._number_of(name, value)
+            is_tensor = isinstance(value, Tensor)
+            number = self._number_of(name, value if is_tensor else value.base)
             if number is None:
                 self.is_complete = False
                 return
-            places.append((position, number))
+            if is_tensor:
+                places.append((position, number))
+            else:
+                described.append((position, number, vars(value) | {"base": None}))
         x, y, z = (*launch.grid, 1, 1)[:3]
-        self.steps.append(_Step(compiled[x, y, z], arguments, tuple(places)))
+        run = compiled[x, y, z]
+        self.steps.append(_Step(run, arguments, tuple(places), tuple(described)))
 
     def _number_of(self, name: str, value: Tensor) -> int | None:
         """Number of a tensor, a new one for scratch; None for a copy."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -83,6 +85,57 @@ def test_close_numbers_of_rows_share_a_measurement() -> None:
 def test_an_unknown_choice_is_an_error() -> None:
     with pytest.raises(ValueError, match="one of measure, fused, separate, not 'fast'"):
         launch.choice_of("fast")
+
+
+PLANNED = """
+import torch, triton.compiler.compiler
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class H100:  # compiles for one and hands its arguments to `launched`
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda _: torch.device("cpu")
+
+launched = []
+kernel = triton.compiler.compiler.CompiledKernel
+kernel._init_handles = kernel.launch_metadata = lambda *_: None
+kernel.run = property(lambda _: lambda *arguments, **_: launched.append(arguments))
+driver.set_active(H100())
+
+from deit_fast.kernels import bias_gelu_linear_launch as launch
+
+def call():
+    shapes = (2, 9, 64), (2, 9, 24), (24, 64)
+    x, grad, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
+    bias = torch.zeros(64)
+    results = launch.fused(grad, weight, x, bias, True, launch.TILES[0])
+    product, sums = launched
+    launched.clear()
+    return [grad, weight, x, results[0], bias], results[1], product, sums
+
+def described(arguments):
+    return [a for a in arguments if hasattr(a, "block_shape")]
+
+calls = [call(), call()]
+assert len(launch._fused_plans._plans) == 1
+for (*matrices, bias), grad_bias, product, sums in calls:
+    bases = [descriptor.base.data_ptr() for descriptor in described(product)]
+    assert bases == [x.data_ptr() for x in matrices]
+    pointers = [x.data_ptr() for x in product if torch.is_tensor(x)]
+    assert len(pointers) == 2 and pointers[0] == bias.data_ptr()
+    read, written = (x.data_ptr() for x in sums if torch.is_tensor(x))
+    assert read == pointers[1] and written == grad_bias.data_ptr()
+fields = [[vars(x) | {"base": None} for x in described(product)] for _, _, product, _ in calls]
+assert fields[0] == fields[1] and len(fields[0]) == 4
+"""
+
+
+@outer_run
+def test_a_planned_launch_describes_the_tensors_of_its_own_call() -> None:
+    """Compiled, but not run: what reaches the launcher in the first call and in a planned one."""
+    done = subprocess.run([sys.executable, "-c", PLANNED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
