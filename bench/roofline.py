@@ -157,6 +157,8 @@ def as_markdown() -> str:
     for card in cards.CARDS.values():
         for model in WIDTHS:
             for implementation in traffic.IMPLEMENTATIONS:
+                if implementation == "fused-bf16-mlp" and card.name == "A100":
+                    continue  # without TMA mlp_backward changes nothing
                 found = predict(Step(card, model, implementation, BATCH))
                 groups = (f"{found.group_ms(group):.2f}" for group in GROUPS[:4])
                 rest = sum(found.group_ms(group) for group in GROUPS[4:])

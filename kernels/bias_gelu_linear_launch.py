@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import bias_gelu_kernel, bias_gelu_launch
 from . import bias_gelu_linear_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows
-from .launching import TYPE_NAMES, Launch, Plans, implement, signature
+from .launching import TYPE_NAMES, Launch, Plans, implement, on_gpu, signature
 
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -241,7 +241,7 @@ def _linear_fake(
 
 def _weight_gradient(grad: Tensor, activation: Tensor, dtype: torch.dtype) -> Tensor:
     """Of a weight of this dtype: not rounded to that of grad where the device can leave it out."""
-    if grad.is_cuda and dtype == torch.float32:
+    if on_gpu(grad) and dtype == torch.float32:
         return torch.mm(grad.t(), activation, out_dtype=dtype)
     return torch.mm(grad.t(), activation).to(dtype)
 
