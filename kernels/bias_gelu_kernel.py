@@ -45,9 +45,9 @@ def _share_above(a):
 @triton.jit
 def gelu_slope(u):
     """Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)."""
+    u_density = u * tl.exp2(u * u * MINUS_HALF_LOG2E + LOG2_DENSITY_AT_0)
     above = _share_above(tl.abs(u))
-    below = tl.where(u < 0, above, 1.0 - above)
-    return below + u * tl.exp2(u * u * MINUS_HALF_LOG2E + LOG2_DENSITY_AT_0)
+    return u_density + tl.where(u < 0, above, 1.0 - above)
 
 
 @triton.jit(do_not_specialize=("rows", "x_stride"))
