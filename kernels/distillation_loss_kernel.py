@@ -1,13 +1,8 @@
 """Triton kernels of the distillation loss: one program per row does both heads.
 
-Up to ``SINGLE_CLASSES`` classes a row stays in registers: every logit is read once. Beyond, a
-first pass finds maximum and sum of the row and a second reads it again (binary cross-entropy
-needs no first pass). Gradients are written once; with a top-k teacher the K entries of its ids,
-whose logits are gathered again, are then overwritten with their own values.
-
-Rows that start on 16 bytes and may be read up to a multiple of 16 bytes take wide accesses. The
-compiler must be able to prove both: offsets are declared multiples (``tl.multiple_of`` on the
-product, on an argument it is lost), widths are rounded in the kernel. Other rows go by element.
+Up to ``SINGLE_CLASSES`` classes every logit is read once, beyond it twice. Gradients are written
+once; then a longer row's entries of its labels, and with a top-k teacher the K entries of its ids,
+are overwritten with their own values. ``distillation_loss_rows`` has what goes over dense rows.
 
 The last program to arrive adds the row losses up, in an order that does not depend on who that is.
 """
@@ -17,284 +12,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEG_INF = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-3.0e38)  # finite: -inf minus -inf is NaN
-
-# Of the base loss, its target, the teacher, and a top-k teacher's tail.
-CE, BCE = tl.constexpr(1), tl.constexpr(2)
-LABEL, PAIR, DENSE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SOFT, SOFT_TOPK, HARD_LABEL, HARD_DENSE, HARD_TOPK = (tl.constexpr(i) for i in range(1, 6))
-DROP, RENORM, UNIFORM, BUCKET = (tl.constexpr(i) for i in range(4))
+from .distillation_loss_rows import (
+    BUCKET,
+    CE,
+    DENSE,
+    HARD_DENSE,
+    HARD_LABEL,
+    HARD_TOPK,
+    LABEL,
+    LOG2E,
+    NEG_INF,
+    PAIR,
+    RENORM,
+    SOFT,
+    SOFT_TOPK,
+    UNIFORM,
+    binary_row,
+    by_lane,
+    cross_entropy_row,
+    divergence_row,
+    gather_in,
+    inverse,
+    last_block,
+    load,
+    maximum_and_total,
+    no_lanes,
+    over_lanes,
+    row_start,
+    store,
+)
 
 IDS_AT_ONCE = tl.constexpr(64)
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows: VEC elements make 16 bytes, 1 where they do not; PADDED rows may be read past their end
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _row(row, stride, VEC: tl.constexpr):
-    return tl.multiple_of(row.to(tl.int64) * stride, VEC)
-
-
-@triton.jit
-def _load(pointer, start, cols, classes, fill, VEC: tl.constexpr, PADDED: tl.constexpr):
-    if VEC == 1:
-        return tl.load(pointer + start + cols, mask=cols < classes, other=fill).to(tl.float32)
-    if PADDED:
-        width = (classes + VEC - 1) // VEC * VEC
-        x = tl.load(pointer + start + cols, mask=cols < width, other=fill).to(tl.float32)
-        return tl.where(cols < classes, x, fill)
-    width = classes // VEC * VEC
-    return tl.load(pointer + start + cols, mask=cols < width, other=fill).to(tl.float32)
-
-
-@triton.jit
-def _store(pointer, start, cols, classes, value, VEC: tl.constexpr):
-    if VEC == 1:
-        tl.store(pointer + start + cols, value, mask=cols < classes)
-    else:
-        # The padding of a gradient is our own: it is written too, with zeros.
-        width = (classes + VEC - 1) // VEC * VEC
-        tl.store(pointer + start + cols, tl.where(cols < classes, value, 0.0), mask=cols < width)
-
-
-# ---------------------------------------------------------------------------------------------
-# Log-sum-exp, in base 2: log2 softmax = (z - maximum) * scale - log2(total)
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _maximum_and_total(z, scale):
-    maximum = tl.max(z, 0)
-    safe = tl.where(maximum == NEG_INF, LOWEST, maximum)
-    return safe, tl.sum(tl.exp2((z - safe) * scale), 0)
-
-
-@triton.jit
-def _gather_in(maximum, total, z, scale):
-    """One more z per lane: one exponential, whichever of the two is larger."""
-    step = tl.exp2(-tl.abs(z - maximum) * scale)
-    total = tl.where(z > maximum, total * step + 1.0, total + step)
-    return tl.where(z > maximum, z, maximum), total
-
-
-@triton.jit
-def _over_lanes(maximum, total, scale):
-    highest = tl.max(maximum, 0)
-    return highest, tl.sum(total * tl.exp2((maximum - highest) * scale), 0)
-
-
-@triton.jit
-def _row_maximum_and_total(
-    pointer, start, classes, scale, BLOCK: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr
-):
-    maximum = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        z = _load(pointer, start, cols, classes, NEG_INF, VEC, PADDED)
-        maximum, total = _gather_in(maximum, total, z, scale)
-    return _over_lanes(maximum, total, scale)
-
-
-@triton.jit
-def _inverse(total):
-    return tl.where(total > 0, 1.0 / total, 0.0)
-
-
-# ---------------------------------------------------------------------------------------------
-# Cross-entropy
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _target(
-    cols, classes, first, second, weight_first, weight_second, soft, soft_start, keep, spread,
-    TARGET: tl.constexpr, SMOOTH: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Target probabilities of a block of classes, smoothed; 0 past the last class."""
-    if TARGET == DENSE:
-        t = _load(soft, soft_start, cols, classes, 0.0, VEC, PADDED) * keep
-    else:
-        t = tl.where(cols == first, weight_first, 0.0)
-        if TARGET == PAIR:
-            t += tl.where(cols == second, weight_second, 0.0)
-    if SMOOTH:
-        t = tl.where(cols < classes, t + spread, 0.0)
-    return t
-
-
-@triton.jit
-def _cross_entropy_block(z, t, mass, maximum, log2_total, scale):
-    """Losses -t log p of a block and the gradient mass * p - t; mass is the sum of t."""
-    log2_p = (z - maximum) * scale - log2_total
-    loss = tl.where(t != 0, -t * (log2_p * LN2), 0.0)
-    return loss, mass * tl.exp2(log2_p) - t
-
-
-@triton.jit
-def _cross_entropy_row(
-    logits, start, gradient, gradient_start, classes, gradient_scale,
-    first, second, weight_first, weight_second, soft, soft_start, keep, spread,
-    TARGET: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-    VEC: tl.constexpr, PADDED: tl.constexpr, GRADIENT_VEC: tl.constexpr,
-    SOFT_VEC: tl.constexpr, SOFT_PADDED: tl.constexpr,
-):  # fmt: skip
-    if SINGLE:
-        cols = tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-        t = _target(
-            cols, classes, first, second, weight_first, weight_second, soft, soft_start,
-            keep, spread, TARGET, SMOOTH, SOFT_VEC, SOFT_PADDED,
-        )  # fmt: skip
-        maximum, total = _maximum_and_total(z, LOG2E)
-        mass = 1.0
-        if TARGET == DENSE:
-            mass = tl.sum(t, 0)
-        loss, g = _cross_entropy_block(z, t, mass, maximum, tl.log2(total), LOG2E)
-        if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
-        return tl.sum(loss, 0)
-    maximum, total = _row_maximum_and_total(logits, start, classes, LOG2E, BLOCK, VEC, PADDED)
-    log2_total = tl.log2(total)
-    mass = 1.0
-    if TARGET == DENSE:
-        masses = tl.zeros([BLOCK], tl.float32)
-        for at in range(0, classes, BLOCK):
-            cols = at + tl.arange(0, BLOCK)
-            masses += _target(
-                cols, classes, first, second, weight_first, weight_second, soft, soft_start,
-                keep, spread, TARGET, SMOOTH, SOFT_VEC, SOFT_PADDED,
-            )  # fmt: skip
-        mass = tl.sum(masses, 0)
-    losses = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-        t = _target(
-            cols, classes, first, second, weight_first, weight_second, soft, soft_start,
-            keep, spread, TARGET, SMOOTH, SOFT_VEC, SOFT_PADDED,
-        )  # fmt: skip
-        loss, g = _cross_entropy_block(z, t, mass, maximum, log2_total, LOG2E)
-        losses += loss
-        if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
-    return tl.sum(losses, 0)
-
-
-# ---------------------------------------------------------------------------------------------
-# Binary cross-entropy
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _binary_block(z, positive, valid, smoothing, inverse_classes, SMOOTH: tl.constexpr):
-    """Losses softplus(-z or z) of a block and their gradients; smoothing adds a linear term."""
-    y = tl.where(positive, -z, z)
-    small = tl.exp2(-tl.abs(y) * LOG2E)
-    one = 1.0 + small
-    # log1p: the quotient undoes the rounding of 1 + small, which loses its digits.
-    log1p = tl.where(
-        one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0))
-    )
-    loss = tl.maximum(y, 0.0) + log1p
-    sigmoid = tl.where(y >= 0, 1.0, small) / one
-    g = tl.where(positive, -sigmoid, sigmoid)
-    if SMOOTH:
-        shift = smoothing * (tl.where(positive, 1.0, 0.0) - inverse_classes)
-        loss += shift * z
-        g += shift
-    return tl.where(valid, loss, 0.0), g
-
-
-@triton.jit
-def _binary_row(
-    logits, start, gradient, gradient_start, classes, gradient_scale,
-    first, second, weight_first, weight_second, soft, soft_start, smoothing, inverse_classes,
-    TARGET: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
-    VEC: tl.constexpr, PADDED: tl.constexpr, GRADIENT_VEC: tl.constexpr,
-    SOFT_VEC: tl.constexpr, SOFT_PADDED: tl.constexpr,
-):  # fmt: skip
-    losses = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, 0.0, VEC, PADDED)
-        t = _target(
-            cols, classes, first, second, weight_first, weight_second, soft, soft_start,
-            1.0, 0.0, TARGET, False, SOFT_VEC, SOFT_PADDED,
-        )  # fmt: skip
-        loss, g = _binary_block(z, t > 0, cols < classes, smoothing, inverse_classes, SMOOTH)
-        losses += loss
-        if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
-    return tl.sum(losses, 0)
-
-
-# ---------------------------------------------------------------------------------------------
-# Soft distillation, dense teacher
-# ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _divergence_block(z, x, maximum, log2_total, t_maximum, t_log2_total, scale):
-    """Terms q log(q / p) - q + p of KL, none below 0, and the gradient p - q.
-
-    The last two sum to 0 over a row. Made of the same rounded logarithms as the first, they cancel
-    what the rounding of log p does to it, up to its square.
-    """
-    log2_p = (z - maximum) * scale - log2_total
-    log2_q = (x - t_maximum) * scale - t_log2_total
-    q = tl.exp2(log2_q)
-    g = tl.exp2(log2_p) - q
-    return tl.where(q > 0, q * ((log2_q - log2_p) * LN2), 0.0) + g, g
-
-
-@triton.jit
-def _divergence_row(
-    logits, start, gradient, gradient_start, teacher, teacher_start, classes, scale, gradient_scale,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
-    GRADIENT_VEC: tl.constexpr, TEACHER_VEC: tl.constexpr, TEACHER_PADDED: tl.constexpr,
-):  # fmt: skip
-    if SINGLE:
-        cols = tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-        x = _load(teacher, teacher_start, cols, classes, NEG_INF, TEACHER_VEC, TEACHER_PADDED)
-        maximum, total = _maximum_and_total(z, scale)
-        t_maximum, t_total = _maximum_and_total(x, scale)
-        loss, g = _divergence_block(
-            z, x, maximum, tl.log2(total), t_maximum, tl.log2(t_total), scale
-        )
-        if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
-        return tl.sum(loss, 0)
-    maximum = tl.full([BLOCK], LOWEST, tl.float32)
-    t_maximum = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    t_total = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-        x = _load(teacher, teacher_start, cols, classes, NEG_INF, TEACHER_VEC, TEACHER_PADDED)
-        maximum, total = _gather_in(maximum, total, z, scale)
-        t_maximum, t_total = _gather_in(t_maximum, t_total, x, scale)
-    top, total = _over_lanes(maximum, total, scale)
-    t_top, t_total = _over_lanes(t_maximum, t_total, scale)
-    log2_total, t_log2_total = tl.log2(total), tl.log2(t_total)
-    losses = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-        x = _load(teacher, teacher_start, cols, classes, NEG_INF, TEACHER_VEC, TEACHER_PADDED)
-        loss, g = _divergence_block(z, x, top, log2_total, t_top, t_log2_total, scale)
-        losses += loss
-        if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
-    return tl.sum(losses, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,6 +89,44 @@ def _topk_block(
 
 
 @triton.jit
+def _gather_topk_block(
+    lanes, totals, out_lanes, out_totals, logits, start, ids, ids_start, at, classes, kept, scale,
+    TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
+    VEC: tl.constexpr, PADDED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of each lane, over all classes and over those outside the ids."""
+    z = load(logits, start, at, classes, NEG_INF, BLOCK, VEC, PADDED, FULL)
+    lanes, totals = gather_in(lanes, totals, z, scale, VEC)
+    if TAIL == BUCKET:
+        member = _members(ids, ids_start, kept, at, BLOCK, IDS)
+        out_lanes, out_totals = gather_in(
+            out_lanes, out_totals, tl.where(member, NEG_INF, z), scale, VEC
+        )
+    return lanes, totals, out_lanes, out_totals
+
+
+@triton.jit
+def _long_topk_block(
+    outsides, logits, start, gradient, gradient_start, ids, ids_start, at, classes, kept,
+    maximum, total, out_maximum, out_inverse, scale, inverse_tau, gradient_scale, mass, rest, even,
+    TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
+    VEC: tl.constexpr, PADDED: tl.constexpr, GRADIENT_VEC: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    cols = at + tl.arange(0, BLOCK)
+    z = load(logits, start, at, classes, NEG_INF, BLOCK, VEC, PADDED, FULL)
+    member = cols < 0
+    if TAIL >= UNIFORM:
+        member = _members(ids, ids_start, kept, at, BLOCK, IDS)
+    outside, g = _topk_block(
+        z, member, cols < classes, maximum, total, out_maximum, out_inverse, scale, inverse_tau,
+        mass, rest, even, TAIL,
+    )  # fmt: skip
+    if gradient is not None:
+        store(gradient, gradient_start, at, classes, g * gradient_scale, BLOCK, GRADIENT_VEC, FULL)
+    return outsides + outside
+
+
+@triton.jit
 def _topk_row(
     logits, start, gradient, gradient_start, ids, ids_start, log_probs, log_probs_start, log_rest,
     classes, kept, scale, inverse_tau, gradient_scale,
@@ -354,7 +140,7 @@ def _topk_row(
     known = (k < kept) & (i >= 0) & (i < classes)
     log_q = tl.load(log_probs + log_probs_start + k, mask=known, other=NEG_INF).to(tl.float32)
     if TAIL == RENORM:
-        q_maximum, q_total = _maximum_and_total(log_q, LOG2E)
+        q_maximum, q_total = maximum_and_total(log_q, LOG2E)
         log_q = log_q - q_maximum - tl.log(q_total)
     q = tl.exp2(log_q * LOG2E)
     picked = tl.load(logits + start + i, mask=known, other=NEG_INF).to(tl.float32)
@@ -369,52 +155,55 @@ def _topk_row(
     out_maximum, out_total = 0.0, 1.0
     if SINGLE:
         cols = tl.arange(0, BLOCK)
-        z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
+        z = load(logits, start, 0, classes, NEG_INF, BLOCK, VEC, PADDED, False)
         member = cols < 0
         if TAIL >= UNIFORM:
             member = _members(ids, ids_start, kept, 0, BLOCK, IDS)
-        maximum, total = _maximum_and_total(z, scale)
+        maximum, total = maximum_and_total(z, scale)
         if TAIL == BUCKET:
-            out_maximum, out_total = _maximum_and_total(tl.where(member, NEG_INF, z), scale)
+            out_maximum, out_total = maximum_and_total(tl.where(member, NEG_INF, z), scale)
         outside, g = _topk_block(
-            z, member, cols < classes, maximum, total, out_maximum, _inverse(out_total),
+            z, member, cols < classes, maximum, total, out_maximum, inverse(out_total),
             scale, inverse_tau, mass, rest, even, TAIL,
         )  # fmt: skip
         if gradient is not None:
-            _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
+            store(
+                gradient, gradient_start, 0, classes, g * gradient_scale, BLOCK, GRADIENT_VEC, False
+            )
         log_p_outside = tl.sum(outside, 0)
     else:
-        lanes = tl.full([BLOCK], LOWEST, tl.float32)
-        out_lanes = tl.full([BLOCK], LOWEST, tl.float32)
-        totals = tl.zeros([BLOCK], tl.float32)
-        out_totals = tl.zeros([BLOCK], tl.float32)
-        for at in range(0, classes, BLOCK):
-            cols = at + tl.arange(0, BLOCK)
-            z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-            lanes, totals = _gather_in(lanes, totals, z, scale)
-            if TAIL == BUCKET:
-                member = _members(ids, ids_start, kept, at, BLOCK, IDS)
-                out_lanes, out_totals = _gather_in(
-                    out_lanes, out_totals, tl.where(member, NEG_INF, z), scale
-                )
-        maximum, total = _over_lanes(lanes, totals, scale)
-        if TAIL == BUCKET:
-            out_maximum, out_total = _over_lanes(out_lanes, out_totals, scale)
-        out_inverse = _inverse(out_total)
-        outsides = tl.zeros([BLOCK], tl.float32)
-        for at in range(0, classes, BLOCK):
-            cols = at + tl.arange(0, BLOCK)
-            z = _load(logits, start, cols, classes, NEG_INF, VEC, PADDED)
-            member = cols < 0
-            if TAIL >= UNIFORM:
-                member = _members(ids, ids_start, kept, at, BLOCK, IDS)
-            outside, g = _topk_block(
-                z, member, cols < classes, maximum, total, out_maximum, out_inverse,
-                scale, inverse_tau, mass, rest, even, TAIL,
+        lanes, totals = no_lanes(BLOCK, VEC)
+        out_lanes, out_totals = no_lanes(BLOCK, VEC)
+        last = last_block(classes, BLOCK)
+        for at in range(last, classes, BLOCK):
+            lanes, totals, out_lanes, out_totals = _gather_topk_block(
+                lanes, totals, out_lanes, out_totals, logits, start, ids, ids_start, at,
+                classes, kept, scale, TAIL, IDS, BLOCK, VEC, PADDED, False,
             )  # fmt: skip
-            outsides += outside
-            if gradient is not None:
-                _store(gradient, gradient_start, cols, classes, g * gradient_scale, GRADIENT_VEC)
+        for at in range(0, last, BLOCK):
+            lanes, totals, out_lanes, out_totals = _gather_topk_block(
+                lanes, totals, out_lanes, out_totals, logits, start, ids, ids_start, at,
+                classes, kept, scale, TAIL, IDS, BLOCK, VEC, PADDED, True,
+            )  # fmt: skip
+        maximum, total = over_lanes(lanes, totals, scale)
+        if TAIL == BUCKET:
+            out_maximum, out_total = over_lanes(out_lanes, out_totals, scale)
+        out_inverse = inverse(out_total)
+        outsides = tl.zeros([BLOCK], tl.float32)
+        for at in range(last, classes, BLOCK):
+            outsides = _long_topk_block(
+                outsides, logits, start, gradient, gradient_start, ids, ids_start, at,
+                classes, kept, maximum, total, out_maximum, out_inverse, scale, inverse_tau,
+                gradient_scale, mass, rest, even,
+                TAIL, IDS, BLOCK, VEC, PADDED, GRADIENT_VEC, False,
+            )  # fmt: skip
+        for at in range(0, last, BLOCK):
+            outsides = _long_topk_block(
+                outsides, logits, start, gradient, gradient_start, ids, ids_start, at,
+                classes, kept, maximum, total, out_maximum, out_inverse, scale, inverse_tau,
+                gradient_scale, mass, rest, even,
+                TAIL, IDS, BLOCK, VEC, PADDED, GRADIENT_VEC, True,
+            )  # fmt: skip
         log_p_outside = tl.sum(outsides, 0)
 
     # Natural logarithms, as the teacher's: two roundings less than by way of base 2.
@@ -442,19 +231,49 @@ def _topk_row(
 
 
 @triton.jit
+def _decision_block(
+    best, where, teacher, start, at, classes,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The highest logit of each lane so far, and the block where it first came."""
+    x = load(teacher, start, at, classes, NEG_INF, BLOCK, VEC, PADDED, FULL)
+    highest = tl.max(by_lane(x, VEC), 1)
+    return tl.maximum(best, highest), tl.where(highest > best, at, where)
+
+
+@triton.jit
 def _decision(
-    teacher, start, classes, BLOCK: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr
-):
-    best = NEG_INF
-    decision = 0
-    for at in range(0, classes, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        x = _load(teacher, start, cols, classes, NEG_INF, VEC, PADDED)
-        highest = tl.max(x, 0)
-        where = tl.min(tl.where((x == highest) & (cols < classes), cols, 2147483647), 0)
-        decision = tl.where(highest > best, where, decision)
-        best = tl.maximum(best, highest)
-    return decision
+    teacher, start, classes,
+    BLOCK: tl.constexpr, SINGLE: tl.constexpr, VEC: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    if SINGLE:
+        highest = NEG_INF
+        decision = 0
+        for at in range(0, classes, BLOCK):  # once; without the loop ptxas takes more registers
+            cols = at + tl.arange(0, BLOCK)
+            x = load(teacher, start, at, classes, NEG_INF, BLOCK, VEC, PADDED, False)
+            top = tl.max(x, 0)
+            first = tl.min(tl.where((x == top) & (cols < classes), cols, 2147483647), 0)
+            decision = tl.where(top > highest, first, decision)
+            highest = tl.maximum(highest, top)
+        return decision
+    last = last_block(classes, BLOCK)
+    best, _ = no_lanes(BLOCK, VEC)
+    best += NEG_INF
+    where = tl.zeros_like(best).to(tl.int32)
+    for at in range(0, last, BLOCK):  # in order: of equal logits the first counts
+        best, where = _decision_block(
+            best, where, teacher, start, at, classes, BLOCK, VEC, PADDED, True
+        )
+    for at in range(last, classes, BLOCK):
+        best, where = _decision_block(
+            best, where, teacher, start, at, classes, BLOCK, VEC, PADDED, False
+        )
+    top = tl.max(best, 0)
+    at = tl.min(tl.where(best == top, where, classes), 0)  # the first block that has it
+    x = load(teacher, start, at, classes, NEG_INF, BLOCK, VEC, PADDED, False)
+    cols = at + tl.arange(0, BLOCK)
+    return tl.min(tl.where((x == top) & (cols < classes), cols, 2147483647), 0)
 
 
 @triton.jit
@@ -509,38 +328,38 @@ def loss_kernel(
         inverse_classes = 1.0 / classes.to(tl.float32)
         soft_start = 0
         if TARGET == DENSE:
-            soft_start = _row(row, soft_stride, SOFT_VEC)
+            soft_start = row_start(row, soft_stride, SOFT_VEC)
         else:
             a = tl.load(first + row).to(tl.int32)
             if TARGET == PAIR:
                 b = tl.load(second + row).to(tl.int32)
                 weight_a = tl.load(lam + row).to(tl.float32)
                 weight_b = 1.0 - weight_a
-        z_start, g_start = _row(row, z_c_stride, Z_C_VEC), _row(row, g_c_stride, G_C_VEC)
+        z_start, g_start = row_start(row, z_c_stride, Z_C_VEC), row_start(row, g_c_stride, G_C_VEC)
         if BASE == CE:
-            row_loss = _cross_entropy_row(
+            row_loss = cross_entropy_row(
                 z_c, z_start, g_c, g_start, classes, g_c_scale,
                 a, b, weight_a * keep, weight_b * keep, soft, soft_start,
                 keep, smoothing * inverse_classes,
                 TARGET, SMOOTH, BLOCK, SINGLE, Z_C_VEC, Z_C_PADDED, G_C_VEC, SOFT_VEC, SOFT_PADDED,
             )  # fmt: skip
         else:
-            row_loss = _binary_row(
+            row_loss = binary_row(
                 z_c, z_start, g_c, g_start, classes, g_c_scale,
                 a, b, weight_a, weight_b, soft, soft_start, smoothing, inverse_classes,
-                TARGET, SMOOTH, BLOCK, Z_C_VEC, Z_C_PADDED, G_C_VEC, SOFT_VEC, SOFT_PADDED,
+                TARGET, SMOOTH, BLOCK, SINGLE, Z_C_VEC, Z_C_PADDED, G_C_VEC, SOFT_VEC, SOFT_PADDED,
             )  # fmt: skip
         tl.store(row_losses + row, row_loss)
     if TEACHER != 0:
-        z_start, g_start = _row(row, z_d_stride, Z_D_VEC), _row(row, g_d_stride, G_D_VEC)
+        z_start, g_start = row_start(row, z_d_stride, Z_D_VEC), row_start(row, g_d_stride, G_D_VEC)
         teacher_start, ids_start, log_probs_start = 0, 0, 0
         if TEACHER == SOFT or TEACHER == HARD_DENSE:  # noqa: SIM109
-            teacher_start = _row(row, teacher_stride, TEACHER_VEC)
+            teacher_start = row_start(row, teacher_stride, TEACHER_VEC)
         if TEACHER == SOFT_TOPK or TEACHER == HARD_TOPK:  # noqa: SIM109
             ids_start = row.to(tl.int64) * ids_stride
             log_probs_start = row.to(tl.int64) * log_probs_stride
         if TEACHER == SOFT:
-            row_loss = _divergence_row(
+            row_loss = divergence_row(
                 z_d, z_start, g_d, g_start, teacher, teacher_start, classes, scale, g_d_scale,
                 BLOCK, SINGLE, Z_D_VEC, Z_D_PADDED, G_D_VEC, TEACHER_VEC, TEACHER_PADDED,
             )  # fmt: skip
@@ -557,10 +376,12 @@ def loss_kernel(
             if TEACHER == HARD_LABEL:
                 a = tl.load(teacher + row).to(tl.int32)
             elif TEACHER == HARD_DENSE:
-                a = _decision(teacher, teacher_start, classes, BLOCK, TEACHER_VEC, TEACHER_PADDED)
+                a = _decision(
+                    teacher, teacher_start, classes, BLOCK, SINGLE, TEACHER_VEC, TEACHER_PADDED
+                )
             else:
                 a = _topk_decision(ids, ids_start, log_probs, log_probs_start, kept, IDS)
-            row_loss = _cross_entropy_row(
+            row_loss = cross_entropy_row(
                 z_d, z_start, g_d, g_start, classes, g_d_scale,
                 a, 0, 1.0, 0.0, None, 0, 1.0, 0.0,
                 LABEL, False, BLOCK, SINGLE, Z_D_VEC, Z_D_PADDED, G_D_VEC, 1, False,

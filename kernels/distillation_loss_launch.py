@@ -12,7 +12,7 @@ A gradient has padded rows where its logits have: a head that emits padded logit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ import triton
 from torch import Tensor
 
 from . import distillation_loss_kernel as kernel
+from . import distillation_loss_rows as codes
 from .distillation_loss_reference import TopK, soft_factor
-from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
+from .launching import DTYPES, TYPE_NAMES, Inputs, Launch, Plans, implement, on_gpu, signature
 
 SINGLE_CLASSES = 8192  # a longer row does not fit in the registers of its program
 SPLIT_BLOCK = 2048
@@ -31,10 +32,10 @@ SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056  # 8 programs for each processor of an 
 
 INTERPRETED = not isinstance(kernel.loss_kernel, triton.JITFunction)
 
-_TARGETS = {"label": kernel.LABEL.value, "pair": kernel.PAIR.value, "dense": kernel.DENSE.value}
-_BASES = {"": 0, "ce": kernel.CE.value, "bce": kernel.BCE.value}
-_TAILS = {"drop": kernel.DROP.value, "renorm": kernel.RENORM.value}
-_TAILS |= {"uniform": kernel.UNIFORM.value, "bucket": kernel.BUCKET.value}
+_TARGETS = {"label": codes.LABEL.value, "pair": codes.PAIR.value, "dense": codes.DENSE.value}
+_BASES = {"": 0, "ce": codes.CE.value, "bce": codes.BCE.value}
+_TAILS = {"drop": codes.DROP.value, "renorm": codes.RENORM.value}
+_TAILS |= {"uniform": codes.UNIFORM.value, "bucket": codes.BUCKET.value}
 
 
 def takes(logits: Tensor, teacher: Any) -> bool:
@@ -88,11 +89,16 @@ def _gradient_stride(logits: Tensor) -> int:
 
 
 def _empty_gradient(logits: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """With its padding, which is written too: new_empty_strided would end before the last row's."""
     if logits is None or not wanted:
         return like.new_empty((0,))
-    rows, classes = logits.shape
-    # Not new_empty_strided: it would end before the last row's padding, which is written too.
-    return logits.new_empty((rows, _gradient_stride(logits)))[:, :classes]
+    return logits.new_empty((logits.shape[0], _gradient_stride(logits)))
+
+
+def _without_padding(gradient: Tensor, classes: int) -> Tensor:
+    if gradient.dim() == 1 or gradient.shape[1] == classes:
+        return gradient
+    return gradient[:, :classes]
 
 
 def _block(classes: int) -> tuple[int, bool, int]:
@@ -135,12 +141,12 @@ def _teacher_form(kind: str, teacher: Tensor | None, ids: Tensor | None) -> int:
     if kind == "none":
         return 0
     if ids is not None:
-        form = kernel.SOFT_TOPK if kind == "soft" else kernel.HARD_TOPK
+        form = codes.SOFT_TOPK if kind == "soft" else codes.HARD_TOPK
     elif kind == "soft":
-        form = kernel.SOFT
+        form = codes.SOFT
     else:
         assert teacher is not None
-        form = kernel.HARD_DENSE if teacher.is_floating_point() else kernel.HARD_LABEL
+        form = codes.HARD_DENSE if teacher.is_floating_point() else codes.HARD_LABEL
     return form.value
 
 
@@ -170,7 +176,7 @@ def _arguments(
     if teacher is not None and teacher.is_floating_point():
         teacher = _readable(teacher)
     kept = 0 if ids is None else ids.shape[1]
-    tail_form = _TAILS[tail] if form == kernel.SOFT_TOPK.value else _TAILS["drop"]
+    tail_form = _TAILS[tail] if form == codes.SOFT_TOPK.value else _TAILS["drop"]
     if kept == classes and tail_form != _TAILS["renorm"]:
         tail_form = _TAILS["drop"]
     dense_teacher = teacher is not None and teacher.dim() == 2
@@ -212,11 +218,14 @@ def _arguments(
         values[f"{name.upper()}_VEC"] = _vector(gradient.dtype) if wide else 1
     reads = [name for name in ("z_c", "z_d", "soft") if values[name] is not None]
     reads += ["teacher"] if dense_teacher else []
+    options: dict[str, int] = {}
     if not single and all(values[f"{name.upper()}_VEC"] > 1 for name in reads):
         # Wide accesses leave registers for it; at 8 warps float32 spills on sm_100 (triton 3.6).
         block, warps = 2 * SPLIT_BLOCK, 16
+        if form == codes.HARD_DENSE.value:
+            options["maxnreg"] = 64  # 2 programs a processor: ptxas spills to fit a third
     values |= {"BLOCK": block, "SINGLE": single, "ROWS_AT_ONCE": 1024}
-    return values, {"num_warps": warps, "num_stages": 1}
+    return values, {"num_warps": warps, "num_stages": 1, **options}
 
 
 def _gradient_vector(gradient: Tensor) -> int:
@@ -263,14 +272,20 @@ def _arrival_counter(like: Tensor) -> Tensor:
     return like.new_zeros((1,), dtype=torch.int32)
 
 
-def _outputs(
+def _results(
     z_c: Tensor | None, z_d: Tensor | None, want_c: bool, want_d: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """The operator's results, gradients with their padding, and the losses of the rows."""
     head = z_c if z_c is not None else z_d
     assert head is not None
     total, base, distill = (head.new_empty((), dtype=torch.float32) for _ in range(3))
     g_c, g_d = _empty_gradient(z_c, want_c, head), _empty_gradient(z_d, want_d, head)
-    return total, base, distill, g_c, g_d
+    return total, base, distill, g_c, g_d, head.new_empty((2, len(head)), dtype=torch.float32)
+
+
+def _outputs(results: Sequence[Tensor], classes: int) -> tuple[Tensor, ...]:
+    total, base, distill, g_c, g_d, _ = results
+    return total, base, distill, _without_padding(g_c, classes), _without_padding(g_d, classes)
 
 
 def _loss(
@@ -278,42 +293,75 @@ def _loss(
     lam: Tensor | None, teacher: Tensor | None, ids: Tensor | None, log_probs: Tensor | None,
     log_tail: Tensor | None, tail: str, kind: str, base: str, reduction: str,
     alpha: float, tau: float, smoothing: float, want_c: bool, want_d: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _outputs(z_c, z_d, want_c, want_d)
+) -> tuple[Tensor, ...]:  # fmt: skip
     head = z_c if z_c is not None else z_d
     assert head is not None
-    rows = head.shape[0]
+    rows, classes = head.shape
     if rows == 0:
-        for value in outputs[:3]:
+        results = _results(z_c, z_d, want_c, want_d)
+        for value in results[:3]:
             value.zero_()
-        return outputs
-    values, options = _arguments(
-        z_c, z_d, target, partner, lam, teacher, ids, log_probs, log_tail,
-        tail, kind, base, reduction, alpha, tau, smoothing, *outputs[3:],
+        return _outputs(results, classes)
+    inputs = (
+        head, z_d if z_c is not None else None, target, partner, lam, teacher,
+        ids, log_probs, log_tail, _arrival_counter(head),
     )  # fmt: skip
-    values |= dict(zip(("total", "base", "distill"), outputs[:3], strict=True))
-    values["row_losses"] = head.new_empty((2, rows), dtype=torch.float32)
-    with torch.cuda.device_of(head):
-        values["arrived"] = _arrival_counter(head)
-        kernel.loss_kernel[(rows,)](**values, **options)
-    return outputs
+    options = (tail, kind, base, reduction, alpha, tau, smoothing)
+    return _outputs(_loss_plans(inputs, z_c is not None, want_c, want_d, options), classes)
+
+
+def _heads(inputs: Inputs, has_class_head: bool) -> tuple[Tensor | None, Tensor | None]:
+    return (inputs[0], inputs[1]) if has_class_head else (None, inputs[0])
+
+
+def _loss_results(
+    inputs: Inputs, has_class_head: bool, want_c: bool, want_d: bool, _: tuple
+) -> tuple[Tensor, ...]:
+    return _results(*_heads(inputs, has_class_head), want_c, want_d)
+
+
+def _loss_launches(
+    inputs: Any, results: Sequence[Tensor], has_class_head: bool, _c: bool, _d: bool,
+    options: tuple[Any, ...],
+) -> Iterator[Launch]:  # fmt: skip
+    total, base, distill, g_c, g_d = _outputs(results, inputs[0].shape[1])
+    heads = _heads(inputs, has_class_head)
+    arguments: list[Any] = [*heads, *inputs[2:9], *options, g_c, g_d]
+    values, launch = _arguments(*arguments)
+    values |= {"total": total, "base": base, "distill": distill}
+    values |= {"row_losses": results[5], "arrived": inputs[9]}
+    yield Launch(kernel.loss_kernel, (values["rows"],), values | launch)
+
+
+_loss_plans = Plans(_loss_results, _loss_launches)
 
 
 def _loss_fake(z_c, z_d, *arguments):  # type: ignore[no-untyped-def]
-    return _outputs(z_c, z_d, *arguments[-2:])
+    head = z_c if z_c is not None else z_d
+    return _outputs(_results(z_c, z_d, *arguments[-2:]), head.shape[1])
 
 
 def _scale_(g_c: Tensor, g_d: Tensor, grad_total: Tensor, factor_c: float, factor_d: float) -> None:
-    counts = [g.shape[0] * g.stride(0) if g.dim() == 2 else 0 for g in (g_c, g_d)]
+    if g_c.numel() or g_d.numel():
+        _scale_plans((grad_total, g_c, g_d), factor_c, factor_d)
+
+
+def _scale_launches(
+    inputs: Any, _: Sequence[Tensor], factor_c: float, factor_d: float
+) -> Iterator[Launch]:
+    grad_total, *gradients = inputs
+    counts = [g.shape[0] * g.stride(0) if g.dim() == 2 else 0 for g in gradients]
     blocks = -(-max(counts) // SCALE_BLOCK)
-    if blocks == 0:
-        return
     programs = min(blocks, SCALE_PROGRAMS)
-    with torch.cuda.device_of(grad_total):
-        kernel.scale_kernel[(programs,)](
-            g_c if counts[0] else None, g_d if counts[1] else None, grad_total,
-            factor_c, factor_d, *counts, -(-blocks // programs), BLOCK=SCALE_BLOCK, num_warps=8,
-        )  # fmt: skip
+    g_c, g_d = (g if count else None for g, count in zip(gradients, counts, strict=True))
+    values: dict[str, Any] = {"g_c": g_c, "g_d": g_d, "grad_total": grad_total}
+    values |= {"factor_c": factor_c, "factor_d": factor_d}
+    values |= {"count_c": counts[0], "count_d": counts[1], "steps": -(-blocks // programs)}
+    values |= {"BLOCK": SCALE_BLOCK, "num_warps": 8}
+    yield Launch(kernel.scale_kernel, (programs,), values)
+
+
+_scale_plans = Plans(lambda *_: (), _scale_launches)
 
 
 def _scale_fake(
@@ -379,7 +427,7 @@ def _losses(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _losses_fake(z_c, z_d, *_):  # type: ignore[no-untyped-def]
-    return _outputs(z_c, z_d, False, False)[:3]
+    return _results(z_c, z_d, False, False)[:3]
 
 
 for _name, _function, _fake in (
@@ -444,7 +492,7 @@ def _aot_arguments(
         teacher = labels
     first = {"labels": labels, "pair": labels, "dense": padded()}[target]
     partner = labels if target == "pair" else None
-    *losses, g_c, g_d = _outputs(z_c, z_d, bool(base), kind != "none")
+    *losses, g_c, g_d = _outputs(_results(z_c, z_d, bool(base), kind != "none"), classes)
     values, options = _arguments(
         z_c, z_d, first, partner, lam if target == "pair" else None, teacher,
         ids, log_probs, log_tail, answer if answer in _TAILS else "drop",
@@ -475,6 +523,7 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         (bf16, 21841, 7, "soft", "dense", "pair", "ce"),
         (bf16, 21841, 7, "soft", "bucket", "pair", "ce"),
         (bf16, 21841, 7, "hard", "dense", "pair", "ce"),
+        (bf16, 21841, 7, "hard", "labels", "pair", "ce"),
         (fp32, 21841, 3, "soft", "dense", "pair", "ce"),
         (bf16, 21841, 0, "soft", "dense", "pair", "ce"),
     ]
@@ -491,7 +540,8 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         )  # fmt: skip
         expect: dict[str, Any] = {"i64_rows": True, "max_regs": 128, "wide_loads": wide}
         if wide and dtype.itemsize == 2:
-            expect["no_scalar_half"] = answer not in _TAILS
+            # The ids' entries, and a long row's entries of its labels, are written one by one.
+            expect["no_scalar_half"] = answer not in _TAILS and classes <= SINGLE_CLASSES
         yield (
             name.replace(" ", "-"),
             kernel.loss_kernel,
