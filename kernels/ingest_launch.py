@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ingest_kernel import ingest_kernel
 from .ingest_reference import LAYOUTS, normal_quantiles, normalised_values
-from .launching import DTYPES, TYPE_NAMES, implement, on_gpu, signature
+from .launching import DTYPES, TYPE_NAMES, Inputs, Launch, Plans, implement, on_gpu, signature
 
 BLOCK = 1024  # pixels of a program: 4.6 rows at 224, so most programs meet no erase box
 INTERPRETED = not isinstance(ingest_kernel, triton.JITFunction)
@@ -58,9 +58,6 @@ def _arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """All arguments of the kernel."""
     size = images_u8.shape[1]
-    # The loader's batches are dense; of others only images that are dense themselves need no copy.
-    if images_u8.stride()[1:] != (3 * size, 3, 1):
-        images_u8 = images_u8.contiguous()
     found: dict[str, Any] = {"images": images_u8, "rows": plan_rows.contiguous(), "values": values}
     found |= {"quantiles": quantiles, "out": out, "image_stride": images_u8.stride(0)}
     found |= {"size": size, "PATCH": patch, "LAYOUT": LAYOUTS.index(layout), "BLOCK": BLOCK}
@@ -72,15 +69,33 @@ def _ingest(
     images_u8: Tensor, plan_rows: Tensor, values: Tensor, quantiles: Tensor, dtype: torch.dtype,
     layout: str, patch: int,
 ) -> Tensor:  # fmt: skip
-    out = empty(images_u8, len(plan_rows), dtype, layout, patch)
-    if out.numel() == 0:
-        return out
+    if len(plan_rows) == 0 or images_u8.shape[1] == 0:
+        return empty(images_u8, len(plan_rows), dtype, layout, patch)
+    # The loader's batches are dense; of others only images that are dense themselves need no copy.
+    if images_u8.stride()[1:] != (3 * images_u8.shape[1], 3, 1):
+        images_u8 = images_u8.contiguous()
+    # The number of images varies from batch to batch and is nothing that a launch depends on.
+    inputs = (images_u8[:1], plan_rows, values, quantiles)
+    return _plans(inputs, dtype, layout, patch)[0]
+
+
+def _results(inputs: Inputs, dtype: torch.dtype, layout: str, patch: int) -> tuple[Tensor, ...]:
+    images_u8, plan_rows = inputs[:2]
+    assert images_u8 is not None and plan_rows is not None
+    return (empty(images_u8, len(plan_rows), dtype, layout, patch),)
+
+
+def _launches(
+    inputs: Any, results: Sequence[Tensor], _: torch.dtype, layout: str, patch: int
+) -> Iterator[Launch]:
+    images_u8, plan_rows = inputs[:2]
     grid = (len(plan_rows) * triton.cdiv(images_u8.shape[1] ** 2, BLOCK),)
-    with torch.cuda.device_of(images_u8):
-        ingest_kernel[grid](
-            **_arguments(images_u8, plan_rows, values, quantiles, out, layout, patch), **_OPTIONS
-        )
-    return out
+    arguments: list[Any] = [*inputs, *results, layout, patch]
+    values = _arguments(*arguments)
+    yield Launch(ingest_kernel, grid, values | _OPTIONS)
+
+
+_plans = Plans(_results, _launches)
 
 
 def _ingest_fake(images_u8, plan_rows, values, quantiles, dtype, layout, patch):  # type: ignore[no-untyped-def]

@@ -1,0 +1,150 @@
+"""What a call of an operator costs on the host, in launches of a trivial kernel.
+
+Measured without a GPU: the kernels are compiled, then a driver that launches nothing takes their
+place. Only ratios within one process count. The real driver's own time is in none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MOST = {
+    "attention forward": 2.0,
+    "attention backward": 3.0,
+    "bias_gelu forward": 2.0,
+    "bias_gelu backward": 3.0,
+    "add_layer_norm forward": 2.8,
+    "add_layer_norm backward": 4.5,
+    "ingest": 3.0,
+    "distillation_loss": 10.0,
+    "distillation_loss forward + backward": 20.0,
+}
+
+
+def run(*arguments: str) -> Any:
+    """The last line that this file prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.mark.slow
+def test_host_time_in_launches() -> None:
+    found = run("times")
+    assert found.keys() == MOST.keys()
+    too_slow = {name: round(found[name], 1) for name in MOST if found[name] > MOST[name]}
+    assert not too_slow, f"of at most {MOST}, all: {found}"
+
+
+@pytest.mark.slow
+def test_a_planned_call_launches_what_the_first_call_did() -> None:
+    found = run("plans")
+    assert len(found) == 14
+    assert all(launches >= 1 for launches in found.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# The process without a driver
+# ---------------------------------------------------------------------------------------------
+
+
+def times() -> dict[str, float]:
+    import host_only
+    import torch
+
+    from deit_fast import kernels
+    from deit_fast.kernels import (
+        distillation_loss_checks,
+        distillation_loss_launch,
+        ingest_launch,
+    )
+    from deit_fast.kernels.ingest import PLAN_COLUMNS
+
+    torch.set_num_threads(1)
+    distillation_loss_launch.takes = lambda *_: True
+    distillation_loss_checks.check_range = lambda *_: None  # looks at values on a CPU alone
+
+    def bound(name: str) -> Any:
+        call, make = host_only.operators()[name]
+        tensors = make()
+        return lambda: call(*tensors)
+
+    half = torch.bfloat16
+    z_c, z_d = (torch.zeros(16, 1000, dtype=half, requires_grad=True) for _ in range(2))
+    teacher, labels = torch.zeros(16, 1000, dtype=half), torch.zeros(16, dtype=torch.long)
+    pair = (labels, labels.clone(), torch.ones(16))
+    images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    plan = torch.zeros(4, len(PLAN_COLUMNS), dtype=torch.int32)
+
+    def loss() -> Any:
+        return kernels.distillation_loss(
+            z_c, z_d, pair, teacher, kind="soft", alpha=0.5, tau=3.0, smoothing=0.1,
+            reduction="batchmean", return_parts=True,
+        )[0]  # fmt: skip
+
+    calls = {name: bound(name) for name in MOST if name in host_only.operators()}
+    calls["distillation_loss"] = loss
+    calls["distillation_loss forward + backward"] = lambda: torch.autograd.grad(loss(), (z_c, z_d))
+    calls["ingest"] = lambda: ingest_launch.fused(
+        images, plan, (0.5,) * 3, (0.2,) * 3, half, "nchw", 16
+    )
+    return host_only.in_launches(calls)
+
+
+def plans() -> dict[str, int]:
+    import host_only
+    import torch
+
+    import deit_fast.kernels  # noqa: F401  # defines the operators
+
+    def launches(call: Any, tensors: list[torch.Tensor]) -> list[tuple[Any, Any]]:
+        """Grid and arguments of each launch; a tensor as its dtype and which input it is."""
+        places = {x.data_ptr(): i for i, x in enumerate(tensors)}
+        host_only.launches.clear()
+        call(*tensors)
+
+        def named(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            room = x.stride(0) * x.shape[0] if x.dim() else 1  # with a row's padding
+            return x.dtype, places.get(x.data_ptr(), f"new, {room} elements")
+
+        return [(grid, [*map(named, arguments)]) for grid, arguments in host_only.launches]
+
+    host_only.recording = True
+    counts = {}
+    for name, (call, make) in host_only.operators().items():
+        first, planned = launches(call, make()), launches(call, make())
+        assert len(first) == len(planned) > 0, name
+        assert first == planned, (name, first, planned)
+        counts[name] = len(first)
+    return counts
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        import host_only as driver
+
+        driver.install()
+        driver.bare_launch()()
+    except (ImportError, AttributeError, TypeError) as problem:
+        print(json.dumps(f"this triton takes no driver of our own: {problem!r}"))
+    else:
+        print(json.dumps({"times": times, "plans": plans}[sys.argv[1]]()))
