@@ -184,6 +184,9 @@ class ModelConfig:
     residual: Literal["float32", "bfloat16"] = "float32"
     """Dtype of a fused transformer's residual stream. `bfloat16` halves what the norms read and
     write, and rounds the sum behind each half of a block; see docs/performance.md."""
+    pad_head: bool = False
+    """Write logits in rows that start on 16 bytes, which the loss kernel reads 16 bytes at a time:
+    for class counts like 21841, which are no multiple of 8 (in bf16)."""
     fused: bool = True
     """Run timm transformers on this package's kernels, where they win on this machine. An online
     teacher too, on a GPU; that of `precompute` with `compile` of `blocks` or `model` alone."""

@@ -14,6 +14,7 @@ from torch import nn
 from deit_fast.config import InputError
 from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import fuse, head_tokens
+from deit_fast.models.padded_head import pad_heads
 
 
 def create_student(
@@ -29,6 +30,7 @@ def create_student(
     fused: bool = True,
     stochastic_depth: str = "sample",
     residual: str = "float32",
+    pad_head: bool = False,
 ) -> nn.Module:
     """Build a model to train, with random weights.
 
@@ -46,6 +48,7 @@ def create_student(
         fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
         stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
         residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
+        pad_head: logits in rows that start on 16 bytes, see ``pad_heads``.
 
     Raises:
         InputError: unknown name, or an override that the model does not take.
@@ -65,6 +68,8 @@ def create_student(
             raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
         if residual != "float32":
             raise InputError(f"residual {residual!r} needs a timm model, not {name!r}")
+        if pad_head:
+            raise InputError(f"pad_head needs a timm model, not {name!r}")
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -79,6 +84,8 @@ def create_student(
     model = timm.create_model(name, pretrained=False, **arguments)
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
+    if pad_head:
+        pad_heads(model)
     if fused and isinstance(model, VisionTransformer):
         return fuse(model, stochastic_depth=stochastic_depth, residual=residual)
     if stochastic_depth != "sample":

@@ -1,0 +1,97 @@
+"""Heads whose logits have rows that start on 16 bytes, for accesses of 16 bytes at a time.
+
+A row of 21841 bf16 logits is 43682 bytes: the next one starts at an odd place, and the loss kernel
+has to read it element by element. A padded head writes the same logits into rows of 21848. Nothing
+else changes: the product, the parameters, their names, and what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deit_fast.config import InputError
+
+ALIGNMENT = 16  # bytes
+
+_library = torch.library.Library("deit_fast", "FRAGMENT")
+_library.define("padded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """New memory for [B, C] in rows whose length is a multiple of 16 bytes, the last one too."""
+    classes, vector = weight.shape[0], ALIGNMENT // x.dtype.itemsize
+    return x.new_empty((x.shape[0], -(-classes // vector) * vector))[:, :classes]
+
+
+def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _rows(x, weight)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _padded_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _rows(x, weight)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight = ctx.saved_tensors
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        grad.mm(weight) if for_x else None,
+        grad.t().mm(x) if for_weight else None,
+        grad.sum(0) if ctx.has_bias and for_bias else None,
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("padded_linear", _padded_linear, _key)
+torch.library.register_fake("deit_fast::padded_linear", _padded_linear_fake, lib=_library)
+torch.library.register_autograd(
+    "deit_fast::padded_linear", _backward, setup_context=_save, lib=_library
+)
+
+
+class PaddedLinear(nn.Linear):
+    """A linear layer with rows of the result on 16 bytes; parameters as those of ``nn.Linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] to [B, C], a view of [B, C rounded up to 16 bytes]; other shapes unpadded."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        else:
+            dtype = self.weight.dtype
+        if x.dim() != 2 or self.out_features * dtype.itemsize % ALIGNMENT == 0:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.ops.deit_fast.padded_linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def pad_heads(model: nn.Module) -> nn.Module:
+    """Let the heads of a timm model write padded rows, in place.
+
+    Raises:
+        InputError: a head is no plain linear layer.
+    """
+    found: dict[str, nn.Module] = {
+        name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)
+    }
+    if "head" not in found:
+        raise InputError(f"pad_head needs a model with a layer `head`, not {type(model).__name__}")
+    for name, head in found.items():
+        if type(head) not in (nn.Linear, PaddedLinear):
+            raise InputError(
+                f"pad_head needs linear heads, but {name} of {type(model).__name__} is "
+                f"{type(head).__name__}"
+            )
+    for head in found.values():
+        head.__class__ = PaddedLinear
+    return model
