@@ -222,8 +222,10 @@ def _arguments(
     if not single and all(values[f"{name.upper()}_VEC"] > 1 for name in reads):
         # Wide accesses leave registers for it; at 8 warps float32 spills on sm_100 (triton 3.6).
         block, warps = 2 * SPLIT_BLOCK, 16
-        if form == codes.HARD_DENSE.value:
+        if form != codes.SOFT.value:
             options["maxnreg"] = 64  # 2 programs a processor: ptxas spills to fit a third
+    elif not single and form == codes.SOFT.value and targets != "dense" and base != "bce":
+        options["maxnreg"] = 80  # 3 programs; the other forms would spill
     values |= {"BLOCK": block, "SINGLE": single, "ROWS_AT_ONCE": 1024}
     return values, {"num_warps": warps, "num_stages": 1, **options}
 
