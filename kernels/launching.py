@@ -122,17 +122,17 @@ def _allocators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     Those that inductor's generated code calls take half the time of torch.empty_strided, which
     takes half the time of new_empty. They have no public name.
     """
-    try:
-        from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
-    except ImportError:
 
-        def empty_on(device: str) -> Callable[..., Tensor]:
-            return lambda shape, strides, dtype: torch.empty_strided(
-                shape, strides, dtype=dtype, device=device
-            )
+    def public(device: str) -> Callable[..., Tensor]:
+        return lambda shape, strides, dtype: torch.empty_strided(
+            shape, strides, dtype=dtype, device=device
+        )
 
-        return empty_on("cpu"), empty_on("cuda")
-    return _empty_strided_cpu, _empty_strided_cuda
+    guards: Any = torch._C._dynamo.guards
+    return (
+        getattr(guards, "_empty_strided_cpu", public("cpu")),
+        getattr(guards, "_empty_strided_cuda", public("cuda")),
+    )
 
 
 _empty_on_cpu, _empty_on_cuda = _allocators()
