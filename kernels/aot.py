@@ -16,7 +16,7 @@ wheel. Exits with 1 and one line per broken rule where a kernel
   codes that begin with C75), or the machine code waits as often as it multiplies;
 - fails what its case expects (see `EXPECTATIONS`);
 - got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads, fewer
-  thread blocks that fit on a multiprocessor at once, more instructions.
+  thread blocks that fit on a multiprocessor at once, more instructions in all or in a loop.
 
 Without a golden file for the triton at hand all but the last are checked all the same. Another
 triton runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
@@ -50,6 +50,8 @@ from triton import knobs
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+
+from .sass import count_instructions
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -243,47 +245,6 @@ def measure(case: Case, arch: str, known: Figures | None = None) -> tuple[Figure
     return figures, serialized_wgmma(log)
 
 
-def count_instructions(sass: str) -> Figures:
-    """What nvdisasm printed, counted: global accesses by width, spills, fp64 and matrix work, all.
-
-    Widths per access: wide 16 bytes or more (also asynchronous and TMA copies), half 1 or 2 bytes,
-    scalar 4 bytes; 8 bytes (an int64 label) count nowhere. ``wgmma``: those of the matrix
-    instructions that run asynchronously (Hopper's); ``wgmma_waits``: waits for groups of them.
-    """
-    widths = ("wide", "half", "scalar")
-    counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
-    counts |= {"spills": 0, "fp64": 0, "tensor": 0, "wgmma": 0, "wgmma_waits": 0}
-    counts |= {"instructions": 0}
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", sass)
-    if not opcodes:
-        raise RuntimeError("no instruction found in the output of nvdisasm; has its form changed?")
-    for opcode in opcodes:
-        name, *suffixes = opcode.split(".")
-        counts["instructions"] += name != "NOP"  # they fill the last cache line of the code
-        if name in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG"):
-            if name.startswith("UTMA") or {"128", "256", "ENL2"} & set(suffixes):
-                width = "wide"
-            elif {"U16", "S16", "U8", "S8"} & set(suffixes):
-                width = "half"
-            elif "64" in suffixes:
-                continue
-            else:
-                width = "scalar"
-            counts[f"{width}_{'stores' if name in ('STG', 'UTMASTG') else 'loads'}"] += 1
-        elif name in ("LDL", "STL"):
-            counts["spills"] += 1
-        elif name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA"):
-            counts["tensor"] += 1
-            counts["wgmma"] += name in ("HGMMA", "QGMMA")
-        elif name == "WARPGROUP":
-            counts["wgmma_waits"] += "DEPBAR" in suffixes
-        elif name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA") or any(
-            "F64" in suffix or suffix.endswith("64H") for suffix in suffixes
-        ):
-            counts["fp64"] += 1
-    return counts
-
-
 def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
     """What the machine code itself does wrong, one line each."""
     expect = case.expect
@@ -337,6 +298,9 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
         yield f"wgmma waits: {got['wgmma_waits']}, {golden['wgmma_waits']} in the golden file"
     if got["instructions"] > INSTRUCTION_SLACK * golden.get("instructions", got["instructions"]):
         yield f"instructions: {got['instructions']}, {golden['instructions']} in the golden file"
+    loop = golden.get("longest_loop", got["longest_loop"])
+    if got["longest_loop"] > INSTRUCTION_SLACK * loop:
+        yield f"longest loop: {got['longest_loop']} instructions, {loop} in the golden file"
     if got["i64_muls"] < golden["i64_muls"]:
         yield f"i64 rows: {got['i64_muls']} products, {golden['i64_muls']} in the golden file"
     if got["shared"] > golden["shared"]:

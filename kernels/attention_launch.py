@@ -491,6 +491,8 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
             calls["head"] = backward_of("both", PER_HEAD)
         for kind, call in calls.items():
             expect: dict[str, Any] = {"wide_loads": True, "i64_rows": True}
+            if kind == "head":
+                expect |= {"only_on": ("sm_80", "sm_90")}  # spills on sm_100 under triton 3.9
             if dtype != fp32:
                 expect |= {"tensor_cores": True, "no_scalar_half": True}
             elif kind == "keys" and width > 64:
