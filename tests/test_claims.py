@@ -103,7 +103,7 @@ def sources(block: str) -> dict[str, str]:
 def values(content: Any, fields: tuple[str, ...]) -> list[float]:
     """All numbers of a result file in these fields; `accuracy`: the shares of a demo's file."""
     found = []
-    for row in content.get("rows", []):
+    for row in [*content.get("rows", []), *content.get("means", [])]:
         found += [row[name] for name in fields if name in row]
         if "accuracy" in fields and "bench" not in row:
             found += [100 * v for k, v in row.items() if isinstance(v, float) and k != "seed"]

@@ -226,6 +226,18 @@ def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
         train(config.replace(resume=False))
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default_there(world, tmp_path):
+    config = run_config(world, tmp_path / "run", max_steps=1)
+    train(config)
+    path, state = load_newest(tmp_path / "run/checkpoints")
+    saved = json.loads(state["config"])
+    del saved["model"]["residual"], saved["cuda_graphs"]
+    save_checkpoint(path.parent, state["step"], state | {"config": json.dumps(saved)})
+    train(config)
+    with pytest.raises(InputError, match=r"model\.residual 'float32' there, 'bfloat16' here"):
+        train(config.replace(model={"residual": "bfloat16"}))
+
+
 def test_broken_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step, "model": {"w": torch.full((3,), step)}})

@@ -128,18 +128,21 @@ def go_back(folder: Path, state: TrainState) -> bool:
     return True
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    differing = []
+def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
+    """Settings that differ; one that did not exist when the run began has its default there."""
+    defaults, differing = json.loads(json.dumps(to_dict(RunConfig()))), []
     for key in dotted_keys():
         if key in _FREE_TO_CHANGE:
             continue
-        old, new = _look_up(saved, key), _look_up(wanted, key)
+        old, new = (_look_up(values, key, _look_up(defaults, key)) for values in (saved, chosen))
         if old != new:
             differing.append(f"{key} {old!r} there, {new!r} here")
     return differing
 
 
-def _look_up(values: dict[str, Any], dotted: str) -> Any:
+def _look_up(values: Any, dotted: str, default: Any = None) -> Any:
     for part in dotted.split("."):
-        values = values.get(part, {}) if isinstance(values, dict) else {}
+        if not isinstance(values, dict) or part not in values:
+            return default
+        values = values[part]
     return values
