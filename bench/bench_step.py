@@ -53,6 +53,7 @@ from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Synthetic, open_source
 from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student
+from deit_fast.models.fuse import KERNELS
 from deit_fast.models.teachers import has_bf16
 from deit_fast.pack import pack
 from deit_fast.train.optim import create_optimizer
@@ -69,6 +70,7 @@ from .trace import busy_us, device_intervals
 CLASSES = 1000
 LEARNING_RATE = 1e-4
 NARROW = "ours, bfloat16 stream"  # the residual stream, as an option
+NARROW_MLP = "ours, bfloat16 stream, mlp_backward"  # another option beside it
 STEPS_IN_A_ROW = 30  # of one timing on a GPU
 TINY, SMALL, BASE = (f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base"))
 
@@ -197,6 +199,7 @@ def student_steps(
         "ours": our_step(compile="blocks"),
         "timm, compiled": timm_step(True),
         NARROW: our_step(compile="blocks", model={"residual": "bfloat16"}),
+        NARROW_MLP: our_step(compile="blocks", model={"residual": "bfloat16", "kernels": KERNELS}),
         "ours, eager": our_step(),
         "timm, eager": timm_step(False),
         "ours, CUDA graphs": our_step(compile="blocks", cuda_graphs=True),
@@ -440,7 +443,7 @@ def cases(device: str) -> list[Case]:
     main = ("ours", "timm, compiled")
     ways = (*main, "ours, eager", "timm, eager", "ours, CUDA graphs", "ours, compile=model")
     return [
-        student_case(SMALL, 224, 256, place, "student", (*main, NARROW)),
+        student_case(SMALL, 224, 256, place, "student", (*main, NARROW, NARROW_MLP)),
         student_case(TINY, 224, 256, place, "student", main),
         teacher_case(SMALL, "regnety_160", 224, 256, place),
         student_case(BASE, 224, 256, place, "student", main),

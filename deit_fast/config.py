@@ -190,6 +190,9 @@ class ModelConfig:
     fused: bool = True
     """Run timm transformers on this package's kernels, where they win on this machine. An online
     teacher too, on a GPU; that of `precompute` with `compile` of `blocks` or `model` alone."""
+    kernels: tuple[str, ...] | None = None
+    """Kernels of a fused transformer, of `attention`, `add_layer_norm`, `bias_gelu` and
+    `mlp_backward`; none: those chosen for this GPU, see docs/kernels.md."""
     patch_size: int | None = None
     """Override of the patch side, pixels."""
     embed_dim: int | None = None
@@ -212,6 +215,10 @@ class ModelConfig:
         _require(
             self.residual == "float32" or self.fused,
             f"model.residual={self.residual} needs model.fused",
+        )
+        _require(
+            self.kernels is None or self.fused,
+            f"model.kernels={','.join(self.kernels or ())} needs model.fused",
         )
 
 

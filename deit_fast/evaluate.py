@@ -122,6 +122,7 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         fused=model.fused,
         stochastic_depth=model.stochastic_depth,
         residual=model.residual,
+        kernels=model.kernels,
         pad_head=model.pad_head,
     )
 

@@ -343,6 +343,12 @@ def test_create_student_fuses() -> None:
     model = create_student("deit_tiny_distilled_patch16_224", 7, img_size=32, **small)
     assert isinstance(model.blocks[0], fusing.FusedBlock)
     assert model.blocks[0].kernels == frozenset(fusing.default_kernels())
+    chosen = create_student(
+        "deit_tiny_distilled_patch16_224", 7, img_size=32, kernels=("bias_gelu",), **small
+    )
+    assert chosen.blocks[0].kernels == {"bias_gelu"}
+    with pytest.raises(InputError, match="kernels attention need a fused transformer"):
+        create_student("deit_tiny_patch16_224", 7, fused=False, kernels=("attention",))
     plain = create_student("deit_tiny_distilled_patch16_224", 7, img_size=32, fused=False, **small)
     assert type(plain.blocks[0]) is Block
 

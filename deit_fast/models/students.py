@@ -30,6 +30,7 @@ def create_student(
     fused: bool = True,
     stochastic_depth: str = "sample",
     residual: str = "float32",
+    kernels: tuple[str, ...] | None = None,
     pad_head: bool = False,
 ) -> nn.Module:
     """Build a model to train, with random weights.
@@ -48,6 +49,7 @@ def create_student(
         fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
         stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
         residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
+        kernels: see ``fuse``; None: those chosen for this machine's GPU. Others need ``fused``.
         pad_head: logits in rows that start on 16 bytes, see ``pad_heads``.
 
     Raises:
@@ -87,11 +89,13 @@ def create_student(
     if pad_head:
         pad_heads(model)
     if fused and isinstance(model, VisionTransformer):
-        return fuse(model, stochastic_depth=stochastic_depth, residual=residual)
+        return fuse(model, kernels=kernels, stochastic_depth=stochastic_depth, residual=residual)
     if stochastic_depth != "sample":
         raise InputError(f"stochastic_depth {stochastic_depth!r} needs a fused transformer")
     if residual != "float32":
         raise InputError(f"residual {residual!r} needs a fused transformer")
+    if kernels is not None:
+        raise InputError(f"kernels {', '.join(kernels)} need a fused transformer")
     return model
 
 
