@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
@@ -116,8 +117,12 @@ def believe_in_h100() -> None:
 
 def _choose_kernels() -> None:
     """Let all code of ours take a tensor for one on a GPU that runs the kernels."""
+    import deit_fast
+
+    # This environment has not installed the project, which puts kernels/ into the package.
+    deit_fast.__path__.append(str(Path(__file__).parent.parent))
     import deit_fast.kernels
-    import deit_fast.models.fuse  # noqa: F401
+    import deit_fast.models.fuse
 
     for name, module in sys.modules.items():
         if name.startswith("deit_fast.") and hasattr(module, "on_gpu"):

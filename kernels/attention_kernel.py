@@ -71,14 +71,11 @@ def _store_rows(
 
 @triton.jit
 def _store_column_sums(
-    pointer, start, tokens, parts, factor,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    pointer, parts, factor, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Sums over the rows up to the last token, of one program."""
-    valid = (start + tl.arange(0, ROWS) < tokens)[:, None]
+    """Sums over the rows of one program. Those past the last token are zeros: so is their P."""
     for i in tl.static_range(PARTS):
-        total = tl.sum(tl.where(valid, parts[i], 0.0), 0) * factor
-        tl.store(pointer + i * WIDTH + tl.arange(0, WIDTH), total)
+        tl.store(pointer + i * WIDTH + tl.arange(0, WIDTH), tl.sum(parts[i], 0) * factor)
 
 
 @triton.jit
@@ -360,7 +357,7 @@ def _query_role(
     _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
     if sums_at is not None:
         sums_at += start // ROWS * out_stride
-        _store_column_sums(sums_at, start, tokens, dq, scale, ROWS, WIDTH, PARTS)
+        _store_column_sums(sums_at, dq, scale, WIDTH, PARTS)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .add_layer_norm_kernel import add_up, row_tile
 
+DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 LOG2_DENSITY_AT_0 = tl.constexpr(-1.3257480647361592)  # log2(1 / sqrt(2 pi))
 MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 
@@ -28,7 +29,7 @@ def _share_above(a):
 
     Formula 7.1.26 of Abramowitz and Stegun shares exp(-u^2 / 2) with the slope, but is worse: off
     by 4e-7, its slope farther from the truth than PyTorch's, and on sm_90 more instructions because
-    of its division (forward 455 for 325, backward 671 for 588).
+    of its division (forward 455 for 325, backward 671 for 605).
     """
     p = -2.4736342751907614e-08 * a + 7.533118946412287e-07
     p = p * a - 9.8268392321188e-06
@@ -84,7 +85,10 @@ def backward_kernel(
         g = tl.load(grad + row_tile(at, cols, grad_stride, VEC), mask=valid, other=0.0)
         u = tl.load(x + row_tile(at, cols, x_stride, VEC), mask=valid, other=0.0)
         u = u.to(tl.float32) + b
-        g = g.to(tl.float32) * gelu_slope(u)
+        # gelu_slope(u) in an order that spills nowhere in this kernel.
+        above = _share_above(tl.abs(u))
+        below = tl.where(u < 0, above, 1.0 - above)
+        g = g.to(tl.float32) * (below + u * (DENSITY_AT_0 * tl.exp2(u * u * MINUS_HALF_LOG2E)))
         if grad_x is not None:
             out = row_tile(at, cols, C, VEC)
             tl.store(grad_x + out, g.to(grad_x.dtype.element_ty), mask=valid)
