@@ -26,11 +26,11 @@ LAUNCH_US = 1.2
 LAUNCHES = {"add_layer_norm_backward": 2, "bias_gelu_backward": 2, "attention_backward": 2}
 
 # One launch of a Triton kernel by the host, and what our operators take in units of it: measured
-# with a driver that launches nothing (launch plans, torch 2.11); cuBLAS and others are assumptions.
+# with a driver that launches nothing (tests/test_host_cost.py); cuBLAS and others are assumptions.
 HOST_LAUNCH_US = 3.9
 HOST_LAUNCHES = {
-    "attention_forward": 1.9, "attention_backward": 2.6, "add_layer_norm_forward": 3.0,
-    "add_layer_norm_backward": 4.8, "bias_gelu_forward": 1.5, "bias_gelu_backward": 2.6,
+    "attention_forward": 1.3, "attention_backward": 1.5, "add_layer_norm_forward": 1.9,
+    "add_layer_norm_backward": 2.9, "bias_gelu_forward": 0.9, "bias_gelu_backward": 1.5,
 }  # fmt: skip
 HOST_OPERATOR = 3.0  # of an operator that is not in this list
 HOST_GEMM_US = 6.0
