@@ -78,7 +78,7 @@ def parse(
         if name not in given:
             raise InputError(f"{verb} needs --{name}; see `deit-fast {verb} --help`")
     # positional arguments first: tyro wants them side by side
-    ordered = values + [t for o in options for t in (_plain_flag(o.flag), *o.values)]
+    ordered = values + [t for o in options for t in (_for_tyro(o.flag, flags), *o.values)]
     boxes = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes):
@@ -208,7 +208,7 @@ def _hint(flag: str, flags: dict[str, Any], verb: str) -> Any:
     if flag.startswith("--"):
         if name in flags:
             return flags[name]
-        if flags.get(name.removeprefix("no-")) is bool:
+        if _switched_off(name, flags) is not None:
             return bool
     near = closest(name.lstrip("-"), list(flags))
     if flags.get(near or "") is bool and name.startswith("no-"):
@@ -216,6 +216,25 @@ def _hint(flag: str, flags: dict[str, Any], verb: str) -> Any:
     raise InputError(
         f"unknown flag {flag}{did_you_mean(near and '--' + near)}; see `deit-fast {verb} --help`"
     )
+
+
+def _switched_off(name: str, flags: dict[str, Any]) -> str | None:
+    """The switch that `no-model.fused`, or `model.no-fused` as tyro writes it, turns off."""
+    group, dot, last = name.rpartition(".")
+    for plain in (name.removeprefix("no-"), f"{group}{dot}{last.removeprefix('no-')}"):
+        if plain != name and flags.get(plain) is bool:
+            return plain
+    return None
+
+
+def _for_tyro(flag: str, flags: dict[str, Any]) -> str:
+    """The flag as tyro reads it: `no-` stands behind the names of groups."""
+    plain = _plain_flag(flag)
+    off = None if plain[2:] in flags else _switched_off(plain[2:], flags)
+    if off is None:
+        return plain
+    group, dot, last = off.rpartition(".")
+    return f"--{group}{dot}no-{last}"
 
 
 def _take(queue: list[str], hint: Any, forced: bool) -> list[str]:

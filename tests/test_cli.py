@@ -150,6 +150,12 @@ def test_both_spellings_equals_sign_lists_and_switches(capsys: pytest.CaptureFix
     )
 
 
+@pytest.mark.parametrize("switch", ["--no-model.fused", "--model.no-fused", "--model.no_fused"])
+def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: str) -> None:
+    config = resolved(capsys, "train", switch, "--model.pad_head", "--no-resume")
+    assert config == RunConfig(resume=False).replace(model={"fused": False, "pad_head": True})
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 
