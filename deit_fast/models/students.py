@@ -72,6 +72,12 @@ def create_student(
             raise InputError(f"residual {residual!r} needs a timm model, not {name!r}")
         if pad_head:
             raise InputError(f"pad_head needs a timm model, not {name!r}")
+        if kernels is not None:
+            raise InputError(f"kernels {', '.join(kernels)!r} needs a timm model, not {name!r}")
+        if stochastic_depth != "sample":
+            raise InputError(
+                f"stochastic_depth {stochastic_depth!r} needs a timm model, not {name!r}"
+            )
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
