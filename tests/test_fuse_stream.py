@@ -5,6 +5,7 @@ The folding runs where the kernels run: the tests are repeated in Triton's inter
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -213,6 +214,16 @@ def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
     assert sum(narrow) > sum(wide), "nothing was rounded"
 
 
+@pytest.mark.parametrize("kernels", [(), KERNELS])
+def test_the_mean_behind_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ...]) -> None:
+    """global_pool="avg" norms behind the mean: without autocast the head takes float32 alone."""
+    model = build("average").train()
+    (true, *_), _ = run(model, IMAGES)
+    (narrow, *_), _ = run(fuse(model, kernels=kernels, residual="bfloat16"), IMAGES)
+    assert narrow.dtype == torch.float32
+    assert (narrow - true).norm() <= 0.05 * true.norm()
+
+
 @pytest.mark.skipif(not FOLDS, reason="the reference saves float32 copies")
 def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
     """What is kept for the backward: no float32 tensor of the stream's size."""
@@ -297,6 +308,41 @@ def test_shadows_follow_the_weights_and_serve_the_training_step_alone() -> None:
             parameter -= 0.1
     stale = run(model, IMAGES)  # outside of the step nothing reads them
     assert_same(stale, run(copy.deepcopy(model), IMAGES))
+
+
+def test_shadows_follow_weights_whose_memory_is_replaced() -> None:
+    model = fuse(build("distilled").train(), kernels=KERNELS)
+    shadows = Shadows(model, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.1
+    read, plain = shadow_step(model, shadows), shadow_step(model, None)
+    assert all(torch.equal(x, y) for x, y in zip(read[0], plain[0], strict=True))
+
+
+class Float32Norm(nn.LayerNorm):
+    """What autocast makes of a LayerNorm on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).float()
+
+
+def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
+    """As in a training step the backward runs outside of autocast."""
+    model = build("distilled").train()
+    for block in model.blocks:
+        block.mlp.norm = Float32Norm(block.mlp.fc2.in_features)
+    fuse(model, kernels=KERNELS).to(DEVICE)
+    shadows = Shadows(model, torch.bfloat16)
+    shadows.refresh()
+    gradients = []
+    for current in (contextlib.nullcontext(), shadows.current()):
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16), current:
+            heads = model(IMAGES.to(DEVICE))
+        sum(z.float().square().sum() for z in heads).backward()
+        gradients.append([block.mlp.fc2.weight.grad.clone() for block in model.blocks])
+    for plain, read in zip(*gradients, strict=True):
+        assert (read - plain).norm() <= 0.05 * plain.norm()
 
 
 def test_copies_pickles_and_state_dicts_hold_no_shadows() -> None:

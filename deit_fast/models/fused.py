@@ -270,6 +270,8 @@ class FusedForward(VisionTransformer):
         else:
             last.run(stream)
         _, normed = stream.norm(self.norm)
+        if isinstance(self.norm, nn.Identity) and normed.dtype == self.residual_dtype:
+            normed = normed.to(last.norm2.weight.dtype)  # the mean and its norm are not rounded
         return normed
 
     def embed(self, x: Tensor) -> Tensor:

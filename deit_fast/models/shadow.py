@@ -60,13 +60,14 @@ def linear(x: Tensor, layer: nn.Linear, shadow: Shadow | None, has_bias: bool = 
     """``layer(x)`` without a gradient of the bias, or without the bias.
 
     Args:
-        x: [..., in_features]; with a shadow of its dtype.
+        x: [..., in_features]; with a shadow it is cast to the shadow's dtype.
         layer: a plain linear layer.
         shadow: of the layer; None: the layer's own weights.
         has_bias: whether the bias is added.
     """
     if shadow is not None:
         bias = shadow.bias if has_bias else None
+        x = x.to(shadow.weight.dtype)
         return _Product.apply(x, layer.weight, shadow.weight, bias)  # type: ignore[no-any-return]
     bias = layer.bias.detach() if has_bias and layer.bias is not None else None
     return F.linear(x, layer.weight, bias)
@@ -102,13 +103,14 @@ class Shadows:
                 copies.append(None)
                 continue
             copies.append(torch.empty_like(parameter, dtype=dtype, requires_grad=False))
-            self._sources.append(parameter.detach())
+            self._sources.append(parameter)  # not its memory, which may be replaced
             self._copies.append(copies[-1])
         return Shadow(*copies)
 
     def __len__(self) -> int:
         return len(self._copies)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters; a few launches for all of them."""
         if self._copies:
