@@ -5,11 +5,11 @@ by rings: each GPU sends 2 (n - 1) / n of the gradients' bytes (Patarasu and Yua
 host they cross NVLink; between hosts every ring leaves through another GPU's adapter, so all
 adapters of a host share the bytes. The slower of both decides.
 
-With compiled blocks (compile=blocks) DDP sends a bucket as soon as its gradients are there, beside
-the backward pass: what is left to wait for is the last bucket, and what the backward is too short
-to hide. A model compiled as a whole (compile=model) has all gradients at the end of its one graph:
-nothing overlaps. Not counted: multiprocessors and memory bandwidth that the exchange takes from the
-backward, and GPUs that wait for a slower one.
+DDP sends a bucket as soon as its gradients are there, beside the backward pass: what is left to
+wait for is the last bucket, and what the backward is too short to hide. So it is with every
+setting of ``compile``: compiled blocks are graphs of their own, and torch cuts the graph of a whole
+model where a bucket ends (tests/test_compile_ddp.py). Not counted: multiprocessors and memory
+bandwidth that the exchange takes from the backward, and GPUs that wait for a slower one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ GPUS_PER_HOST = 8
 BUCKET = 25 << 20  # DDP's bucket_cap_mb, in bytes of float32 gradients
 HOP_US = {"host": 2.0, "network": 5.0}  # latency of one step of an exchange
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient on its way (compress_gradients)
-MODES = ("blocks", "model")
 
 
 class Scaled(NamedTuple):
     """A step on several GPUs."""
 
     gpus: int
-    compile: str
     gradients: str  # dtype on the way
     megabytes: float  # that each GPU sends
     all_reduce_ms: float
@@ -70,25 +68,22 @@ def buckets(size: float) -> list[float]:
     return [float(BUCKET)] * int(full) + ([last] if last else [])
 
 
-def scale(one: roofline.Prediction, gpus: int, mode: str, gradients: str) -> Scaled:
+def scale(one: roofline.Prediction, gpus: int, gradients: str) -> Scaled:
     """The step on so many GPUs.
 
     Args:
-        mode: "blocks" or "model", as ``compile``.
         gradients: dtype of the exchange, "float32" or "bfloat16".
     """
     card, weights = one.step.card, parameters(one.step.model)
     share = WEIGHT_BYTES[gradients] / 4
     times = [all_reduce_us(card, share * size, gpus) for size in buckets(4 * weights)]
     total = sum(times)
-    exposed = total
-    if mode == "blocks":
-        backward = sum(part.us for part in one.device if part.half == "backward")
-        exposed = max(times[-1], total - backward)
+    backward = sum(part.us for part in one.device if part.half == "backward")
+    exposed = max(times[-1], total - backward)
     step_us = max(one.device_ms * 1e3 + exposed, one.host_ms * 1e3)
     rate = gpus * one.step.batch / step_us * 1e6
     return Scaled(
-        gpus, mode, gradients, sent_bytes(share * 4 * weights, gpus) / 1e6, total / 1e3,
+        gpus, gradients, sent_bytes(share * 4 * weights, gpus) / 1e6, total / 1e3,
         exposed / 1e3, step_us / 1e3, rate, rate / gpus / one.images_per_s,
         rate / gpus * min(gpus, GPUS_PER_HOST),
     )  # fmt: skip
@@ -104,20 +99,19 @@ def predict(one: roofline.Prediction, counts: Sequence[int]) -> list[Scaled]:
         if gpus < 1 or (gpus > GPUS_PER_HOST and gpus % GPUS_PER_HOST):
             raise SystemExit(f"--gpus {gpus}: up to {GPUS_PER_HOST}, or whole hosts of as many")
         if gpus == 1:
-            rows.append(scale(one, 1, "blocks", "float32"))
+            rows.append(scale(one, 1, "float32"))
             continue
-        rows += [scale(one, gpus, mode, dtype) for mode in MODES for dtype in WEIGHT_BYTES]
+        rows += [scale(one, gpus, dtype) for dtype in WEIGHT_BYTES]
     return rows
 
 
-HEAD = ("GPUs", "compile", "gradients", "sent by a GPU, MB", "all-reduce, ms", "not hidden",
+HEAD = ("GPUs", "gradients", "sent by a GPU, MB", "all-reduce, ms", "not hidden",
         "step, ms", "images/s", "of linear", "images/s a host must load")  # fmt: skip
 
 
 def cells(row: Scaled) -> tuple[str, ...]:
-    alone = row.gpus == 1
     return (
-        str(row.gpus), "any" if alone else row.compile, "" if alone else row.gradients,
+        str(row.gpus), "" if row.gpus == 1 else row.gradients,
         f"{row.megabytes:.0f}", f"{row.all_reduce_ms:.2f}", f"{row.exposed_ms:.2f}",
         f"{row.step_ms:.2f}", f"{row.images_per_s:,.0f}", f"{row.efficiency:.1%}",
         f"{row.loader_images_per_s:,.0f}",
