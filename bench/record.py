@@ -50,6 +50,15 @@ def key_of(row: Row) -> Key:
     return row["bench"], row["case"], row["impl"]
 
 
+def require_folder(file: Path | None) -> None:
+    """
+    Raises:
+        SystemExit: the folder of a file to be written does not exist.
+    """
+    if file is not None and not file.parent.is_dir():
+        raise SystemExit(f"{file}: there is no such folder")
+
+
 # ---------------------------------------------------------------------------------------------
 # Meta: what a figure depends on
 # ---------------------------------------------------------------------------------------------

@@ -182,8 +182,10 @@ def write_markdown(path: Path) -> None:
     """Replace what stands between the two marks of a document.
 
     Raises:
-        SystemExit: the document lacks them.
+        SystemExit: there is no such document, or it lacks them.
     """
+    if not path.is_file():
+        raise SystemExit(f"{path}: not found")
     before, _, rest = path.read_text().partition(MARKS[0])
     _, found, after = rest.partition(MARKS[1])
     if not found:
@@ -210,6 +212,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.markdown:
         write_markdown(options.markdown)
         return
+    record.require_folder(options.json)
     if options.batch < 1:
         parser.error(f"--batch must be positive, not {options.batch}")
     step = Step(cards.find_card(options.card), options.model, options.impl, options.batch)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import record
 from .counts import Counts, count_half
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "traffic.json"
@@ -257,6 +258,7 @@ def main(arguments: Sequence[str]) -> None:
     whole = options.model == list(MODELS) and options.impl == list(IMPLEMENTATIONS)
     if options.write and not whole:
         parser.error("--write counts everything: leave --model and --impl out")
+    record.require_folder(options.json)
     golden = read() if options.check else None
     table = count(options.model, options.impl)
     print(as_text(table))

@@ -294,6 +294,8 @@ def test_measured_rows_are_beside_the_prediction(tmp_path: Path) -> None:
     [
         (["--card", "V100"], "unknown card 'V100': choose from A100, H100, H200, B200"),
         (["--gpus", "12"], "--gpus 12: up to 8, or whole hosts of as many"),
+        (["--json", "/no-such-folder/x.json"], "/no-such-folder/x.json: there is no such folder"),
+        (["--markdown", "/no-such-folder/x.md"], "/no-such-folder/x.md: not found"),
     ],
 )
 def test_wrong_calls_end_with_one_clear_line(arguments: list[str], words: str) -> None:
