@@ -309,7 +309,13 @@ def _loss(
         ids, log_probs, log_tail, _arrival_counter(head),
     )  # fmt: skip
     options = (tail, kind, base, reduction, alpha, tau, smoothing)
-    return _outputs(_loss_plans(inputs, z_c is not None, want_c, want_d, options), classes)
+    # Whether a last row may be read with its padding depends on the memory behind it, too.
+    rooms: tuple[bool, ...] = ()
+    if classes % _vector(torch.bfloat16):
+        rows_read = (z_c, z_d, target, teacher)
+        rooms = tuple(_access(x)[1] for x in rows_read if x is not None and x.dim() == 2)
+    results = _loss_plans(inputs, z_c is not None, want_c, want_d, options, rooms)
+    return _outputs(results, classes)
 
 
 def _heads(inputs: Inputs, has_class_head: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -317,14 +323,14 @@ def _heads(inputs: Inputs, has_class_head: bool) -> tuple[Tensor | None, Tensor 
 
 
 def _loss_results(
-    inputs: Inputs, has_class_head: bool, want_c: bool, want_d: bool, _: tuple
+    inputs: Inputs, has_class_head: bool, want_c: bool, want_d: bool, *_: tuple
 ) -> tuple[Tensor, ...]:
     return _results(*_heads(inputs, has_class_head), want_c, want_d)
 
 
 def _loss_launches(
     inputs: Any, results: Sequence[Tensor], has_class_head: bool, _c: bool, _d: bool,
-    options: tuple[Any, ...],
+    options: tuple[Any, ...], _: tuple[bool, ...],
 ) -> Iterator[Launch]:  # fmt: skip
     total, base, distill, g_c, g_d = _outputs(results, inputs[0].shape[1])
     heads = _heads(inputs, has_class_head)

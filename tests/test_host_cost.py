@@ -59,6 +59,13 @@ def test_a_planned_call_launches_what_the_first_call_did() -> None:
     assert all(launches >= 1 for launches in found.values())
 
 
+@pytest.mark.slow
+def test_a_plan_reads_padding_only_where_there_is_some() -> None:
+    """Shape, strides and alignment are the same whether or not memory ends with the last class."""
+    found = run("padding")
+    assert found["room"] == found["room again"] != found["no room"] == found["no room, planned"]
+
+
 # ---------------------------------------------------------------------------------------------
 # The process without a driver
 # ---------------------------------------------------------------------------------------------
@@ -137,6 +144,31 @@ def plans() -> dict[str, int]:
     return counts
 
 
+def padding() -> dict[str, list[int]]:
+    """Numbers among the arguments of the loss kernel: widths of its accesses are some of them."""
+    import host_only
+    import torch
+
+    from deit_fast.kernels import distillation_loss_launch
+
+    host_only.recording = True
+    call, make = host_only.operators()["distillation_loss and gradients, padded rows"]
+
+    def numbers(has_room: bool) -> list[int]:
+        tensors = make()
+        if not has_room:
+            for place, x in enumerate(tensors[:3]):
+                tensors[place] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+        host_only.launches.clear()
+        call(*tensors)
+        return [x for x in host_only.launches[0][1] if isinstance(x, int)]
+
+    found = {"no room": numbers(False)}
+    distillation_loss_launch._loss_plans.clear()
+    found |= {"room": numbers(True), "no room, planned": numbers(False)}
+    return found | {"room again": numbers(True)}
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     try:
@@ -147,4 +179,4 @@ if __name__ == "__main__":
     except (ImportError, AttributeError, TypeError) as problem:
         print(json.dumps(f"this triton takes no driver of our own: {problem!r}"))
     else:
-        print(json.dumps({"times": times, "plans": plans}[sys.argv[1]]()))
+        print(json.dumps({"times": times, "plans": plans, "padding": padding}[sys.argv[1]]()))
