@@ -167,6 +167,8 @@ def fuse(
     unknown = sorted(set(names) - set(KERNELS))
     if unknown:
         raise InputError(f"unknown kernel {unknown[0]!r}: choose from {', '.join(KERNELS)}")
+    if "mlp_backward" in names and "bias_gelu" not in names:
+        raise InputError("kernel 'mlp_backward' needs 'bias_gelu' beside it")
     if stochastic_depth not in STOCHASTIC_DEPTH:
         raise InputError(
             f"stochastic_depth must be one of {', '.join(STOCHASTIC_DEPTH)}, "

@@ -6,7 +6,8 @@ gradient comes out of its product in float32, which also spares it a rounding.
 
 A shadow is the rounded parameter, so the forward's numbers are those of autocast. It is valid until
 the parameter changes; ``Shadows`` therefore refreshes before each step and is used inside
-``with shadows.current():`` alone. State dicts, copies and pickles of a model hold no shadows.
+``with shadows.current():`` alone. State dicts and copies of a model, and pickles of its
+modules, hold no shadows.
 """
 
 from __future__ import annotations
@@ -83,36 +84,48 @@ class Shadows:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model: Any = model
-        self._sources: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        module: Any
-        for module in model.modules():
-            names = getattr(module, "shadowed_layers", ())
-            layers = {name: getattr(module, name) for name in names}
-            if layers:
-                module.shadows = {
-                    name: self._shadow_of(layer, dtype)
-                    for name, layer in layers.items()
-                    if type(layer) is nn.Linear
-                }
+        self.dtype = dtype
+        self._modules: list[Any] = [
+            module for module in model.modules() if getattr(module, "shadowed_layers", ())
+        ]
+        self._build()
 
-    def _shadow_of(self, layer: nn.Linear, dtype: torch.dtype) -> Shadow:
-        copies = []
-        for parameter in (layer.weight, layer.bias):
-            if parameter is None:
-                copies.append(None)
-                continue
-            copies.append(torch.empty_like(parameter, dtype=dtype, requires_grad=False))
-            self._sources.append(parameter)  # not its memory, which may be replaced
-            self._copies.append(copies[-1])
-        return Shadow(*copies)
+    def _layers(self) -> Iterator[tuple[Any, str, nn.Linear]]:
+        for module in self._modules:
+            for name in module.shadowed_layers:
+                layer = getattr(module, name)
+                if type(layer) is nn.Linear:
+                    yield module, name, layer
+
+    def _parameters(self) -> list[Tensor]:
+        pairs = ((layer.weight, layer.bias) for _, _, layer in self._layers())
+        return [x for pair in pairs for x in pair if x is not None]
+
+    def _build(self) -> None:
+        self._sources = self._parameters()
+        self._copies = [
+            torch.empty_like(x, dtype=self.dtype, requires_grad=False) for x in self._sources
+        ]
+        copies = iter(self._copies)
+        for module in self._modules:
+            module.shadows = {}
+        for module, name, layer in self._layers():
+            weight, bias = next(copies), None if layer.bias is None else next(copies)
+            module.shadows[name] = Shadow(weight, bias)
 
     def __len__(self) -> int:
         return len(self._copies)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters; a few launches for all of them."""
+        """Copy the parameters; a few launches for all of them.
+
+        A layer or parameter that was replaced since the last call gets a shadow of its own.
+        """
+        now = self._parameters()
+        is_same = len(now) == len(self._sources)
+        if not is_same or any(x is not y for x, y in zip(now, self._sources, strict=True)):
+            self._build()
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
 
