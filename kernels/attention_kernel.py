@@ -73,7 +73,7 @@ def _store_rows(
 def _store_column_sums(
     pointer, parts, factor, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Sums over the rows of one program. Those past the last token are zeros: so is their P."""
+    """Sums over the rows of one program; those past the last token are zeros, as their P is 0."""
     for i in tl.static_range(PARTS):
         tl.store(pointer + i * WIDTH + tl.arange(0, WIDTH), tl.sum(parts[i], 0) * factor)
 
@@ -354,10 +354,10 @@ def _query_role(
             q, do, lse, delta, k_at, v_at, at, tokens, stride_n, dq, scale2,
             WIDTH, PARTS, BLOCK, TAIL == 0, PRECISION, UPCAST,
         )  # fmt: skip
-    _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
-    if sums_at is not None:
+    if sums_at is not None:  # before the rows: in the other order ptxas spills on sm_100
         sums_at += start // ROWS * out_stride
         _store_column_sums(sums_at, dq, scale, WIDTH, PARTS)
+    _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
 
 
 @triton.jit
