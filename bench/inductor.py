@@ -17,12 +17,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+
+import deit_fast
+
+if find_spec("deit_fast.kernels") is None:
+    # An environment without an installed project, which puts the folder kernels/ into the package.
+    deit_fast.__path__.append(str(Path(__file__).parent.parent))
 
 H100 = {
     "multi_processor_count": 132, "major": 9, "minor": 0, "warp_size": 32,
@@ -117,12 +124,8 @@ def believe_in_h100() -> None:
 
 def _choose_kernels() -> None:
     """Let all code of ours take a tensor for one on a GPU that runs the kernels."""
-    import deit_fast
-
-    # This environment has not installed the project, which puts kernels/ into the package.
-    deit_fast.__path__.append(str(Path(__file__).parent.parent))
     import deit_fast.kernels
-    import deit_fast.models.fuse
+    import deit_fast.models.fuse  # noqa: F401
 
     for name, module in sys.modules.items():
         if name.startswith("deit_fast.") and hasattr(module, "on_gpu"):

@@ -57,6 +57,7 @@ def test_a_kernel_less_is_noticed() -> None:
     """The same check on a model without bias_gelu fails by name and amount."""
     script = """
 import importlib
+import bench.inductor  # finds the kernels in a checkout
 from bench.__main__ import main
 fuse = importlib.import_module("deit_fast.models.fuse")
 fuse.DEFAULT_KERNELS["sm_90"] = ("attention", "add_layer_norm")
