@@ -43,8 +43,8 @@ def evaluate_model(
         world: processes that hold a share of the images each; the result is that of all.
         between_batches: called after each, equally often on all ranks; what it raises ends it.
         forward: what computes both heads' logits; by default ``forward_heads``.
-        rows: images of every forward: smaller batches are filled up, and what comes of the filling
-            is left out. Compiled code is then compiled for one size.
+        rows: images in each forward. A smaller batch is padded with zeros, and the logits of the
+            padding are dropped, so that code is compiled for one size alone.
 
     Returns:
         `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy;

@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import bias_gelu_kernel, bias_gelu_launch
 from . import bias_gelu_linear_kernel as kernel
 from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows
-from .launching import TYPE_NAMES, Launch, Plans, implement, on_gpu, signature
+from .launching import TYPE_NAMES, Launch, Plans, implement, product, signature
 
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -239,13 +239,6 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _weight_gradient(grad: Tensor, activation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of a weight of this dtype: not rounded to that of grad where the device can leave it out."""
-    if on_gpu(grad) and dtype == torch.float32:
-        return torch.mm(grad.t(), activation, out_dtype=dtype)
-    return torch.mm(grad.t(), activation).to(dtype)
-
-
 class _BiasGeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -271,7 +264,7 @@ class _BiasGeluLinear(torch.autograd.Function):
             )
         rows = grad.reshape(-1, grad.shape[-1])
         if for_weight:
-            grad_weight = _weight_gradient(rows, activation.flatten(0, -2), ctx.dtype)
+            grad_weight = product(rows.t(), activation.flatten(0, -2), ctx.dtype)
         if for_out_bias:
             grad_out_bias = rows.sum(0)
         grad_x, grad_bias = grad_x if for_x else None, grad_bias if for_bias else None

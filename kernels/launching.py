@@ -43,6 +43,13 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and _is_new_enough(x.device)
 
 
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of two matrices in a dtype; float32 is not rounded in between on a GPU."""
+    if on_gpu(a) and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
 def implement(
     library: torch.library.Library, name: str, function: Callable, fake: Callable
 ) -> None:

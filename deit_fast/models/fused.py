@@ -36,7 +36,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _drops(drop: nn.Module) -> bool:
-    """Whether a Dropout, or what stands in its place, changes its input."""
+    """Whether a Dropout, or the module in its place, changes its input."""
     return drop.training and getattr(drop, "p", 0.0) > 0
 
 
@@ -122,7 +122,7 @@ class FusedMlp(_Shadowed, Mlp):
 class FusedMlpBackward(FusedMlp):
     """FusedMlp, its second product's gradient multiplied by the activation's slope as it is made.
 
-    Dropout or a norm between the two, a hook or a wrapper lead back to FusedMlp.
+    With dropout or a norm between the two, or with a hook or a wrapper, it runs as FusedMlp.
     """
 
     def forward(self, x: Tensor) -> Tensor:

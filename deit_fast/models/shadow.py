@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit_fast.kernels.launching import on_gpu
+from deit_fast.kernels.launching import product
 
 
 class Shadow(NamedTuple):
@@ -46,15 +46,8 @@ class _Product(torch.autograd.Function):
         grad_x = grad @ shadow if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _product_of(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype)
+            grad_weight = product(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype)
         return grad_x, grad_weight, None, None
-
-
-def _product_of(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, not rounded to the dtype of a where the device can leave that out."""
-    if on_gpu(a) and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
 
 
 def linear(x: Tensor, layer: nn.Linear, shadow: Shadow | None, has_bias: bool = True) -> Tensor:

@@ -2,7 +2,7 @@
 
 Ingest, the online teacher, the student's forward, loss, backward, gradient norms, the guard's
 judgement, clipping and AdamW are in the graph. What changes from step to step reaches it through
-memory that stays at its place and is filled before the replay: the batch and stored answers
+memory at fixed addresses, which is filled before the replay: the batch and stored answers
 (``StaticPart``), the learning rate, the stop flag, the position in the batch. The seed is the
 generator's, which CUDA graphs read at the replay. Behind the replay come the moving average, whose
 weight is a number of the host, and the copy of the guard's flags.
@@ -52,10 +52,10 @@ Work = Callable[[list[Part]], Outcome]
 
 
 class StaticPart:
-    """A part whose tensors stay where they are, filled anew for each step.
+    """A part whose tensors have fixed addresses; each step fills them.
 
-    The number M of images differs from batch to batch. The memory holds as many as there can be;
-    the plan's rows point into it, and what lies behind the last of them is not read.
+    The number M of images differs from batch to batch. The memory has room for the largest M. The
+    plan's rows point into it, and images behind the last one are not read.
     """
 
     def __init__(self, like: Part) -> None:
@@ -185,7 +185,7 @@ class StepGraph:
         self._warm = 0
 
     def _beside(self) -> Outcome:
-        """One step on the stream of the capture, as CUDA graphs want it before they begin."""
+        """One step on the stream of the capture, which CUDA graphs need as a warm-up."""
         assert self._static is not None
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
@@ -198,8 +198,8 @@ class StepGraph:
         assert self._static is not None
         graph = torch.cuda.CUDAGraph()
         try:
-            # Threads of the loader and of the cache allocate and copy meanwhile: that is their
-            # own business, and would end a capture that watches the whole process.
+            # The threads of the loader and of the cache allocate and copy at the same time. A
+            # capture that covers all threads of the process would fail because of them.
             with (
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
                 self.rates.in_use(),
