@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -73,3 +76,65 @@ def assert_replays(call: Call, leaves: Sequence[Tensor]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert_equal([x.clone() for x in captured], call())
+
+
+# ---------------------------------------------------------------------------------------------
+# Accesses to memory, in Triton's interpreter
+# ---------------------------------------------------------------------------------------------
+
+
+class Accesses:
+    """Addresses that the interpreter read and wrote, one entry per element."""
+
+    def __init__(self) -> None:
+        self.reads: list[np.ndarray] = []
+        self.writes: list[np.ndarray] = []
+
+    @staticmethod
+    def counts(events: list[np.ndarray], x: Tensor) -> np.ndarray:
+        """How often each element of x was touched, in the shape of x."""
+        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
+        index = np.zeros(tuple(x.shape), np.int64)
+        for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+            shape = [1] * x.dim()
+            shape[axis] = size
+            index = index + np.arange(size).reshape(shape) * stride
+        address = x.data_ptr() + index * x.element_size()
+        values, counts = np.unique(touched, return_counts=True)
+        table = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return np.vectorize(lambda a: table.get(a, 0))(address)
+
+    @staticmethod
+    def outside(events: list[np.ndarray], tensors: list[Tensor]) -> int:
+        """Accesses that lie in none of the storages."""
+        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
+        inside = np.zeros(touched.shape, bool)
+        for x in tensors:
+            start = x.untyped_storage().data_ptr()
+            inside |= (touched >= start) & (touched < start + x.untyped_storage().nbytes())
+        return int((~inside).sum())
+
+
+@contextmanager
+def recorded() -> Iterator[Accesses]:
+    from triton.runtime import interpreter
+
+    builder, seen = interpreter.interpreter_builder, Accesses()
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def note(events: list[np.ndarray], pointers: Any, mask: Any) -> None:
+        events.append(np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].astype(np.int64))
+
+    def counting_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        note(seen.reads, pointers, mask)
+        return load(pointers, mask, *rest, **named)
+
+    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(seen.writes, pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    try:
+        yield seen
+    finally:
+        del builder.create_masked_load, builder.create_masked_store

@@ -25,9 +25,9 @@ from kernel_checks import (
     assert_waits_for_nothing,
     interpreted,
     outer_run,
+    recorded,
     run_in_the_interpreter,
 )
-from test_distillation_loss_kernel import recorded
 from torch import Tensor
 
 from deit_fast.kernels import add_layer_norm_launch as launch

@@ -30,6 +30,7 @@ from kernel_checks import (
     assert_waits_for_nothing,
     interpreted,
     outer_run,
+    recorded,
     run_in_the_interpreter,
 )
 from torch import Tensor
@@ -295,8 +296,6 @@ def test_empty_batch() -> None:
 @interpreted
 @pytest.mark.parametrize(("tokens", "width"), ((50, 64), (70, 96)))
 def test_bytes_of_a_head(tokens: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_distillation_loss_kernel import recorded
-
     monkeypatch.setattr(launch, "PROCESSORS", 1)  # two heads are enough: none is split
     qkv = normal(1, tokens, 3, 2, width, dtype=torch.float16)
     with recorded() as seen:
@@ -322,8 +321,6 @@ def test_bytes_of_a_head(tokens: int, width: int, monkeypatch: pytest.MonkeyPatc
 def test_keys_and_values_of_198_tokens_are_read_once_a_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from test_distillation_loss_kernel import recorded
-
     qkv = normal(1, 198, 3, 2, 32, dtype=torch.float16)
     for processors, splits in ((1, 1), (2, 2), (132, 4)):
         monkeypatch.setattr(launch, "PROCESSORS", processors)

@@ -24,9 +24,9 @@ from kernel_checks import (
     assert_waits_for_nothing,
     interpreted,
     outer_run,
+    recorded,
     run_in_the_interpreter,
 )
-from test_distillation_loss_kernel import recorded
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu_launch as launch

@@ -23,10 +23,10 @@ from kernel_checks import (
     INTERPRETED,
     interpreted,
     outer_run,
+    recorded,
     run_in_the_interpreter,
 )
 from test_bias_gelu import laid_out, normal
-from test_distillation_loss_kernel import recorded
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu_linear

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from kernel_checks import (
     assert_waits_for_nothing,
     interpreted,
     outer_run,
+    recorded,
     run_in_the_interpreter,
 )
 from torch import Tensor
@@ -275,63 +275,6 @@ def test_accuracy_in_float32_at_every_temperature(tau: float, base: str) -> None
 # ---------------------------------------------------------------------------------------------
 # Every access to memory
 # ---------------------------------------------------------------------------------------------
-
-
-class Accesses:
-    """Addresses that the interpreter read and wrote, one entry per element."""
-
-    def __init__(self) -> None:
-        self.reads: list[np.ndarray] = []
-        self.writes: list[np.ndarray] = []
-
-    @staticmethod
-    def counts(events: list[np.ndarray], x: Tensor) -> np.ndarray:
-        """How often each element of x was touched, in the shape of x."""
-        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
-        index = np.zeros(tuple(x.shape), np.int64)
-        for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-            shape = [1] * x.dim()
-            shape[axis] = size
-            index = index + np.arange(size).reshape(shape) * stride
-        address = x.data_ptr() + index * x.element_size()
-        values, counts = np.unique(touched, return_counts=True)
-        table = dict(zip(values.tolist(), counts.tolist(), strict=True))
-        return np.vectorize(lambda a: table.get(a, 0))(address)
-
-    @staticmethod
-    def outside(events: list[np.ndarray], tensors: list[Tensor]) -> int:
-        """Accesses that lie in none of the storages."""
-        touched = np.concatenate(events) if events else np.zeros(0, np.int64)
-        inside = np.zeros(touched.shape, bool)
-        for x in tensors:
-            start = x.untyped_storage().data_ptr()
-            inside |= (touched >= start) & (touched < start + x.untyped_storage().nbytes())
-        return int((~inside).sum())
-
-
-@contextmanager
-def recorded() -> Iterator[Accesses]:
-    from triton.runtime import interpreter
-
-    builder, seen = interpreter.interpreter_builder, Accesses()
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def note(events: list[np.ndarray], pointers: Any, mask: Any) -> None:
-        events.append(np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].astype(np.int64))
-
-    def counting_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        note(seen.reads, pointers, mask)
-        return load(pointers, mask, *rest, **named)
-
-    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        note(seen.writes, pointers, mask)
-        return store(pointers, value, mask, *rest)
-
-    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
-    try:
-        yield seen
-    finally:
-        del builder.create_masked_load, builder.create_masked_store
 
 
 def both(
