@@ -47,7 +47,7 @@ from deit_fast.cache import (
     build_manifest,
     codec_from_config,
 )
-from deit_fast.cache.manifest import temporary_path, view_path, view_spec
+from deit_fast.cache.format import temporary_path, view_path, view_spec
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
 

@@ -34,13 +34,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
+from deit_fast.data.jpeg_index import index_files
 from deit_fast.data.packed import PackedImages
 from deit_fast.data.sources import Source
-from deit_fast.data.validate import index_files
-from deit_fast.pack import pack
-from deit_fast.views import ViewPlan
+from deit_fast.errors import InputError
+from deit_fast.tools.pack import pack
+from deit_fast.views.plan import ViewPlan
 
 from .common import Case
 

@@ -38,29 +38,22 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
-from deit_fast.config import (
-    CodecConfig,
-    DataConfig,
-    InputError,
-    LossConfig,
-    ModelConfig,
-    RunConfig,
-    ViewRecipe,
-)
+from deit_fast.config import CodecConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, make_batch
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Synthetic, open_source
+from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student
 from deit_fast.models.fuse import KERNELS
-from deit_fast.models.teachers import has_bf16
-from deit_fast.pack import pack
+from deit_fast.models.teacher import has_bf16
+from deit_fast.runtime.flops import training_flops
+from deit_fast.tools.pack import pack
 from deit_fast.train.optim import create_optimizer
-from deit_fast.train.speed import training_flops
 from deit_fast.train.step import PHASES, TrainStep
-from deit_fast.train.teaching import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
-from deit_fast.views import ViewPlan
+from deit_fast.train.teacher import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
+from deit_fast.views.plan import ViewPlan
 
 from .bench_loader import Endless, write_photographs
 from .common import Case, Lazy

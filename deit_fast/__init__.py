@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from deit_fast.cache import LogitCache, LogitCacheWriter
     from deit_fast.losses import DistillationLoss
     from deit_fast.models import create_student, fuse, load_teacher, unfuse
-    from deit_fast.views import ViewPlan
+    from deit_fast.views.plan import ViewPlan
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOMES = {
     "DistillationLoss": "deit_fast.losses",
     "LogitCache": "deit_fast.cache",
     "LogitCacheWriter": "deit_fast.cache",
-    "ViewPlan": "deit_fast.views",
+    "ViewPlan": "deit_fast.views.plan",
     "create_student": "deit_fast.models",
     "fuse": "deit_fast.models",
     "unfuse": "deit_fast.models",

@@ -19,7 +19,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from deit_fast.config import InputError, closest, did_you_mean
+from deit_fast.config import closest, did_you_mean
+from deit_fast.errors import InputError
 
 HELP = ("-h", "--help")
 

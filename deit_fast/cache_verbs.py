@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
 
 BINS = 12  # of the histogram of entropies
@@ -101,7 +101,7 @@ def verify(
     if not threshold >= 0:
         raise InputError(f"--threshold must not be negative, not {threshold}")
     from deit_fast import cache
-    from deit_fast.train.metrics import Progress
+    from deit_fast.runtime.metrics import Progress
 
     total = sum(row["blocks"] for row in cache.info(path)["views"])
     with Progress("verify", total, unit="block") as bar:
@@ -115,7 +115,7 @@ def verify(
     ok = found["ok"]
     if ok and teacher is not None:
         from deit_fast.config import DataConfig
-        from deit_fast.recheck import recheck
+        from deit_fast.tools.verify_against_teacher import recheck
 
         split = train or _split(cache.LogitCache.open(path).manifest)
         again = recheck(
@@ -196,7 +196,7 @@ def _answers(
         rows.append(("entropy", f"{mean} on average{at}"))
     if data_root is not None:
         from deit_fast.config import DataConfig
-        from deit_fast.recheck import leading_labels
+        from deit_fast.tools.verify_against_teacher import leading_labels
 
         data = DataConfig(root=data_root, train=train or _split(cache.manifest), workers=0)
         labels = leading_labels(cache, data, answers.samples, answers.views)
@@ -224,9 +224,9 @@ def _write_page(
     counts: list[tuple[float, int]] | None,
     fingerprint: list[tuple[str, str]],
 ) -> None:
-    from deit_fast.charts import Line, line_chart
-    from deit_fast.files import write_atomically
-    from deit_fast.report_style import STYLE
+    from deit_fast.runtime.files import write_atomically
+    from deit_fast.tools.report.charts import Line, line_chart
+    from deit_fast.tools.report.style import STYLE
 
     def table(items: list[tuple[str, str]]) -> str:
         body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in items)

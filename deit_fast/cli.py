@@ -24,17 +24,10 @@ from typing import Any, Literal
 
 from deit_fast import cache_verbs
 from deit_fast.arguments import HELP, parse, quiet_pipe
-from deit_fast.config import (
-    InputError,
-    RunConfig,
-    closest,
-    did_you_mean,
-    dotted_keys,
-    load_config,
-    to_dict,
-)
+from deit_fast.config import RunConfig, closest, did_you_mean, dotted_keys, load_config, to_dict
+from deit_fast.errors import InputError
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
-from deit_fast.train.preemption import EXIT_STATUS, Preempted
+from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 
 # ---------------------------------------------------------------------------------------------
 # Arguments of the verbs
@@ -127,8 +120,8 @@ def _typed(verb: str) -> Callable[[Callable[..., Outcome]], Verb]:
 
 def demo(args: list[str]) -> Outcome:
     """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
-    from deit_fast.demo import DemoConfig
-    from deit_fast.demo import demo as run
+    from deit_fast.tools.demo import DemoConfig
+    from deit_fast.tools.demo import demo as run
 
     config = parse(DemoConfig, "demo", args, default=DemoConfig(), description=demo.__doc__)
     result = run(config)
@@ -254,10 +247,10 @@ def analyze(
     for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
         if value is not None and value < least:
             raise InputError(f"--{flag} must be at least {least}, not {value}")
-    from deit_fast.analysis.runs import analyze as measure
-    from deit_fast.analysis.summary import write_summary
-    from deit_fast.analysis.table import render
-    from deit_fast.report import short_names
+    from deit_fast.tools.analysis.runs import analyze as measure
+    from deit_fast.tools.analysis.summary import write_summary
+    from deit_fast.tools.analysis.table import render
+    from deit_fast.tools.report import short_names
 
     paths = [Path(run) for run in runs]
     results = measure(
@@ -302,7 +295,7 @@ def pack(
         workers: Processes.
     """
     from deit_fast.config import DataConfig
-    from deit_fast.pack import pack as write
+    from deit_fast.tools.pack import pack as write
 
     data = DataConfig(root=root, source=source, train=train, val=val, workers=workers)
     result = write(data, out, form=form, short_side=short_side, quality=quality)
@@ -321,7 +314,7 @@ def report(
         out: File to write.
         title: Heading of the page.
     """
-    from deit_fast.report import write_report
+    from deit_fast.tools.report import write_report
 
     write_report([Path(run) for run in runs], Path(out), title)
     return Outcome(f"wrote {out}")
@@ -337,11 +330,11 @@ def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> O
         report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
             run's configuration and last log rows. Variables that may hold a secret are left out.
     """
-    from deit_fast.doctor import examine, has_problem, render
+    from deit_fast.tools.doctor import examine, has_problem, render
 
     findings = examine(Path(output), workers)
     if report:
-        from deit_fast.bug_report import write_report
+        from deit_fast.tools.bug_report import write_report
 
         path = Path("deit-fast-report.txt")
         write_report(findings, Path(output), path)

@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses; imports nothing but the standard library.
+"""Every setting of a run, as frozen dataclasses; imports only the standard library.
 
 One ``RunConfig`` serves `precompute` and `train`: what the teacher saw and what the student sees
 then come from the same fields, and a config file written by one verb is read by the other.
@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deit_fast.errors import InputError
+
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class InputError(ValueError):
-    """The user's input is wrong. The command line prints it as one line and exits with status 2."""
 
 
 def _require(condition: bool, message: str) -> None:

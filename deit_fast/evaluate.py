@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from deit_fast.config import InputError, RunConfig, from_dict
-from deit_fast.data.evaluation import EvalLoader
+from deit_fast.config import RunConfig, from_dict
+from deit_fast.data.eval import EvalLoader
 from deit_fast.data.sources import open_source
+from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_weights
-from deit_fast.models.teachers import has_bf16
+from deit_fast.models.teacher import has_bf16
 from deit_fast.models.weights import fit_weights
-from deit_fast.world import World, read_world
+from deit_fast.runtime.distributed import World, read_world
 
 Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.kernels.distillation_loss import (
     KINDS,
     REDUCTIONS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 
 
 @dataclass(frozen=True)

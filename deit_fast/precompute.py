@@ -23,18 +23,19 @@ import torch
 
 from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config, planned
 from deit_fast.cache.pixels import PIXEL_CONTRACT, sampled_ids, write_pixels
-from deit_fast.config import InputError, RunConfig
-from deit_fast.data.digests import digest_views
+from deit_fast.config import RunConfig
+from deit_fast.data.fingerprint import digest_views
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source, open_source
+from deit_fast.errors import InputError
 from deit_fast.evaluate import choose_device
-from deit_fast.models.teachers import Teacher, has_bf16
-from deit_fast.train.failures import in_plain_words
-from deit_fast.train.metrics import Progress
-from deit_fast.train.teaching import load_class_matched_teacher, views_fingerprint
-from deit_fast.views import ViewPlan
+from deit_fast.models.teacher import Teacher, has_bf16
+from deit_fast.runtime.failures import in_plain_words
+from deit_fast.runtime.metrics import Progress
+from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
+from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit_fast.demo import write_digits
+from deit_fast.tools.demo import write_digits
 
 
 def write_few_digits(root: Path, train: int = 21, val: int = 10) -> None:

@@ -21,20 +21,20 @@ from timm.models.vision_transformer import VisionTransformer
 
 pytest.importorskip("matplotlib")
 
-from deit_fast.analysis import answers, measures, pictures, subject, tokens
-from deit_fast.analysis.runs import analyze
-from deit_fast.analysis.summary import summarise
-from deit_fast.analysis.teachers import soften_sample
 from deit_fast.cli import main
 from deit_fast.config import RunConfig, to_dict
-from deit_fast.data.evaluation import eval_pixels
+from deit_fast.data.eval import eval_pixels
 from deit_fast.data.sources import ImageFolder
-from deit_fast.environment import describe_command
 from deit_fast.evaluate import build_model, evaluate
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.recipes import digits_student
-from deit_fast.report import build_report
+from deit_fast.runtime.environment import describe_command
+from deit_fast.tools.analysis import answers, measures, pictures, subject, tokens
+from deit_fast.tools.analysis.runs import analyze
+from deit_fast.tools.analysis.summary import summarise
+from deit_fast.tools.analysis.teachers import soften_sample
+from deit_fast.tools.report import build_report
 from digits import write_few_digits
 
 CONVNET = "deit_fast.models.convnet:small_convnet"

@@ -16,20 +16,21 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-from deit_fast.config import InputError, ViewRecipe
+from deit_fast.config import ViewRecipe
 from deit_fast.data import ImageFolder, ingest_batch
 from deit_fast.data.augment import apply_operation, augment
 from deit_fast.data.draw import resize_and_crop
 from deit_fast.data.loader import make_batch
 from deit_fast.data.resize import crop_and_resize
-from deit_fast.draws import LEVEL_ONE, level_table
-from deit_fast.views import (
+from deit_fast.errors import InputError
+from deit_fast.views.plan import (
     OPERATIONS,
     PLAN_DTYPE,
     RANDAUGMENT_OPERATIONS,
     ViewPlan,
     fingerprint,
 )
+from deit_fast.views.rng import LEVEL_ONE, level_table
 
 FILL = (124, 116, 104)  # round(255 * ImageNet's mean)
 TIMM = {

@@ -24,12 +24,13 @@ from kernel_checks import (
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from deit_fast.config import InputError, ViewRecipe
+from deit_fast.config import ViewRecipe
 from deit_fast.data.augment import apply_operation
 from deit_fast.data.augment_table import augment_table, kernel_operation
-from deit_fast.draws import LEVEL_ONE
+from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
-from deit_fast.views import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.views.rng import LEVEL_ONE
 
 FILL = (124, 116, 104)
 OPERATIONS = RANDAUGMENT_OPERATIONS[1:]

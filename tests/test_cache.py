@@ -26,7 +26,8 @@ from deit_fast.cache import (
     info,
     verify,
 )
-from deit_fast.config import CodecConfig, InputError
+from deit_fast.config import CodecConfig
+from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 
 SAMPLES, CLASSES, BLOCK = 45, 20, 16  # three blocks, the last one short
@@ -442,7 +443,7 @@ def test_an_orphan_of_a_killed_process_is_removed(tmp_path):
     worker.start()
     worker.join()
     with LogitCacheWriter(tmp_path, make_manifest()):
-        from deit_fast.cache.manifest import temporary_path, view_path
+        from deit_fast.cache.format import temporary_path, view_path
 
         mine = temporary_path(view_path(tmp_path, 0))
         space, pid, started = mine.name.split("-")[1:4]

@@ -21,8 +21,8 @@ from test_cache import SAMPLES, make_logits, make_manifest, write_cache
 
 from deit_fast import _C
 from deit_fast.cache import CODECS, CacheError, LogitCache
-from deit_fast.cache.manifest import canonical, view_path
-from deit_fast.config import InputError
+from deit_fast.cache.format import canonical, view_path
+from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 
 BATCH = 9

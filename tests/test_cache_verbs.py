@@ -17,7 +17,8 @@ from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.cache.compare import record_errors
 from deit_fast.cache.statistics import draw_answers
 from deit_fast.cache.tinyvit import import_tinyvit
-from deit_fast.config import CodecConfig, InputError
+from deit_fast.config import CodecConfig
+from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
 from digits import write_few_digits
@@ -207,7 +208,7 @@ def test_entropy_and_agreement_are_right(tmp_path):
 def test_agreement_counts_the_larger_half(root, capsys):
     """A cache whose teacher says just that label agrees wholly; one turned by a class, not."""
     from deit_fast.config import DataConfig
-    from deit_fast.recheck import leading_labels
+    from deit_fast.tools.verify_against_teacher import leading_labels
 
     cache = LogitCache.open(root / "hard")
     data = DataConfig(root=str(root / "data"))

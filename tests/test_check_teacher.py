@@ -9,8 +9,7 @@ from test_never_lost import last_state, train_rows, unruly
 from test_train import comparable_rows, weights_equal, world  # noqa: F401  (fixture)
 
 from deit_fast.cache import CacheMismatch
-from deit_fast.cache.errors import CacheError
-from deit_fast.config import InputError
+from deit_fast.errors import CacheError, InputError
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
 

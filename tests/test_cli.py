@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from deit_fast import cli
-from deit_fast.config import InputError, RunConfig, from_dict, load_config, to_dict
+from deit_fast.config import RunConfig, from_dict, load_config, to_dict
+from deit_fast.errors import InputError
 from deit_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent

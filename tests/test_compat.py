@@ -16,15 +16,16 @@ from timm.data import mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
 
-from deit_fast.config import InputError, RunConfig, ViewRecipe, from_dict, to_dict
+from deit_fast.config import RunConfig, ViewRecipe, from_dict, to_dict
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
-from deit_fast.data.compat import DeitBatches
 from deit_fast.data.loader import make_batch
-from deit_fast.draws import LAM_ONE, Purpose, draw_mix
+from deit_fast.errors import InputError
 from deit_fast.kernels.distillation_loss import base_loss
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
-from deit_fast.views import CUTMIX, MIXUP, NO_MIX, BatchMix, ViewPlan
+from deit_fast.views.deit_order import DeitBatches
+from deit_fast.views.plan import CUTMIX, MIXUP, NO_MIX, BatchMix, ViewPlan
+from deit_fast.views.rng import LAM_ONE, Purpose, draw_mix
 from test_data import write_split
 
 SIZE = 32

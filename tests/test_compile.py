@@ -20,17 +20,18 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from deit_fast import cli
-from deit_fast.config import InputError, RunConfig
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
 from deit_fast.models import Teacher, fuse, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import set_batch_part
 from deit_fast.precompute import _prepare, precompute
 from deit_fast.recipes import RECIPES
+from deit_fast.runtime.distributed import World
 from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep, parallel
-from deit_fast.train.teaching import CheckedTeacher, OnlineTeacher, create_teaching
-from deit_fast.world import World
+from deit_fast.train.teacher import CheckedTeacher, OnlineTeacher, create_teaching
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))

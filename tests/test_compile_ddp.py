@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_fast.config import LossConfig, RunConfig
 from deit_fast.models import fuse
 from deit_fast.models.fuse import KERNELS, set_batch_part
+from deit_fast.runtime.distributed import World
 from deit_fast.train.step import parallel
-from deit_fast.world import World
 
 CPU = torch.device("cpu")
 RANKS, SHARE, DEPTH = 2, 4, 3

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch
-from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import ImageFolder, open_loader
 from deit_fast.data.augment import augment
-from deit_fast.views import OPERATIONS, ViewPlan, plan_dtype
+from deit_fast.errors import InputError
+from deit_fast.views.plan import OPERATIONS, ViewPlan, plan_dtype
 from test_data import SEED, SIZE, picture, write_split
 from test_loaders import encode, folder_of, odd_files
 
@@ -160,7 +161,7 @@ def test_each_file_is_given_to_dali_once(source, monkeypatch):
 
 
 def test_only_plain_jpegs_pass(tmp_path):
-    from deit_fast.data.validate import index_files
+    from deit_fast.data.jpeg_index import index_files
 
     source = folder_of(
         tmp_path, odd_files() | {"broken.jpg": encode(picture(1, 99, 80), "JPEG")[:900]}
@@ -188,7 +189,7 @@ class Reads:
         return self.source.read(index)
 
     def check(self) -> list[int]:
-        from deit_fast.data.validate import index_files
+        from deit_fast.data.jpeg_index import index_files
 
         self.read_now.clear()
         self.index = index_files(self, 2)
@@ -338,7 +339,7 @@ def test_another_image_of_the_same_length_is_cut_by_its_own_size(tmp_path, loade
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(99)}])
 def test_a_header_says_the_size(options):
-    from deit_fast.data.validate import header_size
+    from deit_fast.data.jpeg_index import header_size
 
     encoded = encode(picture(1, 51, 23), "JPEG", **options)
     assert header_size(encoded) == (51, 23)
@@ -375,9 +376,9 @@ def test_a_forked_process_does_not_wait_for_a_pipelines_threads(source):
 def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     from deit_fast.models.convnet import small_convnet
     from deit_fast.precompute import estimate, precompute
-    from deit_fast.recheck import recheck
     from deit_fast.recipes import digits_student
-    from deit_fast.train.teaching import create_teaching
+    from deit_fast.tools.verify_against_teacher import recheck
+    from deit_fast.train.teacher import create_teaching
 
     write_split(tmp_path / "train", 10, 2)
     save_file(small_convnet(10).state_dict(), tmp_path / "teacher.safetensors")

@@ -20,7 +20,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import (
     EvalLoader,
     ImageFolder,
@@ -31,12 +31,13 @@ from deit_fast.data import (
     open_source,
     pixel_contract,
 )
-from deit_fast.data.evaluation import eval_pixels
+from deit_fast.data.eval import eval_pixels
 from deit_fast.data.loader import make_batch
 from deit_fast.data.resize import crop_and_resize
-from deit_fast.draws import philox
-from deit_fast.order import EpochOrder, TrainBatches
-from deit_fast.views import CUTMIX, MIXUP, RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.errors import InputError
+from deit_fast.views.order import EpochOrder, TrainBatches
+from deit_fast.views.plan import CUTMIX, MIXUP, RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.views.rng import philox
 from test_augment import timms
 
 SIZE = 32

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit_fast.demo import DemoConfig, demo, write_digits
+from deit_fast.tools.demo import DemoConfig, demo, write_digits
 
 
 def test_digits_become_an_image_folder_without_loss(tmp_path):

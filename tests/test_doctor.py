@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from deit_fast import bug_report, doctor
 from deit_fast.cli import main
-from deit_fast.doctor import Finding
-from deit_fast.packages import Loaded
+from deit_fast.runtime.packages import Loaded
+from deit_fast.tools import bug_report, doctor
+from deit_fast.tools.doctor import Finding
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ NVIDIA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAda
 def test_apex_is_told_from_its_namesake(
     files: dict[str, str], value: str, state: str, tmp_path: Path
 ) -> None:
-    script = "from deit_fast.doctor import apex; f = apex(); print(f.state, f.value, sep='|')"
+    script = "from deit_fast.tools.doctor import apex; f = apex(); print(f.state, f.value, sep='|')"
     done = python(script, package(tmp_path, files))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{state}|{value}")

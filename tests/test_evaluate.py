@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.evaluate import evaluate_model
 
 CPU = torch.device("cpu")

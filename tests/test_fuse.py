@@ -14,7 +14,7 @@ from kernel_checks import DEVICE, outer_run, run_in_the_interpreter
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.models import create_student, fuse, unfuse
 from deit_fast.train.step import compile_blocks
 

@@ -19,7 +19,7 @@ from test_ingest import MEAN, STD, photos, random_rows
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.kernels import add_layer_norm, ingest
 from deit_fast.models import create_student, fuse, unfuse
 from deit_fast.models.fuse import patch_side

@@ -17,7 +17,7 @@ from deit_fast.models import Teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import KERNELS, FusedBlock
 from deit_fast.precompute import precompute
-from deit_fast.train.teaching import create_teaching
+from deit_fast.train.teacher import create_teaching
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -34,7 +34,7 @@ def transformer(num_classes: int = 10) -> nn.Module:
 @pytest.fixture
 def kernels_here(monkeypatch) -> None:
     """Devices have kernels as a GPU has; on a CPU those are their references."""
-    monkeypatch.setattr("deit_fast.models.teachers.kernels_on", lambda device: KERNELS)
+    monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
 
 
 def blocks_of(teacher: Teacher) -> list[type]:
@@ -53,7 +53,7 @@ def test_a_fused_teacher_gives_the_same_answers(kernels_here):
 
 def test_other_teachers_and_devices_stay_as_they_are(monkeypatch):
     assert not Teacher(transformer(), "t").place(CPU, fused=True).is_fused
-    monkeypatch.setattr("deit_fast.models.teachers.kernels_on", lambda device: KERNELS)
+    monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
     assert not Teacher(small_convnet(10), "t").place(CPU, fused=True).is_fused
 
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import ImageFolder, open_loader, pixel_contract
 from deit_fast.data.open import DeviceLoader
-from deit_fast.order import EpochOrder, TrainBatches
-from deit_fast.views import ViewPlan
+from deit_fast.errors import InputError
+from deit_fast.views.order import EpochOrder, TrainBatches
+from deit_fast.views.plan import ViewPlan
 from test_data import SEED, SIZE, broken_files, digests, picture, write_split
 
 DALI = pytest.mark.dali

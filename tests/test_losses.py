@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from deit_fast.losses import DistillationLoss
 

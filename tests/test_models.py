@@ -13,14 +13,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from deit_fast.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    InputError,
-    ModelConfig,
-    RunConfig,
-    ViewRecipe,
-)
+from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_teacher, load_weights
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.weights import digest_weights, fit_weights, start_from

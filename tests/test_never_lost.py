@@ -26,10 +26,10 @@ from test_train import comparable_rows, run_config, weights_equal, world  # noqa
 from deit_fast import cli
 from deit_fast.config import RunConfig, to_dict
 from deit_fast.precompute import precompute
+from deit_fast.runtime.metrics import read_metrics
+from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
-from deit_fast.train.metrics import read_metrics
-from deit_fast.train.preemption import EXIT_STATUS, Preempted
 
 HERE = Path(__file__).parent
 TEACHER = "unruly_teacher:convnet@{}/teacher.safetensors"

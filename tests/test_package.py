@@ -24,29 +24,24 @@ LATE = {
     "pyarrow",
 }
 
-# Layers from the top down; a module imports from its own layer and from those below.
+# Layers from the bottom up, by path; for each path the longest entry that it begins with. A file
+# imports from its own layer and from those below.
 LAYERS = [
-    {"cli", "__main__"},
-    {"cache_verbs"},
-    {"demo", "bug_report"},
-    {"doctor"},
-    {"recheck"},
-    {"precompute", "train", "report", "analysis", "pack"},
-    {"evaluate", "charts", "report_style"},
-    {"data", "models", "losses", "cache"},
+    {"deit_fast/errors.py", "deit_fast/config.py"},
     {
-        "views",
-        "order",
-        "draws",
+        "deit_fast/recipes.py",
+        "deit_fast/runtime",
+        "deit_fast/views",
         "kernels",
-        "environment",
-        "arguments",
-        "recipes",
-        "files",
-        "outcome",
-        "world",
+        "deit_fast/arguments.py",
+        "deit_fast/outcome.py",
     },
-    {"config"},
+    {"deit_fast/data", "deit_fast/models", "deit_fast/losses.py", "deit_fast/cache"},
+    {"deit_fast/evaluate.py"},
+    {"deit_fast/train"},
+    {"deit_fast/precompute.py"},
+    {"deit_fast/tools"},
+    {"deit_fast/cli.py", "deit_fast/cache_verbs.py", "deit_fast/__main__.py"},
 ]
 
 
@@ -57,50 +52,86 @@ def python_files() -> list[Path]:
     return sorted([*(ROOT / "deit_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 
-def imports(path: Path, *, top_level: bool) -> set[str]:
-    """Absolute names that a file imports, at its top level alone or anywhere."""
-    tree = ast.parse(path.read_text())
-    guarded = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If)
-               and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}  # fmt: skip
-    nodes = tree.body if top_level else list(ast.walk(tree))
-    names: set[str] = set()
-    for node in nodes:
-        if id(node) in guarded:
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module or "")
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def layer_of(room: str) -> int:
-    found = [level for level, rooms in enumerate(LAYERS) if room in rooms]
-    assert found, f"{room} has no layer: add it to LAYERS"
-    return found[0]
-
-
-@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_dependencies_run_one_way(path):
+def dotted_name(path: Path) -> str:
+    """`deit_fast.kernels.ingest` for kernels/ingest.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    room = "kernels" if parts[0] == "kernels" else parts[1]
-    used = {name.split(".")[1] for name in imports(path, top_level=False)
-            if name.startswith("deit_fast.")}  # fmt: skip
-    used &= {room for rooms in LAYERS for room in rooms}
-    if room == "kernels":
-        assert not used, f"kernels know nothing of the engine, {path.name} imports {used}"
-        return
-    if room == "__init__":
-        return
-    above = {other for other in used if layer_of(other) < layer_of(room)}
-    assert not above, f"{room} imports {above}, which stand above it"
+    parts = ("deit_fast", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def imported_names(path: Path) -> set[tuple[str, str]]:
+    """(module, name in it) that a file imports: at its top, late, and for type checkers alone."""
+    found: set[tuple[str, str]] = set()
+    package = dotted_name(path if path.name == "__init__.py" else path.parent / "__init__.py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {(base, alias.name) for alias in node.names}
+    return found
+
+
+def import_graph() -> dict[Path, set[Path]]:
+    """The files of this project that each file imports."""
+    by_name = {dotted_name(path): path for path in python_files()}
+    graph: dict[Path, set[Path]] = {}
+    for path in by_name.values():
+        names = imported_names(path) - {("deit_fast", "_C")}  # the extension
+        modules = {f"{base}.{name}" if f"{base}.{name}" in by_name else base
+                   for base, name in names}  # fmt: skip
+        graph[path] = {by_name[module] for module in modules & by_name.keys()} - {path}
+    return graph
+
+
+def layer_of(path: Path) -> int:
+    name = str(path.relative_to(ROOT))
+    entries = [(len(entry), level) for level, layer in enumerate(LAYERS) for entry in layer
+               if name == entry or name.startswith(f"{entry}/")]  # fmt: skip
+    assert entries, f"{name} has no layer: add it to LAYERS"
+    return max(entries)[1]
+
+
+GRAPH = import_graph()
+FILES = pytest.mark.parametrize("path", GRAPH, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@FILES
+def test_dependencies_run_one_way(path):
+    if path == ROOT / "deit_fast" / "__init__.py":
+        return  # the public names, imported on first use
+    above = {str(other.relative_to(ROOT)) for other in GRAPH[path]
+             if layer_of(other) > layer_of(path)}  # fmt: skip
+    assert not above, f"{path.name} imports {above}, from a layer above its own"
+    if path.parent == ROOT / "kernels":
+        engine = {str(other) for other in GRAPH[path] if other.parent != path.parent}
+        assert not engine, f"kernels know nothing of the engine, {path.name} imports {engine}"
+
+
+def test_no_file_imports_itself_through_others():
+    """No circle, also not by a late import or one for type checkers."""
+    reached: dict[Path, bool] = {}  # False while its imports are followed
+
+    def follow(path: Path, chain: list[Path]) -> None:
+        reached[path] = False
+        for other in GRAPH[path]:
+            circle = " -> ".join(p.stem for p in [*chain, path, other])
+            assert reached.get(other, True), f"a circle of imports: {circle}"
+            if other not in reached:
+                follow(other, [*chain, path])
+        reached[path] = True
+
+    for path in GRAPH:
+        if path not in reached:
+            follow(path, [])
+
+
+@FILES
 def test_no_pickle_and_no_unsafe_load(path):
     tree = ast.parse(path.read_text())
-    assert not imports(path, top_level=False) & {"pickle", "cPickle", "dill", "joblib"}
+    modules = {module for module, _ in imported_names(path)}
+    assert not modules & {"pickle", "cPickle", "dill", "joblib"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = [k for k in node.keywords if k.arg == "weights_only" and k.value.value is True]
@@ -112,11 +143,12 @@ def test_engine_imports_without_the_packages_of_cli_reports_and_dali():
     code = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({sorted(LATE)!r}))  # None: the import fails
-for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_fast.views",
+for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_fast.views.plan",
              "deit_fast.data.loader", "deit_fast.models", "deit_fast.train.loop",
-             "deit_fast.precompute", "deit_fast.recheck", "deit_fast.cache.export",
-             "deit_fast.cache.tinyvit", "deit_fast.evaluate", "deit_fast.report",
-             "deit_fast.doctor", "bench.common", "bench.bench_step", "bench.bench_cache",
+             "deit_fast.precompute", "deit_fast.tools.verify_against_teacher",
+             "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluate",
+             "deit_fast.tools.report",
+             "deit_fast.tools.doctor", "bench.common", "bench.bench_step", "bench.bench_cache",
              "bench.bench_distillation_loss", "bench.bench_ingest", "bench.bench_loader",
              "bench.bench_attention", "bench.bench_add_layer_norm", "bench.bench_bias_gelu",
              "bench.bench_block"):

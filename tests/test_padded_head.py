@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.kernels import aot, distillation_loss
 from deit_fast.kernels import distillation_loss_launch as launch
 from deit_fast.models import create_student

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch, LogitCache, LogitCacheWriter
-from deit_fast.config import InputError, RunConfig
+from deit_fast.config import RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader
+from deit_fast.errors import InputError
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import TeacherCalls, _Pace, _prepare, duration, estimate, precompute
@@ -125,7 +126,7 @@ def test_stored_answers_are_the_teachers(config, reference):
     from deit_fast.data.ingest import ingest_batch
     from deit_fast.data.loader import make_batch
     from deit_fast.data.sources import open_source
-    from deit_fast.views import ViewPlan
+    from deit_fast.views.plan import ViewPlan
 
     source = open_source(config.data, "train", 16)
     plan = ViewPlan(config.view, config.seed, source.num_samples)
@@ -319,7 +320,7 @@ def test_pace_logs_now_and_then(monkeypatch, caplog):
 def teach(config: RunConfig):
     """What `train` does before its first step."""
     from deit_fast.data.sources import open_source
-    from deit_fast.train.teaching import create_teaching
+    from deit_fast.train.teacher import create_teaching
 
     return create_teaching(config, open_source(config.data, "train", 16), torch.device("cpu"))
 

@@ -19,18 +19,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast import cli
-from deit_fast.config import InputError, RunConfig, to_dict
+from deit_fast.config import RunConfig, to_dict
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import open_source
-from deit_fast.order import EpochOrder, TrainBatches
+from deit_fast.errors import InputError
 from deit_fast.precompute import precompute
-from deit_fast.train.garbage import Collection
+from deit_fast.runtime.garbage import Collection
+from deit_fast.runtime.profile import WARM_UP
 from deit_fast.train.loop import train
-from deit_fast.train.profile import WARM_UP
 from deit_fast.train.state import create_state
 from deit_fast.train.step import TrainStep
-from deit_fast.train.teaching import create_teaching
-from deit_fast.views import ViewPlan
+from deit_fast.train.teacher import create_teaching
+from deit_fast.views.order import EpochOrder, TrainBatches
+from deit_fast.views.plan import ViewPlan
 
 # ---------------------------------------------------------------------------------------------
 # Profile

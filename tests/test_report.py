@@ -22,10 +22,17 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deit_fast import charts
 from deit_fast.cli import main
-from deit_fast.config import InputError, RunConfig, to_dict
-from deit_fast.report import PNG_SIGNATURE, build_report, curves, short_names, write_report
+from deit_fast.config import RunConfig, to_dict
+from deit_fast.errors import InputError
+from deit_fast.tools.report import (
+    PNG_SIGNATURE,
+    build_report,
+    charts,
+    curves,
+    short_names,
+    write_report,
+)
 
 VOID = {"meta", "img", "br"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")

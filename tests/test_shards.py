@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 
 from deit_fast.cli import main
-from deit_fast.config import DataConfig, InputError, ViewRecipe
+from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_loader, open_source
 from deit_fast.data.packed import PackedImages
-from deit_fast.data.tar import TarShards
-from deit_fast.pack import pack
-from deit_fast.views import ViewPlan
+from deit_fast.data.shards import TarShards
+from deit_fast.errors import InputError
+from deit_fast.tools.pack import pack
+from deit_fast.views.plan import ViewPlan
 
 RECIPE = ViewRecipe(image_size=24, repeats=1)
 CLASSES = ("ant", "bee", "cat")
@@ -129,7 +130,7 @@ def test_the_index_is_kept_and_notices_a_changed_shard(
     first = TarShards(str(root), "train")
     assert (root / "train" / ".deit-fast-index.npz").exists()
     scans = []
-    import deit_fast.data.tar as module
+    import deit_fast.data.shards as module
 
     original = module._scan
     monkeypatch.setattr(module, "_scan", lambda *a: scans.append(a) or original(*a))
@@ -294,7 +295,7 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> N
 
     out = tmp_path / "pieces"
     code = (
-        "from deit_fast.config import DataConfig; from deit_fast.pack import pack\n"
+        "from deit_fast.config import DataConfig; from deit_fast.tools.pack import pack\n"
         f"pack(DataConfig(root={str(root)!r}, workers=0), {str(out)!r}, shard_samples=3)"
     )
     killed = 0

@@ -14,8 +14,9 @@ from test_train import run_config, world  # noqa: F401  (fixture)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit_fast.config import InputError, OptimConfig, RunConfig
+from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.data.loader import ViewBatch
+from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.kernels import ingest_launch
 from deit_fast.kernels.ingest import PLAN_COLUMNS
@@ -23,12 +24,12 @@ from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.precompute import precompute
 from deit_fast.recipes import digits_student
+from deit_fast.runtime.distributed import World
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
 from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
-from deit_fast.train.teaching import Teaching
-from deit_fast.world import World
+from deit_fast.train.teacher import Teaching
 
 CPU = torch.device("cpu")
 COLUMNS = [PLAN_COLUMNS.index(name) for name in ("image", "partner_image")]

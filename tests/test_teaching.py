@@ -16,10 +16,10 @@ from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher
 from deit_fast.models.weights import digest_weights
-from deit_fast.order import EpochOrder, TrainBatches
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
-from deit_fast.train.teaching import CachedTeacher, OnlineTeacher
+from deit_fast.train.teacher import CachedTeacher, OnlineTeacher
+from deit_fast.views.order import EpochOrder, TrainBatches
 
 CPU = torch.device("cpu")
 TAU = 3.0

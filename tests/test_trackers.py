@@ -19,12 +19,13 @@ from test_never_lost import in_a_child, torchrun, unruly
 from test_train import run_config, world  # noqa: F401  (fixture)
 
 from deit_fast import cli
-from deit_fast.config import InputError, RunConfig
-from deit_fast.train import trackers
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
+from deit_fast.runtime import trackers
+from deit_fast.runtime.metrics import MetricsFile, read_metrics
+from deit_fast.runtime.signals import Preempted
 from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
-from deit_fast.train.metrics import MetricsFile, read_metrics
-from deit_fast.train.preemption import Preempted
 
 Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
 

@@ -12,16 +12,17 @@ from timm.scheduler import CosineLRScheduler
 
 from deit_fast.cache import CacheMismatch
 from deit_fast.cache.ahead import ReadAhead
-from deit_fast.config import InputError, OptimConfig, RunConfig
+from deit_fast.config import OptimConfig, RunConfig
+from deit_fast.errors import InputError
 from deit_fast.models import create_student, load_weights
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
 from deit_fast.recipes import digits_student
+from deit_fast.runtime.flops import training_flops
+from deit_fast.runtime.metrics import read_metrics
 from deit_fast.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
-from deit_fast.train.metrics import read_metrics
 from deit_fast.train.optim import create_optimizer, learning_rate
-from deit_fast.train.speed import training_flops
 from digits import write_few_digits
 
 

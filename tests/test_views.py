@@ -17,11 +17,11 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deit_fast.config import InputError, ViewRecipe
+from deit_fast.config import ViewRecipe
 from deit_fast.data import ImageFolder, ViewLoader
-from deit_fast.draws import LAM_ONE, Purpose, beta_table, philox, ratio_table
-from deit_fast.order import EpochOrder, TrainBatches, pairing
-from deit_fast.views import (
+from deit_fast.errors import InputError
+from deit_fast.views.order import EpochOrder, TrainBatches, pairing
+from deit_fast.views.plan import (
     CUTMIX,
     MIXUP,
     NO_MIX,
@@ -29,6 +29,7 @@ from deit_fast.views import (
     fingerprint,
     lam_of,
 )
+from deit_fast.views.rng import LAM_ONE, Purpose, beta_table, philox, ratio_table
 from test_data import digests, write_split
 
 DRAWS = 100_000
@@ -81,7 +82,7 @@ def words(out, seed, n: tl.constexpr):
 
 out = torch.zeros(4, 64, dtype=torch.int64)
 words[(1,)](out, 0x123456789ABC, n=64)
-from deit_fast.draws import philox
+from deit_fast.views.rng import philox
 ours = np.stack(philox(np.arange(64), 0, 0, 0, (0x56789ABC, 0x1234)))
 assert (ours == (out.numpy() & 0xFFFFFFFF)).all(), (ours, out)
 print("equal")
@@ -464,8 +465,8 @@ def test_views_seeds_and_samples_differ():
 GOLDEN = """
 import hashlib, numpy as np
 from deit_fast.config import ViewRecipe
-from deit_fast.order import EpochOrder
-from deit_fast.views import ViewPlan
+from deit_fast.views.order import EpochOrder
+from deit_fast.views.plan import ViewPlan
 plan = ViewPlan(ViewRecipe(), 2026, 10_001)
 ids, views = np.arange(10_001), np.arange(10_001) % 9
 digest = hashlib.sha256(plan.rows(ids, views).tobytes())

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deit_fast import world as room
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.evaluate import choose_device
+from deit_fast.runtime import distributed as room
 
 
 @pytest.fixture

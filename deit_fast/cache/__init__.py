@@ -5,10 +5,11 @@ The file format is docs/cache-format.md; the part in C++ is csrc/.
 
 from __future__ import annotations
 
+from deit_fast.errors import CacheError, CacheMismatch
+
 from .ahead import ReadAhead, StreamedLogits
 from .codecs import CODECS, Codec, codec_from_config
-from .errors import CacheError, CacheMismatch
-from .manifest import build_manifest
+from .format import build_manifest
 from .reader import LogitCache, ResidentLogits
 from .verify import info, planned, verify
 from .writer import LogitCacheWriter

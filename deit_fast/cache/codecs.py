@@ -19,7 +19,6 @@ from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.dense import DENSE_DTYPES, DenseCodec, DenseFp8Codec, DenseInt8Codec
-from deit_fast.cache.errors import CacheError, RowError
 from deit_fast.cache.records import (
     decode_rows,
     finite_float32,
@@ -27,7 +26,8 @@ from deit_fast.cache.records import (
     pack_ids,
     require_logits,
 )
-from deit_fast.config import CodecConfig, InputError
+from deit_fast.config import CodecConfig
+from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.kernels import TopK
 
 _MAX_TOPK_CLASSES = 2**18  # so many integers of csrc/arithmetic.h add up without overflow

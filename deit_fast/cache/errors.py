@@ -1,4 +1,4 @@
-"""What can be wrong with a cache, as one-line messages."""
+"""Errors of the C++ extension as errors of this package."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deit_fast import _C
-from deit_fast.config import InputError
-
-
-class CacheError(InputError):
-    """The cache lacks what was asked of it, or its bytes are not what its format allows."""
-
-
-class CacheMismatch(CacheError):
-    """The cache was made under other settings; the text names each differing field."""
-
-
-class RowError(CacheError):
-    """One row of a batch cannot be stored or read; the caller knows which sample that is."""
-
-    def __init__(self, row: int, reason: str) -> None:
-        super().__init__(f"row {row}: {reason}")
-        self.row, self.reason = row, reason
+from deit_fast.errors import CacheError
 
 
 @contextmanager

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.cache.errors import CacheError
-from deit_fast.cache.manifest import temporary_path
+from deit_fast.cache.format import temporary_path
 from deit_fast.cache.reader import LogitCache
-from deit_fast.config import InputError
+from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels import TopK
 
 FORMATS = (".parquet", ".safetensors", ".pt")

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit_fast.cache.errors import CacheError
-from deit_fast.cache.manifest import temporary_path
-from deit_fast.cache.processes import space as _space
-from deit_fast.cache.processes import start_of as _start_of
+from deit_fast.cache.format import temporary_path
+from deit_fast.errors import CacheError
+from deit_fast.runtime.processes import space as _space
+from deit_fast.runtime.processes import start_of as _start_of
 
 log = logging.getLogger("deit_fast")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from deit_fast.cache.errors import CacheError
-from deit_fast.cache.manifest import canonical, temporary_path
+from deit_fast.cache.format import canonical, temporary_path
+from deit_fast.errors import CacheError
 
 SAMPLES_PER_VIEW = 64
 DIGEST_HEX = 32

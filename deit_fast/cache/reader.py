@@ -14,8 +14,8 @@ from torch import Tensor
 from deit_fast import _C
 from deit_fast.cache.ahead import ReadAhead, StreamedLogits
 from deit_fast.cache.codecs import Codec, TopKCodec, codec_from_manifest
-from deit_fast.cache.errors import CacheError, format_errors
-from deit_fast.cache.manifest import (
+from deit_fast.cache.errors import format_errors
+from deit_fast.cache.format import (
     fields,
     read_manifest,
     require_equal,
@@ -24,7 +24,7 @@ from deit_fast.cache.manifest import (
     views_on_disk,
 )
 from deit_fast.cache.records import decode_rows
-from deit_fast.config import InputError
+from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels import TopK
 
 # Memory maps kept open after a call. A step touches view.repeats views; a view that comes back

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from deit_fast import _C
-from deit_fast.cache.errors import RowError
-from deit_fast.config import InputError
+from deit_fast.errors import InputError, RowError
 from deit_fast.kernels import TopK
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.cache.errors import CacheError
 from deit_fast.cache.reader import LogitCache
+from deit_fast.errors import CacheError
 from deit_fast.kernels import TopK
 
 BLOCKS, RECORDS_PER_BLOCK = 64, 128  # a block is read whole to be verified

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from deit_fast.cache.errors import CacheError
-from deit_fast.cache.manifest import build_manifest, temporary_path
+from deit_fast.cache.format import build_manifest, temporary_path
 from deit_fast.cache.writer import LogitCacheWriter
-from deit_fast.config import CodecConfig, InputError
+from deit_fast.config import CodecConfig
+from deit_fast.errors import CacheError, InputError
 
 KEYS_FILE = "keys.txt"  # line i is the key of sample i
 _LEAST = 2.0**-25  # for a probability that float16 rounded to zero: half its least step

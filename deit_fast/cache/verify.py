@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
-from deit_fast.cache.errors import CacheError, format_errors
-from deit_fast.cache.manifest import (
+from deit_fast.cache.errors import format_errors
+from deit_fast.cache.format import (
     FILE_NAME,
     check_manifest,
     fields,
@@ -18,6 +18,7 @@ from deit_fast.cache.manifest import (
     view_spec,
     views_on_disk,
 )
+from deit_fast.errors import CacheError
 
 
 def info(path: str | Path) -> dict[str, Any]:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
-from deit_fast.cache.errors import CacheError, RowError, format_errors
-from deit_fast.cache.locks import BlockLocks
-from deit_fast.cache.manifest import (
+from deit_fast.cache.errors import format_errors
+from deit_fast.cache.format import (
     publish_manifest,
     remove_orphans,
     temporary_path,
     view_path,
     view_spec,
 )
-from deit_fast.config import InputError
+from deit_fast.cache.locks import BlockLocks
+from deit_fast.errors import CacheError, InputError, RowError
 
 log = logging.getLogger("deit_fast")
 

@@ -1,6 +1,6 @@
 """Data sets, loaders and the ingest step: from files to the batch that teacher and student see."""
 
-from deit_fast.data.evaluation import EvalLoader
+from deit_fast.data.eval import EvalLoader
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, ViewLoader
 from deit_fast.data.open import open_loader, pixel_contract

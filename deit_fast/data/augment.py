@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from deit_fast.draws import LEVEL_ONE
-from deit_fast.views import OPERATIONS
+from deit_fast.views.plan import OPERATIONS
+from deit_fast.views.rng import LEVEL_ONE
 
 Color = tuple[int, int, int]
 

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deit_fast.config import InputError, ViewRecipe
-from deit_fast.draws import LEVEL_ONE
+from deit_fast.config import ViewRecipe
+from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, resize_columns
-from deit_fast.views import RANDAUGMENT_OPERATIONS
+from deit_fast.views.plan import RANDAUGMENT_OPERATIONS
+from deit_fast.views.rng import LEVEL_ONE
 
 _PLACES = {name: place for place, name in enumerate(TABLE_COLUMNS)}
 _KNOWN = {"crop": ("resized",), "augment": ("randaugment", "none"), "color_jitter": (0.0,)}

@@ -9,7 +9,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 
 _RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
 

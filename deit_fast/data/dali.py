@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.config import InputError
 from deit_fast.data.augment_table import augment_table
 from deit_fast.data.dali_graph import (
     GRAPH_VERSION,
@@ -31,6 +30,13 @@ from deit_fast.data.dali_graph import (
     view_inputs,
 )
 from deit_fast.data.draw import draw_views
+from deit_fast.data.jpeg_index import (
+    FileIndex,
+    examine,
+    header_size,
+    index_files,
+    require_dali,
+)
 from deit_fast.data.loader import (
     Halves,
     ViewBatch,
@@ -40,15 +46,9 @@ from deit_fast.data.loader import (
     steps_of,
 )
 from deit_fast.data.sources import Source
-from deit_fast.data.validate import (
-    FileIndex,
-    examine,
-    header_size,
-    index_files,
-    require_dali,
-)
+from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
-from deit_fast.views import ViewPlan
+from deit_fast.views.plan import ViewPlan
 
 CHUNK = 256  # views DALI makes at once: bounds its memory, whatever the batch
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from deit_fast.draws import LEVEL_ONE
-from deit_fast.views import OPERATIONS
+from deit_fast.views.plan import OPERATIONS
+from deit_fast.views.rng import LEVEL_ONE
 
 GRAPH_VERSION = 1  # raise it with any change of the pixels
 

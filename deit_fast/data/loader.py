@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from deit_fast.config import InputError
 from deit_fast.data.draw import draw_views
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Readable, Source, UnreadableImage
-from deit_fast.views import BatchMix, ViewPlan, lam_of
+from deit_fast.errors import InputError
+from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
 
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
 

@@ -11,7 +11,7 @@ from deit_fast.config import DataConfig
 from deit_fast.data.contract import pillow_contract
 from deit_fast.data.loader import ViewBatch, ViewLoader
 from deit_fast.data.sources import Source
-from deit_fast.views import ViewPlan
+from deit_fast.views.plan import ViewPlan
 
 
 def open_loader(
@@ -64,7 +64,7 @@ def pixel_contract(data: DataConfig) -> dict[str, Any]:
     if data.loader == "pillow":
         return pillow
     from deit_fast.data.dali import dali_contract
-    from deit_fast.data.validate import require_dali
+    from deit_fast.data.jpeg_index import require_dali
 
     require_dali()
     if data.loader == "dali-triton" and data.dali_decoder == "cpu":

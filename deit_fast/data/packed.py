@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from deit_fast import _C
-from deit_fast.config import InputError
 from deit_fast.data.sources import UnreadableImage, decode, source_fingerprint
+from deit_fast.errors import InputError
 
 FORMAT = {"format": "deit-fast-packed", "version": 1}
 FORMS = ("uint8", "jpeg")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.views import shorter_side_to
+from deit_fast.views.plan import shorter_side_to
 
 
 def crop_and_resize(

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from deit_fast.config import DataConfig, InputError
-from deit_fast.draws import philox
+from deit_fast.config import DataConfig
+from deit_fast.errors import InputError
+from deit_fast.views.rng import philox
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -270,7 +271,7 @@ def open_source(data: DataConfig, split: str, image_size: int) -> Source:
         return PackedImages(data.root, name)
     train = os.path.join(data.root, data.train)
     if data.source == "tar":
-        from deit_fast.data.tar import TarShards
+        from deit_fast.data.shards import TarShards
 
         if split == "train" or not os.path.isdir(train):
             return TarShards(data.root, name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from deit_fast.models.fuse import fuse, unfuse
-from deit_fast.models.students import create_student, forward_heads
-from deit_fast.models.teachers import Teacher, load_teacher
+from deit_fast.models.student import create_student, forward_heads
+from deit_fast.models.teacher import Teacher, load_teacher
 from deit_fast.models.weights import load_weights
 
 __all__ = [

@@ -7,7 +7,7 @@ import inspect
 
 from torch import nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 
 
 def build_from_factory(spec: str, num_classes: int | None) -> nn.Module:

@@ -31,7 +31,7 @@ from timm.layers import Attention, DropPath, LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 from deit_fast.models.fused import (
     COMPILED_METHODS,
     FusedAttention,

@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.config import InputError
+from deit_fast.errors import InputError
 
 log = logging.getLogger("deit_fast")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from deit_fast.config import InputError
-from deit_fast.files import write_atomically
+from deit_fast.errors import InputError
+from deit_fast.runtime.files import write_atomically
 
 log = logging.getLogger("deit_fast")
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from deit_fast.config import InputError, RunConfig
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
 from deit_fast.models import forward_heads
 from deit_fast.models.fused import COMPILED_METHODS, FusedForward
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit_fast.world import World
+from deit_fast.runtime.distributed import World
 
 _NAMED = 3  # parameters in a message
 

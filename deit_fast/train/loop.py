@@ -11,33 +11,34 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from deit_fast.config import InputError, RunConfig, to_dict
-from deit_fast.data.compat import DeitBatches
+from deit_fast.config import RunConfig, to_dict
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.samples import save_samples
 from deit_fast.data.sources import open_source
-from deit_fast.environment import describe_command, describe_environment
+from deit_fast.errors import InputError
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
-from deit_fast.files import write_atomically, write_json
-from deit_fast.order import EpochOrder, TrainBatches
+from deit_fast.runtime.distributed import World, joined_world
+from deit_fast.runtime.environment import describe_command, describe_environment
+from deit_fast.runtime.failures import in_plain_words
+from deit_fast.runtime.files import write_atomically, write_json
+from deit_fast.runtime.garbage import Collection
+from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress
+from deit_fast.runtime.profile import StepProfiler, memory_history
+from deit_fast.runtime.signals import Preempted, Signals
+from deit_fast.runtime.trackers import Trackers, require_trackers
 from deit_fast.train.checkpoint import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
-from deit_fast.train.failures import in_plain_words
-from deit_fast.train.garbage import Collection
 from deit_fast.train.guard import Guard
-from deit_fast.train.metrics import METRICS, MetricsFile, Progress
 from deit_fast.train.optim import learning_rate
-from deit_fast.train.preemption import Preempted, Signals
-from deit_fast.train.profile import StepProfiler, memory_history
 from deit_fast.train.state import create_state, go_back, resume
 from deit_fast.train.step import TrainStep
-from deit_fast.train.teaching import CachedTeacher, create_teaching
-from deit_fast.train.trackers import Trackers, require_trackers
+from deit_fast.train.teacher import CachedTeacher, create_teaching
 from deit_fast.train.window import Window
-from deit_fast.views import ViewPlan
-from deit_fast.world import World, joined_world
+from deit_fast.views.deit_order import DeitBatches
+from deit_fast.views.order import EpochOrder, TrainBatches
+from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
 

@@ -12,7 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from deit_fast.config import InputError, RunConfig, dotted_keys, to_dict
+from deit_fast.config import RunConfig, dotted_keys, to_dict
+from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.models.weights import load_weights, start_from
 from deit_fast.train.checkpoint import list_checkpoints, load_newest

@@ -18,13 +18,13 @@ from deit_fast.data.loader import ViewBatch
 from deit_fast.kernels import distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
-from deit_fast.models.teachers import has_bf16
+from deit_fast.models.teacher import has_bf16
+from deit_fast.runtime.distributed import World
 from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
 from deit_fast.train.step_graph import Outcome, Part, StepGraph, require_capturable
-from deit_fast.train.teaching import Teaching
-from deit_fast.world import World
+from deit_fast.train.teacher import Teaching
 
 NUMBERS = ("loss", "base_loss", "distill_loss")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")

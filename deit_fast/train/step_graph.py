@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_fast.config import InputError
 from deit_fast.data.loader import ViewBatch
+from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
+from deit_fast.runtime.distributed import World
 from deit_fast.train.optim import skips_on_device
-from deit_fast.train.teaching import TeacherAnswer
-from deit_fast.world import World
+from deit_fast.train.teacher import TeacherAnswer
 
 WARM_UP = 3  # real steps before the capture: they compile, choose algorithms, make moments
 _HALVES = 2  # images of a view at most: its own and its partner's

@@ -10,10 +10,10 @@ import torch
 from deit_fast.config import RunConfig
 from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import DeviceLoader
-from deit_fast.train.metrics import MetricsFile
-from deit_fast.train.speed import peak_flops, training_flops
+from deit_fast.runtime.distributed import World
+from deit_fast.runtime.flops import peak_flops, training_flops
+from deit_fast.runtime.metrics import MetricsFile
 from deit_fast.train.state import TrainState
-from deit_fast.world import World
 
 
 class Window:

@@ -1,0 +1,271 @@
+"""The manifest: what a cache holds and what it was made from; one JSON file beside the views.
+
+Everything but "info" is compared. Its canonical form is hashed into every view file's header, so a
+view that strays into another cache, or a manifest edited afterwards, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deit_fast import _C
+from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
+from deit_fast.cache.records import id_bytes
+from deit_fast.config import CodecConfig
+from deit_fast.errors import CacheError, CacheMismatch
+from deit_fast.runtime.processes import space, start_of
+
+FORMAT = 2
+FILE_NAME = "manifest.json"
+_COMPARED = ("format", "codec", "record_bytes", "block_records", "num_samples", "fingerprint")
+_LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**21}
+_MAX_FILE_BYTES = 1 << 24
+_temporary_numbers = itertools.count()
+
+
+def build_manifest(
+    config: CodecConfig,
+    *,
+    num_classes: int,
+    num_samples: int,
+    tau: float,
+    fingerprint: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a new cache.
+
+    Args:
+        config: codec and block size.
+        num_classes: width of the teacher's logits.
+        num_samples: samples of the data set, which is records per view.
+        tau: temperature that `topk` records where ``config.temperatures`` names none.
+        fingerprint: dotted key -> JSON value; all that decides the views and the teacher's answer.
+        info: anything worth noting that is not compared, such as a date.
+
+    Raises:
+        InputError: a codec setting that does not fit, a value that is not JSON.
+    """
+    codec = codec_from_config(config, num_classes, tau)
+    manifest = {
+        "format": FORMAT,
+        "codec": codec.manifest(),
+        "record_bytes": codec.record_bytes,
+        "block_records": config.block_records,
+        "num_samples": num_samples,
+        "fingerprint": dict(fingerprint),
+        "info": dict(info or {}),
+    }
+    return check_manifest(manifest, "manifest")
+
+
+def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
+    """The manifest in plain JSON types; ``where`` starts the message of what is wrong with it.
+
+    Raises:
+        CacheError: a field is missing, unknown, of the wrong type or out of its range.
+    """
+    try:
+        plain = json.loads(json.dumps(manifest, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CacheError(f"{where}: not plain JSON: {error}") from None
+    if not isinstance(plain, dict):
+        raise CacheError(f"{where}: must be a JSON object")
+    if plain.get("format") != FORMAT:
+        raise CacheError(f"{where}: format is {plain.get('format')!r}, this version reads {FORMAT}")
+    wrong = (set(plain) - {"info"}) ^ set(_COMPARED)
+    if wrong:
+        raise CacheError(f"{where}: fields missing or unknown: {', '.join(sorted(wrong))}")
+    for name, limit in _LIMITS.items():
+        value = plain[name]
+        if type(value) is not int or not 1 <= value <= limit:
+            raise CacheError(f"{where}: {name} must lie in [1, {limit}], not {value!r}")
+    for name in ("codec", "fingerprint", "info"):
+        if not isinstance(plain.get(name, {}), dict):
+            raise CacheError(f"{where}: {name} must be a JSON object, not {plain[name]!r}")
+    record_bytes = codec_from_manifest(plain["codec"], where).record_bytes
+    if plain["record_bytes"] != record_bytes:
+        raise CacheError(
+            f"{where}: record_bytes is {plain['record_bytes']}, the codec has {record_bytes}"
+        )
+    return plain
+
+
+def canonical(manifest: Mapping[str, Any]) -> bytes:
+    """The compared part as sorted, compact, ASCII JSON: what the view headers hash."""
+    compared = {name: value for name, value in manifest.items() if name != "info"}
+    return json.dumps(compared, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def view_specs(manifest: Mapping[str, Any]) -> Callable[[int], _C.ViewSpec]:
+    """By view id: sizes of its file, what its header must say, where class ids are in a record."""
+    codec = codec_from_manifest(manifest["codec"], "manifest")
+    return partial(
+        _spec,
+        num_records=manifest["num_samples"],
+        record_bytes=manifest["record_bytes"],
+        block_records=manifest["block_records"],
+        ids_per_record=codec.ids_per_record,
+        id_bytes=id_bytes(codec.num_classes),
+        id_limit=codec.num_classes,
+        manifest_sha256=hashlib.sha256(canonical(manifest)).digest(),
+    )
+
+
+def _spec(view_id: int, **values: Any) -> _C.ViewSpec:
+    return _C.ViewSpec(view_id=view_id, **values)
+
+
+def view_spec(manifest: Mapping[str, Any], view_id: int) -> _C.ViewSpec:
+    """``view_specs`` of one view."""
+    return view_specs(manifest)(view_id)
+
+
+def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Compared fields by dotted name: `num_samples`, `codec.k`, and the fingerprint's own keys."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        if name == "codec" and isinstance(value, Mapping):
+            flat.update({f"codec.{key}": item for key, item in value.items()})
+        elif name == "fingerprint" and isinstance(value, Mapping):
+            flat.update(value)
+        elif name != "info":
+            flat[name] = value
+    return flat
+
+
+def require_equal(
+    folder: Path,
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    names: Collection[str] | None = None,
+) -> None:
+    """Compare fields by dotted name with a cache's: those in ``names``, or all of ``wanted``.
+
+    Raises:
+        CacheMismatch: names every differing field with both values.
+    """
+    differing = [
+        f"{name} is {_show(found, name)}, wanted {_show(wanted, name)}"
+        for name in sorted(wanted if names is None else names)
+        if _show(found, name) != _show(wanted, name)
+    ]
+    if differing:
+        noun = "one field" if len(differing) == 1 else f"{len(differing)} fields"
+        raise CacheMismatch(f"cache {folder} differs in {noun}: {'; '.join(differing)}")
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    """A value as JSON in which 1 and 1.0 are the same."""
+    return json.dumps(_merge_numbers(values[name]), sort_keys=True) if name in values else "absent"
+
+
+def _merge_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (list, tuple)):
+        return [_merge_numbers(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _merge_numbers(item) for key, item in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def view_path(folder: Path, view_id: int) -> Path:
+    return folder / f"view-{view_id:05d}.dlc"
+
+
+def views_on_disk(folder: Path) -> list[int]:
+    """Ids of the view files in a folder, complete or not, in order."""
+    found = []
+    for path in folder.glob("view-*.dlc"):
+        digits = path.stem.removeprefix("view-")
+        if digits.isdecimal() and view_path(folder, int(digits)) == path:
+            found.append(int(digits))
+    return sorted(found)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the cache in a folder.
+
+    Raises:
+        CacheError: there is none, or it is not one.
+    """
+    path = folder / FILE_NAME
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(f"{folder} is not a cache: it has no {FILE_NAME}") from None
+    if len(raw) > _MAX_FILE_BYTES:
+        raise CacheError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: not JSON: {error}") from None
+    return check_manifest(values, str(path))
+
+
+def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the manifest into the folder, or compare it with the one that is there.
+
+    Of several processes that publish at once one wins; all return the winner's.
+
+    Raises:
+        CacheMismatch: the folder holds a cache made under other settings.
+    """
+    wanted = check_manifest(manifest, "manifest")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE_NAME
+    if not path.exists():
+        temporary = temporary_path(path)
+        try:
+            with open(temporary, "x") as file:
+                json.dump(wanted, file, indent=1, sort_keys=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink(missing_ok=True)
+    present = read_manifest(folder)
+    found, given = fields(present), fields(wanted)
+    require_equal(folder, found, given, names=found.keys() | given.keys())
+    return present
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process and no other call of this one uses."""
+    pid = os.getpid()
+    owner = f"{_space_digest()}-{pid}-{start_of(pid) or 0}-{next(_temporary_numbers)}"
+    return path.with_name(f".tmp-{owner}-{path.name}")
+
+
+def remove_orphans(folder: Path) -> None:
+    """Delete temporary files that killed processes left; they may be as large as a view.
+
+    Only those whose pid means something here: of this boot and pid namespace, as for locks.
+    """
+    if not space():
+        return
+    pattern = re.compile(rf"\.tmp-{_space_digest()}-(\d+)-(\d+)-")
+    for path in folder.glob(".tmp-*"):
+        owner = pattern.match(path.name)
+        if owner and start_of(int(owner[1])) != int(owner[2]):
+            path.unlink(missing_ok=True)
+
+
+def _space_digest() -> str:
+    return hashlib.sha256(space().encode()).hexdigest()[:12]

@@ -1,0 +1,126 @@
+"""Held-out images: resize, centre crop, normalise; every image exactly once over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from deit_fast.data.loader import Failure, batch_loader, load_readable, unwrap
+from deit_fast.data.resize import resize_shorter_side
+from deit_fast.data.sources import Source
+from deit_fast.errors import InputError
+
+
+class EvalLoader:
+    """This rank's held-out images: (float32 [B, 3, S, S], labels int64 [B], ids int64 [B]).
+
+    The rank takes a contiguous share of the ids, without padding: ranks may differ by one image and
+    in their number of batches, so count right answers and reduce once at the end.
+
+    Args:
+        crop: side of the centre crop as a share of the resized shorter side.
+        batch_size: images per batch of this rank; the last batch holds the rest.
+        on_error: as `ViewLoader`.
+        device: where to normalise; the bytes go there first, a quarter of the traffic.
+
+    Attributes:
+        substituted: paths of the unreadable files met so far.
+
+    Raises:
+        InputError: while iterating, with on_error="fail" or when no image is readable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        crop: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        on_error: str = "substitute",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 <= rank < world:
+            raise InputError(f"rank {rank} is not one of {world} processes")
+        count = source.num_samples
+        ids = np.arange(count * rank // world, count * (rank + 1) // world)
+        self.batch_size = batch_size
+        batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        self.num_images = len(ids)
+        self.substituted: list[str] = []
+        self.device = torch.device(device)
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
+        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1).to(device)
+        self._loader = batch_loader(
+            _Batches(source, image_size, crop, batches, on_error),
+            range(len(batches)),
+            workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for pixels, labels, ids, substituted in unwrap(self._loader):
+            new = [path for path in substituted if path not in self.substituted]
+            self.substituted += new
+            channels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            images = (channels.to(torch.float32) / 255 - self._mean) / self._std
+            yield images.contiguous(), labels.to(self.device, non_blocking=True), ids
+
+
+class _Batches(Dataset):
+    """Batch number -> (uint8 [B, S, S, 3], labels, ids, substituted paths); runs in a worker."""
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        crop: float,
+        batches: list[np.ndarray],
+        on_error: str,
+    ) -> None:
+        self.source, self.image_size, self.crop = source, image_size, crop
+        self.batches, self.on_error = batches, on_error
+
+    def __getitem__(self, number: int) -> Any:
+        ids = self.batches[number]
+        pixels = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
+        substituted: list[str] = []
+        taken = []
+        try:
+            for place, index in zip(pixels, ids.tolist(), strict=True):
+                image, found = load_readable(self.source, index, self.on_error, substituted)
+                place[:] = (
+                    np.asarray(image)
+                    if self.source.finished
+                    else eval_pixels(image, self.image_size, self.crop)
+                )
+                taken.append(found)
+        except InputError as error:
+            return Failure(str(error))
+        arrays = (pixels, self.source.labels[taken], ids)
+        return *map(torch.from_numpy, arrays), substituted
+
+
+def eval_pixels(image: Image.Image | np.ndarray, size: int, crop: float) -> np.ndarray:
+    """Shorter side to int(size / crop), Pillow's bicubic; centre crop: uint8 [size, size, 3].
+
+    torchvision's `Resize` and `CenterCrop` on a PIL image, bit for bit.
+    """
+    resized = resize_shorter_side(np.asarray(image), int(size / crop))
+    height, width = resized.shape[:2]
+    left, top = round((width - size) / 2), round((height - size) / 2)  # half to even
+    return resized[top : top + size, left : left + size]

@@ -1,0 +1,1 @@
+"""What every long-running verb uses: processes, signals, metrics, profiling, files."""

@@ -1,0 +1,143 @@
+"""The whole job in small: real images, a teacher, a cache, three students, an analysis, a report.
+
+Uses scikit-learn's digits (1,797 images of 8x8 pixels, from the UCI repository), because they
+come inside a package and need no download.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
+from deit_fast.recipes import digits_student, digits_teacher
+from deit_fast.runtime.files import write_json
+
+log = logging.getLogger("deit_fast")
+
+TRAIN_SHARE = 1 / 3
+"""Share of the images that is trained on; the rest is held out, so that 1 point is 12 images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of the demo."""
+
+    output: str = "runs/demo"
+    """Folder of data, runs and report; a second call goes on from what is there."""
+    seeds: tuple[int, ...] = (0,)
+    """One teacher and three students are trained for each seed."""
+    workers: int = 1
+    """Decoding processes."""
+    save: str | None = None
+    """Also write the accuracies of all seeds, with versions and command, to this JSON file."""
+    save_analysis: str | None = None
+    """Likewise the analysis of all students: tokens, heads, disagreement, calibration."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise InputError("demo needs at least one seed")
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Train a teacher, cache its logits, train the same student three times, compare.
+
+    Returns:
+        `rows`: per seed the teacher's and the students' top-1 accuracy; `mean`: over the seeds;
+        `gain`: better distilled student minus undistilled one, percentage points; `observed`: what
+        DeiT's authors observed, a line each with how often it holds here; `report`: path.
+    """
+    from deit_fast.precompute import precompute
+    from deit_fast.tools.analysis.runs import analyze
+    from deit_fast.tools.analysis.summary import observed, summarise, write_summary
+    from deit_fast.tools.report import write_report
+    from deit_fast.train.loop import train
+
+    started = time.perf_counter()
+    output = Path(config.output)
+    write_digits(output / "data")
+    rows, runs, analyses = [], [], []
+    for seed in config.seeds:
+        folder = output / f"seed-{seed}"
+        row: dict[str, float] = {"seed": seed}
+        teacher_config = _placed(digits_teacher(), config, folder / "teacher", seed)
+        log.info("seed %d: teacher", seed)
+        row["teacher"] = train(teacher_config)["top1"]
+        spec = f"{teacher_config.model.name}@{folder}/teacher/model.safetensors"
+        student = _placed(digits_student(), config, folder, seed)
+        log.info("seed %d: the teacher's logits for all views", seed)
+        precompute(student.replace(teacher=spec, cache=str(folder / "cache")))
+        for kind in ("none", "hard", "soft"):
+            log.info("seed %d: student, distillation %s", seed, kind)
+            run = student.replace(output=str(folder / kind), loss={"kind": kind})
+            if kind == "none":  # the twin has no distillation token, as DeiT's undistilled models
+                run = run.replace(model={"name": run.model.name.replace("distilled_", "")})
+            else:
+                run = run.replace(cache=str(folder / "cache"))
+            row[kind] = train(run)["top1"]
+            runs.append(folder / kind)
+        analyses += analyze(runs[-3:], teacher=spec)
+        rows.append(row)
+    names = ("teacher", "none", "hard", "soft")
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    result = {
+        "rows": rows,
+        "mean": mean,
+        "gain": 100 * (max(mean["hard"], mean["soft"]) - mean["none"]),
+        "observed": observed(summarise(analyses)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "report": str(output / "report.html"),
+    }
+    write_report(runs, output / "report.html", "deit_fast demo: digits")
+    if config.save is not None:
+        save_result(result, Path(config.save))
+    if config.save_analysis is not None:
+        write_summary(analyses, Path(config.save_analysis))
+    return result
+
+
+def write_digits(root: Path) -> None:
+    """Write scikit-learn's digits as an image folder: `train` and `val`, a folder per digit.
+
+    The split is fixed: every third image of each class is trained on.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    period = round(1 / TRAIN_SHARE)
+    seen = [0] * 10
+    for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        split = "val" if seen[label] % period else "train"
+        seen[label] += 1
+        folder = root / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{index:04d}.png"
+        if not path.exists():
+            grey = np.round(image * 255 / 16).astype(np.uint8)  # 17 grey levels, 0 .. 16
+            Image.fromarray(grey).save(path)
+
+
+def save_result(result: dict[str, Any], path: Path) -> None:
+    """Write the accuracies with what is needed to repeat them."""
+    import torch
+
+    from deit_fast.runtime.environment import describe_command, describe_environment
+
+    meta = describe_environment(torch.device("cpu")) | {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": describe_command(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"meta": meta, **result})
+
+
+def _placed(recipe: RunConfig, config: DemoConfig, output: Path, seed: int) -> RunConfig:
+    """A recipe on the demo's data, in the demo's folder."""
+    data = {"root": str(Path(config.output) / "data"), "workers": config.workers}
+    return recipe.replace(output=str(output), seed=seed, data=data)
