@@ -33,7 +33,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "soft": {"loss": {"kind": "soft", "tau": 3.0}},
     "bce": {"loss": {"kind": "hard", "base": "bce", "smoothing": 0.1}},
     "fine-tune": {"loss": {"kind": "soft"}, "optim": {"lr": 1e-5, "warmup_epochs": 0.0}},
+    "cached": {
+        "loss": {"kind": "soft", "tau": 3.0, "tail": "uniform"},
+        "codec": {"name": "topk", "k": 4, "block_records": 64},
+        "accumulate": 2,
+    },
 }
+CACHED = ("cached",)  # teacher logits from a cache; interrupted after half of the steps, resumed
 
 
 def config_of(family: str, folder: Path) -> RunConfig:
@@ -51,13 +57,20 @@ def config_of(family: str, folder: Path) -> RunConfig:
 
 def curve(family: str) -> list[float]:
     """The loss of each of the first STEPS steps."""
+    from deit_fast.precompute import precompute
     from deit_fast.runtime.metrics import read_metrics
     from deit_fast.train.loop import train
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        config = config_of(family, Path(folder))
         torch.manual_seed(0)  # a teacher without weights is drawn
-        train(config_of(family, Path(folder)))
+        if family in CACHED:
+            config = config.replace(cache=str(Path(folder) / "cache"))
+            precompute(config)
+            config = config.replace(teacher=None)
+            train(config.replace(max_steps=STEPS // 2))
+        train(config)
         rows = read_metrics(Path(folder) / "metrics.jsonl")
     return [row["loss"] for row in rows if row["kind"] == "train"][:STEPS]
 

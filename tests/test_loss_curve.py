@@ -14,9 +14,10 @@ GOLDEN = Path(__file__).parent / "golden" / "loss-curves.json"
 
 @pytest.mark.parametrize("family", loss_curve.FAMILIES)
 def test_the_curve_is_the_golden_one(family: str) -> None:
-    """To the last digit where it was made, elsewhere as far as rounding differs.
+    """Equal to the last digit on the instruction set of the recording, elsewhere up to rounding.
 
-    After a wanted change: python -m bench.loss_curve --out tests/golden/loss-curves.json
+    A newer CPU has that instruction set too: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2.
+    After an intended change: python -m bench.loss_curve --out tests/golden/loss-curves.json
     """
     golden = json.loads(GOLDEN.read_text())
     losses = loss_curve.curve(family)
