@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from deit_fast.errors import first_line
+
 from .record import NO_TIME, Row
 
 FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
@@ -300,8 +302,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def skipped(bench: str, case: str, implementation: str, reason: Exception | str) -> Row:
     """A line without a number."""
     if isinstance(reason, Exception):
-        text = str(reason).strip().splitlines()
-        reason = f"{type(reason).__name__}: {text[0] if text else ''}".rstrip(": ")
+        reason = first_line(reason, with_type=True)
     return {"bench": bench, "case": case, "impl": implementation, "skipped": reason}
 
 

@@ -19,8 +19,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
-from deit_fast.config import closest, did_you_mean
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, did_you_mean
 
 HELP = ("-h", "--help")
 
@@ -211,12 +210,9 @@ def _hint(flag: str, flags: dict[str, Any], verb: str) -> Any:
             return flags[name]
         if _switched_off(name, flags) is not None:
             return bool
-    near = closest(name.lstrip("-"), list(flags))
-    if flags.get(near or "") is bool and name.startswith("no-"):
-        near = f"no-{near}"
-    raise InputError(
-        f"unknown flag {flag}{did_you_mean(near and '--' + near)}; see `deit-fast {verb} --help`"
-    )
+    valid = [*flags, *(f"no-{flag}" for flag, hint in flags.items() if hint is bool)]
+    near = did_you_mean(name.lstrip("-"), valid, prefix="--")
+    raise InputError(f"unknown flag {flag}{near}; see `deit-fast {verb} --help`")
 
 
 def _switched_off(name: str, flags: dict[str, Any]) -> str | None:
@@ -264,8 +260,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _refuse_extra(token: str, place: str, flags: dict[str, Any]) -> None:
     name, equals, value = token.partition("=")
-    near = closest(_plain_flag(name), list(flags)) if equals else None
-    hint = did_you_mean(near and f"--{near} {value}")
+    hint = did_you_mean(_plain_flag(name), flags, prefix="--") if equals else ""
+    hint = hint.replace("?)", f" {value}?)")
     raise InputError(f"unexpected argument {token!r}{place}{hint}")
 
 

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from deit_fast import cache_verbs
 from deit_fast.arguments import HELP, parse, quiet_pipe
-from deit_fast.config import RunConfig, closest, did_you_mean, dotted_keys, load_config, to_dict
-from deit_fast.errors import InputError
+from deit_fast.config import RunConfig, dotted_keys, load_config, to_dict
+from deit_fast.errors import InputError, did_you_mean
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 
@@ -93,7 +93,7 @@ def _recipe(name: str) -> Callable[[], RunConfig]:
     from deit_fast.recipes import RECIPES
 
     if name not in RECIPES:
-        hint = did_you_mean(closest(name, list(RECIPES)))
+        hint = did_you_mean(name, RECIPES)
         raise InputError(f"unknown recipe {name!r}{hint}; see `deit-fast recipes list`")
     return RECIPES[name]
 
@@ -490,7 +490,7 @@ def _dispatch(words: list[str]) -> Outcome:
         return _dispatch_group(words[0], words[1:])
     if words[0] not in VERBS:
         known = [verb for verb in VERBS if " " not in verb] + sorted(groups)
-        hint = did_you_mean(closest(words[0], known))
+        hint = did_you_mean(words[0], known)
         raise InputError(f"unknown verb {words[0]!r}{hint}; see `deit-fast --help`")
     return VERBS[words[0]](words[1:])
 
@@ -505,7 +505,7 @@ def _dispatch_group(group: str, words: list[str]) -> Outcome:
     choices = " or ".join(f"`deit-fast {group} {name}`" for name in members)
     if not words:
         raise InputError(f"{group} needs a verb: {choices}")
-    hint = did_you_mean(closest(words[0], members))
+    hint = did_you_mean(words[0], members)
     raise InputError(f"unknown verb '{group} {words[0]}'{hint}; there is {choices}")
 
 

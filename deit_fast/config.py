@@ -8,7 +8,6 @@ Wrong values raise ``InputError`` here, before anything is built.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, did_you_mean
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -444,7 +443,7 @@ class RunConfig:
             self.profile_steps >= 0, f"profile_steps must not be negative, not {self.profile_steps}"
         )
         for name in self.track:
-            hint = did_you_mean(closest(name, list(TRACKERS)))
+            hint = did_you_mean(name, TRACKERS)
             _require(
                 name in TRACKERS, f"track must be of {', '.join(TRACKERS)}, not {name!r}{hint}"
             )
@@ -515,20 +514,6 @@ def dotted_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def closest(name: str, valid: list[str]) -> str | None:
-    """The valid name that was probably meant: the last part of a dotted one, or the most alike."""
-    same_leaf = [item for item in valid if item.rpartition(".")[2] == name]
-    if len(same_leaf) == 1:
-        return same_leaf[0]
-    alike = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return alike[0] if alike else None
-
-
-def did_you_mean(name: str | None) -> str:
-    """End of a message about an unknown name: ` (did you mean X?)`, or nothing."""
-    return f" (did you mean {name}?)" if name else ""
-
-
 def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:
     """Build a config from a nested dictionary, on top of ``base`` where given.
 
@@ -542,8 +527,8 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = N
         if key not in names:
             beside = [prefix + name for name in names]
             elsewhere = dotted_keys(RunConfig) if cls is RunConfig else []
-            near = closest(prefix + key, beside + [k for k in elsewhere if k not in beside])
-            raise InputError(f"unknown config key {prefix + key!r}{did_you_mean(near)}")
+            hint = did_you_mean(prefix + key, dict.fromkeys([*beside, *elsewhere]))
+            raise InputError(f"unknown config key {prefix + key!r}{hint}")
         current = getattr(base, key) if base is not None else None
         changes[key] = _convert(hints[key], value, prefix + key, current)
     return dataclasses.replace(base, **changes) if base is not None else cls(**changes)

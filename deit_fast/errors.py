@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 
 class InputError(ValueError):
     """An input is wrong; the message names it, its value and the remedy."""
@@ -21,3 +29,120 @@ class RowError(CacheError):
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(f"row {row}: {reason}")
         self.row, self.reason = row, reason
+
+
+def first_line(error: BaseException, limit: int = 200, with_type: bool = False) -> str:
+    """The first line of an exception's text, cut to ``limit``; its type where it has no text.
+
+    ``with_type``: `RuntimeError: text` instead of `text`.
+    """
+    name = type(error).__name__
+    text = next(iter(str(error).strip().splitlines()), "")[:limit]
+    return f"{name}: {text}" if with_type and text else text or name
+
+
+def did_you_mean(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """End of a message about an unknown name: ` (did you mean X?)`, or nothing.
+
+    X is the only valid name whose last dotted part is ``name``, or else the most similar one.
+
+    Args:
+        name: what was given, without the prefix.
+        valid: all names that would have been right.
+        prefix: written before X, such as `--`.
+    """
+    import difflib  # slow to import
+
+    valid = list(valid)
+    same_leaf = [item for item in valid if item.rpartition(".")[2] == name]
+    near = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(name, valid, 1, 0.5)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures of the machine
+# ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def translate_errors(device: torch.device, remedy: str) -> Iterator[None]:
+    """Turn errors of torch's allocators and of a dead loader process into one line with a remedy.
+
+    Args:
+        device: whose peak memory the message states.
+        remedy: what the memory depends on, and which setting to change.
+
+    Raises:
+        MemoryError: the memory of a GPU or of the host ran out.
+        ChildProcessError: a process that loads images died.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise MemoryError(
+                f"out of memory on {device}: peak {_peak_memory(device) / 2**30:.2f} GiB "
+                f"({_relevant_sentence(error)}); {remedy}"
+            ) from error
+        if _is_dead_worker(error):
+            reason = _relevant_sentence(_report_of_dead_worker(error))
+            raise ChildProcessError(
+                f"a process that loads images died ({reason}); the system kills one where memory "
+                f"runs out: see its log, and try fewer data.workers"
+            ) from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    texts = ("CUDA error: out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far, bytes: allocated on a GPU, resident on a CPU."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_dead_worker(error: Exception) -> bool:
+    """Whether a loader process died.
+
+    torch's signal handler raises a RuntimeError wherever the main process is at that moment.
+    Without it the socket fails over which the process was to send its tensors. A FileNotFoundError
+    of a file has a file name, one of a socket has none.
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    is_of_socket = isinstance(error, FileNotFoundError) and error.filename is None
+    return is_of_socket or isinstance(error, (ConnectionError, EOFError))
+
+
+def _report_of_dead_worker(error: Exception) -> Exception:
+    """torch's own error, which names process and signal.
+
+    The system reports a death after it has closed the process's sockets, so torch's handler may
+    raise it shortly after the socket failed.
+    """
+    if isinstance(error, RuntimeError):
+        return error
+    try:
+        time.sleep(0.2)
+    except RuntimeError as report:
+        return report
+    return error
+
+
+def _relevant_sentence(error: Exception) -> str:
+    """The sentence that says what could not be allocated, or the first one."""
+    sentences = " ".join(str(error).split()).split(". ")
+    chosen = next((text for text in sentences if "allocate" in text), sentences[0])
+    return chosen[:160] or type(error).__name__

@@ -29,10 +29,9 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source, open_source
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import choose_device
 from deit_fast.models.teacher import Teacher, has_bf16
-from deit_fast.runtime.failures import in_plain_words
 from deit_fast.runtime.metrics import Progress
 from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
 from deit_fast.views.plan import ViewPlan
@@ -113,7 +112,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         pace = _Pace(total)
         sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
         with (
-            in_plain_words(job.device, sizes),
+            translate_errors(job.device, sizes),
             Progress("precompute", total, unit="view") as progress,
         ):
             answered = zip(calls.calls, job.answers(loader), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import timm
@@ -11,7 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, did_you_mean
 from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
@@ -80,9 +79,7 @@ def create_student(
             )
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"unknown model {name!r}{hint}")
+        raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if timm.models.is_model_in_modules(name, ("deit", "vision_transformer")):
         arguments |= {"img_size": img_size} | shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import timm
@@ -11,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights
@@ -166,14 +165,13 @@ def load_teacher(
 
 def _timm_teacher(name: str, weights: str) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" (did you mean timm:{near[0]}?)" if near else ""
+        hint = did_you_mean(name, timm.list_models(), prefix="timm:")
         raise InputError(f"unknown teacher 'timm:{name}'{hint}")
     if not weights:
         try:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+            reason = first_line(error)
             raise InputError(
                 f"teacher 'timm:{name}': no pretrained weights ({reason}); "
                 f"pass a file as timm:{name}@FILE"

@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 
 log = logging.getLogger("deit_fast")
 
@@ -174,7 +174,7 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a bad file
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        reason = first_line(error)
         raise InputError(f"weights file {path} cannot be read safely: {reason}") from None
     for key in _WEIGHT_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
+from deit_fast.errors import first_line
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -24,16 +26,11 @@ def load(name: str) -> Loaded:
             return Loaded(importlib.import_module(name))
     except ModuleNotFoundError as error:
         missing_itself = error.name is not None and f"{name}.".startswith(f"{error.name}.")
-        return Loaded(None, "" if missing_itself else _reason(error))
+        return Loaded(None, "" if missing_itself else first_line(error, with_type=True))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a package may even call sys.exit
-        return Loaded(None, _reason(error))
-
-
-def _reason(error: BaseException) -> str:
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"
+        return Loaded(None, first_line(error, with_type=True))
 
 
 @dataclass(frozen=True)

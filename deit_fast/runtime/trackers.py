@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deit_fast.config import TRACKERS, RunConfig, to_dict
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import write_json
 from deit_fast.runtime.metrics import METRICS, highest_steps
 from deit_fast.runtime.signals import Preempted
@@ -224,7 +224,9 @@ class Trackers:
                 raise
             except Exception as error:
                 if run is None:
-                    raise InputError(f"track={name} cannot start: {_one_line(error)}") from error
+                    raise InputError(
+                        f"track={name} cannot start: {first_line(error, with_type=True)}"
+                    ) from error
                 _warn(name, error)
                 continue
             known[name] = {"run": tracker.run, "last": last, "config": digest}
@@ -287,12 +289,7 @@ class _Feed:
 
 
 def _warn(name: str, error: Exception) -> None:
-    log.warning("%s is left out from here on: %s", name, _one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    log.warning("%s is left out from here on: %s", name, first_line(error, with_type=True))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

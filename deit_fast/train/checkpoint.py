@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import write_atomically
 
 log = logging.getLogger("deit_fast")
@@ -105,7 +105,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a broken file
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
+            reason = first_line(error, 80)
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
     if paths:
         raise InputError(

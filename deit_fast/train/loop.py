@@ -17,11 +17,10 @@ from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.samples import save_samples
 from deit_fast.data.sources import open_source
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.runtime.distributed import World, joined_world
 from deit_fast.runtime.environment import describe_command, describe_environment
-from deit_fast.runtime.failures import in_plain_words
 from deit_fast.runtime.files import write_atomically, write_json
 from deit_fast.runtime.garbage import Collection
 from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress
@@ -76,10 +75,10 @@ def train(config: RunConfig) -> dict[str, Any]:
             f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
             f"a larger accumulate takes the same steps in less"
         )
-        with in_plain_words(device, sizes), signals.ending_at_once():
+        with translate_errors(device, sizes), signals.ending_at_once():
             run = _Run(config, device, world, signals)
         try:
-            with in_plain_words(device, sizes):
+            with translate_errors(device, sizes):
                 run.to_the_end()
                 return run.finish()
         finally:

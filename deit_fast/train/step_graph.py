@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.data.loader import ViewBatch
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 from deit_fast.kernels import TopK
 from deit_fast.runtime.distributed import World
 from deit_fast.train.optim import skips_on_device
@@ -208,7 +208,7 @@ class StepGraph:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+            reason = first_line(error)
             raise InputError(
                 f"cuda_graphs: the step cannot be captured ({reason}); choose --no-cuda-graphs"
             ) from error
