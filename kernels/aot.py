@@ -51,6 +51,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from .launching import Launch, signature
 from .sass import count_instructions
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -133,8 +134,16 @@ def package_cases() -> Iterator[Case]:
         if module.name == "aot":
             continue
         cases = getattr(importlib.import_module(f"{package}.{module.name}"), "aot_cases", None)
-        for case in map(Case._make, cases() if cases else ()):
-            yield case._replace(name=f"{module.name}/{case.name}")
+        for case in cases() if cases else ():
+            case = case_of(*case) if len(case) == 3 else Case._make(case)
+            yield case._replace(name=f"{module.name.removesuffix('_launch')}/{case.name}")
+
+
+def case_of(name: str, launch: Launch, expect: dict[str, Any]) -> Case:
+    """The case of a recorded launch."""
+    kernel, _, arguments = launch
+    options = {key: value for key, value in arguments.items() if key not in kernel.arg_names}
+    return Case(name, kernel, *signature(kernel, arguments), options, expect)
 
 
 def as_source(case: Case, arch: str) -> tuple[ASTSource, GPUTarget, dict[str, Any]]:
@@ -159,7 +168,7 @@ def compile_case(case: Case, arch: str) -> Any:
 
 
 def ir_checksum(case: Case, arch: str) -> int:
-    """48 bits of SHA-256 over options and IR; where in a file the code stands does not count."""
+    """48 bits of SHA-256 over options and IR; names and places in the source do not count."""
     source, target, options = as_source(case, arch)
     backend = make_backend(target)
     parsed = backend.parse_options(options)
@@ -169,7 +178,11 @@ def ir_checksum(case: Case, arch: str) -> int:
     functions = backend.get_codegen_implementation(parsed)
     text = str(source.make_ir(target, parsed, functions, backend.get_module_map(), context))
     text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", "", text, flags=re.MULTILINE)
-    return int(hashlib.sha256(f"{options}\n{text}".encode()).hexdigest()[:12], 16)
+    names: dict[str, str] = {}
+    text = re.sub(
+        r'@"[^"]*"|[@%][\w.$-]+', lambda name: names.setdefault(name[0], f"%{len(names)}"), text
+    )
+    return int(hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:12], 16)
 
 
 def compile_logged(case: Case, arch: str) -> tuple[Any, str]:

@@ -24,9 +24,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import attention_kernel as kernel
-from .add_layer_norm_launch import SUM_COLS, SUM_ROWS
-from .bias_gelu_kernel import sum_kernel
 from .launching import DTYPES, TYPE_NAMES, Inputs, Launch, Plans, implement, on_gpu, signature
+from .rows import SUM_COLS, SUM_ROWS, sum_kernel
 
 WIDTHS = (32, 64, 96, 128)
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
@@ -142,7 +141,7 @@ def _compile_all(launches: Iterable[Launch], device: torch.device) -> None:
     def compile_one(launch: Launch) -> None:
         # What does not compile raises again where it is timed.
         with torch.cuda.device(device), contextlib.suppress(OutOfResources, PTXASError):
-            launch.function.warmup(grid=launch.grid, **launch.arguments)
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(compile_one, launches))
@@ -499,8 +498,8 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
                 expect |= {"wide_stores": False}  # 16 x 32 elements are 8 bytes a thread
             yield (
                 f"{kind}-{TYPE_NAMES[dtype]}-N={tokens}-D={width}",
-                call.function,
-                *signature(call.function, call.arguments),
+                call.kernel,
+                *signature(call.kernel, call.arguments),
                 {name: call.arguments[name] for name in ("num_warps", "num_stages")},
                 expect,
             )

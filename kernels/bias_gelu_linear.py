@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import bias_gelu_linear_launch as launch
-from .bias_gelu import _check as check_bias_gelu
 from .bias_gelu import bias_gelu
+from .bias_gelu import check as check_bias_gelu
 
 __all__ = ["bias_gelu_linear"]
 

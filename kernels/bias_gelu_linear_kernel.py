@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bias_gelu_kernel import gelu_slope
+from .bias_gelu import gelu_slope
 
 
 @triton.jit

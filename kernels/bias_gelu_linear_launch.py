@@ -24,10 +24,9 @@ import triton.testing
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import bias_gelu_kernel, bias_gelu_launch
 from . import bias_gelu_linear_kernel as kernel
-from .add_layer_norm_launch import SUM_COLS, SUM_ROWS, as_rows
-from .launching import TYPE_NAMES, Launch, Plans, implement, product, signature
+from .launching import TYPE_NAMES, Launch, Plans, can_run, implement, product, signature
+from .rows import SUM_COLS, SUM_ROWS, as_rows, sum_kernel
 
 INTERPRETED = not isinstance(kernel.backward_kernel, triton.JITFunction)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -48,7 +47,7 @@ CHOICE = choice_of(os.environ.get("DEIT_FAST_MLP_BACKWARD", "measure"))
 
 def takes(x: Tensor, bias: Tensor) -> bool:
     """Whether the operator does this call: half precision on a GPU, or in the interpreter."""
-    return x.dtype in HALF_DTYPES and bias_gelu_launch.takes(x, bias)
+    return x.dtype in HALF_DTYPES and can_run(x, bias)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def _fused_launches(inputs: Any, outputs: Any, for_bias: bool, tiles: Tiles) -> 
         options = {"num_warps": 4, "num_stages": 1}
         programs = triton.cdiv(x.shape[-1], SUM_COLS)
         arguments = _sum_arguments(values, grad_bias) | options
-        yield Launch(bias_gelu_kernel.sum_kernel, (programs,), arguments)
+        yield Launch(sum_kernel, (programs,), arguments)
 
 
 _fused_plans = Plans(_fused_results, _fused_launches)

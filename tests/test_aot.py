@@ -376,7 +376,7 @@ def test_attentions_backward_fits_three_times_with_a_short_loop(path: Path) -> N
     """DeiT's shapes on an H100; `head` is the form that one program a head takes."""
     golden = json.loads(path.read_text())
     for name, most in (("both", 290), ("head", 200)):
-        figures = golden[f"attention_launch/{name}-bf16-N=198-D=64"]["sm_90"]
+        figures = golden[f"attention/{name}-bf16-N=198-D=64"]["sm_90"]
         assert figures["blocks_per_sm"] >= 3 and figures["longest_loop"] <= most
         assert figures["wgmma_waits"] < figures["wgmma"] / 2
 
@@ -393,7 +393,7 @@ def test_last_program_of_the_loss_sees_what_the_others_stored():
     script = """
 from deit_fast.kernels import aot
 for case in aot.package_cases():
-    if case.name == "distillation_loss_launch/bf16-C=1000-soft-dense-pair-ce":
+    if case.name == "distillation_loss/bf16-C=1000-soft-dense-pair-ce":
         print(aot.compile_case(case, "sm_90").asm["ptx"])
 """
     done = run("-c", script)

@@ -274,7 +274,7 @@ def test_machine_code_rounds_every_product() -> None:
     script = """
 from deit_fast.kernels import aot
 for case in aot.package_cases():
-    if case.name in ("augment_launch/layer 224", "augment_launch/tables 224"):
+    if case.name in ("augment/layer 224", "augment/tables 224"):
         ptx = aot.compile_case(case, "sm_90").asm["ptx"]
         print(ptx.count("mul.rn.f") > 2, ptx.count("add.rn.f") > 2, ptx.count("fma."))
 """

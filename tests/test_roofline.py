@@ -203,7 +203,7 @@ def test_instructions_are_those_of_the_machine_code(operator: str, kernel: str) 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     environment["PYTHONPATH"] = f"{OLDER_TRITON}:{ROOT}"
     done = subprocess.run(
-        [sys.executable, "-c", SASS, f"attention_launch/{kernel}-bf16-N=198-D=64"],
+        [sys.executable, "-c", SASS, f"attention/{kernel}-bf16-N=198-D=64"],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
