@@ -43,7 +43,7 @@ def batch(count: int) -> tuple[Tensor, Tensor, AugmentTable, np.ndarray, np.ndar
     ids, views = np.arange(count), np.zeros(count, int)
     rows = plan.rows(ids, views)
     boxes = plan.crop_boxes(ids, views, np.full(count, WIDTH), np.full(count, HEIGHT))
-    return pixels, images, augment_table(plan.recipe, rows, boxes, ids), rows, boxes
+    return pixels, images, augment_table(plan.view, rows, boxes, ids), rows, boxes
 
 
 def bytes_of(table: AugmentTable, rows: np.ndarray) -> int:

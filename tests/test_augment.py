@@ -168,7 +168,7 @@ def test_off_means_off_and_is_another_fingerprint():
     plan = ViewPlan(ViewRecipe(augment="none"), 0, 64)
     rows = plan.rows(np.arange(64), np.zeros(64, int))
     assert not rows["operations"].any() and not rows["levels"].any()
-    on, off = (fingerprint(recipe, 0) for recipe in (ViewRecipe(), plan.recipe))
+    on, off = (fingerprint(recipe, 0) for recipe in (ViewRecipe(), plan.view))
     assert {key for key in on if on[key] != off[key]} == {"view.augment", "view.tables_sha256"}
     with pytest.raises(InputError, match=r"view\.randaugment_magnitude must lie in \[0, 10\]"):
         ViewRecipe(randaugment_magnitude=11)

@@ -24,8 +24,8 @@ from deit_fast.kernels.distillation_loss import base_loss
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
 from deit_fast.views.deit_order import DeitBatches
-from deit_fast.views.plan import CUTMIX, MIXUP, NO_MIX, BatchMix, ViewPlan
-from deit_fast.views.rng import LAM_ONE, Purpose, draw_mix
+from deit_fast.views.plan import BatchMix, ViewPlan
+from deit_fast.views.rng import CUTMIX, LAM_ONE, MIXUP, NO_MIX, Purpose, draw_mix
 from test_data import write_split
 
 SIZE = 32
@@ -93,7 +93,7 @@ def test_every_repeat_is_a_view_of_its_own():
 
 
 def test_batches_can_be_entered_anywhere():
-    batches = DeitBatches(RECIPE, SEED, 300, 16, epochs=5, rank=1, world=2)
+    batches = DeitBatches(RECIPE, SEED, 300, 16, epochs=5, rank=1, world_size=2)
     full = [pickle.dumps([entry[0].tolist(), entry[1].tolist(), entry[2]]) for entry in batches]
     assert len(full) == len(batches) == 5 * 16 and len(set(full)) == len(full)
     fresh = pickle.loads(pickle.dumps(batches))

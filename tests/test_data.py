@@ -36,8 +36,8 @@ from deit_fast.data.loader import make_batch
 from deit_fast.data.resize import crop_and_resize
 from deit_fast.errors import InputError
 from deit_fast.views.order import EpochOrder, TrainBatches
-from deit_fast.views.plan import CUTMIX, MIXUP, RANDAUGMENT_OPERATIONS, ViewPlan
-from deit_fast.views.rng import philox
+from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.views.rng import CUTMIX, MIXUP, philox
 from test_augment import timms
 
 SIZE = 32
@@ -506,7 +506,7 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
     Pixel by pixel where it matters; shares nothing with loader and ingest.
     """
     quantile = NormalDist().inv_cdf
-    mean, std = (np.array(values, np.float32) for values in (plan.recipe.mean, plan.recipe.std))
+    mean, std = (np.array(values, np.float32) for values in (plan.view.mean, plan.view.std))
 
     def half(row: np.void) -> np.ndarray:
         image = source.load(int(row["sample"]))

@@ -102,7 +102,7 @@ def test_every_rank_gets_equally_many_batches(source, loader):
     plan = ViewPlan(PLAIN, SEED, 12)
     counts, seen = [], []
     for rank in range(3):
-        batches = TrainBatches(EpochOrder(SEED, 12, 2, 1), 9, 2, rank=rank, world=3)
+        batches = TrainBatches(EpochOrder(SEED, 12, 2, 1), 9, 2, rank=rank, world_size=3)
         found = [batch.sample_ids.tolist() for batch in opened(loader, source, plan, batches)]
         counts.append([len(ids) for ids in found])
         seen.append(found)

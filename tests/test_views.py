@@ -20,16 +20,19 @@ from hypothesis import strategies as st
 from deit_fast.config import ViewRecipe
 from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.errors import InputError
+from deit_fast.views import order as order_module
 from deit_fast.views.order import EpochOrder, TrainBatches, pairing
-from deit_fast.views.plan import (
+from deit_fast.views.plan import ViewPlan, fingerprint, lam_of
+from deit_fast.views.rng import (
     CUTMIX,
+    LAM_ONE,
     MIXUP,
     NO_MIX,
-    ViewPlan,
-    fingerprint,
-    lam_of,
+    Purpose,
+    beta_table,
+    philox,
+    ratio_table,
 )
-from deit_fast.views.rng import LAM_ONE, Purpose, beta_table, philox, ratio_table
 from test_data import digests, write_split
 
 DRAWS = 100_000
@@ -186,7 +189,7 @@ def test_crop_equals_plain_python():
     )
     boxes = plan.crop_boxes(samples, views, shapes[:, 0], shapes[:, 1])
     plain = [
-        plain_crop(plan.recipe, *map(int, row))
+        plain_crop(plan.view, *map(int, row))
         for row in zip(samples, views, shapes[:, 0], shapes[:, 1], strict=True)
     ]
     # One rounding of exp may differ from libm's, so a side may differ by a pixel, hardly ever.
@@ -596,6 +599,33 @@ def test_batches_are_a_sequence_that_can_be_entered_anywhere():
     assert [np.concatenate(batch).tobytes() for batch in batches[3:6]] == full[3:6]
     with pytest.raises(IndexError, match=str(len(batches))):
         batches[len(batches)]
+
+
+def test_two_readers_near_a_border_compute_each_table_once(monkeypatch):
+    """The loader, and the reader of the teacher cache 16 steps ahead, over 6 epochs of 2 cycles."""
+    permutations = []
+
+    def counted(seed: int, count: int, index: int, purpose: Purpose) -> np.ndarray:
+        permutations.append((purpose, index))
+        return permutation(seed, count, index, purpose)
+
+    permutation = order_module.permutation
+    monkeypatch.setattr(order_module, "permutation", counted)
+    for table in (order_module._epoch_tables, order_module._pair_order, order_module.pairing,
+                  order_module.partner_table):  # fmt: skip
+        table.cache_clear()
+
+    plan = ViewPlan(ViewRecipe(repeats=3), SEED, 2000)
+    batches = TrainBatches(EpochOrder(SEED, 2000, 6, 3), 64, epochs=6)
+    for step in range(len(batches)):
+        plan.rows(*batches[step])
+        batches[min(step + 16, len(batches) - 1)]
+    epochs = order_module._epoch_tables.cache_info()
+    assert (epochs.misses, epochs.currsize) == (6, 2)
+    assert order_module.partner_table.cache_info().misses == 2
+    assert sorted(permutations) == [
+        (Purpose.PAIRING, 0), (Purpose.PAIRING, 1), (Purpose.ORDER, 0), (Purpose.ORDER, 1),
+    ]  # fmt: skip
 
 
 def test_cached_arrays_cannot_be_written():

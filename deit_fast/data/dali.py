@@ -117,10 +117,10 @@ class DaliLoader:
         self.device = torch.device(device)
         if decoder == "gpu" and self.device.type != "cuda":
             raise InputError(f"data.dali_decoder=gpu needs a CUDA device, not {self.device}")
-        if plan.recipe.crop != "resized":
-            raise InputError(f"the DALI loaders know view.crop=resized, not {plan.recipe.crop}")
+        if plan.view.crop != "resized":
+            raise InputError(f"the DALI loaders know view.crop=resized, not {plan.view.crop}")
         if augmenter == "kernel":
-            augment_table(plan.recipe, plan.rows([], []), [], [])  # refuses what it does not know
+            augment_table(plan.view, plan.rows([], []), [], [])  # refuses what it does not know
         self.plan, self.augmenter, self.pin_memory = plan, augmenter, pin_memory
         self._threads, self._depth = max(1, workers), depth
         index = index_files(source, self._threads) if index is None else index
@@ -144,7 +144,7 @@ class DaliLoader:
 
     def _run(self, feed: _Feed, readers: ThreadPoolExecutor) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
-        size = self.plan.recipe.image_size
+        size = self.plan.view.image_size
         lies_on = self.device if self._on_gpu or self.augmenter == "kernel" else "cpu"
         for _ in self.steps:
             job = feed.next_job()
@@ -171,7 +171,7 @@ class DaliLoader:
         shared = (CHUNK, self._threads, ordinal, self._depth, self._hw_decoder_load)
         if self.augmenter == "kernel":
             return decoding_graph(feed, *shared)
-        recipe = self.plan.recipe
+        recipe = self.plan.view
         layers = self.plan.rows([0], [0])["operations"].shape[1]
         fill = _fill(recipe.mean)
         return view_graph(feed, *shared, recipe.image_size, layers, fill)
@@ -182,7 +182,7 @@ class DaliLoader:
             return inputs
         rows = self.plan.rows([0], [0])
         box = np.array([[0, 0, 1, 1]], np.int32)
-        return inputs + view_inputs(rows, box, np.zeros(1, np.int64), self.plan.recipe.image_size)
+        return inputs + view_inputs(rows, box, np.zeros(1, np.int64), self.plan.view.image_size)
 
     def _next_output(self, pipeline: Any, feed: _Feed, job: _Job) -> Any:
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
@@ -206,7 +206,7 @@ class DaliLoader:
         pixels = [np.asarray(image) for image in output]
         rows = job.halves.wanted[chunk.rows]
         assert chunk.file is not None and chunk.boxes is not None
-        draw_views(pixels, chunk.file, rows, chunk.boxes, self.plan.recipe, out, readers.map)
+        draw_views(pixels, chunk.file, rows, chunk.boxes, self.plan.view, out, readers.map)
 
     def _augment(self, output: Any, table: AugmentTable) -> Tensor:
         """Views, uint8 [n, S, S, 3], of whole images on the device."""
@@ -226,7 +226,7 @@ class DaliLoader:
         pixels = pixels.to(self.device, non_blocking=True)
         places = places.to(self.device, non_blocking=True)
         table = table.to(self.device, non_blocking=True)
-        recipe = self.plan.recipe
+        recipe = self.plan.view
         return augment(pixels, places, table, recipe.image_size, _fill(recipe.mean))
 
     # -- in the feeding thread -----------------------------------------------------------------
@@ -259,12 +259,12 @@ class DaliLoader:
             if self.augmenter == "kernel":
                 inputs = file_inputs(chunk_files, len(chunk_files))
                 table = None if self._on_host else augment_table(
-                    self.plan.recipe, wanted[rows], boxes[rows], file
+                    self.plan.view, wanted[rows], boxes[rows], file
                 )  # fmt: skip
                 job.chunks.append(_Chunk(inputs, rows, table, file, boxes[rows]))
                 continue
             inputs = file_inputs(chunk_files, len(file))
-            size = self.plan.recipe.image_size
+            size = self.plan.view.image_size
             inputs += view_inputs(wanted[rows], boxes[rows], file, size)
             job.chunks.append(_Chunk(inputs, rows))
         return job

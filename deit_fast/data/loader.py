@@ -167,7 +167,7 @@ def make_batch(
     """One batch of views, in this process; arguments as `ViewLoader`, the rest as in `batches`."""
     halves = needed_halves(plan, sample_ids, view_ids, mix)
     wanted = halves.wanted
-    size = plan.recipe.image_size
+    size = plan.view.image_size
     images = np.empty((len(wanted), size, size, 3), np.uint8)
     labels = np.empty(len(wanted), np.int64)
     substituted: list[str] = []
@@ -186,7 +186,7 @@ def make_batch(
         if source.finished:
             images[rows] = [pixels[item] for item in which.tolist()]
         else:
-            draw_views(pixels, which, part, boxes, plan.recipe, images[rows])
+            draw_views(pixels, which, part, boxes, plan.view, images[rows])
 
     return assemble(halves, torch.from_numpy(images), labels, substituted, size)
 
@@ -212,7 +212,7 @@ def needed_halves(
     plan: ViewPlan, sample_ids: Any, view_ids: Any, mix: BatchMix | None = None
 ) -> Halves:
     """Members of a pair are each other's halves: each is made once."""
-    own, partner = plan.halves(sample_ids, view_ids, mix)
+    own, partner = plan.mix_operands(sample_ids, view_ids, mix)
     both = np.concatenate([own, partner])
     keys = np.stack([both["sample"], both["view"]], axis=1)
     _, firsts, places = np.unique(keys, axis=0, return_index=True, return_inverse=True)

@@ -1,13 +1,14 @@
-"""Which views an epoch visits, in which order, and who is mixed with whom; numpy only.
+"""Which views an epoch visits, in which order, and which samples are mixed; numpy only.
 
-The data set falls into pairs, anew for every `repeats` views. Both members of a pair stand side by
-side in the order, so one decoded file serves its repeats and its partner. Order and pairs are pure
-functions of the seed: resume is a seek, and neither depends on rank or world size.
+The data set is divided into pairs, anew for every `repeats` views. The members of a pair are
+adjacent in the order, so one decoded file serves its repeats and its partner. Order and pairs are
+pure functions of the seed: a resumed run seeks, and neither depends on rank or world size.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +18,44 @@ import numpy as np
 from deit_fast.errors import InputError
 from deit_fast.views.rng import Array, Purpose, frozen, permutation
 
+# Tables are kept for two readers, the loader and the reader of the teacher cache some steps ahead:
+# near the end of an epoch each of them needs another epoch's tables. At 1.28 M samples an epoch's
+# order has 15 MB and each other table at most 10 MB.
+_READERS = 2
 
-@functools.lru_cache(maxsize=4)
+
+@functools.lru_cache(maxsize=_READERS)
 def pairing(seed: int, num_samples: int, group: int) -> Array:
-    """Pairs of a group of views: entries 2k and 2k + 1 are partners; an odd last one is alone.
+    """Pairs of a group of views: entries 2k and 2k + 1 are partners; an odd last one has none.
 
     Args:
         group: view // repeats.
 
     Returns:
-        int64 [num_samples], a permutation, read-only. The last four are kept (1 s each at 1.28 M).
+        int64 [num_samples], a permutation, read-only.
     """
     return permutation(seed, num_samples, group, Purpose.PAIRING)
+
+
+@functools.lru_cache(maxsize=_READERS)
+def partner_table(seed: int, num_samples: int, group: int) -> Array:
+    """Partner of every sample, int64 [num_samples]: an involution with at most one fixed point."""
+    order = pairing(seed, num_samples, group)
+    partner = np.arange(num_samples)
+    even = num_samples // 2 * 2
+    partner[order[0:even:2]] = order[1:even:2]
+    partner[order[1:even:2]] = order[0:even:2]
+    return frozen(partner)
 
 
 @dataclass(frozen=True)
 class EpochOrder:
     """Which views an epoch visits, and in which order.
 
-    `repeats` epochs form a cycle. Cycle c takes the pairs of group c mod (num_views / repeats) in
-    an order of its own; epoch s of the cycle takes the s-th part of them, each pair at all
-    `repeats` views of the group: (a, v), (b, v), (a, v + 1), (b, v + 1), ... So a cycle visits
-    every sample exactly once at each of its views, and one decoded file serves its repeats and its
-    partner.
+    `repeats` epochs form a cycle. Cycle c shuffles the pairs of group c mod (num_views / repeats).
+    Epoch s of the cycle takes the s-th part of them and visits each pair at all `repeats` views of
+    the group: (a, v), (b, v), (a, v + 1), (b, v + 1), ... So a cycle visits every sample exactly
+    once at each of the group's views.
 
     Args:
         num_views: distinct views per sample, a multiple of `repeats`.
@@ -63,44 +79,55 @@ class EpochOrder:
 
     @property
     def length(self) -> int:
-        """Views that every epoch offers at least (an odd sample out may be missing from a part)."""
-        units = -(-self.num_samples // 2)
-        return max(self.repeats * (2 * (units // self.repeats) - self.num_samples % 2), 0)
+        """Fewest views of an epoch; the sample without a partner makes some epochs longer."""
+        pairs = -(-self.num_samples // 2)
+        return max(self.repeats * (2 * (pairs // self.repeats) - self.num_samples % 2), 0)
 
     def epoch(self, epoch: int) -> tuple[Array, Array]:
-        """Sample ids int64 and view ids int32 of an epoch, in order; read-only, last one kept."""
-        return _epoch(self, epoch)
+        """Sample ids int64 and view ids int32 of an epoch, in order; read-only."""
+        return _epoch_tables(self, epoch)
 
 
-class TrainBatches(Sequence[tuple[Array, Array]]):
-    """The batches of a whole run for one rank: `[step]` gives (sample ids int64, view ids int32).
+@functools.lru_cache(maxsize=_READERS)
+def _epoch_tables(order: EpochOrder, epoch: int) -> tuple[Array, Array]:
+    count, repeats = order.num_samples, order.repeats
+    cycle, part = divmod(epoch, repeats)
+    group = cycle % (order.num_views // repeats)
+    pairs = _pair_order(order.seed, -(-count // 2), cycle)
+    chosen = pairs[len(pairs) * part // repeats : len(pairs) * (part + 1) // repeats]
+    members = 2 * chosen[:, None, None] + np.arange(2)  # [pairs, 1, 2]: indices into the pairing
+    members = np.broadcast_to(members, (len(chosen), repeats, 2))
+    views = np.broadcast_to(group * repeats + np.arange(repeats)[:, None], members.shape)
+    exists = members < count  # an odd last sample has no partner
+    samples = pairing(order.seed, count, group)[members[exists]]
+    return frozen(samples), frozen(views[exists].astype(np.int32))
 
-    A rank takes a contiguous slice of the global batch, so pairs and repeats stay together, and
-    the union over ranks is the same for any `world`. What fills no batch at an epoch's end is
-    dropped.
+
+@functools.lru_cache(maxsize=_READERS)
+def _pair_order(seed: int, pairs: int, cycle: int) -> Array:
+    return permutation(seed, pairs, cycle, Purpose.ORDER)
+
+
+class RankBatches(Sequence[Any]):
+    """The batches of a whole run for one rank; entries are computed, so `[step]` seeks.
 
     Args:
         batch_size: samples per step over all ranks.
+        epochs: number of epochs.
 
     Raises:
-        InputError: a batch that `world` does not divide or that an epoch cannot fill.
+        InputError: a batch that `world_size` does not divide, or a rank outside of it.
     """
 
-    def __init__(
-        self, order: EpochOrder, batch_size: int, epochs: int, rank: int = 0, world: int = 1
-    ) -> None:
-        if batch_size % world:
-            raise InputError(f"batch_size={batch_size} is not divisible by {world} processes")
-        if not 0 <= rank < world:
-            raise InputError(f"rank {rank} is not one of {world} processes")
-        if order.length < batch_size:
-            raise InputError(
-                f"an epoch of {order.num_samples} samples with {order.repeats} repeats offers "
-                f"{order.length} views, fewer than one batch of batch_size={batch_size}"
-            )
-        self.order, self.batch_size, self.epochs = order, batch_size, epochs
-        self.rank, self.world = rank, world
-        self.steps_per_epoch = order.length // batch_size
+    steps_per_epoch: int
+
+    def __init__(self, batch_size: int, epochs: int, rank: int, world_size: int) -> None:
+        if batch_size % world_size:
+            raise InputError(f"batch_size={batch_size} is not divisible by {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} is not one of {world_size} processes")
+        self.epochs, self.rank, self.world_size = epochs, rank, world_size
+        self.share = batch_size // world_size
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -110,39 +137,37 @@ class TrainBatches(Sequence[tuple[Array, Array]]):
             return [self[index] for index in range(*step.indices(len(self)))]
         if not -len(self) <= step < len(self):
             raise IndexError(f"step {step} of a run of {len(self)} steps")
-        epoch, position = divmod(step % len(self), self.steps_per_epoch)
-        share = self.batch_size // self.world
-        start = position * self.batch_size + self.rank * share
+        return self._batch(*divmod(step % len(self), self.steps_per_epoch))
+
+    @abstractmethod
+    def _batch(self, epoch: int, position: int) -> tuple[Any, ...]:
+        """Sample ids int64, view ids int32 and perhaps a `BatchMix` of this rank's batch."""
+
+
+class TrainBatches(RankBatches):
+    """Batches in the order of an `EpochOrder`: `[step]` is (sample ids int64, view ids int32).
+
+    A rank takes a contiguous slice of the global batch, so pairs and repeats stay together, and
+    the union over ranks is the same for any world size. Views that fill no batch at the end of an
+    epoch are dropped.
+
+    Raises:
+        InputError: as `RankBatches`, or a batch that an epoch cannot fill.
+    """
+
+    def __init__(
+        self, order: EpochOrder, batch_size: int, epochs: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(batch_size, epochs, rank, world_size)
+        if order.length < batch_size:
+            raise InputError(
+                f"an epoch of {order.num_samples} samples with {order.repeats} repeats offers "
+                f"{order.length} views, fewer than one batch of batch_size={batch_size}"
+            )
+        self.order = order
+        self.steps_per_epoch = order.length // batch_size
+
+    def _batch(self, epoch: int, position: int) -> tuple[Array, Array]:
+        start = (position * self.world_size + self.rank) * self.share
         samples, views = self.order.epoch(epoch)
-        return samples[start : start + share], views[start : start + share]
-
-
-@functools.lru_cache(maxsize=1)
-def _epoch(order: EpochOrder, epoch: int) -> tuple[Array, Array]:
-    count, repeats = order.num_samples, order.repeats
-    cycle, part = divmod(epoch, repeats)
-    group = cycle % (order.num_views // repeats)
-    units = _unit_order(order.seed, -(-count // 2), cycle)
-    chosen = units[len(units) * part // repeats : len(units) * (part + 1) // repeats]
-    members = 2 * chosen[:, None, None] + np.arange(2)  # [pairs, 1, 2]: places in the pairing
-    members = np.broadcast_to(members, (len(chosen), repeats, 2))
-    views = np.broadcast_to(group * repeats + np.arange(repeats)[:, None], members.shape)
-    real = members < count  # the odd sample out has no partner
-    samples = pairing(order.seed, count, group)[members[real]]
-    return frozen(samples), frozen(views[real].astype(np.int32))
-
-
-@functools.lru_cache(maxsize=1)
-def _unit_order(seed: int, units: int, cycle: int) -> Array:
-    return permutation(seed, units, cycle, Purpose.ORDER)
-
-
-@functools.lru_cache(maxsize=4)
-def partner_table(seed: int, num_samples: int, group: int) -> Array:
-    """Partner of every sample, int64 [num_samples]: an involution with at most one fixed point."""
-    order = pairing(seed, num_samples, group)
-    partner = np.arange(num_samples)
-    even = num_samples // 2 * 2
-    partner[order[0:even:2]] = order[1:even:2]
-    partner[order[1:even:2]] = order[0:even:2]
-    return frozen(partner)
+        return samples[start : start + self.share], views[start : start + self.share]

@@ -1,12 +1,12 @@
-"""What a view is: every random choice as a pure function of recipe, seed, sample and view.
+"""What a view is: every random choice as a pure function of view settings, seed, sample and view.
 
-No choice depends on the batch, the rank or the worker (`draws` tells how), and plans are equal on
-every machine; `fingerprint` holds a digest of the tables behind them.
+No choice depends on the batch, the rank or the worker, and plans are equal on every machine
+(`views.rng`); `fingerprint` holds a digest of the tables behind them.
 
-Mixing partners belong to the view as well: the data set falls into pairs, anew for every `repeats`
-views, and both members of a pair share Mixup or CutMix, lambda and box. That is timm's mode `pair`,
-with the pairs fixed by the plan; DeiT draws one lambda per batch and flips the batch instead
-(`data.compat`).
+Mixing partners belong to the view as well. The data set is divided into pairs, anew for every
+`repeats` views, and both members of a pair share Mixup or CutMix, lambda and box. That is timm's
+mode `pair` with the pairs fixed by the plan. DeiT instead draws one lambda per batch and mixes the
+batch with its reverse (`views.deit_order`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ from deit_fast.views.rng import (
     philox,
     ratio_table,
 )
-from deit_fast.views.rng import (
-    MIXUP as MIXUP,
-)
 
 PLAN_VERSION = 2  # raise it with any change of what `rows` or `crop_boxes` return
 CUTMIX_FORM = "deit"  # edges centre -+ cut // 2; timm after 1.0.28 adds (cut + 1) // 2
@@ -71,48 +68,48 @@ OPERATIONS = (*RANDAUGMENT_OPERATIONS, "grayscale", "gaussian_blur")  # a blur's
 
 
 def plan_dtype(layers: int) -> np.dtype:
-    """One row of a plan with so many operations, applied in turn."""
+    """One row of a plan with this many operations, applied in turn."""
     return np.dtype(
         [
             ("sample", "i8"),
             ("view", "i4"),
             ("flip", "u1"),
-            ("operations", "u1", (layers,)),  # places in OPERATIONS; 0: none
+            ("operations", "u1", (layers,)),  # indices into OPERATIONS; 0: none
             ("levels", "i2", (layers,)),  # strength of each in 1 / 1024; the sign is the direction
             ("erase", "i4", (4,)),  # top, left, height, width in pixels of the view; height 0: none
             ("noise_key", "u8"),  # Philox key of the erasing noise: low word, high word
             ("partner", "i8"),
             ("mix_kind", "u1"),
             ("box", "i4", (4,)),  # CutMix: top, left, height, width
-            ("lam", "i4"),  # Mixup: weight of the own half, in 1 / 65536
+            ("lam", "i4"),  # Mixup: weight of the own sample, in 1 / 65536
         ]
     )
 
 
-PLAN_DTYPE = plan_dtype(2)  # RandAugment's, or none
+PLAN_DTYPE = plan_dtype(2)  # of RandAugment, or of no augmentation
 
 _SHIFT = np.uint64(32)
 _ATTEMPTS = 10  # of the random resized crop and of random erasing (torchvision, timm)
 _PAD = 4  # pixels reflected around the image of a simple crop (DeiT-III)
 
-# DeiT-III's three, in the order of its code: each is as likely as the others.
+# DeiT-III's three operations in the order of its code, all equally likely.
 _THREE = np.array([OPERATIONS.index(n) for n in ("grayscale", "solarize", "gaussian_blur")])
 _THREE_LEVELS = np.array([0, 5 * LEVEL_ONE, 0])  # solarize at 128, Pillow's default
 _BLUR_LEVELS = (round(0.1 * LEVEL_ONE), 2 * LEVEL_ONE)  # radius in pixels, uniform
-# torchvision's ColorJitter: a permutation of the three, a factor for each. A level is 0.09 of a
-# factor, as in RandAugment.
+# torchvision's ColorJitter: a permutation of three operations, each with a factor. A level is 0.09
+# of a factor, as in RandAugment.
 _JITTERED = np.array([OPERATIONS.index(n) for n in ("brightness", "contrast", "color")])
 _JITTER_ORDERS = np.array(list(itertools.permutations(range(3))))
 
 
 @dataclass(frozen=True)
 class BatchMix:
-    """One choice for a whole batch, each view's partner being its mirror image in the batch.
+    """One choice for a whole batch, which is mixed with its own reverse.
 
     Attributes:
         kind: NO_MIX, MIXUP or CUTMIX.
         box: CutMix: top, left, height, width.
-        lam: Mixup: weight of the own half, in 1 / 65536.
+        lam: Mixup: weight of the own sample, in 1 / 65536.
     """
 
     kind: int
@@ -122,15 +119,15 @@ class BatchMix:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """The plan of every view of a data set. Three fields, so cheap to send to a worker process.
+    """The plan of every view of a data set. It computes rows on demand, so it is cheap to pickle.
 
     Args:
-        recipe: what the pixels depend on.
+        view: the settings that pixels depend on.
         seed: in [0, 2^64).
         num_samples: size of the data set; the pairs depend on it.
     """
 
-    recipe: ViewRecipe
+    view: ViewRecipe
     seed: int
     num_samples: int
 
@@ -139,66 +136,64 @@ class ViewPlan:
             raise InputError(f"a view plan needs 1 to 2^32 samples, not {self.num_samples}")
 
     def rows(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> Array:
-        """All of the plan but the crop, which needs the size of the file's image.
+        """The plan without the crop, which needs the size of the decoded image.
 
         Args:
             sample_ids: integers [n] in [0, num_samples).
             view_ids: integers [n], not negative.
 
         Returns:
-            `plan_dtype` [n]; PLAN_DTYPE with RandAugment.
+            `plan_dtype` [n]: PLAN_DTYPE for RandAugment.
 
         Raises:
             IndexError: an id out of range.
         """
-        rows = self.looks(sample_ids, view_ids)
+        rows = self.unmixed_rows(sample_ids, view_ids)
         samples, views = rows["sample"], rows["view"]
         rows["partner"] = partner = self._partners(samples, views)
         first = np.minimum(samples, partner)
-        mix = draw_mix(self.recipe, self.seed, first, views, Purpose.MIX, partner != samples)
+        mix = draw_mix(self.view, self.seed, first, views, Purpose.MIX, partner != samples)
         rows["mix_kind"], rows["box"], rows["lam"] = mix
         return rows
 
-    def looks(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> Array:
-        """`rows` without the mixing: every view alone, its own partner."""
+    def unmixed_rows(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> Array:
+        """`rows` without mixing: every view is its own partner."""
         samples, views = self._ids(sample_ids, view_ids)
-        recipe = self.recipe
-        rows = np.zeros(len(samples), plan_dtype(self._layers()))
+        rows = np.zeros(len(samples), plan_dtype(self.layers))
         rows["sample"] = rows["partner"] = samples
         rows["view"], rows["lam"] = views, LAM_ONE
 
         flip, erase, low, high = philox(samples, views, 0, Purpose.VIEW, key(self.seed))
-        rows["flip"] = happens(flip, recipe.flip_prob)
+        rows["flip"] = happens(flip, self.view.flip_prob)
         rows["noise_key"] = low | (high.astype(np.uint64) << _SHIFT)
-        erased = np.flatnonzero(happens(erase, recipe.erase_prob))
+        erased = np.flatnonzero(happens(erase, self.view.erase_prob))
         rows["erase"][erased] = self._erase_boxes(samples[erased], views[erased])
 
-        if recipe.augment == "randaugment":
+        if self.view.augment == "randaugment":
             self._draw_randaugment(rows)
-        if recipe.augment == "three_augment":
+        if self.view.augment == "three_augment":
             self._draw_three(rows)
-        if recipe.color_jitter > 0:
+        if self.view.color_jitter > 0:
             self._draw_jitter(rows)
         return rows
 
-    def halves(
+    def mix_operands(
         self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike, mix: BatchMix | None = None
     ) -> tuple[Array, Array]:
-        """The plan of a batch's views and that of what each is mixed with.
+        """The plan of a batch's views, and that of the view which each is mixed with.
 
         Args:
             sample_ids, view_ids: as for `rows`.
-            mix: none: pairs belong to the views. Else the batch is mixed with its reverse.
+            mix: mixes the batch with its reverse; none: pairs belong to the views.
 
         Returns:
-            Twice `plan_dtype` [n]; a view that is not mixed is its own other half.
+            Own and partner rows, `plan_dtype` [n] each. An unmixed view is its own partner.
         """
         if mix is None:
             own = self.rows(sample_ids, view_ids)
-            mixed = own["mix_kind"] != NO_MIX
-            other = np.where(mixed, own["partner"], own["sample"])
-            return own, self.looks(other, own["view"])
-        own = self.looks(sample_ids, view_ids)
+            partner = np.where(own["mix_kind"] != NO_MIX, own["partner"], own["sample"])
+            return own, self.unmixed_rows(partner, own["view"])
+        own = self.unmixed_rows(sample_ids, view_ids)
         if mix.kind == NO_MIX:
             return own, own
         own["partner"] = own["sample"][::-1].copy()
@@ -212,28 +207,28 @@ class ViewPlan:
         widths: npt.ArrayLike,
         heights: npt.ArrayLike,
     ) -> Array:
-        """Random resized crop (torchvision's `RandomResizedCrop.get_params`, its law exactly).
+        """Random resized crop, distributed as torchvision's `RandomResizedCrop.get_params`.
 
-        Ten attempts at an area share and an aspect ratio, else the largest centred crop whose ratio
-        is allowed. A crop of zero width or height, possible in images of a few pixels, is refused.
+        Ten attempts at an area share and an aspect ratio, then the largest centred crop of an
+        allowed ratio. A crop of zero width or height, possible in tiny images, is rejected.
 
-        For view.crop=simple: a square, uniform in the image resized as `shorter_side_to` says with
-        4 pixels around it (torchvision's `RandomCrop`); so left and top may be -4.
+        view.crop=simple: a square, uniform in the image after `shorter_side_to`, padded by 4 pixels
+        (torchvision's `RandomCrop`); so left and top may be -4.
 
         Args:
             sample_ids, view_ids: as for `rows`.
             widths, heights: integers [n], size of the image in pixels.
 
         Returns:
-            int32 [n, 4]: left, top, width, height, within the image; simple: in the resized one.
+            int32 [n, 4]: left, top, width, height in the image; simple: in the resized image.
         """
         samples, views = self._ids(sample_ids, view_ids)
         width = np.asarray(widths, np.int64)
         height = np.asarray(heights, np.int64)
-        if self.recipe.crop == "simple":
+        if self.view.crop == "simple":
             return self._simple_boxes(samples, views, width, height)
-        low, high = self.recipe.crop_ratio
 
+        low, high = self.view.crop_ratio
         ratio = width / height
         tall, wide = ratio < low, ratio > high
         crop_w = np.where(wide, np.rint(height * high), width).astype(np.int64)
@@ -245,13 +240,14 @@ class ViewPlan:
             return (w > 0) & (h > 0) & (w <= w_max) & (h <= h_max)
 
         found, left, top, w, h = self._first_accepted(
-            Purpose.CROP, samples, views, width, height, self.recipe.crop_scale, low, high, accept
-        )
+            Purpose.CROP, samples, views, (width, height),
+            self.view.crop_scale, self.view.crop_ratio, accept,
+        )  # fmt: skip
         boxes[found] = np.stack([left, top, w, h], axis=1)
         return boxes.astype(np.int32)
 
     def _simple_boxes(self, samples: Array, views: Array, width: Array, height: Array) -> Array:
-        size = self.recipe.image_size
+        size = self.view.image_size
         _, _, left, top = philox(samples, views, 0, Purpose.CROP, key(self.seed))
         resized = shorter_side_to(size, width, height)
         starts = [
@@ -261,13 +257,14 @@ class ViewPlan:
         sides = np.full(len(samples), size)
         return np.stack([*starts, sides, sides], axis=1).astype(np.int32)
 
-    def _layers(self) -> int:
-        """Operations of a view: at least two, so that rows without any are those of RandAugment."""
-        jitter = len(_JITTERED) if self.recipe.color_jitter > 0 else 0
-        return max(2, jitter + (self.recipe.augment == "three_augment"))
+    @property
+    def layers(self) -> int:
+        """Operations of a view: at least two, so that most settings share RandAugment's dtype."""
+        jitter = len(_JITTERED) if self.view.color_jitter > 0 else 0
+        return max(2, jitter + (self.view.augment == "three_augment"))
 
     def _draw_three(self, rows: Array) -> None:
-        """DeiT-III's ThreeAugment: one of the three, always applied."""
+        """DeiT-III's ThreeAugment: one of three operations, always applied."""
         which, _, radius, _ = philox(
             rows["sample"], rows["view"], 0, Purpose.AUGMENT, key(self.seed)
         )
@@ -278,9 +275,9 @@ class ViewPlan:
         rows["levels"][:, 0] = np.where(chosen == 2, radius, _THREE_LEVELS[chosen])
 
     def _draw_jitter(self, rows: Array) -> None:
-        """torchvision's ColorJitter(j, j, j), in the last layers of the plan."""
+        """torchvision's ColorJitter(j, j, j), in the last three layers."""
         order, *strengths = philox(rows["sample"], rows["view"], 0, Purpose.COLOR, key(self.seed))
-        reach = round(self.recipe.color_jitter / 0.09 * LEVEL_ONE)
+        reach = round(self.view.color_jitter / 0.09 * LEVEL_ONE)
         levels = below(np.stack(strengths, axis=1), np.array(2 * reach + 1)) - reach
         orders = _JITTER_ORDERS[below(order, np.array(len(_JITTER_ORDERS)))]
         rows["operations"][:, -3:] = _JITTERED[orders]
@@ -288,28 +285,27 @@ class ViewPlan:
 
     def _draw_randaugment(self, rows: Array) -> None:
         """RandAugment: per layer an operation, whether it is applied, its level and direction."""
-        recipe = self.recipe
         layers = np.arange(rows["operations"].shape[1])
         which, applied, level, sign = philox(
             rows["sample"][:, None], rows["view"][:, None], layers, Purpose.AUGMENT, key(self.seed)
         )
         chosen = below(which, np.array(len(RANDAUGMENT_OPERATIONS) - 1)) + 1
-        applied = happens(applied, recipe.randaugment_prob)
-        levels = draw_level(level, recipe.randaugment_magnitude, recipe.randaugment_std)
+        applied = happens(applied, self.view.randaugment_prob)
+        levels = draw_level(level, self.view.randaugment_magnitude, self.view.randaugment_std)
         rows["operations"] = np.where(applied, chosen, 0)
         rows["levels"] = np.where(happens(sign, 0.5), -levels, levels) * applied
 
     def _erase_boxes(self, samples: Array, views: Array) -> Array:
-        """timm's RandomErasing: against the crop, height and width change places; strict."""
-        side = np.full(len(samples), self.recipe.image_size, np.int64)
-        low, high = self.recipe.erase_ratio
+        """timm's RandomErasing: unlike a crop, height comes first, and a full side is rejected."""
+        side = np.full(len(samples), self.view.image_size, np.int64)
 
         def accept(h: Array, w: Array, h_max: Array, w_max: Array) -> Array:
             return (w < w_max) & (h < h_max)
 
         found, top, left, h, w = self._first_accepted(
-            Purpose.ERASE, samples, views, side, side, self.recipe.erase_scale, low, high, accept
-        )
+            Purpose.ERASE, samples, views, (side, side),
+            self.view.erase_scale, self.view.erase_ratio, accept,
+        )  # fmt: skip
         boxes = np.zeros((len(samples), 4), np.int64)
         boxes[found] = np.stack([top, left, h, w], axis=1)
         boxes[(boxes[:, 2] == 0) | (boxes[:, 3] == 0)] = 0
@@ -320,52 +316,46 @@ class ViewPlan:
         purpose: Purpose,
         samples: Array,
         views: Array,
-        size_a: Array,
-        size_b: Array,
+        sides: tuple[Array, Array],
         scale: tuple[float, float],
-        ratio_low: float,
-        ratio_high: float,
+        ratio: tuple[float, float],
         accept: Callable[[Array, Array, Array, Array], Array],
     ) -> tuple[Array, ...]:
-        """First accepted box of ten; axis a has the side sqrt(area * ratio), b sqrt(area / ratio).
+        """First accepted box of ten, along axes a and b: sqrt(area * ratio), sqrt(area / ratio).
 
-        Attempt 0 is made for all rows, 1 to 9 together for those it left: two Philox calls serve a
-        batch of any size. Returns the rows found and their start a, start b, side a, side b.
+        Attempt 0 is made for all rows, then 1 to 9 together for the rows without a box, so two
+        Philox calls serve a batch of any size. Returns the rows found and their start a, start b,
+        side a, side b.
         """
-        ratios = ratio_table(ratio_low, ratio_high)
-        open_rows = np.arange(len(samples))
+        ratios = ratio_table(*ratio)
+        remaining = np.arange(len(samples))
         parts: list[tuple[Array, ...]] = []
         for attempts in (np.arange(1), np.arange(1, _ATTEMPTS)):
-            max_a, max_b = size_a[open_rows], size_b[open_rows]
-            area, ratio, start_a, start_b = philox(
-                samples[open_rows], views[open_rows], attempts[:, None], purpose, key(self.seed)
+            max_a, max_b = (side[remaining] for side in sides)
+            area, aspect, start_a, start_b = philox(
+                samples[remaining], views[remaining], attempts[:, None], purpose, key(self.seed)
             )
             target = (scale[0] + (scale[1] - scale[0]) * (area / 2.0**32)) * (max_a * max_b)
-            aspect = ratios[ratio >> np.uint32(16)]
+            aspect = ratios[aspect >> np.uint32(16)]
             side_a = np.rint(np.sqrt(target * aspect)).astype(np.int64)  # half to even, as round()
             side_b = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-            good = accept(side_a, side_b, max_a, max_b)
-            done = np.flatnonzero(good.any(axis=0))
-            pick = (good.argmax(axis=0)[done], done)
-            side_a, side_b = side_a[pick], side_b[pick]
-            parts.append(
-                (
-                    open_rows[done],
-                    below(start_a[pick], max_a[done] - side_a + 1),
-                    below(start_b[pick], max_b[done] - side_b + 1),
-                    side_a,
-                    side_b,
-                )
-            )
-            open_rows = open_rows[~good.any(axis=0)]
+            accepted = accept(side_a, side_b, max_a, max_b)
+            is_done = accepted.any(axis=0)
+            done = np.flatnonzero(is_done)
+            first = (accepted.argmax(axis=0)[done], done)
+            side_a, side_b = side_a[first], side_b[first]
+            start_a = below(start_a[first], max_a[done] - side_a + 1)
+            start_b = below(start_b[first], max_b[done] - side_b + 1)
+            parts.append((remaining[done], start_a, start_b, side_a, side_b))
+            remaining = remaining[~is_done]
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _partners(self, samples: Array, views: Array) -> Array:
-        groups = views // self.recipe.repeats
+        groups = views // self.view.repeats
         partner = np.empty_like(samples)
         for group in np.unique(groups).tolist():
-            here = groups == group
-            partner[here] = partner_table(self.seed, self.num_samples, group)[samples[here]]
+            members = groups == group
+            partner[members] = partner_table(self.seed, self.num_samples, group)[samples[members]]
         return partner
 
     def _ids(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> tuple[Array, Array]:
@@ -390,26 +380,24 @@ def shorter_side_to(size: int, width: Array, height: Array) -> tuple[Array, Arra
 def lam_of(rows: Array, image_size: int) -> Array:
     """Weight of the own sample in the mixed target, float32 [n].
 
-    1 where nothing is mixed, lambda of Mixup, 1 - box area / image area of CutMix (timm's
-    `correct_lam`, so clipping at the edge counts).
+    1 without mixing, lambda for Mixup, 1 - box area / image area for CutMix (timm's `correct_lam`:
+    the box is clipped at the edge first).
     """
     area = rows["box"][:, 2].astype(np.int64) * rows["box"][:, 3]
     cutmix = 1.0 - area / float(image_size * image_size)
     return np.where(rows["mix_kind"] == CUTMIX, cutmix, rows["lam"] / LAM_ONE).astype(np.float32)
 
 
-def fingerprint(recipe: ViewRecipe, seed: int) -> dict[str, Any]:
-    """What a cache of answers about views must agree on: JSON values under dotted keys."""
-    fields = dataclasses.asdict(recipe)
+def fingerprint(view: ViewRecipe, seed: int) -> dict[str, Any]:
+    """What two users of a cache must agree on about views: JSON values under dotted keys."""
     entries = {
         f"view.{name}": list(value) if isinstance(value, tuple) else value
-        for name, value in fields.items()
+        for name, value in dataclasses.asdict(view).items()
     }
-    tables = [ratio_table(*recipe.crop_ratio), ratio_table(*recipe.erase_ratio)]
-    alphas = (recipe.mixup_alpha, recipe.cutmix_alpha)
-    tables += [beta_table(alpha) for alpha in alphas if alpha > 0]
-    if recipe.augment == "randaugment":
-        tables.append(level_table(recipe.randaugment_magnitude, recipe.randaugment_std))
+    tables = [ratio_table(*view.crop_ratio), ratio_table(*view.erase_ratio)]
+    tables += [beta_table(alpha) for alpha in (view.mixup_alpha, view.cutmix_alpha) if alpha > 0]
+    if view.augment == "randaugment":
+        tables.append(level_table(view.randaugment_magnitude, view.randaugment_std))
     digest = hashlib.sha256()
     for table in tables:
         digest.update(table.astype(table.dtype.newbyteorder("<")).tobytes())

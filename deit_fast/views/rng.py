@@ -1,9 +1,9 @@
-"""Random draws from a counter, not a stream, and the tables behind them; numpy only.
+"""Counter-based random draws and the tables of their distributions; numpy only.
 
-Philox4x32-10 with key = seed and counter = (sample, view, slot, purpose). Every choice has its
-fixed slot, so no choice depends on how many draws another one needed. exp, log and the Beta law are
-tabulated once, from + - * / alone; after the tables there are only integers, + - * / and sqrt, all
-correctly rounded by IEEE 754. So draws are equal on every machine.
+Philox4x32-10 with key = seed and counter = (sample, view, slot, purpose). Every choice has a fixed
+slot, so no choice depends on how many draws another one needed. Distributions are tabulated once,
+with exp and log made of + - * / alone. Everything after the tables is integers, + - * / and sqrt,
+which IEEE 754 rounds correctly. So draws are equal on every machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TABLE = 65536
 
 
 class Purpose(IntEnum):
-    """Last counter word: keeps the uses of one (sample, view, slot) apart."""
+    """Last counter word: separates the uses of one (sample, view, slot)."""
 
     VIEW = 0  # slot 0: flip, erase or not, noise key low, noise key high
     CROP = 1  # slot = attempt: area, aspect ratio, left, top
     ERASE = 2  # slot = attempt: area, aspect ratio, top, left
-    MIX = 3  # of the pair's smaller sample; slot 0: mixed, kind, lambda; slot 1: centre y, x
+    MIX = 3  # counter of the pair's smaller sample; slot 0: mixed, kind, lambda; 1: centre y, x
     PAIRING = 4  # counter (sample, group)
     ORDER = 5  # counter (pair, cycle)
     AUGMENT = 6  # slot = layer: operation, applied or not, level, sign
@@ -71,20 +71,20 @@ def philox(
 
 
 def permutation(seed: int, count: int, index: int, purpose: Purpose) -> Array:
-    """Permutation number ``index`` of a purpose, int64 [count], read-only."""
+    """Permutation ``index`` of [0, count) for a purpose, int64 [count], read-only."""
     low, high, _, _ = philox(np.arange(count), index, 0, purpose, key(seed))
     keys = low | (high.astype(np.uint64) << _SHIFT)
     return frozen(np.argsort(keys, kind="stable"))
 
 
 def frozen(array: Array) -> Array:
-    """The array, made read-only."""
-    array.flags.writeable = False  # cached: a caller that wrote into it would change later epochs
+    """Make a table read-only: it is cached, and a write would change later epochs."""
+    array.flags.writeable = False
     return array
 
 
 def key(seed: int) -> tuple[int, int]:
-    """Philox's key of a seed in [0, 2^64): low word, high word."""
+    """Philox key of a seed in [0, 2^64): low word, high word."""
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
 
 
@@ -99,55 +99,54 @@ def below(words: Array, bounds: Array) -> Array:
 
 
 def draw_beta(words: Array, alpha: float) -> Array:
-    """round(lambda * 65536), lambda ~ Beta(alpha, alpha), by inversion of the law."""
+    """round(lambda * 65536), lambda ~ Beta(alpha, alpha), by inverting the distribution."""
     return np.searchsorted(beta_table(alpha), words, side="right") if len(words) else words
 
 
 def draw_level(words: Array, mean: float, std: float) -> Array:
-    """round(1024 level), level ~ N(mean, std) clipped to [0, 10], by inversion of the law."""
+    """round(1024 level), level ~ N(mean, std) clipped to [0, 10], by inverting the distribution."""
     return np.searchsorted(level_table(mean, std), words, side="right")
 
 
 def draw_mix(
-    recipe: ViewRecipe,
+    view: ViewRecipe,
     seed: int,
     first: Array,
     second: Array,
     purpose: Purpose,
     mixable: Array | bool = True,
 ) -> tuple[Array, Array, Array]:
-    """Mixup, CutMix or neither, and how: slots 0 and 1 of the counters (first, second).
+    """Choose Mixup, CutMix or neither, and its parameters, from slots 0 and 1 of the counters.
 
     Args:
-        first, second: integers [n] below 2^32, two counter words.
-        mixable: bool [n]: whether there is a partner.
+        first, second: integers [n] below 2^32, the first two counter words.
+        mixable: bool [n], whether there is a partner.
 
     Returns:
         Fields `mix_kind` [n], `box` [n, 4] and `lam` [n] of the plan.
     """
     mixed, kind, lam, _ = philox(first, second, 0, purpose, key(seed))
-    cutmix_share = recipe.switch_prob if recipe.cutmix_alpha > 0 else 0.0
-    if recipe.mixup_alpha == 0:
+    cutmix_share = view.switch_prob if view.cutmix_alpha > 0 else 0.0
+    if view.mixup_alpha == 0:
         cutmix_share = 1.0
-    is_mixed = happens(mixed, recipe.mix_prob) & mixable
-    if recipe.mixup_alpha == 0 and recipe.cutmix_alpha == 0:
+    is_mixed = happens(mixed, view.mix_prob) & mixable
+    if view.mixup_alpha == 0 and view.cutmix_alpha == 0:
         is_mixed[:] = False
     is_cutmix = is_mixed & happens(kind, cutmix_share)
     is_mixup = is_mixed & ~is_cutmix
 
     kinds = np.where(is_cutmix, CUTMIX, np.where(is_mixup, MIXUP, NO_MIX))
     lams = np.full(len(first), LAM_ONE)
-    lams[is_mixup] = draw_beta(lam[is_mixup], recipe.mixup_alpha)
+    lams[is_mixup] = draw_beta(lam[is_mixup], view.mixup_alpha)
     boxes = np.zeros((len(first), 4), np.int64)
-    where = np.flatnonzero(is_cutmix)
-    centres = philox(first[where], second[where], 1, purpose, key(seed))[:2]
-    cutmix_lam = draw_beta(lam[where], recipe.cutmix_alpha)
-    boxes[where] = _cutmix_box(cutmix_lam, centres, recipe.image_size)
+    cut = np.flatnonzero(is_cutmix)
+    centres = philox(first[cut], second[cut], 1, purpose, key(seed))[:2]
+    boxes[cut] = _cutmix_boxes(draw_beta(lam[cut], view.cutmix_alpha), centres, view.image_size)
     return kinds, boxes, lams
 
 
-def _cutmix_box(lam: Array, centres: Sequence[Array], size: int) -> Array:
-    """DeiT's box: sides int(size * sqrt(1 - lambda)), edges centre -+ side // 2, clipped."""
+def _cutmix_boxes(lam: Array, centres: Sequence[Array], size: int) -> Array:
+    """DeiT's boxes: sides int(size * sqrt(1 - lambda)), edges centre -+ side // 2, clipped."""
     half = np.floor(size * np.sqrt(1.0 - lam / LAM_ONE)).astype(np.int64) // 2
     side = np.full(len(half), size, np.int64)
     edges = []
@@ -161,7 +160,7 @@ def _cutmix_box(lam: Array, centres: Sequence[Array], size: int) -> Array:
 
 @functools.lru_cache(maxsize=8)
 def ratio_table(low: float, high: float) -> Array:
-    """Log-uniform aspect ratios: float64 [65536], exp of a linear grid's cell centres."""
+    """Log-uniform aspect ratios, float64 [65536]: exp of the cell centres of a linear grid."""
     ends = _log(np.array([low, high]))
     grid = (np.arange(_TABLE) + 0.5) / _TABLE
     return frozen(_exp(ends[0] + (ends[1] - ends[0]) * grid))
@@ -169,16 +168,16 @@ def ratio_table(low: float, high: float) -> Array:
 
 @functools.lru_cache(maxsize=8)
 def beta_table(alpha: float) -> Array:
-    """Law of round(65536 lambda), lambda ~ Beta(alpha, alpha), as integer thresholds.
+    """Distribution of round(65536 lambda), lambda ~ Beta(alpha, alpha), as integer thresholds.
 
-    Entry k is round(2^32 P(lambda < (k + 1/2) / 65536)), uint64 [65536]; the number of entries that
-    a uniform 32-bit word reaches is the draw, exactly inverted. For x <= 1/2 the law is
+    Entry k is round(2^32 P(lambda < (k + 1/2) / 65536)), uint64 [65536]. The draw is the number of
+    entries that a uniform 32-bit word reaches: exact inversion. For x <= 1/2 the distribution is
     F(x) = (4 x (1 - x))^alpha T(x) / (2 T(1/2)) with T(x) = 2F1(2 alpha, 1; alpha + 1; x)
-    (DLMF 8.17.8, normalised by F(1/2) = 1/2): all terms positive, so nothing cancels.
+    (DLMF 8.17.8, normalised by F(1/2) = 1/2). All terms are positive, so nothing cancels.
     """
     ratios: list[float] = []
     term = 1.0
-    while term > 1e-18:  # of T at its slowest point, 1/2
+    while term > 1e-18:  # T converges slowest at x = 1/2
         ratios.append((2 * alpha + len(ratios)) / (alpha + 1 + len(ratios)))
         term *= ratios[-1] / 2
 
@@ -189,17 +188,17 @@ def beta_table(alpha: float) -> Array:
         return total
 
     x = (np.arange(_TABLE // 2) + 0.5) / _TABLE
-    law = _exp(alpha * _log(4.0 * x * (1.0 - x))) * series(x) / (2.0 * series(np.array([0.5])))
-    lower = np.rint(law * 2.0**32).astype(np.int64)
-    both = np.concatenate([lower, 2**32 - lower[::-1]])
-    return frozen(both.astype(np.uint64))
+    cdf = _exp(alpha * _log(4.0 * x * (1.0 - x))) * series(x) / (2.0 * series(np.array([0.5])))
+    lower = np.rint(cdf * 2.0**32).astype(np.int64)
+    thresholds = np.concatenate([lower, 2**32 - lower[::-1]])
+    return frozen(thresholds.astype(np.uint64))
 
 
 @functools.lru_cache(maxsize=8)
 def level_table(mean: float, std: float) -> Array:
-    """Law of round(1024 clip(N(mean, std), 0, 10)) as integer thresholds, uint64 [10240].
+    """Distribution of round(1024 clip(N(mean, std), 0, 10)), thresholds as in ``beta_table``.
 
-    Read as ``beta_table``. The normal law is 1/2 + phi(x) (x + x^3/3 + x^5/(3 5) + ...), all terms
+    uint64 [10240]. The normal distribution is 1/2 + phi(x) (x + x^3/3 + x^5/(3 5) + ...), all terms
     of one sign.
     """
     edges = (np.arange(10 * LEVEL_ONE) + 0.5) / LEVEL_ONE - mean
@@ -209,16 +208,16 @@ def level_table(mean: float, std: float) -> Array:
     total = np.ones_like(x)
     for n in range(301, 1, -2):
         total = 1.0 + total * (x * x) / n
-    law = 0.5 + 0.3989422804014327 * _exp(-0.5 * (x * x)) * x * total
-    law = np.where(x <= -7.0, 0.0, np.where(x >= 7.0, 1.0, law))
-    return frozen(np.rint(law * 2.0**32).astype(np.uint64))
+    cdf = 0.5 + 0.3989422804014327 * _exp(-0.5 * (x * x)) * x * total
+    cdf = np.where(x <= -7.0, 0.0, np.where(x >= 7.0, 1.0, cdf))
+    return frozen(np.rint(cdf * 2.0**32).astype(np.uint64))
 
 
 _LN2 = 0.6931471805599453
 
 
 def _exp(x: Array) -> Array:
-    """exp from + - * / alone: libm's differs between machines in the last bit."""
+    """exp from + - * / alone, because libm's last bit differs between machines."""
     power = np.rint(x / _LN2)
     rest = x - power * _LN2
     total = np.ones_like(x)
