@@ -19,6 +19,8 @@ import torch
 
 from bench.common import is_gpu_lost
 
+pytest.register_assert_rewrite("helpers")
+
 # Two cores shared by test processes and loader workers: a second thread mostly waits for the first.
 torch.set_num_threads(1)
 
@@ -92,6 +94,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     if "PYTEST_XDIST_WORKER" in os.environ and is_gpu_lost():
         os._exit(70)
     return result
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with digits as images and a teacher with random weights. Tests only read it."""
+    from safetensors.torch import save_file
+
+    from deit_fast.models.convnet import small_convnet
+    from helpers.digits import write_few_digits
+
+    root = tmp_path_factory.mktemp("world")
+    write_few_digits(root / "data")
+    torch.manual_seed(5)
+    save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
+    return root
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import (
+from torch import Tensor
+
+from deit_fast.kernels import add_layer_norm_launch as launch
+from deit_fast.kernels.add_layer_norm import add_layer_norm
+from helpers.kernels import (
     DEVICE,
     INTERPRETED,
     assert_250_repeats_are_equal,
@@ -28,10 +32,6 @@ from kernel_checks import (
     recorded,
     run_in_the_interpreter,
 )
-from torch import Tensor
-
-from deit_fast.kernels import add_layer_norm_launch as launch
-from deit_fast.kernels.add_layer_norm import add_layer_norm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of the residual stream, the branch, and weight, bias and gamma.

@@ -35,7 +35,7 @@ from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.analysis.summary import summarise
 from deit_fast.tools.analysis.teachers import soften_sample
 from deit_fast.tools.report import build_report
-from digits import write_few_digits
+from helpers.digits import write_few_digits
 
 CONVNET = "deit_fast.models.convnet:small_convnet"
 

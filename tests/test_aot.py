@@ -120,7 +120,7 @@ def test_golden_figures_keep_the_rules(path):
 
 
 def test_gate_names_each_rule_that_a_bad_kernel_breaks():
-    done = run("tests/bad_kernels.py")
+    done = run("tests/helpers/bad_kernels.py")
     assert done.returncode == 0, done.stderr
     broken: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():

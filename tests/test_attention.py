@@ -22,7 +22,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import (
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deit_fast.kernels import attention, launching
+from deit_fast.kernels import attention_launch as launch
+from deit_fast.kernels.attention import attention_qkvpacked
+from deit_fast.kernels.attention_reference import reference_attention
+from helpers.kernels import (
     DEVICE,
     INTERPRETED,
     assert_250_repeats_are_equal,
@@ -33,13 +40,6 @@ from kernel_checks import (
     recorded,
     run_in_the_interpreter,
 )
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from deit_fast.kernels import attention, launching
-from deit_fast.kernels import attention_launch as launch
-from deit_fast.kernels.attention import attention_qkvpacked
-from deit_fast.kernels.attention_reference import reference_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 5, 17, 64, 198, 300)

@@ -31,25 +31,8 @@ from deit_fast.views.plan import (
     fingerprint,
 )
 from deit_fast.views.rng import LEVEL_ONE, level_table
+from helpers.timm_augment import FILL, TIMM, timms
 
-FILL = (124, 116, 104)  # round(255 * ImageNet's mean)
-TIMM = {
-    "auto_contrast": "AutoContrast",
-    "equalize": "Equalize",
-    "invert": "Invert",
-    "rotate": "Rotate",
-    "posterize": "PosterizeIncreasing",
-    "solarize": "SolarizeIncreasing",
-    "solarize_add": "SolarizeAdd",
-    "color": "ColorIncreasing",
-    "contrast": "ContrastIncreasing",
-    "brightness": "BrightnessIncreasing",
-    "sharpness": "SharpnessIncreasing",
-    "shear_x": "ShearX",
-    "shear_y": "ShearY",
-    "translate_x": "TranslateXRel",
-    "translate_y": "TranslateYRel",
-}
 LEVELS = (0.0, 1 / LEVEL_ONE, 3.7119140625, 7.5, 8.9990234375, 9.5, 10.0)
 
 
@@ -74,14 +57,6 @@ def images() -> list[Image.Image]:
         np.full((33, 33, 3), 77),
     ]
     return views + [Image.fromarray(array.astype(np.uint8)) for array in arrays]
-
-
-def timms(image: Image.Image, name: str, level: float) -> Image.Image:
-    """timm's operation at a fixed level; its coin for the direction is made to fall our way."""
-    hparams = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
-    operation = auto_augment.AugmentOp(TIMM[name], prob=1.0, magnitude=abs(level), hparams=hparams)
-    with mock.patch.object(random, "random", lambda: 1.0 if level < 0 else 0.0):
-        return operation(image)
 
 
 def test_the_operations_are_timms_and_in_its_order():

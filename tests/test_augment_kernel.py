@@ -14,13 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_checks import (
-    INTERPRETED,
-    assert_250_repeats_are_equal,
-    assert_waits_for_nothing,
-    outer_run,
-    run_in_the_interpreter,
-)
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -31,6 +24,13 @@ from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
 from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan
 from deit_fast.views.rng import LEVEL_ONE
+from helpers.kernels import (
+    INTERPRETED,
+    assert_250_repeats_are_equal,
+    assert_waits_for_nothing,
+    outer_run,
+    run_in_the_interpreter,
+)
 
 FILL = (124, 116, 104)
 OPERATIONS = RANDAUGMENT_OPERATIONS[1:]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from deit_fast import cli
 from deit_fast.models.convnet import small_convnet
-from digits import write_few_digits
+from helpers.digits import write_few_digits
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,9 @@ from torch.autograd import DeviceType
 
 from bench import counters, gpu, record, summary, trace
 from bench.__main__ import choose
+from helpers.bench import META
 
 ROOT = Path(__file__).parent.parent
-META = {
-    "device": "NVIDIA H100 80GB HBM3",
-    "driver": "580.1",
-    "versions": {"torch": "2.11.0"},
-    "commit": "c0ffee",
-    "date": "2026-01-01",
-    "command": "python -m bench gpu",
-}
 CASE = "deit_small student 224px B=256"
 
 

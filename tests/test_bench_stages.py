@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bench_results import META
 
 from bench import gpu, record, summary
 from bench.stages import Command, Log, Stage, plan_text, run_stages
+from helpers.bench import META
 
 ROOT = Path(__file__).parent.parent
 

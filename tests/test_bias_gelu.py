@@ -16,7 +16,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import (
+from torch import Tensor
+
+from deit_fast.kernels import bias_gelu
+from deit_fast.kernels.rows import max_programs
+from helpers.gelu import laid_out, normal
+from helpers.kernels import (
     DEVICE,
     INTERPRETED,
     assert_250_repeats_are_equal,
@@ -27,10 +32,6 @@ from kernel_checks import (
     recorded,
     run_in_the_interpreter,
 )
-from torch import Tensor
-
-from deit_fast.kernels import bias_gelu
-from deit_fast.kernels.rows import max_programs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of x and of bias.
@@ -44,25 +45,6 @@ LAYOUTS = ("plain", "columns", "transposed", "expanded", "misaligned", "slice")
 def test_in_the_interpreter() -> None:
     """All tests below, on the CPU."""
     run_in_the_interpreter(__file__)
-
-
-def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 2.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
-
-
-def laid_out(form: str, x: Tensor) -> Tensor:
-    """The values of x in another memory layout; of an expanded one only the first."""
-    if form == "columns":
-        return torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2]
-    if form == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if form == "expanded":
-        return x.flatten()[:1].expand(x.shape) if x.numel() else x
-    if form == "misaligned":
-        return F.pad(x.flatten(), (1, 3), value=torch.nan)[1 : 1 + x.numel()].view(x.shape)
-    if form == "slice":
-        return F.pad(x, (0, 8), value=torch.nan)[..., : x.shape[-1]]
-    return x.clone()
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:

@@ -17,23 +17,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from kernel_checks import (
+from torch import Tensor
+
+from deit_fast.kernels import bias_gelu_linear
+from deit_fast.kernels import bias_gelu_linear_launch as launch
+from helpers.gelu import (
+    BF16,
+    FP16,
+    FP32,
+    NAMES,
+    assert_no_worse,
+    expression,
+    laid_out,
+    leaves_of,
+    normal,
+    results,
+)
+from helpers.kernels import (
     DEVICE,
-    INTERPRETED,
     interpreted,
     outer_run,
     recorded,
     run_in_the_interpreter,
 )
-from test_bias_gelu import laid_out, normal
-from torch import Tensor
 
-from deit_fast.kernels import bias_gelu_linear
-from deit_fast.kernels import bias_gelu_linear_launch as launch
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = ("y", "dx", "dbias", "dweight", "dout_bias")
 # [..., H] and C: rows that do not fill a tile, columns and channels that do not, one row.
 SHAPES = (((130, 256), 64), ((2, 65, 200), 72), ((1, 64), 64), ((3, 100, 128), 40))
 
@@ -42,43 +49,6 @@ SHAPES = (((130, 256), 64), ((2, 65, 200), 72), ((1, 64), 64), ((3, 100, 128), 4
 def test_in_the_interpreter() -> None:
     """All tests below, on the CPU."""
     run_in_the_interpreter(__file__)
-
-
-def expression(x: Tensor, bias: Tensor, weight: Tensor, out_bias: Tensor | None = None) -> Tensor:
-    """What bias_gelu_linear stands for, in PyTorch's own operations."""
-    return F.linear(F.gelu(x + bias.to(x.dtype)), weight, out_bias)
-
-
-def leaves_of(
-    shape: tuple[int, ...], channels: int, dtype: torch.dtype = BF16, weights: torch.dtype = FP32
-) -> list[Tensor]:
-    hidden = shape[-1]
-    x, bias = normal(*shape, dtype=dtype), normal(hidden, scale=1.0)
-    weight = normal(channels, hidden, dtype=weights, scale=hidden**-0.5)
-    return [x, bias, weight, normal(channels, dtype=weights, scale=1.0)]
-
-
-def results(
-    function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor, autocast: bool = True
-) -> list[Tensor]:
-    """y and the gradients of all leaves."""
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    dtype = gradient.dtype if autocast else BF16
-    with torch.autocast(DEVICE, dtype, enabled=autocast):
-        y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
-
-
-def assert_no_worse(leaves: list[Tensor], gradient: Tensor, note: object = "") -> None:
-    mine, other = (results(f, leaves, gradient) for f in (bias_gelu_linear, expression))
-    doubles = [x.double() for x in leaves]
-    truth = results(expression, doubles, gradient.double(), autocast=False)
-    for name, got, theirs, true in zip(NAMES, mine, other, truth, strict=True):
-        assert got.dtype == theirs.dtype and got.shape == true.shape, name
-        mistake, bound = ((y.double() - true).norm() for y in (got, theirs))
-        if name != "dbias":
-            bound *= 2.0 if INTERPRETED else 1.5
-        assert mistake <= bound + 1e-12, f"{name} {note}: {mistake:.3e}, bound {bound:.3e}"
 
 
 @pytest.fixture(params=launch.TILES, ids=lambda tiles: f"{tiles.rows}x{tiles.cols}")

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton.testing
-from kernel_checks import (
+from torch import Tensor
+
+from deit_fast.kernels import bias_gelu, bias_gelu_linear
+from deit_fast.kernels import bias_gelu_linear_launch as launch
+from helpers.gelu import BF16, FP16, NAMES, assert_no_worse, leaves_of, normal, results
+from helpers.kernels import (
     DEVICE,
     assert_250_repeats_are_equal,
     assert_replays,
@@ -20,12 +25,6 @@ from kernel_checks import (
     outer_run,
     run_in_the_interpreter,
 )
-from test_bias_gelu import normal
-from test_bias_gelu_linear import BF16, FP16, NAMES, assert_no_worse, leaves_of, results
-from torch import Tensor
-
-from deit_fast.kernels import bias_gelu, bias_gelu_linear
-from deit_fast.kernels import bias_gelu_linear_launch as launch
 
 
 @outer_run

@@ -21,50 +21,21 @@ from deit_fast.cache import (
     CacheMismatch,
     LogitCache,
     LogitCacheWriter,
-    build_manifest,
-    codec_from_config,
     info,
     verify,
 )
-from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
-
-SAMPLES, CLASSES, BLOCK = 45, 20, 16  # three blocks, the last one short
-
-
-def make_manifest(name="topk", *, classes=CLASSES, samples=SAMPLES, block=BLOCK, tau=1.0, **codec):
-    config = CodecConfig(name=name, block_records=block, **codec)
-    fingerprint = {"view.seed": 7, "teacher.name": "näive", "view.mean": (0.5, 1.0, 1e-05)}
-    return build_manifest(
-        config, num_classes=classes, num_samples=samples, tau=tau, fingerprint=fingerprint
-    )
-
-
-def make_logits(view: int, samples=SAMPLES, classes=CLASSES) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(view)
-    return torch.randn(samples, classes, generator=generator) * 4
-
-
-def write_cache(path, manifest, views=(0,)) -> LogitCache:
-    samples, classes = manifest["num_samples"], manifest["codec"]["num_classes"]
-    with LogitCacheWriter(path, manifest) as writer:
-        for view in views:
-            writer.write(torch.arange(samples), view, make_logits(view, samples, classes))
-    return LogitCache.open(path)
-
-
-def file_bytes(path: Path) -> dict[str, bytes]:
-    return {item.name: item.read_bytes() for item in sorted(path.iterdir())}
-
-
-def codec_of(name="topk", classes=CLASSES, tau=1.0, **settings):
-    return codec_from_config(CodecConfig(name=name, **settings), classes, tau)
-
-
-def true_log_probs(logits: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    return torch.log_softmax(logits.double() / tau, 1)
-
+from helpers.caches import (
+    CLASSES,
+    SAMPLES,
+    codec_of,
+    file_bytes,
+    make_logits,
+    make_manifest,
+    true_log_probs,
+    write_cache,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Codecs

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_cache import codec_of, make_logits, make_manifest, true_log_probs
 
 from deit_fast import _C
 from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter
 from deit_fast.cache.codecs import codec_from_manifest
 from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
+from helpers.caches import codec_of, make_logits, make_manifest, true_log_probs
 
 
 def reference_topk(logits: torch.Tensor, codec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cache import BLOCK, SAMPLES, file_bytes, make_logits, make_manifest, write_cache
 
 from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter, info, verify
+from helpers.caches import BLOCK, SAMPLES, file_bytes, make_logits, make_manifest, write_cache
 
 TABLE, DATA, RECORD, BLOCKS = 4096, 8192, 72, 3
 NAME = "view-00000.dlc"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -17,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cache import SAMPLES, make_logits, make_manifest, write_cache
 
 from deit_fast import _C
 from deit_fast.cache import CODECS, CacheError, LogitCache
 from deit_fast.cache.format import canonical, view_path
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
+from helpers.caches import SAMPLES, equal, make_logits, make_manifest, reading_threads, write_cache
 
 BATCH = 9
 
@@ -34,21 +33,6 @@ def make_batches(seed=0, views=(0, 2), samples=SAMPLES, count=12):
         (rng.integers(0, samples, BATCH), rng.choice(views, BATCH).astype(np.int32))
         for _ in range(count)
     ]
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, TopK):
-        return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(a[:3], b[:3], strict=True))
-    return torch.equal(a.cpu(), b.cpu())
-
-
-def reading_threads() -> int:
-    """Of this process, by name: others come and go as other tests' threads end."""
-    named = 0
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            named += (task / "comm").read_text().strip() == "dlc-read-ahead"
-    return named + sum(thread.name == "deit-fast-stream" for thread in threading.enumerate())
 
 
 def bytes_read() -> int:

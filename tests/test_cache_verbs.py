@@ -21,7 +21,8 @@ from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
-from digits import write_few_digits
+from helpers.caches import tinyvit_rows, write_tinyvit
+from helpers.digits import write_few_digits
 
 FACTORY = "deit_fast.models.convnet:small_convnet"
 
@@ -265,31 +266,6 @@ def test_export_of_a_missing_view_leaves_nothing(root, capsys, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- TinyViT
-
-
-def write_tinyvit(folder: Path, k: int, epoch: int, ranks: list[dict[str, tuple]]) -> None:
-    """As TinyViT's writer: text keys; int32 seed, int16 ids, float16 probabilities."""
-    path = folder / f"logits_top{k}_epoch{epoch}"
-    path.mkdir(parents=True)
-    for rank, rows in enumerate(ranks):
-        (path / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in rows))
-        (path / f"rank{rank}-values.bin").write_bytes(
-            b"".join(
-                np.int32(7).tobytes()
-                + np.array(ids, np.int64).astype(np.int16).tobytes()  # wraps above 32,767
-                + np.array(probs, np.float16).tobytes()
-                for ids, probs in rows.values()
-            )
-        )
-
-
-def tinyvit_rows(names: list[str], k: int, classes: int, seed: int) -> dict[str, tuple]:
-    draw = np.random.default_rng(seed)
-    rows = {}
-    for name in names:
-        probs = np.sort(draw.dirichlet(np.full(classes, 0.1)))[::-1][:k]
-        rows[name] = (draw.choice(classes, k, replace=False), probs)
-    return rows
 
 
 def test_tinyvits_epochs_become_views(tmp_path, capsys):

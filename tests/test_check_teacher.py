@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 
 import pytest
-from test_never_lost import last_state, train_rows, unruly
-from test_train import comparable_rows, weights_equal, world  # noqa: F401  (fixture)
 
 from deit_fast.cache import CacheMismatch
 from deit_fast.errors import CacheError, InputError
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
+from helpers.runs import comparable_rows, last_state, train_rows, unruly, weights_equal
 
 
 @pytest.mark.parametrize(
     ("codec", "bound"),
     [({"name": "dense-fp32"}, 2e-6), ({"name": "topk", "k": 3}, 2e-3), ({"name": "hard"}, 1e-6)],
 )
-def test_the_right_teacher_agrees_and_changes_nothing(world, tmp_path, codec, bound):  # noqa: F811
+def test_the_right_teacher_agrees_and_changes_nothing(world, tmp_path, codec, bound):
     kind = {"kind": "hard" if codec["name"] == "hard" else "soft"}
     config = unruly(
         world, tmp_path / "checked", cache=str(tmp_path / "cache"), codec=codec, loss=kind,
@@ -41,7 +40,7 @@ def test_the_right_teacher_agrees_and_changes_nothing(world, tmp_path, codec, bo
 
 
 @pytest.mark.parametrize("codec", ["dense-fp32", "topk", "hard", "dense-int8"])
-def test_a_teacher_that_changed_since_ends_the_run(world, tmp_path, monkeypatch, codec):  # noqa: F811
+def test_a_teacher_that_changed_since_ends_the_run(world, tmp_path, monkeypatch, codec):
     """Its weights are the cache's when the run starts, so its fingerprint is; then they move."""
     kind = {"kind": "hard" if codec == "hard" else "soft"}
     config = unruly(
@@ -60,7 +59,7 @@ def test_a_teacher_that_changed_since_ends_the_run(world, tmp_path, monkeypatch,
     train(config)
 
 
-def test_a_teacher_of_other_weights_is_refused_at_the_start(world, tmp_path):  # noqa: F811
+def test_a_teacher_of_other_weights_is_refused_at_the_start(world, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -70,12 +69,12 @@ def test_a_teacher_of_other_weights_is_refused_at_the_start(world, tmp_path):  #
     name = next(name for name in weights if name.endswith("weight"))
     weights[name] = torch.nextafter(weights[name], weights[name] + 1)
     save_file(weights, tmp_path / "other.safetensors")
-    teacher = f"unruly_teacher:convnet@{tmp_path}/other.safetensors"
+    teacher = f"helpers.unruly_teacher:convnet@{tmp_path}/other.safetensors"
     with pytest.raises(CacheMismatch, match=r"teacher\.weights_sha256"):
         train(config.replace(teacher=teacher))
 
 
-def test_replaced_images_are_no_reason_to_end(world, tmp_path, caplog):  # noqa: F811
+def test_replaced_images_are_no_reason_to_end(world, tmp_path, caplog):
     """Unreadable only since the precompute: the teacher saw another image there."""
     import shutil
 
@@ -96,7 +95,7 @@ def test_replaced_images_are_no_reason_to_end(world, tmp_path, caplog):  # noqa:
     assert 0 < len(checked) < 12
 
 
-def test_the_check_needs_both(world, tmp_path):  # noqa: F811
+def test_the_check_needs_both(world, tmp_path):
     config = unruly(world, tmp_path / "run", check_teacher_every=2)
     with pytest.raises(InputError, match=r"check_teacher_every=2 .* give --cache and --teacher"):
         train(config)

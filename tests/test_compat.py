@@ -10,8 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_never_lost import torchrun
-from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
 from timm.data import mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
@@ -26,7 +24,8 @@ from deit_fast.train.loop import train
 from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.plan import BatchMix, ViewPlan
 from deit_fast.views.rng import CUTMIX, LAM_ONE, MIXUP, NO_MIX, Purpose, draw_mix
-from test_data import write_split
+from helpers.images import write_split
+from helpers.runs import comparable_rows, run_config, torchrun, weights_equal
 
 SIZE = 32
 RECIPE = ViewRecipe(image_size=SIZE, repeats=3, erase_prob=0.5)
@@ -38,7 +37,7 @@ SEED = 77
 # ---------------------------------------------------------------------------------------------
 
 
-def timms_lists(num_samples: int, repeats: int, epoch: int, world: int) -> list[list[int]]:  # noqa: F811
+def timms_lists(num_samples: int, repeats: int, epoch: int, world: int) -> list[list[int]]:
     lists = []
     for rank in range(world):
         sampler = RepeatAugSampler(range(num_samples), world, rank, num_repeats=repeats)
@@ -267,7 +266,7 @@ def test_caches_and_counted_views_are_refused():
 # ---------------------------------------------------------------------------------------------
 
 
-def compat_config(world: Path, output: Path, **changes) -> RunConfig:  # noqa: F811
+def compat_config(world: Path, output: Path, **changes) -> RunConfig:
     """A DeiT run of two epochs; 210 images, of whose 630 entries each epoch shows 210."""
     changes = {"num_views": None, "compat": "deit", "loss": {"kind": "soft"}} | changes
     return run_config(world, output, **changes)
@@ -277,7 +276,7 @@ def train_rows(run: Path) -> list[dict]:
     return [row for row in comparable_rows(run) if row["kind"] == "train"]
 
 
-def test_a_run_is_resumed_bit_for_bit(world, tmp_path):  # noqa: F811
+def test_a_run_is_resumed_bit_for_bit(world, tmp_path):
     whole = compat_config(world, tmp_path / "whole")
     result = train(whole)
     assert result["steps"] == 12 and np.isfinite(result["loss"])
@@ -294,7 +293,7 @@ def test_a_run_is_resumed_bit_for_bit(world, tmp_path):  # noqa: F811
         train(parts.replace(compat="none"))
 
 
-def test_it_learns(world, tmp_path):  # noqa: F811
+def test_it_learns(world, tmp_path):
     """Labels only, Mixup and CutMix by the batch: far above the 10 % of chance."""
     config = compat_config(
         world,
@@ -316,7 +315,7 @@ def test_it_learns(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.dist
-def test_two_processes_agree_and_are_resumed_bit_for_bit(world, tmp_path):  # noqa: F811
+def test_two_processes_agree_and_are_resumed_bit_for_bit(world, tmp_path):
     whole = compat_config(world, tmp_path / "whole", epochs=1)
     done = torchrun(whole)
     assert done.returncode == 0, done.stderr[-3000:]

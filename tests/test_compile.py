@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_fuse import KERNELS, assert_same, build, run
-from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -32,6 +30,8 @@ from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile,
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep, parallel
 from deit_fast.train.teacher import CheckedTeacher, OnlineTeacher, create_teaching
+from helpers.fused import KERNELS, assert_same, build, run
+from helpers.runs import comparable_rows, run_config, weights_equal
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -191,7 +191,7 @@ def test_other_batch_sizes_leave_the_first_as_fast(counter):
 
 
 def compiled_run(
-    world: Path, output: Path, counter: CompileCounter, monkeypatch, **changes  # noqa: F811
+    world: Path, output: Path, counter: CompileCounter, monkeypatch, **changes
 ) -> tuple[RunConfig, list[int]]:  # fmt: skip
     """Train two epochs; the graphs that there are after each step, and at the end."""
     made: list[int] = []
@@ -210,7 +210,7 @@ def compiled_run(
 
 @pytest.mark.parametrize(("mode", "expected", "more"), [("blocks", 4, 4), ("model", 1, 1)])
 def test_a_run_compiles_in_its_first_step_and_evaluation_alone(
-    world, tmp_path, counter, monkeypatch, caplog, mode, expected, more  # noqa: F811
+    world, tmp_path, counter, monkeypatch, caplog, mode, expected, more
 ):  # fmt: skip
     """Parts, evaluations of model and average with a smaller last batch, and training after that.
 
@@ -308,7 +308,7 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def test_which_teachers_are_compiled(world, tmp_path, on_cuda):  # noqa: F811
+def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
     """Under `auto` the online one alone: what it answers is kept nowhere."""
     from deit_fast.data.sources import open_source
 
@@ -332,7 +332,7 @@ def test_which_teachers_are_compiled(world, tmp_path, on_cuda):  # noqa: F811
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "auto"), ("auto", "none")])
-def test_auto_goes_on_with_a_cache_begun_without_compilation(world, tmp_path, before, after):  # noqa: F811
+def test_auto_goes_on_with_a_cache_begun_without_compilation(world, tmp_path, before, after):
     """As all were that were written before `auto` was the default."""
     config = run_config(world, tmp_path / "run", cache=str(tmp_path / "cache"), compile=before)
     assert precompute(config, range(1))["views"] == 1
@@ -341,7 +341,7 @@ def test_auto_goes_on_with_a_cache_begun_without_compilation(world, tmp_path, be
 
 
 @pytest.mark.parametrize("asked", ["auto", "none", "blocks", "model"])
-def test_a_compiled_teachers_cache_trains_any_run(world, tmp_path, counter, asked):  # noqa: F811
+def test_a_compiled_teachers_cache_trains_any_run(world, tmp_path, counter, asked):
     config = run_config(
         world, tmp_path / "run", cache=str(tmp_path / "cache"), compile="model", max_steps=1
     )
@@ -351,7 +351,7 @@ def test_a_compiled_teachers_cache_trains_any_run(world, tmp_path, counter, aske
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "blocks"), ("blocks", "auto")])
-def test_a_run_goes_on_with_another_setting(world, tmp_path, counter, before, after):  # noqa: F811
+def test_a_run_goes_on_with_another_setting(world, tmp_path, counter, before, after):
     """It moves numbers by rounding, and here by nothing."""
     config = run_config(world, tmp_path / "parts", teacher=None, loss={"kind": "none"})
     train(config.replace(compile=before, max_steps=4))

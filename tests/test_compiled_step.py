@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_profile import steps_of
-from test_train import run_config, world  # noqa: F401  (fixture)
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.precompute import precompute
+from helpers.runs import run_config
+from helpers.step_watch import steps_of
 
 WARM_UP, STEPS = 3, 20
 
@@ -35,7 +35,7 @@ def alone_in_a_group(backend: str, store: Path) -> Iterator[None]:
 @pytest.mark.dist
 @pytest.mark.parametrize(("device", "backend", "compiled"), DEVICES)
 def test_a_group_of_one_rank_changes_no_number(
-    world,  # noqa: F811
+    world,
     tmp_path,
     monkeypatch,
     device,
@@ -64,7 +64,7 @@ def test_a_group_of_one_rank_changes_no_number(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("online", "cached"))
-def test_20_compiled_steps_wait_for_no_gpu(world, tmp_path, name):  # noqa: F811
+def test_20_compiled_steps_wait_for_no_gpu(world, tmp_path, name):
     config = run_config(world, tmp_path / "run", device="cuda", compile="blocks", epochs=3)
     if name == "cached":
         config = config.replace(cache=str(tmp_path / "cache"))

@@ -21,8 +21,7 @@ from deit_fast.data import ImageFolder, open_loader
 from deit_fast.data.augment import augment
 from deit_fast.errors import InputError
 from deit_fast.views.plan import OPERATIONS, ViewPlan, plan_dtype
-from test_data import SEED, SIZE, picture, write_split
-from test_loaders import encode, folder_of, odd_files
+from helpers.images import SEED, SIZE, encode, folder_of, odd_files, picture, write_split
 
 pytestmark = pytest.mark.dali
 

@@ -38,12 +38,10 @@ from deit_fast.errors import InputError
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
 from deit_fast.views.rng import CUTMIX, MIXUP, philox
-from test_augment import timms
+from helpers.images import RECIPE, SEED, SIZE, broken_files, digests, picture, write_split
+from helpers.timm_augment import timms
 
-SIZE = 32
-SEED = 11
 BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
-RECIPE = ViewRecipe(image_size=SIZE, repeats=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,25 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with some noise, as JPEG likes them."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR), np.int64)
-    noisy = smooth + rng.integers(-9, 10, smooth.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-def write_split(folder: Path, classes: int, per_class: int, seed: int = 0) -> None:
-    rng = np.random.default_rng(seed)
-    for label in range(classes):
-        (folder / f"class{label}").mkdir(parents=True)
-        for number in range(per_class):
-            width, height = (int(side) for side in rng.integers(20, 90, 2))
-            image = picture(seed + 100 * label + number, width, height)
-            image.save(folder / f"class{label}" / f"{number:03d}.jpg", quality=90)
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +63,6 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def source(root) -> ImageFolder:
     return ImageFolder(str(root), "train")
-
-
-def digests(batches, recipe=RECIPE) -> dict[tuple[int, int], str]:
-    """Digest of each finished view, by its key; a key met twice must give the same bytes."""
-    found: dict[tuple[int, int], str] = {}
-    for batch in batches:
-        images = ingest_batch(batch, recipe, torch.float32)
-        labels = torch.stack([batch.labels, batch.partner_labels], dim=1)
-        for sample, view, image, label, lam in zip(
-            batch.sample_ids.tolist(),
-            batch.view_ids.tolist(),
-            images,
-            labels,
-            batch.lam,
-            strict=True,
-        ):
-            text = image.numpy().tobytes() + label.numpy().tobytes() + lam.numpy().tobytes()
-            digest = hashlib.sha256(text).hexdigest()
-            assert found.setdefault((sample, view), digest) == digest
-    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,31 +225,6 @@ def test_every_mode_becomes_rgb(tmp_path):
         theirs = torchvision.datasets.folder.pil_loader(source.paths[index])
         assert image.tobytes() == theirs.tobytes()
     assert source.load(9).tobytes() == frames[0].tobytes()
-
-
-def broken_files() -> dict[str, bytes]:
-    import io
-
-    def encoded(kind: str) -> bytes:
-        buffer = io.BytesIO()
-        picture(5, 64, 48).save(buffer, kind)
-        return buffer.getvalue()
-
-    jpeg, png = encoded("JPEG"), encoded("PNG")
-    bomb = b"P6 60000 60000 255\n" + bytes(100)
-    return {
-        "empty.jpg": b"",
-        "text.jpg": b"this is no image\n" * 20,
-        "truncated.jpg": jpeg[: len(jpeg) // 2],
-        "header.jpg": jpeg[:30],
-        "truncated.png": png[: len(png) // 2],
-        "flipped.png": png[:60] + bytes(byte ^ 255 for byte in png[60:90]) + png[90:],
-        "chunk.png": png[:8] + b"\xff\xff\xff\xff" + png[12:],
-        "truncated.webp": encoded("WEBP")[:60],
-        "truncated.tif": encoded("TIFF")[:50],
-        "bomb.ppm": bomb,
-        "short.bmp": encoded("BMP")[:20],
-    }
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")

@@ -21,7 +21,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import (
+from torch import Tensor
+
+from deit_fast.kernels import TopK, distillation_loss
+from deit_fast.kernels.distillation_loss import base_loss, hard_distillation, soft_distillation
+from deit_fast.kernels.distillation_loss_reference import (
+    reference,
+    soft_factor,
+)
+from helpers.kernels import (
     DEVICE,
     INTERPRETED,
     assert_250_repeats_are_equal,
@@ -31,14 +39,6 @@ from kernel_checks import (
     outer_run,
     recorded,
     run_in_the_interpreter,
-)
-from torch import Tensor
-
-from deit_fast.kernels import TopK, distillation_loss
-from deit_fast.kernels.distillation_loss import base_loss, hard_distillation, soft_distillation
-from deit_fast.kernels.distillation_loss_reference import (
-    reference,
-    soft_factor,
 )
 
 RUNS = INTERPRETED or DEVICE == "cuda"
@@ -520,11 +520,11 @@ def test_mixed_pair_equals_its_dense_target(base: str, smoothing: float) -> None
 @pytest.mark.parametrize("tau", (1.0, 3.0))
 @pytest.mark.parametrize("kind", ("soft", "hard"))
 def test_equals_timm_token_distillation(kind: str, tau: float) -> None:
-    from test_losses import CLASSES as classes
-    from test_losses import ROWS, OneHead, TwoHeads, inputs
     from timm.task import TokenDistillationTask
 
     from deit_fast.losses import DistillationLoss
+    from helpers.students import CLASSES as classes
+    from helpers.students import ROWS, OneHead, TwoHeads, inputs
 
     student, teacher, x = TwoHeads().float(), OneHead().float(), inputs().float()
     labels, criterion = torch.randint(classes, (ROWS,)), torch.nn.CrossEntropyLoss()

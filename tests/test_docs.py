@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from digits import write_few_digits
-from test_cache_verbs import tinyvit_rows, write_tinyvit
+from helpers.caches import tinyvit_rows, write_tinyvit
+from helpers.digits import write_few_digits
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

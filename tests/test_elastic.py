@@ -8,17 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_never_lost import STEPS, assert_close_runs, last_state, torchrun
-from test_train import comparable_rows, run_config, world  # noqa: F401  (fixture)
 
 from deit_fast.config import RunConfig
 from deit_fast.train.loop import train
+from helpers.runs import STEPS, assert_close_runs, comparable_rows, last_state, run_config, torchrun
 
 CHANGE = 5  # in the middle of the first epoch of six steps
 
 
-def witnessed(world: Path, output: Path, **changes) -> RunConfig:  # noqa: F811
-    teacher = f"witness_teacher:convnet@{world}/teacher.safetensors"
+def witnessed(world: Path, output: Path, **changes) -> RunConfig:
+    teacher = f"helpers.witness_teacher:convnet@{world}/teacher.safetensors"
     base = {"teacher": teacher, "loss": {"kind": "soft"}}
     return run_config(world, output, **(base | changes))
 
@@ -44,7 +43,7 @@ def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[l
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:  # noqa: F811
+def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:
     """Run folder and sequence of one process that nothing interrupts."""
     root = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +53,7 @@ def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:  # noq
 @pytest.mark.dist
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_change_of_size_keeps_the_sequence(
-    world, undisturbed, tmp_path, monkeypatch, before, after  # noqa: F811
+    world, undisturbed, tmp_path, monkeypatch, before, after
 ):  # fmt: skip
     whole, expected = undisturbed
     assert len(expected) == STEPS and {len(step) for step in expected} == {32}

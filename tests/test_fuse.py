@@ -10,64 +10,16 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from kernel_checks import DEVICE, outer_run, run_in_the_interpreter
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.models import create_student, fuse, unfuse
 from deit_fast.train.step import compile_blocks
+from helpers.fused import IMAGES, KERNELS, NAMES, SMALL, assert_same, build, run
+from helpers.kernels import DEVICE, outer_run, run_in_the_interpreter
 
 fusing = sys.modules["deit_fast.models.fuse"]  # the name in the package is the function's
-KERNELS = fusing.KERNELS
-
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-NAMES = {
-    "distilled": ("deit_tiny_distilled_patch16_224", {}),
-    "plain": ("deit_tiny_patch16_224", {}),
-    "deit3": ("deit3_small_patch16_224", {"init_values": 0.3}),
-    "average": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
-}
-
-
-def build(kind: str, **changes: object) -> nn.Module:
-    """A small model with no constant parameters: gammas and biases differ from 0 and 1."""
-    name, options = NAMES[kind]
-    torch.manual_seed(1)
-    model = timm.create_model(name, num_classes=7, **(SMALL | options | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    if kind == "distilled":
-        model.set_distilled_training(True)
-    return model.to(DEVICE)
-
-
-def run(model: nn.Module, images: Tensor, seed: int = 5) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and the gradients of a loss that weighs each of them differently."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    output = model(images)
-    outputs = list(output) if isinstance(output, tuple) else [output]
-    torch.manual_seed(seed)
-    sum((out * torch.randn(out.shape).to(out)).sum() for out in outputs).backward()
-    return [out.detach() for out in outputs], {
-        name: parameter.grad for name, parameter in model.named_parameters()
-    }
-
-
-def assert_same(mine: tuple, theirs: tuple, rtol: float = 1e-5) -> None:
-    """Norm of the difference, relative; a gradient that one lacks, the other lacks."""
-    assert len(mine[0]) == len(theirs[0]) and mine[1].keys() == theirs[1].keys()
-    pairs = [("output", *pair) for pair in zip(mine[0], theirs[0], strict=True)]
-    pairs += [(name, mine[1][name], theirs[1][name]) for name in mine[1]]
-    for name, got, wanted in pairs:
-        assert wanted is not None and got is not None, name
-        error = ((got - wanted).norm() / wanted.norm()).item()
-        assert error <= rtol, f"{name}: {error:.1e}"
-
-
-IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
 
 @pytest.mark.parametrize("kind", NAMES)

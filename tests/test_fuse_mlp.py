@@ -11,15 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernel_checks import DEVICE, outer_run, run_in_the_interpreter
-from test_fuse import KERNELS, assert_same, run
-from test_fuse_stream import FOLDS, IMAGES, build, shadow_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.models import fuse, unfuse
 from deit_fast.models.fused import FusedMlp, FusedMlpBackward
 from deit_fast.models.shadow import Shadows
+from helpers.fused import FEW_IMAGES, FOLDS, KERNELS, assert_same, build_wide, run, shadow_step
+from helpers.kernels import DEVICE, outer_run, run_in_the_interpreter
 
 OTHERS = tuple(name for name in KERNELS if name != "mlp_backward")
 runs = pytest.mark.skipif(not FOLDS, reason="needs a GPU or Triton's interpreter")
@@ -48,13 +47,13 @@ def counted() -> Iterator[_Calls]:
 
 def half_run(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
     with torch.autocast(DEVICE, torch.bfloat16):
-        return run(model, IMAGES)
+        return run(model, FEW_IMAGES)
 
 
 def test_it_is_a_choice_of_its_own() -> None:
     for kernels, kind in ((KERNELS, FusedMlpBackward), (OTHERS, FusedMlp)):
-        assert type(fuse(build("plain"), kernels=kernels).blocks[0].mlp) is kind
-    model = fuse(build("plain"), kernels=KERNELS)
+        assert type(fuse(build_wide("plain"), kernels=kernels).blocks[0].mlp) is kind
+    model = fuse(build_wide("plain"), kernels=KERNELS)
     assert not any(isinstance(module, FusedMlp) for module in unfuse(model).modules())
 
 
@@ -62,8 +61,8 @@ def test_it_is_a_choice_of_its_own() -> None:
 @pytest.mark.parametrize("kind", ["distilled", "deit3", "average"])
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_gradients_are_as_close_as_without_it(kind: str, drop_path: float) -> None:
-    model = build(kind, drop_path_rate=drop_path).train()
-    true = run(copy.deepcopy(model).double(), IMAGES.double())
+    model = build_wide(kind, drop_path_rate=drop_path).train()
+    true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     with counted() as calls:
         theirs = half_run(fuse(model, kernels=OTHERS))
     assert calls.count == 0
@@ -83,7 +82,7 @@ def test_gradients_are_as_close_as_without_it(kind: str, drop_path: float) -> No
 
 @runs
 def test_it_reads_shadow_weights() -> None:
-    model = fuse(build("distilled").train(), kernels=KERNELS)
+    model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     cast = shadow_step(model, None)
     with counted() as calls:
@@ -106,20 +105,20 @@ def norm(mlp: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [hook, drop, norm])
 def test_what_stands_between_the_two_layers_leads_back(change) -> None:
-    model = build("average", drop_path_rate=0.3).train()
+    model = build_wide("average", drop_path_rate=0.3).train()
     for block in model.blocks:
         change(block.mlp)
-    theirs = run(model, IMAGES)
+    theirs = run(model, FEW_IMAGES)
     model = fuse(model, kernels=KERNELS)
-    assert_same(run(model, IMAGES), theirs)
+    assert_same(run(model, FEW_IMAGES), theirs)
     with counted() as calls:
         half_run(model)
     assert calls.count == 0
 
 
 def test_a_hook_that_comes_later_fires() -> None:
-    model = fuse(build("plain").train(), kernels=KERNELS)
+    model = fuse(build_wide("plain").train(), kernels=KERNELS)
     seen: list[Tensor] = []
     model.blocks[0].mlp.fc2.register_forward_hook(lambda _, __, y: seen.append(y))
-    run(model, IMAGES)
+    run(model, FEW_IMAGES)
     assert len(seen) == 1

@@ -11,11 +11,6 @@ import pickle
 
 import pytest
 import torch
-from kernel_checks import DEVICE, INTERPRETED, outer_run, run_in_the_interpreter
-from test_fuse import IMAGES as MORE_IMAGES
-from test_fuse import KERNELS, assert_same, run
-from test_fuse import build as build_narrow
-from test_ingest import MEAN, STD, photos, random_rows
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,14 +21,17 @@ from deit_fast.models.fuse import patch_side
 from deit_fast.models.fused import is_plain
 from deit_fast.models.shadow import Shadows
 from deit_fast.train.compiling import compile_blocks
-
-IMAGES = MORE_IMAGES[:3]
-FOLDS = INTERPRETED or DEVICE == "cuda"
-
-
-def build(kind: str, **changes: object) -> nn.Module:
-    """Heads of 32 channels, which the attention kernels take."""
-    return build_narrow(kind, **({"embed_dim": 96, "depth": 2} | changes))
+from helpers.fused import (
+    FEW_IMAGES,
+    FOLDS,
+    KERNELS,
+    assert_same,
+    build_wide,
+    run,
+    shadow_step,
+)
+from helpers.kernels import DEVICE, INTERPRETED, outer_run, run_in_the_interpreter
+from helpers.plans import MEAN, STD, photos, random_rows
 
 
 @outer_run
@@ -44,9 +42,9 @@ def test_all_in_the_interpreter() -> None:
 @pytest.mark.parametrize("kind", ["distilled", "deit3", "average"])
 def test_bias_gradients_against_float64(kind: str) -> None:
     """Each bias on its own: a gradient that is 0 in truth has no relative error."""
-    model = build(kind, drop_path_rate=0.3).train()
-    _, true = run(copy.deepcopy(model).double(), IMAGES.double())
-    _, mine = run(fuse(model, kernels=KERNELS), IMAGES)
+    model = build_wide(kind, drop_path_rate=0.3).train()
+    _, true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
+    _, mine = run(fuse(model, kernels=KERNELS), FEW_IMAGES)
     for name, gradient in mine.items():
         if not name.endswith("bias"):
             continue
@@ -91,13 +89,13 @@ WAYS = [hooked, overridden] if INTERPRETED else [hooked, hooked_before, hooked_b
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 def test_a_hook_on_a_layer_fires_and_every_gradient_stays(way, layer: str) -> None:
-    model = build("distilled", drop_path_rate=0.3).train()
-    theirs = run(model, IMAGES)
+    model = build_wide("distilled", drop_path_rate=0.3).train()
+    theirs = run(model, FEW_IMAGES)
     fuse(model, kernels=KERNELS)
     calls: list[str] = []
     for number in (0, 1):  # the last block has its own attention
         way(model.blocks[number].get_submodule(layer), calls)
-    assert_same(run(model, IMAGES), theirs)
+    assert_same(run(model, FEW_IMAGES), theirs)
     assert calls == ["hook"] * 2
 
 
@@ -113,25 +111,25 @@ def test_a_wrapped_layer_is_called_and_every_gradient_stays() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + self.update(x)
 
-    model = build("distilled").train()
+    model = build_wide("distilled").train()
     fuse(model, kernels=KERNELS)
     for block in model.blocks:
         for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"),
                            (block.mlp, "fc2")):  # fmt: skip
             setattr(part, name, Adapter(getattr(part, name)).to(DEVICE))
             assert not is_plain(getattr(part, name))
-    mine = run(model, IMAGES)
-    assert_same(mine, run(unfuse(model), IMAGES))
+    mine = run(model, FEW_IMAGES)
+    assert_same(mine, run(unfuse(model), FEW_IMAGES))
     assert all(gradient is not None for gradient in mine[1].values())
 
 
 @pytest.mark.parametrize("name", ["qkv.bias", "proj.bias", "fc2.bias", "qkv.weight", "proj.weight"])
 def test_a_frozen_parameter_changes_no_other_gradient(name: str) -> None:
-    model = build("distilled").train()
+    model = build_wide("distilled").train()
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(not key.endswith(name))
-    outputs, gradients = run(model, IMAGES)
-    mine = run(fuse(model, kernels=KERNELS), IMAGES)
+    outputs, gradients = run(model, FEW_IMAGES)
+    mine = run(fuse(model, kernels=KERNELS), FEW_IMAGES)
     assert {key for key, value in mine[1].items() if value is None} == {
         key for key, value in gradients.items() if value is None
     }
@@ -154,10 +152,10 @@ def rows_of(images: Tensor, side: int) -> Tensor:
 
 
 def test_rows_of_patches_give_what_images_give() -> None:
-    model = build("distilled").train()
+    model = build_wide("distilled").train()
     fuse(model, kernels=KERNELS)
     assert patch_side(model) == 8
-    assert_same(run(model, rows_of(IMAGES, 8)), run(model, IMAGES))
+    assert_same(run(model, rows_of(FEW_IMAGES, 8)), run(model, FEW_IMAGES))
 
 
 def test_ingest_writes_the_rows_that_the_model_takes() -> None:
@@ -169,12 +167,12 @@ def test_ingest_writes_the_rows_that_the_model_takes() -> None:
 @pytest.mark.parametrize("change", [{"dynamic_img_pad": True}, {"dynamic_img_size": True},
                                     {"in_chans": 1}])  # fmt: skip
 def test_a_patch_embedding_that_needs_images_takes_images_alone(change: dict) -> None:
-    model = fuse(build("plain", **change), kernels=KERNELS)
+    model = fuse(build_wide("plain", **change), kernels=KERNELS)
     assert patch_side(model) is None
 
 
 def test_a_model_that_is_not_fused_takes_images_alone() -> None:
-    model = build("plain")
+    model = build_wide("plain")
     assert patch_side(model) is None
     assert patch_side(unfuse(fuse(model, kernels=()))) is None
 
@@ -190,8 +188,8 @@ def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
     kernels: tuple[str, ...], autocast: bool
 ) -> None:
     """Its error against float64 is that of rounding each sum: some units of bfloat16."""
-    model = build("deit3", drop_path_rate=0.3).train()
-    true = run(copy.deepcopy(model).double(), IMAGES.double())
+    model = build_wide("deit3", drop_path_rate=0.3).train()
+    true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     dtypes: set[torch.dtype] = set()
 
     def step(residual: str) -> tuple:
@@ -200,7 +198,7 @@ def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
             lambda _, x: dtypes.add(x[0].dtype)
         )
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            result = run(fused, IMAGES)
+            result = run(fused, FEW_IMAGES)
         norm_in.remove()
         return result
 
@@ -217,9 +215,9 @@ def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
 @pytest.mark.parametrize("kernels", [(), KERNELS])
 def test_the_mean_behind_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ...]) -> None:
     """global_pool="avg" norms behind the mean: without autocast the head takes float32 alone."""
-    model = build("average").train()
-    (true, *_), _ = run(model, IMAGES)
-    (narrow, *_), _ = run(fuse(model, kernels=kernels, residual="bfloat16"), IMAGES)
+    model = build_wide("average").train()
+    (true, *_), _ = run(model, FEW_IMAGES)
+    (narrow, *_), _ = run(fuse(model, kernels=kernels, residual="bfloat16"), FEW_IMAGES)
     assert narrow.dtype == torch.float32
     assert (narrow - true).norm() <= 0.05 * true.norm()
 
@@ -227,7 +225,7 @@ def test_the_mean_behind_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ..
 @pytest.mark.skipif(not FOLDS, reason="the reference saves float32 copies")
 def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
     """What is kept for the backward: no float32 tensor of the stream's size."""
-    model = build("distilled").train()
+    model = build_wide("distilled").train()
     fuse(model, kernels=KERNELS, residual="bfloat16")
     saved: list[torch.dtype] = []
 
@@ -238,14 +236,14 @@ def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
 
     with (torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
           torch.autocast(DEVICE, torch.bfloat16)):  # fmt: skip
-        model(IMAGES)
+        model(FEW_IMAGES)
     assert saved and set(saved) == {torch.bfloat16}
 
 
 def test_a_residual_that_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="residual must be one of float32, bfloat16, not 'half'"):
-        fuse(build("plain"), residual="half")
-    model = build("plain")
+        fuse(build_wide("plain"), residual="half")
+    model = build_wide("plain")
     model.blocks[1].norm2 = nn.GroupNorm(3, 96).to(DEVICE)
     with pytest.raises(InputError, match="residual=bfloat16 needs a model whose blocks"):
         fuse(model, residual="bfloat16")
@@ -270,18 +268,9 @@ def test_the_layer_norm_reference_sums_bfloat16_gradients_in_float32() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def shadow_step(model: nn.Module, shadows: Shadows | None) -> tuple:
-    with torch.autocast(DEVICE, torch.bfloat16):
-        if shadows is None:
-            return run(model, IMAGES)
-        shadows.refresh()
-        with shadows.current():
-            return run(model, IMAGES)
-
-
 def test_shadow_weights_give_autocasts_outputs_and_closer_gradients() -> None:
-    model = build("distilled", drop_path_rate=0.3).train()
-    true = run(copy.deepcopy(model).double(), IMAGES.double())
+    model = build_wide("distilled", drop_path_rate=0.3).train()
+    true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     fuse(model, kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     assert len(shadows) == 2 * 2 * 4
@@ -294,7 +283,7 @@ def test_shadow_weights_give_autocasts_outputs_and_closer_gradients() -> None:
 
 
 def test_shadows_follow_the_weights_and_serve_the_training_step_alone() -> None:
-    model = fuse(build("distilled").train(), kernels=KERNELS)
+    model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     before = shadow_step(model, shadows)
     with torch.no_grad():
@@ -306,12 +295,12 @@ def test_shadows_follow_the_weights_and_serve_the_training_step_alone() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1
-    stale = run(model, IMAGES)  # outside of the step nothing reads them
-    assert_same(stale, run(copy.deepcopy(model), IMAGES))
+    stale = run(model, FEW_IMAGES)  # outside of the step nothing reads them
+    assert_same(stale, run(copy.deepcopy(model), FEW_IMAGES))
 
 
 def test_shadows_follow_weights_whose_memory_is_replaced() -> None:
-    model = fuse(build("distilled").train(), kernels=KERNELS)
+    model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data + 0.1
@@ -328,7 +317,7 @@ class Float32Norm(nn.LayerNorm):
 
 def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
     """As in a training step the backward runs outside of autocast."""
-    model = build("distilled").train()
+    model = build_wide("distilled").train()
     for block in model.blocks:
         block.mlp.norm = Float32Norm(block.mlp.fc2.in_features)
     fuse(model, kernels=KERNELS).to(DEVICE)
@@ -338,7 +327,7 @@ def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
     for current in (contextlib.nullcontext(), shadows.current()):
         model.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16), current:
-            heads = model(IMAGES.to(DEVICE))
+            heads = model(FEW_IMAGES.to(DEVICE))
         sum(z.float().square().sum() for z in heads).backward()
         gradients.append([block.mlp.fc2.weight.grad.clone() for block in model.blocks])
     for plain, read in zip(*gradients, strict=True):
@@ -346,7 +335,7 @@ def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
 
 
 def test_replaced_layers_and_parameters_get_shadows_of_their_own() -> None:
-    model = fuse(build("distilled").train(), kernels=KERNELS)
+    model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     fresh = nn.Linear(96, 96).to(DEVICE)
     model.blocks[0].attn.proj = fresh
@@ -359,7 +348,7 @@ def test_replaced_layers_and_parameters_get_shadows_of_their_own() -> None:
 
 
 def test_copies_pickles_and_state_dicts_hold_no_shadows() -> None:
-    model = fuse(build("distilled").train(), kernels=KERNELS)
+    model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     names = set(model.state_dict())
     Shadows(model, torch.bfloat16)
     assert set(model.state_dict()) == names
@@ -378,7 +367,7 @@ def test_the_stream_compiles_without_a_break(mode: str, graphs: int) -> None:
     """Blocks: the embedding; the first block, one behind it, the others, and the last."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = build("distilled", depth=4, drop_path_rate=0.3).train()
+    model = build_wide("distilled", depth=4, drop_path_rate=0.3).train()
     fuse(model, kernels=KERNELS, residual="bfloat16")
     shadows = Shadows(model, torch.bfloat16)
     plain = shadow_step(model, shadows)

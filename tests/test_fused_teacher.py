@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_train import run_config, world  # noqa: F401  (fixture)
 from torch import nn
 
 from deit_fast.data.sources import open_source
@@ -18,6 +17,7 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import KERNELS, FusedBlock
 from deit_fast.precompute import precompute
 from deit_fast.train.teacher import create_teaching
+from helpers.runs import run_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -57,7 +57,7 @@ def test_other_teachers_and_devices_stay_as_they_are(monkeypatch):
     assert not Teacher(small_convnet(10), "t").place(CPU, fused=True).is_fused
 
 
-def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):  # noqa: F811
+def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):
     """Online, unless model.fused is off. In a cache with compilation alone, and it says so."""
     online = run_config(world, tmp_path / "run", teacher="test_fused_teacher:transformer")
     source = open_source(online.data, "train", online.view.image_size)
@@ -75,7 +75,7 @@ def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):  # noqa: F811
         assert "teacher.fused" not in fingerprint(cache)
 
 
-def test_a_fused_teachers_cache_says_so(world, tmp_path, kernels_here):  # noqa: F811
+def test_a_fused_teachers_cache_says_so(world, tmp_path, kernels_here):
     config = run_config(
         world, tmp_path / "run", teacher="test_fused_teacher:transformer", compile="model",
         cache=str(tmp_path / "cache"),

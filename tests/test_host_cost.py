@@ -72,7 +72,6 @@ def test_a_plan_reads_padding_only_where_there_is_some() -> None:
 
 
 def times() -> dict[str, float]:
-    import host_only
     import torch
 
     from deit_fast import kernels
@@ -82,6 +81,7 @@ def times() -> dict[str, float]:
         ingest_launch,
     )
     from deit_fast.kernels.ingest import PLAN_COLUMNS
+    from helpers import host_only
 
     torch.set_num_threads(1)
     distillation_loss_launch.takes = lambda *_: True
@@ -115,10 +115,10 @@ def times() -> dict[str, float]:
 
 
 def plans() -> dict[str, int]:
-    import host_only
     import torch
 
     import deit_fast.kernels  # noqa: F401  # defines the operators
+    from helpers import host_only
 
     def launches(call: Any, tensors: list[torch.Tensor]) -> list[tuple[Any, Any]]:
         """Grid and arguments of each launch; a tensor as its dtype and which input it is."""
@@ -146,10 +146,10 @@ def plans() -> dict[str, int]:
 
 def padding() -> dict[str, list[int]]:
     """Numbers among the arguments of the loss kernel: widths of its accesses are some of them."""
-    import host_only
     import torch
 
     from deit_fast.kernels import distillation_loss_launch
+    from helpers import host_only
 
     host_only.recording = True
     call, make = host_only.operators()["distillation_loss and gradients, padded rows"]
@@ -172,7 +172,7 @@ def padding() -> dict[str, list[int]]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     try:
-        import host_only as driver
+        from helpers import host_only as driver
 
         driver.install()
         driver.bare_launch()()

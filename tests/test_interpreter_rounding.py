@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kernel_checks import interpreted, outer_run, run_in_the_interpreter
+
+from helpers.kernels import interpreted, outer_run, run_in_the_interpreter
 
 
 @outer_run

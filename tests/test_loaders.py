@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import ImageFolder, open_loader, pixel_contract
@@ -24,7 +22,17 @@ from deit_fast.data.open import DeviceLoader
 from deit_fast.errors import InputError
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
-from test_data import SEED, SIZE, broken_files, digests, picture, write_split
+from helpers.images import (
+    SEED,
+    SIZE,
+    broken_files,
+    digests,
+    encode,
+    folder_of,
+    odd_files,
+    picture,
+    write_split,
+)
 
 DALI = pytest.mark.dali
 LOADERS = ["pillow", pytest.param("dali", marks=DALI), pytest.param("dali-triton", marks=DALI)]
@@ -124,43 +132,6 @@ def test_dali_with_our_kernel_makes_pillows_pixels(source):
 # ---------------------------------------------------------------------------------------------
 # Files that are no plain JPEGs
 # ---------------------------------------------------------------------------------------------
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def odd_files() -> dict[str, bytes]:
-    """Readable, but neither RGB nor 8 bits nor one frame nor upright."""
-    base = picture(3, 40, 30)
-    frames = [picture(n, 40, 30) for n in range(3)]
-    grey16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    palette = base.convert("P")
-    return {
-        "cmyk.jpg": encode(base.convert("CMYK"), "JPEG"),
-        "exif.jpg": encode(base, "JPEG", exif=rotated),
-        "grey.jpg": encode(base.convert("L"), "JPEG"),
-        "grey16.png": encode(grey16, "PNG"),
-        "palette.png": encode(palette, "PNG", transparency=3),
-        "png-inside.jpg": encode(base, "PNG"),
-        "progressive.jpg": encode(base, "JPEG", progressive=True),
-        "frames.webp": encode(
-            frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True
-        ),
-        "rgba.png": encode(base.convert("RGBA"), "PNG"),
-    }
-
-
-def folder_of(tmp_path: Path, files: dict[str, bytes]) -> ImageFolder:
-    folder = tmp_path / "train" / "class0"
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return ImageFolder(str(tmp_path), "train")
 
 
 @pytest.mark.dali

@@ -1,13 +1,12 @@
 """Whatever ends a run, the same command goes on and arrives where an undisturbed run does.
 
-Signals and NaN come from a teacher that does harm at a chosen batch (`unruly_teacher`); several
-processes are started by torchrun, over gloo.
+Signals and NaN come from a teacher that fails at a chosen batch (`helpers.unruly_teacher`).
+Several processes are started by torchrun, over gloo.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -15,13 +14,10 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
 
 from deit_fast import cli
 from deit_fast.config import RunConfig, to_dict
@@ -30,28 +26,28 @@ from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
+from helpers.runs import (
+    STEPS,
+    AtStep,
+    assert_close_runs,
+    comparable_rows,
+    in_a_child,
+    last_state,
+    torchrun,
+    train_rows,
+    unruly,
+    weights_equal,
+)
 
 HERE = Path(__file__).parent
-TEACHER = "unruly_teacher:convnet@{}/teacher.safetensors"
-STEPS = 12
-
-
-def unruly(world: Path, output: Path, **changes) -> RunConfig:  # noqa: F811
-    base = {"teacher": TEACHER.format(world), "save_steps": 1, "loss": {"kind": "soft"}}
-    changes = base | changes
-    return run_config(world, output, **changes)
 
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory) -> Path:  # noqa: F811
+def whole(world, tmp_path_factory) -> Path:
     """The run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole")
     train(unruly(world, output))
     return output
-
-
-def last_state(run: Path) -> dict:
-    return torch.load(list_checkpoints(run / "checkpoints")[-1], weights_only=True)
 
 
 def equal(left: object, right: object) -> bool:
@@ -73,41 +69,12 @@ def assert_arrived(run: Path, undisturbed: Path) -> None:
     assert comparable_rows(run) == comparable_rows(undisturbed)
 
 
-class AtStep(logging.Handler):
-    """Does something in the training thread when the log's line of a step comes."""
-
-    def __init__(self, step: int, action: Callable[[], object]) -> None:
-        super().__init__(logging.INFO)
-        self.step, self.action = step, action
-        self.done = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(f"step {self.step}/"):
-            self.done += 1
-            self.action()
-
-    def __enter__(self) -> AtStep:
-        self.log = logging.getLogger("deit_fast")
-        self.level = self.log.level
-        self.log.setLevel(logging.INFO)
-        self.log.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.removeHandler(self)
-        self.log.setLevel(self.level)
-
-
-def train_rows(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["kind"] == "train"]
-
-
 # ---------------------------------------------------------------------------------------------
 # One process
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):  # noqa: F811
+def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):
     config = unruly(world, tmp_path / "whole", log_every=4, epochs=1)
     train(config)
     parts = config.replace(output=str(tmp_path / "parts"))
@@ -122,7 +89,7 @@ def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):  # noqa
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, monkeypatch, name):  # noqa: F811
+def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, monkeypatch, name):
     config = unruly(world, tmp_path, save_steps=None)
     before = signal.getsignal(getattr(signal, name))
     stops = []
@@ -139,7 +106,7 @@ def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, 
 
 
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
-    world, whole, tmp_path, monkeypatch  # noqa: F811
+    world, whole, tmp_path, monkeypatch
 ):  # fmt: skip
     from deit_fast import evaluate
 
@@ -161,20 +128,7 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
     assert_arrived(tmp_path, whole)
 
 
-def in_a_child(config: RunConfig) -> int:
-    """Status of a forked process that trains; negative: the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            train(config)
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):  # noqa: F811
+def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):
     """With a cached teacher's order, mixing, repeats, EMA: killed again and again."""
     draw = random.Random(7)
     config = unruly(world, tmp_path / "killed", epochs=5, num_views=6)
@@ -194,7 +148,7 @@ def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):  # noqa: F81
     assert_arrived(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_cached_run_killed_goes_on(world, tmp_path):  # noqa: F811
+def test_cached_run_killed_goes_on(world, tmp_path):
     config = unruly(world, tmp_path / "whole", cache=str(tmp_path / "cache"))
     precompute(config)
     config = config.replace(teacher=None)
@@ -206,7 +160,7 @@ def test_cached_run_killed_goes_on(world, tmp_path):  # noqa: F811
     assert weights_equal(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     with pytest.raises(FloatingPointError) as caught:
         train(unruly(world, tmp_path))
@@ -221,7 +175,7 @@ def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):  # 
     assert_arrived(tmp_path, whole)
 
 
-def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):  # noqa: F811
+def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):
     """Which knows no flag on the device: the host asks."""
     monkeypatch.setenv("UNRULY", "nan:7")
     optim = {"name": "lamb"}
@@ -234,7 +188,7 @@ def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):  #
     assert_arrived(tmp_path / "nan", tmp_path / "whole")
 
 
-def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeypatch):  # noqa: F811
+def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeypatch):
     """Hard distillation: the largest of ten NaN is some class, and the loss finite."""
     monkeypatch.setenv("UNRULY", "nan:3")
     with pytest.raises(FloatingPointError, match="step 4: the loss of rank 0 is not finite"):
@@ -242,7 +196,7 @@ def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeyp
     assert last_state(tmp_path)["step"] == 3
 
 
-def test_saves_by_the_clock(world, tmp_path):  # noqa: F811
+def test_saves_by_the_clock(world, tmp_path):
     config = unruly(world, tmp_path, save_steps=None, save_minutes=1e-6, max_steps=3)
     train(config)
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
@@ -251,7 +205,7 @@ def test_saves_by_the_clock(world, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "blocks"])
-def test_a_compiled_run_is_the_run(world, tmp_path, what):  # noqa: F811
+def test_a_compiled_run_is_the_run(world, tmp_path, what):
     torch._dynamo.reset()
     train(unruly(world, tmp_path, compile=what, max_steps=3, model={"drop_path": 0.0}))
     plain = tmp_path / "plain"
@@ -259,7 +213,7 @@ def test_a_compiled_run_is_the_run(world, tmp_path, what):  # noqa: F811
     assert_close_runs(tmp_path, plain)
 
 
-def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):  # noqa: F811
+def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
     result = train(config)
@@ -277,25 +231,16 @@ def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):
     assert weights_equal(tmp_path / "rolled", tmp_path / "clean")
 
 
-def test_rollback_has_an_end(world, tmp_path, monkeypatch):  # noqa: F811
+def test_rollback_has_an_end(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     config = unruly(world, tmp_path, on_nonfinite="rollback", max_rollbacks=0)
     with pytest.raises(FloatingPointError, match="max_rollbacks=0 is spent"):
         train(config)
 
 
-def test_accumulated_parts_are_one_step(world, whole, tmp_path):  # noqa: F811
+def test_accumulated_parts_are_one_step(world, whole, tmp_path):
     train(unruly(world, tmp_path, accumulate=4))
     assert_close_runs(tmp_path, whole)
-
-
-def assert_close_runs(run: Path, undisturbed: Path) -> None:
-    """The same samples, views and drops: losses that differ by the order of sums alone."""
-    mine, theirs = (train_rows(read_metrics(path / "metrics.jsonl")) for path in (run, undisturbed))
-    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    for left, right in zip(mine, theirs, strict=True):
-        for key in ("loss", "base_loss", "distill_loss", "grad_norm"):
-            assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,7 +282,7 @@ def small_disk(whole, tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_disk_full_in_mid_run(world, whole, small_disk, capsys):  # noqa: F811
+def test_disk_full_in_mid_run(world, whole, small_disk, capsys):
     disk, make_room = small_disk
     config = unruly(world, disk / "run")
     status, line = ends_in_one_line(config.replace(output=str(disk / "run")), capsys)
@@ -346,7 +291,7 @@ def test_disk_full_in_mid_run(world, whole, small_disk, capsys):  # noqa: F811
     assert_goes_on(config, whole, step=2)
 
 
-def test_checkpoint_that_must_not_grow_so_large(world, whole, tmp_path, capsys):  # noqa: F811
+def test_checkpoint_that_must_not_grow_so_large(world, whole, tmp_path, capsys):
     """As a quota or a limit of the file system does; needs no rights."""
     config = unruly(world, tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -359,7 +304,7 @@ def test_checkpoint_that_must_not_grow_so_large(world, whole, tmp_path, capsys):
     assert_goes_on(config, whole, step=4)
 
 
-def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):  # noqa: F811
+def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):
     config = unruly(world, tmp_path / "run")
     train(config.replace(max_steps=7))
     newest = list_checkpoints(tmp_path / "run/checkpoints")[-1]
@@ -375,7 +320,7 @@ def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):  # noqa: F
     assert_arrived(tmp_path / "run", whole)
 
 
-def test_loader_process_killed(world, whole, tmp_path, capsys):  # noqa: F811
+def test_loader_process_killed(world, whole, tmp_path, capsys):
     def kill_one() -> None:
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
@@ -391,7 +336,7 @@ def test_loader_process_killed(world, whole, tmp_path, capsys):  # noqa: F811
     assert multiprocessing.active_children() == []
 
 
-def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):  # noqa: F811
+def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):
     shutil.copytree(world / "data", tmp_path / "data")
     config = unruly(world, tmp_path / "run", data={"root": str(tmp_path / "data")})
     with AtStep(4, lambda: (tmp_path / "data").rename(tmp_path / "away")):
@@ -402,7 +347,7 @@ def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):  # noqa: F811
     assert_goes_on(config, whole, step=4)
 
 
-def test_cache_removed_in_mid_run(world, tmp_path, capsys):  # noqa: F811
+def test_cache_removed_in_mid_run(world, tmp_path, capsys):
     """Views in use stay readable; those of the second cycle, from step 37 on, are gone: they come
     into sight 16 steps before they are due, and two more for the answers that are under way."""
     cache = tmp_path / "cache"
@@ -425,20 +370,8 @@ def test_cache_removed_in_mid_run(world, tmp_path, capsys):  # noqa: F811
 # ---------------------------------------------------------------------------------------------
 
 
-def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    path = Path(config.output).with_suffix(".json")
-    values = to_dict(config)
-    path.write_text(json.dumps(values))
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *options, "-m", "deit_fast", "train", "--config", str(path)],
-        env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def whole_of_two(world, tmp_path_factory) -> Path:  # noqa: F811
+def whole_of_two(world, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("two") / "whole"
     done = torchrun(unruly(world, output))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -454,7 +387,7 @@ def test_two_processes_make_the_run_of_one(whole, whole_of_two):
 
 
 @pytest.mark.dist
-def test_two_processes_without_a_teacher(world, tmp_path):  # noqa: F811
+def test_two_processes_without_a_teacher(world, tmp_path):
     """The distillation head has no gradient then, which DDP has to expect."""
     config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1)
     done = torchrun(config.replace(accumulate=2))
@@ -464,7 +397,7 @@ def test_two_processes_without_a_teacher(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.dist
-def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_path):  # noqa: F811
+def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_path):
     config = unruly(world, tmp_path / "run", compress_gradients=True, max_steps=4)
     assert torchrun(config).returncode == 0
     mine, theirs = (
@@ -478,7 +411,7 @@ def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_pat
 
 
 @pytest.mark.dist
-def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_path):  # noqa: F811
+def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_path):
     config = unruly(world, tmp_path / "run", save_steps=None)
     done = torchrun(config, UNRULY="SIGTERM:3:1")
     assert done.returncode != 0 and f"exitcode  : {EXIT_STATUS}" in done.stderr, done.stderr[-3000:]
@@ -489,7 +422,7 @@ def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_
 
 
 @pytest.mark.dist
-def test_nan_in_one_rank_ends_both(world, tmp_path):  # noqa: F811
+def test_nan_in_one_rank_ends_both(world, tmp_path):
     done = torchrun(unruly(world, tmp_path / "run"), UNRULY="nan:5:1")
     assert done.returncode != 0
     assert "step 6: the loss of rank 1 is not finite" in done.stderr
@@ -499,7 +432,7 @@ def test_nan_in_one_rank_ends_both(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.dist
-def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):  # noqa: F811
+def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):
     """Killed at its fifth batch, and in its restart not: that starts beyond."""
     config = unruly(world, tmp_path / "run")
     done = torchrun(config, "--max-restarts", "3", UNRULY="SIGKILL:4:1")

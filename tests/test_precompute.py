@@ -25,7 +25,7 @@ from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import TeacherCalls, _Pace, _prepare, duration, estimate, precompute
 from deit_fast.recipes import digits_student
-from digits import write_few_digits
+from helpers.digits import write_few_digits
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes share two cores
 SPEC = "deit_fast.models.convnet:small_convnet"

@@ -6,39 +6,29 @@ import gc
 import json
 import logging
 import os
-import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_never_lost import AtStep, last_state, unruly
-from test_train import comparable_rows, run_config, weights_equal, world  # noqa: F401  (fixture)
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast import cli
-from deit_fast.config import RunConfig, to_dict
-from deit_fast.data.open import open_loader
-from deit_fast.data.sources import open_source
+from deit_fast.config import to_dict
 from deit_fast.errors import InputError
 from deit_fast.precompute import precompute
 from deit_fast.runtime.garbage import Collection
 from deit_fast.runtime.profile import WARM_UP
 from deit_fast.train.loop import train
-from deit_fast.train.state import create_state
 from deit_fast.train.step import TrainStep
-from deit_fast.train.teacher import create_teaching
-from deit_fast.views.order import EpochOrder, TrainBatches
-from deit_fast.views.plan import ViewPlan
+from helpers.runs import AtStep, comparable_rows, last_state, run_config, unruly, weights_equal
+from helpers.step_watch import Operators, Python, steps_of
 
 # ---------------------------------------------------------------------------------------------
 # Profile
 # ---------------------------------------------------------------------------------------------
 
 
-def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):  # noqa: F811
+def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):
     profiled = run_config(world, tmp_path / "profiled", profile_steps=3)
     train(profiled)
     trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
@@ -54,7 +44,7 @@ def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):  #
     assert weights_equal(tmp_path / "profiled", tmp_path / "plain")
 
 
-def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):  # noqa: F811
+def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "deit_fast"):
         train(run_config(world, tmp_path, profile_steps=3, max_steps=4))
     assert "fewer than 6 steps, nothing was profiled" in caplog.text
@@ -66,7 +56,7 @@ def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):  # noqa: F811
 # ---------------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):
     config = unruly(world, tmp_path / "run", accumulate=2)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
@@ -82,7 +72,7 @@ def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):  #
     assert cli.main(["train", "--config", str(path)]) == 0
 
 
-def test_other_errors_are_not_called_too_little_memory(world, tmp_path, monkeypatch):  # noqa: F811
+def test_other_errors_are_not_called_too_little_memory(world, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -91,21 +81,21 @@ def test_other_errors_are_not_called_too_little_memory(world, tmp_path, monkeypa
         train(run_config(world, tmp_path))
 
 
-def test_memory_snapshot_needs_a_gpu(world, tmp_path):  # noqa: F811
+def test_memory_snapshot_needs_a_gpu(world, tmp_path):
     with pytest.raises(InputError, match=r"memory_snapshot records .* device is cpu"):
         train(run_config(world, tmp_path / "run", memory_snapshot=True, device="cpu"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
-def test_memory_snapshot_on_a_gpu(world, tmp_path):  # noqa: F811
+def test_memory_snapshot_on_a_gpu(world, tmp_path):
     config = run_config(world, tmp_path, memory_snapshot=True, device="cuda", max_steps=2)
     train(config)
     assert (tmp_path / "memory.pickle").stat().st_size > 10_000
 
 
 @pytest.mark.gpu
-def test_too_little_memory_of_a_gpu_leaves_a_snapshot(world, tmp_path):  # noqa: F811
+def test_too_little_memory_of_a_gpu_leaves_a_snapshot(world, tmp_path):
     config = run_config(world, tmp_path, memory_snapshot=True, device="cuda")
 
     def take_all() -> None:
@@ -171,7 +161,7 @@ def test_a_loader_process_collects_for_itself():
         assert not gc.isenabled()
 
 
-def test_a_run_collects_at_its_log_lines_alone(world, tmp_path):  # noqa: F811
+def test_a_run_collects_at_its_log_lines_alone(world, tmp_path):
     seen = []
 
     def note(phase: str, info: dict[str, Any]) -> None:
@@ -196,66 +186,6 @@ def test_a_run_collects_at_its_log_lines_alone(world, tmp_path):  # noqa: F811
 # Waits for the device
 # ---------------------------------------------------------------------------------------------
 
-READ_BACK = {
-    "item", "tolist", "numpy", "cpu", "nonzero", "is_nonzero", "equal", "allclose", "unique",
-    "masked_select", "__bool__", "__int__", "__float__", "__index__", "__array__",
-}  # fmt: skip
-
-
-def in_a_kernel() -> bool:
-    """Whether a kernel's CPU path is at work; what it does on a GPU its own tests look at."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if Path(frame.f_code.co_filename).parent.name == "kernels":
-            return True
-        frame = frame.f_back
-    return False
-
-
-class Python(TorchFunctionMode):
-    """Notes what Python reads from tensors, but for those that live on the host anyway."""
-
-    def __init__(self, on_host: set[int]) -> None:
-        super().__init__()
-        self.on_host, self.seen = on_host, []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        known = name not in READ_BACK or args[0].data_ptr() in self.on_host
-        if not known and not in_a_kernel():
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    """Notes operators whose result's value or size the host has to know, from C++ too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2") and (
-            not in_a_kernel()
-        ):
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def steps_of(config: RunConfig, count: int, device: str) -> tuple[TrainStep, list]:
-    """A step of the configuration as the loop makes it, and its first batches."""
-    source = open_source(config.data, "train", config.view.image_size)
-    place = torch.device(device)
-    state = create_state(config, len(source.classes), place)
-    teaching = create_teaching(config, source, place)
-    step = TrainStep(config, state.model, teaching, state.optimizer, state.ema, place)
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
-    order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
-    batches = TrainBatches(order, config.batch_size, config.epochs)
-    loader = open_loader(config.data, source, plan, batches, device=place, stop=count)
-    return step, list(loader)
-
 
 STEPS = {
     "online": {"loss": {"kind": "soft"}},
@@ -266,7 +196,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_reads_nothing_back(world, tmp_path, name):  # noqa: F811
+def test_a_step_reads_nothing_back(world, tmp_path, name):
     config = run_config(world, tmp_path / "run", **STEPS[name])
     if config.cache is not None:
         config = config.replace(cache=str(tmp_path / "cache"))
@@ -298,7 +228,7 @@ def test_what_reads_back_is_noticed():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_waits_for_no_gpu(world, tmp_path, name):  # noqa: F811
+def test_a_step_waits_for_no_gpu(world, tmp_path, name):
     config = run_config(world, tmp_path / "run", device="cuda", **STEPS[name])
     if config.cache is not None:
         config = config.replace(cache=str(tmp_path / "cache"))

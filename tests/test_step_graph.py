@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_profile import Operators, Python, steps_of
-from test_train import run_config, world  # noqa: F401  (fixture)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +28,8 @@ from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
 from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
 from deit_fast.train.teacher import Teaching
+from helpers.runs import run_config
+from helpers.step_watch import Operators, Python, steps_of
 
 CPU = torch.device("cpu")
 COLUMNS = [PLAN_COLUMNS.index(name) for name in ("image", "partner_image")]
@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=RUNS)
-def config(world, tmp_path, request) -> RunConfig:  # noqa: F811
+def config(world, tmp_path, request) -> RunConfig:
     config = run_config(world, tmp_path / "run", **RUNS[request.param])
     if config.cache is not None:
         config = config.replace(cache=str(tmp_path / "cache"))
@@ -250,7 +250,7 @@ def test_what_cannot_be_captured_is_refused(device, world_, name, reason):
         require_capturable(torch.device(device), world_, optimizer)
 
 
-def test_a_run_on_a_cpu_refuses_the_graph(world, tmp_path):  # noqa: F811
+def test_a_run_on_a_cpu_refuses_the_graph(world, tmp_path):
     with pytest.raises(InputError, match="cuda_graphs needs a CUDA device"):
         train(run_config(world, tmp_path / "run", cuda_graphs=True))
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -299,7 +299,7 @@ def poisoned(batch: ViewBatch) -> ViewBatch:
 
 
 @pytest.mark.gpu
-def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):  # noqa: F811
+def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True, optim={"ema_decay": 0}))
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
     for place in range(WARM_UP + 1):
@@ -318,7 +318,7 @@ def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):  # noqa:
 
 
 @pytest.mark.gpu
-def test_a_rate_of_nothing_reaches_the_graph(world, tmp_path):  # noqa: F811
+def test_a_rate_of_nothing_reaches_the_graph(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
     for place in range(WARM_UP + 1):
@@ -347,7 +347,7 @@ def test_replays_wait_for_no_gpu(config):
 
 
 @pytest.mark.gpu
-def test_a_run_with_graphs_goes_on(world, tmp_path, exact):  # noqa: F811
+def test_a_run_with_graphs_goes_on(world, tmp_path, exact):
     """Also without them: checkpoints are the same."""
     config = on_gpu(run_config(world, tmp_path / "parts", cuda_graphs=True, save_steps=1))
     train(config.replace(max_steps=6))
@@ -369,7 +369,7 @@ def weights_close(left: Path, right: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_an_earlier_state_is_captured_anew(world, tmp_path):  # noqa: F811
+def test_an_earlier_state_is_captured_anew(world, tmp_path):
     """Loading replaces the optimiser's moments, whose addresses the graph holds."""
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 2, "cuda")
@@ -393,7 +393,7 @@ class Asking(torch.nn.Module):
 
 
 @pytest.mark.gpu
-def test_what_waits_in_a_step_is_named(world, tmp_path):  # noqa: F811
+def test_what_waits_in_a_step_is_named(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 1, "cuda")
     step.teaching.teacher = Teacher(Asking(), "asking").place(torch.device("cuda"))

@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_cache import make_manifest, write_cache
-from test_cache_reader import equal, reading_threads
-from test_never_lost import unruly
-from test_train import weights_equal, world  # noqa: F401  (fixture)
 from torch._dynamo.testing import CompileCounter
 
 from deit_fast.data.loader import ViewBatch
@@ -20,6 +16,8 @@ from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
 from deit_fast.train.teacher import CachedTeacher, OnlineTeacher
 from deit_fast.views.order import EpochOrder, TrainBatches
+from helpers.caches import equal, make_manifest, reading_threads, write_cache
+from helpers.runs import unruly, weights_equal
 
 CPU = torch.device("cpu")
 TAU = 3.0
@@ -110,7 +108,7 @@ def test_resident_answers_are_those_of_the_cache(cached):
     assert reading_threads() == 0
 
 
-def test_a_resident_cache_trains_the_same_student(world, tmp_path):  # noqa: F811
+def test_a_resident_cache_trains_the_same_student(world, tmp_path):
     config = unruly(
         world, tmp_path / "streamed", cache=str(tmp_path / "cache"),
         codec={"name": "topk", "k": 3}, accumulate=2,
@@ -159,7 +157,7 @@ def test_a_compiled_teacher_is_compiled_once_and_keeps_its_name():
     assert teacher.fingerprint() == digest
 
 
-def test_precompute_and_training_compile_the_teacher_where_asked(world, tmp_path, monkeypatch):  # noqa: F811
+def test_precompute_and_training_compile_the_teacher_where_asked(world, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__)

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_never_lost import in_a_child, torchrun, unruly
-from test_train import run_config, world  # noqa: F401  (fixture)
 
 from deit_fast import cli
 from deit_fast.config import RunConfig
@@ -26,6 +24,7 @@ from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.signals import Preempted
 from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
+from helpers.runs import in_a_child, run_config, torchrun, unruly
 
 Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
 
@@ -86,21 +85,21 @@ def killed_and_resumed(config: RunConfig, monkeypatch) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_holds_the_rows(world, tmp_path):  # noqa: F811
+def test_tensorboard_holds_the_rows(world, tmp_path):
     train(run_config(world, tmp_path, track=("tensorboard",)))
     expected = rows_of(tmp_path)
     assert len(expected["train/loss"]) == 12 and len(expected["eval/top1"]) == 2
     assert_same(in_tensorboard(tmp_path), expected, rel=1e-6)  # float32 there
 
 
-def test_tensorboard_of_a_killed_run_has_each_row_once(world, tmp_path, monkeypatch):  # noqa: F811
+def test_tensorboard_of_a_killed_run_has_each_row_once(world, tmp_path, monkeypatch):
     config = unruly(world, tmp_path, track=("tensorboard",), save_steps=3)
     killed_and_resumed(config, monkeypatch)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert_same(in_tensorboard(tmp_path), rows_of(tmp_path), rel=1e-6)
 
 
-def test_tensorboard_of_a_rolled_back_run_has_each_row_once(world, tmp_path, monkeypatch):  # noqa: F811
+def test_tensorboard_of_a_rolled_back_run_has_each_row_once(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     train(unruly(world, tmp_path, track=("tensorboard",), save_steps=3, on_nonfinite="rollback"))
     steps = [step for step, _ in in_tensorboard(tmp_path)["train/loss"]]
@@ -109,7 +108,7 @@ def test_tensorboard_of_a_rolled_back_run_has_each_row_once(world, tmp_path, mon
 
 
 @pytest.mark.dist
-def test_of_two_processes_the_first_alone_tracks(world, tmp_path):  # noqa: F811
+def test_of_two_processes_the_first_alone_tracks(world, tmp_path):
     config = unruly(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
     done = torchrun(config)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -123,7 +122,7 @@ def test_of_two_processes_the_first_alone_tracks(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
-def test_a_missing_package_is_named_before_any_work(world, tmp_path, monkeypatch, name):  # noqa: F811
+def test_a_missing_package_is_named_before_any_work(world, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # its import fails
     with pytest.raises(InputError) as caught:
         train(run_config(world, tmp_path / "run", track=(name,)))
@@ -152,7 +151,7 @@ class Lost(trackers._TensorBoard):
         super().write(values, step)
 
 
-def test_a_tracker_that_fails_in_mid_run_is_left_out(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_tracker_that_fails_in_mid_run_is_left_out(world, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(trackers._CREATE, "tensorboard", Lost)
     with caplog.at_level(logging.WARNING, "deit_fast"):
         train(run_config(world, tmp_path / "run", track=("tensorboard",)))
@@ -168,7 +167,7 @@ class Hung(trackers._TensorBoard):
         time.sleep(30)
 
 
-def test_a_tracker_that_hangs_does_not_hold_the_run(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_tracker_that_hangs_does_not_hold_the_run(world, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(trackers._CREATE, "tensorboard", Hung)
     monkeypatch.setattr(trackers, "_LAST_ROWS", 0.2)
     begun = time.monotonic()
@@ -183,7 +182,7 @@ class NeverThere(trackers._TensorBoard):
         raise ConnectionError("no such server")
 
 
-def test_a_tracker_that_cannot_start_is_an_error_once(world, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_a_tracker_that_cannot_start_is_an_error_once(world, tmp_path, monkeypatch, caplog):
     config = run_config(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
     with monkeypatch.context() as patch:
         patch.setitem(trackers._CREATE, "tensorboard", NeverThere)
@@ -308,7 +307,7 @@ def in_trackio(run: Path) -> Series:
     ("name", "read"), [("wandb", in_wandb), ("mlflow", in_mlflow), ("trackio", in_trackio)]
 )
 def test_a_resumed_run_goes_on_in_the_tracked_run(
-    world, tmp_path, monkeypatch, name: str, read: Callable[[Path], Series]  # noqa: F811
+    world, tmp_path, monkeypatch, name: str, read: Callable[[Path], Series]
 ):  # fmt: skip
     """Two rows behind what the tracker has: as after a kill, but all of them surely sent."""
     monkeypatch.setenv("WANDB_MODE", "offline")

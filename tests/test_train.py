@@ -12,65 +12,17 @@ from timm.scheduler import CosineLRScheduler
 
 from deit_fast.cache import CacheMismatch
 from deit_fast.cache.ahead import ReadAhead
-from deit_fast.config import OptimConfig, RunConfig
+from deit_fast.config import OptimConfig
 from deit_fast.errors import InputError
-from deit_fast.models import create_student, load_weights
+from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
-from deit_fast.recipes import digits_student
 from deit_fast.runtime.flops import training_flops
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate
-from digits import write_few_digits
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A folder with digits as images and a teacher with random weights."""
-    root = tmp_path_factory.mktemp("world")
-    write_few_digits(root / "data")
-    torch.manual_seed(5)
-    from safetensors.torch import save_file
-
-    teacher = small_convnet(10)
-    save_file(teacher.state_dict(), root / "teacher.safetensors")
-    return root
-
-
-def run_config(world: Path, output: Path, **changes) -> RunConfig:
-    """Two epochs of the demo's student with everything on: mixing, repeats, EMA, drop path."""
-    config = digits_student().replace(
-        output=str(output),
-        epochs=2,
-        batch_size=32,
-        num_views=3,
-        teacher=f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors",
-        log_every=1,
-        eval_every=1,
-        save_every=1,
-        data={"root": str(world / "data"), "workers": 0},
-        model={"drop_path": 0.1, "depth": 2, "embed_dim": 32, "num_heads": 2},
-        optim={"ema_decay": 0.99},
-        view={"erase_prob": 0.25},
-    )
-    return config.replace(**changes)
-
-
-def weights_equal(left: Path, right: Path) -> bool:
-    for name in ("model.safetensors", "ema.safetensors"):
-        a, b = load_weights(left / name), load_weights(right / name)
-        if set(a) != set(b) or not all(torch.equal(a[key], b[key]) for key in a):
-            return False
-    return True
-
-
-def comparable_rows(run: Path) -> list[dict]:
-    clock = {"time", "images_per_s", "images_per_s_per_process", "step_ms", "seconds_left",
-             "data_wait"}  # fmt: skip
-    return [{k: v for k, v in row.items() if k not in clock}
-            for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+from helpers.runs import comparable_rows, run_config, weights_equal
 
 
 def test_the_line_says_what_a_person_needs(world, tmp_path, caplog):

@@ -33,7 +33,7 @@ from deit_fast.views.rng import (
     philox,
     ratio_table,
 )
-from test_data import digests, write_split
+from helpers.images import digests, write_split
 
 DRAWS = 100_000
 SEED = 0x1234_5678_9ABC

@@ -1,0 +1,89 @@
+"""Small caches of logits, in this project's format and in TinyViT's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.config import CodecConfig
+from deit_fast.kernels import TopK
+
+SAMPLES, CLASSES, BLOCK = 45, 20, 16  # three blocks, the last one short
+
+
+def make_manifest(name="topk", *, classes=CLASSES, samples=SAMPLES, block=BLOCK, tau=1.0, **codec):
+    config = CodecConfig(name=name, block_records=block, **codec)
+    fingerprint = {"view.seed": 7, "teacher.name": "näive", "view.mean": (0.5, 1.0, 1e-05)}
+    return build_manifest(
+        config, num_classes=classes, num_samples=samples, tau=tau, fingerprint=fingerprint
+    )
+
+
+def make_logits(view: int, samples=SAMPLES, classes=CLASSES) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(view)
+    return torch.randn(samples, classes, generator=generator) * 4
+
+
+def write_cache(path, manifest, views=(0,)) -> LogitCache:
+    samples, classes = manifest["num_samples"], manifest["codec"]["num_classes"]
+    with LogitCacheWriter(path, manifest) as writer:
+        for view in views:
+            writer.write(torch.arange(samples), view, make_logits(view, samples, classes))
+    return LogitCache.open(path)
+
+
+def file_bytes(path: Path) -> dict[str, bytes]:
+    return {item.name: item.read_bytes() for item in sorted(path.iterdir())}
+
+
+def codec_of(name="topk", classes=CLASSES, tau=1.0, **settings):
+    return codec_from_config(CodecConfig(name=name, **settings), classes, tau)
+
+
+def true_log_probs(logits: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    return torch.log_softmax(logits.double() / tau, 1)
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, TopK):
+        return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(a[:3], b[:3], strict=True))
+    return torch.equal(a.cpu(), b.cpu())
+
+
+def reading_threads() -> int:
+    """Of this process, by name: others come and go as other tests' threads end."""
+    named = 0
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            named += (task / "comm").read_text().strip() == "dlc-read-ahead"
+    return named + sum(thread.name == "deit-fast-stream" for thread in threading.enumerate())
+
+
+def write_tinyvit(folder: Path, k: int, epoch: int, ranks: list[dict[str, tuple]]) -> None:
+    """As TinyViT's writer: text keys; int32 seed, int16 ids, float16 probabilities."""
+    path = folder / f"logits_top{k}_epoch{epoch}"
+    path.mkdir(parents=True)
+    for rank, rows in enumerate(ranks):
+        (path / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in rows))
+        (path / f"rank{rank}-values.bin").write_bytes(
+            b"".join(
+                np.int32(7).tobytes()
+                + np.array(ids, np.int64).astype(np.int16).tobytes()  # wraps above 32,767
+                + np.array(probs, np.float16).tobytes()
+                for ids, probs in rows.values()
+            )
+        )
+
+
+def tinyvit_rows(names: list[str], k: int, classes: int, seed: int) -> dict[str, tuple]:
+    draw = np.random.default_rng(seed)
+    rows = {}
+    for name in names:
+        probs = np.sort(draw.dirichlet(np.full(classes, 0.1)))[::-1][:k]
+        rows[name] = (draw.choice(classes, k, replace=False), probs)
+    return rows

@@ -1,0 +1,133 @@
+"""Short training runs on digits: their configuration, their interruption, their comparison."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deit_fast.config import RunConfig, to_dict
+from deit_fast.models import load_weights
+from deit_fast.recipes import digits_student
+from deit_fast.runtime.metrics import read_metrics
+from deit_fast.train.checkpoint import list_checkpoints
+from deit_fast.train.loop import train
+
+TESTS = Path(__file__).parent.parent
+
+TEACHER = "unruly_teacher:convnet@{}/teacher.safetensors"
+STEPS = 12
+
+
+def run_config(world: Path, output: Path, **changes) -> RunConfig:
+    """Two epochs of the demo's student with everything on: mixing, repeats, EMA, drop path."""
+    config = digits_student().replace(
+        output=str(output),
+        epochs=2,
+        batch_size=32,
+        num_views=3,
+        teacher=f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors",
+        log_every=1,
+        eval_every=1,
+        save_every=1,
+        data={"root": str(world / "data"), "workers": 0},
+        model={"drop_path": 0.1, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        optim={"ema_decay": 0.99},
+        view={"erase_prob": 0.25},
+    )
+    return config.replace(**changes)
+
+
+def weights_equal(left: Path, right: Path) -> bool:
+    for name in ("model.safetensors", "ema.safetensors"):
+        a, b = load_weights(left / name), load_weights(right / name)
+        if set(a) != set(b) or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return True
+
+
+def comparable_rows(run: Path) -> list[dict]:
+    clock = {"time", "images_per_s", "images_per_s_per_process", "step_ms", "seconds_left",
+             "data_wait"}  # fmt: skip
+    return [{k: v for k, v in row.items() if k not in clock}
+            for row in read_metrics(run / "metrics.jsonl")]  # fmt: skip
+
+
+def unruly(world: Path, output: Path, **changes) -> RunConfig:
+    base = {"teacher": TEACHER.format(world), "save_steps": 1, "loss": {"kind": "soft"}}
+    changes = base | changes
+    return run_config(world, output, **changes)
+
+
+def last_state(run: Path) -> dict:
+    return torch.load(list_checkpoints(run / "checkpoints")[-1], weights_only=True)
+
+
+class AtStep(logging.Handler):
+    """Does something in the training thread when the log's line of a step comes."""
+
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        super().__init__(logging.INFO)
+        self.step, self.action = step, action
+        self.done = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(f"step {self.step}/"):
+            self.done += 1
+            self.action()
+
+    def __enter__(self) -> AtStep:
+        self.log = logging.getLogger("deit_fast")
+        self.level = self.log.level
+        self.log.setLevel(logging.INFO)
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.removeHandler(self)
+        self.log.setLevel(self.level)
+
+
+def train_rows(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def in_a_child(config: RunConfig) -> int:
+    """Status of a forked process that trains; negative: the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            train(config)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def assert_close_runs(run: Path, undisturbed: Path) -> None:
+    """The same samples, views and drops: losses that differ by the order of sums alone."""
+    mine, theirs = (train_rows(read_metrics(path / "metrics.jsonl")) for path in (run, undisturbed))
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for left, right in zip(mine, theirs, strict=True):
+        for key in ("loss", "base_loss", "distill_loss", "grad_norm"):
+            assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
+
+
+def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    path = Path(config.output).with_suffix(".json")
+    values = to_dict(config)
+    path.write_text(json.dumps(values))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *options, "-m", "deit_fast", "train", "--config", str(path)],
+        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
