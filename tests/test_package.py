@@ -127,6 +127,15 @@ def test_no_file_imports_itself_through_others():
             follow(path, [])
 
 
+def test_test_files_share_through_helpers_alone():
+    """Code that two test files need is in tests/helpers, or is a fixture of conftest.py."""
+    tests = ROOT / "tests"
+    for path in [*tests.glob("*.py"), *(tests / "helpers").glob("*.py")]:
+        names = {module.rpartition(".")[2] for module, _ in imported_names(path)}
+        shared = names & {other.stem for other in tests.glob("*.py")}
+        assert not shared, f"{path.name} imports {shared}: move what it needs to tests/helpers"
+
+
 @FILES
 def test_no_pickle_and_no_unsafe_load(path):
     tree = ast.parse(path.read_text())

@@ -22,7 +22,7 @@ from deit_fast.train.loop import train
 
 TESTS = Path(__file__).parent.parent
 
-TEACHER = "unruly_teacher:convnet@{}/teacher.safetensors"
+TEACHER = "helpers.unruly_teacher:convnet@{}/teacher.safetensors"
 STEPS = 12
 
 

@@ -1,4 +1,4 @@
-"""A teacher that does harm at a chosen call: `unruly_teacher:convnet@weights`.
+"""A teacher that does harm at a chosen call: `helpers.unruly_teacher:convnet@weights`.
 
 UNRULY="SIGTERM:5" signals this process at its sixth batch, "SIGKILL:5" kills it, "nan:5" answers
 that batch with NaN, "oom:5" asks for more memory than there is, "drift:5" changes its own weights

@@ -1,4 +1,4 @@
-"""A teacher that writes down what it is shown: `witness_teacher:convnet@weights`.
+"""A teacher that writes down what it is shown: `helpers.witness_teacher:convnet@weights`.
 
 A line for each call, the digests of its images in order, goes to the file RANK.txt in the folder
 WITNESS.
