@@ -9,7 +9,8 @@ reason and no "ms". A row of a case that is still being measured has "provisiona
 row with the same bench, case and implementation replaces it. "predicted" is the range in ms that
 predictions.json gives for the row on this device.
 
-Every write replaces the file as a whole, so a process that is killed leaves the previous version.
+The file has one line for each row. Every write replaces the file as a whole, so a process that is
+killed leaves the previous version.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,26 @@ def require_meta(meta: Row, path: Path) -> None:
         raise ValueError(f"no result file without meta {', '.join(missing)}: {path} is not written")
 
 
+def to_text(content: Content) -> str:
+    """JSON with one line for each row and each field of the meta: a diff shows what changed.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+
+    def lines(value: Any) -> str:
+        one_line = partial(json.dumps, allow_nan=False)
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(map(one_line, value)) + "\n ]"
+        if isinstance(value, dict) and value:
+            fields = [f"{one_line(name)}: {one_line(field)}" for name, field in value.items()]
+            return "{\n  " + ",\n  ".join(fields) + "\n }"
+        return one_line(value)
+
+    parts = [f" {json.dumps(name)}: {lines(value)}" for name, value in content.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def write(path: Path, content: Content) -> None:
     """Write the result file, or replace it as a whole.
 
@@ -202,7 +223,7 @@ def write(path: Path, content: Content) -> None:
     require_meta(content["meta"], path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.write_text(to_text(content))
     os.replace(part, path)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.record import to_text
 from deit_fast.config import RunConfig
 from deit_fast.precompute import precompute
 from deit_fast.recipes import digits_student, digits_teacher
@@ -145,7 +145,7 @@ def main() -> None:
             rows += run_seed(data, seed, options.work)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             result = {"meta": meta, "means": means(rows), "rows": rows}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            options.out.write_text(to_text(result))
             for row in rows[-len(RESIDUALS) :]:
                 print(f"{data} seed {seed} {row['residual']}: {row['accuracy']} %", flush=True)
 

@@ -40,6 +40,18 @@ def test_rows_carry_the_prediction_for_this_device(tmp_path: Path) -> None:
     assert "predicted" not in record.read(elsewhere.path)["rows"][0]
 
 
+def test_a_file_has_one_line_for_each_row(tmp_path: Path) -> None:
+    """Committed files too, so that a diff shows the rows that changed."""
+    content = {"meta": META, "rows": [row(), row("timm, compiled", ms=31.5)], "stages": []}
+    record.write(tmp_path / "r.json", content)
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == content
+    assert sum(line.startswith('  {"bench": ') for line in text.splitlines()) == 2
+    for path in (ROOT / "bench/results").rglob("*.json"):
+        text = path.read_text()
+        assert text == record.to_text(json.loads(text)), f"{path.name}: write it with to_text"
+
+
 def test_a_row_that_cannot_be_right_costs_no_other_row(tmp_path: Path) -> None:
     """A profiler that sees nothing gives 0 ms, ncu may print nan."""
     file = record.ResultFile.create(tmp_path / "r.json", META)
