@@ -37,7 +37,7 @@ from PIL import Image
 from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
 from deit_fast.data.jpeg_index import index_files
-from deit_fast.data.packed import PackedImages
+from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.tools.pack import pack

@@ -41,8 +41,8 @@ from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.config import CodecConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch, make_batch
-from deit_fast.data.open import open_loader
-from deit_fast.data.sources import Synthetic, open_source
+from deit_fast.data.open import open_loader, open_source
+from deit_fast.data.sources import Synthetic
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student

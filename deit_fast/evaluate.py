@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from deit_fast.config import RunConfig, from_dict
 from deit_fast.data.eval import EvalLoader
-from deit_fast.data.sources import open_source
+from deit_fast.data.open import open_source
 from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_weights
 from deit_fast.models.teacher import has_bf16

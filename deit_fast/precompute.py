@@ -27,8 +27,8 @@ from deit_fast.config import RunConfig
 from deit_fast.data.fingerprint import digest_views
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
-from deit_fast.data.open import open_loader
-from deit_fast.data.sources import Source, open_source
+from deit_fast.data.open import open_loader, open_source
+from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import choose_device
 from deit_fast.models.teacher import Teacher, has_bf16

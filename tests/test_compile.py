@@ -310,7 +310,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
     """Under `auto` the online one alone: what it answers is kept nowhere."""
-    from deit_fast.data.sources import open_source
+    from deit_fast.data.open import open_source
 
     config = run_config(world, tmp_path / "run", compile="auto", max_steps=2)
     cached = config.replace(cache=str(tmp_path / "cache"), check_teacher_every=2)

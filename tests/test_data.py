@@ -498,7 +498,7 @@ def test_pixel_contract(monkeypatch):
     with pytest.raises(InputError, match=r"13\.0\.0"):
         pixel_contract(DataConfig())
     monkeypatch.setattr(PIL, "__version__", "12.9.0")
-    monkeypatch.setattr("deit_fast.data.contract._RESIZE_SHA256", "0" * 64)
+    monkeypatch.setattr("deit_fast.data.fingerprint._RESIZE_SHA256", "0" * 64)
     with pytest.raises(InputError, match="other pixels"):
         pixel_contract(DataConfig())
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from deit_fast.data.sources import open_source
+from deit_fast.data.open import open_source
 from deit_fast.models import Teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import KERNELS, FusedBlock

@@ -125,7 +125,7 @@ def test_stored_answers_are_the_teachers(config, reference):
     """Against the teacher run by hand on views made one by one."""
     from deit_fast.data.ingest import ingest_batch
     from deit_fast.data.loader import make_batch
-    from deit_fast.data.sources import open_source
+    from deit_fast.data.open import open_source
     from deit_fast.views.plan import ViewPlan
 
     source = open_source(config.data, "train", 16)
@@ -319,7 +319,7 @@ def test_pace_logs_now_and_then(monkeypatch, caplog):
 
 def teach(config: RunConfig):
     """What `train` does before its first step."""
-    from deit_fast.data.sources import open_source
+    from deit_fast.data.open import open_source
     from deit_fast.train.teacher import create_teaching
 
     return create_teaching(config, open_source(config.data, "train", 16), torch.device("cpu"))
@@ -331,7 +331,7 @@ def test_train_refuses_an_image_of_other_pixels_and_the_same_size(config, refere
     from PIL import Image
 
     from deit_fast.cache.pixels import pick_pixels
-    from deit_fast.data.sources import open_source
+    from deit_fast.data.open import open_source
 
     shutil.copytree(config.data.root, tmp_path / "data")
     copied = config.replace(data={"root": str(tmp_path / "data")})

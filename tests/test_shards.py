@@ -20,8 +20,8 @@ from PIL import Image
 from deit_fast.cli import main
 from deit_fast.config import DataConfig, ViewRecipe
 from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_loader, open_source
-from deit_fast.data.packed import PackedImages
-from deit_fast.data.shards import TarShards
+from deit_fast.data.packed_shards import PackedImages
+from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
@@ -130,7 +130,7 @@ def test_the_index_is_kept_and_notices_a_changed_shard(
     first = TarShards(str(root), "train")
     assert (root / "train" / ".deit-fast-index.npz").exists()
     scans = []
-    import deit_fast.data.shards as module
+    import deit_fast.data.tar_shards as module
 
     original = module._scan
     monkeypatch.setattr(module, "_scan", lambda *a: scans.append(a) or original(*a))
@@ -193,7 +193,7 @@ def test_a_truncated_shard_is_refused(folder: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (700, len(content) // 2, 100):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"train-000001\.tar is no whole tar archive"):
+        with pytest.raises(InputError, match=r"train-000001\.tar is not a complete tar archive"):
             TarShards(str(root), "train")
 
 
@@ -203,7 +203,7 @@ def test_a_shard_that_shrinks_later_is_an_unreadable_image(folder: Path, tmp_pat
     source = TarShards(str(root), "train")
     os.truncate(root / "train" / "train-000002.tar", 600)
     source.load(0)
-    with pytest.raises(UnreadableImage, match="its shard ends before it does"):
+    with pytest.raises(UnreadableImage, match="its shard has become shorter"):
         source.load(10)
 
 
@@ -368,7 +368,7 @@ def test_a_flipped_byte_is_an_unreadable_image(folder: Path, tmp_path: Path) -> 
         try:
             source.load(index)
         except UnreadableImage as error:
-            assert "checksum in shard-00000.bin does not agree" in str(error)
+            assert "checksum in shard-00000.bin is wrong" in str(error)
             wrong += 1
     assert wrong == 1
 
@@ -415,13 +415,13 @@ def break_pack(folder: Path, how: str) -> None:
         ("no manifest", "holds no packed images"),
         ("other version", "version must be 1, not 2"),
         ("negative count", "num_samples must be a positive whole number, not -1"),
-        ("no table", r"shard-00000\.npz is missing; the same `deit-fast pack` command goes on"),
+        ("no table", r"shard-00000\.npz is missing; run the same `deit-fast pack` command again"),
         ("torn table", r"shard-00000\.npz is damaged"),
         ("short data", r"does not fit shard-00000\.bin"),
         ("offsets", "does not fit"),
         ("sizes", "does not fit"),
         ("labels", r"labels leave \[0, 3\)"),
-        ("dtype", "crc32c is int64"),
+        ("dtype", "crc32c must be uint32, not int64"),
         ("names", "names must hold 11 names"),
     ],
 )
@@ -481,5 +481,5 @@ def test_dali_refuses_a_pack_of_pixels(folder: Path, tmp_path: Path) -> None:
     data = dataclasses.replace(packed(tmp_path / "pack"), loader="dali")
     source = open_source(data, "train", 24)
     plan = ViewPlan(RECIPE, 3, source.num_samples)
-    with pytest.raises(InputError, match="holds decoded pixels, which DALI has no use for"):
+    with pytest.raises(InputError, match="holds decoded pixels, but DALI reads encoded images"):
         open_loader(data, source, plan, [([0], [0])], device="cpu")

@@ -238,7 +238,9 @@ class DaliLoader:
 
         def read(sample: int) -> tuple[Any, int, list[str]]:
             substituted: list[str] = []
-            file, taken = load_readable(self._files, sample, self._on_error, substituted)
+            file, taken = load_readable(
+                self._files.load, self._files.paths, sample, self._on_error, substituted
+            )
             return file, taken, substituted
 
         loaded = list(readers.map(read, distinct.tolist()))

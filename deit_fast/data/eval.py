@@ -102,7 +102,9 @@ class _Batches(Dataset):
         taken = []
         try:
             for place, index in zip(pixels, ids.tolist(), strict=True):
-                image, found = load_readable(self.source, index, self.on_error, substituted)
+                image, found = load_readable(
+                    self.source.load, self.source.paths, index, self.on_error, substituted
+                )
                 place[:] = (
                     np.asarray(image)
                     if self.source.finished

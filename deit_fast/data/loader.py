@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit_fast.data.draw import draw_views
 from deit_fast.data.ingest import build_rows
-from deit_fast.data.sources import Readable, Source, UnreadableImage
+from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
+
+T = TypeVar("T")
 
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
 
@@ -175,7 +176,10 @@ def make_batch(
     distinct, starts, counts = np.unique(wanted["sample"], return_index=True, return_counts=True)
     for first in range(0, len(distinct), _DECODED):
         group = slice(first, first + _DECODED)
-        loaded = [load_readable(source, i, on_error, substituted) for i in distinct[group].tolist()]
+        loaded = [
+            load_readable(source.load, source.paths, sample, on_error, substituted)
+            for sample in distinct[group].tolist()
+        ]
         pixels = [np.asarray(image) for image, _ in loaded]
         rows = slice(starts[group][0], starts[group][-1] + counts[group][-1])
         which = np.repeat(np.arange(len(loaded)), counts[group])
@@ -239,27 +243,32 @@ def assemble(
 
 
 def load_readable(
-    source: Readable, index: int, on_error: str, substituted: list[str]
-) -> tuple[Image.Image | np.ndarray, int]:
-    """The image and its sample id: `index`, or the next readable one behind it (around the end).
+    load: Callable[[int], T],
+    paths: Sequence[str],
+    index: int,
+    on_error: str,
+    substituted: list[str],
+) -> tuple[T, int]:
+    """The image and its sample id: sample `index`, or the next readable one, cyclically.
 
-    Appends the path of `index` to `substituted` where another was taken.
+    `load` and `paths` are a source's. The path of `index` is appended to `substituted` if another
+    sample was taken.
 
     Raises:
         InputError: the file is unreadable and on_error is "fail", or none is readable.
     """
-    for offset in range(source.num_samples):
-        taken = (index + offset) % source.num_samples
+    for offset in range(len(paths)):
+        taken = (index + offset) % len(paths)
         try:
-            image = source.load(taken)
+            image = load(taken)
         except UnreadableImage as error:
             if on_error == "fail":
                 raise InputError(f"{error} (data.on_error=fail)") from None
             continue
         if offset:
-            substituted.append(source.paths[index])
+            substituted.append(paths[index])
         return image, taken
-    raise InputError(f"no image of the data set is readable, from {source.paths[index]} on")
+    raise InputError(f"no image of the data set is readable, from {paths[index]} on")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,17 +1,49 @@
-"""The configured loader: the one place that opens it, for training, precompute and checks."""
+"""The source and the loader of a configuration: for training, precompute and checks alike."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from deit_fast.config import DataConfig
-from deit_fast.data.contract import pillow_contract
 from deit_fast.data.loader import ViewBatch, ViewLoader
-from deit_fast.data.sources import Source
+from deit_fast.data.packed_shards import PackedImages
+from deit_fast.data.sources import ImageFolder, Source, Synthetic, class_folders
+from deit_fast.data.tar_shards import TarShards
+from deit_fast.errors import InputError
 from deit_fast.views.plan import ViewPlan
+
+
+def open_source(data: DataConfig, split: str, image_size: int) -> Source:
+    """The training or held-out images of a configuration.
+
+    Held-out labels follow the training split's classes if that split exists, so a class without
+    held-out images shifts no label.
+
+    Args:
+        split: "train" or "val".
+        image_size: side of synthetic images, pixels.
+    """
+    if data.source == "synthetic":
+        count = data.synthetic_samples if split == "train" else data.synthetic_samples // 4
+        return Synthetic(count, data.synthetic_classes, image_size, seed=int(split == "val"))
+    if data.root is None:
+        raise InputError(
+            f"data.root is not set; expected a folder with {data.train}/<class>/<image> and "
+            f"{data.val}/<class>/<image>, or with shards (data.source)"
+        )
+    name = data.train if split == "train" else data.val
+    if data.source == "packed":
+        return PackedImages(data.root, name)
+    train = os.path.join(data.root, data.train)
+    decides_classes = split == "train" or not os.path.isdir(train)
+    if data.source == "tar":
+        classes = None if decides_classes else TarShards(data.root, data.train).classes
+        return TarShards(data.root, name, classes)
+    return ImageFolder(data.root, name, None if decides_classes else class_folders(train) or None)
 
 
 def open_loader(
@@ -52,25 +84,6 @@ def open_loader(
         "device": device,
     }
     return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device)
-
-
-def pixel_contract(data: DataConfig) -> dict[str, Any]:
-    """What decides the configured loader's pixels; part of a cache's fingerprint.
-
-    Raises:
-        InputError: another Pillow than the views need; no DALI where it loads.
-    """
-    pillow = pillow_contract()  # decodes, with DALI too, what is no plain JPEG
-    if data.loader == "pillow":
-        return pillow
-    from deit_fast.data.dali import dali_contract
-    from deit_fast.data.jpeg_index import require_dali
-
-    require_dali()
-    if data.loader == "dali-triton" and data.dali_decoder == "cpu":
-        return pillow  # each file was compared
-    augmenter = "dali" if data.loader == "dali" else "kernel"
-    return dali_contract(augmenter, data.dali_decoder, data.dali_hw_decoder_load)
 
 
 class DeviceLoader:

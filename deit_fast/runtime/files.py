@@ -1,11 +1,17 @@
-"""Files that are whole or absent: a temporary name, a sync, a rename."""
+"""Files that are complete or absent (a temporary name, a sync, a rename), and arrays in them."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -37,3 +43,36 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write an indented JSON file atomically."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def cache_folder() -> Path:
+    """Where this user's machine keeps what can be computed again: $XDG_CACHE_HOME/deit-fast."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "deit-fast"
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file atomically; the zip format has a checksum for each array."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, content.getbuffer())
+
+
+def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np.ndarray]:
+    """Named arrays of an .npz file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or an array is missing or has another dtype.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in dtypes}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for name, dtype in dtypes.items():
+        if arrays[name].dtype != dtype:
+            raise ValueError(f"{path}: {name} must be {np.dtype(dtype)}, not {arrays[name].dtype}")
+    return arrays

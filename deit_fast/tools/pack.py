@@ -1,4 +1,4 @@
-"""`pack`: decode each image once, make it small, keep it; `data.packed` tells the format."""
+"""`pack`: decode each image once and store it smaller, in the format of `data.packed_shards`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from PIL import Image
 
 from deit_fast import _C
 from deit_fast.config import DataConfig
-from deit_fast.data.packed import FORMAT, FORMS, read_index, shard_name
+from deit_fast.data.open import open_source
+from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
-from deit_fast.data.sources import Source, UnreadableImage, open_source
+from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.outcome import size_text
 from deit_fast.runtime.files import write_atomically, write_json

@@ -15,8 +15,7 @@ from deit_fast.cache.pixels import pick_pixels
 from deit_fast.config import DataConfig, RunConfig, ViewRecipe, from_dict
 from deit_fast.data.fingerprint import require_same_pixels
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.open import open_loader
-from deit_fast.data.sources import open_source
+from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.evaluate import choose_device
 from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint

@@ -14,9 +14,8 @@ import torch
 from deit_fast.config import RunConfig, to_dict
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
-from deit_fast.data.open import open_loader
+from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.samples import save_samples
-from deit_fast.data.sources import open_source
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
 from deit_fast.runtime.distributed import World, joined_world

@@ -14,10 +14,9 @@ from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
 from deit_fast.cache.reader import host_ids
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.config import RunConfig, ViewRecipe
-from deit_fast.data.fingerprint import require_same_pixels
+from deit_fast.data.fingerprint import pixel_contract, require_same_pixels
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import ViewBatch
-from deit_fast.data.open import pixel_contract
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher

@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.config import RunConfig
-from deit_fast.data.open import open_loader
-from deit_fast.data.sources import open_source
+from deit_fast.data.open import open_loader, open_source
 from deit_fast.train.state import create_state
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import create_teaching

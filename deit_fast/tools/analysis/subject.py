@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
-from deit_fast.data.sources import Source, open_source
+from deit_fast.data.open import open_source
+from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_eval_loader, build_model, read_run_config
 from deit_fast.models import Teacher, load_weights

@@ -1,62 +1,53 @@
 """Tar shards in WebDataset's naming, with an index, so that any sample can be read by its number.
 
     ROOT/SPLIT/*.tar      members KEY.jpg (or another image) and KEY.cls, the class as a number in
-                          text, or KEY.json with a "label"; members of a key stand side by side
+                          text, or KEY.json with a "label"; members of a key are adjacent
     ROOT/classes.txt      names of the classes, one a line (optional)
 
-Samples are numbered by shard name, then by place. The index of a split is made once, by reading the
-shards' headers, and kept as ROOT/SPLIT/.deit-fast-index.npz, or in the user's cache folder where
-that cannot be written; a shard whose size or time of change differs is read again.
+Samples are numbered by shard name, then by position. The index of a split is made once from the
+shards' headers. It is stored as ROOT/SPLIT/.deit-fast-index.npz, or in the user's cache folder if
+ROOT/SPLIT is read-only. It is made again when the size or modification time of a shard changes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
 import tarfile
 import threading
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from deit_fast.data.sources import (
-    EXTENSIONS,
-    UnreadableImage,
-    cache_folder,
-    decode,
-    source_fingerprint,
-)
+from deit_fast.data.sources import EXTENSIONS, PackedPaths, Source, UnreadableImage
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
 
 log = logging.getLogger("deit_fast")
 
 _FORMAT = 1
 _INDEX = ".deit-fast-index.npz"
+_COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
+            "name_end": np.int64}  # fmt: skip
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class TarShards:
-    """Reads samples of tar shards by number; fits where `ImageFolder` fits.
+class TarShards(Source):
+    """Reads samples of tar shards by number.
 
     Args:
-        classes: names in the order of their labels, where another split decides it.
+        classes: names in the order of their labels, if another split decides it.
 
     Raises:
         InputError: no shards, a broken archive, an image without a label, a label out of range;
             names the shard and the member.
     """
-
-    finished = False
 
     def __init__(self, root: str, split: str, classes: list[str] | None = None) -> None:
         self.folder = os.path.join(root, split)
@@ -68,7 +59,7 @@ class TarShards:
         index = _open_index(self.folder, self.shards)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         self.labels = index["label"]
-        self.paths: Sequence[str] = _Members(self.folder, self.shards, index)
+        self.paths = _Members(self.folder, self.shards, index)
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
         highest = int(self.labels.max())
@@ -79,24 +70,7 @@ class TarShards:
         self._files: dict[int, int] = {}  # descriptors; forked processes may share them
         self._opening = threading.Lock()
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> Image.Image:
-        """Decode one image to RGB at full size.
-
-        Raises:
-            UnreadableImage: whatever is wrong with it.
-        """
-        return decode(self.read(index), self.paths[index])
-
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            UnreadableImage: the shard is gone, or shorter than it was.
-        """
         number, size = int(self._shard[index]), int(self._size[index])
         try:
             if number not in self._files:
@@ -108,13 +82,13 @@ class TarShards:
         except OSError as error:
             raise UnreadableImage(self.paths[index], f"{type(error).__name__}: {error}") from None
         if len(content) != size:
-            raise UnreadableImage(self.paths[index], "its shard ends before it does")
+            raise UnreadableImage(self.paths[index], "its shard has become shorter")
         return content
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = self.__dict__ | {"_files": {}}  # a spawned process opens its own
-        del kept["_opening"]
-        return kept
+        state = self.__dict__ | {"_files": {}}  # a spawned process opens its own
+        del state["_opening"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _opening=threading.Lock())
@@ -123,33 +97,25 @@ class TarShards:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Digest over (shard, member, byte size, class) of every image; no image is read."""
+    def _sha256(self) -> str:
+        """Over shard, member, byte size and class of every image; reads no image."""
         digest = hashlib.sha256()
-        for index, label in enumerate(self.labels.tolist()):
-            name = os.fsencode(os.path.relpath(self.paths[index], self.folder))
-            digest.update(b"%b\0%d\0%b\n" % (name, int(self._size[index]),
-                                             os.fsencode(self.classes[label])))  # fmt: skip
-        return source_fingerprint(digest.hexdigest(), self)
+        sizes, labels = self._size.tolist(), self.labels.tolist()
+        for path, size, label in zip(self.paths, sizes, labels, strict=True):
+            name = os.fsencode(os.path.relpath(path, self.folder))
+            digest.update(b"%b\0%d\0%b\n" % (name, size, os.fsencode(self.classes[label])))
+        return digest.hexdigest()
 
 
-class _Members(Sequence[str]):
-    """`FOLDER/SHARD.tar/MEMBER` of every sample, for messages."""
+class _Members(PackedPaths):
+    """`FOLDER/SHARD.tar/MEMBER` of every sample."""
 
     def __init__(self, folder: str, shards: list[str], index: dict[str, np.ndarray]) -> None:
-        self._folder, self._shards, self._shard = folder, shards, index["shard"]
-        self._names, self._ends = index["names"], index["name_end"]
+        super().__init__(folder, index["names"], index["name_end"])
+        self._shards, self._shard = shards, index["shard"]
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        member = os.fsdecode(self._names[start : self._ends[index]].tobytes())
-        return os.path.join(self._folder, self._shards[self._shard[index]], member)
+    def _path(self, index: int) -> str:
+        return os.path.join(self.folder, self._shards[self._shard[index]], self._name(index))
 
 
 def _class_names(root: str, highest: int) -> list[str]:
@@ -169,69 +135,64 @@ def _class_names(root: str, highest: int) -> list[str]:
 
 
 def _open_index(folder: str, shards: list[str]) -> dict[str, np.ndarray]:
-    """The split's index: the kept one where it is right, with shards read anew where not."""
+    """The stored index of a split if it is current, else a new one."""
     stamps = np.array(
         [[(info := os.stat(os.path.join(folder, name))).st_size, info.st_mtime_ns]
          for name in shards], np.int64,
     )  # fmt: skip
-    here = Path(folder) / _INDEX
     name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
-    elsewhere = cache_folder() / "tar" / f"{name}.npz"
-    for path in (here, elsewhere):
-        found = _load_index(path, shards, stamps)
-        if found is not None:
-            return found
+    candidates = Path(folder) / _INDEX, cache_folder() / "tar" / f"{name}.npz"
+    for path in candidates:
+        index = _load_index(path, shards, stamps)
+        if index is not None:
+            return index
     index = _scan(folder, shards)
-    content = io.BytesIO()
-    kept = {"format": np.int64(_FORMAT), "shards": _join(shards), "stamps": stamps, **index}
-    np.savez(content, **kept)  # type: ignore[arg-type]
-    for path in (here, elsewhere):
+    header = {"format": np.array(_FORMAT), "shards": _join(shards), "stamps": stamps}
+    for path in candidates:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content.getbuffer())
+            write_arrays(path, header | index)
         except OSError:
             continue
         return index
-    log.warning("the index of %s could not be kept; the next start reads all shards again", folder)
+    log.warning(
+        "the index of %s could not be written; the next start reads all shards again", folder
+    )
     return index
 
 
 def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, np.ndarray] | None:
-    """A kept index that is of these very shards; none where it is missing, old or damaged."""
-    dtypes = {
-        "shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
-        "name_end": np.int64, "names": np.uint8,
-    }  # fmt: skip
+    """A stored index of exactly these shards; None if it is missing, outdated or damaged."""
+    header = {"format": np.int64, "shards": np.uint8, "stamps": np.int64}
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
-            kept = {name: arrays[name] for name in arrays.files}
+        stored = read_arrays(path, header | _COLUMNS | {"names": np.uint8})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged (%s) and is made again", path, error)
+    except ValueError as error:
+        log.warning("%s; it is made again", error)
         return None
-    if not {*dtypes, "format", "shards", "stamps"} <= set(kept) or kept["format"] != _FORMAT:
+    current = (
+        stored.pop("format") == _FORMAT
+        and np.array_equal(stored.pop("shards"), _join(shards))
+        and np.array_equal(stored.pop("stamps"), stamps)
+    )
+    if not current:
         return None
-    if not np.array_equal(kept["shards"], _join(shards)):
-        return None
-    if not np.array_equal(kept["stamps"], stamps):
-        return None
-    index = {name: kept[name] for name in dtypes}
-    count = len(index["label"])
+    columns = [stored[name] for name in _COLUMNS]
+    shard, offset, size, label, name_end = columns
     fits = (
-        all(index[name].dtype == dtype and index[name].ndim == 1 for name, dtype in dtypes.items())
-        and all(len(index[name]) == count for name in dtypes if name != "names")
-        and ((index["shard"] >= 0) & (index["shard"] < len(shards))).all()
-        and (index["offset"] >= 0).all() and (index["size"] >= 0).all()
-        and (index["offset"] + index["size"] <= stamps[index["shard"], 0]).all()
-        and (index["label"] >= 0).all()
-        and (np.diff(index["name_end"], prepend=0) >= 0).all()
-        and (count == 0 or index["name_end"][-1] == len(index["names"]))
+        {column.shape for column in columns} == {(len(label),)}
+        and stored["names"].ndim == 1
+        and ((shard >= 0) & (shard < len(shards))).all()
+        and (offset >= 0).all() and (size >= 0).all() and (label >= 0).all()
+        and (offset + size <= stamps[shard, 0]).all()
+        and (np.diff(name_end, prepend=0) >= 0).all()
+        and (len(label) == 0 or name_end[-1] == len(stored["names"]))
     )  # fmt: skip
     if not fits:
         log.warning("%s does not fit the shards beside it and is made again", path)
         return None
-    return index
+    return stored
 
 
 def _join(names: list[str]) -> np.ndarray:
@@ -239,30 +200,26 @@ def _join(names: list[str]) -> np.ndarray:
 
 
 def _scan(folder: str, shards: list[str]) -> dict[str, np.ndarray]:
-    """Read every shard's headers, with a line now and then: a large set takes minutes."""
-    shard, offset, size, label, ends = [], [], [], [], []
+    """Read every shard's headers, with a log line now and then: a large set takes minutes."""
+    parts = []
     names = bytearray()
-    clock = time.monotonic()
+    last_line = time.monotonic()
     for number, name in enumerate(shards):
-        for member, start, length, value in _samples(os.path.join(folder, name)):
-            shard.append(number)
-            offset.append(start)
-            size.append(length)
-            label.append(value)
+        rows = []
+        for member, offset, size, label in _samples(os.path.join(folder, name)):
             names += os.fsencode(member)
-            ends.append(len(names))
-        if time.monotonic() - clock > _SECONDS_BETWEEN_LINES:
-            clock = time.monotonic()
+            rows.append((number, offset, size, label, len(names)))
+        parts.append(np.array(rows, np.int64).reshape(-1, len(_COLUMNS)))
+        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
             log.info("indexing %s: %d of %d shards", folder, number + 1, len(shards))
-    return {
-        "shard": np.array(shard, np.int32), "offset": np.array(offset, np.int64),
-        "size": np.array(size, np.int64), "label": np.array(label, np.int64),
-        "name_end": np.array(ends, np.int64), "names": np.frombuffer(bytes(names), np.uint8),
-    }  # fmt: skip
+    columns = zip(_COLUMNS.items(), np.concatenate(parts).T, strict=True)
+    index = {name: column.astype(dtype) for (name, dtype), column in columns}
+    return index | {"names": np.frombuffer(bytes(names), np.uint8)}
 
 
 def _samples(path: str) -> Iterator[tuple[str, int, int, int]]:
-    """Of each image in a shard: member, offset and size in bytes, label."""
+    """Member, offset and size in bytes, and label of each image in a shard."""
     try:
         with tarfile.open(path, "r:") as archive:
             key, image, label = None, None, None
@@ -272,7 +229,7 @@ def _samples(path: str) -> Iterator[tuple[str, int, int, int]]:
                 stem, dot, extension = os.path.basename(member.name).partition(".")
                 this = os.path.join(os.path.dirname(member.name), stem)
                 if this != key:
-                    yield from _whole(path, image, label)
+                    yield from _sample(path, image, label)
                     key, image, label = this, None, None
                 if dot + extension.lower() in EXTENSIONS:
                     if image is not None:
@@ -281,21 +238,22 @@ def _samples(path: str) -> Iterator[tuple[str, int, int, int]]:
                 elif extension in ("cls", "json"):
                     found = _label(archive, member, path)
                     label = found if found is not None else label
-            yield from _whole(path, image, label)
+            yield from _sample(path, image, label)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{path} is no whole tar archive: {error}") from None
+        raise InputError(f"{path} is not a complete tar archive: {error}") from None
 
 
-def _whole(
+def _sample(
     path: str, image: tuple[str, int, int] | None, label: int | None
 ) -> Iterator[tuple[str, int, int, int]]:
+    """The sample of one key, if the key has an image."""
     if image is None:
         return
     if label is None:
         raise InputError(f"{path}: {image[0]!r} has no label: neither .cls nor a label in .json")
     end = image[1] + image[2]
     if end > os.path.getsize(path):
-        raise InputError(f"{path} is no whole tar archive: {image[0]!r} ends behind it")
+        raise InputError(f"{path} is not a complete tar archive: it ends within {image[0]!r}")
     yield *image, label
 
 
@@ -311,7 +269,7 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int 
     if isinstance(value, dict):
         value = value.get("label", value.get("cls"))
         if value is None:
-            return None  # the .cls beside it may tell
+            return None  # the key may have a .cls as well
     if type(value) is not int or not 0 <= value < 2**31:
         raise InputError(f"{path}: {member.name!r} must hold a class number, not {content[:40]!r}")
     return value

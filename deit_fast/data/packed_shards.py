@@ -6,18 +6,15 @@
                                    where the image was unreadable; labels int64 [n]; crc32c uint32
                                    [n] of each image's bytes; names, uint8, each ended by a zero
 
-A shard is written under another name and renamed, its .npz last: what has one is whole. Shards are
-mapped into memory, so processes of one machine share them and a crop of an uint8 shard reads only
-its own rows. Each image's checksum is compared when a process first meets it.
+A shard is written under a temporary name and renamed, its .npz last, so a shard with an .npz is
+complete. Shards are mapped into memory: processes of one machine share them, and a crop of a uint8
+shard reads only its own rows. Each image's checksum is verified when a process first reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from deit_fast import _C
-from deit_fast.data.sources import UnreadableImage, decode, source_fingerprint
+from deit_fast.data.sources import PackedPaths, Source, UnreadableImage, decode
 from deit_fast.errors import InputError
+from deit_fast.runtime.files import read_arrays
 
 FORMAT = {"format": "deit-fast-packed", "version": 1}
 FORMS = ("uint8", "jpeg")
@@ -36,46 +34,40 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-class PackedImages:
+class PackedImages(Source):
     """Reads a split that `deit-fast pack` wrote.
 
-    Pixels of a pack are not those of the files it was made from, so it has a fingerprint of its
-    own: a cache made from the one refuses the other.
+    Its pixels differ from those of the files it was made from, and so does its fingerprint: a cache
+    made from the one refuses the other.
 
     Raises:
         InputError: no pack, an unfinished or a damaged one; names the file.
     """
 
-    finished = False
-
     def __init__(self, root: str, split: str) -> None:
         self.folder = Path(root) / split
-        self.manifest = read_manifest(self.folder)
-        per_shard, count = self.manifest["shard_samples"], self.manifest["num_samples"]
-        self.classes: list[str] = self.manifest["classes"]
-        self._encoded = self.manifest["form"] == "jpeg"
-        self._indices = []
-        self._starts = np.arange(0, count + per_shard, per_shard)
-        for number in range(-(-count // per_shard)):
-            samples = min(per_shard, count - number * per_shard)
-            self._indices.append(read_index(self.folder, number, samples, self.manifest))
+        manifest = read_manifest(self.folder)
+        count, self._per_shard = manifest["num_samples"], manifest["shard_samples"]
+        self.classes = manifest["classes"]
+        self._is_jpeg = manifest["form"] == "jpeg"
+        self._indices = [
+            read_index(self.folder, number, min(self._per_shard, count - first), manifest)
+            for number, first in enumerate(range(0, count, self._per_shard))
+        ]
         self.labels = np.concatenate([index["labels"] for index in self._indices])
-        self.paths: Sequence[str] = _Names(self.folder, per_shard, self._indices)
+        names = np.concatenate([index["names"] for index in self._indices])
+        self.paths = PackedPaths(str(self.folder), names, np.flatnonzero(names == 0), gap=1)
         self._data: dict[int, np.ndarray] = {}  # mapped when a process first needs them
-        self._checked = np.zeros(count, bool)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.labels)
+        self._is_verified = np.zeros(count, bool)
 
     def load(self, index: int) -> Image.Image | np.ndarray:
         """uint8 [H, W, 3], a view of the mapped file; or a decoded JPEG.
 
         Raises:
-            UnreadableImage: it was unreadable when packed, or its checksum does not agree.
+            UnreadableImage: it was unreadable when packed, or its checksum is wrong.
         """
         content, (width, height) = self._content(index)
-        if self._encoded:
+        if self._is_jpeg:
             return decode(content.tobytes(), self.paths[index])
         return content.reshape(height, width, 3)
 
@@ -86,66 +78,46 @@ class PackedImages:
             UnreadableImage: as `load`.
             InputError: the pack holds pixels.
         """
-        if not self._encoded:
+        if not self._is_jpeg:
             raise InputError(
-                f"{self.folder} holds decoded pixels, which DALI has no use for: take "
+                f"{self.folder} holds decoded pixels, but DALI reads encoded images: set "
                 f"data.loader=pillow, or pack with --form jpeg"
             )
         return self._content(index)[0].tobytes()
 
     def _content(self, index: int) -> tuple[np.ndarray, list[int]]:
-        number, place = divmod(index, self.manifest["shard_samples"])
+        number, row = divmod(index, self._per_shard)
         table = self._indices[number]
-        size = table["sizes"][place].tolist()
+        size = table["sizes"][row].tolist()
         if size[0] == 0:
             raise UnreadableImage(self.paths[index], "it was unreadable when it was packed")
         if number not in self._data:
             path = self.folder / f"{shard_name(number)}.bin"
             self._data[number] = np.memmap(path, np.uint8, mode="r")
-        start, stop = table["offsets"][place : place + 2].tolist()
+        start, stop = table["offsets"][row : row + 2].tolist()
         content = self._data[number][start:stop]
-        if not self._checked[index]:
-            if _C.crc32c(content.tobytes()) != table["crc32c"][place]:
+        if not self._is_verified[index]:
+            if _C.crc32c(content.tobytes()) != table["crc32c"][row]:
                 raise UnreadableImage(
-                    self.paths[index], f"its checksum in {shard_name(number)}.bin does not agree"
+                    self.paths[index], f"its checksum in {shard_name(number)}.bin is wrong"
                 )
-            self._checked[index] = True
+            self._is_verified[index] = True
         return content, size
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Digest over every image's size, checksum and class; no pixel is read."""
+    def _sha256(self) -> str:
+        """Over every image's size, checksum and class; reads no pixel."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for index in self._indices:
             for name in ("sizes", "crc32c", "labels"):
                 values = index[name]
                 digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-        return source_fingerprint(digest.hexdigest(), self)
-
-
-class _Names(Sequence[str]):
-    """Where an image came from, for messages: `FOLDER/NAME`."""
-
-    def __init__(self, folder: Path, per_shard: int, indices: list[dict[str, np.ndarray]]) -> None:
-        self._folder, self._per_shard, self._indices = folder, per_shard, indices
-        self._ends = [np.flatnonzero(index["names"] == 0) for index in indices]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._ends))
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        number, place = divmod(range(len(self))[index], self._per_shard)
-        ends = self._ends[number]
-        start = ends[place - 1] + 1 if place else 0
-        name = self._indices[number]["names"][start : ends[place]].tobytes()
-        return os.path.join(self._folder, os.fsdecode(name))
+        return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """
     Raises:
-        InputError: none there, or not one of ours; names what is wrong.
+        InputError: it is missing or invalid; names the field and its value.
     """
     path = folder / "manifest.json"
     try:
@@ -174,46 +146,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_index(
     folder: Path, number: int, samples: int, manifest: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """One shard's table, its values checked against the shard's file.
+    """One shard's table, checked against the size of the shard's file.
 
     Raises:
-        InputError: missing, damaged, or not of this shard; names the file and what is wrong.
+        InputError: missing, damaged, or of another shard; names the file and what is wrong.
     """
     path = folder / f"{shard_name(number)}.npz"
-    shapes = {
+    columns: dict[str, tuple[type, tuple[int, ...] | None]] = {
         "offsets": (np.int64, (samples + 1,)),
         "sizes": (np.int32, (samples, 2)),
         "labels": (np.int64, (samples,)),
         "crc32c": (np.uint32, (samples,)),
         "names": (np.uint8, None),
     }
-    index = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
-            for name, (dtype, shape) in shapes.items():
-                values = arrays[name]
-                if values.dtype != dtype or shape not in (None, values.shape):
-                    raise InputError(f"{path}: {name} is {values.dtype} {values.shape}")
-                index[name] = values
+        index = read_arrays(path, {name: dtype for name, (dtype, _) in columns.items()})
         length = path.with_suffix(".bin").stat().st_size
     except FileNotFoundError as error:
         raise InputError(
-            f"the pack in {folder} is not complete: {Path(error.filename).name} is missing; the "
-            f"same `deit-fast pack` command goes on"
+            f"the pack in {folder} is not complete: {Path(error.filename).name} is missing; run "
+            f"the same `deit-fast pack` command again to continue"
         ) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
+    for name, (_, shape) in columns.items():
+        if shape not in (None, index[name].shape):
+            raise InputError(f"{path}: {name} must have shape {shape}, not {index[name].shape}")
     offsets, sizes, labels = index["offsets"], index["sizes"].astype(np.int64), index["labels"]
     lengths = np.diff(offsets)
-    pixels = sizes.prod(axis=1) * 3
-    wrong = (
+    misfit = (
         offsets[0] != 0 or offsets[-1] != length or (lengths < 0).any() or (sizes < 0).any()
         or ((sizes[:, 0] == 0) & (lengths != 0)).any()
-        or (manifest["form"] == "uint8" and (lengths != pixels).any())
+        or (manifest["form"] == "uint8" and (lengths != sizes.prod(axis=1) * 3).any())
     )  # fmt: skip
-    if wrong:
+    if misfit:
         raise InputError(f"{path} does not fit {shard_name(number)}.bin of {length} bytes")
     if not ((labels >= 0) & (labels < len(manifest["classes"]))).all():
         raise InputError(f"{path}: labels leave [0, {len(manifest['classes'])})")
