@@ -85,7 +85,12 @@ class Lazy:
 
 
 class Timer:
-    """Times calls on one device, in seconds."""
+    """Times calls on one device, in seconds.
+
+    clock: seconds since any moment; a test replaces it.
+    """
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -107,12 +112,12 @@ class Timer:
 
     def wall(self, function: Callable[[], Any], repeats: int = 1) -> float:
         """Host time of ``repeats`` calls in a row until the device has finished, per call."""
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(repeats):
             function()
         if self.cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        return (self.clock() - start) / repeats
 
     def call(self, function: Callable[[], Any], host_seconds: float = 0.0) -> float:
         """Device time of one call; ``host_seconds``: what the host needs to launch it."""
@@ -181,7 +186,7 @@ def time_case(
     """Rows of one case, timed for about ``seconds``.
 
     Args:
-        until: of time.perf_counter; implementations that are not ready by then are left out, but
+        until: of the timer's clock; implementations that are not ready by then are left out, but
             the first two: ours, and the peer to compare it with.
         report: called with all rows so far, marked "provisional", whenever an implementation is
             ready: a process that is killed leaves what it has measured.
@@ -201,14 +206,14 @@ def _time_implementations(
     bench: str, case: Case, timer: Timer, seconds: float, until: float, report: Report,
     implementations: dict[str, Callable[[], Any] | str],
 ) -> list[Row]:  # fmt: skip
-    start = time.perf_counter()
+    start = timer.clock()
     ready: dict[str, _Timed] = {}
     problems: list[Row] = []
     for name, function in implementations.items():
         if isinstance(function, str):
             problems.append(skipped(bench, case.name, name, function))
             continue
-        if len(ready) > 1 and time.perf_counter() > until:  # a compilation can take a minute
+        if len(ready) > 1 and timer.clock() > until:  # a compilation can take a minute
             problems.append(skipped(bench, case.name, name, NO_TIME))
             continue
         try:
@@ -223,7 +228,7 @@ def _time_implementations(
     for timed in ready.values():
         timed.seconds.clear()  # all figures of a case come from the same rounds
     for turn in range(MAX_ROUNDS if case.repeats == 1 else MAX_ROUNDS_IN_A_ROW):
-        if not ready or (turn >= MIN_ROUNDS and time.perf_counter() - start > seconds):
+        if not ready or (turn >= MIN_ROUNDS and timer.clock() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
     return measured_rows(bench, case, ready, timer) + problems
@@ -252,15 +257,15 @@ def _round(bench: str, case: Case, timer: Timer, ready: dict[str, _Timed], turn:
     return failed
 
 
-def with_facts(case: Case, rows: list[Row], until: float) -> list[Row]:
-    """The rows of a case with their facts, as far as they are known by ``until``.
+def with_facts(case: Case, rows: list[Row], timer: Timer, until: float) -> list[Row]:
+    """The rows of a case with their facts, as far as they are known by ``until`` of its clock.
 
     To call when every case of the process is timed: a profiler may slow down what comes after it.
     """
     whole = []
     for row in rows:
         whole.append(row)
-        if "ms" not in row or time.perf_counter() > until:
+        if "ms" not in row or timer.clock() > until:
             continue
         try:
             whole[-1] = row | case.facts(row["impl"])

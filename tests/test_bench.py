@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,13 +29,37 @@ META = {
 }
 
 
+class Clock:
+    """Seconds that pass where a test says so, and a microsecond with each reading."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, milliseconds: float) -> None:
+        self.now += milliseconds / 1e3
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_real_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Timer, "clock", CLOCK)
+        yield
+
+
 @pytest.fixture(scope="module")
 def timer() -> common.Timer:
     return common.Timer("cpu")
 
 
-def sleeper(milliseconds: float):
-    return lambda: time.sleep(milliseconds / 1e3)
+def sleeper(milliseconds: float) -> Callable[[], None]:
+    return lambda: CLOCK.sleep(milliseconds)
 
 
 def test_times_and_ratios(timer: common.Timer) -> None:
@@ -47,10 +72,10 @@ def test_times_and_ratios(timer: common.Timer) -> None:
     rows = {row["impl"]: row for row in common.time_case("naps", case, timer, 0.3)}
     ours = rows["ours"]
     assert (ours["bench"], ours["case"]) == ("naps", "sleep")
-    assert 2 <= ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] < 12
+    assert [ours[name] for name in ("ms_p20", "ms", "ms_p80")] == pytest.approx([2] * 3, rel=0.01)
     assert ours["ratio_to"] == rows["slow"]["ratio_to"] == "fast"
-    assert ours["ratio"] == pytest.approx(rows["fast"]["ms"] / ours["ms"])
-    assert ours["ratio"] > 1 > rows["slow"]["ratio"]
+    assert ours["ratio"] == pytest.approx(3, rel=0.01)
+    assert rows["slow"]["ratio"] == pytest.approx(0.5, rel=0.01)
     assert "ratio" not in rows["fast"]
     assert ours["gbps"] == pytest.approx(4 / ours["ms"])
     assert ours["items_per_s"] == pytest.approx(8e3 / ours["ms"])
@@ -65,10 +90,10 @@ class AlmostCuda(common.Timer):
         self.cleared: list[str] = []
 
     def wall(self, function, repeats=1):
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(repeats):
             function()
-        return (time.perf_counter() - start) / repeats
+        return (self.clock() - start) / repeats
 
     def call(self, function, host_seconds=0.0):
         function()
@@ -107,14 +132,14 @@ def test_views_of_one_decoder_do_not_depend_on_their_batch() -> None:
 
 
 def test_a_slow_loader_shows_in_the_fed_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it made beforehand is taken away first, so four steps wait for four batches."""
+    """The batches made beforehand are taken away first, so four steps wait for four batches."""
     from bench import bench_step
 
-    made = bench_step.open_loader
+    open_loader, waits = bench_step.open_loader, []
 
     def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for batch in made(*args, **kwargs):
-            time.sleep(0.3)
+        for batch in open_loader(*args, **kwargs):
+            waits.append("")
             yield batch
 
     monkeypatch.setattr(bench_step, "open_loader", slow)
@@ -122,15 +147,16 @@ def test_a_slow_loader_shows_in_the_fed_step(monkeypatch: pytest.MonkeyPatch) ->
     tiny = "deit_tiny_distilled_patch16_224"
     case = bench_step.fed_case(tiny, 32, 4, "cpu", "packed")
     steps = case.build()
-    seconds = {}
+    waited = {}
     for name, step in steps.items():
         assert not isinstance(step, str)
         step()
-        case.before(name)
-        start = time.perf_counter()
-        step()
-        seconds[name] = time.perf_counter() - start
-    assert 0.9 < seconds["ours, fed"] - seconds["batch at hand"] < 2.4
+        counts = [len(waits)]
+        for call in (partial(case.before, name), step):
+            call()
+            counts.append(len(waits))
+        waited[name] = counts[1] - counts[0], counts[2] - counts[1]
+    assert waited == {"ours, fed": (4, 4), "batch at hand": (0, 0)}
 
 
 def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> None:
@@ -159,10 +185,11 @@ def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> N
 def test_implementations_that_are_not_ready_in_time_are_left_out(timer: common.Timer) -> None:
     """A compilation takes a minute; nine of them must not take the time of all other benches."""
     case = common.Case("c", lambda: {name: sleeper(5) for name in "abcd"})
-    until = time.perf_counter() + 0.05  # warm-ups of 20 ms each: of the first two or three
+    until = CLOCK() + 0.05  # two warm-ups of 25 ms each
     rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0, until)}
     assert "ms" in rows["a"] and "ms" in rows["b"]  # a figure and what to compare it with
-    assert rows["d"]["skipped"].startswith("no time left") and "ms" not in rows["d"]
+    for name in "cd":
+        assert rows[name]["skipped"].startswith("no time left") and "ms" not in rows[name]
     rows = {row["impl"]: row for row in common.time_case("b", case, timer, 0.0)}
     assert all("ms" in row for row in rows.values())
 
@@ -275,7 +302,7 @@ def test_broken_benches_do_not_stop_the_run(
     assert all(row["skipped"].startswith("no time left") for row in others)
     broken, first, second = (rows[0] for rows in run_bench("fake", "cpu", timer, 0.1))
     assert broken["skipped"] == "MemoryError"
-    assert first["ms"] >= 60
+    assert first["ms"] == pytest.approx(60, rel=0.01)
     assert second["skipped"].startswith("no time left")
 
 
@@ -445,13 +472,13 @@ def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: comm
 
     def step() -> None:
         calls.append("")
-        time.sleep(0.002)
+        CLOCK.sleep(2)
 
     case = common.Case("s", lambda: {"ours": step}, items=8, repeats=5)
     for device in (timer, AlmostCuda()):
         calls.clear()
         (row,) = common.time_case("b", case, device, 0.0)
-        assert 2 <= row["ms"] < 10  # of one call, not of five; and not the 1 ms of events
+        assert row["ms"] == pytest.approx(2, rel=0.01)  # of one call, not five; not an event's 1 ms
         assert len(calls) == 1 + common.WARMUP_CALLS + 5 * (1 + common.MIN_ROUNDS)
         assert row["items_per_s"] == pytest.approx(8e3 / row["ms"])
     calls.clear()
@@ -460,7 +487,7 @@ def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: comm
 
 
 def test_facts_are_asked_of_what_was_measured_when_every_case_is_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    timer: common.Timer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A profiler may slow down what comes after it, and a step that no time was left for must not
     be compiled to tell its facts."""
@@ -490,7 +517,7 @@ def test_facts_are_asked_of_what_was_measured_when_every_case_is_timed(
     assert by_name["peer"]["ms"] > 0 and "provisional" not in by_name["peer"]
     assert by_name["peer, facts"]["skipped"] == "RuntimeError: no profiler"
     row = {"bench": "a", "case": "c", "impl": "ours", "ms": 1.0}
-    assert common.with_facts(case("c"), [row], time.perf_counter() - 1) == [row]  # no time left
+    assert common.with_facts(case("c"), [row], timer, CLOCK() - 1) == [row]  # no time left
 
 
 def test_lazy_implementations_build_what_is_called() -> None:
