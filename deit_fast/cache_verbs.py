@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +62,10 @@ def info(
     if counts:
         text += f"\n\nEntropy of the answers, nats:\n{_histogram(counts)}"
     if html is not None:
-        _write_page(Path(html), rows, counts, fingerprint)
+        from deit_fast.runtime.files import write_atomically
+        from deit_fast.tools.report.page import build_cache_page
+
+        write_atomically(Path(html), build_cache_page(rows, counts, fingerprint).encode())
     return Outcome(f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}")
 
 
@@ -216,34 +218,3 @@ def _histogram(counts: list[tuple[float, int]]) -> str:
         f"  {middle:6.2f}  {'#' * round(50 * count / largest):<50} {count}"
         for middle, count in counts
     )
-
-
-def _write_page(
-    path: Path,
-    rows: list[tuple[str, str]],
-    counts: list[tuple[float, int]] | None,
-    fingerprint: list[tuple[str, str]],
-) -> None:
-    from deit_fast.runtime.files import write_atomically
-    from deit_fast.tools.report.charts import Line, line_chart
-    from deit_fast.tools.report.style import STYLE
-
-    def table(items: list[tuple[str, str]]) -> str:
-        body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in items)
-        return f'<table class="text"><tbody>{body}</tbody></table>'
-
-    chart = ""
-    if counts:
-        line = Line("records", 0, [(x, float(y)) for x, y in counts])
-        drawing = line_chart(
-            [line], title="records by entropy", x_name="entropy, nats",
-            show=lambda value: f"{value:g}", floor=0.0,
-        )  # fmt: skip
-        chart = f"<section><h2>Entropy of the answers</h2>{drawing}</section>"
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Teacher cache</title>'
-        f"<style>{STYLE}</style><header><h1>Teacher cache</h1></header><main>"
-        f"<section>{table(rows)}</section>{chart}"
-        f"<section><h2>Fingerprint</h2>{table(fingerprint)}</section></main></html>\n"
-    )
-    write_atomically(path, page.encode())

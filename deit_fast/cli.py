@@ -250,7 +250,7 @@ def analyze(
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.summary import write_summary
     from deit_fast.tools.analysis.table import render
-    from deit_fast.tools.report import short_names
+    from deit_fast.tools.run_folder import short_names
 
     paths = [Path(run) for run in runs]
     results = measure(
@@ -314,7 +314,7 @@ def report(
         out: File to write.
         title: Heading of the page.
     """
-    from deit_fast.tools.report import write_report
+    from deit_fast.tools.report.page import write_report
 
     write_report([Path(run) for run in runs], Path(out), title)
     return Outcome(f"wrote {out}")

@@ -34,7 +34,7 @@ from deit_fast.tools.analysis import answers, measures, pictures, subject, token
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.analysis.summary import summarise
 from deit_fast.tools.analysis.teachers import soften_sample
-from deit_fast.tools.report import build_report
+from deit_fast.tools.report.page import build_report
 from helpers.digits import write_few_digits
 
 CONVNET = "deit_fast.models.convnet:small_convnet"

@@ -156,7 +156,7 @@ for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_f
              "deit_fast.data.loader", "deit_fast.models", "deit_fast.train.loop",
              "deit_fast.precompute", "deit_fast.tools.verify_against_teacher",
              "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluate",
-             "deit_fast.tools.report",
+             "deit_fast.tools.report.page",
              "deit_fast.tools.doctor", "bench.common", "bench.bench_step", "bench.bench_cache",
              "bench.bench_distillation_loss", "bench.bench_ingest", "bench.bench_loader",
              "bench.bench_attention", "bench.bench_add_layer_norm", "bench.bench_bias_gelu",

@@ -54,7 +54,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     from deit_fast.precompute import precompute
     from deit_fast.tools.analysis.runs import analyze
     from deit_fast.tools.analysis.summary import observed, summarise, write_summary
-    from deit_fast.tools.report import write_report
+    from deit_fast.tools.report.page import write_report
     from deit_fast.train.loop import train
 
     started = time.perf_counter()

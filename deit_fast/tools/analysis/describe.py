@@ -12,9 +12,9 @@ from torch import Tensor
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.tools.analysis import measures, pictures, tokens
 from deit_fast.tools.analysis.answers import spaced_ids
-from deit_fast.tools.analysis.place import FORMAT
 from deit_fast.tools.analysis.subject import Subject, held_out_images
 from deit_fast.tools.analysis.teachers import soften_sample
+from deit_fast.tools.run_folder import ANALYSIS_FORMAT
 
 CLASSIFIERS = ("class", "distillation", "sum_logits", "sum_softmax")
 
@@ -31,7 +31,7 @@ def describe(
     labels = answers["labels"]
     left_out: dict[str, str] = {}
     found: dict[str, Any] = {
-        "format": FORMAT,
+        "format": ANALYSIS_FORMAT,
         "run": str(subject.path),
         "meta": describe_environment(device)
         | {"date": time.strftime("%Y-%m-%d"), "command": describe_command()},

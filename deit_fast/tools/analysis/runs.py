@@ -12,8 +12,8 @@ from deit_fast.errors import InputError
 from deit_fast.evaluate import choose_device
 from deit_fast.runtime.distributed import read_world
 from deit_fast.runtime.files import write_json
-from deit_fast.tools.analysis.place import FILE_NAME, FOLDER
 from deit_fast.tools.analysis.subject import measure, open_subject, undistilled
+from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER
 
 
 def analyze(
@@ -62,7 +62,7 @@ def analyze(
     results = []
     for subject in subjects:
         found = describe(subject, undistilled(subject, subjects), ema, place)
-        folder = subject.path / FOLDER
+        folder = subject.path / ANALYSIS_FOLDER
         folder.mkdir(exist_ok=True)
         first = sample
         if "teacher" in found:
@@ -70,7 +70,7 @@ def analyze(
             first = found["teacher"]["sample"]["id"]
         found |= attention(subject, first, maps, folder, place, found["left_out"])
         pictures.draw(found, folder)
-        write_json(folder / FILE_NAME, found)
+        write_json(folder / ANALYSIS_FILE, found)
         results.append(found)
     return results
 

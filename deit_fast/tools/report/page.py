@@ -1,17 +1,14 @@
-"""The page: its sections in order, in one self-contained file."""
+"""Fill the page's template; the template holds headings, notes and the style sheet."""
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.tools.report import analysis
-from deit_fast.tools.report.curves import curves, samples, throughput
-from deit_fast.tools.report.results import lead, per_class, results
-from deit_fast.tools.report.runs import read_run, short_names
-from deit_fast.tools.report.settings import commands, environment, settings, settings_title
-from deit_fast.tools.report.style import STYLE
+from deit_fast.tools.charts import COLOURS, PROPERTIES, Line
+from deit_fast.tools.report.sections import SECTIONS, Cell, Table, draw
+from deit_fast.tools.run_folder import read_run, short_names
 
 
 def write_report(runs: list[Path], out: Path, title: str) -> None:
@@ -35,32 +32,43 @@ def build_report(runs: list[Path], title: str) -> str:
     if not runs:
         raise InputError("a report needs at least one run folder")
     names = short_names(runs)
-    loaded = [read_run(path, name) for path, name in zip(runs, names, strict=True)]
-    sections = [
-        ("Results", results(loaded)),
-        ("Learning curves", curves(loaded)),
-        ("Accuracy per class", per_class(loaded)),
-        ("Throughput", throughput(loaded)),
-        ("Class and distillation token", analysis.tokens(loaded)),
-        ("Classifiers and their calibration", analysis.classifiers(loaded)),
-        ("Who disagrees with whom", analysis.disagreement(loaded)),
-        ("The teacher, softened", analysis.teacher(loaded)),
-        ("Where the tokens look", analysis.attention(loaded)),
-        ("Left out of the analysis", analysis.left_out(loaded)),
-        ("Views that the student saw", samples(loaded)),
-        (settings_title(loaded), settings(loaded)),
-        ("Environment", environment(loaded)),
-        ("Commands", commands(loaded)),
-    ]
-    body = "".join(
-        f"<section><h2>{escape(heading)}</h2>{content}</section>"
-        for heading, content in sections
-        if content
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><header><h1>{escape(title)}</h1><p>{lead(loaded)}</p></header>"
-        f"<main>{body}</main></body></html>\n"
-    )
+    loaded = [read_run(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
+    return render(title, **{name: section(loaded) for name, section in SECTIONS.items()})
+
+
+def render(title: str, **parts: Any) -> str:
+    """The page; ``parts`` are the template's variables, and sections without one are left out."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    template = environment.get_template("page.html")
+    page = template.render(title=title, colours=len(COLOURS), properties=PROPERTIES, **parts)
+    return page.strip() + "\n"
+
+
+def build_cache_page(
+    rows: list[tuple[str, str]],
+    entropy_counts: list[tuple[float, int]] | None,
+    fingerprint: list[tuple[str, str]],
+) -> str:
+    """The page of `cache info --html`.
+
+    Args:
+        rows: names and values of the summary.
+        entropy_counts: middle of each bin, nats, and its records.
+        fingerprint: fields and values.
+    """
+    tables: list[dict[str, Any]] = [{"heading": "Summary", "table": _pairs(rows)}]
+    if entropy_counts:
+        line = Line("records", 0, [(x, float(count)) for x, count in entropy_counts])
+        chart = draw("Records by entropy", [line], "entropy, nats", "{:g}".format, 0.0)
+        tables.append({"heading": "Entropy of the teacher's probabilities", "chart": chart})
+    tables.append({"heading": "Fingerprint", "table": _pairs(fingerprint)})
+    return render("Teacher cache", tables=tables)
+
+
+def _pairs(rows: list[tuple[str, str]]) -> Table:
+    return Table([], [[Cell(name), Cell(value)] for name, value in rows], "text")

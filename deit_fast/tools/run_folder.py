@@ -1,4 +1,4 @@
-"""What a report reads of a run folder."""
+"""What the tools read of a run folder, and tolerant access to values of its JSON files."""
 
 from __future__ import annotations
 
@@ -9,75 +9,88 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.tools.analysis.place import FILE_NAME, FOLDER, FORMAT
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ANALYSIS_FOLDER, ANALYSIS_FILE, ANALYSIS_FORMAT = "analysis", "analysis.json", 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder."""
+    """The content of a run folder.
 
+    Attributes:
+        index: position among the runs that are shown, which decides the colour.
+        samples: PNG of the first training views.
+        analysis: empty where `deit-fast analyze` has not run.
+        maps: PNG files of the analysis that show attention, by name.
+    """
+
+    index: int
     name: str
     config: dict[str, Any]
     result: dict[str, Any]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: bytes | None
-    analysis: dict[str, Any]  # empty where `deit-fast analyze` has not run
-    strips: dict[str, bytes]  # its attention pictures, PNG by file name
+    analysis: dict[str, Any]
+    maps: dict[str, bytes]
 
 
 def short_names(runs: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that distinguish the runs."""
     parts = [path.absolute().parts for path in runs]
-    longest = max(len(p) for p in parts)
-    for depth in range(1, longest + 1):
+    for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(set(parts)):
             return names
     return [str(path) for path in runs]
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str, index: int) -> Run:
     """Read a run folder.
 
     Raises:
-        InputError: the folder or a file of it is missing or damaged; names it.
+        InputError: the folder or one of its files is missing or damaged; names it.
     """
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist")
     rows = _read_rows(path / "metrics.jsonl")
-    samples = path / "samples.png"
-    analysis = _read_analysis(path / FOLDER / FILE_NAME)
+    samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
+    analysis = _read_analysis(folder / ANALYSIS_FILE)
+    pictures = [row.get("picture") for row in objects(group(analysis, "attention"), "samples")]
     return Run(
+        index=index,
         name=name,
-        config=_read_object(path / "config.json"),
-        result=_read_object(path / "result.json"),
+        config=read_object(path / "config.json"),
+        result=read_object(path / "result.json"),
         train=[row for row in rows if row.get("kind") == "train"],
         evaluations=[row for row in rows if row.get("kind") == "eval"],
         samples=_read_png(samples) if samples.exists() else None,
         analysis=analysis,
-        strips=_read_strips(path / FOLDER, analysis),
+        # only the last part of a name, so that no name leads out of the folder
+        maps={p: _read_png(folder / Path(p).name) for p in pictures if isinstance(p, str)},
     )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
+    return _parse_object(_read_text(path), str(path))
 
 
 def _read_analysis(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    analysis = _read_object(path)
-    if analysis.get("format") != FORMAT:
+    analysis = read_object(path)
+    if analysis.get("format") != ANALYSIS_FORMAT:
         raise InputError(
-            f"{path} has format {analysis.get('format')!r}, this version reads {FORMAT}: "
+            f"{path} has format {analysis.get('format')!r}, this version reads {ANALYSIS_FORMAT}: "
             f"run `deit-fast analyze` again"
         )
     return analysis
-
-
-def _read_strips(folder: Path, analysis: dict[str, Any]) -> dict[str, bytes]:
-    names = [row.get("picture") for row in objects(group(analysis, "attention"), "samples")]
-    # by its last part alone: a name leads nowhere else
-    return {name: _read_png(folder / Path(name).name) for name in names if isinstance(name, str)}
 
 
 def _read_png(path: Path) -> bytes:
@@ -100,25 +113,26 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} is damaged: not UTF-8 text") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    return _parse_object(_read_text(path), str(path))
-
-
-def _parse_object(text: str, place: str) -> dict[str, Any]:
+def _parse_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{place} is damaged: {error}") from None
+        raise InputError(f"{where} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{place} is damaged: not a JSON object")
+        raise InputError(f"{where} is damaged: not a JSON object")
     return value
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows; a last line without its line feed was torn by a crash and is left out."""
+    """All rows; a last line without a line feed was cut off by a crash and is ignored."""
     text = _read_text(path)
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
+
+
+# ---------------------------------------------------------------------------------------------
+# Values of unknown type
+# ---------------------------------------------------------------------------------------------
 
 
 def number(values: dict[str, Any], key: str) -> float | None:
@@ -129,13 +143,23 @@ def number(values: dict[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def group(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """An object, or an empty one."""
-    group = values.get(key)
-    return group if isinstance(group, dict) else {}
+def group(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A nested object; empty where there is none."""
+    for key in keys:
+        inner = values.get(key)
+        values = inner if isinstance(inner, dict) else {}
+    return values
 
 
 def objects(values: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The objects of a list; empty where there is no list."""
+    """The objects in a list; empty where there is no list."""
     found = values.get(key)
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of a nested object."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    dotted = prefix and f"{prefix}."
+    return {k: v for key, value in values.items() for k, v in flatten(value, dotted + key).items()}

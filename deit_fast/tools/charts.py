@@ -1,0 +1,168 @@
+"""Charts by matplotlib: colours and axes for all of them, and line charts as inline SVG.
+
+matplotlib is imported when a chart is drawn: the import takes most of a second.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; with a darker yellow
+COLOURS = ("#0072b2", "#d55e00", "#008a63", "#b5558f", "#b07800", "#2b95cf", "#5b4db7", "#444b53")
+TEXT_COLOUR, RULE_COLOUR = "#5b6570", "#d9dee3"
+# A page redefines these custom properties for its dark theme.
+PROPERTIES = {f"--c{index}": colour for index, colour in enumerate(COLOURS)} | {
+    "--dim": TEXT_COLOUR,
+    "--rule": RULE_COLOUR,
+}
+DASHES = ("", "7 3", "2 2.5", "10 3 2 3")  # of the lines 0 to 7, 8 to 15, ...
+MAX_POINTS = 240  # of a line; a screen cannot show more
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        index: position among all runs, which decides the colour; None: a grey reference line.
+        points: (x, y), ascending in x.
+    """
+
+    name: str
+    index: int | None
+    points: list[tuple[float, float]]
+
+    @property
+    def colour(self) -> str:
+        return TEXT_COLOUR if self.index is None else COLOURS[self.index % len(COLOURS)]
+
+    @property
+    def dash(self) -> str:
+        """Lengths of dashes and gaps, pixels; empty for a solid line."""
+        return dash(self.index)
+
+
+def dash(index: int | None) -> str:
+    return DASHES[1] if index is None else DASHES[index // len(COLOURS) % len(DASHES)]
+
+
+def new_axes(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    """A figure of ``width`` by ``height`` inches, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def line_chart(
+    lines: list[Line], *, title: str, x_name: str, show: Callable[[float], str], floor: float | None
+) -> Markup:
+    """An SVG element that needs no identifiers, so that a page can hold many.
+
+    Args:
+        lines: those without points are left out.
+        title: what the vertical axis shows, for readers who cannot see it.
+        x_name: name of the horizontal axis.
+        show: formats a value for ticks and hover titles.
+        floor: a value that the vertical axis includes; None: the axis fits the data.
+    """
+    import matplotlib
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
+    style = {
+        "svg.fonttype": "none", "font.size": 11, "axes.edgecolor": TEXT_COLOUR,
+        "text.color": TEXT_COLOUR, "axes.labelcolor": TEXT_COLOUR, "xtick.color": TEXT_COLOUR,
+        "ytick.color": TEXT_COLOUR, "grid.color": RULE_COLOUR, "xtick.major.size": 0,
+        "ytick.major.size": 0, "xtick.major.pad": 6, "lines.linewidth": 2,
+        "lines.scale_dashes": False, "lines.solid_joinstyle": "round",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure, axes = new_axes(6.0, 3.5)
+        for number, line in enumerate(lines):
+            dashes = tuple(float(part) for part in line.dash.split())
+            axes.plot(
+                *zip(*line.points, strict=True), gid=f"line-{number}", color=line.colour,
+                marker="o", clip_on=False, linestyle=(0, dashes) if dashes else "-",
+            )  # fmt: skip
+        low, high = axes.dataLim.intervaly
+        y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+        rounded = y_ticks.tick_values(low if floor is None else min(low, floor), high)
+        axes.set_ylim(rounded[0], rounded[-1])
+        axes.margins(x=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", linewidth=1)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(x_name)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(y_ticks)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: show(y)))
+        content = io.BytesIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(content, format="svg", transparent=True, metadata=metadata)
+    root = ElementTree.fromstring(content.getvalue())
+    for number, line in enumerate(lines):
+        titles = [f"{line.name}: {show(y)} at {x_name} {x:.4g}" for x, y in line.points]
+        _add_titles(root, f"line-{number}", line.colour, titles)
+    return _inline(root, title)
+
+
+def _add_titles(root: ElementTree.Element, gid: str, colour: str, titles: list[str]) -> None:
+    """Turn the markers of a line into circles with hover titles; the style sheet hides them."""
+    group = next(element for element in root.iter() if element.get("id") == gid)
+    markers = [element for element in group.iter() if element.tag.endswith("}use")]
+    for marker, title in zip(markers, titles, strict=True):
+        across, down = marker.attrib["x"], marker.attrib["y"]
+        marker.clear()
+        marker.tag = "circle"
+        marker.attrib = {"class": "dot", "cx": across, "cy": down, "r": "4", "fill": colour}
+        ElementTree.SubElement(marker, "title").text = title
+    markers[-1].set("class", "dot last")
+
+
+def _inline(root: ElementTree.Element, title: str) -> Markup:
+    """matplotlib's SVG as part of a page: no namespaces, identifiers, fonts or fixed colours."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}defs", "}use", "}metadata")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name in ("id", "clip-path"):
+            element.attrib.pop(name, None)
+        if element.get("transform", "").startswith("rotate(-0 "):
+            del element.attrib["transform"]
+        if "style" in element.attrib:
+            element.set("style", re.sub(r"font-family: [^;]*;? ?", "", element.attrib["style"]))
+        for name in {"d", "x", "y", "cx", "cy"}.intersection(element.attrib):  # tenths suffice
+            element.set(name, re.sub(r"(\.\d)\d+", r"\1", element.attrib[name]))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    text = ElementTree.tostring(root, encoding="unicode")
+    for name, colour in PROPERTIES.items():
+        text = re.sub(rf'(?<=[ "]){colour}(?=[;"])', f"var({name})", text)
+    return Markup(re.sub(r"\s*\n\s*", " ", text))
+
+
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points, each the mean of its neighbours; the last one is kept."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    if size <= 1:
+        return points
+    groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
+    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    return [*means, points[-1]]
