@@ -163,7 +163,7 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
 
         def decode_ours(raw: np.ndarray) -> Any:
             return opened.codec.decode(torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-                                       .view(raw.shape), TAU, "bucket")  # fmt: skip
+                                       .view(raw.shape), TAU)  # fmt: skip
 
         peers = {
             f"{name}, raw" if name == "numpy take" and kind == "answers" else name: peer(name)
@@ -345,7 +345,7 @@ def device_decode_case(batch: int) -> Case:
         raw = random_records(np.random.default_rng(0), batch).view(np.uint8)
         records = torch.from_numpy(raw.reshape(batch, RECORD.itemsize)).cuda()
         return {
-            "ours": lambda: codec.decode(records, TAU, "bucket"),
+            "ours": lambda: codec.decode(records, TAU),
             "torch operations": lambda: torch_decode(records),
         }
 

@@ -39,8 +39,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.config import CodecConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch, make_batch
+from deit_fast.data.loader import make_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Synthetic
 from deit_fast.errors import InputError
@@ -52,7 +53,7 @@ from deit_fast.runtime.flops import training_flops
 from deit_fast.tools.pack import pack
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import PHASES, TrainStep
-from deit_fast.train.teacher import CachedTeacher, NoTeacher, OnlineTeacher, Teaching
+from deit_fast.train.teacher import RunTeacher
 from deit_fast.views.plan import ViewPlan
 
 from .bench_loader import Endless, write_photographs
@@ -85,16 +86,6 @@ def settings(student: str, size: int, batch: int, compile_mode: str = "none") ->
     )
 
 
-class LogitsAtHand(Teaching):
-    """The same logits for every batch."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def __call__(self, batch: ViewBatch, images: Tensor) -> Tensor:
-        return self.logits
-
-
 class TeacherAtHand(nn.Module):
     """A teacher for timm's task that returns the same logits for every batch."""
 
@@ -107,13 +98,11 @@ class TeacherAtHand(nn.Module):
         return self.logits
 
 
-def ours(
-    config: RunConfig, next_batch: Callable[[], ViewBatch], teaching: Teaching, device: torch.device
-) -> Step:
+def ours(config: RunConfig, next_batch: Callable[[], ViewBatch], teacher: RunTeacher) -> Step:
     torch.manual_seed(0)
-    model = build_model(config, CLASSES).to(device).train()
+    model = build_model(config, CLASSES).to(teacher.device).train()
     optimizer = create_optimizer(model, config.optim)
-    step = TrainStep(config, model, teaching, optimizer, None, device)
+    step = TrainStep(config, model, teacher, optimizer, None, teacher.device)
     places = itertools.count()
 
     def once() -> None:
@@ -181,7 +170,8 @@ def student_steps(
 
     def our_step(**changes: Any) -> Lazy:
         changed = config.replace(**changes)
-        return Lazy(lambda: ours(changed, lambda: batch, LogitsAtHand(logits), device))
+        with_logits = dataclasses.replace(batch, teacher=logits)
+        return Lazy(lambda: ours(changed, lambda: with_logits, RunTeacher(changed, device)))
 
     def timm_step(compiled: bool) -> Lazy:
         return Lazy(lambda: timms(config, batch, TeacherAtHand(logits), device, compiled))
@@ -331,14 +321,15 @@ def teacher_case(
             with tempfile.TemporaryDirectory() as folder:
                 write_cache(str(Path(folder) / "cache"), config, batch, logits)
                 cache = LogitCache.open(Path(folder) / "cache")
-                stored = CachedTeacher(cache, device, tau=1.0, tail="bucket")
-                stored(batch, logits)  # the file stays mapped after its name is gone
-            stored.follow(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())))
-            return ours(config, lambda: batch, stored, device)
+                stored = RunTeacher(config, device, cache=cache)
+                stored.stored(batch)  # the file stays mapped after its name is gone
+            attach = stored.attach(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())), 0)
+            assert attach is not None
+            return ours(config, lambda: attach(batch), stored)
 
         def online() -> Step:
             answering = Teacher(network(), teacher).place(device, compiled=cuda)
-            return ours(config, lambda: batch, OnlineTeacher(answering, device), device)
+            return ours(config, lambda: batch, RunTeacher(config, device, network=answering))
 
         steps["ours, cached top-16"] = Lazy(cached)
         steps["timm, online teacher"] = Lazy(
@@ -403,8 +394,8 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
             return {"ours, fed": str(error)}
         passed[:] = [iter(opened)]
         first = next(passed[0])
-        fed = ours(config, partial(next, passed[0]), NoTeacher(), place)
-        at_hand = ours(config, lambda: first, NoTeacher(), place)
+        fed = ours(config, partial(next, passed[0]), RunTeacher(config, place))
+        at_hand = ours(config, lambda: first, RunTeacher(config, place))
 
         def repeated(step: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:

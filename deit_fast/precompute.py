@@ -24,9 +24,9 @@ import torch
 from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config, planned
 from deit_fast.cache.pixels import PIXEL_CONTRACT, sampled_ids, write_pixels
 from deit_fast.config import RunConfig
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.fingerprint import digest_views
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors

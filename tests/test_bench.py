@@ -566,12 +566,12 @@ def test_the_peers_of_the_cache_bench_make_the_same_records() -> None:
     assert made.shape == records.shape and made.dtype == records.dtype
     assert torch.equal(made[:, : 2 * bench.K], records[:, : 2 * bench.K])  # the ids
     for raw in (records, made):
-        ours = codec.decode(raw, bench.TAU, "bucket")
+        ours = codec.decode(raw, bench.TAU)
         theirs = bench.torch_decode(raw)
         for one, other in zip(ours[:3], theirs[:3], strict=True):
             torch.testing.assert_close(one, other, check_dtype=False)
-    exact = codec.decode(records, bench.TAU, "bucket")
-    nearly = codec.decode(made, bench.TAU, "bucket")
+    exact = codec.decode(records, bench.TAU)
+    nearly = codec.decode(made, bench.TAU)
     torch.testing.assert_close(exact.log_probs, nearly.log_probs, rtol=0, atol=2e-3)
     torch.testing.assert_close(exact.log_tail, nearly.log_tail, rtol=1e-4, atol=1e-4)
 

@@ -126,7 +126,7 @@ def test_decoding_against_the_formula_of_the_format_page(classes, k, tau):
     codec = codec_of(classes=classes, k=k, temperatures=(1.0, tau))
     raw = codec.encode(make_logits(3, 333, classes) * 2)
     ids, stored, tails, norms = split_record(raw, codec)
-    answer = codec.decode(raw, tau, "bucket")
+    answer = codec.decode(raw, tau)
     scaled = stored.astype(np.float64) / tau
     tail = tails[:, codec.temperatures.index(tau)].astype(np.float64)
     norm = np.log(np.exp(scaled).sum(1)) - np.log(-np.expm1(tail))
@@ -143,7 +143,7 @@ def test_ids_and_tail_have_mass_one_at_every_size_of_tail(margin):
     logits = torch.zeros(1, 60000, dtype=torch.float64)
     logits[0, :16] = torch.linspace(0.5, 0.0, 16) + margin
     codec = codec_of(classes=60000, k=16)
-    answer = codec.decode(codec.encode(logits), 1.0, "bucket")
+    answer = codec.decode(codec.encode(logits), 1.0)
     exact = torch.log_softmax(logits.float().double(), 1)
     inside = answer.log_probs.double().logsumexp(1).item()
     assert inside == pytest.approx(exact[0, :16].logsumexp(0).item(), rel=1e-6, abs=1e-6)
@@ -159,8 +159,8 @@ def test_a_hostile_record_decodes_alike_everywhere():
     narrow = codec_of(classes=1000, k=16, temperatures=(3.0,))
     other = codec_of(classes=1000, k=17, temperatures=(3.0,))
     ids = torch.zeros(len(every), 34, dtype=torch.uint8)
-    a = narrow.decode(torch.cat([ids[:, :32], every, pair], 1), 3.0, "bucket").log_probs
-    b = other.decode(torch.cat([ids, wide, pair], 1), 3.0, "bucket").log_probs[:, :16]
+    a = narrow.decode(torch.cat([ids[:, :32], every, pair], 1), 3.0).log_probs
+    b = other.decode(torch.cat([ids, wide, pair], 1), 3.0).log_probs[:, :16]
     finite = every.view(torch.float16).isfinite()
     assert torch.equal(a[finite], b[finite])
     expected = every.view(torch.float16).float() * (1 / torch.tensor(3.0)) - 3.25
@@ -183,7 +183,7 @@ def test_eight_bits_stay_within_their_bound(name, classes, dtype):
     codec = codec_of(name, classes)
     raw = codec.encode(logits)
     assert raw.shape == (60, classes + 8)
-    decoded = codec.decode(raw, 1.0, "bucket")
+    decoded = codec.decode(raw, 1.0)
     assert decoded.dtype == torch.float32
     z = logits.double()
     top, low = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
@@ -202,7 +202,7 @@ def test_eight_bits_stay_within_their_bound(name, classes, dtype):
 def test_kl_of_int8_stays_below_the_stated_one(tau):
     logits = make_logits(2, 200, 1000)
     codec = codec_of("dense-int8", 1000)
-    decoded = codec.decode(codec.encode(logits), 1.0, "bucket")
+    decoded = codec.decode(codec.encode(logits), 1.0)
     exact, rough = true_log_probs(logits, tau), true_log_probs(decoded, tau)
     kl = (exact.exp() * (exact - rough)).sum(1)
     reach = (logits.amax(1) - logits.amin(1)).double()
@@ -298,7 +298,7 @@ def test_cuda_decodes_the_same_values(name, classes, k):
         name, classes, **({"k": k, "temperatures": (1.0, 3.0)} if name == "topk" else {})
     )
     raw = codec.encode(make_logits(1, 77, classes))
-    expected, got = codec.decode(raw, 3.0, "drop"), codec.decode(raw.cuda(), 3.0, "drop")
+    expected, got = codec.decode(raw, 3.0), codec.decode(raw.cuda(), 3.0)
     if name != "topk":
         assert torch.equal(got.cpu(), expected)
         return

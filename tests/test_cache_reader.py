@@ -1,4 +1,4 @@
-"""Reading ahead, streaming, and how little a reader costs."""
+"""Reading ahead, and how little a reader costs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from deit_fast import _C
 from deit_fast.cache import CODECS, CacheError, LogitCache
 from deit_fast.cache.format import canonical, view_path
+from deit_fast.data.batch import map_teacher, teacher_tensors
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from helpers.caches import SAMPLES, equal, make_logits, make_manifest, reading_threads, write_cache
@@ -150,58 +151,16 @@ def test_more_views_than_are_kept_open(tmp_path, monkeypatch):
         assert sum(name.startswith(str(tmp_path)) for name in open_files) == 2
 
 
-# ---------------------------------------------------------------------------------------------
-# Streaming
-# ---------------------------------------------------------------------------------------------
-
-
-def check_stream(path, name, device) -> None:
-    codec = {"temperatures": (1.0, 3.0)} if name == "topk" else {}
-    cache = write_cache(path, make_manifest(name, **codec), (0, 2))
-    batches = make_batches()
-    batches[3] = (np.arange(40), np.zeros(40, np.int32))  # larger than those before
-    batches[5] = ([], [])
-    with cache.stream(batches, device, tau=3.0, tail="drop", start=1) as stream:
-        answers = list(stream)
-    assert len(answers) == 11
-    for answer, (samples, views) in zip(answers, batches[1:], strict=True):
-        expected = cache.gather(np.asarray(samples, np.int64), np.asarray(views, np.int64),
-                                tau=3.0, tail="drop")  # fmt: skip
-        assert equal(answer, expected)
-        if name == "topk":
-            assert answer.tail == "drop"
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_streamed_answers_are_those_of_gather(tmp_path, name):
-    check_stream(tmp_path, name, "cpu")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
-def test_streamed_answers_are_those_of_gather_on_cuda(tmp_path, name):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    check_stream(tmp_path, name, "cuda")
-
-
-def test_a_stream_raises_at_the_step_that_is_wrong_and_can_be_left(tmp_path):
-    cache = write_cache(tmp_path, make_manifest(), (0, 2))
-    batches = make_batches()
-    with pytest.raises(CacheError, match="no tail mass at temperature 3"):
-        cache.stream(batches, "cpu", tau=3.0)
-    batches[6] = ([0], [7])
-    stream = cache.stream(batches, "cpu", ahead=0)
-    for _ in range(6):
-        next(stream)
-    with pytest.raises(CacheError, match="view 7 is not in the cache"):
-        next(stream)
-    with pytest.raises(StopIteration):
-        next(stream)
-    with cache.stream(batches, "cpu", ahead=0) as stream:
-        next(stream)
-        assert reading_threads() > 0
-    assert reading_threads() == 0
+def test_logits_gathered_to_cuda_are_those_of_the_host(tmp_path, name):
+    codec = {"temperatures": (1.0, 3.0)} if name == "topk" else {}
+    cache = write_cache(tmp_path, make_manifest(name, **codec), (0, 2))
+    for samples, views in [*make_batches(), ([], [])]:
+        ids = np.asarray(samples, np.int64), np.asarray(views, np.int64)
+        found = cache.gather(*ids, tau=3.0, device="cuda")
+        assert all(tensor.is_cuda for tensor in teacher_tensors(found))
+        assert equal(map_teacher(found, torch.Tensor.cpu), cache.gather(*ids, tau=3.0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,11 +267,9 @@ def test_an_answer_can_be_written_over(tmp_path, name):
     old = cache.gather([1, 2, 3], 0)
     tensors = old[:3] if isinstance(old, TopK) else (old,)
     for samples in ([4, 5, 6], [7, 8, 9]):
-        new = cache.gather(samples, 2, tail="drop", out=old)
+        new = cache.gather(samples, 2, out=old)
         assert equal(new, cache.gather(samples, 2))
         assert equal(new, old)
-        if isinstance(new, TopK):
-            assert new.tail == "drop"
         mine = new[:3] if isinstance(new, TopK) else (new,)
         assert [item.data_ptr() for item in mine] == [item.data_ptr() for item in tensors]
 

@@ -48,11 +48,11 @@ def test_a_teacher_that_changed_since_ends_the_run(world, tmp_path, monkeypatch,
         check_teacher_every=3,
     )  # fmt: skip
     precompute(config)
-    monkeypatch.setenv("UNRULY", "drift:2")  # its third answer, at the seventh step
+    monkeypatch.setenv("UNRULY", "drift:2")  # its third call, at the seventh step
     with pytest.raises(CacheError) as caught:
         train(config)
     text = str(caught.value)
-    assert "at step 7 the teacher answers view" in text and "check_teacher_every=3" in text
+    assert "at step 7 the teacher's logits of view" in text and "check_teacher_every=3" in text
     assert str(tmp_path / "cache") in text and "\n" not in text
     assert last_state(tmp_path / "run")["step"] == 6
     monkeypatch.delenv("UNRULY")

@@ -29,7 +29,7 @@ from deit_fast.runtime.distributed import World
 from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep, parallel
-from deit_fast.train.teacher import CheckedTeacher, OnlineTeacher, create_teaching
+from deit_fast.train.teacher import open_teacher
 from helpers.fused import KERNELS, assert_same, build, run
 from helpers.runs import comparable_rows, run_config, weights_equal
 
@@ -297,7 +297,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(counter):
 @pytest.fixture
 def on_cuda(monkeypatch):
     """`auto` decides as on a machine with a GPU; everything runs on the CPU."""
-    for module in ("loop", "step", "teaching"):
+    for module in ("loop", "step", "teacher"):
         name = f"deit_fast.train.{module}.resolve_compile"
         monkeypatch.setattr(
             name, lambda config, _, student=None: resolve_compile(config, CUDA, student)
@@ -320,12 +320,12 @@ def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
         ("auto", True, False), ("none", False, False), ("blocks", True, True),
         ("model", True, True),
     ):  # fmt: skip
-        teaching = create_teaching(config.replace(compile=asked), source, CPU)
-        assert isinstance(teaching, OnlineTeacher)
-        assert is_compiled(teaching.teacher.model) is online, asked
-        checked = create_teaching(cached.replace(compile=asked), source, CPU)
-        assert isinstance(checked, CheckedTeacher)
-        assert is_compiled(checked.teacher.model) is other, asked
+        teacher = open_teacher(config.replace(compile=asked), source, CPU)
+        assert teacher.is_online
+        assert is_compiled(teacher.network.model) is online, asked
+        checked = open_teacher(cached.replace(compile=asked), source, CPU)
+        assert not checked.is_online
+        assert is_compiled(checked.network.model) is other, asked
         job = _prepare(cached.replace(compile=asked))
         assert is_compiled(job.teacher.model) is other, asked
         assert ("teacher.compiled" in job.manifest["fingerprint"]) is other, asked

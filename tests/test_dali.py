@@ -377,7 +377,7 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     from deit_fast.precompute import estimate, precompute
     from deit_fast.recipes import digits_student
     from deit_fast.tools.verify_against_teacher import recheck
-    from deit_fast.train.teacher import create_teaching
+    from deit_fast.train.teacher import open_teacher
 
     write_split(tmp_path / "train", 10, 2)
     save_file(small_convnet(10).state_dict(), tmp_path / "teacher.safetensors")
@@ -394,7 +394,7 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     source = ImageFolder(str(tmp_path), "train")
 
     def opens(config, cache: str) -> None:
-        create_teaching(config.replace(cache=str(tmp_path / cache)), source, torch.device("cpu"))
+        open_teacher(config.replace(cache=str(tmp_path / cache)), source, torch.device("cpu"))
 
     opens(config, "dali")
     opens(pillow, "pillow")

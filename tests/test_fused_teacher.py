@@ -16,7 +16,7 @@ from deit_fast.models import Teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import KERNELS, FusedBlock
 from deit_fast.precompute import precompute
-from deit_fast.train.teacher import create_teaching
+from deit_fast.train.teacher import open_teacher
 from helpers.runs import run_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -63,7 +63,7 @@ def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):
     source = open_source(online.data, "train", online.view.image_size)
     for fused in (True, False):
         config = online.replace(model={"fused": fused})
-        assert create_teaching(config, source, CPU).teacher.is_fused is fused
+        assert open_teacher(config, source, CPU).network.is_fused is fused
     for compiled, fused in (("auto", True), ("model", False)):
         cache = tmp_path / f"{compiled}-{fused}"
         config = online.replace(cache=str(cache), compile=compiled, model={"fused": fused})

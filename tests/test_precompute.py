@@ -320,9 +320,9 @@ def test_pace_logs_now_and_then(monkeypatch, caplog):
 def teach(config: RunConfig):
     """What `train` does before its first step."""
     from deit_fast.data.open import open_source
-    from deit_fast.train.teacher import create_teaching
+    from deit_fast.train.teacher import open_teacher
 
-    return create_teaching(config, open_source(config.data, "train", 16), torch.device("cpu"))
+    return open_teacher(config, open_source(config.data, "train", 16), torch.device("cpu"))
 
 
 def test_train_refuses_an_image_of_other_pixels_and_the_same_size(config, reference, tmp_path):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.config import OptimConfig, RunConfig
-from deit_fast.data.loader import ViewBatch
+from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.kernels import ingest_launch
@@ -27,7 +27,7 @@ from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
 from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
-from deit_fast.train.teacher import Teaching
+from deit_fast.train.teacher import RunTeacher
 from helpers.runs import run_config
 from helpers.step_watch import Operators, Python, steps_of
 
@@ -128,13 +128,6 @@ def test_work_on_memory_that_stays_is_the_work(config):
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-class Stored(Teaching):
-    """Logits that are looked up."""
-
-    def __call__(self, batch: ViewBatch, images: object) -> None:
-        return None
-
-
 @pytest.mark.filterwarnings("ignore:.*Disabling autocast")
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_the_work_asks_no_gpu(monkeypatch, optimizer):
@@ -164,14 +157,17 @@ def test_the_work_asks_no_gpu(monkeypatch, optimizer):
             for name, value in module.named_parameters(recurse=False):
                 fake = torch.nn.Parameter(torch.empty(value.shape, device=here))
                 setattr(module, name, fake)
-        step = TrainStep(config, model, Stored(), create_optimizer(model, config.optim), None, here)
+        teacher = RunTeacher(config, here)
+        step = TrainStep(config, model, teacher, create_optimizer(model, config.optim), None, here)
         assert step.patch and step.shadows
         side = config.view.image_size
         ids = torch.empty(8, dtype=torch.int64, device=here)
         rows = torch.empty(8, len(PLAN_COLUMNS), dtype=torch.int32, device=here)
         images = torch.empty(9, side, side, 3, dtype=torch.uint8, device=here)
-        batch = ViewBatch(images, rows, ids, ids, ids, ids, torch.empty(8, device=here))
-        part = Part(batch, torch.empty(8, 10, device=here), 0, 0)
+        logits = torch.empty(8, 10, device=here)
+        lam = torch.empty(8, device=here)
+        batch = ViewBatch(images, rows, ids, ids, ids, ids, lam, teacher=logits)
+        part = Part(batch, 0, 0)
         set_batch_part(model, 0, 8)
         static = StaticPart(part)
         assert static.fill(part)
@@ -193,8 +189,9 @@ def test_parts_of_another_shape_are_not_taken(config):
     half = dataclasses.replace(part, batch=batches[1].part(0, 16))
     assert not static.fill(half)
     assert not static.fill(dataclasses.replace(part, batch=widened(batches[1], more=64)))
-    if part.answer is not None:
-        assert not static.fill(dataclasses.replace(part, answer=None))
+    if part.batch.teacher is not None:
+        without = dataclasses.replace(part.batch, teacher=None)
+        assert not static.fill(dataclasses.replace(part, batch=without))
     assert torch.equal(static.part.batch.plan, before)
 
 
@@ -396,7 +393,7 @@ class Asking(torch.nn.Module):
 def test_what_waits_in_a_step_is_named(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 1, "cuda")
-    step.teaching.teacher = Teacher(Asking(), "asking").place(torch.device("cuda"))
+    step.teacher.network = Teacher(Asking(), "asking").place(torch.device("cuda"))
     with pytest.raises(InputError, match=r"the step cannot be captured .*--no-cuda-graphs"):
         for place, batch in enumerate(batches):
             step(batch, place, 1e-3)

@@ -1,4 +1,4 @@
-"""Where a step gets its teacher's answer: streamed, resident, looked up, or from the network."""
+"""The teacher of a run: stored logits attached to batches, and the network itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from deit_fast.data.loader import ViewBatch
-from deit_fast.kernels import TopK
+from deit_fast.config import LossConfig, RunConfig
+from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
+from deit_fast.data.open import DeviceLoader
 from deit_fast.models import Teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.precompute import precompute
 from deit_fast.train.loop import train
-from deit_fast.train.teacher import CachedTeacher, OnlineTeacher
+from deit_fast.train.teacher import RunTeacher
 from deit_fast.views.order import EpochOrder, TrainBatches
 from helpers.caches import equal, make_manifest, reading_threads, write_cache
 from helpers.runs import unruly, weights_equal
@@ -26,7 +27,8 @@ NONE = torch.zeros(0)
 
 def batch_of(ids) -> ViewBatch:
     samples, views = (torch.from_numpy(np.array(part)) for part in ids[:2])
-    return ViewBatch(NONE, torch.zeros(len(samples), 22), samples, views, NONE, NONE, NONE)
+    rows = torch.zeros(len(samples))
+    return ViewBatch(NONE, torch.zeros(len(samples), 22), samples, views, rows, rows, rows)
 
 
 @pytest.fixture(params=["topk", "dense-int8", "hard"])
@@ -38,85 +40,70 @@ def cached(request, tmp_path):
 
 
 def expected(cache, ids):
-    return cache.gather(*map(np.asarray, ids[:2]), tau=TAU, tail="drop")
+    return cache.gather(*map(np.asarray, ids[:2]), tau=TAU)
 
 
-def test_streamed_answers_are_those_of_the_batch_and_its_parts(cached):
+def teacher_of(cache, **arguments) -> RunTeacher:
+    config = RunConfig(loss=LossConfig(kind="soft", tau=TAU))
+    return RunTeacher(config, CPU, cache=cache, **arguments)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_batches_get_the_logits_of_their_views_from_any_step_on(cached, resident):
     cache, order = cached
-    teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    teaching.follow(order)
-    assert reading_threads() == 0  # the loader's processes are forked after this
-    for step in (1, 2, 5):  # what a rollback leaves out is passed over
-        teaching.at(step)
-        batch, answer = batch_of(order[step]), expected(cache, order[step])
-        if step == 2:
-            parts = [teaching(batch.part(a, a + 2), NONE) for a in range(0, len(batch), 2)]
-            if isinstance(answer, TopK):
-                whole = TopK(*map(torch.cat, zip(*(p[:3] for p in parts), strict=True)), "drop")
-                assert {part.tail for part in parts} == {"drop"}
-            else:
-                whole = torch.cat(parts)
-        else:
-            whole = teaching(batch, NONE)
-        assert equal(whole, answer)
-    assert reading_threads() > 0
-    teaching.close()
+    arguments = {"resident": cache.to_device([0, 1], CPU)} if resident else {}
+    teacher = teacher_of(cache, **arguments)
+    for start in (0, 4, 2):  # a run that is rolled back starts again at an earlier step
+        attach = teacher.attach(order, start)
+        assert reading_threads() == 0  # the loader's processes are forked between the two
+        for step in range(start, start + 3):
+            batch = attach(batch_of(order[step]))
+            assert equal(batch.teacher, expected(cache, order[step]))
+        assert (reading_threads() == 0) == resident
+    teacher.close()
     assert reading_threads() == 0
 
 
-def test_it_goes_back_where_a_run_goes_back(cached):
+def test_parts_of_a_batch_get_their_rows_of_the_logits(cached):
     cache, order = cached
-    teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    for start in (0, 4, 2):
-        teaching.follow(order)
-        for step in (start + (start == 4), start + 2):  # at 4 its first step is left out
-            teaching.at(step)
-            assert equal(teaching(batch_of(order[step]), NONE), expected(cache, order[step]))
-    teaching.close()
+    teacher = teacher_of(cache)
+    batch = teacher.attach(order, 1)(batch_of(order[1]))
+    teacher.close()
+    parts = [batch.part(start, start + 2) for start in range(0, len(batch), 2)]
+    tensors = zip(*(teacher_tensors(part.teacher) for part in parts), strict=True)
+    whole = teacher_tensors(expected(cache, order[1]))
+    assert all(torch.equal(torch.cat(a), b) for a, b in zip(tensors, whole, strict=True))
 
 
-@pytest.mark.parametrize("which", ["samples", "views"])
-def test_a_batch_out_of_order_never_gets_another_ones_answer(cached, which):
+def test_a_run_without_a_cache_attaches_nothing():
+    assert RunTeacher(RunConfig(), CPU).attach([], 0) is None
+
+
+@pytest.mark.gpu
+def test_logits_reach_the_gpu_with_their_batch(cached):
+    """Records are decoded on the stream that copies, while the consumer computes on another."""
     cache, order = cached
-    teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    teaching.follow(order)
-    teaching.at(0)
-    ids = [np.array(part) for part in order[0][:2]]
-    place = ("samples", "views").index(which)
-    ids[place][-1] = 1 - ids[place][-1] if which == "views" else (ids[place][-1] + 1) % 8
-    with pytest.raises(RuntimeError, match=f"does not hold the {which} of its place in the order"):
-        teaching(batch_of(ids), NONE)
-    teaching.close()
-
-
-def test_without_an_order_answers_are_looked_up(cached):
-    cache, order = cached
-    teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop")
-    for step in (3, 0):
-        assert equal(teaching(batch_of(order[step]), NONE), expected(cache, order[step]))
-    assert reading_threads() == 0
-
-
-def test_resident_answers_are_those_of_the_cache(cached):
-    cache, order = cached
-    resident = cache.to_device([0, 1], CPU)
-    teaching = CachedTeacher(cache, CPU, tau=TAU, tail="drop", resident=resident)
-    teaching.follow(order)
-    for step in (0, 3):
-        teaching.at(step)
-        assert equal(teaching(batch_of(order[step]), NONE), expected(cache, order[step]))
-    assert reading_threads() == 0
+    device = torch.device("cuda")
+    teacher = RunTeacher(RunConfig(loss=LossConfig(kind="soft", tau=TAU)), device, cache=cache)
+    batches = [batch_of(order[step]) for step in range(len(order))]
+    loader = DeviceLoader(batches, device, teacher.attach(order, 0))
+    for step, batch in enumerate(loader):
+        torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
+        assert all(tensor.is_cuda for tensor in teacher_tensors(batch.teacher))
+        found = map_teacher(batch.teacher, torch.Tensor.cpu)
+        assert equal(found, expected(cache, order[step]))
+    teacher.close()
 
 
 def test_a_resident_cache_trains_the_same_student(world, tmp_path):
     config = unruly(
-        world, tmp_path / "streamed", cache=str(tmp_path / "cache"),
+        world, tmp_path / "attached", cache=str(tmp_path / "cache"),
         codec={"name": "topk", "k": 3}, accumulate=2,
     )  # fmt: skip
     precompute(config)
     train(config)
     train(config.replace(output=str(tmp_path / "resident"), cache_on_device=True))
-    assert weights_equal(tmp_path / "streamed", tmp_path / "resident")
+    assert weights_equal(tmp_path / "attached", tmp_path / "resident")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,19 +157,19 @@ def test_precompute_and_training_compile_the_teacher_where_asked(world, tmp_path
 
 
 @pytest.mark.gpu
-def test_the_online_teacher_answers_beside_the_student_on_cuda():
+def test_the_online_teacher_runs_beside_the_student_on_cuda():
     """Many batches in a row, each read right after `join`: none may see another one's memory."""
     device = torch.device("cuda")
     teacher = small_teacher().place(device)
-    teaching = OnlineTeacher(teacher, device)
+    online = RunTeacher(RunConfig(), device, network=teacher)
     batches = [torch.randn(64, 3, 64, 64, device=device) for _ in range(50)]
     alone = [teacher(images) for images in batches]
     torch.cuda.synchronize()
     beside = []
     for images in batches:
-        answer = teaching(None, images.clone())
+        logits = online.forward(images.clone())
         torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
-        teaching.join()
-        beside.append(answer.clone())
-        del answer
+        online.join()
+        beside.append(logits.clone())
+        del logits
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))

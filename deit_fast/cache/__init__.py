@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from deit_fast.errors import CacheError, CacheMismatch
 
-from .ahead import ReadAhead, StreamedLogits
+from .ahead import ReadAhead
 from .codecs import CODECS, Codec, codec_from_config
 from .format import build_manifest
 from .reader import LogitCache, ResidentLogits
@@ -23,7 +23,6 @@ __all__ = [
     "LogitCacheWriter",
     "ReadAhead",
     "ResidentLogits",
-    "StreamedLogits",
     "build_manifest",
     "codec_from_config",
     "info",

@@ -66,7 +66,7 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
         """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``."""
         ...
 
@@ -78,7 +78,7 @@ class Codec(Protocol):
         """The tensors that csrc/ decodes ``count`` records to; RecordKind says which."""
         ...
 
-    def answer(self, outputs: tuple[Tensor, ...], tail: str) -> Tensor | TopK:
+    def answer(self, outputs: tuple[Tensor, ...]) -> Tensor | TopK:
         """Those tensors, filled, as ``decode`` returns them."""
         ...
 
@@ -104,9 +104,9 @@ class HardCodec:
         largest = finite_float32(logits, self.num_classes).argmax(1)
         return pack_ids(largest[:, None], self.num_classes)
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
-        """int64 [n] class ids; tau and tail do not matter."""
-        return decode_rows(self, raw, None, tau, tail)
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
+        """int64 [n] class ids; tau does not matter."""
+        return decode_rows(self, raw, None, tau)
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
@@ -119,7 +119,7 @@ class HardCodec:
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
         return (torch.empty(count, dtype=torch.int64, device=device),)
 
-    def answer(self, outputs: tuple[Tensor, ...], tail: str) -> Tensor:
+    def answer(self, outputs: tuple[Tensor, ...]) -> Tensor:
         return outputs[0]
 
 
@@ -228,7 +228,7 @@ class TopKCodec:
             raise InputError(f"labels must be [{count}], each in [0, {self.num_classes})")
         return ids
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
         """ids int32 [n, k], log-probabilities float32 [n, k] and log tail float32 [n] at ``tau``.
 
         With l_i stored at T=1 and c the normaliser at tau, log p_i(tau) = l_i / tau - c: ids and
@@ -237,7 +237,7 @@ class TopKCodec:
         Raises:
             CacheError: no tail mass is recorded at ``tau``.
         """
-        return decode_rows(self, raw, None, tau, tail)
+        return decode_rows(self, raw, None, tau)
 
     def decode_true_class(self, raw: Tensor, tau: float) -> Tensor:
         """Log-probability of the true class at ``tau``, float32 [n]: l / tau - c.
@@ -271,9 +271,9 @@ class TopKCodec:
             torch.empty(count, dtype=torch.float32, device=device),
         )
 
-    def answer(self, outputs: tuple[Tensor, ...], tail: str) -> TopK:
+    def answer(self, outputs: tuple[Tensor, ...]) -> TopK:
         ids, log_probs, log_tail = outputs
-        return TopK(ids, log_probs, log_tail, tail)
+        return TopK(ids, log_probs, log_tail)
 
     def _temperature_index(self, tau: float) -> int:
         for index, recorded in enumerate(self.temperatures):

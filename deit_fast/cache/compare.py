@@ -32,7 +32,7 @@ def compare_answers(
         tau: temperature.
     """
     exact = torch.log_softmax(logits.double() / tau, 1)
-    again = codec.decode(codec.encode(logits, labels), tau, "bucket")
+    again = codec.decode(codec.encode(logits, labels), tau)
     rounding = record_errors(again, exact, tau)
     ulp = torch.finfo(logits.dtype).eps * logits.double().abs().amax(1) / tau
     return record_errors(stored, exact, tau), 2 * rounding + 2 * ulp + threshold

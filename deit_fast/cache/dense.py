@@ -32,7 +32,7 @@ class _EveryLogit:
     def manifest(self) -> dict[str, Any]:
         return {"name": self.name, "k": None, "temperatures": [], "num_classes": self.num_classes}
 
-    def answer(self, outputs: tuple[Tensor, ...], tail: str) -> Tensor:
+    def answer(self, outputs: tuple[Tensor, ...]) -> Tensor:
         return outputs[0]
 
 
@@ -56,9 +56,9 @@ class DenseCodec(_EveryLogit):
         refuse_rows(~torch.isfinite(stored), z, f"does not fit {self.name.removeprefix('dense-')}")
         return bytes_of(stored)
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
-        """Logits [n, C] in the stored dtype; tau and tail do not matter."""
-        return decode_rows(self, raw, None, tau, tail)
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
+        """Logits [n, C] in the stored dtype; tau does not matter."""
+        return decode_rows(self, raw, None, tau)
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
@@ -92,9 +92,9 @@ class DenseInt8Codec(_EveryLogit):
         codes = ((z.double() - low) / step).round().nan_to_num(0.0).clamp(0, 255)  # 0 / 0: step 0
         return torch.cat([bytes_of(low), bytes_of(step), codes.to(torch.uint8)], 1)
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
-        """Logits float32 [n, C]; tau and tail do not matter."""
-        return decode_rows(self, raw, None, tau, tail)
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
+        """Logits float32 [n, C]; tau does not matter."""
+        return decode_rows(self, raw, None, tau)
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
@@ -128,9 +128,9 @@ class DenseFp8Codec(_EveryLogit):
         codes = below.to(torch.float8_e4m3fn).view(torch.uint8)
         return torch.cat([bytes_of(top), bytes_of(scale), codes], 1)
 
-    def decode(self, raw: Tensor, tau: float, tail: str) -> Tensor | TopK:
-        """Logits float32 [n, C]; tau and tail do not matter."""
-        return decode_rows(self, raw, None, tau, tail)
+    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
+        """Logits float32 [n, C]; tau does not matter."""
+        return decode_rows(self, raw, None, tau)
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(

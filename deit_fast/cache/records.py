@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from deit_fast.cache.codecs import Codec
 
 
-def decode_rows(
-    codec: Codec, records: Tensor, rows: Tensor | None, tau: float, tail: str
-) -> Tensor | TopK:
-    """Records uint8 [m, record_bytes] at ``rows`` int64 [n] (none: all) as the teacher's answer.
+def decode_rows(codec: Codec, records: Tensor, rows: Tensor | None, tau: float) -> Tensor | TopK:
+    """Records uint8 [m, record_bytes] at ``rows`` int64 [n] (none: all) as teacher logits.
 
     Runs on the device of ``records``; on CUDA on the current stream, without waiting for it. A row
     out of range stops a CUDA kernel with a launch failure. A build without nvcc decodes what lies
@@ -28,11 +26,11 @@ def decode_rows(
     device = records.device
     if device.type == "cuda" and not _C.with_cuda:
         raw = records if rows is None else records.index_select(0, rows)
-        answer = decode_rows(codec, raw.cpu(), None, tau, tail)
-        if isinstance(answer, TopK):
-            ids, log_probs, log_tail = (field.to(device) for field in answer[:3])
-            return TopK(ids, log_probs, log_tail, answer.tail)
-        return answer.to(device)
+        logits = decode_rows(codec, raw.cpu(), None, tau)
+        if isinstance(logits, TopK):
+            ids, log_probs, log_tail = (field.to(device) for field in logits[:3])
+            return TopK(ids, log_probs, log_tail)
+        return logits.to(device)
     records = records.contiguous()
     count = len(records) if rows is None else len(rows)
     outputs = codec.empty(count, device)
@@ -50,7 +48,7 @@ def decode_rows(
             _C.decode_rows_cuda(*arguments, records.get_device(), stream)
     else:
         _C.decode_rows(*arguments)
-    return codec.answer(outputs, tail)
+    return codec.answer(outputs)
 
 
 def require_logits(logits: Tensor, num_classes: int) -> None:

@@ -1,9 +1,10 @@
 """Data sets, loaders and the ingest step: from files to the batch that teacher and student see."""
 
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.eval import EvalLoader
 from deit_fast.data.fingerprint import pixel_contract
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch, ViewLoader
+from deit_fast.data.loader import ViewLoader
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import ImageFolder, Synthetic, UnreadableImage
 

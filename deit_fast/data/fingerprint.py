@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from deit_fast.config import DataConfig
-from deit_fast.data.loader import ViewBatch
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError

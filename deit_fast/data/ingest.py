@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from deit_fast.config import ViewRecipe
+from deit_fast.data.batch import ViewBatch
 from deit_fast.kernels.ingest import PLAN_COLUMNS, ingest
-
-if TYPE_CHECKING:
-    from deit_fast.data.loader import ViewBatch
 
 
 def build_rows(

@@ -7,10 +7,9 @@ follow in ingest, on the accelerator where there is one.
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.draw import draw_views
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Source, UnreadableImage
@@ -27,57 +27,6 @@ from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
 T = TypeVar("T")
 
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
-
-
-@dataclass
-class ViewBatch:
-    """Pixels and plan of B views; `ingest_batch` makes the model's input of them.
-
-    Attributes:
-        images: uint8 [M, S, S, 3], cropped, resized and augmented, neither flipped nor mixed.
-        plan: int32 [B, 22], `kernels.ingest.PLAN_COLUMNS`; its image columns point into `images`.
-        sample_ids, view_ids: int64 and int32 [B], the view's address, for instance in a cache.
-        labels, partner_labels: int64 [B]; equal where nothing is mixed.
-        lam: float32 [B], weight of `labels` in the target.
-        substituted: paths of unreadable files of this batch whose neighbour was taken instead.
-    """
-
-    images: Tensor
-    plan: Tensor
-    sample_ids: Tensor
-    view_ids: Tensor
-    labels: Tensor
-    partner_labels: Tensor
-    lam: Tensor
-    substituted: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    @property
-    def target(self) -> tuple[Tensor, Tensor, Tensor]:
-        """labels, partner_labels, lam: the mixed pair that `kernels.distillation_loss` takes."""
-        return self.labels, self.partner_labels, self.lam
-
-    def part(self, start: int, stop: int) -> ViewBatch:
-        """Views ``start`` to ``stop`` - 1; the pixels stay together, the plan points into them."""
-        names = ("plan", "sample_ids", "view_ids", "labels", "partner_labels", "lam")
-        return dataclasses.replace(self, **{n: getattr(self, n)[start:stop] for n in names})
-
-    def to(self, device: torch.device | str) -> ViewBatch:
-        """A copy on the device; from pinned memory without waiting. The ids stay on the host."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("images", "plan", "labels", "partner_labels", "lam")
-        }
-        return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> ViewBatch:
-        """What is on the host, in pinned memory; called by torch's DataLoader."""
-        names = ("images", "plan", "labels", "partner_labels", "lam")
-        values = {name: getattr(self, name) for name in names}
-        moved = {name: value.pin_memory() for name, value in values.items() if not value.is_cuda}
-        return dataclasses.replace(self, **moved)
 
 
 class ViewLoader:

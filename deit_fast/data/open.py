@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from deit_fast.config import DataConfig
-from deit_fast.data.loader import ViewBatch, ViewLoader
+from deit_fast.data.batch import ViewBatch
+from deit_fast.data.loader import ViewLoader
 from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.sources import ImageFolder, Source, Synthetic, class_folders
 from deit_fast.data.tar_shards import TarShards
@@ -55,11 +56,14 @@ def open_loader(
     device: torch.device | str,
     start: int = 0,
     stop: int | None = None,
+    attach: Callable[[ViewBatch], ViewBatch] | None = None,
 ) -> DeviceLoader:
     """The loader of a configuration, with its batches on the device.
 
     Args:
         source, plan, batches, start, stop: as `ViewLoader`.
+        attach: called with each batch, in order, before it is copied to the device; returns the
+            batch with what it adds, such as stored teacher logits.
 
     Raises:
         InputError: as `ViewLoader` or `DaliLoader`.
@@ -73,7 +77,7 @@ def open_loader(
         "pin_memory": device.type == "cuda",
     }
     if data.loader == "pillow":
-        return DeviceLoader(ViewLoader(source, plan, batches, **arguments), device)
+        return DeviceLoader(ViewLoader(source, plan, batches, **arguments), device, attach)
     from deit_fast.data.dali import DaliLoader
 
     augmenter = "dali" if data.loader == "dali" else "kernel"
@@ -83,7 +87,7 @@ def open_loader(
         "hw_decoder_load": data.dali_hw_decoder_load,
         "device": device,
     }
-    return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device)
+    return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device, attach)
 
 
 class DeviceLoader:
@@ -93,23 +97,31 @@ class DeviceLoader:
     pinned memory, run on a stream of their own, beside the computation.
     """
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        attach: Callable[[ViewBatch], ViewBatch] | None = None,
+    ) -> None:
+        self.loader, self.device, self.attach = loader, device, attach
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[ViewBatch]:
         if self.device.type != "cuda":
-            yield from self.loader
+            yield from self._batches()
             return
         stream = torch.cuda.Stream(self.device)
-        batches = iter(self.loader)
+        batches = self._batches()
         ahead = self._copied(batches, stream)
         while ahead is not None:
             behind = self._copied(batches, stream)
             yield self._ready(*ahead)
             ahead = behind
+
+    def _batches(self) -> Iterator[ViewBatch]:
+        return iter(self.loader) if self.attach is None else map(self.attach, self.loader)
 
     def _copied(
         self, batches: Iterator[ViewBatch], stream: torch.cuda.Stream
@@ -122,6 +134,6 @@ class DeviceLoader:
         """The batch for the current stream."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
-        for tensor in (batch.images, batch.plan, batch.labels, batch.partner_labels, batch.lam):
+        for tensor in batch.device_tensors():
             tensor.record_stream(current)  # else its memory could be given away too early
         return batch

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from deit_fast.config import RunConfig, to_dict
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.samples import save_samples
 from deit_fast.errors import InputError, translate_errors
@@ -32,7 +32,7 @@ from deit_fast.train.guard import Guard
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.state import create_state, go_back, resume
 from deit_fast.train.step import TrainStep
-from deit_fast.train.teacher import CachedTeacher, create_teaching
+from deit_fast.train.teacher import open_teacher
 from deit_fast.train.window import Window
 from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.order import EpochOrder, TrainBatches
@@ -112,7 +112,7 @@ class _Run:
         self.batches = _batches(config, self.source.num_samples, world)
         self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
-        self.teaching = create_teaching(config, self.source, device)
+        self.teacher = open_teacher(config, self.source, device)
         self.state = create_state(config, len(self.source.classes), device)
         resume(config, self.state)
         world.wait()  # no rank may still look for checkpoints when the first writes one
@@ -128,7 +128,7 @@ class _Run:
         state = self.state
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
-            config, state.model, self.teaching, state.optimizer, state.ema, device, world
+            config, state.model, self.teacher, state.optimizer, state.ema, device, world
         )
         self.eval_forward = None
         if (mode := resolve_compile(config, device, state.model)) != "none":
@@ -174,9 +174,9 @@ class _Run:
             device=self.device,
             start=state.step,
             stop=self.total,
+            attach=self.teacher.attach(self.batches, state.step),
         )
         window = Window(config, state, self.metrics, self.world, self.device, self.total)
-        self.teaching.follow(self.batches)
         first = state.step
         profiled = config.profile_steps if self.world.is_first else 0
         with (
@@ -202,7 +202,7 @@ class _Run:
                 save |= self._is_save_due()
                 # Before every checkpoint too, so that none can hold a state that is not healthy.
                 stop = self._heed(guard, keep=0 if report or save else 1)
-                note = window.report(epoch, lr, self.teaching.noticed()) if report else None
+                note = window.report(epoch, lr, self.teacher.differences()) if report else None
                 progress.advance(note=note)
                 if report:
                     self.compile_count.report(state.step)
@@ -383,7 +383,7 @@ class _Run:
             "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
             "substituted": sorted(substituted),
             "distill": config.loss.kind,
-            "teacher": _describe_teaching(config, self.teaching),
+            "teacher": self.teacher.describe(),
             "seed": config.seed,
             "environment": describe_environment(self.device),
             "command": describe_command(),
@@ -403,7 +403,7 @@ class _Run:
 
     def close(self) -> None:
         """Also after an error: what the threads have in hand gets to its place."""
-        self.teaching.close()
+        self.teacher.close()
         try:
             self.writer.wait()
         except OSError as error:
@@ -419,16 +419,6 @@ def _batches(config: RunConfig, num_samples: int, world: World) -> TrainBatches 
         return DeitBatches(config.view, config.seed, num_samples, *sizes)
     order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
     return TrainBatches(order, *sizes)
-
-
-def _describe_teaching(config: RunConfig, teaching: object) -> dict[str, Any] | None:
-    if isinstance(teaching, CachedTeacher):
-        facts = {key: value for key, value in teaching.cache.manifest["fingerprint"].items()
-                 if key.startswith("teacher.")}  # fmt: skip
-        return {"from": "cache", "codec": teaching.cache.manifest["codec"], **facts}
-    if config.loss.kind == "none" or config.teacher is None:
-        return None
-    return {"from": "online", "teacher.spec": config.teacher.partition("@")[0]}
 
 
 def _save_first_views(batch: ViewBatch, config: RunConfig, path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.config import RunConfig
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch
-from deit_fast.kernels import distillation_loss
+from deit_fast.kernels import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.models.teacher import has_bf16
@@ -24,7 +24,7 @@ from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, res
 from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
 from deit_fast.train.step_graph import Outcome, Part, StepGraph, require_capturable
-from deit_fast.train.teacher import Teaching
+from deit_fast.train.teacher import RunTeacher
 
 NUMBERS = ("loss", "base_loss", "distill_loss")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")
@@ -39,9 +39,9 @@ class TrainStep:
     """Applies one batch to the model.
 
     A step has three parts. ``prepare`` is what the host knows before: position, learning rate,
-    generator's seed, stored answers. ``work`` is what the device computes; it reads nothing back,
-    so a CUDA graph may hold all of it. ``finish`` launches what depends on the step's number and
-    starts the copy of the guard's flags.
+    generator's seed. ``work`` is what the device computes; it reads nothing back, so a CUDA graph
+    may hold all of it. ``finish`` launches what depends on the step's number and starts the copy of
+    the guard's flags.
 
     The numbers it returns, zero-dimensional tensors, stay on the device, so a step waits for
     nothing; the loop reads them when it logs. The draws of stochastic depth follow from seed and
@@ -53,13 +53,13 @@ class TrainStep:
         self,
         config: RunConfig,
         model: nn.Module,
-        teaching: Teaching,
+        teacher: RunTeacher,
         optimizer: torch.optim.Optimizer,
         ema: ModelEmaV3 | None,
         device: torch.device,
         world: World | None = None,
     ) -> None:
-        self.config, self.model, self.teaching = config, model, teaching
+        self.config, self.model, self.teacher = config, model, teacher
         self.optimizer, self.device = optimizer, device
         self.world = world or World()
         self.bf16 = has_bf16(device)
@@ -76,7 +76,7 @@ class TrainStep:
         # Autocast would round the images and the weights on their way into the products: ingest
         # writes rounded rows of patches, and the weights are rounded for all layers at once.
         rounds = self.bf16 and device.type == "cuda"
-        self.patch = patch_side(model) if rounds and not teaching.reads_images else None
+        self.patch = patch_side(model) if rounds and not teacher.is_online else None
         self.shadows = Shadows(model, torch.bfloat16) if rounds else None
 
     def __call__(
@@ -104,17 +104,13 @@ class TrainStep:
 
     def prepare(self, batch: ViewBatch, step: int, lr: float, stop: bool) -> list[Part]:
         """All that the host decides; the batch in ``accumulate`` parts."""
-        self.teaching.at(step)
         count = self.config.accumulate
         size = len(batch) // count
         parts = []
         for place in range(count):
             piece = batch if count == 1 else batch.part(place * size, (place + 1) * size)
-            answer = None
-            if not self.teaching.reads_images:
-                with phase("teacher"):
-                    answer = self.teaching(piece, None)
-            parts.append(Part(piece, answer, step, (self.world.rank * count + place) * size))
+            self.teacher.check(piece, step)
+            parts.append(Part(piece, step, (self.world.rank * count + place) * size))
         set_learning_rate(self.optimizer, lr)
         if stop != self._was_told:
             self.stop.fill_(stop)
@@ -178,34 +174,36 @@ class TrainStep:
 
     def _backward(self, part: Part, share: float) -> list[Tensor]:
         """Gradients of one part, added up; its share of the losses, as NUMBERS."""
-        batch, answer = part.batch, part.answer
+        batch, logits = part.batch, part.batch.teacher
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
             images = ingest_batch(batch, self.config.view, dtype, self.patch)
-        if self.teaching.reads_images:
+        if self.teacher.is_online:
             with phase("teacher"):
-                answer = self.teaching(batch, images)
+                logits = self.teacher.forward(images)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         shadows = nullcontext() if self.shadows is None else self.shadows.current()
         with phase("forward"), autocast, shadows:
             outputs = self.forward(images)
-        self.teaching.join()
+        self.teacher.join()
         with phase("loss"):
-            total, base, distill = self._loss(outputs, batch, answer)
+            total, base, distill = self._loss(outputs, batch, logits)
         with phase("backward"):
             (total if share == 1 else total * share).backward()
         return [value.detach() * share for value in (total, base, distill)]
 
-    def _loss(self, outputs: Any, batch: ViewBatch, answer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, outputs: Any, batch: ViewBatch, logits: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to differentiate, and its two parts."""
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
+        if isinstance(logits, TopK):
+            logits = logits._replace(tail=loss.tail)
         total, base, distill = distillation_loss(
             class_logits,
             distill_logits,
             batch.target,
-            answer,
+            logits,
             kind=loss.kind,
             alpha=loss.alpha,
             tau=loss.tau,
@@ -214,9 +212,9 @@ class TrainStep:
             reduction=loss.reduction,
             return_parts=True,
         )
-        if isinstance(answer, Tensor) and answer.is_floating_point():
+        if isinstance(logits, Tensor) and logits.is_floating_point():
             # A decision hides it: the largest of logits that are not finite is some class.
-            total = torch.where(torch.isfinite(answer).all(), total, float("nan"))
+            total = torch.where(torch.isfinite(logits).all(), total, float("nan"))
         return total, base, distill
 
 

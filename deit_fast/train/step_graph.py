@@ -2,7 +2,7 @@
 
 Ingest, the online teacher, the student's forward, loss, backward, gradient norms, the guard's
 judgement, clipping and AdamW are in the graph. What changes from step to step reaches it through
-memory at fixed addresses, which is filled before the replay: the batch and stored answers
+memory at fixed addresses, which is filled before the replay: the batch with its stored logits
 (``StaticPart``), the learning rate, the stop flag, the position in the batch. The seed is the
 generator's, which CUDA graphs read at the replay. Behind the replay come the moving average, whose
 weight is a number of the host, and the copy of the guard's flags.
@@ -18,12 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit_fast.data.loader import ViewBatch
+from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
 from deit_fast.errors import InputError, first_line
-from deit_fast.kernels import TopK
 from deit_fast.runtime.distributed import World
 from deit_fast.train.optim import skips_on_device
-from deit_fast.train.teacher import TeacherAnswer
 
 WARM_UP = 3  # real steps before the capture: they compile, choose algorithms, make moments
 _HALVES = 2  # images of a view at most: its own and its partner's
@@ -34,7 +32,6 @@ class Part:
     """What the device needs of a batch, or of one part of an accumulated batch."""
 
     batch: ViewBatch
-    answer: TeacherAnswer  # None where the teacher computes it from the images
     step: int  # position in the order
     offset: int  # position of the first sample in the whole batch
 
@@ -63,16 +60,18 @@ class StaticPart:
         most = max(len(batch.images), _HALVES * len(batch))
         moved = {name: getattr(batch, name).clone() for name in _COPIED}
         images = batch.images.new_zeros((most, *batch.images.shape[1:]))
-        batch = dataclasses.replace(batch, images=images, substituted=[], **moved)
-        answer = _map_answer(like.answer, torch.clone)
-        self.part = dataclasses.replace(like, batch=batch, answer=answer)
+        teacher = None if batch.teacher is None else map_teacher(batch.teacher, torch.clone)
+        batch = dataclasses.replace(
+            batch, images=images, teacher=teacher, substituted=[], **moved
+        )  # fmt: skip
+        self.part = dataclasses.replace(like, batch=batch)
 
     def fill(self, part: Part) -> bool:
         """Copy a part in; False, and nothing is copied, where it is of another shape."""
         mine, batch = self.part.batch, part.batch
         count = len(batch.images)
         pairs = [(getattr(mine, name), getattr(batch, name)) for name in _COPIED]
-        own, given = _tensors(self.part.answer), _tensors(part.answer)
+        own, given = teacher_tensors(mine.teacher), teacher_tensors(batch.teacher)
         if len(own) != len(given) or count > len(mine.images):
             return False
         pairs += [(mine.images[:count], batch.images), *zip(own, given, strict=True)]
@@ -87,21 +86,6 @@ class StaticPart:
 
 
 _COPIED = ("plan", "labels", "partner_labels", "lam")
-
-
-def _tensors(answer: TeacherAnswer) -> list[Tensor]:
-    if answer is None:
-        return []
-    return [*answer[:3]] if isinstance(answer, TopK) else [answer]
-
-
-def _map_answer(answer: TeacherAnswer, function: Callable[[Tensor], Tensor]) -> TeacherAnswer:
-    if answer is None:
-        return None
-    if isinstance(answer, TopK):
-        ids, log_probs, log_tail = map(function, answer[:3])
-        return TopK(ids, log_probs, log_tail, answer.tail)
-    return function(answer)
 
 
 class Rates:
@@ -198,8 +182,8 @@ class StepGraph:
         assert self._static is not None
         graph = torch.cuda.CUDAGraph()
         try:
-            # The threads of the loader and of the cache allocate and copy at the same time. A
-            # capture that covers all threads of the process would fail because of them.
+            # The threads of the loader allocate and copy at the same time. A capture that covers
+            # all threads of the process would fail because of them.
             with (
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
                 self.rates.in_use(),

@@ -1,22 +1,23 @@
-"""Where a training step gets the teacher's answer: from the network, from the cache, or nowhere."""
+"""The teacher of a run: stored logits that come with each batch, or a network run in the step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from deit_fast.cache import LogitCache, ResidentLogits, StreamedLogits
+from deit_fast.cache import LogitCache, ReadAhead, ResidentLogits
 from deit_fast.cache.compare import compare_answers
 from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
-from deit_fast.cache.reader import host_ids
 from deit_fast.cache.tinyvit import is_tinyvit
-from deit_fast.config import RunConfig, ViewRecipe
+from deit_fast.config import RunConfig
+from deit_fast.data.batch import ViewBatch, map_teacher
 from deit_fast.data.fingerprint import pixel_contract, require_same_pixels
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.loader import ViewBatch
+from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels import TopK
 from deit_fast.models import Teacher, load_teacher
@@ -26,212 +27,141 @@ from deit_fast.views.plan import fingerprint as view_fingerprint
 
 PIXEL_CHECKS = 32  # views made again before training on a cache: under a second
 
-TeacherAnswer: TypeAlias = torch.Tensor | TopK | None
 
+class RunTeacher:
+    """A cache, a network, both (the network checks the cache), or neither.
 
-class Teaching(Protocol):
-    """Answers for a batch of views, in a form that ``kernels.distillation_loss`` takes."""
+    The loader attaches stored logits to each batch. Without a cache the step runs the network on
+    the images that the student sees; on CUDA beside the student, on a stream of its own.
 
-    reads_images: bool = False
-    """Whether the answer is computed from the images. If not it is looked up, before the step's
-    work on the device begins, and the images may be None or rows of patches."""
-
-    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> TeacherAnswer: ...
-
-    def join(self) -> None:
-        """Called before the last answer is read, on the stream that reads it."""
-        return
-
-    def follow(self, batches: Sequence) -> None:
-        """Told once that batches come in this order from now on; ``at`` says from which on."""
-        return
-
-    def at(self, step: int) -> None:
-        """Told before each step which one it is; its batch then comes whole or in parts."""
-        return
-
-    def noticed(self) -> dict[str, float]:
-        """For the log's row, since the last call; each the largest over the ranks counts."""
-        return {}
-
-    def close(self) -> None:
-        """No more batches come."""
-        return
-
-
-class NoTeacher(Teaching):
-    """Training against the labels alone."""
-
-    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> None:
-        return None
-
-
-class OnlineTeacher(Teaching):
-    """The teacher's forward on the very images that the student sees, beside the student's.
-
-    On CUDA it has a stream of its own, which starts where the images are ready. No memory passes
-    from one stream to the other too early: each waits for the other once a batch.
-    """
-
-    reads_images = True
-
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
-        self.teacher, self.device = teacher, device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor:
-        assert images is not None
-        if self._side is None:
-            return self.teacher(images)
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._side):
-            return self.teacher(images)
-
-    def join(self) -> None:
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
-
-
-class CachedTeacher(Teaching):
-    """Stored answers, looked up by sample and view.
-
-    In a known order (``follow``, then ``at`` each step) they are read, gathered and copied to the
-    device ahead of the step by ``LogitCache.stream``, or come from ``resident`` where the run's
-    views lie in the device's memory. Batches in no known order are looked up when they come.
+    Args:
+        config: of the run.
+        network: on ``device``.
+        resident: the views of ``cache`` that the run reads, in the memory of ``device``.
     """
 
     def __init__(
         self,
-        cache: LogitCache,
+        config: RunConfig,
         device: torch.device,
         *,
-        tau: float,
-        tail: str,
+        network: Teacher | None = None,
+        cache: LogitCache | None = None,
         resident: ResidentLogits | None = None,
     ) -> None:
-        self.cache, self.device, self.resident = cache, device, resident
-        self.tau, self.tail = tau, tail
-        self._batches: Sequence | None = None
-        self._stream: StreamedLogits | None = None
-        self._next = self._given = 0  # the stream's next step; rows given of the one before
-        self._answer: torch.Tensor | TopK | None = None
+        self.config, self.device = config, device
+        self.network, self.cache, self.resident = network, cache, resident
+        self.is_online = network is not None and cache is None
+        on_cuda = self.is_online and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None
+        self._read_ahead: ReadAhead | None = None
+        self._largest: float | None = None
 
-    def follow(self, batches: Sequence) -> None:
+    # -- stored logits ---------------------------------------------------------------------------
+
+    def attach(self, batches: Sequence, start: int) -> Callable[[ViewBatch], ViewBatch] | None:
+        """What a loader of ``batches`` calls with each batch from step ``start`` on, to add its
+        stored logits; None without a cache."""
         self.close()
-        if self.resident is None:
-            self._batches = batches
+        if self.cache is None:
+            return None
+        steps = iter(range(start, len(batches)))
 
-    def at(self, step: int) -> None:
-        if self._batches is None:
-            return
-        if self._stream is None:  # not in `follow`: the loader's processes are forked after it
-            self._next = step
-            self._stream = self.cache.stream(
-                self._batches, self.device, tau=self.tau, tail=self.tail, start=step
-            )
-        while self._next <= step:  # more than one where a step was left out
-            self._answer = next(self._stream)
-            self._next += 1
-        self._given = 0
+        def with_logits(batch: ViewBatch) -> ViewBatch:
+            if self.resident is None:
+                self._advance(batches, next(steps))
+            return dataclasses.replace(batch, teacher=self.stored(batch))
 
-    def close(self) -> None:
-        stream, self._stream, self._batches, self._answer = self._stream, None, None, None
-        if stream is not None:
-            stream.close()
+        return with_logits
 
-    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor | TopK:
+    def _advance(self, batches: Sequence, step: int) -> None:
+        """Read the blocks of the steps that follow; they may not be in the page cache yet."""
+        assert self.cache is not None
+        if self._read_ahead is None:  # at the first batch: the loader's processes are forked by now
+            self._read_ahead = self.cache.prefetch(batches, start=step)
+        self._read_ahead.advance(step)
+
+    def stored(self, batch: ViewBatch) -> Tensor | TopK:
+        """The cache's logits of a batch, on the run's device."""
+        ids, tau = (batch.sample_ids, batch.view_ids), self.config.loss.tau
         if self.resident is not None:
-            return self.resident.gather(
-                batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail
-            )
+            return self.resident.gather(*ids, tau=tau)
+        assert self.cache is not None
+        return self.cache.gather(*ids, tau=tau, device=self.device)
+
+    # -- the network -----------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's logits [B, C]. On CUDA its stream starts when the images are ready;
+        ``join`` comes before the logits are read."""
+        assert self.network is not None
+        if self._stream is None:
+            return self.network(images)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            return self.network(images)
+
+    def join(self) -> None:
+        """Make the current stream wait for ``forward``."""
         if self._stream is not None:
-            return self._streamed(batch)
-        answer = self.stored(batch)
-        if isinstance(answer, TopK):
-            moved = [field.to(self.device, non_blocking=True) for field in answer[:3]]
-            return TopK(*moved, answer.tail)
-        return answer.to(self.device, non_blocking=True)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def _streamed(self, batch: ViewBatch) -> torch.Tensor | TopK:
-        assert self._stream is not None and self._answer is not None
-        rows = slice(self._given, self._given + len(batch))
-        self._given = rows.stop
-        for name, ids, given in zip(
-            ("samples", "views"), self._stream.ids, (batch.sample_ids, batch.view_ids), strict=True
-        ):
-            expected = host_ids(ids, name)[rows] if np.ndim(ids) else ids
-            if not np.array_equal(np.broadcast_to(expected, len(batch)), host_ids(given, name)):
-                raise RuntimeError(
-                    f"the batch of step {self._next} does not hold the {name} of its place in the "
-                    f"order: first {given[:4].tolist()} rather than {expected[:4].tolist()}"
-                )
-        if isinstance(self._answer, TopK):
-            return TopK(*(field[rows] for field in self._answer[:3]), self._answer.tail)
-        return self._answer[rows]
+    # -- the network against the stored logits ---------------------------------------------------
 
-    def stored(self, batch: ViewBatch) -> torch.Tensor | TopK:
-        """The cache's answer, on the host."""
-        return self.cache.gather(batch.sample_ids, batch.view_ids, tau=self.tau, tail=self.tail)
+    def check(self, batch: ViewBatch, step: int) -> None:
+        """At every `check_teacher_every`-th step, compare as `cache verify --teacher` does.
 
-
-class CheckedTeacher(CachedTeacher):
-    """A cached teacher whose answers are compared with the network's own at every n-th step.
-
-    Such a step waits for the device, before its own work begins. A batch in which an unreadable
-    image was replaced is passed over: the teacher may have seen the image itself.
-    """
-
-    def __init__(
-        self,
-        cache: LogitCache,
-        device: torch.device,
-        teacher: Teacher,
-        *,
-        every: int,
-        view: ViewRecipe,
-        **settings: Any,
-    ) -> None:
-        super().__init__(cache, device, **settings)
-        self.teacher, self.every, self.view = teacher, every, view
-        self._step = 0
-        self._worst: float | None = None
-
-    def at(self, step: int) -> None:
-        super().at(step)
-        self._step = step
-
-    def __call__(self, batch: ViewBatch, images: torch.Tensor | None) -> torch.Tensor | TopK:
-        if self._step % self.every == 0 and not batch.substituted:
-            self._compare(batch)
-        return super().__call__(batch, images)
-
-    def _compare(self, batch: ViewBatch) -> None:
-        """Compare as `cache verify --teacher` does.
+        Waits for the device. Skips a batch in which an unreadable image was replaced: the teacher
+        may have seen the image itself.
 
         Raises:
-            CacheError: an answer differs by more than rounding and arithmetic explain.
+            CacheError: the logits differ by more than rounding and arithmetic explain.
         """
+        every = self.config.check_teacher_every
+        if self.network is None or self.cache is None or every is None:
+            return
+        if batch.teacher is None or step % every or batch.substituted:
+            return
         errors, allowed = compare_answers(
-            self.stored(batch),
-            self.teacher(ingest_batch(batch, self.view, torch.float32)).cpu(),
+            map_teacher(batch.teacher, Tensor.cpu),
+            self.network(ingest_batch(batch, self.config.view, torch.float32)).cpu(),
             batch.labels.cpu(),
             codec=self.cache.codec,
-            tau=self.tau,
+            tau=self.config.loss.tau,
         )
-        self._worst = max(self._worst or 0.0, float(errors.max()))
+        self._largest = max(self._largest or 0.0, float(errors.max()))
         excess = errors - allowed
-        place = int(torch.where(excess.isnan(), torch.inf, excess).argmax())
-        if not excess[place] <= 0:
+        row = int(torch.where(excess.isnan(), torch.inf, excess).argmax())
+        if not excess[row] <= 0:
             raise CacheError(
-                f"cache {self.cache.path}: at step {self._step + 1} the teacher answers view "
-                f"{int(batch.view_ids[place])} of sample {int(batch.sample_ids[place])} otherwise "
-                f"than the cache: log-probabilities differ by {float(errors[place]):.3g}, "
-                f"{float(allowed[place]):.3g} is allowed (check_teacher_every={self.every})"
+                f"cache {self.cache.path}: at step {step + 1} the teacher's logits of view "
+                f"{int(batch.view_ids[row])} of sample {int(batch.sample_ids[row])} are not those "
+                f"of the cache: log-probabilities differ by {float(errors[row]):.3g}, "
+                f"{float(allowed[row]):.3g} is allowed (check_teacher_every={every})"
             )
 
-    def noticed(self) -> dict[str, float]:
-        worst, self._worst = self._worst, None
-        return {} if worst is None else {"teacher_difference": worst}
+    def differences(self) -> dict[str, float]:
+        """For the log: the largest difference that ``check`` found since the last call."""
+        largest, self._largest = self._largest, None
+        return {} if largest is None else {"teacher_difference": largest}
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any] | None:
+        """Where the logits came from, for result.json."""
+        if self.cache is not None:
+            fingerprint = self.cache.manifest["fingerprint"]
+            facts = {key: fingerprint[key] for key in fingerprint if key.startswith("teacher.")}
+            return {"from": "cache", "codec": self.cache.manifest["codec"], **facts}
+        if self.network is None or self.config.teacher is None:
+            return None
+        return {"from": "online", "teacher.spec": self.config.teacher.partition("@")[0]}
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        read_ahead, self._read_ahead = self._read_ahead, None
+        if read_ahead is not None:
+            read_ahead.close()
 
 
 def views_fingerprint(config: RunConfig, source_fingerprint: dict) -> dict[str, object]:
@@ -243,7 +173,7 @@ def views_fingerprint(config: RunConfig, source_fingerprint: dict) -> dict[str, 
     )
 
 
-def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching:
+def open_teacher(config: RunConfig, source: Source, device: torch.device) -> RunTeacher:
     """Choose by the configuration: no distillation, ``cache``, ``teacher``, or both.
 
     Raises:
@@ -260,7 +190,7 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
             f"--teacher, not {config.cache} and {config.teacher}"
         )
     if config.loss.kind == "none":
-        return NoTeacher()
+        return RunTeacher(config, device)
     if config.teacher is None and config.cache is None:
         raise InputError(
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
@@ -270,7 +200,8 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"
-        return OnlineTeacher(teacher.place(device, compiled, config.model.fused), device)
+        network = teacher.place(device, compiled, config.model.fused)
+        return RunTeacher(config, device, network=network)
     cache = LogitCache.open(config.cache)
     if is_tinyvit(cache.manifest):
         raise InputError(
@@ -293,17 +224,12 @@ def create_teaching(config: RunConfig, source, device: torch.device) -> Teaching
         device=device,
         where=f"cache {config.cache}",
     )
-    settings: dict[str, Any] = {"tau": config.loss.tau, "tail": config.loss.tail}
-    if config.cache_on_device:
-        settings["resident"] = cache.to_device(range(config.views_used), device)
-    if every is not None and teacher is not None:
-        # As in `precompute`: under `auto` neither compiled nor fused.
-        compiled = config.compile not in ("auto", "none")
-        return CheckedTeacher(
-            cache, device, teacher.place(device, compiled), every=every, view=config.view,
-            **settings,
-        )  # fmt: skip
-    return CachedTeacher(cache, device, **settings)
+    resident = cache.to_device(range(config.views_used), device) if config.cache_on_device else None
+    if teacher is None or every is None:
+        return RunTeacher(config, device, cache=cache, resident=resident)
+    # As in `precompute`: under `auto` neither compiled nor fused.
+    network = teacher.place(device, config.compile not in ("auto", "none"))
+    return RunTeacher(config, device, network=network, cache=cache, resident=resident)
 
 
 def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from deit_fast.config import RunConfig
-from deit_fast.data.loader import ViewBatch
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import DeviceLoader
 from deit_fast.runtime.distributed import World
 from deit_fast.runtime.flops import peak_flops, training_flops

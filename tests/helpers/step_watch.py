@@ -13,7 +13,7 @@ from deit_fast.config import RunConfig
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.train.state import create_state
 from deit_fast.train.step import TrainStep
-from deit_fast.train.teacher import create_teaching
+from deit_fast.train.teacher import open_teacher
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
 
@@ -69,10 +69,15 @@ def steps_of(config: RunConfig, count: int, device: str) -> tuple[TrainStep, lis
     source = open_source(config.data, "train", config.view.image_size)
     place = torch.device(device)
     state = create_state(config, len(source.classes), place)
-    teaching = create_teaching(config, source, place)
-    step = TrainStep(config, state.model, teaching, state.optimizer, state.ema, place)
+    teacher = open_teacher(config, source, place)
+    step = TrainStep(config, state.model, teacher, state.optimizer, state.ema, place)
     plan = ViewPlan(config.view, config.seed, source.num_samples)
     order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
     batches = TrainBatches(order, config.batch_size, config.epochs)
-    loader = open_loader(config.data, source, plan, batches, device=place, stop=count)
-    return step, list(loader)
+    loader = open_loader(
+        config.data, source, plan, batches, device=place, stop=count,
+        attach=teacher.attach(batches, 0),
+    )  # fmt: skip
+    found = list(loader)
+    teacher.close()
+    return step, found
