@@ -377,10 +377,11 @@ def test_the_loaders_own_work_runs_beside_the_computation(monkeypatch):
             notes.append(f"kept for {stream.name}")
 
     class Batch:
-        images = plan = labels = partner_labels = lam = Value()
-
         def __init__(self, number: int) -> None:
             self.number = number
+
+        def device_tensors(self) -> list[Value]:
+            return [Value(), Value()]
 
         def to(self, device: object) -> Batch:
             notes.append(f"copy {self.number} on {current[-1]}")
@@ -395,16 +396,22 @@ def test_the_loaders_own_work_runs_beside_the_computation(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    for batch in DeviceLoader(Loader(), torch.device("cuda", 0)):
+
+    def attach(batch: Batch) -> Batch:
+        notes.append(f"attach {batch.number} on {current[-1]}")
+        return batch
+
+    for batch in DeviceLoader(Loader(), torch.device("cuda", 0), attach):
         assert current == ["main"]
         notes.append(f"use {batch.number}")
-    made = [f"{what} {number} on side" for number in range(3) for what in ("make", "copy")]
-    kept = ["kept for main"] * 5
+    steps = ("make", "attach", "copy")
+    made = [f"{what} {number} on side" for number in range(3) for what in steps]
+    kept = ["kept for main"] * 2
     used = [
         [f"main waits for event of copy {number} on side", *kept, f"use {number}"]
         for number in range(3)
     ]
-    assert notes == [*made[:4], *used[0], *made[4:], *used[1], *used[2]]
+    assert notes == [*made[:6], *used[0], *made[6:], *used[1], *used[2]]
 
 
 @pytest.mark.gpu
