@@ -181,7 +181,7 @@ def test_both_layers_act_in_turn() -> None:
 def test_larger_views_of_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Histograms of more than one block, where equalize's steps are larger than 1, and programs
     that come back for more pixels."""
-    monkeypatch.setattr(sys.modules["deit_fast.kernels.augment_launch"], "PARTS", 2)
+    monkeypatch.setattr(sys.modules["deit_fast.kernels.augment"], "PROGRAMS", 2)
     size = 56
     names = [(name, place) for name in READERS for place in range(3)]
     names += [(name, 2) for name in ("color", "sharpness", "rotate", "invert")]
