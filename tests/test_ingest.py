@@ -6,20 +6,16 @@ Triton's interpreter. On a GPU machine the test marked gpu compares the two.
 
 from __future__ import annotations
 
-import sys
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from deit_fast.kernels import ingest
-from helpers.kernels import (
-    INTERPRETED,
-    outer_run,
-    run_in_the_interpreter,
-)
+from deit_fast.kernels.ingest import LAYOUTS, normal_quantiles, normalised_values, reference
+from deit_fast.kernels.launching import recording
+from helpers.kernels import INTERPRETED, interpreted, outer_run, run_in_the_interpreter
 from helpers.plans import COLUMNS, MEAN, SIZE, STD, photos, plan, random_rows, row
 
 # Triton's interpreter cuts the last bits of a bfloat16 off where a GPU rounds.
@@ -138,7 +134,7 @@ def test_pairs_are_mixed_as_by_timm(kind: int) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 def test_a_view_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     images, rows = photos(5), random_rows(24, 5)
     together = ingest(images, rows, MEAN, STD, dtype)
@@ -186,75 +182,69 @@ def test_images_may_be_a_strided_view_and_stay_untouched() -> None:
     assert torch.equal(whole, before)
 
 
-def by_both(images: Tensor, rows: Tensor, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
-    """By the kernel where it runs, and by the reference."""
-    from deit_fast.kernels.ingest_reference import reference
-
-    chosen = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=6)
-    return chosen, reference(images, rows, MEAN, STD, dtype, layout, 6)
-
-
-@pytest.mark.parametrize("layout", ("nchw", "channels_last", "patches"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALVES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALVES), ids=str)
 def test_tiles_and_layouts_change_no_bit(layout: str, dtype: torch.dtype) -> None:
     """60 pixels a side: several programs a view, some of them outside the erase boxes."""
     images, rows = photos(4, 60), random_rows(12, 4, scale=5)
-    got, wanted = by_both(images, rows, dtype, layout)
-    assert torch.equal(got, wanted) and got.stride() == wanted.stride()
+    got = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=6)
+    expected = reference(images, rows, MEAN, STD, dtype, layout, 6)
+    assert torch.equal(got, expected) and got.stride() == expected.stride()
     plain = ingest(images, rows, MEAN, STD, dtype)
     if layout == "patches":
-        rows_of_one = plain[3].unfold(1, 6, 6).unfold(2, 6, 6)  # [3, 10, 10, 6, 6]
-        assert torch.equal(got[3, 27], rows_of_one[:, 2, 7].flatten())
+        patches = plain[3].unfold(1, 6, 6).unfold(2, 6, 6)  # [3, 10, 10, 6, 6]
+        assert torch.equal(got[3, 27], patches[:, 2, 7].flatten())
     else:
         assert torch.equal(got, plain)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *HALVES))
-@pytest.mark.parametrize(
-    ("layout", "size", "patch"),
-    [
-        *(("channels_last", size, 1) for size in (37, 38, 40)),  # an area of 1 mod 2, 4 mod 8, 0
-        *(("patches", *sizes) for sizes in ((39, 3), (42, 14), (40, 4), (48, 8), (48, 16))),
-    ],
-)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize(("size", "patch"), ((39, 3), (42, 14), (40, 4), (48, 8), (48, 16)))
 def test_wide_and_narrow_stores_give_the_same_bits(
-    layout: str, size: int, patch: int, dtype: torch.dtype
+    size: int, patch: int, dtype: torch.dtype
 ) -> None:
     """From one element to 16 bytes; erase and mix boxes within the first 36 pixels a side."""
-    from deit_fast.kernels.ingest_reference import reference
-
     images, rows = photos(3, size), random_rows(6, 3, scale=3)
-    got = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=patch)
-    assert torch.equal(got, reference(images, rows, MEAN, STD, dtype, layout, patch))
+    got = ingest(images, rows, MEAN, STD, dtype, layout="patches", patch=patch)
+    assert torch.equal(got, reference(images, rows, MEAN, STD, dtype, "patches", patch))
 
 
-def test_groups_are_16_bytes_where_the_layout_has_them() -> None:
-    group = sys.modules["deit_fast.kernels.ingest_launch"]._group
-    bf16, fp32 = torch.bfloat16, torch.float32
-    assert group(224, bf16, "channels_last", 16) == 8 and group(224, fp32, "channels_last", 16) == 4
-    assert group(38, bf16, "channels_last", 1) == 1 and group(38, fp32, "channels_last", 1) == 4
-    assert [group(224, bf16, "patches", p) for p in (32, 16, 14, 7)] == [8, 8, 2, 1]
-    assert group(224, fp32, "patches", 16) == 4 and group(224, bf16, "nchw", 16) == 1
+@interpreted
+@pytest.mark.parametrize(
+    ("layout", "patch", "dtype", "group"),
+    (
+        *(
+            ("patches", patch, torch.bfloat16, n)
+            for patch, n in ((32, 8), (16, 8), (14, 2), (7, 1))
+        ),
+        ("patches", 16, torch.float32, 4),
+        ("nchw", 16, torch.bfloat16, 1),
+    ),
+    ids=str,
+)
+def test_patch_rows_are_written_16_bytes_at_a_time(
+    layout: str, patch: int, dtype: torch.dtype, group: int
+) -> None:
+    with recording() as recorded:
+        ingest(photos(1, 224), plan(row()), MEAN, STD, dtype, layout=layout, patch=patch)
+    assert recorded.launches[0].arguments["GROUP"] == group
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+@interpreted
 def test_operator_is_registered() -> None:
-    launch = sys.modules["deit_fast.kernels.ingest_launch"]
     images, rows = photos(2), plan(row(), row(image=1, flip=1))
-    tables = launch.normalised_values(MEAN, STD), launch.normal_quantiles()
+    tables = normalised_values(MEAN, STD), normal_quantiles()
     operator = torch.ops.deit_fast.ingest.default
-    arguments = (images, rows, *tables, torch.bfloat16, "channels_last", 1)
+    arguments = (images, rows, *tables, torch.bfloat16, "patches", 4)
     torch.library.opcheck(operator, arguments)
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
-    wanted = ingest(images, rows, MEAN, STD, torch.bfloat16, layout="channels_last")
-    assert torch.equal(compiled(*arguments), wanted)
+    expected = ingest(images, rows, MEAN, STD, torch.bfloat16, layout="patches", patch=4)
+    assert torch.equal(compiled(*arguments), expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
-@pytest.mark.parametrize(
-    ("layout", "patch"), (("nchw", 6), ("channels_last", 6), ("patches", 6), ("patches", 20))
-)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize(("layout", "patch"), (("nchw", 6), ("patches", 6), ("patches", 20)))
 def test_the_compiled_kernel_gives_the_bits_of_the_cpu(
     layout: str, patch: int, dtype: torch.dtype
 ) -> None:
@@ -265,9 +255,12 @@ def test_the_compiled_kernel_gives_the_bits_of_the_cpu(
         assert torch.equal(got.cpu(), wanted)
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_empty_batch(dtype: torch.dtype) -> None:
     rows = torch.zeros(0, 22, dtype=torch.int32)
-    assert ingest(photos(2), rows, MEAN, STD, torch.bfloat16).shape == (0, 3, SIZE, SIZE)
+    assert ingest(photos(2), rows, MEAN, STD, dtype).shape == (0, 3, SIZE, SIZE)
+    views = ingest(photos(2), rows, MEAN, STD, dtype, layout="patches", patch=4)
+    assert views.shape == (0, 9, 48)
 
 
 WRONG_ROWS = {
@@ -309,7 +302,7 @@ WRONG = {
     ),
     "mean": ((0.5,), "mean must hold 3 floats, not (0.5,)"),
     "std": ((1.0, 0.0, 1.0), "std must hold 3 positive floats, not (1.0, 0.0, 1.0)"),
-    "layout": ("nhwc", "layout must be one of nchw, channels_last, patches, not 'nhwc'"),
+    "layout": ("nhwc", "layout must be one of nchw, patches, not 'nhwc'"),
     "patch": (5, "patch must divide the image size 12, but is 5"),
     "dtype": (torch.int8, "dtype must be a floating-point dtype, not torch.int8"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
-from deit_fast.kernels import ingest_launch
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part
@@ -138,8 +138,9 @@ def test_the_work_asks_no_gpu(monkeypatch, optimizer):
     here = torch.device("cuda", 0)
     monkeypatch.setattr("deit_fast.kernels.launching._runs_kernels", lambda device: True)
     monkeypatch.setattr("deit_fast.train.step.has_bf16", lambda device: True)
+    module = sys.modules["deit_fast.kernels.ingest"]
     for name in ("normalised_values", "normal_quantiles"):  # no cache may keep such tensors
-        monkeypatch.setattr(ingest_launch, name, getattr(ingest_launch, name).__wrapped__)
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     config = digits_student().replace(
         batch_size=8, loss={"kind": "soft"}, optim={"clip_grad": 1.0, "name": optimizer},
         model={"drop_path": 0.1, "depth": 2, "embed_dim": 64, "num_heads": 1, "fused": False},
