@@ -11,44 +11,50 @@ probabilities at temperature T and p = softmax(z_d / T):
     hard  = cross-entropy of z_d with argmax(teacher), mean over rows, no smoothing
             (Touvron et al. 2021, eq. 3)
 
-A top-k teacher stores q_i for the ids in S, K of them, and the exact mass r outside S. With
-H = sum over S of q_i (log q_i - log p_i) and s the student's mass outside S a row costs
+A top-k teacher stores q_i for the K ids in S, and the exact mass r outside S. With
+H = sum over S of q_i (log q_i - log p_i) and s the student's mass outside S, a row's loss is
 
     bucket   H + r (log r - log s)                                 all other classes as one
     uniform  H + r (log(r / (C - K)) - mean outside S of log p_i)  r spread evenly
     renorm   H with q_i / sum over S of q
     drop     H
 
-and K = C is the dense teacher in every mode but renorm, which differs from it by the rounding of
-the stored values alone.
+K = C gives the loss of a dense teacher in every mode; in renorm up to the rounding of the stored
+values.
 
 Bytes: read z_c, z_d and the teacher, write two gradients: 5 B C elements with a dense teacher,
-4 B C with top-k or hard labels. On a GPU one launch moves just that (above 8192 classes it reads
-logits twice) and leaves the backward one that returns at once unless the loss was multiplied by
-something. On a CPU, for float64 and for a top-k teacher of more than 2048 classes a row the
-reference in plain PyTorch makes some ten passes more; with TRITON_INTERPRET=1 a CPU runs the
-kernel in Triton's interpreter.
+4 B C with top-k or hard labels. On a GPU one launch moves only these (above 8192 classes it reads
+logits twice). The backward's launch returns at once unless the loss was multiplied by something.
+A CPU, float64 logits and a top-k teacher of more than 2048 classes a row use the reference in plain
+PyTorch, which makes about ten more passes; with TRITON_INTERPRET=1 a CPU runs the kernel in
+Triton's interpreter.
 
-Numerics: float32 inside, float64 for float64 logits. A class with q = 0 contributes 0, also where
-both sides are -inf. log s is a log-sum-exp over the classes outside S: 1 - sum over S of p loses
-its digits where the student is sure. An empty batch costs 0 and has zero gradients.
+Numerics: float32 inside, float64 for float64 logits. A class with q = 0 contributes 0, even where
+both logits are -inf. log s is a log-sum-exp over the classes outside S, because 1 - sum over S of p
+loses its digits where the student is confident. The loss of an empty batch is 0, and so are its
+gradients.
 
-Left out: DKD needs integer targets, which mixed ones are not; JSD and reverse KL need a second
-sum before their gradient; logit standardisation is a transform of its own that needs the teacher's
-whole row.
+Gradients are made in the forward, where p and q are at hand, with every factor but the incoming
+one. Those of fp16 logits would underflow: they are stored as (p - q) * ``FP16_UNIT`` and get their
+factor in the backward. Gradients have padded rows where the logits have: a head that emits padded
+logits receives padded gradients.
+
+Not supported: DKD needs integer targets, and mixed targets are not; JSD and reverse KL need a
+second sum before their gradient; logit standardisation is a separate transform that needs the
+teacher's whole row.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distillation_loss_checks as check
-from . import distillation_loss_launch as launch
+from .distillation_loss_launch import MAX_TOPK, loss_op
 from .distillation_loss_reference import (
     BASES,
     KINDS,
@@ -59,6 +65,7 @@ from .distillation_loss_reference import (
     TopK,
     reference,
 )
+from .launching import can_run
 
 __all__ = [
     "BASES",
@@ -74,21 +81,32 @@ __all__ = [
 
 
 @functools.cache
-def _say_once(device: str, dtype: torch.dtype) -> None:
-    logging.getLogger(__name__).debug("%s tensors on %s take the reference", dtype, device)
+def _log_reference_once(device: str, dtype: torch.dtype) -> None:
+    logging.getLogger(__name__).debug("%s tensors on %s use the reference", dtype, device)
 
 
 def _losses(
     class_logits: Tensor | None, distill_logits: Tensor | None, target: Target | None,
-    teacher: Teacher, **options: Any,
+    teacher: Teacher, *, kind: str, base: str, reduction: str = "numel", alpha: float = 1.0,
+    tau: float = 1.0, smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, base and distillation loss of checked arguments."""
+    """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
+
+    Only the total has a gradient, and only for the logits.
+    """
     heads = [head for head in (class_logits, distill_logits) if head is not None]
-    if all(launch.takes(head, teacher) for head in heads):
-        return launch.fused(class_logits, distill_logits, target, teacher, **options)
-    if not torch.compiler.is_compiling():
-        _say_once(heads[0].device.type, heads[0].dtype)
-    return reference(class_logits, distill_logits, target, teacher, **options)
+    options: dict[str, Any] = {"kind": kind, "base": base, "reduction": reduction}
+    options |= {"alpha": float(alpha), "tau": float(tau), "smoothing": float(smoothing)}
+    fits = not isinstance(teacher, TopK) or teacher.ids.shape[1] <= MAX_TOPK
+    if not fits or not can_run(*heads):
+        if not torch.compiler.is_compiling():
+            _log_reference_once(heads[0].device.type, heads[0].dtype)
+        return reference(class_logits, distill_logits, target, teacher, **options)
+    parts = target if isinstance(target, (tuple, list)) else (target, None, None)
+    topk: Any = teacher if isinstance(teacher, TopK) else (None, None, None, "drop")
+    tensors = (*parts, None if isinstance(teacher, TopK) else teacher, *topk[:3])
+    tensors = tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
+    return loss_op(class_logits, distill_logits, *tensors, topk[3], *options.values())
 
 
 def base_loss(
@@ -115,14 +133,6 @@ def base_loss(
     return _losses(class_logits, None, target, None, kind="none", base=base, smoothing=smoothing)[0]
 
 
-def _check_base(logits: Tensor, target: Target, smoothing: float, base: str) -> None:
-    check.check_logits("class_logits", logits)
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
-    check.check_option("base", base, BASES)
-    check.check_target(target, logits)
-
-
 def soft_distillation(
     distill_logits: Tensor, teacher: Tensor | TopK, *, tau: float, reduction: str
 ) -> Tensor:
@@ -146,17 +156,6 @@ def soft_distillation(
     )[0]
 
 
-def _check_soft(logits: Tensor, teacher: Teacher, tau: float, reduction: str) -> None:
-    check.check_logits("distill_logits", logits)
-    check.check_option("reduction", reduction, REDUCTIONS)
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, not {tau}")
-    if isinstance(teacher, TopK):
-        check.check_topk(teacher, logits)
-    else:
-        check.check_floats("teacher", teacher, logits.shape, logits)
-
-
 def hard_distillation(distill_logits: Tensor, teacher: Tensor | TopK) -> Tensor:
     """Cross-entropy of the distillation head with the teacher's decision, mean over rows.
 
@@ -170,18 +169,9 @@ def hard_distillation(distill_logits: Tensor, teacher: Tensor | TopK) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, devices or labels that do not fit, by name and value.
     """
-    check.check_logits("distill_logits", distill_logits)
+    _check_logits("distill_logits", distill_logits)
     _check_hard_teacher(teacher, distill_logits)
     return _losses(None, distill_logits, None, teacher, kind="hard", base="")[0]
-
-
-def _check_hard_teacher(teacher: Teacher, logits: Tensor) -> None:
-    if isinstance(teacher, TopK):
-        check.check_topk(teacher, logits)
-    elif isinstance(teacher, Tensor) and teacher.is_floating_point():
-        check.check_floats("teacher", teacher, logits.shape, logits)
-    else:
-        check.check_labels("teacher", teacher, logits.shape[:1], logits)
 
 
 def distillation_loss(
@@ -221,7 +211,7 @@ def distillation_loss(
     Raises:
         ValueError: anything that does not fit, by name and value.
     """
-    check.check_option("kind", kind, KINDS)
+    _check_option("kind", kind, KINDS)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
     _check_base(class_logits, target, smoothing, base)
@@ -231,7 +221,7 @@ def distillation_loss(
         if distill_logits is None or teacher is None:
             missing = "teacher" if teacher is None else "distill_logits"
             raise ValueError(f"{missing} must not be None for kind {kind!r}")
-        check.check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
+        _check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
         if kind == "soft":
             _check_soft(distill_logits, teacher, tau, reduction)
         else:
@@ -241,3 +231,122 @@ def distillation_loss(
         reduction=reduction, alpha=alpha, tau=tau, smoothing=smoothing,
     )  # fmt: skip
     return losses if return_parts else losses[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks. Messages are built only when they are raised: formatting costs more than the test.
+# ---------------------------------------------------------------------------------------------
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16)
+
+
+def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+
+
+def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
+    """low <= values <= high. On a GPU, where looking waits, only with DEIT_FAST_DEBUG=1."""
+    if torch.compiler.is_compiling() or values.numel() == 0:
+        return
+    if values.is_cuda and os.environ.get("DEIT_FAST_DEBUG") != "1":
+        return
+    if values.dtype == torch.uint16:  # PyTorch lacks its minimum
+        values = values.int()
+    smallest, largest = (value.item() for value in torch.aminmax(values))
+    if not (low <= smallest and largest <= high):
+        raise ValueError(
+            f"{name} must lie in [{low}, {high}], found values from {smallest} to {largest}"
+        )
+
+
+def _check_tensor(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} but the logits {tuple(logits.shape)} "
+            f"need {shape}"
+        )
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device} but the logits are on {logits.device}")
+
+
+def _check_floats(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
+    _check_tensor(name, value, shape, logits)
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must hold floats, not {value.dtype}")
+
+
+def _check_labels(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
+    _check_tensor(name, value, shape, logits)
+    if value.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must hold integers, not {value.dtype}")
+    _check_range(name, value, 0, logits.shape[1] - 1)
+
+
+def _check_logits(name: str, logits: Any) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [B, C] with C > 0, not {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} must hold floats, not {logits.dtype}")
+
+
+def _check_target(target: Any, logits: Tensor) -> None:
+    rows = logits.shape[:1]
+    if isinstance(target, Tensor):
+        if target.is_floating_point():
+            _check_floats("target", target, logits.shape, logits)
+        else:
+            _check_labels("target", target, rows, logits)
+        return
+    if not isinstance(target, (tuple, list)) or len(target) != 3:
+        raise ValueError(
+            "target must be labels [B], a float tensor [B, C] or (y_a, y_b, lam), "
+            f"not {type(target).__name__}"
+        )
+    _check_labels("target y_a", target[0], rows, logits)
+    _check_labels("target y_b", target[1], rows, logits)
+    _check_floats("target lam", target[2], rows, logits)
+    _check_range("target lam", target[2], 0, 1)
+
+
+def _check_topk(teacher: TopK, logits: Tensor) -> None:
+    rows, classes = logits.shape
+    _check_option("teacher tail", teacher.tail, TAILS)
+    width = teacher.ids.shape[-1] if isinstance(teacher.ids, Tensor) and teacher.ids.dim() else 0
+    if not 1 <= width <= classes:
+        raise ValueError(f"teacher ids must hold 1 to {classes} classes per row, not {width}")
+    _check_labels("teacher ids", teacher.ids, (rows, width), logits)
+    _check_floats("teacher log_probs", teacher.log_probs, (rows, width), logits)
+    _check_floats("teacher log_tail", teacher.log_tail, (rows,), logits)
+
+
+def _check_base(logits: Tensor, target: Target, smoothing: float, base: str) -> None:
+    _check_logits("class_logits", logits)
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
+    _check_option("base", base, BASES)
+    _check_target(target, logits)
+
+
+def _check_soft(logits: Tensor, teacher: Teacher, tau: float, reduction: str) -> None:
+    _check_logits("distill_logits", logits)
+    _check_option("reduction", reduction, REDUCTIONS)
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, not {tau}")
+    if isinstance(teacher, TopK):
+        _check_topk(teacher, logits)
+    else:
+        _check_floats("teacher", teacher, logits.shape, logits)
+
+
+def _check_hard_teacher(teacher: Teacher, logits: Tensor) -> None:
+    if isinstance(teacher, TopK):
+        _check_topk(teacher, logits)
+    elif isinstance(teacher, Tensor) and teacher.is_floating_point():
+        _check_floats("teacher", teacher, logits.shape, logits)
+    else:
+        _check_labels("teacher", teacher, logits.shape[:1], logits)

@@ -1,48 +1,29 @@
-"""Launcher and operator of the distillation loss kernels.
+"""Launcher and operators of the distillation loss, and the cases of the ahead-of-time gate.
 
 ``deit_fast::distillation_loss`` is the differentiable operator. Its forward is one call of
-``deit_fast::distillation_loss_and_gradients``, its backward one of ``deit_fast::scale_gradients_``,
-in place: autograd offers no other way to a backward that moves nothing. Gradients of bf16 and fp32
-logits are stored with every factor but the incoming one. Those of fp16 would underflow so:
-they are stored as (p - q) * ``FP16_UNIT`` and get their factor in the backward.
-
-A gradient has padded rows where its logits have: a head that emits padded logits takes it back so.
+``distillation_loss_and_gradients``, its backward one of ``scale_gradients_``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import distillation_loss_kernel as kernel
-from . import distillation_loss_rows as codes
-from .distillation_loss_reference import TopK, soft_factor
-from .launching import DTYPES, TYPE_NAMES, Inputs, Launch, Plans, implement, on_gpu, signature
+from . import distillation_loss_kernels as kernels
+from .distillation_loss_reference import TAILS, factors
+from .launching import DTYPES, TYPE_NAMES, Launch, launch, operator, planned, recording, scratch
 
-SINGLE_CLASSES = 8192  # a longer row does not fit in the registers of its program
-SPLIT_BLOCK = 2048
-KEPT_CLASSES = 2048  # of a top-k teacher, whose entries stay in registers
+MAX_TOPK = 2048  # ids of a row, which the kernel keeps in registers
 FP16_UNIT = 1024.0  # a power of two; room for gradients up to 63, probabilities need 1
-SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056  # 8 programs for each processor of an H100
 
-INTERPRETED = not isinstance(kernel.loss_kernel, triton.JITFunction)
-
-_TARGETS = {"label": codes.LABEL.value, "pair": codes.PAIR.value, "dense": codes.DENSE.value}
-_BASES = {"": 0, "ce": codes.CE.value, "bce": codes.BCE.value}
-_TAILS = {"drop": codes.DROP.value, "renorm": codes.RENORM.value}
-_TAILS |= {"uniform": codes.UNIFORM.value, "bucket": codes.BUCKET.value}
-
-
-def takes(logits: Tensor, teacher: Any) -> bool:
-    """Whether the kernels do this call: on a GPU, or on the CPU with TRITON_INTERPRET=1."""
-    if not (INTERPRETED or on_gpu(logits)) or logits.dtype not in DTYPES:
-        return False
-    return not isinstance(teacher, TopK) or teacher.ids.shape[1] <= KEPT_CLASSES
+_TARGETS = {"label": kernels.LABEL.value, "pair": kernels.PAIR.value, "dense": kernels.DENSE.value}
+_BASES = {"": 0, "ce": kernels.CE.value, "bce": kernels.BCE.value}
+_TAILS = {name: getattr(kernels, name.upper()).value for name in TAILS}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,19 +32,28 @@ def takes(logits: Tensor, teacher: Any) -> bool:
 
 
 def _vector(dtype: torch.dtype) -> int:
+    """Elements in 16 bytes."""
     return 16 // dtype.itemsize
-
-
-def _readable(x: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor | None:
-    """x as the kernel reads it: a dtype it knows, neighbouring classes side by side."""
-    if x is None:
-        return None
-    x = x if x.dtype in dtypes else x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _rounded(classes: int, vector: int) -> int:
     return -(-classes // vector) * vector
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    """x as the kernel reads it: in a dtype of `DTYPES`, with adjacent classes."""
+    if x is None:
+        return None
+    x = x if x.dtype in DTYPES else x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
 def _access(x: Tensor | None) -> tuple[int, bool]:
@@ -80,191 +70,197 @@ def _access(x: Tensor | None) -> tuple[int, bool]:
     return (vector, True) if end * x.itemsize <= x.untyped_storage().nbytes() else (1, False)
 
 
-def _gradient_stride(logits: Tensor) -> int:
-    """Padded to 16 bytes where the rows of the logits are."""
-    classes, stride = logits.shape[1], logits.stride(0)
-    padded = _rounded(classes, _vector(logits.dtype))
-    is_padded = logits.stride(1) == 1 and stride >= padded and stride % _vector(logits.dtype) == 0
-    return padded if is_padded else classes
-
-
-def _empty_gradient(logits: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
-    """With its padding, which is written too: new_empty_strided would end before the last row's."""
-    if logits is None or not wanted:
+def _empty_gradient(logits: Tensor | None, requested: bool, like: Tensor) -> Tensor:
+    """Gradient with its padding, if the rows of the logits are padded to 16 bytes."""
+    if logits is None or not requested:
         return like.new_empty((0,))
-    return logits.new_empty((logits.shape[0], _gradient_stride(logits)))
+    (rows, classes), stride, vector = logits.shape, logits.stride(0), _vector(logits.dtype)
+    padded = _rounded(classes, vector)
+    is_padded = logits.stride(1) == 1 and stride >= padded and stride % vector == 0
+    return logits.new_empty((rows, padded if is_padded else classes))
 
 
-def _without_padding(gradient: Tensor, classes: int) -> Tensor:
-    if gradient.dim() == 1 or gradient.shape[1] == classes:
-        return gradient
-    return gradient[:, :classes]
-
-
-def _block(classes: int) -> tuple[int, bool, int]:
-    """BLOCK, SINGLE and the number of warps: 8 or 16 elements of a tensor per thread."""
-    if classes > SINGLE_CLASSES:
-        return SPLIT_BLOCK, False, 8
-    block = max(128, triton.next_power_of_2(classes))
-    return block, True, max(1, min(16, block // 256))
-
-
-# ---------------------------------------------------------------------------------------------
-# Arguments: what a launch and an ahead-of-time compilation share
-# ---------------------------------------------------------------------------------------------
-
-
-def _factors(
-    rows: int, classes: int, kind: str, base: str, reduction: str, alpha: float, tau: float
-) -> dict[str, float]:
-    """Sums over rows to losses, losses to the total, and p - q to gradients of the total."""
-    both = bool(base) and kind != "none"
-    base_mean = 1 / (rows * classes) if base == "bce" else 1 / rows
-    distill_mean = soft_factor(reduction, tau, rows, classes) if kind == "soft" else 1 / rows
-    base_weight, distill_weight = (1 - alpha, alpha) if both else (1.0, 1.0)
-    return {
-        "base_mean": base_mean,
-        "distill_mean": distill_mean,
-        "base_weight": base_weight,
-        "distill_weight": distill_weight,
-        "g_c_scale": base_weight * base_mean,
-        "g_d_scale": distill_weight * distill_mean / (tau if kind == "soft" else 1.0),
-    }
-
-
-def _split(scale: float, logits: Tensor) -> tuple[float, float]:
-    """The part of a gradient's factor that the forward applies, and the backward's."""
-    return (FP16_UNIT, scale / FP16_UNIT) if logits.dtype == torch.float16 else (scale, 1.0)
-
-
-def _teacher_form(kind: str, teacher: Tensor | None, ids: Tensor | None) -> int:
-    if kind == "none":
-        return 0
-    if ids is not None:
-        form = codes.SOFT_TOPK if kind == "soft" else codes.HARD_TOPK
-    elif kind == "soft":
-        form = codes.SOFT
-    else:
-        assert teacher is not None
-        form = codes.HARD_DENSE if teacher.is_floating_point() else codes.HARD_LABEL
-    return form.value
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
-
-
-def _arguments(
-    z_c: Tensor | None, z_d: Tensor | None, target: Tensor | None, partner: Tensor | None,
-    lam: Tensor | None, teacher: Tensor | None, ids: Tensor | None, log_probs: Tensor | None,
-    log_tail: Tensor | None, tail: str, kind: str, base: str, reduction: str,
-    alpha: float, tau: float, smoothing: float, g_c: Tensor, g_d: Tensor,
-) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """All arguments of the kernel but its outputs, and its launch options."""
-    z_c, z_d = (_readable(z_c) if base else None), (_readable(z_d) if kind != "none" else None)
-    head = z_c if z_c is not None else z_d
-    assert head is not None
-    rows, classes = head.shape
-    block, single, warps = _block(classes)
-    soft, first = None, None
-    if base and target is not None:
-        soft, first = (target, None) if target.dim() == 2 else (None, target)
-    soft = _readable(soft)
-    form = _teacher_form(kind, teacher, ids)
-    if form == 0:
-        teacher = ids = log_probs = log_tail = None
-    if teacher is not None and teacher.is_floating_point():
-        teacher = _readable(teacher)
-    kept = 0 if ids is None else ids.shape[1]
-    tail_form = _TAILS[tail] if form == codes.SOFT_TOPK.value else _TAILS["drop"]
-    if kept == classes and tail_form != _TAILS["renorm"]:
-        tail_form = _TAILS["drop"]
-    dense_teacher = teacher is not None and teacher.dim() == 2
-    targets = "dense" if soft is not None else "label" if partner is None else "pair"
-
-    values: dict[str, Any] = {"z_c": z_c, "z_d": z_d, "soft": soft, "teacher": teacher}
-    values |= {"g_c": g_c if g_c.dim() == 2 else None, "g_d": g_d if g_d.dim() == 2 else None}
-    values |= {"first": first, "second": partner if base else None, "lam": lam if base else None}
-    values |= {"ids": ids, "log_probs": _readable(log_probs), "log_rest": _readable(log_tail)}
-    if tail_form < _TAILS["uniform"]:
-        values["log_rest"] = None
-    for name in ("first", "second", "lam", "log_rest", "ids"):
-        if values[name] is not None:
-            values[name] = values[name].contiguous()
-    if values["lam"] is not None and values["lam"].dtype not in DTYPES:
-        values["lam"] = values["lam"].float()
-    if values["teacher"] is not None and not dense_teacher:
-        values["teacher"] = values["teacher"].contiguous()
-    values |= {"rows": rows, "classes": classes, "kept": kept}
-    for name in ("z_c", "z_d", "g_c", "g_d", "soft", "ids", "log_probs"):
-        values[f"{name}_stride"] = _stride(values[name])
-    values["teacher_stride"] = _stride(teacher) if dense_teacher else 0
-    values |= {"scale": math.log2(math.e) / tau, "inverse_tau": 1 / tau, "smoothing": smoothing}
-    values |= _factors(rows, classes, kind, base, reduction, alpha, tau)
-    for name, logits in (("g_c_scale", z_c), ("g_d_scale", z_d)):
-        if logits is not None:
-            values[name] = _split(values[name], logits)[0]
-
-    values |= {"BASE": _BASES[base], "TARGET": _TARGETS[targets], "SMOOTH": smoothing > 0}
-    values |= {"TEACHER": form, "TAIL": tail_form}
-    values["IDS"] = max(16, triton.next_power_of_2(kept)) if kept else 0
-    for name in ("z_c", "z_d", "soft"):
-        values[f"{name.upper()}_VEC"], values[f"{name.upper()}_PADDED"] = _access(values[name])
-    dense = values["teacher"] if dense_teacher else None
-    values["TEACHER_VEC"], values["TEACHER_PADDED"] = _access(dense)
-    for name in ("g_c", "g_d"):
-        gradient = values[name]
-        wide = gradient is not None and _gradient_vector(gradient) > 1
-        values[f"{name.upper()}_VEC"] = _vector(gradient.dtype) if wide else 1
-    reads = [name for name in ("z_c", "z_d", "soft") if values[name] is not None]
-    reads += ["teacher"] if dense_teacher else []
-    options: dict[str, int] = {}
-    if not single and all(values[f"{name.upper()}_VEC"] > 1 for name in reads):
-        # Wide accesses leave registers for it; at 8 warps float32 spills on sm_100 (triton 3.6).
-        block, warps = 2 * SPLIT_BLOCK, 16
-        if form != codes.SOFT.value:
-            options["maxnreg"] = 64  # 2 programs a processor: ptxas spills to fit a third
-    elif not single and form == codes.SOFT.value and targets != "dense" and base != "bce":
-        options["maxnreg"] = 80  # 3 programs; the other forms would spill
-    values |= {"BLOCK": block, "SINGLE": single, "ROWS_AT_ONCE": 1024}
-    return values, {"num_warps": warps, "num_stages": 1, **options}
-
-
-def _gradient_vector(gradient: Tensor) -> int:
-    """The allocator starts a gradient on 16 bytes; its stride says whether all rows do."""
+def _gradient_vector(gradient: Tensor | None) -> int:
+    """VEC of a gradient. The allocator starts it on 16 bytes; its stride says whether rows do."""
+    if gradient is None:
+        return 1
     vector = _vector(gradient.dtype)
     return vector if gradient.stride(0) % vector == 0 else 1
 
 
 # ---------------------------------------------------------------------------------------------
-# Operators
+# Launchers and operators
 # ---------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("deit_fast", "FRAGMENT")
-_ARGUMENTS = (
-    "Tensor? class_logits, Tensor? distill_logits, Tensor? target, Tensor? partner, Tensor? lam, "
-    "Tensor? teacher, Tensor? ids, Tensor? log_probs, Tensor? log_tail, str tail, str kind, "
-    "str base, str reduction, float alpha, float tau, float smoothing"
-)
-_library.define(f"distillation_loss({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"distillation_loss_and_gradients({_ARGUMENTS}, bool class_gradient, bool distill_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "scale_gradients_(Tensor(a!) class_gradient, Tensor(b!) distill_gradient, Tensor grad_total, "
-    "float class_factor, float distill_factor) -> ()"
-)
+
+class _Arguments(NamedTuple):
+    """Arguments of ``deit_fast::distillation_loss``, in the order of its schema."""
+
+    class_logits: Tensor | None
+    distill_logits: Tensor | None
+    target: Tensor | None  # labels [B], the first label of a mixed pair, or a soft target [B, C]
+    partner: Tensor | None  # the second label of a mixed pair
+    lam: Tensor | None
+    teacher: Tensor | None  # logits [B, C] or labels [B]
+    ids: Tensor | None
+    log_probs: Tensor | None
+    log_tail: Tensor | None
+    tail: str
+    kind: str
+    base: str  # "": no base loss
+    reduction: str
+    alpha: float
+    tau: float
+    smoothing: float
+
+    @property
+    def head(self) -> Tensor:
+        logits = self.distill_logits if self.class_logits is None else self.class_logits
+        assert logits is not None
+        return logits
+
+    def factors(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Of both losses: what their sums over rows are multiplied by, and their weights."""
+        rows, classes = self.head.shape
+        return factors(rows, classes, self.kind, self.base, self.reduction, self.alpha, self.tau)
+
+    def gradient_factors(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What the forward and the backward multiply p - q by, for each head."""
+        means, weights = self.factors()
+        inner = 1.0, (self.tau if self.kind == "soft" else 1.0)
+        scales = [w * m / t for w, m, t in zip(weights, means, inner, strict=True)]
+        if self.head.dtype == torch.float16:
+            return (FP16_UNIT, FP16_UNIT), (scales[0] / FP16_UNIT, scales[1] / FP16_UNIT)
+        return (scales[0], scales[1]), (1.0, 1.0)
+
+
+def _teacher_form(call: _Arguments) -> int:
+    """The kernel's code of the teacher; 0: none."""
+    if call.kind == "none":
+        return 0
+    if call.ids is not None:
+        form = kernels.SOFT_TOPK if call.kind == "soft" else kernels.HARD_TOPK
+    elif call.kind == "soft":
+        form = kernels.SOFT
+    else:
+        assert call.teacher is not None
+        is_dense = call.teacher.is_floating_point()
+        form = kernels.HARD_DENSE if is_dense else kernels.HARD_LABEL
+    return form.value
+
+
+def _tile(classes: int, is_wide: bool, form: int, base: str, target: str) -> dict[str, Any]:
+    """Block and options of a launch; ``is_wide``: all rows are read 16 bytes at a time.
+
+    A row of up to 8192 classes fits in the registers of its program. 8 or 16 elements of a tensor
+    a thread.
+    """
+    is_soft = form == kernels.SOFT.value
+    if classes <= 8192:
+        block = max(128, triton.next_power_of_2(classes))
+        tile = {"BLOCK": block, "SINGLE": True, "num_warps": max(1, min(16, block // 256))}
+    elif is_wide:
+        # Wide accesses leave registers for it; at 8 warps float32 spills on sm_100 (triton 3.6).
+        tile = {"BLOCK": 4096, "SINGLE": False, "num_warps": 16}
+        if not is_soft:
+            tile["maxnreg"] = 64  # 2 programs a processor: ptxas spills to fit a third
+    else:
+        tile = {"BLOCK": 2048, "SINGLE": False, "num_warps": 8}
+        if is_soft and target != "dense" and base != "bce":
+            tile["maxnreg"] = 80  # 3 programs; the other forms would spill
+    return tile | {"ROWS_AT_ONCE": 1024, "num_stages": 1}
+
+
+@planned
+def _launch_loss(
+    _padded: tuple[bool, ...], arrived: Tensor, for_class: bool, for_distill: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """Losses and gradients, these with their padding. ``_padded`` is here for the plan's key."""
+    call = _Arguments(*arguments)
+    total, base, distill, *gradients = _results(*arguments, for_class, for_distill)
+    head, form = call.head, _teacher_form(call)
+    rows, classes = head.shape
+    kept = 0 if call.ids is None else call.ids.shape[1]
+    z_c = _readable(call.class_logits) if call.base else None
+    z_d = _readable(call.distill_logits) if form else None
+    g_c, g_d = (g if g.dim() == 2 else None for g in gradients)
+
+    soft = first = second = lam = None
+    if call.base and call.target is not None:
+        if call.target.dim() == 2:
+            soft = _readable(call.target)
+        else:
+            first, second = call.target.contiguous(), _contiguous(call.partner)
+            lam = _contiguous(_readable(call.lam))
+    target = "dense" if soft is not None else "label" if second is None else "pair"
+
+    logits = labels = None  # of the teacher
+    if call.teacher is not None and call.teacher.is_floating_point():
+        logits = _readable(call.teacher)
+    else:
+        labels = _contiguous(call.teacher)
+    ids, log_probs = _contiguous(call.ids), _readable(call.log_probs)
+    tail = "drop"
+    if form == kernels.SOFT_TOPK.value and (kept < classes or call.tail == "renorm"):
+        tail = call.tail
+    log_rest = _contiguous(_readable(call.log_tail)) if tail in ("uniform", "bucket") else None
+
+    means, weights = call.factors()
+    scales, _ = call.gradient_factors()
+    (z_c_vec, z_c_padded), (z_d_vec, z_d_padded) = _access(z_c), _access(z_d)
+    (soft_vec, soft_padded), (logits_vec, logits_padded) = _access(soft), _access(logits)
+    is_wide = all(x is None or _access(x)[0] > 1 for x in (z_c, z_d, soft, logits))
+    launch(
+        kernels.loss_kernel, (rows,),
+        z_c=z_c, g_c=g_c, z_d=z_d, g_d=g_d, first=first, second=second, lam=lam, soft=soft,
+        teacher=labels if logits is None else logits,
+        ids=ids, log_probs=log_probs, log_rest=log_rest,
+        row_losses=scratch(head, 2, rows), arrived=arrived,
+        total=total, base=base, distill=distill, rows=rows, classes=classes, kept=kept,
+        z_c_stride=_stride(z_c), g_c_stride=_stride(g_c),
+        z_d_stride=_stride(z_d), g_d_stride=_stride(g_d), soft_stride=_stride(soft),
+        teacher_stride=_stride(logits), ids_stride=_stride(ids),
+        log_probs_stride=_stride(log_probs),
+        scale=math.log2(math.e) / call.tau, inverse_tau=1 / call.tau, smoothing=call.smoothing,
+        base_mean=means[0], distill_mean=means[1],
+        base_weight=weights[0], distill_weight=weights[1],
+        g_c_scale=scales[0], g_d_scale=scales[1],
+        BASE=_BASES[call.base], TARGET=_TARGETS[target], SMOOTH=call.smoothing > 0,
+        TEACHER=form, TAIL=_TAILS[tail], IDS=max(16, triton.next_power_of_2(kept)) if kept else 0,
+        Z_C_VEC=z_c_vec, Z_C_PADDED=z_c_padded, G_C_VEC=_gradient_vector(g_c),
+        Z_D_VEC=z_d_vec, Z_D_PADDED=z_d_padded, G_D_VEC=_gradient_vector(g_d),
+        SOFT_VEC=soft_vec, SOFT_PADDED=soft_padded,
+        TEACHER_VEC=logits_vec, TEACHER_PADDED=logits_padded,
+        **_tile(classes, is_wide, form, call.base, target),
+    )  # fmt: skip
+    return total, base, distill, *gradients
+
+
+def _results(*arguments: Any) -> tuple[Tensor, ...]:
+    """Losses and gradients without values, the gradients with their padding."""
+    *inputs, for_class, for_distill = arguments
+    z_c, z_d = inputs[:2]
+    head = z_d if z_c is None else z_c
+    total, base, distill = (head.new_empty((), dtype=torch.float32) for _ in range(3))
+    g_c, g_d = _empty_gradient(z_c, for_class, head), _empty_gradient(z_d, for_distill, head)
+    return total, base, distill, g_c, g_d
+
+
+def _without_padding(results: tuple[Tensor, ...], classes: int) -> tuple[Tensor, ...]:
+    *losses, g_c, g_d = results
+    g_c, g_d = (g if g.shape[-1] <= classes else g[:, :classes] for g in (g_c, g_d))
+    return *losses, g_c, g_d
+
 
 _arrivals: dict[int, Tensor] = {}  # by device
 
 
 def _arrival_counter(like: Tensor) -> Tensor:
-    """An int32 0, which the kernel leaves at 0: kept for a device's default stream, whose launches
-    follow each other, so that a call needs no launch to make it.
+    """An int32 0, which the kernel resets to 0.
 
-    On other streams every call gets its own. They may be capturing: what is allocated then holds
-    nothing before the first replay. Or they warm up for the graphs of torch.compile
+    Calls on a device's default stream share one, as they follow each other: no call needs a launch
+    to make it. On other streams every call gets its own. They may be capturing: what is allocated
+    then has no value before the first replay. Or they warm up for the graphs of torch.compile
     ("reduce-overhead"), in a pool of memory where no tensor may outlive the call.
     """
     if like.is_cuda and torch.cuda.current_stream(like.device).cuda_stream == 0:
@@ -274,121 +270,75 @@ def _arrival_counter(like: Tensor) -> Tensor:
     return like.new_zeros((1,), dtype=torch.int32)
 
 
-def _results(
-    z_c: Tensor | None, z_d: Tensor | None, want_c: bool, want_d: bool
-) -> tuple[Tensor, ...]:
-    """The operator's results, gradients with their padding, and the losses of the rows."""
-    head = z_c if z_c is not None else z_d
-    assert head is not None
-    total, base, distill = (head.new_empty((), dtype=torch.float32) for _ in range(3))
-    g_c, g_d = _empty_gradient(z_c, want_c, head), _empty_gradient(z_d, want_d, head)
-    return total, base, distill, g_c, g_d, head.new_empty((2, len(head)), dtype=torch.float32)
-
-
-def _outputs(results: Sequence[Tensor], classes: int) -> tuple[Tensor, ...]:
-    total, base, distill, g_c, g_d, _ = results
-    return total, base, distill, _without_padding(g_c, classes), _without_padding(g_d, classes)
-
-
-def _loss(
-    z_c: Tensor | None, z_d: Tensor | None, target: Tensor | None, partner: Tensor | None,
-    lam: Tensor | None, teacher: Tensor | None, ids: Tensor | None, log_probs: Tensor | None,
-    log_tail: Tensor | None, tail: str, kind: str, base: str, reduction: str,
-    alpha: float, tau: float, smoothing: float, want_c: bool, want_d: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    head = z_c if z_c is not None else z_d
-    assert head is not None
+def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, for_class, for_distill = arguments
+    z_c, z_d, target, _, _, teacher = inputs[:6]
+    head = z_d if z_c is None else z_c
     rows, classes = head.shape
     if rows == 0:
-        results = _results(z_c, z_d, want_c, want_d)
+        results = _results(*arguments)
         for value in results[:3]:
             value.zero_()
-        return _outputs(results, classes)
-    inputs = (
-        head, z_d if z_c is not None else None, target, partner, lam, teacher,
-        ids, log_probs, log_tail, _arrival_counter(head),
-    )  # fmt: skip
-    options = (tail, kind, base, reduction, alpha, tau, smoothing)
-    # Whether a last row may be read with its padding depends on the memory behind it, too.
-    rooms: tuple[bool, ...] = ()
-    if classes % _vector(torch.bfloat16):
-        rows_read = (z_c, z_d, target, teacher)
-        rooms = tuple(_access(x)[1] for x in rows_read if x is not None and x.dim() == 2)
-    results = _loss_plans(inputs, z_c is not None, want_c, want_d, options, rooms)
-    return _outputs(results, classes)
+        return _without_padding(results, classes)
+    padded: tuple[bool, ...] = ()
+    if classes % 8:
+        # Whether the last row may be read with its padding depends on the memory behind it, too.
+        read = (z_c, z_d, target, teacher)
+        padded = tuple(_access(x)[1] for x in read if x is not None and x.dim() == 2)
+    results = _launch_loss(padded, _arrival_counter(head), for_class, for_distill, *inputs)
+    return _without_padding(results, classes)
 
 
-def _heads(inputs: Inputs, has_class_head: bool) -> tuple[Tensor | None, Tensor | None]:
-    return (inputs[0], inputs[1]) if has_class_head else (None, inputs[0])
+def _loss_and_gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    head = arguments[1] if arguments[0] is None else arguments[0]
+    return _without_padding(_results(*arguments), head.shape[1])
 
 
-def _loss_results(
-    inputs: Inputs, has_class_head: bool, want_c: bool, want_d: bool, *_: tuple
-) -> tuple[Tensor, ...]:
-    return _results(*_heads(inputs, has_class_head), want_c, want_d)
-
-
-def _loss_launches(
-    inputs: Any, results: Sequence[Tensor], has_class_head: bool, _c: bool, _d: bool,
-    options: tuple[Any, ...], _: tuple[bool, ...],
-) -> Iterator[Launch]:  # fmt: skip
-    total, base, distill, g_c, g_d = _outputs(results, inputs[0].shape[1])
-    heads = _heads(inputs, has_class_head)
-    arguments: list[Any] = [*heads, *inputs[2:9], *options, g_c, g_d]
-    values, launch = _arguments(*arguments)
-    values |= {"total": total, "base": base, "distill": distill}
-    values |= {"row_losses": results[5], "arrived": inputs[9]}
-    yield Launch(kernel.loss_kernel, (values["rows"],), values | launch)
-
-
-_loss_plans = Plans(_loss_results, _loss_launches)
-
-
-def _loss_fake(z_c, z_d, *arguments):  # type: ignore[no-untyped-def]
-    head = z_c if z_c is not None else z_d
-    return _outputs(_results(z_c, z_d, *arguments[-2:]), head.shape[1])
-
-
-def _scale_(g_c: Tensor, g_d: Tensor, grad_total: Tensor, factor_c: float, factor_d: float) -> None:
-    if g_c.numel() or g_d.numel():
-        _scale_plans((grad_total, g_c, g_d), factor_c, factor_d)
-
-
-def _scale_launches(
-    inputs: Any, _: Sequence[Tensor], factor_c: float, factor_d: float
-) -> Iterator[Launch]:
-    grad_total, *gradients = inputs
-    counts = [g.shape[0] * g.stride(0) if g.dim() == 2 else 0 for g in gradients]
-    blocks = -(-max(counts) // SCALE_BLOCK)
-    programs = min(blocks, SCALE_PROGRAMS)
-    g_c, g_d = (g if count else None for g, count in zip(gradients, counts, strict=True))
-    values: dict[str, Any] = {"g_c": g_c, "g_d": g_d, "grad_total": grad_total}
-    values |= {"factor_c": factor_c, "factor_d": factor_d}
-    values |= {"count_c": counts[0], "count_d": counts[1], "steps": -(-blocks // programs)}
-    values |= {"BLOCK": SCALE_BLOCK, "num_warps": 8}
-    yield Launch(kernel.scale_kernel, (programs,), values)
-
-
-_scale_plans = Plans(lambda *_: (), _scale_launches)
-
-
-def _scale_fake(
-    g_c: Tensor, g_d: Tensor, grad_total: Tensor, factor_c: float, factor_d: float
+@planned
+def _scale_(
+    g_c: Tensor, g_d: Tensor, grad_total: Tensor, class_factor: float, distill_factor: float
 ) -> None:
-    return None
+    """Multiply both gradients by factor * grad_total, in place."""
+    count_c, count_d = (g.shape[0] * g.stride(0) if g.dim() == 2 else 0 for g in (g_c, g_d))
+    blocks = triton.cdiv(max(count_c, count_d), 4096)
+    if blocks == 0:
+        return
+    programs = min(blocks, 1056)  # 8 for each processor of an H100
+    launch(
+        kernels.scale_kernel, (programs,),
+        g_c=g_c if count_c else None, g_d=g_d if count_d else None, grad_total=grad_total,
+        factor_c=class_factor, factor_d=distill_factor, count_c=count_c, count_d=count_d,
+        steps=triton.cdiv(blocks, programs), BLOCK=4096, num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+_SCHEMA = (
+    "Tensor? class_logits, Tensor? distill_logits, Tensor? target, Tensor? partner, Tensor? lam, "
+    "Tensor? teacher, Tensor? ids, Tensor? log_probs, Tensor? log_tail, str tail, str kind, "
+    "str base, str reduction, float alpha, float tau, float smoothing"
+)
+_gradients_op = operator(
+    f"distillation_loss_and_gradients({_SCHEMA}, bool class_gradient, bool distill_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _loss_and_gradients, _loss_and_gradients_fake,
+)  # fmt: skip
+# In place: autograd offers no other way to a backward that moves nothing.
+_scale_op = operator(
+    "scale_gradients_(Tensor(a!) class_gradient, Tensor(b!) distill_gradient, Tensor grad_total, "
+    "float class_factor, float distill_factor) -> ()", _scale_, lambda *_: None,
+)  # fmt: skip
 
 
 class _Loss(torch.autograd.Function):
-    """The losses; their gradients wait in the context, made in the same launch."""
+    """The losses; their gradients, made in the same launch, wait in the context."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:2]
-        *losses, g_c, g_d = torch.ops.deit_fast.distillation_loss_and_gradients(*arguments, *wanted)
+        *losses, g_c, g_d = _gradients_op(*arguments, *ctx.needs_input_grad[:2])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.save_for_backward(g_c, g_d)
-        ctx.factors, ctx.used = _backward_factors(*arguments[:2], *arguments[10:15]), False
+        ctx.factors, ctx.used = _Arguments(*arguments).gradient_factors()[1], False
         return tuple(losses)
 
     @staticmethod
@@ -403,123 +353,28 @@ class _Loss(torch.autograd.Function):
             )
         ctx.used = True
         gradients = ctx.saved_tensors
-        torch.ops.deit_fast.scale_gradients_(*gradients, grad_total, *ctx.factors)
-        wanted = zip(gradients, ctx.needs_input_grad[:2], strict=True)
-        return (*(g if want else None for g, want in wanted), *(None,) * 14)
+        _scale_op(*gradients, grad_total, *ctx.factors)
+        requested = zip(gradients, ctx.needs_input_grad[:2], strict=True)
+        return (*(g if needs else None for g, needs in requested), *(None,) * 14)
 
 
-def _backward_factors(
-    z_c: Tensor | None, z_d: Tensor | None, kind: str, base: str, reduction: str,
-    alpha: float, tau: float,
-) -> tuple[float, float]:  # fmt: skip
-    head = z_c if z_c is not None else z_d
-    assert head is not None
-    rows, classes = head.shape
-    factors = _factors(max(rows, 1), classes, kind, base, reduction, alpha, tau)
-    g_c, g_d = (
-        1.0 if logits is None else _split(factors[name], logits)[1]
-        for name, logits in (("g_c_scale", z_c), ("g_d_scale", z_d))
-    )
-    return g_c, g_d
+loss_op = operator(
+    f"distillation_loss({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    lambda *arguments: _gradients_op(*arguments, False, False)[:3],
+    lambda *arguments: _results(*arguments, False, False)[:3],
+    _Loss,
+)
 
 
-def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    heads = [x for x in arguments[:2] if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
-        return _Loss.apply(*arguments)
-    return _losses(*arguments)
-
-
-def _losses(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.deit_fast.distillation_loss_and_gradients(*arguments, False, False)[:3]
-
-
-def _losses_fake(z_c, z_d, *_):  # type: ignore[no-untyped-def]
-    return _results(z_c, z_d, False, False)[:3]
-
-
-for _name, _function, _fake in (
-    ("distillation_loss", _losses, _losses_fake),
-    ("distillation_loss_and_gradients", _loss, _loss_fake),
-    ("scale_gradients_", _scale_, _scale_fake),
-):
-    implement(_library, _name, _function, _fake)
-_library.impl("distillation_loss", _differentiable, "Autograd")
-
-
-def fused(
-    class_logits: Tensor | None, distill_logits: Tensor | None, target: Any, teacher: Any, *,
-    kind: str, base: str, reduction: str = "numel", alpha: float = 1.0, tau: float = 1.0,
-    smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
-
-    Only the total carries a gradient.
-    """
-    partner = lam = ids = log_probs = log_tail = None
-    tail = "drop"
-    if isinstance(target, (tuple, list)):
-        target, partner, lam = target
-    if isinstance(teacher, TopK):
-        ids, log_probs, log_tail, tail = teacher
-        teacher = None
-    if kind == "none":
-        teacher = ids = log_probs = log_tail = distill_logits = None
-    constants = [
-        x.detach() if isinstance(x, Tensor) and x.requires_grad else x
-        for x in (target, partner, lam, teacher, ids, log_probs, log_tail)
-    ]
-    return torch.ops.deit_fast.distillation_loss(
-        class_logits, distill_logits, *constants, tail, kind, base, reduction,
-        float(alpha), float(tau), float(smoothing),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------
-# Ahead of time
-# ---------------------------------------------------------------------------------------------
-
-
-def _aot_arguments(
-    dtype: torch.dtype, classes: int, padding: int, kind: str, answer: str, target: str, base: str
-) -> tuple[dict[str, Any], dict[str, int]]:
-    rows, kept = 1024, 16
-
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    def padded() -> Tensor:
-        return empty(rows, classes + padding, of=dtype)[:, :classes]
-
-    z_c, z_d, teacher = padded(), padded(), padded() if answer == "dense" else None
-    labels, lam = empty(rows, of=torch.int64), empty(rows)
-    ids = log_probs = log_tail = None
-    if answer in _TAILS:
-        ids, log_probs, log_tail = empty(rows, kept, of=torch.int32), empty(rows, kept), empty(rows)
-    if answer == "labels":
-        teacher = labels
-    first = {"labels": labels, "pair": labels, "dense": padded()}[target]
-    partner = labels if target == "pair" else None
-    *losses, g_c, g_d = _outputs(_results(z_c, z_d, bool(base), kind != "none"), classes)
-    values, options = _arguments(
-        z_c, z_d, first, partner, lam if target == "pair" else None, teacher,
-        ids, log_probs, log_tail, answer if answer in _TAILS else "drop",
-        kind, base, "numel", 0.5, 3.0, 0.1, g_c, g_d,
-    )  # fmt: skip
-    values |= dict(zip(("total", "base", "distill"), losses, strict=True))
-    values |= {"row_losses": empty(2, rows), "arrived": empty(1, of=torch.int32)}
-    return values, options
-
-
-def aot_cases() -> Iterator[tuple[Any, ...]]:
-    """(name, function, signature, constants, alignments, options, expectations) to compile."""
+def aot_cases() -> Iterator[tuple[str, Launch, dict[str, Any]]]:
+    """(name, launch, expectations) of the kernels to compile ahead of time."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [
-        (dtype, 1000, 0, kind, answer, "pair", "ce")
+        (dtype, 1000, 0, kind, teacher, "pair", "ce")
         for dtype in (bf16, fp16, fp32)
-        for kind, answer in (("soft", "dense"), ("soft", "bucket"), ("hard", "dense"))
+        for kind, teacher in (("soft", "dense"), ("soft", "bucket"), ("hard", "dense"))
     ]
-    cases += [(bf16, 1000, 0, "soft", tail, "pair", "ce") for tail in _TAILS if tail != "bucket"]
+    cases += [(bf16, 1000, 0, "soft", tail, "pair", "ce") for tail in ("drop", "renorm", "uniform")]
     cases += [
         (bf16, 1000, 0, "none", "", "labels", "ce"),
         (bf16, 1000, 0, "none", "", "dense", "ce"),
@@ -535,37 +390,46 @@ def aot_cases() -> Iterator[tuple[Any, ...]]:
         (fp32, 21841, 3, "soft", "dense", "pair", "ce"),
         (bf16, 21841, 0, "soft", "dense", "pair", "ce"),
     ]
-    for dtype, classes, padding, kind, answer, target, base in cases:
-        values, options = _aot_arguments(dtype, classes, padding, kind, answer, target, base)
+    for dtype, classes, padding, kind, teacher, target, base in cases:
         wide = _rounded(classes, _vector(dtype)) == classes + padding
-        name = " ".join(
-            part
-            for part in (
-                f"{TYPE_NAMES[dtype]} C={classes}{'' if wide else ' unpadded'}",
-                kind, answer, target, base,
-            )
-            if part
-        )  # fmt: skip
+        width = f"C={classes}{'' if wide else ' unpadded'}"
+        name = " ".join(filter(None, (TYPE_NAMES[dtype], width, kind, teacher, target, base)))
         expect: dict[str, Any] = {"i64_rows": True, "max_regs": 128, "wide_loads": wide}
         if wide and dtype.itemsize == 2:
             # The ids' entries, and a long row's entries of its labels, are written one by one.
-            expect["no_scalar_half"] = answer not in _TAILS and classes <= SINGLE_CLASSES
-        yield (
-            name.replace(" ", "-"),
-            kernel.loss_kernel,
-            *signature(kernel.loss_kernel, values),
-            options,
-            expect,
-        )
+            expect["no_scalar_half"] = teacher not in TAILS and classes <= 8192
+        case = _aot_launch(dtype, classes, padding, kind, teacher, target, base)
+        yield name.replace(" ", "-"), case, expect
     for dtype in (bf16, fp16, fp32):
         g = torch.empty(1024, 1000, dtype=dtype, device="meta")
-        values = {"g_c": g, "g_d": g, "grad_total": g.new_empty((), dtype=fp32)}
-        values |= {"factor_c": 1.0, "factor_d": 1.0, "count_c": 1, "count_d": 1, "steps": 1}
-        values["BLOCK"] = SCALE_BLOCK
-        yield (
-            f"scale-{TYPE_NAMES[dtype]}",
-            kernel.scale_kernel,
-            *signature(kernel.scale_kernel, values),
-            {"num_warps": 8, "num_stages": 3},
-            {"wide_loads": True, "max_regs": 64},
-        )
+        with recording() as recorded:
+            _scale_(g, g, g.new_empty((), dtype=fp32), 1.0, 1.0)
+        expect = {"wide_loads": True, "max_regs": 64}
+        yield f"scale-{TYPE_NAMES[dtype]}", recorded.launches[0], expect
+
+
+def _aot_launch(
+    dtype: torch.dtype, classes: int, padding: int, kind: str, teacher: str, target: str, base: str
+) -> Launch:
+    rows, kept, long, fp32 = 1024, 16, torch.int64, torch.float32
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def padded() -> Tensor:
+        return empty(rows, classes + padding, dtype=dtype)[:, :classes]
+
+    z_c, z_d, labels = padded(), padded() if kind != "none" else None, empty(rows, dtype=long)
+    pair = (labels, empty(rows, dtype=fp32)) if target == "pair" else (None, None)
+    dense = {"dense": padded(), "labels": labels}.get(teacher)
+    topk: tuple[Any, ...] = (None, None, None, "drop")
+    if teacher in TAILS:
+        ids, log_probs = empty(rows, kept, dtype=torch.int32), empty(rows, kept, dtype=fp32)
+        topk = ids, log_probs, empty(rows, dtype=fp32), teacher
+    arguments = (
+        z_c, z_d, padded() if target == "dense" else labels, *pair, dense, *topk,
+        kind, base, "numel", 0.5, 3.0, 0.1,
+    )  # fmt: skip
+    with recording() as recorded:
+        _launch_loss((), empty(1, dtype=torch.int32), True, kind != "none", *arguments)
+    return recorded.launches[0]

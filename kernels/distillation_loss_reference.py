@@ -1,10 +1,9 @@
-"""The distillation loss in plain PyTorch: what the kernels are judged against, and the CPU's path.
+"""The distillation loss in plain PyTorch: the CPU's path, and what the kernels are compared with.
 
-Float32 inside, float64 for float64 logits. The formulas are in ``distillation_loss``; the checks
-of the arguments in ``distillation_loss_checks``.
+Float32 inside, float64 for float64 logits. The formulas are in ``distillation_loss``.
 
-Gradients are made by hand, in the forward and with every factor but the incoming one, as the
-kernels do: p - q is one subtraction while both are at hand. That saves passes over [B, C] and is
+Gradients are computed by hand in the forward, with every factor but the incoming one, as the
+kernels do: p - q is one subtraction where both are at hand. That saves passes over [B, C] and is
 exactly 0 at p = q.
 """
 
@@ -41,13 +40,24 @@ class TopK(NamedTuple):
 Target = Tensor | tuple[Tensor, Tensor, Tensor]
 Teacher = Tensor | TopK | None
 Part = tuple[Tensor, Tensor | None]
-"""A sum over rows of losses, and factor times its gradient: float [B, C], None if not wanted."""
+"""A sum over rows of losses, and factor times its gradient: float [B, C], None if not requested."""
 
 
 def soft_factor(reduction: str, tau: float, rows: int, classes: int) -> float:
     """What the sum over rows of KL is multiplied by."""
     per_row = {"numel": 1 / classes, "batchmean": 1.0, "hinton": 2.0}[reduction]
     return per_row * tau**2 / max(rows, 1)
+
+
+def factors(
+    rows: int, classes: int, kind: str, base: str, reduction: str, alpha: float, tau: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of the base and the distillation loss: what their sums are multiplied by, their weights."""
+    rows = max(rows, 1)
+    base_mean = 1 / (rows * classes) if base == "bce" else 1 / rows
+    distill_mean = soft_factor(reduction, tau, rows, classes) if kind == "soft" else 1 / rows
+    weights = (1 - alpha, alpha) if base and kind != "none" else (1.0, 1.0)
+    return (base_mean, distill_mean), weights
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -94,7 +104,7 @@ def _through_log_softmax(pull: Tensor, log_p: Tensor) -> Tensor:
 
 def _sparse_cross_entropy(
     logits: Tensor, ids: Tensor, weights: Tensor | None, smoothing: float, factor: float,
-    wanted: bool,
+    requested: bool,
 ) -> Part:  # fmt: skip
     """-sum of t log p, t the weights of ids smoothed to t (1 - eps) + eps / C; gradient p - t."""
     log_p = _log_softmax(logits)
@@ -104,7 +114,7 @@ def _sparse_cross_entropy(
     loss = picked.sum() * -keep if t is None else -_dot(t, picked)
     if smoothing > 0:
         loss -= spread * log_p.sum()
-    if not wanted:
+    if not requested:
         return loss, None
     pull = torch.full_like(log_p, -spread * factor)
     if t is None:
@@ -115,19 +125,19 @@ def _sparse_cross_entropy(
 
 
 def _dense_cross_entropy(
-    logits: Tensor, target: Tensor, smoothing: float, factor: float, wanted: bool
+    logits: Tensor, target: Tensor, smoothing: float, factor: float, requested: bool
 ) -> Part:
     log_p = _log_softmax(logits)
     t = target.detach().to(log_p.dtype)
     if smoothing > 0:
         t = t * (1 - smoothing) + smoothing / logits.shape[1]
     loss = -_dot(t, log_p)
-    return loss, (_through_log_softmax(t * -factor, log_p) if wanted else None)
+    return loss, (_through_log_softmax(t * -factor, log_p) if requested else None)
 
 
 def _sparse_binary_cross_entropy(
     logits: Tensor, ids: Tensor, weights: Tensor | None, smoothing: float, factor: float,
-    wanted: bool,
+    requested: bool,
 ) -> Part:  # fmt: skip
     """Sum over rows and classes of the BCE with t = [weight > 0], smoothed as above."""
     z = _wide(logits)
@@ -142,29 +152,29 @@ def _sparse_binary_cross_entropy(
     once = (positive & ~again).to(z.dtype)
     if smoothing > 0:
         loss += smoothing * (once * chosen).sum() - spread * z.sum()
-    if not wanted:
+    if not requested:
         return loss, None
     gradient = z.sigmoid().sub_(spread).mul_(factor)
     return loss, gradient.scatter_add_(1, ids, once * (smoothing - 1) * factor)
 
 
 def _dense_binary_cross_entropy(
-    logits: Tensor, target: Tensor, smoothing: float, factor: float, wanted: bool
+    logits: Tensor, target: Tensor, smoothing: float, factor: float, requested: bool
 ) -> Part:
     z = _wide(logits)
     t = (target > 0).to(z.dtype).mul_(1 - smoothing).add_(smoothing / z.shape[1])
     loss = F.binary_cross_entropy_with_logits(z, t, reduction="sum")
-    return loss, (z.sigmoid().sub_(t).mul_(factor) if wanted else None)
+    return loss, (z.sigmoid().sub_(t).mul_(factor) if requested else None)
 
 
 def _base(
-    logits: Tensor, target: Target, base: str, smoothing: float, factor: float, wanted: bool
+    logits: Tensor, target: Target, base: str, smoothing: float, factor: float, requested: bool
 ) -> Part:
     if isinstance(target, Tensor) and target.dim() == 2:
         dense = _dense_cross_entropy if base == "ce" else _dense_binary_cross_entropy
-        return dense(logits, target, smoothing, factor, wanted)
+        return dense(logits, target, smoothing, factor, requested)
     sparse = _sparse_cross_entropy if base == "ce" else _sparse_binary_cross_entropy
-    return sparse(logits, *_ids_and_weights(target), smoothing, factor, wanted)
+    return sparse(logits, *_ids_and_weights(target), smoothing, factor, requested)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,18 +183,18 @@ def _base(
 
 
 def _dense_divergence(
-    logits: Tensor, teacher: Tensor, tau: float, factor: float, wanted: bool
+    logits: Tensor, teacher: Tensor, tau: float, factor: float, requested: bool
 ) -> Part:
     """KL(softmax(teacher / tau) || softmax(logits / tau)); gradient (p - q) / tau."""
     log_p = _log_softmax(logits, tau)
     log_q = _log_softmax(teacher.detach().to(log_p.dtype), tau)
     q = log_q.exp()
     loss = _dot(q, log_q.sub_(log_p))
-    return loss, (log_p.exp_().sub_(q).mul_(factor / tau) if wanted else None)
+    return loss, (log_p.exp_().sub_(q).mul_(factor / tau) if requested else None)
 
 
 def _topk_divergence(
-    logits: Tensor, teacher: TopK, tau: float, factor: float, wanted: bool
+    logits: Tensor, teacher: TopK, tau: float, factor: float, requested: bool
 ) -> Part:
     """KL with a top-k teacher in the tail mode it names.
 
@@ -219,7 +229,7 @@ def _topk_divergence(
         gradient = log_p.exp_().mul_(mass).sub_(r / outside).mul_(scale)
     else:
         gradient = log_p.exp_().mul_(mass * scale)
-    if not wanted:
+    if not requested:
         return loss, None
     return loss, gradient.scatter_(1, ids, (mass * picked.exp() - q) * scale)
 
@@ -236,14 +246,14 @@ def _hard_labels(teacher: Tensor | TopK) -> Tensor:
 
 
 def _distillation(
-    logits: Tensor, teacher: Tensor | TopK, kind: str, tau: float, factor: float, wanted: bool
+    logits: Tensor, teacher: Tensor | TopK, kind: str, tau: float, factor: float, requested: bool
 ) -> Part:
     if kind == "hard":
         ids = _hard_labels(teacher)[:, None]
-        return _sparse_cross_entropy(logits, ids, None, 0.0, factor, wanted)
+        return _sparse_cross_entropy(logits, ids, None, 0.0, factor, requested)
     if isinstance(teacher, TopK):
-        return _topk_divergence(logits, teacher, tau, factor, wanted)
-    return _dense_divergence(logits, teacher, tau, factor, wanted)
+        return _topk_divergence(logits, teacher, tau, factor, requested)
+    return _dense_divergence(logits, teacher, tau, factor, requested)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,27 +270,26 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = class_logits if class_logits is not None else distill_logits
         assert head is not None
-        rows, classes = head.shape
-        base_weight, distill_weight = (1 - alpha, alpha) if base and kind != "none" else (1.0, 1.0)
+        (base_mean, distill_mean), (base_weight, distill_weight) = factors(
+            len(head), head.shape[1], kind, base, reduction, alpha, tau
+        )
         total, base_loss, distill_loss = torch.zeros(
             3, dtype=_wide(head).dtype, device=head.device
         ).unbind()
         gradients: list[Tensor | None] = [None, None]
         if class_logits is not None and base:
-            mean = 1 / (max(rows, 1) * (classes if base == "bce" else 1))
             loss, gradients[0] = _base(
-                class_logits, target, base, smoothing, mean * base_weight, ctx.needs_input_grad[0]
-            )
-            base_loss = loss * mean
+                class_logits, target, base, smoothing, base_mean * base_weight,
+                ctx.needs_input_grad[0],
+            )  # fmt: skip
+            base_loss = loss * base_mean
             total = total.add(base_loss, alpha=base_weight)
         if distill_logits is not None and kind != "none":
-            mean = (
-                soft_factor(reduction, tau, rows, classes) if kind == "soft" else 1 / max(rows, 1)
-            )
             loss, gradients[1] = _distillation(
-                distill_logits, teacher, kind, tau, mean * distill_weight, ctx.needs_input_grad[1]
-            )
-            distill_loss = loss * mean
+                distill_logits, teacher, kind, tau, distill_mean * distill_weight,
+                ctx.needs_input_grad[1],
+            )  # fmt: skip
+            distill_loss = loss * distill_mean
             total = total.add(distill_loss, alpha=distill_weight)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (class_logits, distill_logits)]

@@ -282,7 +282,9 @@ class planned(Generic[P, T]):
                 descriptor.__dict__.update(fields, base=available[number])
                 values[position] = descriptor
             run(*values)
-        return new[0] if plan.results is None else tuple(new[: plan.results])  # type: ignore
+        if plan.results is None:
+            return new[0]  # type: ignore[return-value]
+        return tuple(new[: plan.results]) or None  # type: ignore[return-value]
 
     def _run_unplanned(self, key: tuple, arguments: tuple[Any, ...]) -> T:
         with recording() as recorded:
