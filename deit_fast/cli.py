@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from deit_fast import cache_verbs
 from deit_fast.arguments import HELP, parse, quiet_pipe
-from deit_fast.config import RunConfig, dotted_keys, load_config, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import dotted_keys, load_config, to_dict
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted

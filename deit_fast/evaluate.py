@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from deit_fast.config import RunConfig, from_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import from_dict
 from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
 from deit_fast.errors import InputError

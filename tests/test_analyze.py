@@ -22,7 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 pytest.importorskip("matplotlib")
 
 from deit_fast.cli import main
-from deit_fast.config import RunConfig, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.data.eval import eval_pixels
 from deit_fast.data.sources import ImageFolder
 from deit_fast.evaluate import build_model, evaluate

@@ -133,8 +133,10 @@ def test_level_table_is_the_normal_law(mean, std):
 
 
 def test_a_fixed_level_is_fixed():
-    recipe = ViewRecipe(randaugment_std=0.0, randaugment_magnitude=7.0, randaugment_prob=1.0)
-    rows = ViewPlan(recipe, 0, 64).rows(np.arange(64), np.zeros(64, int))
+    class Fixed(ViewRecipe):
+        randaugment_std, randaugment_prob = 0.0, 1.0
+
+    rows = ViewPlan(Fixed(randaugment_magnitude=7.0), 0, 64).rows(np.arange(64), np.zeros(64, int))
     assert (abs(rows["levels"].astype(int)) == 7 * LEVEL_ONE).all()
     assert (rows["operations"] > 0).all()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from deit_fast import cli
-from deit_fast.config import RunConfig, from_dict, load_config, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import from_dict, load_config, to_dict
 from deit_fast.errors import InputError
 from deit_fast.recipes import RECIPES
 
@@ -120,12 +121,12 @@ def resolved(capsys: pytest.CaptureFixture, *args: str) -> RunConfig:
 
 def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text('{"epochs": 7, "optim": {"eps": 1e-6}, "seed": 5}')
+    file.write_text('{"epochs": 7, "optim": {"clip_grad": 2.0}, "seed": 5}')
     recipe = RECIPES["digits_student"]()
     config = resolved(
         capsys, "train", "--recipe", "digits_student", "--config", str(file), "--seed", "9"
     )
-    assert config == recipe.replace(epochs=7, seed=9, optim={"eps": 1e-6})
+    assert config == recipe.replace(epochs=7, seed=9, optim={"clip_grad": 2.0})
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,7 +14,8 @@ from timm.data import mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
 
-from deit_fast.config import RunConfig, ViewRecipe, from_dict, to_dict
+from deit_fast.config import RunConfig, ViewRecipe
+from deit_fast.config_file import from_dict, to_dict
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
 from deit_fast.data.loader import make_batch
 from deit_fast.errors import InputError

@@ -161,22 +161,22 @@ def test_missing_root_setting_is_named():
 
 
 def test_synthetic_images_are_a_function_of_the_id():
-    data = DataConfig(source="synthetic", synthetic_samples=40, synthetic_classes=5)
+    data = DataConfig(source="synthetic", synthetic_samples=80)
     train, val = open_source(data, "train", SIZE), open_source(data, "val", SIZE)
-    assert (train.num_samples, val.num_samples, len(train.classes)) == (40, 10, 5)
-    images = [train.load(index) for index in range(40)]
+    assert (train.num_samples, val.num_samples, len(train.classes)) == (80, 20, 10)
+    images = [train.load(index) for index in range(80)]
     assert images[3].shape == (SIZE, SIZE, 3) and images[3].dtype == np.uint8
     assert (images[3] == open_source(data, "train", SIZE).load(3)).all()
-    assert len({image.tobytes() for image in images + [val.load(i) for i in range(10)]}) == 50
+    assert len({image.tobytes() for image in images + [val.load(i) for i in range(20)]}) == 100
     assert train.fingerprint() != val.fingerprint()
     # The nearest class mean in colour and stripe spectrum finds the class: there is much to learn.
     features = [np.abs(np.fft.fft2(image.mean(axis=2)))[:9, :9].ravel() for image in images]
     features = np.array(
         [[*f / f.sum(), *i.mean((0, 1)) / i.mean()] for f, i in zip(features, images, strict=True)]
     )
-    means = np.stack([features[:20][train.labels[:20] == label].mean(0) for label in range(5)])
-    nearest = np.abs(features[20:, None] - means).sum(2).argmin(1)
-    assert (nearest == train.labels[20:]).mean() > 0.8
+    means = np.stack([features[:40][train.labels[:40] == label].mean(0) for label in range(10)])
+    nearest = np.abs(features[40:, None] - means).sum(2).argmin(1)
+    assert (nearest == train.labels[40:]).mean() > 0.8
 
 
 # ---------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def table_cells(page: Path, column: int) -> list[str]:
 
 
 def test_flags_of_the_migration_tables_exist():
-    from deit_fast.config import dotted_keys
+    from deit_fast.config_file import dotted_keys
 
     known = {"--" + key.replace("_", "-") for key in dotted_keys()}
     cells = table_cells(ROOT / "docs" / "migration.md", 1)

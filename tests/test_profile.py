@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deit_fast import cli
-from deit_fast.config import to_dict
+from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
 from deit_fast.precompute import precompute
 from deit_fast.runtime.garbage import Collection

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from deit_fast.cli import main
-from deit_fast.config import RunConfig, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
 from deit_fast.tools import charts
 from deit_fast.tools.report import sections

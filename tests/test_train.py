@@ -49,7 +49,7 @@ def test_training_flops_are_those_of_the_published_table():
 
 
 def test_learning_rate_is_timms_cosine():
-    config = OptimConfig(lr=1e-3, lr_batch=256, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=2)
+    config = OptimConfig(lr=1e-3, lr_batch=256, min_lr=1e-5, warmup_epochs=2)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
     scheduler = CosineLRScheduler(

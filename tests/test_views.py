@@ -17,7 +17,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewRecipe, constants
 from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.errors import InputError
 from deit_fast.views import order as order_module
@@ -37,6 +37,11 @@ from helpers.images import digests, write_split
 
 DRAWS = 100_000
 SEED = 0x1234_5678_9ABC
+
+
+def view_with(constants: dict, **settings) -> ViewRecipe:
+    """A recipe with other constants than timm's."""
+    return type("Changed", (ViewRecipe,), constants)(**settings)
 
 
 def within(share: float, expected: float, count: int) -> bool:
@@ -218,7 +223,7 @@ def test_erasing_equals_plain_python(rows):
     ratio=st.sampled_from([(3 / 4, 4 / 3), (0.01, 0.02), (50.0, 100.0), (1.0, 1.0)]),
 )
 def test_crop_stays_inside_the_image(width, height, view, ratio):
-    plan = ViewPlan(ViewRecipe(crop_ratio=ratio), SEED, 64)
+    plan = ViewPlan(view_with({"crop_ratio": ratio}), SEED, 64)
     boxes = plan.crop_boxes(np.arange(64), np.full(64, view), [width] * 64, [height] * 64)
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
     assert (boxes[:, 0] + boxes[:, 2] <= width).all()
@@ -226,7 +231,7 @@ def test_crop_stays_inside_the_image(width, height, view, ratio):
 
 
 def test_fallback_takes_the_largest_centred_crop():
-    plan = ViewPlan(ViewRecipe(crop_scale=(1.0, 1.0), crop_ratio=(0.5, 0.75)), SEED, 3)
+    plan = ViewPlan(view_with({"crop_ratio": (0.5, 0.75)}, crop_scale=(1.0, 1.0)), SEED, 3)
     boxes = plan.crop_boxes(np.arange(3), [0, 0, 0], [1000, 10, 60], [100, 1000, 100])
     assert boxes[0].tolist() == [462, 0, 75, 100]  # too wide: width 100 * 0.75
     assert boxes[1].tolist() == [0, 490, 10, 20]  # too tall: height 10 / 0.5
@@ -292,7 +297,7 @@ def test_mixing_laws(rows):
     assert not rows["box"][rows["mix_kind"] == MIXUP].any()
     corrected = lam_of(rows, 224)[rows["mix_kind"] == CUTMIX]
     assert abs(corrected.mean() - 0.6826) < 0.005  # DeiT's form; timm's later one gives 0.6810
-    half = ViewPlan(ViewRecipe(mix_prob=0.3, switch_prob=0.9), SEED, DRAWS).rows(
+    half = ViewPlan(view_with({"switch_prob": 0.9}, mix_prob=0.3), SEED, DRAWS).rows(
         np.arange(DRAWS), 0
     )
     mixed = half["mix_kind"] != NO_MIX
@@ -467,7 +472,7 @@ def test_views_seeds_and_samples_differ():
 
 GOLDEN = """
 import hashlib, numpy as np
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewRecipe, constants
 from deit_fast.views.order import EpochOrder
 from deit_fast.views.plan import ViewPlan
 plan = ViewPlan(ViewRecipe(), 2026, 10_001)
@@ -506,12 +511,17 @@ def test_golden_plan_of_three_augment():
 
 def test_fingerprint_names_every_field_and_table():
     entries = fingerprint(ViewRecipe(), 7)
-    assert {f"view.{name}" for name in ViewRecipe.__dataclass_fields__} <= set(entries)
+    names = [*ViewRecipe.__dataclass_fields__, *constants(ViewRecipe)]
+    assert {f"view.{name}" for name in names} <= set(entries)
     assert entries["view.seed"] == 7 and entries["view.cutmix_form"] == "deit"
     assert entries["view.crop_scale"] == [0.08, 1.0]  # a list, as JSON reads it back
     assert len(entries["view.tables_sha256"]) == 2 * hashlib.sha256().digest_size
-    for change in ({"mixup_alpha": 0.7}, {"cutmix_alpha": 2.0}, {"crop_ratio": (0.7, 1.4)}):
-        other = fingerprint(ViewRecipe(**change), 7)
+    for changed in (
+        ViewRecipe(mixup_alpha=0.7),
+        ViewRecipe(cutmix_alpha=2.0),
+        view_with({"crop_ratio": (0.7, 1.4)}),
+    ):
+        other = fingerprint(changed, 7)
         assert other["view.tables_sha256"] != entries["view.tables_sha256"]
 
 

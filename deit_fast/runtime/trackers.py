@@ -24,7 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from deit_fast.config import TRACKERS, RunConfig, to_dict
+from deit_fast.config import TRACKERS, RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import write_json
 from deit_fast.runtime.metrics import METRICS, highest_steps

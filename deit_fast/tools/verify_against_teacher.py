@@ -12,7 +12,8 @@ import torch
 from deit_fast.cache import LogitCache
 from deit_fast.cache.compare import THRESHOLD, compare_answers
 from deit_fast.cache.pixels import pick_pixels
-from deit_fast.config import DataConfig, RunConfig, ViewRecipe, from_dict
+from deit_fast.config import DataConfig, RunConfig, ViewRecipe, constants
+from deit_fast.config_file import from_dict
 from deit_fast.data.fingerprint import require_same_pixels
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
@@ -31,7 +32,7 @@ def stored_recipe(cache: LogitCache) -> tuple[ViewRecipe, int]:
         CacheError: the fingerprint has none, as that of an imported cache.
     """
     found = cache.manifest["fingerprint"]
-    names = [item.name for item in fields(ViewRecipe)]
+    names = [*(item.name for item in fields(ViewRecipe)), *constants(ViewRecipe)]
     missing = [key for key in ("seed", *names) if f"view.{key}" not in found]
     if missing:
         raise CacheError(

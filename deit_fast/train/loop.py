@@ -11,7 +11,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from deit_fast.config import RunConfig, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
@@ -298,7 +299,7 @@ class _Run:
         self._save_at_the_end()
         self.rollbacks += 1
         if self.rollbacks > self.config.max_rollbacks:
-            raise FloatingPointError(f"{where}; max_rollbacks={self.config.max_rollbacks} is spent")
+            raise FloatingPointError(f"{where}; {self.config.max_rollbacks} rollbacks did not help")
         skipped = [*self.state.skipped, error.step]
         if not go_back(checkpoints, self.state):
             raise FloatingPointError(f"{where}; there is none yet to roll back to")

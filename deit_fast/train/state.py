@@ -12,7 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from deit_fast.config import RunConfig, dotted_keys, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import RETIRED, dotted_keys, to_dict
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_model
 from deit_fast.models.weights import load_weights, start_from
@@ -132,10 +133,11 @@ def go_back(folder: Path, state: TrainState) -> bool:
 def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     """Settings that differ; one that did not exist when the run began has its default there."""
     defaults, differing = json.loads(json.dumps(to_dict(RunConfig()))), []
-    for key in dotted_keys():
+    for key in [*dotted_keys(), *RETIRED]:
         if key in _FREE_TO_CHANGE:
             continue
-        old, new = (_look_up(values, key, _look_up(defaults, key)) for values in (saved, chosen))
+        default = RETIRED.get(key, _look_up(defaults, key))
+        old, new = (_look_up(values, key, default) for values in (saved, chosen))
         if old != new:
             differing.append(f"{key} {old!r} there, {new!r} here")
     return differing

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewRecipe, constants
 from deit_fast.errors import InputError
 from deit_fast.views.order import partner_table
 from deit_fast.views.rng import (
@@ -392,7 +392,7 @@ def fingerprint(view: ViewRecipe, seed: int) -> dict[str, Any]:
     """What two users of a cache must agree on about views: JSON values under dotted keys."""
     entries = {
         f"view.{name}": list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(view).items()
+        for name, value in (dataclasses.asdict(view) | constants(type(view))).items()
     }
     tables = [ratio_table(*view.crop_ratio), ratio_table(*view.erase_ratio)]
     tables += [beta_table(alpha) for alpha in (view.mixup_alpha, view.cutmix_alpha) if alpha > 0]

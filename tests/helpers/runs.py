@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit_fast.config import RunConfig, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.models import load_weights
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import read_metrics

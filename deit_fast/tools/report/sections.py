@@ -10,7 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from deit_fast.config import RunConfig, dotted_keys, to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import RETIRED, dotted_keys, to_dict
 from deit_fast.tools.charts import Line, dash, line_chart
 from deit_fast.tools.run_folder import Run, flatten, group, number, objects
 
@@ -517,7 +518,8 @@ def settings(runs: list[Run]) -> dict[str, Any]:
     rows = [
         [Cell(key, code=True), *(Cell(_setting(column.get(key))) for column in columns)]
         for key in keys
-        if key != "output" and len({json.dumps(column.get(key)) for column in compared}) > 1
+        if key != "output"
+        and len({json.dumps(column.get(key, RETIRED.get(key))) for column in compared}) > 1
     ]
     configs = [{"name": run.name, "text": json.dumps(run.config, indent=2)} for run in runs]
     table = Table(_heads("setting", runs), rows, "text")

@@ -1,0 +1,128 @@
+"""Configurations as dictionaries, JSON files and dotted keys such as `view.image_size`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from deit_fast.config import (
+    CodecConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ViewRecipe,
+    constants,
+)
+from deit_fast.errors import InputError, did_you_mean
+
+_GROUPS: dict[str, type] = {
+    "": RunConfig,
+    "view.": ViewRecipe,
+    "data.": DataConfig,
+    "model.": ModelConfig,
+    "loss.": LossConfig,
+    "optim.": OptimConfig,
+    "codec.": CodecConfig,
+}
+
+RETIRED: dict[str, Any] = {
+    prefix + name: list(value) if isinstance(value, tuple) else value
+    for prefix, cls in _GROUPS.items()
+    for name, value in constants(cls).items()
+} | {"optim.impl": "auto"}
+"""Settings of earlier versions by dotted key, each with the only value that it has now."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a config, ready for JSON (tuples become lists there)."""
+    return dataclasses.asdict(config)
+
+
+def dotted_keys() -> list[str]:
+    """The dotted keys of all settings."""
+    return [
+        prefix + item.name
+        for prefix, cls in _GROUPS.items()
+        for item in dataclasses.fields(cls)
+        if f"{item.name}." not in _GROUPS
+    ]
+
+
+def load_config(path: str, base: RunConfig) -> RunConfig:
+    """Read a JSON config file over ``base``; the file that every run writes is one."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} must hold a JSON object")
+    return from_dict(RunConfig, values, base=base)
+
+
+def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:
+    """Build a config from a nested dictionary, on top of ``base`` where given.
+
+    Raises:
+        InputError: an unknown key (the message names the nearest valid one), a value of the wrong
+            type, or another value of a retired setting than this version has.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]
+    changes = {}
+    for name, value in values.items():
+        key = prefix + name
+        if key in RETIRED:
+            if value != RETIRED[key]:
+                raise InputError(
+                    f"config key {key!r} is no longer a setting: its value is always "
+                    f"{RETIRED[key]}, not {value}; remove it, or use the version that wrote it"
+                )
+        elif name not in names:
+            valid = dict.fromkeys([*(prefix + n for n in names), *dotted_keys()])
+            raise InputError(f"unknown config key {key!r}{did_you_mean(key, valid)}")
+        elif dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise InputError(f"config key {key!r} is a group, not {value!r}")
+            inner = getattr(base, name) if base is not None else None
+            changes[name] = from_dict(hints[name], value, f"{key}.", inner)
+        else:
+            try:
+                changes[name] = _convert(hints[name], value)
+            except TypeError:
+                what = _type_name(hints[name])
+                raise InputError(f"config key {key!r} needs {what}, not {value!r}") from None
+    return dataclasses.replace(base, **changes) if base is not None else cls(**changes)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """A JSON value as a setting of type ``hint``. Raises TypeError where it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # `X | None`
+        return None if value is None else _convert(arguments[0], value)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) == len(value):
+            for item_hint, item in zip(hints, value, strict=True):
+                _convert(item_hint, item)
+            return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
