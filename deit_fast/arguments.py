@@ -1,9 +1,4 @@
-"""Command-line arguments to typed values: tyro reads them, and wrong ones become one clear line.
-
-tyro explains a mistake in a box of several lines. Here the tokens are split by flag first, which
-finds unknown flags and missing values; what tyro then refuses is judged flag by flag, so that the
-message names the one flag and its value.
-"""
+"""Command-line arguments as typed values, and errors about them in one line; tyro does the work."""
 
 from __future__ import annotations
 
@@ -12,42 +7,33 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from deit_fast.config import RunConfig
+from deit_fast.config_file import dotted_keys, load_config
 from deit_fast.errors import InputError, did_you_mean
+from deit_fast.recipes import find_recipe
 
 HELP = ("-h", "--help")
 
 
-class Option(NamedTuple):
-    """One flag of the command line with its tokens."""
-
-    flag: str  # as typed
-    hint: Any  # type of the value
-    values: list[str]
-
-
-def parse(
-    target: Callable[..., Any],
-    verb: str,
-    args: list[str],
-    default: Any = None,
-    description: str | None = None,
-) -> Any:
-    """Read ``args`` into a config dataclass, or into a call of a function that is yet to be made.
+def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any = None) -> Any:
+    """Read ``args`` into a dataclass, or into a deferred call of a function.
 
     Args:
         target: a dataclass; or a function whose positional-only parameters are positional
             arguments and whose keyword-only parameters are flags.
         verb: the verb, for messages and help.
         args: tokens after the verb.
-        default: instance of the dataclass that holds the defaults.
-        description: head of the help; none: the target's docstring.
+        default: instance of the dataclass with the default values.
 
     Returns:
         The dataclass instance, or ``functools.partial(function, ...)``.
@@ -57,270 +43,253 @@ def parse(
         SystemExit: status 0, after help was printed.
     """
     function = not inspect.isclass(target)
-    if function and not args and _needs_nothing(target):
-        return functools.partial(target)  # `doctor` has to answer where tyro is missing
+    if function and not args and _has_only_defaults(target):
+        return functools.partial(target)  # so that `doctor` works without tyro
     import tyro
 
-    spec = _deferred(target) if function else target
+    # tyro writes the switch that turns off `--model.fused` as `--model.no-fused`.
+    args = [re.sub(r"^--no-((?:\w+\.)+)", r"--\1no-", token) for token in args]
     keywords: dict[str, Any] = {} if function else {"default": default}
-    keywords |= {"prog": f"deit-fast {verb}", "description": description}
-    if any(token in HELP for token in args):
-        with quiet_pipe():
-            try:
-                tyro.cli(spec, args=["--help"], **keywords)
-            finally:
-                sys.stdout.flush()
-        raise SystemExit(0)
-    flags, positional = _function_hints(target) if function else (_class_hints(target), {})
-    values, options = _split(args, flags, positional, verb)
-    given = {_plain_flag(option.flag).removeprefix("--") for option in options}
-    for name in _required_flags(target) if function else []:
-        if name not in given:
-            raise InputError(f"{verb} needs --{name}; see `deit-fast {verb} --help`")
-    # positional arguments first: tyro wants them side by side
-    ordered = values + [t for o in options for t in (_for_tyro(o.flag, flags), *o.values)]
-    boxes = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxes):
-            return tyro.cli(spec, args=ordered, **keywords)
-    except SystemExit as stop:
-        if (refusal := _input_error(stop)) is not None:
-            raise InputError(str(refusal)) from None
-    for option in options:
-        _judge(option)
-    raise InputError(f"cannot read the arguments: {_one_line(boxes.getvalue())}")
+    keywords |= {"prog": f"deit-fast {verb}", "registry": _value_types()}
+    box = io.StringIO()
+    with contextlib.redirect_stderr(box), quiet_pipe():
+        try:
+            return tyro.cli(_deferred(target) if function else target, args=args, **keywords)
+        except SystemExit as stop:
+            if stop.code:
+                flags = [*inspect.signature(target).parameters]
+                flags += dotted_keys() if isinstance(default, RunConfig) else []
+                message = _explain(box.getvalue(), args, flags)
+                message += f"; see `deit-fast {verb} --help`"
+                raise _input_error(stop) or InputError(message) from None
+            sys.stdout.flush()
+    raise SystemExit(0)
 
 
-def _needs_nothing(function: Callable[..., Any]) -> bool:
+def _has_only_defaults(function: Callable[..., Any]) -> bool:
     parameters = inspect.signature(function).parameters.values()
     return all(p.default is not p.empty for p in parameters)
 
 
-def _required_flags(function: Callable[..., Any]) -> list[str]:
-    return [
-        _plain_flag(name)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-    ]
-
-
 def _deferred(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the same signature that only remembers its arguments."""
+    """A function with the same signature and help that only stores its arguments."""
     import tyro
 
-    def remember(*args: Any, **keywords: Any) -> Any:
+    def deferred(*args: Any, **keywords: Any) -> Any:
         return functools.partial(function, *args, **keywords)
 
     hints = typing.get_type_hints(function)
-    parameters = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints[name]
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            hint = Annotated[hint, tyro.conf.arg(metavar=_metavar(name, hint))]
-        parameters.append(parameter.replace(annotation=hint))
-    remember.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    remember.__annotations__ = {p.name: p.annotation for p in parameters}
-    remember.__doc__ = function.__doc__
-    return remember
+    parameters = inspect.signature(function).parameters.values()
+    for name in (p.name for p in parameters if p.kind is p.POSITIONAL_ONLY):
+        hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+    deferred.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    deferred.__annotations__, deferred.__doc__ = hints, function.__doc__
+    return deferred
 
 
-def _class_hints(cls: Any, prefix: str = "") -> dict[str, Any]:
-    flags = {}
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            flags.update(_class_hints(hint, f"{prefix}{item.name}."))
-        else:
-            flags[(prefix + item.name).replace("_", "-")] = hint
-    return flags
+def _value_types() -> Any:
+    """tyro's types, but with numbers that explain themselves and `none` for optional values."""
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+    )
 
+    registry = ConstructorRegistry()
 
-def _function_hints(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    hints = typing.get_type_hints(function)
-    flags, positional = {}, {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            positional[name] = hints[name]
-        else:
-            flags[name.replace("_", "-")] = hints[name]
-    return flags, positional
+    @registry.primitive_rule
+    def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type not in (int, float):
+            return None
+        what = "a whole number" if info.type is int else "a number"
 
+        def read(values: list[str]) -> Any:
+            try:
+                return info.type(values[0])
+            except ValueError:
+                raise ValueError(f"needs {what}, not {values[0]!r}") from None
 
-def _split(
-    args: list[str], flags: dict[str, Any], positional: dict[str, Any], verb: str
-) -> tuple[list[str], list[Option]]:
-    """Positional values, and flags with their values; finds all mistakes but wrong values."""
-    values: list[str] = []
-    options: list[Option] = []
-    queue = list(args)
-    flag = ""
-    places = []
-    while queue:
-        token = queue.pop(0)
-        if not _is_flag(token):
-            values.append(token)
-            places.append(f" after {flag}" if flag else "")
-            continue
-        flag, equals, value = token.partition("=")
-        hint = _hint(flag, flags, verb)
-        if equals:
-            queue.insert(0, value)
-        taken = _take(queue, hint, forced=bool(equals))
-        if not taken and hint is not bool:
-            raise InputError(f"{flag} needs {describe(hint)}, but got no value")
-        options.append(Option(flag, hint, taken))
-    if len(values) < len(positional):
-        name = list(positional)[len(values)]
-        missing = _metavar(name, positional[name])
-        raise InputError(f"{verb} needs {missing}; see `deit-fast {verb} --help`")
-    if len(values) > len(positional) and not any(map(_repeats, positional.values())):
-        _refuse_extra(values[len(positional)], places[len(positional)], flags)
-    return values, options
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=info.type.__name__.upper(),
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, (int, info.type)),
+            str_from_instance=lambda value: [str(value)],
+        )
 
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kinds = [kind for kind in typing.get_args(info.type) if kind is not type(None)]
+        is_union = info.type_origin in (typing.Union, types.UnionType)
+        if not is_union or len(kinds) != 1:
+            return None
+        inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], set()))
+        assert isinstance(inner, PrimitiveConstructorSpec)
 
-def _is_flag(token: str) -> bool:
-    return token.startswith("-") and len(token) > 1 and not _is_number(token)
+        def read(values: list[str]) -> Any:
+            if values in (["none"], ["None"]):
+                return None
+            try:
+                return inner.instance_from_str(values)
+            except ValueError as error:
+                raise ValueError(f"{error} (or none)") from None
 
+        return PrimitiveConstructorSpec(
+            nargs=inner.nargs,
+            metavar=f"{inner.metavar}|none",
+            instance_from_str=read,
+            is_instance=lambda value: value is None or inner.is_instance(value),
+            str_from_instance=lambda v: ["none"] if v is None else inner.str_from_instance(v),
+        )
 
-def _is_number(token: str) -> bool:
-    try:
-        float(token)
-    except ValueError:
-        return False
-    return True
-
-
-def _repeats(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis
-
-
-def _metavar(name: str, hint: Any) -> str:
-    return f"{name.removesuffix('s').upper()}..." if _repeats(hint) else name.upper()
-
-
-def _plain_flag(flag: str) -> str:
-    return flag.replace("_", "-")
-
-
-def _hint(flag: str, flags: dict[str, Any], verb: str) -> Any:
-    name = _plain_flag(flag).removeprefix("--")
-    if flag.startswith("--"):
-        if name in flags:
-            return flags[name]
-        if _switched_off(name, flags) is not None:
-            return bool
-    valid = [*flags, *(f"no-{flag}" for flag, hint in flags.items() if hint is bool)]
-    near = did_you_mean(name.lstrip("-"), valid, prefix="--")
-    raise InputError(f"unknown flag {flag}{near}; see `deit-fast {verb} --help`")
-
-
-def _switched_off(name: str, flags: dict[str, Any]) -> str | None:
-    """The switch that `no-model.fused`, or `model.no-fused` as tyro writes it, turns off."""
-    group, dot, last = name.rpartition(".")
-    for plain in (name.removeprefix("no-"), f"{group}{dot}{last.removeprefix('no-')}"):
-        if plain != name and flags.get(plain) is bool:
-            return plain
-    return None
-
-
-def _for_tyro(flag: str, flags: dict[str, Any]) -> str:
-    """The flag as tyro reads it: `no-` stands behind the names of groups."""
-    plain = _plain_flag(flag)
-    off = None if plain[2:] in flags else _switched_off(plain[2:], flags)
-    if off is None:
-        return plain
-    group, dot, last = off.rpartition(".")
-    return f"--{group}{dot}no-{last}"
-
-
-def _take(queue: list[str], hint: Any, forced: bool) -> list[str]:
-    """Remove a flag's values from the queue; ``forced``: the first was joined to it by `=`."""
-    count = _arity(hint)
-    taken = [queue.pop(0)] if forced else []
-    while queue and len(taken) < count and not _is_flag(queue[0]):
-        taken.append(queue.pop(0))
-    return taken
-
-
-def _arity(hint: Any) -> float:
-    """How many tokens a value of this type takes at most."""
-    if hint is bool:
-        return 0
-    options = [option for option in _options(hint) if option is not type(None)]
-    if len(options) == 1 and typing.get_origin(options[0]) is tuple:
-        return float("inf") if _repeats(options[0]) else len(typing.get_args(options[0]))
-    return 1
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _refuse_extra(token: str, place: str, flags: dict[str, Any]) -> None:
-    name, equals, value = token.partition("=")
-    hint = did_you_mean(_plain_flag(name), flags, prefix="--") if equals else ""
-    hint = hint.replace("?)", f" {value}?)")
-    raise InputError(f"unexpected argument {token!r}{place}{hint}")
-
-
-def _judge(option: Option) -> None:
-    """Raise InputError if tyro refuses this flag's value."""
-    import tyro
-
-    given = " ".join(option.values)
-    if option.hint is bool:
-        if option.values:
-            name = _plain_flag(option.flag).removeprefix("--").removeprefix("no-")
-            switches = f"write --{name} or --no-{name}"
-            raise InputError(f"{option.flag} takes no value, not {given!r}; {switches}")
-        return
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            tyro.cli(option.hint, args=option.values)
-    except SystemExit:
-        message = f"{option.flag} needs {describe(option.hint)}, not {given!r}"
-        raise InputError(message) from None
-
-
-def describe(hint: Any) -> str:
-    """A type in plain words: `a whole number`, `one of auto, cpu, cuda`, `2 numbers`."""
-    options = _options(hint)
-    if len(options) > 1:
-        return " or ".join("None" if o is type(None) else describe(o) for o in options)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        count = "one or more" if items[-1] is Ellipsis else str(len(items))
-        if typing.get_origin(items[0]) is Literal:
-            return f"{count} of {', '.join(map(str, typing.get_args(items[0])))}"
-        things = {int: "whole numbers", str: "names"}.get(items[0], "numbers")
-        return f"{count} {things}"
-    words = {int: "a whole number", float: "a number", str: "a value", bool: "no value"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+    return registry
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """The refusal of a config class behind tyro's exit."""
+    """The InputError of a config class that made tyro exit."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _one_line(box: str) -> str:
-    words = "".join(" " if c in "╭╮╰╯─│\n" else c for c in box).split()
-    return " ".join(words)
+# tyro's wording -> ours; a text that matches none stays as it is
+_REWORDED = [
+    (r"^Error parsing (--\S+): ", r"\1 "),
+    (r"^Missing from deit-fast (.+?): (.+?) \(required\)", r"\1 needs \2"),
+    (r"^Missing value for argument '(\S+)'\. Expected (\d+) values", r"\1 needs \2 value(s)"),
+    (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
+     r"\2 needs one of \3, not \1"),
+    (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
+]  # fmt: skip
+
+
+def _explain(box: str, args: list[str], flags: Iterable[str]) -> str:
+    """tyro's message in one line, and for an unknown flag the nearest of ``flags``."""
+    text = re.sub("[│╭╮╰╯]", " ", box)
+    # the frame has a title, a rule, the message, and perhaps more parts after more rules
+    message = " ".join(re.split("[─-]{5,}", text)[1].split()).rstrip(".")
+    for pattern, replacement in _REWORDED:
+        message = re.sub(pattern, replacement, message)
+    unknown = re.match(r"Unrecognized options: (\S+?)(,|$)", message)
+    if unknown is None:
+        return message
+    words = [word for token in args for word in token.split("=", 1)]
+    index = words.index(unknown[1]) if unknown[1] in words else 0
+    after = f" after {words[index - 1]}" if index and words[index - 1].startswith("--") else ""
+    if not unknown[1].startswith("-"):
+        return f"unexpected argument {unknown[1]!r}{after}"
+    valid = [flag.replace("_", "-") for flag in flags]
+    name = unknown[1].lstrip("-").replace("_", "-")
+    return f"unknown flag {unknown[1]}{did_you_mean(name, valid, prefix='--')}"
 
 
 @contextlib.contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Around writes to stdout: a reader that left, as `| head -1` does, is no error."""
+    """Around writes to stdout: a reader that closed the pipe, as `| head -1` does, is no error."""
     try:
         yield
     except OSError as error:
-        # Python would write the rest again at exit, and fail again
+        # Python would write the rest again at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings of a run
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(RunConfig):
+    """Train a student against a teacher, or against its cached logits.
+
+    Settings come from --recipe, then --config, then the flags: the command line wins.
+    """
+
+    recipe: str = "custom"
+    """Start from this recipe; `deit-fast recipes list` names them."""
+    config: str | None = None
+    """Start from this JSON file, such as the config.json that every run writes."""
+    print_config: bool = False
+    """Print the resolved settings as JSON, ready for --config, and exit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeArguments(TrainArguments):
+    """Write a teacher's logits for every augmented view into a cache.
+
+    Settings come from --recipe, then --config, then the flags: the command line wins.
+    """
+
+    views: str | None = None
+    """Only the views A to B-1, written A:B; none: all views that the run needs."""
+    dry_run: bool = False
+    """Print bytes, blocks and time, measured on one batch, and write nothing."""
+
+
+Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
+
+
+def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arguments, RunConfig]:
+    """All arguments of a verb, and the run's settings: recipe, then config file, then flags."""
+    base = RunConfig()
+    if name := _last_value(args, "--recipe"):
+        base = find_recipe(name)()
+    if path := _last_value(args, "--config"):
+        base = load_config(path, base)
+    arguments = parse(cls, verb, args, default=cls(**_fields(base)))
+    return arguments, RunConfig(**_fields(arguments))
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(RunConfig)}
+
+
+def _last_value(args: list[str], flag: str) -> str | None:
+    words = [word for token in args for word in token.split("=", 1)]
+    found = [value for word, value in itertools.pairwise(words) if word == flag]
+    return found[-1] if found else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
+
+
+def columns(rows: Sequence[tuple[str, str]], indent: str = "") -> str:
+    """Names and values, one pair a line, the values aligned."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{indent}{name:<{width}}  {text}".rstrip() for name, text in rows)
+
+
+def plain(value: Any) -> str:
+    """A value without brackets, `none` for None."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(plain, value))
+    return "none" if value is None else str(value)
+
+
+def size_text(count: float) -> str:
+    """`17 bytes`, `1.5 MiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def view_range(text: str | None) -> range | None:
+    """The value of `--views A:B`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise InputError(f"--views needs A:B, two whole numbers with A < B, not {text!r}")
+    return range(int(start), int(stop))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.errors import InputError
-from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
+from deit_fast.arguments import columns, plain, size_text, view_range
+from deit_fast.errors import CheckFailed, InputError
 
 BINS = 12  # of the histogram of entropies
 
@@ -19,7 +19,7 @@ def info(
     data_root: str | None = None,
     train: str | None = None,
     html: str | None = None,
-) -> Outcome:
+) -> str:
     """Say what a cache holds: codec, views, fingerprint, and what its teacher is like.
 
     Entropy and agreement with the labels come from up to 8,192 records of 64 random blocks.
@@ -66,7 +66,7 @@ def info(
         from deit_fast.tools.report.page import build_cache_page
 
         write_atomically(Path(html), build_cache_page(rows, counts, fingerprint).encode())
-    return Outcome(f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}")
+    return f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}"
 
 
 def verify(
@@ -80,7 +80,7 @@ def verify(
     threshold: float = 1e-3,
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> Outcome:
+) -> str:
     """Check every block of a cache against its checksum; exit status 1 where one is bad.
 
     With a teacher, some records are made again from the images and compared: exit status 1 where
@@ -132,10 +132,12 @@ def verify(
                       f"allowed {worst['allowed']:.3g}"),
         ]  # fmt: skip
         ok = again["failed"] == 0
-    return Outcome(columns(rows), status=0 if ok else 1)
+    if not ok:
+        raise CheckFailed(columns(rows))
+    return columns(rows)
 
 
-def export(path: str, /, *, out: str, views: str | None = None) -> Outcome:
+def export(path: str, /, *, out: str, views: str | None = None) -> str:
     """Write a cache as Parquet, or as dense tensors in a .safetensors or .pt file.
 
     Args:
@@ -149,10 +151,10 @@ def export(path: str, /, *, out: str, views: str | None = None) -> Outcome:
     result = run(path, out, wanted)
     rows = [("wrote", result["out"]), ("records", str(result["records"])),
             ("size", size_text(result["bytes"]))]  # fmt: skip
-    return Outcome(columns(rows))
+    return columns(rows)
 
 
-def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> Outcome:
+def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> str:
     """Import TinyViT's stored logits, for `info` and `export` only: no run can use them.
 
     Their views come from seeds of TinyViT's own augmentation code, which this project's loader
@@ -168,7 +170,7 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> Outcome:
     result = run(folder, out, num_classes)
     rows = [("cache", out), ("views", str(result["views"])), ("samples", str(result["samples"])),
             ("dropped", f"{result['dropped']} keys that not every epoch has")]  # fmt: skip
-    return Outcome(columns(rows))
+    return columns(rows)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """The command line: ``deit-fast VERB``, the same as ``python -m deit_fast VERB``.
 
-A verb is a function of its raw arguments that returns the text for stdout; what it needs is
-imported inside it, so that help and errors answer without torch. Wrong input is one line on stderr
-and exit status 2, a loss that is not finite and memory that ran out one line and 1, a run that
-SIGTERM ended 75, an interrupt 130; any other exception is a bug and shows its traceback.
+A verb is a function that returns its text for stdout. Its imports are inside it, so that help and
+errors need no torch. Wrong input is one line on stderr and exit status 2. A failed check, a loss
+that is not finite and exhausted memory are status 1; a run that SIGTERM ended is 75, an interrupt
+130. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import inspect
@@ -18,113 +17,39 @@ import os
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deit_fast import cache_verbs
-from deit_fast.arguments import HELP, parse, quiet_pipe
+from deit_fast.arguments import (
+    HELP,
+    PrecomputeArguments,
+    TrainArguments,
+    columns,
+    parse,
+    plain,
+    quiet_pipe,
+    read_settings,
+    size_text,
+    view_range,
+)
 from deit_fast.config import RunConfig
-from deit_fast.config_file import dotted_keys, load_config, to_dict
-from deit_fast.errors import InputError, did_you_mean
-from deit_fast.outcome import Outcome, columns, plain, size_text, view_range
+from deit_fast.config_file import dotted_keys, to_dict
+from deit_fast.errors import CheckFailed, InputError, did_you_mean
+from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
-
-# ---------------------------------------------------------------------------------------------
-# Arguments of the verbs
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments(RunConfig):
-    """Train a student against a teacher, or against its cached logits.
-
-    Settings come from --recipe, then --config, then the flags: the command line wins.
-    """
-
-    recipe: str = "custom"
-    """Start from this recipe; `deit-fast recipes list` names them."""
-    config: str | None = None
-    """Start from this JSON file, such as the config.json that every run writes."""
-    print_config: bool = False
-    """Print the resolved settings as JSON, ready for --config, and exit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecomputeArguments(TrainArguments):
-    """Write a teacher's answers about every augmented view into a cache.
-
-    Settings come from --recipe, then --config, then the flags: the command line wins.
-    """
-
-    views: str | None = None
-    """Only the views A to B-1, written A:B; none: all views that the run needs."""
-    dry_run: bool = False
-    """Print bytes, blocks and time, measured on one batch, and write nothing."""
-
-
-Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
-
-
-def _run_arguments(cls: type[Arguments], verb: str, args: list[str]) -> Arguments:
-    """Recipe, then config file, then flags."""
-    base = RunConfig()
-    if name := _flag_value(args, "recipe"):
-        base = _recipe(name)()
-    if path := _flag_value(args, "config"):
-        base = load_config(path, base)
-    return parse(cls, verb, args, default=cls(**_fields(base)))
-
-
-def _fields(config: RunConfig) -> dict[str, Any]:
-    return {item.name: getattr(config, item.name) for item in dataclasses.fields(RunConfig)}
-
-
-def _flag_value(args: list[str], name: str) -> str | None:
-    value = None
-    for index, token in enumerate(args):
-        if token.startswith(f"--{name}="):
-            value = token.partition("=")[2]
-        elif token == f"--{name}" and index + 1 < len(args):
-            value = args[index + 1]
-    return value
-
-
-def _recipe(name: str) -> Callable[[], RunConfig]:
-    from deit_fast.recipes import RECIPES
-
-    if name not in RECIPES:
-        hint = did_you_mean(name, RECIPES)
-        raise InputError(f"unknown recipe {name!r}{hint}; see `deit-fast recipes list`")
-    return RECIPES[name]
-
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
 # ---------------------------------------------------------------------------------------------
 
-Verb = Callable[[list[str]], Outcome]
 
-
-def _typed(verb: str) -> Callable[[Callable[..., Outcome]], Verb]:
-    """Turn a typed function into a verb; positional-only parameters are positional arguments."""
-
-    def wrap(function: Callable[..., Outcome]) -> Verb:
-        @functools.wraps(function)
-        def call(args: list[str]) -> Outcome:
-            return typing.cast(Outcome, parse(function, verb, args)())
-
-        return call
-
-    return wrap
-
-
-def demo(args: list[str]) -> Outcome:
+def demo(args: list[str]) -> str:
     """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
     from deit_fast.tools.demo import DemoConfig
     from deit_fast.tools.demo import demo as run
 
-    config = parse(DemoConfig, "demo", args, default=DemoConfig(), description=demo.__doc__)
+    config = parse(DemoConfig, "demo", args, default=DemoConfig())
     result = run(config)
     rows = [
         (
@@ -140,35 +65,33 @@ def demo(args: list[str]) -> Outcome:
         *(("observed", line) for line in result["observed"]),
         ("report", str(result["report"])),
     ]
-    return Outcome(columns(rows))
+    return columns(rows)
 
 
-def train(args: list[str]) -> Outcome:
+def train(args: list[str]) -> str:
     """Train a student against a teacher, or against its cached logits."""
-    arguments = _run_arguments(TrainArguments, "train", args)
-    config = RunConfig(**_fields(arguments))
+    arguments, config = read_settings(TrainArguments, "train", args)
     if arguments.print_config:
-        return Outcome(json.dumps(to_dict(config), indent=2))
+        return json.dumps(to_dict(config), indent=2)
     from deit_fast.train.loop import train as run
 
-    return Outcome(summary({"run": config.output, **run(config)}))
+    return summary({"run": config.output, **run(config)})
 
 
-def precompute(args: list[str]) -> Outcome:
-    """Write a teacher's answers about every augmented view into a cache."""
-    arguments = _run_arguments(PrecomputeArguments, "precompute", args)
-    config = RunConfig(**_fields(arguments))
+def precompute(args: list[str]) -> str:
+    """Write a teacher's logits for every augmented view into a cache."""
+    arguments, config = read_settings(PrecomputeArguments, "precompute", args)
     views = view_range(arguments.views)
     if arguments.print_config:
-        return Outcome(json.dumps(to_dict(config), indent=2))
+        return json.dumps(to_dict(config), indent=2)
     if arguments.dry_run:
         return _dry_run(config, views)
     from deit_fast.precompute import precompute as run
 
-    return Outcome(summary({"cache": config.cache, **run(config, views)}))
+    return summary({"cache": config.cache, **run(config, views)})
 
 
-def _dry_run(config: RunConfig, views: range | None) -> Outcome:
+def _dry_run(config: RunConfig, views: range | None) -> str:
     from deit_fast.precompute import duration, estimate
 
     found = estimate(config, views)
@@ -185,10 +108,9 @@ def _dry_run(config: RunConfig, views: range | None) -> Outcome:
                      f"{found['loader_seconds']:.3g} s (shared by {config.data.workers} workers), "
                      f"teacher {found['teacher_seconds']:.3g} s"),
     ]  # fmt: skip
-    return Outcome(columns(rows))
+    return columns(rows)
 
 
-@_typed("evaluate")
 def evaluate(
     run: str,
     /,
@@ -197,7 +119,7 @@ def evaluate(
     batch_size: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ema: bool = False,
-) -> Outcome:
+) -> str:
     """Measure the accuracy of a finished run.
 
     Args:
@@ -212,10 +134,9 @@ def evaluate(
     from deit_fast.evaluate import evaluate as measure
 
     result = measure(run, data_root=data_root, batch_size=batch_size, device=device, ema=ema)
-    return Outcome(summary({"run": run, **result}))
+    return summary({"run": run, **result})
 
 
-@_typed("analyze")
 def analyze(
     runs: tuple[str, ...],
     /,
@@ -228,7 +149,7 @@ def analyze(
     maps: int = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: str | None = None,
-) -> Outcome:
+) -> str:
     """Look into finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
 
     Writes RUN/analysis/ with figures and pictures, which `deit-fast report` shows. Runs on the
@@ -248,12 +169,12 @@ def analyze(
     for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
         if value is not None and value < least:
             raise InputError(f"--{flag} must be at least {least}, not {value}")
+    paths = _folders("analyze", runs)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.summary import write_summary
     from deit_fast.tools.analysis.table import render
     from deit_fast.tools.run_folder import short_names
 
-    paths = [Path(run) for run in runs]
     results = measure(
         paths, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
         sample=sample, maps=maps, device=device,
@@ -262,10 +183,15 @@ def analyze(
         write_summary(results, Path(out))
     text = render(results, short_names(paths), tty=sys.stdout.isatty())
     written = [*(f"{path}/analysis" for path in paths), *([out] if out else [])]
-    return Outcome(f"{text}\nwrote {', '.join(written)}")
+    return f"{text}\nwrote {', '.join(written)}"
 
 
-@_typed("pack")
+def _folders(verb: str, runs: tuple[str, ...]) -> list[Path]:
+    if not runs:
+        raise InputError(f"{verb} needs the folder of a run; see `deit-fast {verb} --help`")
+    return [Path(run) for run in runs]
+
+
 def pack(
     root: str,
     out: str,
@@ -278,7 +204,7 @@ def pack(
     train: str = "train",
     val: str = "val",
     workers: int = 4,
-) -> Outcome:
+) -> str:
     """Decode each image once and write shards that load without decoding.
 
     For hosts whose cores cannot keep up. `--data.source packed --data.root OUT` reads them. The
@@ -301,13 +227,12 @@ def pack(
     data = DataConfig(root=root, source=source, train=train, val=val, workers=workers)
     result = write(data, out, form=form, short_side=short_side, quality=quality)
     unreadable = len(result.pop("unreadable"))
-    return Outcome(summary({**result, "unreadable": unreadable}))
+    return summary({**result, "unreadable": unreadable})
 
 
-@_typed("report")
 def report(
     runs: tuple[str, ...], /, *, out: str = "report.html", title: str = "deit_fast runs"
-) -> Outcome:
+) -> str:
     """Write one self-contained HTML page about one or more runs.
 
     Args:
@@ -315,14 +240,14 @@ def report(
         out: File to write.
         title: Heading of the page.
     """
+    paths = _folders("report", runs)
     from deit_fast.tools.report.page import write_report
 
-    write_report([Path(run) for run in runs], Path(out), title)
-    return Outcome(f"wrote {out}")
+    write_report(paths, Path(out), title)
+    return f"wrote {out}"
 
 
-@_typed("doctor")
-def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> Outcome:
+def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> str:
     """Say what this machine has, what is slow on it, and what to do about it.
 
     Args:
@@ -339,27 +264,26 @@ def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> O
 
         path = Path("deit-fast-report.txt")
         write_report(findings, Path(output), path)
-        return Outcome(f"wrote {path}; read it before you send it")
-    return Outcome(render(findings, tty=sys.stdout.isatty()), int(has_problem(findings)))
+        return f"wrote {path}; read it before you send it"
+    text = render(findings, tty=sys.stdout.isatty())
+    if has_problem(findings):
+        raise CheckFailed(text)
+    return text
 
 
-@_typed("recipes list")
-def recipes_list() -> Outcome:
+def recipes_list() -> str:
     """List the named run configurations."""
-    from deit_fast.recipes import RECIPES
-
-    rows = [(name, _first_line(function)) for name, function in RECIPES.items()]
-    return Outcome(columns(rows))
+    docs = {name: inspect.getdoc(function) or "" for name, function in RECIPES.items()}
+    return columns([(name, doc.partition("\n")[0]) for name, doc in docs.items()])
 
 
-@_typed("recipes show")
-def recipes_show(name: str, /) -> Outcome:
+def recipes_show(name: str, /) -> str:
     """Show a recipe: its command, time and accuracy, and the settings that it changes.
 
     Args:
         name: Name of the recipe.
     """
-    function = _recipe(name)
+    function = find_recipe(name)
     config, default = function(), RunConfig()
     rows = [
         (key, plain(_lookup(config, key)))
@@ -369,10 +293,10 @@ def recipes_show(name: str, /) -> Outcome:
     text = (
         f"{name}\n\n{inspect.getdoc(function) or ''}\n\nSettings that differ from the defaults:\n"
     )
-    return Outcome(text + columns(rows, indent="  "))
+    return text + columns(rows, indent="  ")
 
 
-VERBS: dict[str, Verb] = {
+VERBS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "pack": pack,
     "train": train,
@@ -380,25 +304,26 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "analyze": analyze,
     "report": report,
-    "cache info": _typed("cache info")(cache_verbs.info),
-    "cache verify": _typed("cache verify")(cache_verbs.verify),
-    "cache export": _typed("cache export")(cache_verbs.export),
-    "cache import-tinyvit": _typed("cache import-tinyvit")(cache_verbs.import_tinyvit),
+    "cache info": cache_verbs.info,
+    "cache verify": cache_verbs.verify,
+    "cache export": cache_verbs.export,
+    "cache import-tinyvit": cache_verbs.import_tinyvit,
     "doctor": doctor,
     "recipes list": recipes_list,
     "recipes show": recipes_show,
 }
+_READ_THEIR_ARGUMENTS = ("demo", "train", "precompute")
 
 # ---------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------
 
 
-def overview() -> str:
-    """The answer to `deit-fast --help`."""
-    rows = [(verb, _first_line(function)) for verb, function in VERBS.items()]
+def overview(group: str = "") -> str:
+    """The text of `deit-fast --help`, or of `deit-fast GROUP --help`."""
+    rows = [(verb, _purpose(verb)) for verb in VERBS if verb.startswith(group)]
     return (
-        "usage: deit-fast VERB ...\n\n"
+        f"usage: deit-fast {group}VERB ...\n\n"
         "Distillation engine for vision transformers.\n\n"
         f"{columns(rows, indent='  ')}\n\n"
         "`deit-fast VERB --help` lists a verb's flags, `deit-fast --version` the version.\n"
@@ -419,8 +344,8 @@ def summary(result: dict[str, Any]) -> str:
     return columns(rows)
 
 
-def _first_line(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+def _purpose(verb: str) -> str:
+    return (inspect.getdoc(VERBS[verb]) or "").partition("\n")[0]
 
 
 def _lookup(config: Any, key: str) -> Any:
@@ -447,11 +372,14 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
     try:
-        outcome = _dispatch(words)
+        try:
+            text, status = _dispatch(words), 0
+        except CheckFailed as failed:
+            text, status = str(failed), 1
         if _rank() == 0:
             with quiet_pipe():
-                print(outcome.text, flush=True)
-        return outcome.status
+                print(text, flush=True)
+        return status
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
@@ -481,33 +409,29 @@ def _log_to_stderr() -> None:
     logging.getLogger("deit_fast").setLevel(logging.WARNING if _rank() else logging.INFO)
 
 
-def _dispatch(words: list[str]) -> Outcome:
+def _dispatch(words: list[str]) -> str:
+    """Find the verb, of one or two words, and run it with the rest."""
     if not words or words[0] in HELP:
-        return Outcome(overview())
+        return overview()
     if words[0] == "--version":
-        return Outcome(f"deit-fast {version()}")
-    groups = {verb.split()[0] for verb in VERBS if " " in verb}
-    if words[0] in groups:
-        return _dispatch_group(words[0], words[1:])
-    if words[0] not in VERBS:
-        known = [verb for verb in VERBS if " " not in verb] + sorted(groups)
-        hint = did_you_mean(words[0], known)
+        return f"deit-fast {version()}"
+    for length in (2, 1):
+        verb, args = " ".join(words[:length]), words[length:]
+        if verb in _READ_THEIR_ARGUMENTS:
+            return VERBS[verb](args)
+        if verb in VERBS:
+            return typing.cast(str, parse(VERBS[verb], verb, args)())
+    members = [verb for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    if not members:
+        hint = did_you_mean(words[0], {verb.split()[0] for verb in VERBS})
         raise InputError(f"unknown verb {words[0]!r}{hint}; see `deit-fast --help`")
-    return VERBS[words[0]](words[1:])
-
-
-def _dispatch_group(group: str, words: list[str]) -> Outcome:
-    members = [verb.split()[1] for verb in VERBS if verb.startswith(f"{group} ")]
-    if words and words[0] in members:
-        return VERBS[f"{group} {words[0]}"](words[1:])
-    if words and words[0] in HELP:
-        rows = [(f"{group} {name}", _first_line(VERBS[f"{group} {name}"])) for name in members]
-        return Outcome(f"usage: deit-fast {group} VERB ...\n\n{columns(rows, indent='  ')}")
-    choices = " or ".join(f"`deit-fast {group} {name}`" for name in members)
-    if not words:
-        raise InputError(f"{group} needs a verb: {choices}")
-    hint = did_you_mean(words[0], members)
-    raise InputError(f"unknown verb '{group} {words[0]}'{hint}; there is {choices}")
+    if len(words) == 1:
+        raise InputError(f"{words[0]} needs a verb: one of {', '.join(members)}")
+    if words[1] in HELP:
+        return overview(f"{words[0]} ")
+    given = " ".join(words[:2])
+    hint = did_you_mean(given, members)
+    raise InputError(f"unknown verb {given!r}{hint}; see `deit-fast {words[0]} --help`")
 
 
 def _rank() -> int:

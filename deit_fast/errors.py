@@ -31,6 +31,10 @@ class RowError(CacheError):
         self.row, self.reason = row, reason
 
 
+class CheckFailed(Exception):
+    """A check found a problem: its text goes to stdout, and the exit status is 1."""
+
+
 def first_line(error: BaseException, limit: int = 200, with_type: bool = False) -> str:
     """The first line of an exception's text, cut to ``limit``; its type where it has no text.
 

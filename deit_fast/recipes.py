@@ -20,6 +20,7 @@ from deit_fast.config import (
     RunConfig,
     ViewRecipe,
 )
+from deit_fast.errors import InputError, did_you_mean
 
 
 def _deit(recipe: str, model: str, kind: str) -> RunConfig:
@@ -367,3 +368,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         digits_student,
     )
 }
+
+
+def find_recipe(name: str) -> Callable[[], RunConfig]:
+    """The recipe of this name.
+
+    Raises:
+        InputError: there is none; the message names the nearest.
+    """
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise InputError(f"unknown recipe {name!r}{hint}; see `deit-fast recipes list`")
+    return RECIPES[name]

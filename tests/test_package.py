@@ -34,7 +34,6 @@ LAYERS = [
         "deit_fast/views",
         "kernels",
         "deit_fast/arguments.py",
-        "deit_fast/outcome.py",
     },
     {"deit_fast/data", "deit_fast/models", "deit_fast/losses.py", "deit_fast/cache"},
     {"deit_fast/evaluate.py"},

@@ -15,7 +15,6 @@ from typing import Any
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.recipes import digits_student, digits_teacher
-from deit_fast.runtime.files import write_json
 
 log = logging.getLogger("deit_fast")
 
@@ -25,7 +24,7 @@ TRAIN_SHARE = 1 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Settings of the demo."""
+    """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
 
     output: str = "runs/demo"
     """Folder of data, runs and report; a second call goes on from what is there."""
@@ -134,6 +133,8 @@ def save_result(result: dict[str, Any], path: Path) -> None:
         "command": describe_command(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    from deit_fast.runtime.files import write_json
+
     write_json(path, {"meta": meta, **result})
 
 
