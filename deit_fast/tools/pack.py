@@ -18,13 +18,13 @@ import PIL
 from PIL import Image
 
 from deit_fast import _C
+from deit_fast.arguments import size_text
 from deit_fast.config import DataConfig
 from deit_fast.data.open import open_source
 from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
-from deit_fast.outcome import size_text
 from deit_fast.runtime.files import write_atomically, write_json
 from deit_fast.runtime.metrics import Progress
 
