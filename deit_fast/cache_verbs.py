@@ -1,4 +1,4 @@
-"""The verbs `deit-fast cache ...`: what a person sees of a cache."""
+"""The verbs `deit-fast cache ...`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def info(
     train: str | None = None,
     html: str | None = None,
 ) -> str:
-    """Say what a cache holds: codec, views, fingerprint, and what its teacher is like.
+    """Describe a cache: codec, views, fingerprint, and statistics of the teacher's logits.
 
-    Entropy and agreement with the labels come from up to 8,192 records of 64 random blocks.
+    Entropy and agreement with the labels are measured on up to 8,192 records of 64 random blocks.
 
     Args:
         path: Folder of the cache.
-        data_root: Image folder that it was made from; adds the agreement with its labels.
-        train: Name of the training split's folder; none: as the manifest says, or `train`.
-        html: Also write this page with the picture.
+        data_root: Image folder that it was made from, to compare the logits with the labels.
+        train: Folder name of the training split; none: the manifest's, or `train`.
+        html: HTML file to write as well, with a chart.
     """
     from deit_fast import cache
 
@@ -53,14 +53,14 @@ def info(
             rows.append((f"view {row['view']}", f"incomplete: {share}"))
     counts = None
     if facts["complete_views"] and not broken:
-        answers, counts = _answers(path, codec["num_classes"], data_root, train)
-        rows += answers
+        drawn, counts = _draw_records(path, codec["num_classes"], data_root, train)
+        rows += drawn
     elif data_root is not None or html is not None:
-        raise InputError(f"cache {path} has no complete, whole views to draw records from")
+        raise InputError(f"cache {path} has no complete and undamaged view to draw records from")
     fingerprint = [(key, plain(value)) for key, value in sorted(facts["fingerprint"].items())]
     text = columns(rows)
     if counts:
-        text += f"\n\nEntropy of the answers, nats:\n{_histogram(counts)}"
+        text += f"\n\nEntropy of the teacher, nats:\n{_histogram(counts)}"
     if html is not None:
         from deit_fast.runtime.files import write_atomically
         from deit_fast.tools.report.page import build_cache_page
@@ -81,23 +81,23 @@ def verify(
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> str:
-    """Check every block of a cache against its checksum; exit status 1 where one is bad.
+    """Check every block of a cache against its checksum; exit status 1 if one is damaged.
 
-    With a teacher, some records are made again from the images and compared: exit status 1 where
-    one differs by more than its codec rounds and the threshold.
+    With a teacher, also recompute some records from the images and compare them: exit status 1 if
+    one differs by more than the threshold beyond its codec's rounding.
 
     Args:
         path: Folder of the cache.
         teacher: The teacher that wrote it, with its weights; needs --data-root.
         data_root: Image folder that it was made from.
-        train: Name of the training split's folder; none: as the manifest says, or `train`.
-        samples: Records to make again.
-        threshold: Difference in log-probability that is allowed beyond the codec's rounding, nats.
-        seed: Of the choice of records.
-        device: `auto`: CUDA where there is one.
+        train: Folder name of the training split; none: the manifest's, or `train`.
+        samples: Number of records to recompute.
+        threshold: Allowed difference in log-probability beyond the codec's rounding, in nats.
+        seed: Seed of the choice of records.
+        device: `auto`: CUDA where available.
     """
     if (teacher is None) != (data_root is None):
-        raise InputError("--teacher and --data-root go together: records are made from images")
+        raise InputError("--teacher and --data-root go together: the teacher needs the images")
     if samples < 1:
         raise InputError(f"--samples must be at least 1, not {samples}")
     if not threshold >= 0:
@@ -112,8 +112,8 @@ def verify(
     counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
     rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
     for row in broken:
-        place = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
-        rows.append(("broken", f"{place}: {row['why']}"))
+        where = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
+        rows.append(("broken", f"{where}: {row['why']}"))
     ok = found["ok"]
     if ok and teacher is not None:
         from deit_fast.config import DataConfig
@@ -127,7 +127,7 @@ def verify(
         worst = again["worst"]
         rows += [
             ("pixels", f"{again['pixels']} views have the pixels that the teacher saw"),
-            ("teacher", f"{again['records']} records made again, {again['failed']} differ"),
+            ("teacher", f"{again['records']} records recomputed, {again['failed']} differ"),
             ("worst", f"sample {worst['sample']} view {worst['view']}: {worst['error']:.3g} nats, "
                       f"allowed {worst['allowed']:.3g}"),
         ]  # fmt: skip
@@ -143,27 +143,26 @@ def export(path: str, /, *, out: str, views: str | None = None) -> str:
     Args:
         path: Folder of the cache.
         out: File to write; its suffix .parquet, .safetensors or .pt says what.
-        views: Only the views A to B-1, written A:B; none: all complete ones.
+        views: Only the views A to B-1, written A:B; none: all complete views.
     """
-    wanted = view_range(views)
     from deit_fast.cache.export import export as run
 
-    result = run(path, out, wanted)
+    result = run(path, out, view_range(views))
     rows = [("wrote", result["out"]), ("records", str(result["records"])),
             ("size", size_text(result["bytes"]))]  # fmt: skip
     return columns(rows)
 
 
 def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> str:
-    """Import TinyViT's stored logits, for `info` and `export` only: no run can use them.
+    """Import TinyViT's stored logits, for `info` and `export` only; no run can use them.
 
     Their views come from seeds of TinyViT's own augmentation code, which this project's loader
     cannot replay; `train` refuses such a cache.
 
     Args:
-        folder: Holds TinyViT's folders logits_top{K}_epoch{e}.
+        folder: Folder with TinyViT's folders logits_top{K}_epoch{e}.
         out: Folder of the new cache.
-        num_classes: Classes of the teacher; TinyViT does not store it.
+        num_classes: Number of the teacher's classes, which TinyViT does not store.
     """
     from deit_fast.cache.tinyvit import import_tinyvit as run
 
@@ -174,43 +173,46 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# The teacher's answers
+# Statistics of the records
 # ---------------------------------------------------------------------------------------------
 
 
-def _answers(
+def _draw_records(
     path: str, num_classes: int, data_root: str | None, train: str | None
 ) -> tuple[list[tuple[str, str]], list[tuple[float, int]] | None]:
-    """Lines about a sample of the records, and the histogram of entropies: (middle, count)."""
+    """Rows about a random sample of the records, and their histogram of entropies.
+
+    The histogram is a list of (middle of the bin in nats, count), or None for decisions alone.
+    """
     import numpy as np
 
     from deit_fast.cache import LogitCache
     from deit_fast.cache.statistics import draw_answers
 
     cache = LogitCache.open(path)
-    answers = draw_answers(cache)
-    rows, counts = [("drawn", f"{len(answers.top1)} records")], None
-    if answers.entropy is not None:
+    drawn = draw_answers(cache)
+    rows, counts = [("drawn", f"{len(drawn.top1)} records")], None
+    if drawn.entropy is not None:
         most = float(np.log(num_classes)) or 1.0
-        heights, edges = np.histogram(answers.entropy, BINS, (0.0, most))
+        heights, edges = np.histogram(drawn.entropy, BINS, (0.0, most))
         middles = ((edges[:-1] + edges[1:]) / 2).tolist()
         counts = list(zip(middles, heights.tolist(), strict=True))
-        mean = f"{answers.entropy.mean():.3f} nats of {most:.3f}"
-        at = "" if answers.tau == 1 else f", at temperature {answers.tau:g}"
+        mean = f"{drawn.entropy.mean():.3f} nats of {most:.3f}"
+        at = "" if drawn.tau == 1 else f", at temperature {drawn.tau:g}"
         rows.append(("entropy", f"{mean} on average{at}"))
     if data_root is not None:
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import leading_labels
 
         data = DataConfig(root=data_root, train=train or _split(cache.manifest), workers=0)
-        labels = leading_labels(cache, data, answers.samples, answers.views)
-        share = 100 * float((answers.top1 == labels).mean())
-        rows.append(("agreement", f"{share:.2f} % have the label of the larger half as top-1"))
+        labels = leading_labels(cache, data, drawn.samples, drawn.views)
+        share = 100 * float((drawn.top1 == labels).mean())
+        rows.append(("agreement", f"{share:.2f} % of top-1 classes are the label of larger weight"))
     return rows, counts
 
 
 def _split(manifest: Mapping[str, Any]) -> str:
-    """Folder of the training split, which a manifest's "info" may name."""
+    """Folder name of the training split, which a manifest's "info" may hold."""
     return str(manifest.get("info", {}).get("data.train", "train"))
 
 

@@ -18,9 +18,9 @@ from deit_fast.kernels.distillation_loss import (
 
 
 def fusible_smoothing(criterion: Callable[[Tensor, Tensor], Tensor]) -> float | None:
-    """Label smoothing of timm's two cross-entropies, which one launch does together with the rest.
+    """Label smoothing of timm's two cross-entropies, which the fused kernel can compute.
 
-    None for all others. That includes nn.CrossEntropyLoss: it leaves out labels of -100.
+    None for all others, also for nn.CrossEntropyLoss, which ignores rows with the label -100.
     """
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
@@ -32,15 +32,15 @@ def fusible_smoothing(criterion: Callable[[Tensor, Tensor], Tensor]) -> float | 
 class DistillationLoss(nn.Module):
     """(1 - alpha) * base_criterion + alpha * distillation (Touvron et al. 2021, eq. 2 and 3).
 
-    Constructor and call are those of `losses.py` in facebookresearch/deit. Two things are added:
-    ``reduction``, whose default "numel" is DeiT's own division of the soft term by B * C (timm and
-    most others take "batchmean", C times as much); and a teacher that is put into eval mode, and
-    stays there when the criterion is put into train mode.
+    Constructor and call are those of `losses.py` in facebookresearch/deit, with two additions.
+    ``reduction`` chooses the divisor of the soft term: the default "numel" divides by B * C, as
+    DeiT does; "batchmean" divides by B, as timm and most others do. And the teacher stays in eval
+    mode when the criterion is put into train mode.
 
     Args:
         base_criterion: called with the class logits [B, C] and the labels.
-        teacher_model: called under no_grad with the inputs of the student. Returns logits [B, C];
-            cached answers, a ``kernels.TopK`` or int labels [B] for "hard", will do as well.
+        teacher_model: called under no_grad with the inputs of the student. Returns logits [B, C],
+            or cached logits as a ``kernels.TopK``, or for "hard" also int class ids [B].
         distillation_type: "none", "soft" or "hard".
         alpha: weight of the distillation, in [0, 1].
         tau: temperature of "soft".
@@ -82,7 +82,7 @@ class DistillationLoss(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DistillationLoss:
-        """Set the mode of the criterion, never that of the teacher: its statistics are frozen."""
+        """Set the mode of the criterion but not of the teacher, whose statistics are frozen."""
         super().train(mode)
         if isinstance(self.teacher_model, nn.Module):
             self.teacher_model.eval()

@@ -81,7 +81,7 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
 def test_records_made_again_are_the_stored_ones(root, capsys, codec):
     status, out, _ = recheck(capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4")
     assert status == 0
-    assert "40 records made again, 0 differ" in out and "have the pixels" in out
+    assert "40 records recomputed, 0 differ" in out and "have the pixels" in out
 
 
 @pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
@@ -102,7 +102,7 @@ def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
         writer.write(np.arange(60), 1, logits)
     status, out, _ = recheck(capsys, root, tmp_path / "cache", "--samples", 180)
     assert status == 1
-    assert "180 records made again, 1 differ" in out and "sample 17 view 1: " in out
+    assert "180 records recomputed, 1 differ" in out and "sample 17 view 1: " in out
     assert recheck(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0] == 0
 
 
@@ -123,7 +123,7 @@ def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
     file.write_bytes(raw)
     status, out, _ = recheck(capsys, root, cache, "--samples", 180)
     assert status == 1
-    assert "180 records made again, 1 differ" in out and "sample 17 view 1: 0.7" in out
+    assert "180 records recomputed, 1 differ" in out and "sample 17 view 1: 0.7" in out
 
 
 def test_the_split_may_have_another_name(root, capsys, tmp_path):
@@ -139,7 +139,7 @@ def test_the_split_may_have_another_name(root, capsys, tmp_path):
     teacher = f"{FACTORY}@{root}/teacher.safetensors"
     status, out, _ = run(capsys, "cache", "verify", *words, "--teacher", teacher, "--device", "cpu",
                          "--samples", "9")  # fmt: skip
-    assert status == 0 and "9 records made again" in out
+    assert status == 0 and "9 records recomputed" in out
 
 
 def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_path):
@@ -182,7 +182,7 @@ def test_info_shows_entropy_agreement_and_a_page(root, capsys, tmp_path):
     answers = draw_answers(cache)
     assert len(answers.top1) == 180
     assert f"{answers.entropy.mean():.3f} nats of 2.303 on average" in out
-    assert out.count("#") > 40 and "% have the label of the larger half as top-1" in out
+    assert out.count("#") > 40 and "% of top-1 classes are the label of larger weight" in out
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page and "teacher.weights_sha256" in page and "http" not in page
     status, out, _ = run(capsys, "cache", "info", root / "hard")
