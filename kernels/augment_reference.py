@@ -1,6 +1,6 @@
-"""Crop, resize and RandAugment in plain PyTorch: what the kernels must equal, and the CPU's path.
+"""Crop, resize and RandAugment in plain PyTorch: the CPU's path; the kernels give the same bytes.
 
-The contract is in ``augment``; the formulas were read in Pillow's sources (Resample.c, Geometry.c,
+The contract is in ``augment``; the formulas come from Pillow's sources (Resample.c, Geometry.c,
 Blend.c, ImageOps.py, ImageEnhance.py; 11.0 to 12.3 give the same pixels).
 """
 
@@ -31,7 +31,7 @@ KINDS = (
     "sharpness",
     "affine",
 )
-"""What a layer does to a view, by place."""
+"""Operations of a layer, by index."""
 
 _LAYER = ("kind", "argument", *(f"matrix_{letter}" for letter in "abcdef"))
 TABLE_COLUMNS = (
@@ -55,10 +55,10 @@ HALF = 1 << (WEIGHT_BITS - 1)
 
 
 class AugmentTable(NamedTuple):
-    """What `augment` does, view by view.
+    """The crop and the operations of each view.
 
     rows: int64 [B, 26], columns as in ``TABLE_COLUMNS``.
-    weights: int32 [W], records of ``resize_record`` one behind the other, each once.
+    weights: int32 [W], the distinct records of ``resize_record``, concatenated.
     """
 
     rows: Tensor
@@ -93,8 +93,8 @@ def resize_record(length: int, size: int) -> npt.NDArray[np.int32]:
     first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
     end = np.minimum((centre + support + 0.5).astype(np.int64), length)
     taps = int((end - first).max())
-    place = first + np.arange(taps)[:, None]
-    weights = np.where(place < end, _bicubic((place - centre + 0.5) * (1.0 / stretch)), 0.0)
+    source = first + np.arange(taps)[:, None]
+    weights = np.where(source < end, _bicubic((source - centre + 0.5) * (1.0 / stretch)), 0.0)
     total = np.zeros(size)
     for row in weights:  # one after the other, as Pillow sums
         total += row
@@ -271,12 +271,12 @@ def _affine(x: Tensor, matrix: list[float], fill: Sequence[int]) -> Tensor:
     return value
 
 
-def _neighbours(place: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+def _neighbours(x: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
     """Four indices around a coordinate, clamped into the image, and the fraction."""
-    place = place - 0.5
-    floor = place.floor()
+    x = x - 0.5
+    floor = x.floor()
     index = floor.long()
-    return [(index + step).clamp(0, size - 1) for step in (-1, 0, 1, 2)], place - floor
+    return [(index + step).clamp(0, size - 1) for step in (-1, 0, 1, 2)], x - floor
 
 
 def _cubic(values: Sequence[Tensor], d: Tensor) -> Tensor:

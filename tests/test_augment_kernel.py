@@ -34,7 +34,7 @@ from helpers.kernels import (
 
 FILL = (124, 116, 104)
 OPERATIONS = RANDAUGMENT_OPERATIONS[1:]
-READERS = ("contrast", "auto_contrast", "equalize")  # look at the whole view first
+READERS = ("contrast", "auto_contrast", "equalize")  # read the whole view first
 PICTURES = ("noise", "nearly white", "flat", "edges", "smooth")
 # The interpreter takes a tenth of a second for a view.
 SIZE, LEVELS, SIZES, RESIZED, PAIRS = (
@@ -66,12 +66,12 @@ def picture(kind: str, width: int = SIZE, height: int = SIZE) -> np.ndarray:
 
 def ragged(pictures: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """The buffer, three stray bytes before each picture, and where they are."""
-    parts, places, end = [], [], 0
+    parts, table, end = [], [], 0
     for array in pictures:
         parts += [np.array([9, 200, 3], np.uint8), array.ravel()]
-        places.append([end + 3, array.shape[1], array.shape[0]])
+        table.append([end + 3, array.shape[1], array.shape[0]])
         end += 3 + array.size
-    return torch.from_numpy(np.concatenate(parts)), torch.tensor(places).view(-1, 3)
+    return torch.from_numpy(np.concatenate(parts)), torch.tensor(table).view(-1, 3)
 
 
 def plan_rows(views: Sequence[tuple[Sequence[str], Sequence[float], int]]) -> np.ndarray:
@@ -105,8 +105,8 @@ def assert_pillows(
     views = augment(pixels, images, table, size, FILL).numpy()
     assert views.shape == (len(rows), size, size, 3)
     for view, row, box, picture in zip(views, rows, boxes, which, strict=True):
-        wanted = by_pillow(pictures[picture], box, row, size)
-        np.testing.assert_array_equal(view, wanted, f"{row} of picture {picture}, crop {box}")
+        expected = by_pillow(pictures[picture], box, row, size)
+        np.testing.assert_array_equal(view, expected, f"{row} of picture {picture}, crop {box}")
 
 
 @pytest.mark.slow
@@ -153,13 +153,13 @@ def test_every_size_of_view(size: int) -> None:
 def test_every_operation_is_pillows(name: str) -> None:
     """Both layers, both directions, views that ingest will flip and others."""
     views, which = [], []
-    for place in range(len(PICTURES)):
+    for index in range(len(PICTURES)):
         for level in LEVELS:
             for sign in (1, -1):
                 layer = len(views) % 3 % 2  # each picture and level meets both
                 names = (name, "none") if layer == 0 else ("none", name)
                 views.append((names, (sign * level, sign * level), len(views) // 2 % 2))
-                which.append(place)
+                which.append(index)
     boxes = [(0, 0, SIZE, SIZE)] * len(views)
     assert_pillows([picture(kind) for kind in PICTURES], plan_rows(views), boxes, which)
 
@@ -183,12 +183,12 @@ def test_larger_views_of_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     that come back for more pixels."""
     monkeypatch.setattr(sys.modules["deit_fast.kernels.augment"], "PROGRAMS", 2)
     size = 56
-    names = [(name, place) for name in READERS for place in range(3)]
+    names = [(name, index) for name in READERS for index in range(3)]
     names += [(name, 2) for name in ("color", "sharpness", "rotate", "invert")]
     views = [((name, "none"), (8, 0), 0) for name, _ in names]
     pictures = [picture(kind, size, size) for kind in ("nearly white", "edges", "smooth")]
     boxes = [(0, 0, size, size)] * len(views)
-    assert_pillows(pictures, plan_rows(views), boxes, [place for _, place in names], size)
+    assert_pillows(pictures, plan_rows(views), boxes, [index for _, index in names], size)
 
 
 @outer_run
@@ -244,11 +244,11 @@ def test_a_view_does_not_depend_on_its_batch() -> None:
 
 def test_tensors_may_be_strided_and_stay_untouched() -> None:
     pixels, images, table = workload(3)
-    wanted = augment(pixels, images, table, SIZE, FILL)
+    expected = augment(pixels, images, table, SIZE, FILL)
     spaced = torch.stack((pixels, pixels.flip(0)), 1)
     before = spaced.clone()
     wide = images.repeat(1, 2)[:, :3], AugmentTable(table.rows.repeat(1, 2)[:, :26], table.weights)
-    assert torch.equal(augment(spaced[:, 0], *wide, SIZE, FILL), wanted)
+    assert torch.equal(augment(spaced[:, 0], *wide, SIZE, FILL), expected)
     assert torch.equal(spaced, before)
 
 
@@ -264,8 +264,8 @@ def test_operator_is_registered() -> None:
     operator = torch.ops.deit_fast.augment.default
     torch.library.opcheck(operator, (pixels, images, *table, SIZE, list(FILL)))
     compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")
-    wanted = augment(pixels, images, table, SIZE, FILL)
-    assert torch.equal(compiled(pixels, images, table, SIZE, FILL), wanted)
+    expected = augment(pixels, images, table, SIZE, FILL)
+    assert torch.equal(compiled(pixels, images, table, SIZE, FILL), expected)
 
 
 @outer_run
@@ -287,9 +287,9 @@ for case in aot.package_cases():
 def test_the_compiled_kernels_give_the_bytes_of_the_cpu() -> None:
     for size in (20, 96, 224):
         pixels, images, table = workload(96, size)
-        wanted = augment(pixels, images, table, size, FILL)
+        expected = augment(pixels, images, table, size, FILL)
         there = pixels.cuda(), images.cuda(), table.to("cuda")
-        assert torch.equal(augment(*there, size, FILL).cpu(), wanted)
+        assert torch.equal(augment(*there, size, FILL).cpu(), expected)
         assert_250_repeats_are_equal(lambda there=there, s=size: [augment(*there, s, FILL)])
 
 
@@ -305,8 +305,8 @@ def test_waits_for_nothing_and_can_be_captured() -> None:
         there[0].random_(0, 256)
         graph.replay()
         torch.cuda.synchronize()
-        wanted = augment(there[0].cpu(), images, table, SIZE, FILL)
-        assert torch.equal(captured.cpu(), wanted)
+        expected = augment(there[0].cpu(), images, table, SIZE, FILL)
+        assert torch.equal(captured.cpu(), expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,10 +368,10 @@ def test_wrong_values_are_named(column: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("place", "value"), [(0, len(PIXELS)), (0, -1), (1, 0), (2, 1 << 29)])
-def test_images_outside_the_pixels_are_named(place: int, value: int) -> None:
+@pytest.mark.parametrize(("column", "value"), [(0, len(PIXELS)), (0, -1), (1, 0), (2, 1 << 29)])
+def test_images_outside_the_pixels_are_named(column: int, value: int) -> None:
     images = IMAGES.clone()
-    images[2, place] = value
+    images[2, column] = value
     with pytest.raises(ValueError, match=r"images: .* in row 2"):
         augment(PIXELS, images, TABLE, SIZE, FILL)
 

@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_fast.kernels import TopK, distillation_loss
+from helpers.distillation import TAILS, TEMPERATURES, dense_pair, laid_out
+from helpers.distillation import exact_top_k as top_k
 
 loss_module = sys.modules["deit_fast.kernels.distillation_loss"]
 base_loss = loss_module.base_loss
 soft_distillation = loss_module.soft_distillation
 hard_distillation = loss_module.hard_distillation
-
-TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
-TAILS = ("bucket", "uniform", "renorm", "drop")
 
 
 def normal(
@@ -32,21 +31,9 @@ def normal(
     return (torch.randn(rows, classes, dtype=torch.float64) * scale).to(dtype)
 
 
-def top_k(logits: Tensor, k: int, tau: float, tail: str = "bucket") -> TopK:
-    log_q = torch.log_softmax(logits.double() / tau, 1)
-    values, ids = log_q.topk(k, 1)
-    return TopK(ids, values, log_q.scatter(1, ids, -math.inf).logsumexp(1), tail)
-
-
 def pair(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     first, second = torch.randint(classes, (2, rows))
     return first, second, torch.rand(rows)
-
-
-def dense(target: tuple[Tensor, Tensor, Tensor], classes: int) -> Tensor:
-    first, second, lam = target
-    lam = lam.double()[:, None]
-    return F.one_hot(first, classes) * lam + F.one_hot(second, classes) * (1 - lam)
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +127,7 @@ def test_mixed_pair_equals_its_dense_target(base: str, smoothing: float) -> None
     logits = normal(40, 4)
     results = [
         value_and_gradient(lambda z, t=t: base_loss(z, t, smoothing=smoothing, base=base), logits)
-        for t in (target, dense(target, 4))
+        for t in (target, dense_pair(target, 4))
     ]
     torch.testing.assert_close(results[0], results[1])
 
@@ -160,7 +147,7 @@ def test_bce_positives_are_every_class_of_the_mix() -> None:
         normal(6, 5),
         (torch.arange(5).repeat(2)[:6], torch.arange(6) % 3, torch.rand(6)),
     )
-    expected = F.binary_cross_entropy_with_logits(logits, (dense(target, 5) > 0).double())
+    expected = F.binary_cross_entropy_with_logits(logits, (dense_pair(target, 5) > 0).double())
     torch.testing.assert_close(base_loss(logits, target, base="bce"), expected)
 
 
@@ -217,9 +204,11 @@ def test_laws_of_soft(rows: int, classes: int, tau: float, shift: float, seed: i
         )
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    "dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str
+)
 @pytest.mark.parametrize("tau", TEMPERATURES)
-def test_equal_heads_cost_nothing_and_pull_nowhere(dtype: torch.dtype, tau: float) -> None:
+def test_equal_heads_have_no_loss_and_no_gradient(dtype: torch.dtype, tau: float) -> None:
     logits = normal(4, 50, dtype=dtype)
     value, gradient = value_and_gradient(
         lambda z: soft_distillation(z, logits, tau=tau, reduction="batchmean"), logits
@@ -254,9 +243,9 @@ def test_bucket_is_a_lower_bound_and_sees_the_tail() -> None:
 @pytest.mark.parametrize("tail", (None, *TAILS))
 def test_gradcheck_of_soft(tail: str | None) -> None:
     student, teacher = normal(3, 8, 1.0).requires_grad_(), normal(3, 8, 1.0)
-    answer = teacher if tail is None else top_k(teacher, 3, 2.0, tail)
+    topk = teacher if tail is None else top_k(teacher, 3, 2.0, tail)
     assert torch.autograd.gradcheck(
-        lambda z: soft_distillation(z, answer, tau=2.0, reduction="numel") * 0.7, student
+        lambda z: soft_distillation(z, topk, tau=2.0, reduction="numel") * 0.7, student
     )
 
 
@@ -265,7 +254,7 @@ def test_gradcheck_of_soft(tail: str | None) -> None:
 @pytest.mark.parametrize("form", ("labels", "pair", "dense"))
 def test_gradcheck_of_base(base: str, smoothing: float, form: str) -> None:
     logits, mixed = normal(5, 4, 1.0).requires_grad_(), pair(5, 4)
-    target = {"labels": mixed[0], "pair": mixed, "dense": dense(mixed, 4)}[form]
+    target = {"labels": mixed[0], "pair": mixed, "dense": dense_pair(mixed, 4)}[form]
     assert torch.autograd.gradcheck(
         lambda z: base_loss(z, target, smoothing=smoothing, base=base) * 0.7, logits
     )
@@ -305,7 +294,7 @@ def assert_no_worse(ours: Callable, naive: Callable, exact: Callable, logits: Te
 
 @pytest.mark.parametrize("classes", (2, 10, 1000, 1001))
 @pytest.mark.parametrize("tau", (0.5, 1.0, 4.0))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("distance", (3.0, 0.01))
 def test_soft_rounds_no_worse_than_torch(
     classes: int, tau: float, dtype: torch.dtype, distance: float
@@ -320,16 +309,16 @@ def test_soft_rounds_no_worse_than_torch(
     )
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("tail", ("bucket", "uniform"))
 def test_topk_in_low_precision_is_near_float64(dtype: torch.dtype, tail: str) -> None:
-    student, answer = normal(16, 1000, dtype=dtype) + 100, top_k(normal(16, 1000), 16, 1.0, tail)
-    rounded = TopK(answer.ids.int(), answer.log_probs.float(), answer.log_tail.float(), tail)
+    student, topk = normal(16, 1000, dtype=dtype) + 100, top_k(normal(16, 1000), 16, 1.0, tail)
+    rounded = TopK(topk.ids.int(), topk.log_probs.float(), topk.log_tail.float(), tail)
     mine = value_and_gradient(
         lambda z: soft_distillation(z, rounded, tau=1.0, reduction="batchmean"), student
     )
     true = value_and_gradient(
-        lambda z: soft_distillation(z, answer, tau=1.0, reduction="batchmean"), student.double()
+        lambda z: soft_distillation(z, topk, tau=1.0, reduction="batchmean"), student.double()
     )
     assert mine[0].dtype == torch.float32 and mine[1].dtype == dtype
     assert (mine[0].double() - true[0]).abs() <= 1e-6 * true[0]
@@ -339,10 +328,10 @@ def test_topk_in_low_precision_is_near_float64(dtype: torch.dtype, tail: str) ->
     assert (mine[1].double() - true[1]).norm() <= bound * true[1].norm()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_base_rounds_no_worse_than_torch(dtype: torch.dtype) -> None:
     target = pair(16, 1000)
-    soft = dense(target, 1000) * 0.9 + 0.1 / 1000
+    soft = dense_pair(target, 1000) * 0.9 + 0.1 / 1000
     assert_no_worse(
         lambda z: base_loss(z, target, smoothing=0.1),
         lambda z: naive_base(z, soft.to(dtype)),
@@ -351,14 +340,14 @@ def test_base_rounds_no_worse_than_torch(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_sure_student_keeps_the_digits_of_its_tail(dtype: torch.dtype) -> None:
     """1 - sum of p inside rounds to 0 here; the true mass outside is 3e-26 / (1 + 3e-26)."""
     student = torch.tensor([[60.0, 0.0, 1.0, 0.5]], dtype=dtype)
     q, r = 0.7, 0.3
-    answer = TopK(torch.tensor([[0]]), torch.tensor([[q]]).log(), torch.tensor([r]).log())
+    topk = TopK(torch.tensor([[0]]), torch.tensor([[q]]).log(), torch.tensor([r]).log())
     value, gradient = value_and_gradient(
-        lambda z: soft_distillation(z, answer, tau=1.0, reduction="batchmean"), student
+        lambda z: soft_distillation(z, topk, tau=1.0, reduction="batchmean"), student
     )
     outside = sum(math.exp(z - 60) for z in (0.0, 1.0, 0.5))
     expected = q * math.log(q) + r * (math.log(r) - math.log(outside))
@@ -381,13 +370,13 @@ def test_extreme_logits(tau: float, extreme: float, side: str, form: str) -> Non
         student[:, 3] = extreme
     if side != "student":
         teacher[:, 3] = extreme
-    answer = teacher if form == "dense" else top_k(teacher, 5, tau, form)
+    topk = teacher if form == "dense" else top_k(teacher, 5, tau, form)
     value, gradient = value_and_gradient(
-        lambda z: soft_distillation(z, answer, tau=tau, reduction="batchmean"), student
+        lambda z: soft_distillation(z, topk, tau=tau, reduction="batchmean"), student
     )
     assert not value.isnan() and gradient.isfinite().all()
-    asks_for_the_impossible = side == "student" or form == "uniform"
-    if not (student.isinf().any() and asks_for_the_impossible):
+    expects_impossible_class = side == "student" or form == "uniform"
+    if not (student.isinf().any() and expects_impossible_class):
         assert value.isfinite()
 
 
@@ -395,8 +384,8 @@ def test_teacher_mass_on_an_impossible_class_costs_infinity() -> None:
     student, teacher = normal(2, 4), normal(2, 4)
     student[:, 1] = -math.inf
     assert soft_distillation(student, teacher, tau=1.0, reduction="numel") == math.inf
-    answer = TopK(torch.tensor([[1], [1]]), torch.full((2, 1), -0.1), torch.full((2,), -2.35))
-    assert soft_distillation(student, answer, tau=1.0, reduction="numel") == math.inf
+    topk = TopK(torch.tensor([[1], [1]]), torch.full((2, 1), -0.1), torch.full((2,), -2.35))
+    assert soft_distillation(student, topk, tau=1.0, reduction="numel") == math.inf
 
 
 def test_student_without_mass_outside_a_complete_top_k() -> None:
@@ -418,7 +407,7 @@ def test_zero_targets_of_impossible_classes_count_nothing() -> None:
     logits[:, 1] = -math.inf
     target = (torch.tensor([0, 2]), torch.tensor([1, 1]), torch.ones(2))
     expected = F.cross_entropy(logits, target[0])
-    for form in (target, dense(target, 4)):
+    for form in (target, dense_pair(target, 4)):
         value, gradient = value_and_gradient(lambda z, t=form: base_loss(z, t), logits)
         torch.testing.assert_close(value, expected)
         assert gradient.isfinite().all()
@@ -447,17 +436,6 @@ def test_empty_batch_costs_nothing(kind: str, topk: bool) -> None:
         assert kind == "none" or (zd.grad is not None and zd.grad.shape == (0, 7))
 
 
-def strided(form: str, x: Tensor) -> Tensor:
-    """The values of x in another memory layout."""
-    if form == "columns":
-        return torch.stack((x, -x), 2).flatten(1)[:, ::2]
-    if form == "transposed":
-        return x.t().contiguous().t()
-    if form == "padded rows":
-        return F.pad(x, (0, 3), value=math.nan)[:, : x.shape[1]]
-    return F.pad(x.flatten(), (1, 0), value=math.nan)[1:].view_as(x)  # misaligned
-
-
 @pytest.mark.parametrize("form", ("columns", "transposed", "padded rows", "misaligned"))
 @pytest.mark.parametrize("kind", ("soft", "hard"))
 def test_memory_layout_does_not_matter(form: str, kind: str) -> None:
@@ -465,7 +443,7 @@ def test_memory_layout_does_not_matter(form: str, kind: str) -> None:
     labels = torch.randint(9, (4,))
     options = {"kind": kind, "alpha": 0.4, "tau": 3.0, "smoothing": 0.1, "reduction": "numel"}
     results = []
-    for zc, zd, teacher in (plain, [strided(form, x) for x in plain]):
+    for zc, zd, teacher in (plain, [laid_out(form, x) for x in plain]):
         leaves = [zc.detach().requires_grad_(), zd.detach().requires_grad_()]
         loss = distillation_loss(*leaves, labels, teacher, **options)
         results.append((loss, *torch.autograd.grad(loss, leaves)))
@@ -488,12 +466,10 @@ def test_more_classes_than_int16_holds() -> None:
     classes = 40_000
     student, teacher = normal(2, classes), normal(2, classes)
     teacher[:, 39_000] = 30.0
-    answer = top_k(teacher, 8, 1.0)
-    assert answer.ids.max() > 32_767
-    narrow = answer._replace(ids=answer.ids.int())
-    values = [
-        soft_distillation(student, a, tau=1.0, reduction="batchmean") for a in (answer, narrow)
-    ]
+    topk = top_k(teacher, 8, 1.0)
+    assert topk.ids.max() > 32_767
+    narrow = topk._replace(ids=topk.ids.int())
+    values = [soft_distillation(student, a, tau=1.0, reduction="batchmean") for a in (topk, narrow)]
     assert values[0] == values[1]
     full = soft_distillation(student, teacher, tau=1.0, reduction="batchmean")
     torch.testing.assert_close(values[0], full, rtol=1e-3, atol=0)

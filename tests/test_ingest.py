@@ -76,7 +76,7 @@ def view_by_pixel(images: np.ndarray, r: dict[str, int]) -> np.ndarray:
     return view
 
 
-def test_known_answers_of_philox() -> None:
+def test_known_values_of_philox() -> None:
     """The model's own check: the vectors of the Random123 distribution (kat_vectors)."""
     ones = 0xFFFFFFFF
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -143,7 +143,7 @@ def test_a_view_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     assert torch.equal(together, torch.cat(alone))
     order = torch.randperm(24)
     assert torch.equal(ingest(images, rows[order], MEAN, STD, dtype), together[order])
-    renamed = rows.clone()  # the same images at other places of a larger batch
+    renamed = rows.clone()  # the same images at other indices of a larger batch
     renamed[:, [0, 8]] = 6 - renamed[:, [0, 8]]
     larger = torch.cat((photos(2), images.flip(0)))
     assert torch.equal(ingest(larger, renamed, MEAN, STD, dtype), together)
@@ -249,10 +249,10 @@ def test_the_compiled_kernel_gives_the_bits_of_the_cpu(
     layout: str, patch: int, dtype: torch.dtype
 ) -> None:
     images, rows = photos(4, 60), random_rows(48, 4, scale=5)
-    wanted = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=patch)
+    expected = ingest(images, rows, MEAN, STD, dtype, layout=layout, patch=patch)
     for _ in range(250):
         got = ingest(images.cuda(), rows.cuda(), MEAN, STD, dtype, layout=layout, patch=patch)
-        assert torch.equal(got.cpu(), wanted)
+        assert torch.equal(got.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)

@@ -1,0 +1,44 @@
+"""Targets, top-k teachers and memory layouts for tests of the distillation loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit_fast.kernels import TopK
+
+TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
+TAILS = ("bucket", "uniform", "renorm", "drop")
+
+
+def exact_top_k(logits: Tensor, k: int, tau: float, tail: str = "bucket") -> TopK:
+    """The k most probable classes, in int64 and float64."""
+    log_q = torch.log_softmax(logits.double() / tau, 1)
+    values, ids = log_q.topk(k, 1)
+    return TopK(ids, values, log_q.scatter(1, ids, -math.inf).logsumexp(1), tail)
+
+
+def dense_pair(target: tuple[Tensor, Tensor, Tensor], classes: int) -> Tensor:
+    """A mixed pair as float64 [B, C]."""
+    first, second, lam = target
+    lam = lam.double()[:, None]
+    return F.one_hot(first, classes) * lam + F.one_hot(second, classes) * (1 - lam)
+
+
+def laid_out(form: str, x: Tensor) -> Tensor:
+    """The values of x in another memory layout, surrounded by NaN."""
+    rows, classes = x.shape
+    if form == "columns":
+        return torch.stack((x, torch.full_like(x, math.nan)), 2).flatten(1)[:, ::2]
+    if form == "transposed":
+        return x.t().contiguous().t()
+    if form == "padded rows":
+        return F.pad(x, (0, 3), value=math.nan)[:, :classes]
+    if form == "aligned rows":
+        return F.pad(x, (0, -classes % 8), value=math.nan)[:, :classes]
+    if form == "misaligned":
+        return F.pad(x.flatten(), (1, 3), value=math.nan)[1 : 1 + x.numel()].view(rows, classes)
+    return x.clone()
