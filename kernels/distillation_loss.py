@@ -80,35 +80,6 @@ __all__ = [
 ]
 
 
-@functools.cache
-def _log_reference_once(device: str, dtype: torch.dtype) -> None:
-    logging.getLogger(__name__).debug("%s tensors on %s use the reference", dtype, device)
-
-
-def _losses(
-    class_logits: Tensor | None, distill_logits: Tensor | None, target: Target | None,
-    teacher: Teacher, *, kind: str, base: str, reduction: str = "numel", alpha: float = 1.0,
-    tau: float = 1.0, smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
-
-    Only the total has a gradient, and only for the logits.
-    """
-    heads = [head for head in (class_logits, distill_logits) if head is not None]
-    options: dict[str, Any] = {"kind": kind, "base": base, "reduction": reduction}
-    options |= {"alpha": float(alpha), "tau": float(tau), "smoothing": float(smoothing)}
-    fits = not isinstance(teacher, TopK) or teacher.ids.shape[1] <= MAX_TOPK
-    if not fits or not can_run(*heads):
-        if not torch.compiler.is_compiling():
-            _log_reference_once(heads[0].device.type, heads[0].dtype)
-        return reference(class_logits, distill_logits, target, teacher, **options)
-    parts = target if isinstance(target, (tuple, list)) else (target, None, None)
-    topk: Any = teacher if isinstance(teacher, TopK) else (None, None, None, "drop")
-    tensors = (*parts, None if isinstance(teacher, TopK) else teacher, *topk[:3])
-    tensors = tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
-    return loss_op(class_logits, distill_logits, *tensors, topk[3], *options.values())
-
-
 def base_loss(
     class_logits: Tensor, target: Target, *, smoothing: float = 0.0, base: str = "ce"
 ) -> Tensor:
@@ -120,7 +91,7 @@ def base_loss(
             [B], int [B] and float [B], lam the weight of y_a. The pair's [B, C] is never built.
         smoothing: eps; the target t becomes t (1 - eps) + eps / C, as DeiT's and timm's code.
         base: "ce", or "bce": every class with a target above 0 is a positive (DeiT-III). The
-            threshold comes before the smoothing; give dense targets unsmoothed, for a smoothed
+            threshold comes before the smoothing: pass dense targets unsmoothed, because a smoothed
             one is above 0 in every class.
 
     Returns:
@@ -136,7 +107,7 @@ def base_loss(
 def soft_distillation(
     distill_logits: Tensor, teacher: Tensor | TopK, *, tau: float, reduction: str
 ) -> Tensor:
-    """f * sum over rows of KL(teacher at tau || student at tau); f and tail modes: see above.
+    """f * sum over rows of KL(teacher at tau || student at tau); f and tail modes: see the module.
 
     Args:
         distill_logits: float [B, C].
@@ -157,11 +128,11 @@ def soft_distillation(
 
 
 def hard_distillation(distill_logits: Tensor, teacher: Tensor | TopK) -> Tensor:
-    """Cross-entropy of the distillation head with the teacher's decision, mean over rows.
+    """Cross-entropy of the distillation head with the teacher's top class, mean over rows.
 
     Args:
         distill_logits: float [B, C].
-        teacher: int labels [B]; logits, float [B, C]; or a TopK. Of equal logits the first counts.
+        teacher: int labels [B]; logits, float [B, C]; or a TopK. Of equal logits the first wins.
 
     Returns:
         Scalar in float32, or float64 for float64 logits. 0 for B = 0.
@@ -233,6 +204,37 @@ def distillation_loss(
     return losses if return_parts else losses[0]
 
 
+@functools.cache
+def _log_reference_once(device: str, dtype: torch.dtype) -> None:
+    logging.getLogger(__name__).debug("%s tensors on %s use the reference", dtype, device)
+
+
+def _losses(
+    class_logits: Tensor | None, distill_logits: Tensor | None, target: Target | None,
+    teacher: Teacher, *, kind: str, base: str, reduction: str = "numel", alpha: float = 1.0,
+    tau: float = 1.0, smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
+
+    Only the total has a gradient, and only for the logits.
+    """
+    heads = [head for head in (class_logits, distill_logits) if head is not None]
+    options: dict[str, Any] = {
+        "kind": kind, "base": base, "reduction": reduction,
+        "alpha": float(alpha), "tau": float(tau), "smoothing": float(smoothing),
+    }  # fmt: skip
+    fits = not isinstance(teacher, TopK) or teacher.ids.shape[1] <= MAX_TOPK
+    if not fits or not can_run(*heads):
+        if not torch.compiler.is_compiling():
+            _log_reference_once(heads[0].device.type, heads[0].dtype)
+        return reference(class_logits, distill_logits, target, teacher, **options)
+    parts = target if isinstance(target, (tuple, list)) else (target, None, None)
+    topk: Any = teacher if isinstance(teacher, TopK) else (None, None, None, "drop")
+    tensors = (*parts, None if isinstance(teacher, TopK) else teacher, *topk[:3])
+    tensors = tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
+    return loss_op(class_logits, distill_logits, *tensors, topk[3], *options.values())
+
+
 # ---------------------------------------------------------------------------------------------
 # Checks. Messages are built only when they are raised: formatting costs more than the test.
 # ---------------------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
-    """low <= values <= high. On a GPU, where looking waits, only with DEIT_FAST_DEBUG=1."""
+    """low <= values <= high. On a GPU, where reading values waits, only with DEIT_FAST_DEBUG=1."""
     if torch.compiler.is_compiling() or values.numel() == 0:
         return
     if values.is_cuda and os.environ.get("DEIT_FAST_DEBUG") != "1":

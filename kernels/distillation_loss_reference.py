@@ -70,16 +70,16 @@ def _log_softmax(logits: Tensor, tau: float = 1.0) -> Tensor:
     return F.log_softmax(x if tau == 1 else x / tau, dim=1)
 
 
-def _may_look(x: Tensor) -> bool:
-    """Looking at a value is free on a CPU; on a GPU it would wait for the device."""
+def _can_read(x: Tensor) -> bool:
+    """Reading a value is free on a CPU; on a GPU it would wait for the device."""
     return not (x.is_cuda or torch.compiler.is_compiling())
 
 
 def _dot(weights: Tensor, values: Tensor) -> Tensor:
     """Sum of weights * values, where a weight of 0 hides even an infinite value."""
     total = torch.linalg.vecdot(weights, values).sum()
-    # The mask costs a fifth of the loss on a CPU, where looking for the need of it is free.
-    if _may_look(total) and math.isfinite(total.item()):
+    # The mask costs a fifth of the loss on a CPU, where checking whether it is needed is free.
+    if _can_read(total) and math.isfinite(total.item()):
         return total
     return (weights * values.masked_fill(weights == 0, 0)).sum()
 
@@ -215,7 +215,7 @@ def _topk_divergence(
         mass = mass + r
     scale = factor / tau
     if tail == "bucket":
-        # s from the classes outside alone: 1 - sum over S of p loses its digits.
+        # s from the classes outside only: 1 - sum over S of p loses its digits.
         log_p.scatter_(1, ids, -math.inf)
         highest = log_p.amax(1, keepdim=True).clamp_(min=torch.finfo(log_p.dtype).min)
         gradient = log_p.sub_(highest).exp_()
@@ -240,7 +240,7 @@ def _hard_labels(teacher: Tensor | TopK) -> Tensor:
         return teacher.ids.long().gather(1, teacher.log_probs.argmax(1, keepdim=True))[:, 0]
     if not teacher.is_floating_point():
         return teacher.long()
-    if teacher.dtype == torch.float32 and teacher.device.type == "cpu" and _may_look(teacher):
+    if teacher.dtype == torch.float32 and teacher.device.type == "cpu" and _can_read(teacher):
         return torch.from_numpy(teacher.detach().numpy().argmax(1))  # vectorised; PyTorch's is not
     return teacher.argmax(1)
 
@@ -302,7 +302,7 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return (None,) * 10
-        unscaled = _may_look(grad_total) and grad_total.item() == 1
+        unscaled = _can_read(grad_total) and grad_total.item() == 1
         scaled = (
             None if g is None else (g if unscaled else g * grad_total).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

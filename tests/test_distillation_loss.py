@@ -243,9 +243,9 @@ def test_bucket_is_a_lower_bound_and_sees_the_tail() -> None:
 @pytest.mark.parametrize("tail", (None, *TAILS))
 def test_gradcheck_of_soft(tail: str | None) -> None:
     student, teacher = normal(3, 8, 1.0).requires_grad_(), normal(3, 8, 1.0)
-    topk = teacher if tail is None else top_k(teacher, 3, 2.0, tail)
+    given = teacher if tail is None else top_k(teacher, 3, 2.0, tail)
     assert torch.autograd.gradcheck(
-        lambda z: soft_distillation(z, topk, tau=2.0, reduction="numel") * 0.7, student
+        lambda z: soft_distillation(z, given, tau=2.0, reduction="numel") * 0.7, student
     )
 
 
@@ -370,9 +370,9 @@ def test_extreme_logits(tau: float, extreme: float, side: str, form: str) -> Non
         student[:, 3] = extreme
     if side != "student":
         teacher[:, 3] = extreme
-    topk = teacher if form == "dense" else top_k(teacher, 5, tau, form)
+    given = teacher if form == "dense" else top_k(teacher, 5, tau, form)
     value, gradient = value_and_gradient(
-        lambda z: soft_distillation(z, topk, tau=tau, reduction="batchmean"), student
+        lambda z: soft_distillation(z, given, tau=tau, reduction="batchmean"), student
     )
     assert not value.isnan() and gradient.isfinite().all()
     expects_impossible_class = side == "student" or form == "uniform"

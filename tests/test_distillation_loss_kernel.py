@@ -559,14 +559,14 @@ def test_extreme_logits_as_the_reference_does(extreme: float, side: str) -> None
         if side != "student":
             teacher[:, 3] = extreme
         for form in ("dense", *(TAILS if classes == 12 else TAILS[:1])):
-            topk = teacher if form == "dense" else top_k(teacher, 5, tau, form)
-            value, gradient = soft(student, topk, tau)
+            given = teacher if form == "dense" else top_k(teacher, 5, tau, form)
+            value, gradient = soft(student, given, tau)
             # In float32: there a q of 1e-60 is 0, in float64 it may cost infinity.
             true = reference(
-                None, student, None, topk, kind="soft", base="", tau=tau, reduction="batchmean"
+                None, student, None, given, kind="soft", base="", tau=tau, reduction="batchmean"
             )[0]
             torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6 * tau**2)
-            _, pull = soft(student.double(), to_double(topk), tau)
+            _, pull = soft(student.double(), to_double(given), tau)
             atol = 1e-6 * max(tau, 1)
             torch.testing.assert_close(gradient.double(), pull, rtol=1e-4, atol=atol)
 
