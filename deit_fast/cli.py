@@ -37,6 +37,7 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import dotted_keys, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
+from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 
 # ---------------------------------------------------------------------------------------------
@@ -436,7 +437,10 @@ def _dispatch(words: list[str]) -> str:
 
 def _rank() -> int:
     """Rank of this process under torchrun; only the first prints results."""
-    return int(os.environ.get("RANK", "0"))
+    try:
+        return read_process_group().rank
+    except InputError:  # the verb itself reports it
+        return 0
 
 
 def _fail(message: str, status: int = 2) -> int:

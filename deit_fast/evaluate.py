@@ -19,7 +19,7 @@ from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_weights
 from deit_fast.models.teacher import has_bf16
 from deit_fast.models.weights import fit_weights
-from deit_fast.runtime.distributed import World, read_world
+from deit_fast.runtime.distributed import ProcessGroup, choose_device
 
 Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -30,7 +30,7 @@ def evaluate_model(
     loader: Any,
     classes: list[str],
     device: torch.device,
-    world: World | None = None,
+    group: ProcessGroup | None = None,
     between_batches: Callable[[], None] = lambda: None,
     forward: Heads | None = None,
     rows: int | None = None,
@@ -40,9 +40,9 @@ def evaluate_model(
     Args:
         model: a classifier; its training mode is restored afterwards.
         loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; has a
-            length where there is a world.
+            length where there is a group.
         classes: class names, by label.
-        world: processes that hold a share of the images each; the result is that of all.
+        group: processes that hold a share of the images each; the result is that of all.
         between_batches: called after each, equally often on all ranks; what it raises ends it.
         forward: what computes both heads' logits; by default ``forward_heads``.
         rows: images in each forward. A smaller batch is padded with zeros, and the logits of the
@@ -59,7 +59,7 @@ def evaluate_model(
     loss = torch.zeros((), device=device)
     per_class = torch.zeros(2, count, device=device)
     samples, two_heads = 0, False
-    rounds = max(world.gather(len(loader))) if world is not None else 0  # shares differ by one
+    rounds = max(group.gather(len(loader))) if group is not None else 0  # shares differ by one
     for images, labels, _ in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
@@ -80,9 +80,9 @@ def evaluate_model(
     for _ in range(rounds):
         between_batches()
     model.train(was_training)
-    if world is not None and world.size > 1:
+    if group is not None and group.world_size > 1:
         counts = torch.tensor([float(samples), loss.item()], dtype=torch.float64, device=device)
-        world.sum(hits, per_class, counts)
+        group.sum(hits, per_class, counts)
         samples, loss = int(counts[0]), counts[1]
     if samples == 0:
         raise InputError("evaluation saw no images")
@@ -130,46 +130,23 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
 
 
 def build_eval_loader(
-    config: RunConfig, source: Any, device: torch.device, world: World | None = None
+    config: RunConfig, source: Any, device: torch.device, group: ProcessGroup | None = None
 ) -> EvalLoader:
     """This rank's held-out images of a run's configuration: resize, centre crop, normalise."""
-    world = world or World()
+    group = group or ProcessGroup()
     return EvalLoader(
         source,
         image_size=config.view.image_size,
         crop=config.data.eval_crop,
         mean=config.view.mean,
         std=config.view.std,
-        batch_size=max(1, config.batch_size // world.size),
+        batch_size=max(1, config.batch_size // group.world_size),
         workers=config.data.workers,
         on_error=config.data.on_error,
         device=device,
-        rank=world.rank,
-        world=world.size,
+        rank=group.rank,
+        world_size=group.world_size,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is one; under torchrun the GPU of this process's local rank.
-
-    That GPU is made the current one: pinned memory and whatever names no GPU would else open a
-    context on the first, half a gigabyte of it for every process.
-
-    Raises:
-        InputError: `cuda` was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: torch sees no CUDA GPU (see deit-fast doctor)")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    local_rank, count = read_world().local_rank, torch.cuda.device_count()
-    if local_rank >= count:
-        raise InputError(f"LOCAL_RANK={local_rank}, but torch sees {count} GPUs")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def read_run_config(run: str | Path) -> RunConfig:

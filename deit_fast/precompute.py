@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shutil
 import sys
 import time
@@ -30,8 +29,8 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.evaluate import choose_device
 from deit_fast.models.teacher import Teacher, has_bf16
+from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.metrics import Progress
 from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
 from deit_fast.views.plan import ViewPlan
@@ -76,21 +75,23 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         CacheError: another job is writing these views.
         OSError: the disk is full; whole blocks stay.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    group = read_process_group()
     job = _prepare(config)
     wanted = range(config.views_used) if views is None else views
     assert config.cache is not None
     started = time.perf_counter()
     substituted: set[str] = set()
     images_done = 0
-    with LogitCacheWriter(config.cache, job.manifest, rank=rank, world=world) as writer:
+    with LogitCacheWriter(
+        config.cache, job.manifest, rank=group.rank, world=group.world_size
+    ) as writer:
         writer.refuse_rivals(wanted)
         blocks_per_view = writer.num_blocks
         mine = {
             (view, block)
             for place, view in enumerate(wanted)
             for block in range(blocks_per_view)
-            if (place * blocks_per_view + block) % world == rank
+            if (place * blocks_per_view + block) % group.world_size == group.rank
         }
         pending = [item for item in writer.pending(wanted) if item in mine]
         calls = TeacherCalls(
@@ -158,7 +159,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     Raises:
         As ``precompute``.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    processes = read_process_group().world_size
     job = _prepare(config)
     assert config.cache is not None
     folder = Path(config.cache)
@@ -196,8 +197,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "loader_seconds": round(loading, 4),
         "teacher_seconds": round(answering, 4),
         "images_per_s": round(batch_size / per_batch, 2),
-        "processes": world,
-        "seconds": round(images / batch_size * per_batch / world, 1),
+        "processes": processes,
+        "seconds": round(images / batch_size * per_batch / processes, 1),
     }
 
 
@@ -266,8 +267,6 @@ def _prepare(config: RunConfig) -> _Job:
         missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
         raise InputError(f"precompute needs {missing}")
     device = choose_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     source = open_source(config.data, "train", config.view.image_size)
     teacher = load_class_matched_teacher(config, len(source.classes))
     compiled = _compiles(config)

@@ -262,7 +262,9 @@ def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:
 
 
 def test_a_process_refuses_with_status_2_and_says_its_rank() -> None:
-    process = start("train", "--epochs", "x", stderr=subprocess.PIPE, env={"RANK": "3"})
+    process = start(
+        "train", "--epochs", "x", stderr=subprocess.PIPE, env={"RANK": "3", "WORLD_SIZE": "4"}
+    )
     assert process.communicate()[1] == (
         "deit-fast: error: rank 3: --epochs needs a whole number, not 'x'; "
         "see `deit-fast train --help`\n"
@@ -274,6 +276,7 @@ def test_only_the_first_rank_prints(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["recipes", "list"]) == 0
     assert capsys.readouterr().out == ""
 

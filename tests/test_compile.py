@@ -25,7 +25,7 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import set_batch_part
 from deit_fast.precompute import _prepare, precompute
 from deit_fast.recipes import RECIPES
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep, parallel
@@ -128,7 +128,7 @@ def test_cuda_graphs_need_one_part():
 def test_parts_of_a_batch_and_ranks_share_a_compilation(counter, mode, expected):
     """The offset of a part is an input of the compiled code: 12 parts stand for ranks as well."""
     model = student()
-    forward = parallel(RunConfig(compile=mode), model, CPU, World())
+    forward = parallel(RunConfig(compile=mode), model, CPU, ProcessGroup())
     made = []
     for part in range(PARTS):
         assert set_batch_part(model, part * len(IMAGES), PARTS * len(IMAGES))
@@ -266,7 +266,7 @@ def test_parts_make_the_draws_of_the_whole(counter, mode):
     whole = plain(images)
     torch.manual_seed(6)
     assert not torch.allclose(plain(images)[0], whole[0], rtol=1e-2)
-    forward = parallel(RunConfig(compile=mode), model, CPU, World())
+    forward = parallel(RunConfig(compile=mode), model, CPU, ProcessGroup())
     for first in (0, 2, 4):
         set_batch_part(model, first, 6)
         torch.manual_seed(5)

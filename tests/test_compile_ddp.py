@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_fast.config import LossConfig, RunConfig
 from deit_fast.models import fuse
 from deit_fast.models.fuse import KERNELS, set_batch_part
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.step import parallel
 
 CPU = torch.device("cpu")
@@ -97,10 +97,10 @@ def run_case(rank: int, mode: str, splits: bool, kind: str) -> dict[str, Any]:
     model = student()
     plain = copy.deepcopy(model)
     with compiling:
-        wrapped = parallel(config, model, CPU, World(rank, RANKS, rank))
+        wrapped = parallel(config, model, CPU, ProcessGroup(rank, RANKS, rank))
     assert isinstance(wrapped, DistributedDataParallel)
     torch._dynamo.config.optimize_ddp &= splits
-    expected = parallel(config.replace(compile="none"), plain, CPU, World(rank, RANKS, rank))
+    expected = parallel(config.replace(compile="none"), plain, CPU, ProcessGroup(rank, RANKS, rank))
 
     def exchange(_, bucket):  # DDP refuses annotations that are strings
         order.append(f"bucket {bucket.index()}")

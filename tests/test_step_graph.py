@@ -22,7 +22,7 @@ from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.precompute import precompute
 from deit_fast.recipes import digits_student
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
@@ -237,9 +237,9 @@ def test_rates_on_the_device_update_as_numbers_do():
 @pytest.mark.parametrize(
     ("device", "world_", "name", "reason"),
     [
-        ("cpu", World(), "adamw", "needs a CUDA device, and the run is on cpu"),
-        ("cuda", World(0, 2), "adamw", "with 2 processes: the exchange of gradients"),
-        ("cuda", World(), "lamb", "Lamb asks the host whether to update"),
+        ("cpu", ProcessGroup(), "adamw", "needs a CUDA device, and the run is on cpu"),
+        ("cuda", ProcessGroup(0, 2), "adamw", "with 2 processes: the exchange of gradients"),
+        ("cuda", ProcessGroup(), "lamb", "Lamb asks the host whether to update"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(device, world_, name, reason):

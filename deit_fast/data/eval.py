@@ -46,15 +46,15 @@ class EvalLoader:
         batch_size: int,
         workers: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         *,
         on_error: str = "substitute",
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 0 <= rank < world:
-            raise InputError(f"rank {rank} is not one of {world} processes")
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank {rank} is not one of {world_size} processes")
         count = source.num_samples
-        ids = np.arange(count * rank // world, count * (rank + 1) // world)
+        ids = np.arange(count * rank // world_size, count * (rank + 1) // world_size)
         self.batch_size = batch_size
         batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
         self.num_images = len(ids)

@@ -1,7 +1,10 @@
-"""The processes of one run: who this one is, and what they tell one another.
+"""The processes of one run: rank, world size, device, and collectives over small values.
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them a run is one process, which sends
-nothing. Gloo connects CPU processes, NCCL those with a GPU each.
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE, which are read here and nowhere else. Without them a
+run is one process and every collective returns its input. CPU processes communicate over Gloo,
+processes with a GPU each over NCCL.
+
+torch is imported late, because the command line asks for the rank before it needs torch.
 """
 
 from __future__ import annotations
@@ -11,23 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any
 
 from deit_fast.errors import InputError
 
-TIMEOUT = timedelta(minutes=10)  # of a collective; the first waits for another rank's compilation
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=10)  # of a collective; the first one may wait for a compilation
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among those of the run."""
+class ProcessGroup:
+    """This process and the number of processes of its run."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
@@ -37,42 +39,52 @@ class World:
 
     def sum(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all processes."""
-        if self.size > 1:
+        if self.world_size > 1:
+            import torch.distributed as dist
+
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def maximum(self, tensor: torch.Tensor) -> None:
-        """Replace the tensor by its maximum over all processes, element by element."""
-        if self.size > 1:
+        """Replace the tensor by its elementwise maximum over all processes."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def any(self, here: bool, device: torch.device) -> bool:
-        """Whether it holds in any process; all must ask together."""
-        if self.size == 1:
-            return here
-        flag = torch.tensor(float(here), device=device)
-        self.maximum(flag)
-        return bool(flag)
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process. All processes must call this together."""
+        if self.world_size == 1:
+            return flag
+        import torch
+
+        value = torch.tensor(float(flag), device=device)
+        self.maximum(value)
+        return bool(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """Small plain values of all processes, by rank."""
-        if self.size == 1:
+        """A small plain value of every process, ordered by rank."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        if self.size > 1:
+    def barrier(self) -> None:
+        """Return when every process has called this."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
-def read_world() -> World:
-    """What torchrun's environment says.
+def read_process_group() -> ProcessGroup:
+    """The process group that torchrun's environment variables describe.
 
     Raises:
-        InputError: a variable is not a number, or rank and size do not fit.
+        InputError: a variable is not a number, or the rank is not below the world size.
     """
     values = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -80,27 +92,31 @@ def read_world() -> World:
         if not text.isdecimal():
             raise InputError(f"{name}={text!r} in the environment is not a number")
         values.append(int(text))
-    rank, size, local_rank = values
-    if rank >= size:
-        raise InputError(f"RANK={rank} is not one of WORLD_SIZE={size} processes")
-    return World(rank, size, local_rank)
+    rank, world_size, local_rank = values
+    if rank >= world_size:
+        raise InputError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes")
+    return ProcessGroup(rank, world_size, local_rank)
 
 
 @contextmanager
-def joined_world(device: torch.device) -> Iterator[World]:
-    """Connect the processes of the run; leaves them when the block ends."""
-    world = read_world()
-    if world.size == 1:
-        yield world
+def joined_process_group(device: torch.device) -> Iterator[ProcessGroup]:
+    """Connect the processes of the run, and disconnect them when the block ends."""
+    group = read_process_group()
+    if group.world_size == 1:
+        yield group
         return
-    # torchrun's store outlives a restart: without a prefix of its own a restarted process would
-    # look for its peers at the addresses of the dead.
-    store, _, _ = next(rendezvous("env://", world.rank, world.size))
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    # torchrun keeps its store when it restarts the processes. Without a prefix for each attempt, a
+    # restarted process would connect to the addresses of dead ones.
+    store, _, _ = next(rendezvous("env://", group.rank, group.world_size))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     options: dict[str, Any] = {
         "store": dist.PrefixStore(f"attempt-{attempt}", store),
-        "rank": world.rank,
-        "world_size": world.size,
+        "rank": group.rank,
+        "world_size": group.world_size,
         "timeout": TIMEOUT,
     }
     if device.type == "cuda":
@@ -109,20 +125,39 @@ def joined_world(device: torch.device) -> Iterator[World]:
     else:
         dist.init_process_group("gloo", **options)
     try:
-        yield world
+        yield group
     except BaseException:
-        _leave(device)
+        if device.type == "cuda":
+            # NCCL's orderly shutdown waits for every process, also for those that wait for this
+            # one until their collective times out. An abort lets torchrun end them at once.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
-def _leave(device: torch.device) -> None:
-    """Leave the others where they are.
+def choose_device(name: str) -> torch.device:
+    """The device of this process. `auto` is CUDA where there is a GPU, otherwise the CPU.
 
-    NCCL's orderly end waits for all processes of the machine, those too that wait for this one:
-    ten minutes, until a collective of theirs gives up, instead of torchrun's ending them at once.
+    Under torchrun each process gets the GPU of its local rank. That GPU becomes the current one:
+    otherwise pinned memory, and any call that names no GPU, would open a context of half a
+    gigabyte on the first GPU for every process.
+
+    Raises:
+        InputError: `cuda` was requested and there is no GPU, or no GPU has this local rank.
     """
-    if device.type == "cuda":
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch sees no CUDA GPU (see deit-fast doctor)")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank, count = read_process_group().local_rank, torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(f"LOCAL_RANK={local_rank}, but torch sees {count} GPUs")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 
 log = logging.getLogger("deit_fast")
 
@@ -109,7 +109,7 @@ class MemoryHistory:
 
 
 def memory_history(
-    config: RunConfig, output: Path, device: torch.device, world: World
+    config: RunConfig, output: Path, device: torch.device, group: ProcessGroup
 ) -> AbstractContextManager[object]:
     """What the configuration wants of this process's allocations; each rank has its file.
 
@@ -118,5 +118,5 @@ def memory_history(
     """
     if not config.memory_snapshot:
         return nullcontext()
-    name = "memory.pickle" if world.is_first else f"memory-{world.rank}.pickle"
+    name = "memory.pickle" if group.is_first else f"memory-{group.rank}.pickle"
     return MemoryHistory(output / name, device)

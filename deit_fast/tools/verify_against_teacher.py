@@ -18,7 +18,7 @@ from deit_fast.data.fingerprint import require_same_pixels
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import CacheError, InputError
-from deit_fast.evaluate import choose_device
+from deit_fast.runtime.distributed import choose_device
 from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
 from deit_fast.views.plan import ViewPlan, lam_of
 

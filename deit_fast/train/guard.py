@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 
 _NAMED = 3  # parameters in a message
 
@@ -54,8 +54,8 @@ class _Pending:
 class Guard:
     """Judges the steps of a model."""
 
-    def __init__(self, world: World, device: torch.device, model: nn.Module) -> None:
-        self.world, self.device, self.model = world, device, model
+    def __init__(self, group: ProcessGroup, device: torch.device, model: nn.Module) -> None:
+        self.group, self.device, self.model = group, device, model
         self._pending: deque[_Pending] = deque()
         self._last_norms: Tensor | None = None
 
@@ -67,14 +67,14 @@ class Guard:
             total_norm: of all gradients after their all-reduce, [].
             stop: float32 [], above 0 where this rank has been signalled.
         """
-        size = self.world.size
+        size = self.group.world_size
         values = torch.stack([value.float() for value in losses])
         message = torch.zeros(size + 2 + len(values), device=self.device)
-        message[self.world.rank] = ~torch.isfinite(values[0])
+        message[self.group.rank] = ~torch.isfinite(values[0])
         message[size] = ~torch.isfinite(total_norm)
         message[size + 1] = stop
         message[size + 2 :] = values / size
-        self.world.sum(message)
+        self.group.sum(message)
         flags, means = message[: size + 2], message[size + 2 :]
         return Judgement((flags[: size + 1] > 0).any().float(), flags, means)
 

@@ -18,8 +18,8 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.samples import save_samples
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.evaluate import build_eval_loader, choose_device, evaluate_model
-from deit_fast.runtime.distributed import World, joined_world
+from deit_fast.evaluate import build_eval_loader, evaluate_model
+from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_atomically, write_json
 from deit_fast.runtime.garbage import Collection
@@ -66,17 +66,17 @@ def train(config: RunConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     # In this order: a handler could not run while the processes wait for one another.
     with (
-        joined_world(device) as world,
+        joined_process_group(device) as group,
         Signals() as signals,
-        memory_history(config, Path(config.output), device, world),
+        memory_history(config, Path(config.output), device, group),
     ):
-        processes = f" over {world.size} processes" if world.size > 1 else ""
+        processes = f" over {group.world_size} processes" if group.world_size > 1 else ""
         sizes = (
             f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
             f"a larger accumulate takes the same steps in less"
         )
         with translate_errors(device, sizes), signals.ending_at_once():
-            run = _Run(config, device, world, signals)
+            run = _Run(config, device, group, signals)
         try:
             with translate_errors(device, sizes):
                 run.to_the_end()
@@ -97,46 +97,46 @@ class _Run:
     """Everything of one call of ``train``."""
 
     def __init__(
-        self, config: RunConfig, device: torch.device, world: World, signals: Signals
+        self, config: RunConfig, device: torch.device, group: ProcessGroup, signals: Signals
     ) -> None:
-        self.config, self.device, self.world, self.signals = config, device, world, signals
-        share = config.batch_size // world.size
+        self.config, self.device, self.group, self.signals = config, device, group, signals
+        share = config.batch_size // group.world_size
         if share % config.accumulate:
             raise InputError(
                 f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
             )
-        if world.is_first:
+        if group.is_first:
             require_trackers(config.track)
         self.source = open_source(config.data, "train", config.view.image_size)
         self.held_out = open_source(config.data, "val", config.view.image_size)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
-        self.batches = _batches(config, self.source.num_samples, world)
+        self.batches = _batches(config, self.source.num_samples, group)
         self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
         self.teacher = open_teacher(config, self.source, device)
         self.state = create_state(config, len(self.source.classes), device)
         resume(config, self.state)
-        world.wait()  # no rank may still look for checkpoints when the first writes one
+        group.barrier()  # no rank may still look for checkpoints when the first writes one
 
         self.output = Path(config.output)
-        if world.is_first:
+        if group.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             for folder in (self.output, self.output / "checkpoints"):
                 for leftover in folder.glob(".tmp-*"):  # of a process killed while it wrote
                     leftover.unlink()
             write_json(self.output / "config.json", to_dict(config))
-        self.eval_loader = build_eval_loader(config, self.held_out, device, world)
+        self.eval_loader = build_eval_loader(config, self.held_out, device, group)
         state = self.state
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
-            config, state.model, self.teacher, state.optimizer, state.ema, device, world
+            config, state.model, self.teaching, state.optimizer, state.ema, device, group
         )
         self.eval_forward = None
         if (mode := resolve_compile(config, device, state.model)) != "none":
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
         self.metrics: MetricsFile | None = None
-        if world.is_first:
+        if group.is_first:
             trackers = Trackers(config, self.output, state.step)
             self.metrics = MetricsFile(self.output / METRICS, state.step, trackers)
         self.writer = CheckpointWriter(self.output / "checkpoints")
@@ -147,7 +147,7 @@ class _Run:
         log.info(
             "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
             "distillation: %s",
-            config.model.name, device.type, world.size, self.source.num_samples,
+            config.model.name, device.type, group.world_size, self.source.num_samples,
             len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
         )  # fmt: skip
         log_compile(config, device, state.model)
@@ -177,9 +177,10 @@ class _Run:
             stop=self.total,
             attach=self.teacher.attach(self.batches, state.step),
         )
-        window = Window(config, state, self.metrics, self.world, self.device, self.total)
+        window = Window(config, state, self.metrics, self.group, self.device, self.total)
+        self.teaching.follow(self.batches)
         first = state.step
-        profiled = config.profile_steps if self.world.is_first else 0
+        profiled = config.profile_steps if self.group.is_first else 0
         with (
             Collection() as garbage,
             Progress("train", self.total, state.step) as progress,
@@ -188,7 +189,7 @@ class _Run:
         ):
             stack.enter_context(self.signals.ending_at_once())  # the first step compiles
             for batch in window.timed(loader):
-                if state.step == 0 and self.world.is_first:
+                if state.step == 0 and self.group.is_first:
                     _save_first_views(batch, config, self.output / "samples.png")
                 lr = self._learning_rate(state.step)
                 if state.step not in state.skipped:
@@ -244,7 +245,7 @@ class _Run:
         Raises:
             _NotFinite: one of them changed nothing.
         """
-        stop = self.world.size == 1 and self._is_told_to_stop()
+        stop = self.group.world_size == 1 and self._is_told_to_stop()
         while (verdict := guard.read(0 if stop else keep)) is not None:
             if not verdict.healthy:
                 raise _NotFinite(verdict.step, guard.explain(verdict))
@@ -277,13 +278,13 @@ class _Run:
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
-        if self.world.is_first:
+        if self.group.is_first:
             self.writer.save(self.state.step, self.state.to_checkpoint(self.config))
 
     def _save_at_the_end(self) -> None:
         """Until the newest checkpoint is on the disk, for all ranks."""
         self.writer.wait()
-        self.world.wait()
+        self.group.barrier()
 
     def roll_back(self, error: _NotFinite) -> None:
         """Go back to the newest checkpoint and leave the step out from then on.
@@ -347,7 +348,7 @@ class _Run:
             self.eval_loader,
             self.source.classes,
             self.device,
-            self.world,
+            self.group,
             self._heed_in_evaluation,
             forward=self.eval_forward,
             rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
@@ -356,8 +357,9 @@ class _Run:
     def _heed_in_evaluation(self) -> None:
         # Ranks have to ask one another, which waits for the device: not at every batch.
         self.batches_evaluated += 1
-        often = self.world.size == 1 or self.batches_evaluated % EVAL_BATCHES_PER_QUESTION == 0
-        if often and self.world.any(self._is_told_to_stop(), self.device):
+        alone = self.group.world_size == 1
+        asks = alone or self.batches_evaluated % EVAL_BATCHES_PER_QUESTION == 0
+        if asks and self.group.any(self._is_told_to_stop(), self.device):
             self._leave()
 
     # -- the end -------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ class _Run:
         if self.evaluation is None:  # the checkpoint was the finished run's last
             self._evaluate(config.epochs)
         assert self.evaluation is not None
-        substituted = {path for paths in self.world.gather(
+        substituted = {path for paths in self.group.gather(
             sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
         }  # fmt: skip
         result = {
@@ -379,7 +381,7 @@ class _Run:
             "steps": state.step,
             "epochs": config.epochs,
             "skipped_steps": state.skipped,
-            "processes": self.world.size,
+            "processes": self.group.world_size,
             "train_seconds": round(state.train_seconds, 3),
             "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
             "substituted": sorted(substituted),
@@ -389,7 +391,7 @@ class _Run:
             "environment": describe_environment(self.device),
             "command": describe_command(),
         }
-        if self.world.is_first:
+        if self.group.is_first:
             _save_weights(self.output / "model.safetensors", state.model)
             if state.ema is not None:
                 _save_weights(self.output / "ema.safetensors", state.ema.module)
@@ -413,9 +415,11 @@ class _Run:
             self.metrics.close(self.finished)
 
 
-def _batches(config: RunConfig, num_samples: int, world: World) -> TrainBatches | DeitBatches:
+def _batches(
+    config: RunConfig, num_samples: int, group: ProcessGroup
+) -> TrainBatches | DeitBatches:
     """What this rank shows the model, step by step."""
-    sizes = (config.batch_size, config.epochs, world.rank, world.size)
+    sizes = (config.batch_size, config.epochs, group.rank, group.world_size)
     if config.compat == "deit":
         return DeitBatches(config.view, config.seed, num_samples, *sizes)
     order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)

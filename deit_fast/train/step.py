@@ -19,7 +19,7 @@ from deit_fast.kernels import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.models.teacher import has_bf16
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
@@ -57,22 +57,22 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         ema: ModelEmaV3 | None,
         device: torch.device,
-        world: World | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.config, self.model, self.teacher = config, model, teacher
         self.optimizer, self.device = optimizer, device
-        self.world = world or World()
+        self.group = group or ProcessGroup()
         self.bf16 = has_bf16(device)
-        self.guard = Guard(self.world, device, model)
+        self.guard = Guard(self.group, device, model)
         self.average = Average(ema, model) if ema is not None else None
         self.parameters = list(model.parameters())
         self.stop = torch.zeros((), device=device)  # above 0: this process was told to leave
         self._was_told = False
         self.graph: StepGraph | None = None
         if config.cuda_graphs:
-            require_capturable(device, self.world, optimizer)
+            require_capturable(device, self.group, optimizer)
             self.graph = StepGraph(optimizer, device, self.work)
-        self.forward = parallel(config, model, device, self.world)
+        self.forward = parallel(config, model, device, self.group)
         # Autocast would round the images and the weights on their way into the products: ingest
         # writes rounded rows of patches, and the weights are rounded for all layers at once.
         rounds = self.bf16 and device.type == "cuda"
@@ -109,8 +109,11 @@ class TrainStep:
         parts = []
         for place in range(count):
             piece = batch if count == 1 else batch.part(place * size, (place + 1) * size)
-            self.teacher.check(piece, step)
-            parts.append(Part(piece, step, (self.world.rank * count + place) * size))
+            answer = None
+            if not self.teaching.reads_images:
+                with phase("teacher"):
+                    answer = self.teaching(piece, None)
+            parts.append(Part(piece, answer, step, (self.group.rank * count + place) * size))
         set_learning_rate(self.optimizer, lr)
         if stop != self._was_told:
             self.stop.fill_(stop)
@@ -218,7 +221,9 @@ class TrainStep:
         return total, base, distill
 
 
-def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: World) -> nn.Module:
+def parallel(
+    config: RunConfig, model: nn.Module, device: torch.device, group: ProcessGroup
+) -> nn.Module:
     """What a step calls: the model, compiled as configured, its gradients averaged over ranks.
 
     Raises:
@@ -236,7 +241,7 @@ def parallel(config: RunConfig, model: nn.Module, device: torch.device, world: W
             forward = torch.compile(model, dynamic=False)
         else:
             compile_blocks(model)
-    if world.size == 1:
+    if group.world_size == 1:
         return forward  # type: ignore[no-any-return]
     # Buffers follow the first rank's by default; transformers have none and send nothing.
     wrapped = DistributedDataParallel(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
 from deit_fast.errors import InputError, first_line
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.optim import skips_on_device
 
 WARM_UP = 3  # real steps before the capture: they compile, choose algorithms, make moments
@@ -200,15 +200,15 @@ class StepGraph:
 
 
 def require_capturable(
-    device: torch.device, world: World, optimizer: torch.optim.Optimizer
+    device: torch.device, group: ProcessGroup, optimizer: torch.optim.Optimizer
 ) -> None:
     """Raise InputError where a run's step cannot be one CUDA graph, with the reason."""
     if device.type != "cuda":
         raise InputError(f"cuda_graphs needs a CUDA device, and the run is on {device.type}")
-    if world.size > 1:
+    if group.world_size > 1:
         raise InputError(
-            f"cuda_graphs with {world.size} processes: the exchange of gradients within a graph "
-            f"is not tested; choose --no-cuda-graphs"
+            f"cuda_graphs with {group.world_size} processes: the exchange of gradients within a "
+            f"graph is not tested; choose --no-cuda-graphs"
         )
     if not skips_on_device(optimizer):
         raise InputError(

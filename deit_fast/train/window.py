@@ -10,7 +10,7 @@ import torch
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import DeviceLoader
-from deit_fast.runtime.distributed import World
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.flops import peak_flops, training_flops
 from deit_fast.runtime.metrics import MetricsFile
 from deit_fast.train.state import TrainState
@@ -24,14 +24,14 @@ class Window:
     """
 
     def __init__(
-        self, config: RunConfig, state: TrainState, metrics: MetricsFile | None, world: World,
-        device: torch.device, total: int,
+        self, config: RunConfig, state: TrainState, metrics: MetricsFile | None,
+        group: ProcessGroup, device: torch.device, total: int,
     ) -> None:  # fmt: skip
         self.config, self.state, self.metrics = config, state, metrics
-        self.world, self.device, self.total = world, device, total
+        self.group, self.device, self.total = group, device, total
         peak = peak_flops(device)
         self.utilisation_of_one = None if peak is None else (
-            training_flops(state.model, config.view.image_size) / (peak * world.size)
+            training_flops(state.model, config.view.image_size) / (peak * group.world_size)
         )  # fmt: skip
         self._start()
 
@@ -66,7 +66,7 @@ class Window:
         seconds = time.perf_counter() - self.since
         largest = {"data_wait": self.waited / seconds, **noticed}
         values = torch.tensor([*largest.values()], dtype=torch.float64, device=self.device)
-        self.world.maximum(values)
+        self.group.maximum(values)
         state.train_seconds += seconds
         speed = self._speed(seconds) | dict(zip(largest, values.tolist(), strict=True))
         if self.metrics is not None:
@@ -83,7 +83,7 @@ class Window:
         speed = {
             "step_ms": 1e3 * seconds / self.steps,
             "images_per_s": rate,
-            "images_per_s_per_process": rate / self.world.size,
+            "images_per_s_per_process": rate / self.group.world_size,
             "seconds_left": (self.total - self.state.step) * seconds / self.steps,
         }
         if self.utilisation_of_one is not None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.evaluate import choose_device
-from deit_fast.runtime.distributed import read_world
+from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.files import write_json
 from deit_fast.tools.analysis.subject import measure, open_subject, undistilled
 from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER
@@ -47,7 +46,7 @@ def analyze(
         InputError: a run, its weights or data are missing or damaged; matplotlib is missing.
         OSError: a run folder cannot be written.
     """
-    if read_world().size > 1:
+    if read_process_group().world_size > 1:
         raise InputError("analyze runs in one process: start it without torchrun")
     _require_matplotlib()
     from deit_fast.tools.analysis import pictures

@@ -1,4 +1,4 @@
-"""Processes and their GPUs, as far as a machine without one can tell."""
+"""Process group and device selection, as far as a machine without a GPU can check them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from deit_fast.errors import InputError
-from deit_fast.evaluate import choose_device
 from deit_fast.runtime import distributed as room
+from deit_fast.runtime.distributed import choose_device
 
 
 @pytest.fixture
 def eight_gpus(monkeypatch) -> list[torch.device]:
-    """The fourth process on a machine with eight GPUs; which of them was made the current one."""
+    """Environment of rank 3 on a machine with eight GPUs; returns the devices made current."""
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -24,14 +24,14 @@ def eight_gpus(monkeypatch) -> list[torch.device]:
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_a_process_works_on_its_own_gpu(eight_gpus, name):
-    """Pinned memory and events go to the current GPU: eight processes must not share the first."""
+def test_each_process_uses_the_gpu_of_its_local_rank(eight_gpus, name):
+    """Pinned memory and events use the current GPU: eight processes must not share the first."""
     mine = torch.device("cuda", 3)
     assert choose_device(name) == mine and eight_gpus == [mine]
     assert choose_device("cpu") == torch.device("cpu") and eight_gpus == [mine]
 
 
-def test_a_process_without_a_gpu_of_its_own_is_refused(eight_gpus, monkeypatch):
+def test_a_local_rank_without_a_gpu_is_refused(eight_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(InputError, match="LOCAL_RANK=8, but torch sees 8 GPUs"):
         choose_device("auto")
@@ -42,19 +42,21 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(eight_gpus, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
-def test_a_process_that_fails_waits_for_no_other(eight_gpus, monkeypatch, error):
-    """The orderly end of NCCL is one that all processes make together."""
+def test_a_failing_process_does_not_wait_for_the_others(eight_gpus, monkeypatch, error):
+    """NCCL's orderly shutdown is collective, so after an error the process group is aborted."""
     ends: list[str] = []
-    monkeypatch.setattr(room, "rendezvous", lambda *address: iter([(dist.HashStore(), 3, 8)]))
+    monkeypatch.setattr(
+        "torch.distributed.rendezvous.rendezvous", lambda *address: iter([(dist.HashStore(), 3, 8)])
+    )
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("together"))
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: ends.append("alone"))
     if error is None:
-        with room.joined_world(torch.device("cuda", 3)) as joined:
-            assert (joined.rank, joined.size, joined.local_rank) == (3, 8, 3)
+        with room.joined_process_group(torch.device("cuda", 3)) as joined:
+            assert (joined.rank, joined.world_size, joined.local_rank) == (3, 8, 3)
         assert ends == ["together"]
         return
-    with pytest.raises(error), room.joined_world(torch.device("cuda", 3)):
+    with pytest.raises(error), room.joined_process_group(torch.device("cuda", 3)):
         raise error
     assert ends == ["alone"]
 
@@ -63,7 +65,7 @@ def test_a_process_that_fails_waits_for_no_other(eight_gpus, monkeypatch, error)
     ("name", "value", "words"),
     [("RANK", "x", "RANK='x' .* is not a number"), ("RANK", "8", "RANK=8 .* WORLD_SIZE=8")],
 )
-def test_an_environment_that_cannot_be_is_named(eight_gpus, monkeypatch, name, value, words):
+def test_invalid_environment_variables_are_named(eight_gpus, monkeypatch, name, value, words):
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
-        room.read_world()
+        room.read_process_group()
