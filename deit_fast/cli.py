@@ -38,6 +38,7 @@ from deit_fast.config_file import dotted_keys, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
+from deit_fast.runtime.environment import package_version
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 
 # ---------------------------------------------------------------------------------------------
@@ -355,12 +356,7 @@ def _lookup(config: Any, key: str) -> Any:
 
 def version() -> str:
     """Version of the installed package."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("deit-fast")
-    except metadata.PackageNotFoundError:
-        return "(not installed, run from its source folder)"
+    return package_version("deit-fast") or "(not installed, run from its source folder)"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from deit_fast.cli import main
-from deit_fast.runtime.packages import Loaded
+from deit_fast.runtime.environment import Loaded
 from deit_fast.tools import bug_report, doctor
 from deit_fast.tools.doctor import Finding
 

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
-from deit_fast.runtime.packages import Apex, find_apex
+from deit_fast.runtime.environment import Apex, find_apex
 from deit_fast.train.guard import gradient_norms
 from deit_fast.train.optim import (
     Average,

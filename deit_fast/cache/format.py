@@ -21,7 +21,7 @@ from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
 from deit_fast.cache.records import id_bytes
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, CacheMismatch
-from deit_fast.runtime.processes import space, start_of
+from deit_fast.runtime.environment import pid_namespace, process_start
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
@@ -249,7 +249,7 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
 def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that no other process and no other call of this one uses."""
     pid = os.getpid()
-    owner = f"{_space_digest()}-{pid}-{start_of(pid) or 0}-{next(_temporary_numbers)}"
+    owner = f"{_space_digest()}-{pid}-{process_start(pid) or 0}-{next(_temporary_numbers)}"
     return path.with_name(f".tmp-{owner}-{path.name}")
 
 
@@ -258,14 +258,14 @@ def remove_orphans(folder: Path) -> None:
 
     Only those whose pid means something here: of this boot and pid namespace, as for locks.
     """
-    if not space():
+    if not pid_namespace():
         return
     pattern = re.compile(rf"\.tmp-{_space_digest()}-(\d+)-(\d+)-")
     for path in folder.glob(".tmp-*"):
         owner = pattern.match(path.name)
-        if owner and start_of(int(owner[1])) != int(owner[2]):
+        if owner and process_start(int(owner[1])) != int(owner[2]):
             path.unlink(missing_ok=True)
 
 
 def _space_digest() -> str:
-    return hashlib.sha256(space().encode()).hexdigest()[:12]
+    return hashlib.sha256(pid_namespace().encode()).hexdigest()[:12]

@@ -23,8 +23,7 @@ from typing import Any
 
 from deit_fast.cache.format import temporary_path
 from deit_fast.errors import CacheError
-from deit_fast.runtime.processes import space as _space
-from deit_fast.runtime.processes import start_of as _start_of
+from deit_fast.runtime.environment import pid_namespace, process_start
 
 log = logging.getLogger("deit_fast")
 
@@ -174,7 +173,7 @@ class BlockLocks:
             seen, now = _modified(path), _touch(temporary)
             if seen is None or getattr(_read(path), "token", "") != other.token:
                 return  # released, or taken over by another writer: look again
-            if other.space == _space() or seen != first:
+            if other.space == pid_namespace() or seen != first:
                 raise CacheError(
                     f"{path}: {what} is being written by {other}, last heartbeat "
                     f"{max(0.0, now - seen):.0f} s ago; wait for it or end it"
@@ -254,8 +253,8 @@ def _read(path: Path) -> Owner | None:
 
 def _is_dead(path: Path, owner: Owner, temporary: Path) -> bool:
     """Inside this process's own pid namespace by the pid, elsewhere by the heartbeat."""
-    if owner.space and owner.space == _space():
-        return _start_of(owner.pid) != owner.started
+    if owner.space and owner.space == pid_namespace():
+        return process_start(owner.pid) != owner.started
     seen = _modified(path)
     return seen is not None and _touch(temporary) - seen >= STALE_SECONDS
 
@@ -280,7 +279,7 @@ def _touch(path: Path) -> float:
 
 def _this_process(rank: int, world: int) -> Owner:
     pid = os.getpid()
-    started = _start_of(pid)
+    started = process_start(pid)
     return Owner(
-        secrets.token_hex(8), socket.gethostname(), _space(), pid, started or 0, rank, world
+        secrets.token_hex(8), socket.gethostname(), pid_namespace(), pid, started or 0, rank, world
     )

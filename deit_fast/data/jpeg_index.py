@@ -31,7 +31,7 @@ import PIL
 
 from deit_fast.data.sources import Source, UnreadableImage, decode
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.files import cache_folder, write_atomically
 
 log = logging.getLogger("deit_fast")
 
@@ -81,7 +81,7 @@ def index_files(source: Source, threads: int, folder: Path | None = None) -> Fil
         threads: files at once.
         folder: where verdicts are kept; none: the user's cache folder.
     """
-    folder = default_folder() if folder is None else folder
+    folder = cache_folder() / "files" if folder is None else folder
     stamps = _stamps(source)
     path = folder / f"{_name(source)}.npz"
     with _lock(path):
@@ -95,12 +95,6 @@ def index_files(source: Source, threads: int, folder: Path | None = None) -> Fil
     if others:
         log.info("%d of %d files are no plain JPEGs: Pillow decodes them", others, len(sizes))
     return FileIndex(sizes, lengths)
-
-
-def default_folder() -> Path:
-    """Where verdicts are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "deit-fast" / "files"
 
 
 def examine(encoded: bytes, path: str) -> tuple[int, int]:

@@ -1,32 +1,136 @@
-"""What a result was made with: versions, device, command."""
+"""What a run depends on outside this package: versions, device, command, optional packages.
+
+Imports only the standard library, so that `doctor` works where a package is missing or broken.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import platform
 import shlex
 import sys
+import warnings
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+from deit_fast.errors import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+# ---------------------------------------------------------------------------------------------
+# What a result was made with
+# ---------------------------------------------------------------------------------------------
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions of what decides a run's numbers, and the device's name."""
+    """Versions of the packages that decide a run's numbers, and the device's name."""
+    import torch
+
     packages = ("deit-fast", "torch", "triton", "timm", "numpy", "pillow")
-    versions = {name: _version(name) for name in packages}
+    versions = {package: package_version(package) or "not installed" for package in packages}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"python": platform.python_version(), **versions, "device": name}
 
 
 def describe_command() -> str:
-    """The command line of this process, with the program's folder left out."""
+    """The command line of this process, without the program's folder."""
     program = Path(sys.argv[0]).name
     return shlex.join(["deit-fast" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """Version of an installed distribution; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Optional packages
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An imported package, or the reason why it could not be imported."""
+
+    module: ModuleType | None
+    error: str = ""  # empty where the package is not installed
+
+
+def load(name: str) -> Loaded:
+    """Import a package; whatever its import raises is returned as text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Loaded(importlib.import_module(name))
+    except ModuleNotFoundError as error:
+        is_absent = error.name is not None and f"{name}.".startswith(f"{error.name}.")
+        return Loaded(None, "" if is_absent else first_line(error, with_type=True))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a package may even call sys.exit
+        return Loaded(None, first_line(error, with_type=True))
+
+
+@dataclass(frozen=True)
+class Apex:
+    """NVIDIA's apex, or what is installed in its place.
+
+    Attributes:
+        state: "real", "absent", "broken", "namesake" (PyPI's `apex` is another package) or
+            "no CUDA code".
+        why: what is broken or missing.
+        optimizers: module with FusedAdam and FusedLAMB; None unless the state is "real".
+    """
+
+    state: str
+    why: str = ""
+    optimizers: ModuleType | None = None
+
+
+def find_apex() -> Apex:
+    """Look for NVIDIA's apex by the names that only it defines."""
+    package = load("apex")
+    if package.module is None and not package.error:
+        return Apex("absent")
+    optimizers = load("apex.optimizers")
+    if not hasattr(optimizers.module, "FusedAdam"):
+        if package.error or optimizers.error:
+            return Apex("broken", package.error or optimizers.error)
+        return Apex("namesake")
+    kernels = load("amp_C")
+    if kernels.module is None:
+        return Apex("no CUDA code", kernels.error or "amp_C is missing")
+    return Apex("real", optimizers=optimizers.module)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes of this machine
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def pid_namespace() -> str:
+    """Identifies the processes whose pids this process can see; empty if the system hides it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (proc(5), stat); None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

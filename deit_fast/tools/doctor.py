@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from deit_fast.runtime.packages import Loaded, find_apex, load
+from deit_fast.runtime.environment import Loaded, find_apex, load
 
 State = Literal["ok", "note", "problem"]
 

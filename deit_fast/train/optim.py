@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_fast.config import OptimConfig
-from deit_fast.runtime.packages import find_apex
+from deit_fast.runtime.environment import find_apex
 
 log = logging.getLogger("deit_fast")
 
