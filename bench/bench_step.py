@@ -49,7 +49,7 @@ from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student
 from deit_fast.models.fuse import KERNELS
 from deit_fast.models.teacher import has_bf16
-from deit_fast.runtime.flops import training_flops
+from deit_fast.runtime.profile import training_flops
 from deit_fast.tools.pack import pack
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import PHASES, TrainStep
@@ -292,7 +292,7 @@ def student_case(
         return dict(steps)
 
     def facts(name: str) -> Row:
-        flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+        flops = training_flops(create_student(student, CLASSES, img_size=size, fused=False), size)
         return {"flops_per_item": flops} | step_facts(steps[name], device)
 
     name = f"{short(student)} {kind} {size}px B={batch_size}"
@@ -340,7 +340,7 @@ def teacher_case(
 
     def facts(name: str) -> Row:
         """FLOPs of an image, and where the time of our steps goes."""
-        flops = training_flops(create_student(student, CLASSES, img_size=size), size)
+        flops = training_flops(create_student(student, CLASSES, img_size=size, fused=False), size)
         if "online" in name:
             flops += training_flops(timm.create_model(teacher, num_classes=CLASSES), size) // 3
         return {"flops_per_item": flops} | step_facts(steps[name], device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -45,9 +47,9 @@ def test_a_local_rank_without_a_gpu_is_refused(eight_gpus, monkeypatch):
 def test_a_failing_process_does_not_wait_for_the_others(eight_gpus, monkeypatch, error):
     """NCCL's orderly shutdown is collective, so after an error the process group is aborted."""
     ends: list[str] = []
-    monkeypatch.setattr(
-        "torch.distributed.rendezvous.rendezvous", lambda *address: iter([(dist.HashStore(), 3, 8)])
-    )
+    stores = [(dist.HashStore(), 3, 8)]
+    module = sys.modules["torch.distributed.rendezvous"]  # a function of this name hides it
+    monkeypatch.setattr(module, "rendezvous", lambda *_: iter(stores))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("together"))
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: ends.append("alone"))

@@ -16,7 +16,7 @@ from deit_fast import cli
 from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
 from deit_fast.precompute import precompute
-from deit_fast.runtime.garbage import Collection
+from deit_fast.runtime.garbage import gc_paused
 from deit_fast.runtime.profile import WARM_UP
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep
@@ -115,35 +115,35 @@ def test_too_little_memory_of_a_gpu_leaves_a_snapshot(world, tmp_path):
 
 
 class Knot:
-    """Refers to itself, so only the collector frees it."""
+    """A reference cycle, which only the collector frees."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
-def test_collection_happens_where_it_is_told():
+def test_garbage_is_collected_only_on_request():
     gc.enable()
     before = gc.get_freeze_count()
-    with Collection() as garbage:
+    with gc_paused():
         assert not gc.isenabled() and gc.get_freeze_count() > 1000
         knot = weakref.ref(Knot())
         for _ in range(3000):  # many times the automatic threshold
             Knot()
         assert knot() is not None
-        garbage.collect()
+        gc.collect()
         assert knot() is None
     assert gc.isenabled() and gc.get_freeze_count() == before
 
 
-def test_collection_is_restored_after_an_error_and_left_as_it_was():
+def test_the_collectors_settings_are_restored():
     gc.disable()
     try:
-        with pytest.raises(ValueError, match="x"), Collection():
+        with pytest.raises(ValueError, match="x"), gc_paused():
             raise ValueError("x")
         assert not gc.isenabled(), "it was off before"
-        gc.freeze()  # someone else's
+        gc.freeze()  # by another owner
         frozen = gc.get_freeze_count()
-        with Collection():
+        with gc_paused():
             pass
         assert gc.get_freeze_count() == frozen
     finally:
@@ -151,9 +151,9 @@ def test_collection_is_restored_after_an_error_and_left_as_it_was():
         gc.enable()
 
 
-def test_a_loader_process_collects_for_itself():
+def test_a_forked_process_collects_automatically():
     gc.enable()
-    with Collection():
+    with gc_paused():
         child = os.fork()
         if child == 0:
             os._exit(gc.isenabled())

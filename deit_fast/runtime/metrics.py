@@ -1,4 +1,4 @@
-"""metrics.jsonl, and what a person sees while a run goes on."""
+"""metrics.jsonl and the progress bar of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from deit_fast.runtime.trackers import Trackers
+from deit_fast.config import RunConfig
+from deit_fast.runtime.trackers import Trackers
 
 log = logging.getLogger("deit_fast")
 
@@ -20,27 +19,35 @@ METRICS = "metrics.jsonl"  # in the run's folder
 
 
 class MetricsFile:
-    """Appends one JSON object a line; on resume, rows after the checkpoint's step are cut off.
+    """Appends one JSON object a line to metrics.jsonl, and passes each row to the run's trackers.
 
-    Each row goes to the run's trackers too.
+    Args:
+        config: `track` names the trackers.
+        output: the run's folder.
+        step: where the run resumes; later rows of the file are dropped.
+
+    Raises:
+        InputError: a tracker cannot start, see ``Trackers``.
     """
 
-    def __init__(self, path: Path, start_step: int, trackers: Trackers) -> None:
-        self.path, self.trackers = path, trackers
-        self._cut(start_step)
+    def __init__(self, config: RunConfig, output: Path, step: int) -> None:
+        self.path = output / METRICS
+        logged: dict[str, int] = {}  # newest step of each kind of row
+        for row in _parse(self.path)[0]:
+            logged[row["kind"]] = max(logged.get(row["kind"], 0), row["step"])
+        self.trackers = Trackers(config, output, step, logged)
+        self._truncate(step)
 
-    def _cut(self, step: int) -> None:
-        rows = []
-        if self.path.exists() and step > 0:
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+    def _truncate(self, step: int) -> None:
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (line buffered, lives with the run)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Append a row with its kind, `train` or `eval`, and the wall clock in seconds.
+        """Append a row with its kind, `train` or `eval`, and the time in seconds since the epoch.
 
         Raises:
-            OSError: with the file's name; the disk is full.
+            OSError: the file's name and the reason, such as a full disk.
         """
         line = json.dumps({"kind": kind, **row, "time": round(time.time(), 3)}) + "\n"
         try:
@@ -50,13 +57,13 @@ class MetricsFile:
         self.trackers.write(kind, row)
 
     def rewind(self, step: int) -> None:
-        """Cut off the rows after ``step``, where the run goes back to it."""
+        """Drop the rows after ``step``, to which the run was rolled back."""
         self._close_file()
-        self._cut(step)
+        self._truncate(step)
         self.trackers.rewind(step)
 
     def close(self, finished: bool) -> None:
-        """No more rows come; ``finished``: the run came to its end."""
+        """Close the file and the trackers; ``finished``: the run made its last step."""
         self._close_file()
         self.trackers.close(finished)
 
@@ -66,25 +73,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line torn by a crash is left out."""
+    """All complete rows of a metrics file; lines cut off by a crash are left out with a warning."""
     rows, torn = _parse(path)
     for _ in range(torn):
         log.warning("%s: a torn line was left out", path)
     return rows
 
 
-def highest_steps(path: Path) -> dict[str, int]:
-    """Newest step in a metrics file, by the rows' kind; empty where there is no file."""
-    highest: dict[str, int] = {}
-    for row in _parse(path)[0] if path.exists() else []:
-        highest[row["kind"]] = max(highest.get(row["kind"], 0), row["step"])
-    return highest
-
-
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Whole rows, and the number of torn ones."""
+    """Complete rows and the number of torn lines; none where there is no file."""
     rows, torn = [], 0
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -99,6 +98,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             from rich import progress
+            from rich.console import Console
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
@@ -106,7 +106,7 @@ class Progress:
                 progress.MofNCompleteColumn(),
                 progress.TextColumn(unit + "s  {task.fields[note]}"),
                 progress.TimeRemainingColumn(),
-                console=_stderr_console(),
+                console=Console(stderr=True),
             )
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
@@ -115,26 +115,15 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """``note`` stands beside the bar; without a bar it is a line of the log."""
+        """Advance the bar. ``note`` is shown beside it; without a bar the note is logged."""
         if self._bar is None and note:
             log.info("%s", note)
         if self._bar is not None:
             self._bar.advance(self._task, count)
             if note is not None:
                 self._bar.update(self._task, note=note)
-
-
-def _stderr_console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)

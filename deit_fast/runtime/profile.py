@@ -1,14 +1,16 @@
-"""A run seen from inside: the profile of some steps, the history of a GPU's memory."""
+"""Profiling a run: a trace of some steps, the history of a GPU's memory, FLOPs and GPU peaks."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
@@ -16,16 +18,59 @@ from deit_fast.runtime.distributed import ProcessGroup
 
 log = logging.getLogger("deit_fast")
 
-WARM_UP = 5  # steps before those that count: compilation, allocation, the loader's first batches
+WARM_UP = 5  # steps left out: compilation, allocation, the loader's first batches
 _TABLE_ROWS = 60
-_ALLOCATIONS = 200_000  # newest events of the memory's history, about 100 MB of host memory
+_ALLOCATIONS = 200_000  # newest events of the memory history, about 100 MB of host memory
+
+PEAK_BF16 = {
+    # Dense bfloat16 FLOP/s from NVIDIA's data sheets (the sparse figures are twice these).
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs
+# ---------------------------------------------------------------------------------------------
+
+
+def training_flops(model: nn.Module, image_size: int) -> int:
+    """FLOPs of one image's training step: three times those of the forward.
+
+    Args:
+        model: not fused. A fused model does less work than its plain form; counted by the plain
+            form, that raises its utilisation as it raises its speed.
+        image_size: side of the images, pixels.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return 3 * counter.get_total_flops()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of the GPU, FLOP/s; None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Trace and memory
+# ---------------------------------------------------------------------------------------------
 
 
 class StepProfiler:
-    """torch.profiler over ``steps`` steady steps: trace.json (Chrome's format) and table.txt.
+    """torch.profiler over ``steps`` steps after the warm-up: trace.json (Chrome's format) and
+    table.txt.
 
-    Of a run that ends before, as many steps as there were; of one that ends before its sixth,
-    nothing. Call it after each step.
+    Call it after each step. A shorter run is profiled to its end, one of at most ``WARM_UP`` steps
+    not at all.
     """
 
     def __init__(self, steps: int, folder: Path, device: torch.device) -> None:
@@ -51,43 +96,35 @@ class StepProfiler:
         if self._profile is not None:
             self._profile.step()
 
-    def _write(self, profiled: profile) -> None:
-        """Called by torch when the last of the steps is done."""
+    def _write(self, finished: profile) -> None:
+        """Called by torch after the last profiled step."""
         self._profile = None
         key = "self_cpu_time_total" if self.device.type == "cpu" else "self_device_time_total"
-        table = profiled.key_averages().table(sort_by=key, row_limit=_TABLE_ROWS)
+        table = finished.key_averages().table(sort_by=key, row_limit=_TABLE_ROWS)
         (self.folder / "table.txt").write_text(table + "\n")
-        profiled.export_chrome_trace(str(self.folder / "trace.json"))
+        finished.export_chrome_trace(str(self.folder / "trace.json"))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        profiled = self._profile
-        if profiled is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._profile is None:
             return
-        if kind is not None:  # what ended the run matters more
-            profiled.on_trace_ready = None
+        if kind is not None:  # an error of the profiler must not hide the one that ended the run
+            self._profile.on_trace_ready = None
             with suppress(Exception):
-                profiled.stop()
+                self._profile.stop()
             return
-        profiled.stop()
+        self._profile.stop()
         if self._profile is not None:
             log.warning("profile_steps: fewer than %d steps, nothing was profiled", WARM_UP + 1)
 
 
 class MemoryHistory:
-    """Records a GPU's allocations inside the block and dumps them when it ends.
+    """Records a GPU's allocations inside the block and writes them to a file when it ends.
 
-    Also when an error of torch ends it, such as too little memory; not where a signal does, which
-    leaves no time.
-
-    https://pytorch.org/memory_viz shows the file.
+    The file is also written after a RuntimeError or MemoryError, but not after a signal, which
+    leaves no time. https://pytorch.org/memory_viz shows it.
 
     Raises:
-        InputError: at once, on a CPU.
+        InputError: the device is a CPU.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -111,11 +148,7 @@ class MemoryHistory:
 def memory_history(
     config: RunConfig, output: Path, device: torch.device, group: ProcessGroup
 ) -> AbstractContextManager[object]:
-    """What the configuration wants of this process's allocations; each rank has its file.
-
-    Raises:
-        InputError: it wants them on a CPU.
-    """
+    """``MemoryHistory`` where the configuration requests one; each rank writes its own file."""
     if not config.memory_snapshot:
         return nullcontext()
     name = "memory.pickle" if group.is_first else f"memory-{group.rank}.pickle"

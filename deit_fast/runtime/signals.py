@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1: the run saves what it has and leaves with status 75.
+"""SIGTERM and SIGUSR1: the run saves its state and ends with exit status 75.
 
-The handler only notes the signal; the loop asks after every step and all ranks leave after the same
-one. Where there is nothing to lose, before the first step is done, it ends the run at once:
-compiling takes minutes, and who sends SIGTERM waits ten seconds.
+The handler only records the signal. The loop polls it after every step, and all ranks leave after
+the same step. Before the first step there is nothing to save, so the handler ends the run at once:
+compiling takes minutes, and a scheduler kills the process about ten seconds after SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """A signal ended the run; the same command goes on from where it says."""
+    """A signal ended the run; the same command resumes it."""
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 while its block runs."""
+    """Records SIGTERM and SIGUSR1 while its block runs."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._at_once = False
+        self._raises = False
 
     def __enter__(self) -> Signals:
-        # Only the main thread may set handlers; elsewhere signals keep their meaning.
+        # Only the main thread may set handlers; in other threads signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         else:
             self._before = {}
         return self
@@ -43,22 +43,20 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = self.received is None, signal.Signals(number).name
-        if self._at_once:
-            raise Preempted(
-                f"{self.received}: nothing was lost, the run goes on when started again"
-            )
-        if first:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        is_first, self.received = self.received is None, signal.Signals(number).name
+        if self._raises:
+            raise Preempted(f"{self.received}: nothing was lost, the same command resumes the run")
+        if is_first:
             log.info("%s: saving after this step", self.received)
 
     @contextmanager
-    def ending_at_once(self) -> Iterator[None]:
-        """A signal inside the block raises ``Preempted`` there."""
-        self._at_once = True
+    def raising(self) -> Iterator[None]:
+        """A signal received before or inside the block raises ``Preempted``."""
+        self._raises = True
         try:
             if self.received is not None:
                 raise Preempted(f"{self.received}: nothing was lost")
             yield
         finally:
-            self._at_once = False
+            self._raises = False

@@ -1,10 +1,11 @@
-"""Where the rows of metrics.jsonl go besides: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Experiment trackers that also get the rows of metrics.jsonl: TensorBoard, Weights & Biases,
+MLflow, trackio.
 
-A tracker is imported only if it was asked for, and fed by a thread of its own, so that no step
-waits for a network. What fails in mid-run is left out after one warning. A resumed run goes on in
-the tracked run that `trackers.json` names; where the tracker cannot take rows back, those that it
-was given already, and that training makes again bit for bit, are not sent twice. So what a killed
-process had not sent yet, a second's rows, is missing there; metrics.jsonl has them.
+A tracker is imported only if `track` names it. A thread feeds it, so no step waits for a network.
+A tracker that fails during a run is dropped after one warning. A resumed run continues the tracked
+run that `trackers.json` names. Where the tracker cannot delete rows, rows that it already has are
+not sent again: training repeats them bit for bit. Rows that a killed process had not yet sent,
+those of about a second, are missing in the tracker and present in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -21,45 +22,48 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from deit_fast.config import TRACKERS, RunConfig
-from deit_fast.config_file import to_dict
+from deit_fast.config import RunConfig
+from deit_fast.config_file import dotted_keys, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import write_json
-from deit_fast.runtime.metrics import METRICS, highest_steps
 from deit_fast.runtime.signals import Preempted
 
 log = logging.getLogger("deit_fast")
 
 PROJECT = "deit_fast"
-_LAST_ROWS = 60.0  # seconds that the end of a finished run waits for a slow network
-_LAST_ROWS_CUT_SHORT = 5.0  # of an interrupted one: who sent the signal waits ten
+_DROPPED = "%s gets no more rows: %s"
+_FLUSH_SECONDS = 60.0  # how long the end of a finished run waits for a slow network
+_FLUSH_SECONDS_INTERRUPTED = 5.0  # schedulers kill a process about ten seconds after SIGTERM
 
 
-class Tracker(Protocol):
-    """One tracked run; ``create`` functions below return one.
+class Tracker:
+    """One tracked run. A subclass is created with (config, output, run, step): ``run`` is None for
+    a new tracked run, otherwise the id of the one to continue at ``step``.
 
     Attributes:
-        run: id under which a later process goes on in it.
+        run: id under which a later process continues it.
     """
 
     run: str
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Log values at a step; may wait for a network, may raise anything."""
+        raise NotImplementedError
 
     def rewind(self, step: int) -> bool:
-        """Forget the rows after ``step``; whether it can."""
+        """Delete the rows after ``step``; returns whether the tracker can."""
         return False
 
     def close(self, finished: bool) -> None:
-        """No more rows come; ``finished``: the run came to its end."""
+        """End the tracked run; ``finished``: the run made its last step."""
 
 
 class _TensorBoard(Tracker):
-    run = "tensorboard"  # the folder; one output has one
+    run = "tensorboard"  # the folder; a run's output has one
 
     def __init__(self, config: RunConfig, output: Path, run: str | None, step: int) -> None:
         self.folder = str(output / "tensorboard")
@@ -71,7 +75,7 @@ class _TensorBoard(Tracker):
     def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Its readers drop what an earlier process wrote from the purged step on.
+        # Readers of the event files drop what an earlier process wrote from the purged step on.
         self._writer = SummaryWriter(self.folder, purge_step=step + 1)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
@@ -103,10 +107,10 @@ class _Wandb(Tracker):
             allow_val_change=True,
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Its own counter drops a row whose step it has seen, so an evaluation after a resume.
+        # wandb's own step counter drops a row whose step it has seen: an evaluation after a resume.
         self._run.define_metric("*", step_metric="step")
-        place = self._run.dir if self._run.offline else self._run.url
-        log.info("wandb: run %s, %s", self.run, place)
+        address = self._run.dir if self._run.offline else self._run.url
+        log.info("wandb: run %s, %s", self.run, address)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({"step": step, **values})
@@ -129,7 +133,8 @@ class _MLflow(Tracker):
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         self.run = self._client.create_run(experiment, run_name=output.name).info.run_id
-        settings = [Param(key, str(value)[:500]) for key, value in _flat(to_dict(config)).items()]
+        settings = [Param(key, str(reduce(getattr, key.split("."), config))[:500])
+                    for key in dotted_keys()]  # fmt: skip
         self._client.log_batch(self.run, params=settings)
         log.info("mlflow: run %s of experiment %s", self.run, name)
 
@@ -149,7 +154,7 @@ class _Trackio(Tracker):
         import trackio
 
         self.run = run or f"{output.name}-{secrets.token_hex(4)}"
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the verb's result
             self._run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),
                 name=self.run,
@@ -168,17 +173,16 @@ class _Trackio(Tracker):
             self._run.finish()
 
 
-_CREATE: dict[str, Any] = {
+_CLASSES: dict[str, Any] = {  # by the names in config.TRACKERS
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _MLflow,
     "trackio": _Trackio,
 }
-assert tuple(_CREATE) == TRACKERS
 
 
 def require_trackers(names: tuple[str, ...]) -> None:
-    """Find the packages of trackers without importing them.
+    """Check that the packages of trackers are installed, without importing them.
 
     Raises:
         InputError: one is not installed; names it and how to install it.
@@ -192,63 +196,63 @@ def require_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run's first rank, each with its thread.
+    """The trackers of a run's first rank, each fed by a thread.
 
     Args:
         config: `track` names them.
-        output: the run's folder, with the metrics.jsonl of an earlier process, still uncut.
-        step: where the run goes on; 0: at its start.
+        output: the run's folder, with trackers.json.
+        step: where the run resumes; 0 for a new run.
+        logged: newest step that an earlier process logged, by kind of row.
 
     Raises:
-        InputError: one cannot start, and never did for this run; later that is a warning.
+        InputError: a tracker of a new tracked run cannot start. On resume that is a warning.
     """
 
-    def __init__(self, config: RunConfig, output: Path, step: int) -> None:
+    def __init__(self, config: RunConfig, output: Path, step: int, logged: dict[str, int]) -> None:
         self._feeds: list[_Feed] = []
         if not config.track:
             return
         path = output / "trackers.json"
         known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:12]
-        written = highest_steps(output / METRICS)
         for name in config.track:
             entry = known.get(name)
             if entry is not None and step == 0 and entry["config"] != digest:
-                entry = None  # the folder's checkpoints were removed for another run
-            run, last = (None, {}) if entry is None else (entry["run"], entry["last"])
+                entry = None  # another run in this folder, whose checkpoints were removed
+            run, last = None, {}
             if entry is not None:
-                last = {kind: max(last.get(kind, 0), written.get(kind, 0))
-                        for kind in {*last, *written}}  # fmt: skip
+                run, sent = entry["run"], entry["last"]
+                last = {kind: max(sent.get(kind, 0), logged.get(kind, 0))
+                        for kind in {*sent, *logged}}  # fmt: skip
             try:
-                tracker: Tracker = _CREATE[name](config, output, run, step)
+                tracker: Tracker = _CLASSES[name](config, output, run, step)
             except Preempted:
                 raise
             except Exception as error:
+                reason = first_line(error, with_type=True)
                 if run is None:
-                    raise InputError(
-                        f"track={name} cannot start: {first_line(error, with_type=True)}"
-                    ) from error
-                _warn(name, error)
+                    raise InputError(f"track={name} cannot start: {reason}") from error
+                log.warning(_DROPPED, name, reason)
                 continue
             known[name] = {"run": tracker.run, "last": last, "config": digest}
             self._feeds.append(_Feed(name, tracker, {} if name == "tensorboard" else last))
         write_json(path, known)
 
     def write(self, kind: str, row: Mapping[str, Any]) -> None:
-        """Pass on the numbers of a row of metrics.jsonl; returns at once."""
+        """Queue the numbers of a row of metrics.jsonl; returns at once."""
         values = {f"{kind}/{name}": float(value) for name, value in row.items()
                   if isinstance(value, (int, float)) and name != "step"}  # fmt: skip
         for feed in self._feeds:
             feed.queue.put((kind, row["step"], values))
 
     def rewind(self, step: int) -> None:
-        """The run went back to ``step``."""
+        """Delete the rows after ``step`` where the tracker can."""
         for feed in self._feeds:
             feed.queue.put(step)
 
     def close(self, finished: bool) -> None:
-        """Wait, not for ever, until all rows are with their trackers."""
-        patience = _LAST_ROWS if finished else _LAST_ROWS_CUT_SHORT
+        """Wait, for a limited time, until the trackers have all rows."""
+        patience = _FLUSH_SECONDS if finished else _FLUSH_SECONDS_INTERRUPTED
         end = time.monotonic() + patience
         for feed in self._feeds:
             feed.queue.put(finished)
@@ -260,15 +264,15 @@ class Trackers:
 
 
 class _Feed:
-    """Hands a tracker its rows, on a thread.
+    """Passes rows to a tracker on a thread.
 
-    Its queue takes (kind, step, values) for a row, an int for a step to go back to, and at the end
-    a bool: whether the run is finished.
+    The queue takes (kind, step, values) for a row, an int for a step to rewind to, and finally a
+    bool: whether the run is finished.
     """
 
     def __init__(self, name: str, tracker: Tracker, last: dict[str, int]) -> None:
         self.name, self.tracker = name, tracker
-        self.last = dict(last)  # by kind, the newest step that the tracker has
+        self.last = dict(last)  # newest step that the tracker has, by kind of row
         self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name=f"track-{name}", daemon=True)
         self.thread.start()
@@ -285,19 +289,5 @@ class _Feed:
                     self.tracker.write(values, step)
                     self.last[kind] = step
             self.tracker.close(item)
-        except Exception as error:  # a network's, a disk's, a server's: never the run's
-            _warn(self.name, error)
-
-
-def _warn(name: str, error: Exception) -> None:
-    log.warning("%s is left out from here on: %s", name, first_line(error, with_type=True))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        except Exception as error:  # a tracker's failure never ends the run
+            log.warning(_DROPPED, self.name, first_line(error, with_type=True))

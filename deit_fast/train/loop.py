@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from contextlib import ExitStack
@@ -22,11 +23,11 @@ from deit_fast.evaluate import build_eval_loader, evaluate_model
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_atomically, write_json
-from deit_fast.runtime.garbage import Collection
-from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress
+from deit_fast.runtime.garbage import gc_paused
+from deit_fast.runtime.metrics import MetricsFile, Progress
 from deit_fast.runtime.profile import StepProfiler, memory_history
 from deit_fast.runtime.signals import Preempted, Signals
-from deit_fast.runtime.trackers import Trackers, require_trackers
+from deit_fast.runtime.trackers import require_trackers
 from deit_fast.train.checkpoint import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.guard import Guard
@@ -75,7 +76,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
             f"a larger accumulate takes the same steps in less"
         )
-        with translate_errors(device, sizes), signals.ending_at_once():
+        with translate_errors(device, sizes), signals.raising():
             run = _Run(config, device, group, signals)
         try:
             with translate_errors(device, sizes):
@@ -137,8 +138,7 @@ class _Run:
             self.eval_forward = compile_evaluation(mode, average)
         self.metrics: MetricsFile | None = None
         if group.is_first:
-            trackers = Trackers(config, self.output, state.step)
-            self.metrics = MetricsFile(self.output / METRICS, state.step, trackers)
+            self.metrics = MetricsFile(config, self.output, state.step)
         self.writer = CheckpointWriter(self.output / "checkpoints")
         self.saved_at = time.monotonic()
         self.rollbacks = self.batches_evaluated = 0
@@ -182,12 +182,12 @@ class _Run:
         first = state.step
         profiled = config.profile_steps if self.group.is_first else 0
         with (
-            Collection() as garbage,
+            gc_paused() as freeze_garbage,
             Progress("train", self.total, state.step) as progress,
             StepProfiler(profiled, self.output / "profile", self.device) as profiler,
             ExitStack() as stack,
         ):
-            stack.enter_context(self.signals.ending_at_once())  # the first step compiles
+            stack.enter_context(self.signals.raising())  # the first step compiles
             for batch in window.timed(loader):
                 if state.step == 0 and self.group.is_first:
                     _save_first_views(batch, config, self.output / "samples.png")
@@ -210,7 +210,7 @@ class _Run:
                     self.compile_count.report(state.step)
                 if state.step == first + 1:
                     stack.close()
-                    garbage.freeze()
+                    freeze_garbage()
                 if stop:
                     self._leave()
                 pause = time.perf_counter()
@@ -219,7 +219,7 @@ class _Run:
                 if save:
                     self._save()
                 if report:
-                    garbage.collect()
+                    gc.collect()
                 profiler()
                 window.since += time.perf_counter() - pause
         self._save_at_the_end()

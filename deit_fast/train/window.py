@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 
@@ -10,9 +11,10 @@ import torch
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import DeviceLoader
+from deit_fast.models import unfuse
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.runtime.flops import peak_flops, training_flops
 from deit_fast.runtime.metrics import MetricsFile
+from deit_fast.runtime.profile import peak_flops, training_flops
 from deit_fast.train.state import TrainState
 
 
@@ -31,7 +33,8 @@ class Window:
         self.group, self.device, self.total = group, device, total
         peak = peak_flops(device)
         self.utilisation_of_one = None if peak is None else (
-            training_flops(state.model, config.view.image_size) / (peak * group.world_size)
+            training_flops(unfuse(copy.deepcopy(state.model)), config.view.image_size)
+            / (peak * group.world_size)
         )  # fmt: skip
         self._start()
 
