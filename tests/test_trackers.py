@@ -183,9 +183,7 @@ class NeverThere(trackers._TensorBoard):
         raise ConnectionError("no such server")
 
 
-def test_a_tracker_that_cannot_start_is_an_error_of_new_runs_only(
-    world, tmp_path, monkeypatch, caplog
-):
+def test_only_a_new_run_needs_its_tracker_to_start(world, tmp_path, monkeypatch, caplog):
     config = run_config(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
     with monkeypatch.context() as patch:
         patch.setitem(trackers._CLASSES, "tensorboard", NeverThere)
@@ -193,9 +191,7 @@ def test_a_tracker_that_cannot_start_is_an_error_of_new_runs_only(
             train(config)
     train(config)
     monkeypatch.setitem(trackers._CLASSES, "tensorboard", NeverThere)
-    with caplog.at_level(
-        logging.WARNING, "deit_fast"
-    ):  # a restart must not fail for lack of a network
+    with caplog.at_level(logging.WARNING, "deit_fast"):  # a restart needs no network
         train(config.replace(max_steps=4))
     assert "tensorboard gets no more rows: ConnectionError" in caplog.text
     assert len(rows_of(tmp_path / "run")["train/loss"]) == 4
