@@ -45,9 +45,9 @@ from deit_fast.data.loader import make_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Synthetic
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_model
 from deit_fast.models import Teacher, create_student
 from deit_fast.models.fuse import KERNELS
+from deit_fast.models.student import build_model
 from deit_fast.models.teacher import has_bf16
 from deit_fast.runtime.profile import training_flops
 from deit_fast.tools.pack import pack

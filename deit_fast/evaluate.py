@@ -16,7 +16,8 @@ from deit_fast.config_file import from_dict
 from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
 from deit_fast.errors import InputError
-from deit_fast.models import create_student, forward_heads, load_weights
+from deit_fast.models import forward_heads, load_weights
+from deit_fast.models.student import build_model
 from deit_fast.models.teacher import has_bf16
 from deit_fast.models.weights import fit_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device
@@ -107,26 +108,6 @@ def _logits(
         images = torch.cat([images, images.new_zeros((rows - count, *images.shape[1:]))])
     class_logits, distill_logits = forward(model, images)
     return class_logits[:count], None if distill_logits is None else distill_logits[:count]
-
-
-def build_model(config: RunConfig, num_classes: int) -> nn.Module:
-    """The model that a run's configuration names, with random weights."""
-    model = config.model
-    return create_student(
-        model.name,
-        num_classes,
-        model.drop_path,
-        config.view.image_size,
-        patch_size=model.patch_size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        fused=model.fused,
-        stochastic_depth=model.stochastic_depth,
-        residual=model.residual,
-        kernels=model.kernels,
-        pad_head=model.pad_head,
-    )
 
 
 def build_eval_loader(

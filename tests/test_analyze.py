@@ -26,9 +26,10 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.data.eval import eval_pixels
 from deit_fast.data.sources import ImageFolder
-from deit_fast.evaluate import build_model, evaluate
+from deit_fast.evaluate import evaluate
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.convnet import small_convnet
+from deit_fast.models.student import build_model
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.environment import describe_command
 from deit_fast.tools.analysis import answers, measures, pictures, subject, tokens

@@ -363,7 +363,7 @@ def test_recipes_list_and_show(capsys: pytest.CaptureFixture) -> None:
 def test_recipe_is_documented_and_its_model_fits_its_views(name: str) -> None:
     import torch
 
-    from deit_fast.evaluate import build_model
+    from deit_fast.models.student import build_model
 
     config = RECIPES[name]()
     assert config.recipe == name

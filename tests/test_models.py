@@ -1,4 +1,4 @@
-"""Students keep DeiT's parameter names; teachers stay frozen and normalise for themselves."""
+"""Students keep DeiT's parameter names; teachers stay frozen and normalise their own input."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_positions_of_another_size_are_interpolated_as_timm_does(make, size, cap
     assert lines == ([] if size == 24 else [f"{note} {size // 8} x {size // 8}"])
 
 
-def test_plain_weights_start_a_distilled_student_at_another_size(caplog):
+def test_plain_weights_initialise_a_distilled_student_at_another_size(caplog):
     caplog.set_level(logging.INFO, "deit_fast")
     state = plain_student(img_size=24).state_dict()
     state["pos_embed"].copy_(torch.randn_like(state["pos_embed"]))
@@ -133,13 +133,13 @@ def test_plain_weights_start_a_distilled_student_at_another_size(caplog):
     assert torch.equal(loaded["pos_embed"], torch.cat([expected[:, :1], expected], dim=1))
     assert all(torch.equal(loaded[k], v) for k, v in state.items() if k != "pos_embed")
     assert [record.getMessage() for record in caplog.records] == [
-        "weights file w.pth: no distillation token: dist_token and head_dist start afresh; "
-        "the token's position is the class token's",
+        "weights file w.pth: no distillation token: dist_token and head_dist keep their "
+        "initial values; the token gets the class token's position",
         "weights file w.pth: position embedding interpolated from 3 x 3 to 4 x 4",
     ]
 
 
-def test_heads_of_another_class_count_start_afresh(caplog):
+def test_heads_of_another_class_count_keep_their_initial_values(caplog):
     caplog.set_level(logging.INFO, "deit_fast")
     state = tiny_student(num_classes=5).state_dict()
     model = tiny_student()
@@ -148,7 +148,7 @@ def test_heads_of_another_class_count_start_afresh(caplog):
     for name, value in model.state_dict().items():
         assert torch.equal(value, (fresh if name.startswith("head") else state)[name]), name
     assert [record.getMessage() for record in caplog.records] == [
-        f"weights file w.pth: {name} has 5 classes there, 7 here: it starts afresh"
+        f"weights file w.pth: {name} has 5 classes there, 7 here: it keeps its initial values"
         for name in ("head", "head_dist")
     ]
 
@@ -158,7 +158,7 @@ def test_heads_of_another_class_count_start_afresh(caplog):
     [
         ({"dist_token": None}, "w lacks dist_token"),
         ({"head.weight": None}, "w lacks head.weight"),
-        ({"extra": torch.zeros(1)}, "w has extra, which the model has not"),
+        ({"extra": torch.zeros(1)}, "w has extra, which the model lacks"),
         ({"pos_embed": torch.zeros(1, 7, 48)}, r"pos_embed is \(1, 7, 48\) there, \(1, 6, 48\)"),
         ({"pos_embed": torch.zeros(1, 11, 32)}, r"pos_embed is \(1, 11, 32\) there"),
         ({"patch_embed.proj.weight": torch.zeros(48, 3, 4, 4)}, "patch_embed.proj.weight is"),
@@ -166,7 +166,7 @@ def test_heads_of_another_class_count_start_afresh(caplog):
         ({"head.weight": torch.zeros(5, 48)}, r"head.weight is \(5, 48\) there, \(7, 48\)"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_and_changes_nothing(change, message, caplog):
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, message, caplog):
     caplog.set_level(logging.INFO, "deit_fast")
     state = tiny_student().state_dict() | change
     model = tiny_student()
@@ -176,7 +176,7 @@ def test_what_cannot_be_adapted_is_refused_and_changes_nothing(change, message, 
     assert digest_weights(model) == before and not caplog.records
 
 
-def test_a_run_at_another_size_starts_from_model_weights(tmp_path):
+def test_model_weights_initialise_a_run_at_another_size(tmp_path):
     state = tiny_student(num_classes=10).state_dict()
     save_file(state, tmp_path / "w.safetensors")
     model = ModelConfig(
@@ -191,13 +191,13 @@ def test_a_run_at_another_size_starts_from_model_weights(tmp_path):
         assert all(torch.equal(weights[k], v) for k, v in state.items() if k != "pos_embed")
 
 
-def test_distilled_weights_do_not_start_a_plain_student():
+def test_distilled_weights_are_refused_by_a_plain_student():
     state = tiny_student(img_size=24).state_dict()
     with pytest.raises(InputError, match=r"pos_embed is \(1, 11, 48\) there, \(1, 5, 48\)"):
         start_from(plain_student(), state, "w")
 
 
-def test_heads_apart_average_to_the_model_in_eval_mode():
+def test_the_mean_of_both_heads_is_the_output_in_evaluation_mode():
     torch.manual_seed(1)
     model = tiny_student()
     images = torch.randn(3, 3, 16, 16)
@@ -212,8 +212,7 @@ def test_heads_apart_average_to_the_model_in_eval_mode():
     assert not torch.allclose(apart[0], apart[1])
 
 
-def test_heads_apart_of_a_model_whose_blocks_are_watched():
-    """Hooks on blocks fire, as on a model that is not fused."""
+def test_hooks_on_blocks_run_when_both_heads_are_computed():
     model = tiny_student().eval()
     images, seen = torch.randn(3, 3, 16, 16), []
     with torch.no_grad():
@@ -238,7 +237,7 @@ def test_student_shape_errors(arguments, message):
         tiny_student(**arguments)
 
 
-def test_unknown_names_come_with_the_nearest():
+def test_errors_about_unknown_names_suggest_a_similar_one():
     with pytest.raises(InputError, match="did you mean deit_tiny_distilled_patch16_224"):
         create_student("deit_tiny_destilled_patch16_224", 10)
     with pytest.raises(InputError, match="did you mean timm:regnety_160"):
@@ -256,7 +255,7 @@ def test_teacher_is_frozen_and_stays_in_eval_mode():
     wrapper = nn.ModuleList([teacher]).train()
     before = digest_weights(teacher.model)
     images = torch.randn(4, 3, 16, 16)
-    teacher.model.train()  # even behind its back
+    teacher.model.train()  # bypassing the wrapper
     first = teacher(images)
     assert torch.equal(first, teacher(images))
     assert not first.requires_grad
@@ -265,7 +264,7 @@ def test_teacher_is_frozen_and_stays_in_eval_mode():
 
 
 def test_teacher_undoes_the_students_normalisation():
-    """A teacher with its own statistics answers as it would on images normalised its own way."""
+    """The logits are those of images normalised with the teacher's own mean and std."""
     name = "resnetv2_18"
     model = timm.create_model(name, num_classes=4)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
@@ -292,11 +291,11 @@ def test_teacher_undoes_the_students_normalisation():
 def test_fingerprint_follows_weights_not_paths(tmp_path):
     state = small_convnet(3).state_dict()
     spec = "deit_fast.models.convnet:small_convnet"
-    for place in ("a", "b"):
-        save_file(state, tmp_path / f"{place}.safetensors")
+    for name in ("a", "b"):
+        save_file(state, tmp_path / f"{name}.safetensors")
     prints = [
-        load_teacher(f"{spec}@{tmp_path}/{place}.safetensors", num_classes=3).fingerprint()
-        for place in ("a", "b")
+        load_teacher(f"{spec}@{tmp_path}/{name}.safetensors", num_classes=3).fingerprint()
+        for name in ("a", "b")
     ]
     assert prints[0] == prints[1]
     state["0.weight"][0, 0, 0, 0] += 1e-6

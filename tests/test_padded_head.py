@@ -134,11 +134,11 @@ def test_what_cannot_be_padded_is_refused() -> None:
         pad_heads(student(False, 0))
     with pytest.raises(InputError, match="pad_head needs a model with a layer `head`"):
         pad_heads(nn.Linear(2, 2))
-    with pytest.raises(InputError, match="pad_head needs a timm model"):
+    with pytest.raises(InputError, match="pad_head=True needs a timm model"):
         create_student("somewhere:factory", 10, pad_head=True)
 
 
 @pytest.mark.parametrize("option", [{"kernels": ("attention",)}, {"stochastic_depth": "subset"}])
 def test_options_of_a_transformer_are_refused_for_a_factory(option: dict) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(option))} .* needs a timm model"):
+    with pytest.raises(InputError, match=f"{next(iter(option))}=.* needs a timm model"):
         create_student("somewhere:factory", 10, **option)

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_model
+from deit_fast.kernels import ingest_launch
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part
+from deit_fast.models.student import build_model
 from deit_fast.precompute import precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.distributed import ProcessGroup

@@ -1,23 +1,24 @@
-"""``fuse``: a timm vision transformer on this package's kernels, parameters and names untouched.
+"""``fuse``: run a timm vision transformer on this package's kernels.
 
-Each fused module changes its class and nothing else, so state dicts go both ways and ``unfuse`` is
-the way back. These kernels take over what moves bytes between the matrix products:
+Fusing changes the classes of modules and nothing else: parameters and their names stay, state dicts
+load in both directions, and ``unfuse`` restores the classes. The kernels replace the memory-bound
+operations between the matrix products:
 
     attention        attention_qkvpacked between the two projections
     add_layer_norm   residual + LayerScale + DropPath + the next LayerNorm, over block borders too
     bias_gelu        bias of the first MLP layer + GELU
-    mlp_backward     with bias_gelu: its backward as part of the product in front of it
+    mlp_backward     with bias_gelu: its backward inside the matrix product before it
 
-and one rewriting saves products: where the heads read prefix tokens alone (``global_pool="token"``)
-the last block makes queries, projection and MLP for those only. Their keys and values still come
-from every token, so outputs and gradients are the same sums; at 198 tokens and 12 blocks that is
-10/12 of a block's parameter products, 6.9 % of all.
+Fusing also leaves out products that no head reads. Where the heads read prefix tokens only
+(``global_pool="token"``), the last block computes queries, projection and MLP for those tokens.
+Keys and values still come from every token, so outputs and gradients are unchanged. At 198 tokens
+and 12 blocks this saves 10/12 of one block's parameter products, 6.9 % of all.
 
-Where they read the rows anyway, add_layer_norm and attention also make the gradients of the biases
-of qkv, proj and fc2. A hook on such a layer, or a wrapper around it, ends that for the layer.
+add_layer_norm and attention also compute the gradients of the biases of qkv, proj and fc2, whose
+rows they read anyway. For a layer with a hook or a wrapper they do not.
 
-Hooks on modules that a kernel replaces (norms, LayerScale, DropPath, activation) do not fire in a
-fused model; those on blocks do not where the whole stream is fused (``model(x)``).
+Hooks on modules that a kernel replaces (norms, LayerScale, DropPath, activation) do not run in a
+fused model. Hooks on blocks do not run where the whole stream is fused (``model(x)``).
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ log = logging.getLogger("deit_fast")
 KERNELS = ("attention", "add_layer_norm", "bias_gelu", "mlp_backward")
 STOCHASTIC_DEPTH = ("sample", "subset")
 RESIDUALS = {"float32": None, "bfloat16": torch.bfloat16}
-"""Dtypes of the residual stream; None: that of the embedding."""
+"""Dtypes of the residual stream; None: the dtype of the embedding."""
 
 DEFAULT_KERNELS = {
-    # The kernels' references are PyTorch's own operations and would win nothing.
+    # On a CPU the kernels run as PyTorch operations and save nothing.
     "cpu": (),
-    # By their bytes (docs/performance.md) these win; not measured yet. mlp_backward stays off until
-    # it has won in a compiled model: it times two ways at its first call, and as their last bits
-    # differ, two runs may differ.
+    # Chosen by the bytes that they save (docs/performance.md), not measured yet. mlp_backward stays
+    # off until it has won in a compiled model: its first call times two implementations, whose
+    # results differ by rounding, so two runs may differ.
     "sm_80": KERNELS[:3],
     "sm_90": KERNELS[:3],
     "sm_100": KERNELS[:3],
@@ -64,7 +65,7 @@ DEFAULT_KERNELS = {
 
 
 def default_kernels() -> tuple[str, ...]:
-    """Kernels that are on for this machine's first GPU, or for a CPU."""
+    """The default kernels of this machine's first GPU, or of a CPU."""
     if not torch.cuda.is_available():
         return DEFAULT_KERNELS["cpu"]
     major, _ = torch.cuda.get_device_capability()
@@ -100,15 +101,15 @@ def _why_not_block(module: nn.Module) -> str | None:
         if type(norm) not in (LayerNorm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"has {name} {type(norm).__name__}, not a LayerNorm with weight and bias"
     for name, known in (("ls", LayerScale), ("drop_path", DropPath)):
-        for half in ("1", "2"):
-            part = getattr(module, name + half)
+        for attribute in (f"{name}1", f"{name}2"):
+            part = getattr(module, attribute)
             if type(part) not in (known, nn.Identity):
-                return f"has {name + half} {type(part).__name__}"
+                return f"has {attribute} {type(part).__name__}"
     return None
 
 
 def _takes_patches(model: VisionTransformer) -> bool:
-    """Whether the patch embedding is a product with the rows of patches of 3-channel images."""
+    """Whether the patch embedding is one matrix product over the patches of RGB images."""
     embed: Any = model.patch_embed
     if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad:
         return False
@@ -119,7 +120,7 @@ def _takes_patches(model: VisionTransformer) -> bool:
 
 
 def _has_plain_forward(model: nn.Module) -> bool:
-    """Whether ``model(x)`` is timm's: embed, blocks in order, norm, head."""
+    """Whether ``model(x)`` is timm's own: embed, blocks in order, norm, head."""
     kind = type(model)
     names = ("forward", "forward_features")
     return all(getattr(kind, name) is getattr(VisionTransformer, name) for name in names)
@@ -137,25 +138,25 @@ def fuse(
     stochastic_depth: str = "sample",
     residual: str = "float32",
 ) -> nn.Module:
-    """Swap the kernels into a timm vision transformer, in place.
+    """Fuse a timm vision transformer, in place.
 
-    Parameters, buffers, their names and the shape of the output stay. A part that cannot be fused
-    is named once, with the reason, in the log and is left as it is.
+    Parameters, buffers, their names and the output's shape do not change. A part that cannot be
+    fused stays as it is; one log line names it and the reason.
 
     Args:
         model: any timm ``VisionTransformer``, distilled or not, with or without LayerScale and
             DropPath.
-        kernels: names from ``KERNELS``; by default those that win on this machine's GPU
+        kernels: names from ``KERNELS``; by default those of this machine's GPU
             (``DEFAULT_KERNELS``), none on a CPU.
         stochastic_depth: "sample" drops each sample's branch with probability p, as timm does.
-            "subset" computes each branch for a random round(B (1 - p)) samples only, scaled by
-            B over that number: it saves the dropped samples' work. Each sample is kept as often as
-            before, but the number kept is fixed rather than binomial, so samples of a batch are no
-            longer independent, and p is rounded to a multiple of 1 / B.
-        residual: dtype of the residual stream of ``model(x)``. "float32" keeps that of the
+            "subset" computes each branch for round(B (1 - p)) random samples only, scaled by
+            B over that number, and so saves the work for dropped samples. Each sample is kept with
+            the same probability, but the number kept is fixed instead of binomial: samples of a
+            batch are no longer independent, and p is rounded to a multiple of 1 / B.
+        residual: dtype of the residual stream of ``model(x)``. "float32" keeps the dtype of the
             embedding, which autocast leaves in float32. "bfloat16" rounds the embedding and the sum
-            behind each half of a block to bfloat16, which halves what the norms read and write;
-            their statistics and sums stay float32. It needs all blocks fused.
+            after each branch of a block to bfloat16, which halves the bytes that the norms read and
+            write; their statistics and sums stay float32. It needs all blocks fused.
 
     Returns:
         The model.
@@ -203,7 +204,7 @@ def fuse(
 
 
 def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
-    """Fuse what can be of one block; returns why the rest cannot."""
+    """Fuse the parts of one block that can be; returns the reasons for the others."""
     reason = _why_not_block(block)
     if reason is not None:
         return [reason]
@@ -223,54 +224,57 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
         block.mlp.__class__ = FusedMlpBackward
     block.__class__ = FusedBlock
     block.kernels, block.subset = kernels, subset
-    # Where dropout draws between the two halves, DropPath keeps timm's order and draws in its turn.
+    # With dropout inside the branches, DropPath draws between them, in timm's order.
     dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.modules())
     block.draws_ahead = not subset and not dropout
     return reasons
 
 
 def patch_side(model: nn.Module) -> int | None:
-    """Side of the patches whose rows [B, N, 3 side^2] ``model(x)`` takes in place of images.
+    """Side of the patches if ``model(x)`` accepts rows of patches [B, N, 3 side^2], else None.
 
-    The rows are those of ``ingest(layout="patches")``. None: the model takes images alone.
+    The rows are those of ``ingest(layout="patches")``.
     """
     if not isinstance(model, FusedForward) or type(model.patch_embed) is not FusedPatchEmbed:
         return None
     return int(model.patch_embed.patch_size[0])
 
 
-def set_batch_part(model: nn.Module, first: int, whole: int) -> bool:
-    """Let DropPath draw for a whole batch of which the model sees a part.
+def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
+    """Make DropPath draw for a whole batch of which the model processes a part.
 
-    The next training forwards make ``whole`` draws each and take those from sample ``first`` on, so
-    that ranks and micro-batches with one seed drop what one process with the whole batch would.
+    The next training forwards draw for ``batch_size`` samples and use the draws from sample
+    ``offset`` on. Ranks and micro-batches with the same seed then drop the same samples as one
+    process with the whole batch.
 
     Returns:
-        False, and nothing is changed, for a model without a fused stream.
+        False, without any effect, for a model whose stream is not fused.
     """
     if not isinstance(model, FusedForward):
         return False
     device = next(model.parameters()).device
     part = model.batch_part
-    if part is None or part.whole != whole or part.first.device != device:
-        part = model.batch_part = BatchPart(torch.empty(1, dtype=torch.int64, device=device), whole)
-    part.first.fill_(first)  # on the device's stream: the host does not wait
+    if part is None or part.batch_size != batch_size or part.offset.device != device:
+        memory = torch.empty(1, dtype=torch.int64, device=device)
+        part = model.batch_part = BatchPart(memory, batch_size)
+    part.offset.fill_(offset)  # on the device's stream: the host does not wait
     return True
 
 
 def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
-    """The final norm's tokens, at least those that the heads read: [B, tokens, width].
+    """The tokens after the final norm, at least those that the heads read: [B, tokens, width].
 
-    Of a fused model by its fused stream, unless hooks watch its blocks, which would not fire there.
+    A fused model computes them on its fused stream, unless its blocks have hooks, which would not
+    run there.
     """
-    is_watched = any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
-    if isinstance(model, FusedForward) and not (is_watched or model.grad_checkpointing):
+    has_hooks = any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    if isinstance(model, FusedForward) and not (has_hooks or model.grad_checkpointing):
         return model.forward_stream(images)
     return model.forward_features(images)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo ``fuse``, in place; a model that is not fused stays as it is."""
+    """Undo ``fuse``, in place; no effect on a model that is not fused."""
     for module in model.modules():
         plain = _PLAIN.get(type(module))
         if plain is None:

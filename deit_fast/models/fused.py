@@ -1,4 +1,4 @@
-"""The modules of a fused transformer. Each is timm's class with another forward."""
+"""The modules of a fused transformer: each is timm's class with another forward."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from deit_fast.models.stream import (
     Branch,
     KeepScales,
     Stream,
-    draw_ahead,
+    draw_keep_scales,
     drop_rate,
-    gamma_of,
+    layer_scale,
 )  # fmt: skip
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED_METHODS = ("run", "run_last")
-"""Methods of a fused block that do its work: what is to be compiled of it."""
+"""Methods of a fused block that ``compile_blocks`` compiles."""
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's call is nothing but its product: no wrapper, no hook."""
+    """Whether calling a layer only multiplies: it has no wrapper and no hook."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     return not any(getattr(layer, name) for name in _HOOKS)
 
 
 def _drops(drop: nn.Module) -> bool:
-    """Whether a Dropout, or the module in its place, changes its input."""
+    """Whether a Dropout, or the module in its position, changes its input."""
     return drop.training and getattr(drop, "p", 0.0) > 0
 
 
 def _state_without(module: nn.Module, *names: str) -> dict[str, Any]:
-    """What a copy or a pickle of a module keeps."""
+    """The state for a copy or a pickle of a module."""
     return {name: value for name, value in module.__dict__.items() if name not in names}
 
 
 class _Shadowed(nn.Module):
-    """A module whose linear layers may have shadows; copies and pickles of it leave them out."""
+    """A module whose linear layers may have shadow weights; copies and pickles leave them out."""
 
     shadowed_layers: tuple[str, ...]
     shadows: dict[str, Shadow] | None = None
@@ -75,11 +75,11 @@ class FusedAttention(_Shadowed, Attention):
         return attention_qkvpacked(qkv, self.scale, query_bias=query_bias).flatten(2)
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
-        """The output, and what is to get the column sums of its gradient as its own gradient.
+        """The output, and a tensor whose gradient is the column sums of the output's gradient.
 
         These sums are the gradient of the projection's bias. The gradient of the values' bias
-        follows from them: the weights of a query sum to 1, so a bias of the values reaches the
-        output through the projection's weight alone. The keys' bias has the gradient 0.
+        follows from them: attention weights sum to 1, so a bias of the values reaches the output
+        through the projection's weight alone. The gradient of the keys' bias is 0.
         """
         qkv, proj, bias = self.qkv, self.proj, self.qkv.bias
         if _drops(self.attn_drop) or _drops(self.proj_drop) or not is_plain(proj):
@@ -96,7 +96,7 @@ class FusedAttention(_Shadowed, Attention):
 
 
 class FusedMlp(_Shadowed, Mlp):
-    """timm's Mlp, its first bias added by the activation."""
+    """timm's Mlp with the bias of the first layer added by the activation's kernel."""
 
     shadowed_layers = ("fc1", "fc2")
     fc1: nn.Linear
@@ -112,7 +112,7 @@ class FusedMlp(_Shadowed, Mlp):
         return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
-        """The output, and the bias that is to get the column sums of its gradient."""
+        """The output, and the bias whose gradient is the column sums of the output's gradient."""
         if _drops(self.drop2) or not is_plain(self.fc1) or not is_plain(self.fc2):
             return self(x), None
         x = self._hidden(x, shadows)
@@ -120,23 +120,23 @@ class FusedMlp(_Shadowed, Mlp):
 
 
 class FusedMlpBackward(FusedMlp):
-    """FusedMlp, its second product's gradient multiplied by the activation's slope as it is made.
+    """FusedMlp whose backward multiplies fc2's input gradient by GELU's slope in one kernel.
 
-    With dropout or a norm between the two, or with a hook or a wrapper, it runs as FusedMlp.
+    With dropout or a norm between the layers, or with a hook or a wrapper, it runs as FusedMlp.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._joins():
+        if not self._is_joined():
             return super().forward(x)
         return self.drop2(self._joined(x, False, self.fc2.bias))
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
-        if _drops(self.drop2) or not self._joins():
+        if _drops(self.drop2) or not self._is_joined():
             return super().without_bias_gradient(x, shadows)
         bias = self.fc2.bias
         return self._joined(x, shadows, None if bias is None else bias.detach()), bias
 
-    def _joins(self) -> bool:
+    def _is_joined(self) -> bool:
         if _drops(self.drop1) or not isinstance(self.norm, nn.Identity):
             return False
         return is_plain(self.fc1) and is_plain(self.fc2)
@@ -151,7 +151,10 @@ class FusedMlpBackward(FusedMlp):
 
 
 def why_not_attention(module: nn.Module) -> str | None:
-    """Why not; None: queries, keys and values are parts of one projection, used as they are."""
+    """Why a module cannot be a FusedAttention; None: it can.
+
+    Queries, keys and values must be parts of one projection, without norms or a gate.
+    """
     if type(module) not in (Attention, FusedAttention):
         return f"is {type(module).__name__}, not timm's Attention"
     for name in ("q_norm", "k_norm", "norm"):
@@ -166,9 +169,9 @@ class FusedBlock(Block):
     Attributes:
         kernels: names of the kernels that it runs on.
         subset: whether stochastic depth drops whole samples from the computation.
-        draws_ahead: whether DropPath's draws are made before the block runs. A compiled block then
-            takes them as tensors, and blocks that differ in nothing but their drop rates share one
-            compilation: a rate that the block itself read would be compiled in as a constant.
+        draws_ahead: whether DropPath draws before the block runs. A compiled block then takes the
+            factors as tensors, and blocks that differ only in their drop rates share one
+            compilation. A rate that the block itself reads would become a compiled constant.
     """
 
     kernels: frozenset[str]
@@ -182,37 +185,39 @@ class FusedBlock(Block):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         stream = Stream(x, self.kernels, self.subset)
         if self.draws_ahead:
-            stream.keep_scales = draw_ahead([self], x, None)[0]
+            stream.keep_scales = draw_keep_scales([self], x, None)[0]
         self.run(stream)
         return stream.add()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A compiled method is bound to this block: in a copy it would compute with its weights.
+        # A compiled method is bound to this block; in a copy it would use this block's weights.
         return _state_without(self, *COMPILED_METHODS)
 
     def run(self, stream: Stream) -> None:
-        stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
-        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+        stream.run_branch(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+        stream.run_branch(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
     def run_last(self, stream: Stream, tokens: int) -> None:
-        """As ``run``, but only the first tokens come out."""
+        """As ``run``, but the output has only the first ``tokens`` of each sample."""
         attention: Any = self.attn
-        whole = why_not_attention(attention) is not None or _drops(attention.attn_drop)
-        whole = whole or not is_plain(attention.qkv)
-        if whole or (stream.subset and drop_rate(self.drop_path1) > 0):
-            stream.half(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+        all_queries = why_not_attention(attention) is not None or _drops(attention.attn_drop)
+        all_queries = all_queries or not is_plain(attention.qkv)
+        if all_queries or (stream.subset and drop_rate(self.drop_path1) > 0):
+            stream.run_branch(0, self.norm1, self.attn, self.ls1, self.drop_path1)
             stream.keep_tokens(tokens)
         else:
-            _, normed = stream.norm(self.norm1)
-            value, bias = _attend(attention, normed, tokens, stream.folds)
+            normed = stream.add_norm(self.norm1)
+            value, bias = _attend(attention, normed, tokens, stream.folds_bias)
             stream.keep_tokens(tokens)
             keep_scale = stream.keep_scale(0, self.drop_path1)
-            stream.branch = Branch(value, gamma_of(self.ls1), keep_scale, bias)
-        stream.half(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+            stream.pending = Branch(value, layer_scale(self.ls1), keep_scale, bias)
+        stream.run_branch(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
-def _attend(attention: Any, x: Tensor, tokens: int, folds: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention of the first tokens to all; the last bias where its gradient is to be made."""
+def _attend(
+    attention: Any, x: Tensor, tokens: int, folds_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the first tokens to all tokens, and the last bias if its gradient is folded."""
     width, heads, bias = attention.attn_dim, attention.num_heads, attention.qkv.bias
     weight_q, weight_kv = attention.qkv.weight.split((width, 2 * width))
     bias_q, bias_kv = (None, None) if bias is None else bias.split((width, 2 * width))
@@ -220,13 +225,13 @@ def _attend(attention: Any, x: Tensor, tokens: int, folds: bool) -> tuple[Tensor
     k, v = F.linear(x, weight_kv, bias_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     x = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
     x, proj = x.transpose(1, 2).flatten(2), attention.proj
-    if folds and is_plain(proj) and not _drops(attention.proj_drop):
+    if folds_bias and is_plain(proj) and not _drops(attention.proj_drop):
         return linear(x, proj, None), proj.bias
     return attention.proj_drop(proj(x)), None
 
 
 class FusedPatchEmbed(PatchEmbed):
-    """timm's PatchEmbed, which also takes the rows that ``ingest(layout="patches")`` writes."""
+    """timm's PatchEmbed that also accepts the rows of ``ingest(layout="patches")``."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3:
@@ -238,6 +243,7 @@ class FusedForward(VisionTransformer):
     """``model(x)`` on one stream from the first block to the final norm.
 
     Attributes:
+        batch_part: of the next training forwards, see ``set_batch_part``.
         residual_dtype: of the stream; None: the embedding's.
         reads_shadows: whether products read shadow weights; ``Shadows.current`` sets it.
     """
@@ -257,10 +263,11 @@ class FusedForward(VisionTransformer):
         blocks: list[Any] = list(self.blocks)
         last = blocks[-1]
         part = self.batch_part if self.training else None
-        stream = Stream(x, last.kernels, last.subset, part, folds=True, shadows=self.reads_shadows)
+        shadows = self.reads_shadows
+        stream = Stream(x, last.kernels, last.subset, part, folds_bias=True, shadows=shadows)
         scales: list[KeepScales | None] = [None] * len(blocks)
         if all(block.draws_ahead for block in blocks):
-            scales[:] = draw_ahead(blocks, x, part)
+            scales[:] = draw_keep_scales(blocks, x, part)
         for block, keep_scales in zip(blocks[:-1], scales[:-1], strict=True):
             stream.keep_scales = keep_scales
             block.run(stream)
@@ -269,16 +276,16 @@ class FusedForward(VisionTransformer):
             last.run_last(stream, self.num_prefix_tokens)
         else:
             last.run(stream)
-        _, normed = stream.norm(self.norm)
+        normed = stream.add_norm(self.norm)
         if isinstance(self.norm, nn.Identity) and normed.dtype == self.residual_dtype:
-            normed = normed.to(last.norm2.weight.dtype)  # the mean and its norm are not rounded
+            normed = normed.to(last.norm2.weight.dtype)  # mean pooling and its norm run in float32
         return normed
 
     def embed(self, x: Tensor) -> Tensor:
-        """The stream's first value [B, N, C] from images or from rows of patches."""
+        """The input of the first block [B, N, C], from images or from rows of patches."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        # The embedding is summed in its own dtype and rounded once.
+        # Computed in its own dtype and rounded once.
         return x.to(self.residual_dtype) if self.residual_dtype and x.dtype == torch.float32 else x
 
     def __getstate__(self) -> dict[str, Any]:
-        return _state_without(self, "embed", "batch_part")  # as a block's compiled methods
+        return _state_without(self, "embed", "batch_part")  # embed may be compiled

@@ -1,8 +1,8 @@
-"""Heads whose logits have rows that start on 16 bytes, for accesses of 16 bytes at a time.
+"""Heads whose logits have rows aligned to 16 bytes, so that the loss kernel reads 16 at a time.
 
-A row of 21841 bf16 logits is 43682 bytes: the next one starts at an odd place, and the loss kernel
-has to read it element by element. A padded head writes the same logits into rows of 21848. Nothing
-else changes: the product, the parameters, their names, and what a checkpoint holds.
+A row of 21841 bf16 logits is 43682 bytes, so the next one is not aligned and the loss kernel has to
+read single elements. A padded head writes the same logits into rows of 21848. The product, the
+parameters, their names and the checkpoint do not change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _library.define("padded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """New memory for [B, C] in rows whose length is a multiple of 16 bytes, the last one too."""
+    """Memory for [B, C] whose rows, the last included, are padded to a multiple of 16 bytes."""
     classes, vector = weight.shape[0], ALIGNMENT // x.dtype.itemsize
     return x.new_empty((x.shape[0], -(-classes // vector) * vector))[:, :classes]
 
@@ -60,10 +60,10 @@ torch.library.register_autograd(
 
 
 class PaddedLinear(nn.Linear):
-    """A linear layer with rows of the result on 16 bytes; parameters as those of ``nn.Linear``."""
+    """``nn.Linear`` whose output rows are aligned to 16 bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] to [B, C], a view of [B, C rounded up to 16 bytes]; other shapes unpadded."""
+        """[B, D] to [B, C], a view of [B, C rounded up to 16 bytes]. Other shapes stay unpadded."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -76,10 +76,10 @@ class PaddedLinear(nn.Linear):
 
 
 def pad_heads(model: nn.Module) -> nn.Module:
-    """Let the heads of a timm model write padded rows, in place.
+    """Make the heads of a timm model write padded rows, in place.
 
     Raises:
-        InputError: a head is no plain linear layer.
+        InputError: a head is not a plain linear layer.
     """
     found: dict[str, nn.Module] = {
         name: getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)

@@ -1,13 +1,12 @@
-"""Half-precision copies of a fused model's weights, made once a step.
+"""Shadow weights: half-precision copies of a fused model's weights, made once a step.
 
-Under autocast every product casts its float32 weight, and casts the weight's gradient back: two
-launches a layer, four layers a block. Shadow weights are cast in one launch for all layers, and the
-gradient comes out of its product in float32, which also spares it a rounding.
+Under autocast every product casts its float32 weight, and the backward casts the weight's gradient
+back: two launches a layer, for four layers a block. Shadow weights are cast in one launch for all
+layers, and the product of the weight's gradient writes float32, without a rounding between.
 
-A shadow is the rounded parameter, so the forward's numbers are those of autocast. It is valid until
-the parameter changes; ``Shadows`` therefore refreshes before each step and is used inside
-``with shadows.current():`` alone. State dicts and copies of a model, and pickles of its
-modules, hold no shadows.
+A shadow is the rounded parameter, so the forward computes the same numbers as autocast. It is valid
+until the parameter changes: call ``Shadows.refresh`` before each step, and run the forward inside
+``with shadows.current():``. State dicts, copies and pickles of a model contain no shadows.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Shadow(NamedTuple):
 
 
 class _Product(torch.autograd.Function):
-    """``F.linear(x, shadow.weight, shadow.bias)``; the gradient is that of the float32 weight."""
+    """``F.linear(x, shadow, bias)`` with the weight gradient in the dtype of ``weight``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shadow: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,12 +50,12 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, layer: nn.Linear, shadow: Shadow | None, has_bias: bool = True) -> Tensor:
-    """``layer(x)`` without a gradient of the bias, or without the bias.
+    """``layer(x)`` without the gradient of the bias, or without the bias.
 
     Args:
         x: [..., in_features]; with a shadow it is cast to the shadow's dtype.
         layer: a plain linear layer.
-        shadow: of the layer; None: the layer's own weights.
+        shadow: of the layer; None: use the layer's own weights.
         has_bias: whether the bias is added.
     """
     if shadow is not None:
@@ -113,18 +112,17 @@ class Shadows:
     def refresh(self) -> None:
         """Copy the parameters; a few launches for all of them.
 
-        A layer or parameter that was replaced since the last call gets a shadow of its own.
+        Layers and parameters that were replaced since the last call get new shadows.
         """
-        now = self._parameters()
-        is_same = len(now) == len(self._sources)
-        if not is_same or any(x is not y for x, y in zip(now, self._sources, strict=True)):
+        now = [*map(id, self._parameters())]
+        if now != [*map(id, self._sources)]:
             self._build()
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """The model's training forward reads the shadows; they must have been refreshed."""
+        """Let the model's forward read the shadows, which must have been refreshed."""
         self.model.reads_shadows = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""The residual stream of a fused transformer: branches wait to be added until the next norm."""
+"""The residual stream of a fused transformer: the next norm's kernel adds each branch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deit_fast.kernels.add_layer_norm_launch import takes
 
 
 class Branch(NamedTuple):
-    """What waits to be added to the residual, with LayerScale's factor and DropPath's draws."""
+    """Output of a branch that has not been added to the residual yet."""
 
     value: Tensor
-    gamma: Tensor | None = None
-    keep_scale: Tensor | None = None  # float [B], 0 or 1 / (1 - p)
-    bias: Tensor | None = None  # contained in value; its gradient is still to be made
+    gamma: Tensor | None = None  # LayerScale's factor
+    keep_scale: Tensor | None = None  # DropPath's factor, float [B], 0 or 1 / (1 - p)
+    bias: Tensor | None = None  # already added in value; the norm's kernel makes its gradient
 
 
-def gamma_of(scale: nn.Module) -> Tensor | None:
+def layer_scale(scale: nn.Module) -> Tensor | None:
     return scale.gamma if isinstance(scale, LayerScale) else None
 
 
@@ -33,44 +33,44 @@ def drop_rate(drop: nn.Module) -> float:
 
 
 class BatchPart(NamedTuple):
-    """Which part of a batch a forward sees.
+    """The part of a batch that a forward processes.
 
-    The position is a tensor because compiled code takes a tensor as an input, but compiles a number
-    in as a constant: it would be compiled anew for each part of each rank.
+    The offset is a tensor because a compiled function takes a tensor as an input but a number as a
+    constant: it would be compiled again for each part of each rank.
     """
 
-    first: Tensor  # int64 [1] on the model's device: position of the part's first sample
-    whole: int  # samples of the whole batch
+    offset: Tensor  # int64 [1] on the model's device: position of the part's first sample
+    batch_size: int  # samples of the whole batch
 
 
 KeepScales = tuple[Tensor | None, Tensor | None]
-"""DropPath's factors for the two halves of a block: float [B], 0 or 1 / (1 - p); None: no drop."""
+"""DropPath's factors, float [B], for the two branches of a block; None: the branch is kept."""
 
 
 def _keep_scales(drops: list[Any], x: Tensor, part: BatchPart | None) -> list[Tensor | None]:
     """DropPath's factor of each sample, for several DropPath modules.
 
-    These are the draws that timm's drop_path would make for the whole batch, one module after the
-    other; those of this part are returned.
+    These are the draws of timm's drop_path for the whole batch, one module after the other, of
+    which those of this part are returned.
     """
     rates = [drop_rate(drop) for drop in drops]
-    drawn = [place for place, rate in enumerate(rates) if rate > 0]
+    drawn = [index for index, rate in enumerate(rates) if rate > 0]
     scales: list[Tensor | None] = [None] * len(drops)
     if not drawn:
         return scales
-    whole = len(x) if part is None else part.whole
-    keep = x.new_empty((len(drawn), whole))
-    for row, place in zip(keep.unbind(), drawn, strict=True):
-        row.bernoulli_(1 - rates[place])
-    if part is not None and whole != len(x):
-        keep = keep.index_select(1, part.first + torch.arange(len(x), device=x.device))
+    batch_size = len(x) if part is None else part.batch_size
+    keep = x.new_empty((len(drawn), batch_size))
+    for row, index in zip(keep.unbind(), drawn, strict=True):
+        row.bernoulli_(1 - rates[index])
+    if part is not None and batch_size != len(x):
+        keep = keep.index_select(1, part.offset + torch.arange(len(x), device=x.device))
     rows, kept_shares = [], []
-    for row, place in zip(keep.float().unbind(), drawn, strict=True):
-        scales[place] = row
-        if drops[place].scale_by_keep and rates[place] < 1:
+    for row, index in zip(keep.float().unbind(), drawn, strict=True):
+        scales[index] = row
+        if drops[index].scale_by_keep and rates[index] < 1:
             rows.append(row)
-            kept_shares.append(1 - rates[place])
-    if torch.compiler.is_compiling():  # Inductor fuses these, but not the call for many tensors
+            kept_shares.append(1 - rates[index])
+    if torch.compiler.is_compiling():  # Inductor fuses these divisions, but not _foreach_div_
         for row, kept_share in zip(rows, kept_shares, strict=True):
             row.div_(kept_share)
     elif rows:
@@ -78,8 +78,8 @@ def _keep_scales(drops: list[Any], x: Tensor, part: BatchPart | None) -> list[Te
     return scales
 
 
-def draw_ahead(blocks: list[Any], x: Tensor, part: BatchPart | None) -> list[KeepScales]:
-    """The factors of all blocks, before the first of them runs."""
+def draw_keep_scales(blocks: list[Any], x: Tensor, part: BatchPart | None) -> list[KeepScales]:
+    """The factors of all blocks, drawn before the first of them runs."""
     drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
     scales = _keep_scales(drops, x, part)
     return list(zip(scales[::2], scales[1::2], strict=True))
@@ -100,7 +100,7 @@ def _add(residual: Tensor, branch: Branch | None) -> Tensor:
     return (residual + value).to(residual.dtype)
 
 
-def _rows_for(norm: nn.Module, residual: Tensor) -> Tensor:
+def _cast_for(norm: nn.Module, residual: Tensor) -> Tensor:
     """The residual in the dtype of the norm's weights: a bfloat16 residual is normed in float32."""
     weight = getattr(norm, "weight", None)
     return residual if weight is None else residual.to(weight.dtype)
@@ -112,10 +112,10 @@ def _add_norm(
     """The sum, and the sum normed."""
     if "add_layer_norm" not in kernels or not isinstance(norm, nn.LayerNorm):
         residual = _add(residual, branch)
-        return residual, norm(_rows_for(norm, residual))
+        return residual, norm(_cast_for(norm, residual))
     if branch is None and not torch.is_autocast_enabled(residual.device.type):
-        # The kernel would return its rows' dtype, which the next product may not take.
-        rows = _rows_for(norm, residual)
+        # The kernel returns the dtype of its input, which the next product may not accept.
+        rows = _cast_for(norm, residual)
         return residual, add_layer_norm(rows, None, norm.weight, norm.bias, eps=norm.eps)[1]
     value, gamma, keep_scale, bias = branch or (None, None, None, None)
     return add_layer_norm(
@@ -125,45 +125,48 @@ def _add_norm(
 
 
 class Stream:
-    """The residual stream through blocks, a branch always waiting to be added.
+    """The residual of a batch on its way through the blocks, with the newest branch still pending.
 
     Attributes:
+        pending: the branch that the next norm adds.
         subset: efficient stochastic depth (Oquab et al. 2023, DINOv2, appendix): see ``fuse``.
-        keep_scales: of the next block, where they were drawn ahead; otherwise the block draws them.
-        folds: whether every branch ends in add_layer_norm's kernel, which can make the gradient of
-            the branch's last bias.
+        keep_scales: of the next block, if they were drawn ahead; otherwise the block draws them.
+        folds_bias: whether every branch ends in add_layer_norm's kernel, which can make the
+            gradient of the branch's last bias.
         shadows: whether products read the shadow weights (``deit_fast.models.shadow``).
     """
 
     def __init__(
         self, residual: Tensor, kernels: frozenset[str], subset: bool,
-        part: BatchPart | None = None, *, folds: bool = False, shadows: bool = False,
+        part: BatchPart | None = None, *, folds_bias: bool = False, shadows: bool = False,
     ) -> None:  # fmt: skip
         self.residual, self.kernels, self.subset, self.part = residual, kernels, subset, part
-        self.folds = folds and not subset and "add_layer_norm" in kernels and takes(residual)
-        self.shadows = shadows and self.folds
-        self.branch: Branch | None = None
+        self.folds_bias = (
+            folds_bias and not subset and "add_layer_norm" in kernels and takes(residual)
+        )
+        self.shadows = shadows and self.folds_bias
+        self.pending: Branch | None = None
         self.keep_scales: KeepScales | None = None
 
-    def keep_scale(self, half: int, drop: nn.Module) -> Tensor | None:
-        """DropPath's factors for the first (0) or second (1) half of a block."""
+    def keep_scale(self, index: int, drop: nn.Module) -> Tensor | None:
+        """DropPath's factors for branch 0 or 1 of a block."""
         if self.keep_scales is not None:
-            return self.keep_scales[half]
+            return self.keep_scales[index]
         return _keep_scales([drop], self.residual, self.part)[0]
 
-    def half(
-        self, half: int, norm: nn.Module, function: Any, scale: nn.Module, drop: nn.Module
+    def run_branch(
+        self, index: int, norm: nn.Module, function: Any, scale: nn.Module, drop: nn.Module
     ) -> None:
-        """residual += drop(scale(function(norm(residual))))."""
+        """residual += drop(scale(function(norm(residual)))), for branch 0 or 1 of a block."""
         if self.subset and (rate := drop_rate(drop)) > 0:
-            self._half_of_a_subset(norm, function, scale, rate)
+            self._run_on_subset(norm, function, scale, rate)
             return
-        _, normed = self.norm(norm)
-        fold = getattr(function, "without_bias_gradient", None) if self.folds else None
+        normed = self.add_norm(norm)
+        fold = getattr(function, "without_bias_gradient", None) if self.folds_bias else None
         value, bias = (function(normed), None) if fold is None else fold(normed, self.shadows)
-        self.branch = Branch(value, gamma_of(scale), self.keep_scale(half, drop), bias)
+        self.pending = Branch(value, layer_scale(scale), self.keep_scale(index, drop), bias)
 
-    def _half_of_a_subset(
+    def _run_on_subset(
         self, norm: nn.Module, function: Callable[[Tensor], Tensor], scale: nn.Module, rate: float
     ) -> None:
         residual = self.add()
@@ -171,24 +174,24 @@ class Stream:
         kept = max(1, round(samples * (1 - rate)))
         chosen = torch.randperm(samples, device=residual.device)[:kept]
         _, normed = _add_norm(residual.index_select(0, chosen), None, norm, self.kernels)
-        value, gamma = function(normed), gamma_of(scale)
+        value, gamma = function(normed), layer_scale(scale)
         value = value if gamma is None else value * gamma
         value = value.to(residual.dtype)
         self.residual = residual.index_add(0, chosen, value, alpha=samples / kept)
 
-    def norm(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Add what waits; returns the residual and the residual normed."""
-        residual, normed = _add_norm(self.residual, self.branch, norm, self.kernels)
-        self.residual, self.branch = residual, None
-        return residual, normed
+    def add_norm(self, norm: nn.Module) -> Tensor:
+        """Add the pending branch; returns the residual normed."""
+        self.residual, normed = _add_norm(self.residual, self.pending, norm, self.kernels)
+        self.pending = None
+        return normed
 
     def add(self) -> Tensor:
-        """Add what waits; returns the residual."""
-        self.residual, self.branch = _add(self.residual, self.branch), None
+        """Add the pending branch; returns the residual."""
+        self.residual, self.pending = _add(self.residual, self.pending), None
         return self.residual
 
     def keep_tokens(self, count: int) -> None:
-        """Go on with each sample's first tokens alone."""
+        """Continue with the first tokens of each sample."""
         self.residual = self.residual[:, :count]
-        if self.branch is not None:
-            self.branch = self.branch._replace(value=self.branch.value[:, :count])
+        if self.pending is not None:
+            self.pending = self.pending._replace(value=self.pending.value[:, :count])

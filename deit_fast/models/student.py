@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
 import timm
@@ -10,8 +12,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean
-from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
 
@@ -39,44 +41,36 @@ def create_student(
     unchanged.
 
     Args:
-        name: a timm model name, or ``package.module:factory`` (then the factory alone decides
-            the shape and the remaining arguments must stay at their defaults).
+        name: a timm model name, or ``package.module:factory``. A factory takes ``num_classes`` and
+            decides everything else; the remaining arguments must keep their defaults.
         num_classes: classes of each head.
-        drop_path: stochastic depth rate of the last block; linear from 0 at the first.
+        drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         img_size: side of the input, pixels.
-        patch_size, embed_dim, depth, num_heads: overrides of the named transformer.
+        patch_size, embed_dim, depth, num_heads: override the named transformer's.
         fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
         stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
         residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
-        kernels: see ``fuse``; None: those chosen for this machine's GPU. Others need ``fused``.
-        pad_head: logits in rows that start on 16 bytes, see ``pad_heads``.
+        kernels: see ``fuse``; None: the default of this machine's GPU. Others need ``fused``.
+        pad_head: align the rows of the logits to 16 bytes, see ``pad_heads``.
 
     Raises:
-        InputError: unknown name, or an override that the model does not take.
+        InputError: unknown name, or an option that the model does not support.
     """
-    shape = {
-        key: value
-        for key, value in {
-            "patch_size": patch_size,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-        }.items()
-        if value is not None
-    }
+    overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
+                 "num_heads": num_heads}  # fmt: skip
+    shape = {key: value for key, value in overrides.items() if value is not None}
+    of_fuse: dict[str, Any] = {}
+    for option, value, default in (
+        ("stochastic_depth", stochastic_depth, "sample"),
+        ("residual", residual, "float32"),
+        ("kernels", kernels, None),
+    ):
+        if value != default:
+            of_fuse[option] = value
     if ":" in name:
         if shape:
             raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
-        if residual != "float32":
-            raise InputError(f"residual {residual!r} needs a timm model, not {name!r}")
-        if pad_head:
-            raise InputError(f"pad_head needs a timm model, not {name!r}")
-        if kernels is not None:
-            raise InputError(f"kernels {', '.join(kernels)!r} needs a timm model, not {name!r}")
-        if stochastic_depth != "sample":
-            raise InputError(
-                f"stochastic_depth {stochastic_depth!r} needs a timm model, not {name!r}"
-            )
+        _refuse(of_fuse | ({"pad_head": True} if pad_head else {}), f"a timm model, not {name!r}")
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
@@ -92,13 +86,67 @@ def create_student(
     if pad_head:
         pad_heads(model)
     if fused and isinstance(model, VisionTransformer):
-        return fuse(model, kernels=kernels, stochastic_depth=stochastic_depth, residual=residual)
-    if stochastic_depth != "sample":
-        raise InputError(f"stochastic_depth {stochastic_depth!r} needs a fused transformer")
-    if residual != "float32":
-        raise InputError(f"residual {residual!r} needs a fused transformer")
-    if kernels is not None:
-        raise InputError(f"kernels {', '.join(kernels)} need a fused transformer")
+        return fuse(model, **of_fuse)
+    _refuse(of_fuse, "a fused transformer")
+    return model
+
+
+def _refuse(options: dict[str, Any], needed: str) -> None:
+    for name, value in options.items():
+        raise InputError(f"{name}={value!r} needs {needed}")
+
+
+def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
+    patch = shape.get("patch_size")
+    if patch is not None and img_size % patch:
+        raise InputError(
+            f"model {name!r}: image size {img_size} is no multiple of patch_size {patch}"
+        )
+    width, heads = shape.get("embed_dim"), shape.get("num_heads")
+    if width is not None and heads is not None and width % heads:
+        raise InputError(f"model {name!r}: embed_dim {width} is no multiple of num_heads {heads}")
+
+
+def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """The student that a run's configuration names, with random weights."""
+    model = config.model
+    return create_student(
+        model.name,
+        num_classes,
+        model.drop_path,
+        config.view.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        fused=model.fused,
+        stochastic_depth=model.stochastic_depth,
+        residual=model.residual,
+        kernels=model.kernels,
+        pad_head=model.pad_head,
+    )
+
+
+def build_from_factory(spec: str, num_classes: int | None) -> nn.Module:
+    """Import ``package.module:factory`` and call it, with ``num_classes=`` if it has a parameter
+    of that name.
+
+    Raises:
+        InputError: the module or the factory does not exist, or it returns no ``nn.Module``.
+    """
+    module_name, _, factory_name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"model {spec!r}: cannot import {module_name!r}: {error}") from None
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise InputError(f"model {spec!r}: module {module_name!r} has no factory {factory_name!r}")
+    parameters = inspect.signature(factory).parameters.values()
+    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    model = factory(num_classes=num_classes) if takes_classes and num_classes else factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {spec!r}: the factory returned a {type(model).__name__}")
     return model
 
 
@@ -107,7 +155,8 @@ def forward_heads(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits of the class head and, where there is one, of the distillation head.
 
-    Works in either mode, where the model itself returns the mean of the heads in evaluation mode.
+    Unlike ``model(images)``, which returns the mean of the heads in evaluation mode, this returns
+    both heads in either mode.
 
     Args:
         images: float [B, 3, S, S], normalised.
@@ -121,14 +170,3 @@ def forward_heads(
         return model(images)
     tokens = head_tokens(model, images)
     return model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])
-
-
-def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
-    patch = shape.get("patch_size")
-    if patch is not None and img_size % patch:
-        raise InputError(
-            f"model {name!r}: image size {img_size} is no multiple of patch_size {patch}"
-        )
-    width, heads = shape.get("embed_dim"), shape.get("num_heads")
-    if width is not None and heads is not None and width % heads:
-        raise InputError(f"model {name!r}: embed_dim {width} is no multiple of num_heads {heads}")

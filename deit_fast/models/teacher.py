@@ -11,21 +11,21 @@ from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from deit_fast.errors import InputError, did_you_mean, first_line
-from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import default_kernels, fuse
+from deit_fast.models.student import build_from_factory
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that takes the student's images and normalises them its own way.
+    """A frozen classifier that takes the student's images and normalises them for its network.
 
-    It stays in evaluation mode whatever the caller does, runs without gradients, and computes in
-    bf16 on a GPU that has it, in its own dtype elsewhere.
+    It always stays in evaluation mode, runs without gradients, and computes in bf16 on a GPU with
+    native bf16, elsewhere in its own dtype.
 
     Attributes:
-        spec: what it was made from, without the weights' path.
-        num_classes: classes C of its answer.
-        mean, std: channel statistics of its input, in units of 255.
+        spec: the spec it was built from, without the path of the weights.
+        num_classes: classes C of its logits.
+        mean, std: channel statistics that its network expects, in units of 255.
         is_fused: whether it runs on this package's kernels.
     """
 
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         self.is_fused = False
         self.mean, self.std = tuple(mean), tuple(std)
         self.renormalises = (self.mean, self.std) != (tuple(input_mean), tuple(input_std))
-        # x_in * std_in + mean_in is the pixel; the teacher wants (pixel - mean) / std.
+        # x_in * std_in + mean_in is the pixel; the network expects (pixel - mean) / std.
         own_std = torch.tensor(self.std, dtype=torch.float64)
         scale = torch.tensor(input_std, dtype=torch.float64) / own_std
         shift = (torch.tensor(input_mean, dtype=torch.float64) - torch.tensor(mean)) / own_std
@@ -58,19 +58,19 @@ class Teacher(nn.Module):
         self.num_classes = self._count_classes()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode: a teacher in train mode would answer from batch statistics."""
+        """Keep evaluation mode: in training mode batch norms would use batch statistics."""
         return super().train(False)
 
     def place(self, device: torch.device, compiled: bool = False, fused: bool = False) -> Teacher:
-        """Itself, on the device it will answer on.
+        """Move it to a device and prepare its network; returns itself.
 
-        On CUDA channels go innermost in memory, the layout of tensor cores: a convnet in bf16
-        would otherwise be transposed at every convolution.
+        On CUDA it uses the channels-last layout of tensor cores: a convnet in bf16 would otherwise
+        transpose the input of every convolution.
 
         Args:
-            device: where to.
-            compiled: compile its network with torch.compile, on the first batch. Each batch size
-                is compiled for itself, so logits do not depend on earlier batch sizes.
+            device: where it runs from now on.
+            compiled: compile the network with torch.compile, on the first batch. Each batch size is
+                compiled separately, so logits do not depend on earlier batch sizes.
             fused: run a timm vision transformer on this package's kernels, on a GPU that has them.
                 Logits then differ by rounding.
         """
@@ -98,7 +98,7 @@ class Teacher(nn.Module):
         return logits[0] if isinstance(logits, tuple) else logits
 
     def fingerprint(self) -> dict[str, object]:
-        """What its answers depend on, as flat JSON values for a cache's manifest."""
+        """What its logits depend on, as flat JSON values for a cache's manifest."""
         return {
             "teacher.spec": self.spec,
             "teacher.weights_sha256": digest_weights(self.model),
@@ -116,12 +116,12 @@ class Teacher(nn.Module):
 
 
 def kernels_on(device: torch.device) -> tuple[str, ...]:
-    """Kernels for a teacher's forward on a device."""
+    """Kernels of a fused teacher on a device."""
     return default_kernels() if device.type == "cuda" else ()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 natively; emulation on older GPUs is slower than fp32."""
+    """Whether the device computes in bf16 natively; emulation on older GPUs is slower than fp32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -137,14 +137,13 @@ def load_teacher(
     Args:
         spec: ``timm:NAME`` (pretrained weights from timm's hub), ``timm:NAME@FILE`` (weights from
             a .safetensors or .pth file), ``package.module:factory`` or
-            ``package.module:factory@FILE``. A factory's model may carry ``mean`` and ``std``
-            (units of 255); without them it is given images normalised as the student's.
-        num_classes: classes to build a factory's model for. A timm teacher's class count comes
-            from its weights.
-        input_mean, input_std: how the images that it will be given are normalised.
+            ``package.module:factory@FILE``. A factory's model may have attributes ``mean`` and
+            ``std`` (units of 255); without them it gets images normalised as the student's.
+        num_classes: passed to a factory. A timm teacher's class count comes from its weights.
+        input_mean, input_std: normalisation of the images that the teacher will get.
 
     Raises:
-        InputError: unknown model, weights missing or of another shape.
+        InputError: unknown model, or weights that are missing or have another shape.
     """
     name, _, weights = spec.partition("@")
     if ":" not in name:
@@ -165,7 +164,7 @@ def load_teacher(
 
 def _timm_teacher(name: str, weights: str) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
-        hint = did_you_mean(name, timm.list_models(), prefix="timm:")
+        hint = did_you_mean(name, timm.list_models(), "timm:")
         raise InputError(f"unknown teacher 'timm:{name}'{hint}")
     if not weights:
         try:

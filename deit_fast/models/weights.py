@@ -25,8 +25,8 @@ _WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a `.safetensors` file or a torch checkpoint.
 
-    Checkpoints that wrap the weights (`model` as in facebookresearch/deit, `state_dict` as in
-    timm) are unwrapped, and a `module.` prefix of DistributedDataParallel is removed.
+    Weights wrapped in a dictionary (`model` in facebookresearch/deit, `state_dict` in timm) are
+    unwrapped, and the `module.` prefix of DistributedDataParallel is removed.
 
     Returns:
         Name to tensor, on the CPU.
@@ -62,26 +62,25 @@ def fit_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Pa
             )
     unknown = sorted(set(state) - set(own))
     if unknown:
-        raise InputError(f"weights file {path} has {unknown[0]}, which the model has not")
+        raise InputError(f"weights file {path} has {unknown[0]}, which the model lacks")
     model.load_state_dict(state)
 
 
 def start_from(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Load ``state`` into a model that is to be trained on, adapting what fine-tuning changes.
+    """Load ``state`` into a model for fine-tuning, adapting what fine-tuning changes.
 
-    Of timm's vision transformers, each with one line in the log:
+    For timm's vision transformers, with one log line for each adaptation:
 
     - Position embeddings of another image size are interpolated by timm's resample_abs_pos_embed
-      (bicubic with antialiasing, as timm loads checkpoints; facebookresearch/deit does without
-      antialiasing), those of class and distillation token kept.
-    - Weights without a distillation token may start a distilled student. Its token and head keep
-      their fresh values; the token's position embedding is a copy of the class token's. So the new
-      token starts as a class token with a small change, which the pretrained blocks know how to
-      fill, and not at a random place.
-    - Heads of another class count keep their fresh values.
+      (bicubic with antialiasing, as timm loads checkpoints; facebookresearch/deit interpolates
+      without antialiasing). Those of class and distillation token are kept.
+    - Weights without a distillation token may initialise a distilled student. Its token and head
+      keep their initial values, and the token gets a copy of the class token's position embedding:
+      it starts as a class token with a small change, which the pretrained blocks can process.
+    - Heads of another class count keep their initial values.
 
     Raises:
-        InputError: as ``fit_weights``, of all else that does not fit.
+        InputError: as ``fit_weights``, for everything else that does not fit.
     """
     notes: list[str] = []
     if isinstance(model, VisionTransformer):
@@ -103,10 +102,11 @@ def _with_heads(
         theirs, ours = state[f"{name}.weight"], own.get(f"{name}.weight")
         bias = state.get(f"{name}.bias")
         if ours is None or bias is None or theirs.shape[1:] != ours.shape[1:]:
-            continue  # fit_weights says what is wrong
+            continue  # fit_weights reports it
         if len(theirs) != len(ours) and bias.shape == theirs.shape[:1]:
+            there, here = len(theirs), len(ours)
             notes.append(
-                f"{name} has {len(theirs)} classes there, {len(ours)} here: it starts afresh"
+                f"{name} has {there} classes there, {here} here: it keeps its initial values"
             )
             fresh |= {key: own[key] for key in (f"{name}.weight", f"{name}.bias")}
     return state | fresh
@@ -123,8 +123,8 @@ def _with_distillation(
     positions, text = state.get("pos_embed"), ""
     if positions is not None and positions.dim() == 3 and not model.no_embed_class:
         state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
-        text = "; the token's position is the class token's"
-    notes.append(f"no distillation token: dist_token and head_dist start afresh{text}")
+        text = "; the token gets the class token's position"
+    notes.append(f"no distillation token: dist_token and head_dist keep their initial values{text}")
     return state
 
 
@@ -135,7 +135,7 @@ def _with_positions(
     if theirs is None or ours is None or theirs.dim() != 3 or theirs.shape[2] != ours.shape[2]:
         return state
     if ("dist_token" in state) != isinstance(model, VisionTransformerDistilled):
-        return state  # its prefix is another one; fit_weights refuses it
+        return state  # the prefix tokens differ; fit_weights refuses it
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches = theirs.shape[1] - prefix
     side = math.isqrt(max(patches, 0))

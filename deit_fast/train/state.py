@@ -15,7 +15,7 @@ from torch import nn
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, dotted_keys, to_dict
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_model
+from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
 from deit_fast.train.checkpoint import list_checkpoints, load_newest
 from deit_fast.train.optim import create_optimizer

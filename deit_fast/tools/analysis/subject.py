@@ -16,8 +16,9 @@ from deit_fast.config import RunConfig
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, build_model, read_run_config
+from deit_fast.evaluate import build_eval_loader, read_run_config
 from deit_fast.models import Teacher, load_weights
+from deit_fast.models.student import build_model
 from deit_fast.models.weights import fit_weights
 from deit_fast.tools.analysis.answers import Subset, ask, spaced_ids
 from deit_fast.tools.analysis.teachers import find_teacher
