@@ -25,8 +25,8 @@ from deit_fast.config_file import to_dict
 from deit_fast.precompute import precompute
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
-from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
+from deit_fast.train.state import list_checkpoints
 from helpers.runs import (
     STEPS,
     AtStep,

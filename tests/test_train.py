@@ -19,9 +19,9 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.profile import training_flops
-from deit_fast.train.checkpoint import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate
+from deit_fast.train.state import list_checkpoints, load_newest, save_checkpoint
 from helpers.runs import comparable_rows, run_config, weights_equal
 
 

@@ -56,11 +56,11 @@ class MetricsFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.trackers.write(kind, row)
 
-    def rewind(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run was rolled back."""
         self._close_file()
         self._truncate(step)
-        self.trackers.rewind(step)
+        self.trackers.roll_back(step)
 
     def close(self, finished: bool) -> None:
         """Close the file and the trackers; ``finished``: the run made its last step."""

@@ -54,7 +54,7 @@ class Tracker:
         """Log values at a step; may wait for a network, may raise anything."""
         raise NotImplementedError
 
-    def rewind(self, step: int) -> bool:
+    def roll_back(self, step: int) -> bool:
         """Delete the rows after ``step``; returns whether the tracker can."""
         return False
 
@@ -83,7 +83,7 @@ class _TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def rewind(self, step: int) -> bool:
+    def roll_back(self, step: int) -> bool:
         self._writer.close()
         self._open(step)
         return True
@@ -245,7 +245,7 @@ class Trackers:
         for feed in self._feeds:
             feed.queue.put((kind, row["step"], values))
 
-    def rewind(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Delete the rows after ``step`` where the tracker can."""
         for feed in self._feeds:
             feed.queue.put(step)
@@ -266,7 +266,7 @@ class Trackers:
 class _Feed:
     """Passes rows to a tracker on a thread.
 
-    The queue takes (kind, step, values) for a row, an int for a step to rewind to, and finally a
+    The queue takes (kind, step, values) for a row, an int for a step to roll back to, and finally a
     bool: whether the run is finished.
     """
 
@@ -281,7 +281,7 @@ class _Feed:
         try:
             while not isinstance(item := self.queue.get(), bool):
                 if isinstance(item, int):
-                    if self.tracker.rewind(item):
+                    if self.tracker.roll_back(item):
                         self.last = {}
                     continue
                 kind, step, values = item

@@ -1,4 +1,4 @@
-"""torch.compile in a run: what the setting means on a device, and how much was compiled."""
+"""torch.compile in a run: which parts are compiled on a device, and how many graphs that took."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CompileMode: TypeAlias = Literal["none", "blocks", "model"]
 def resolve_compile(
     config: RunConfig, device: torch.device, student: nn.Module | None = None
 ) -> CompileMode:
-    """What ``config.compile`` means on a device. Any value but `auto` means itself.
+    """The value of ``config.compile``, with `auto` resolved for a device.
 
-    `auto` is `blocks` on CUDA. It is `none` on a CPU; on a GPU that Triton does not support; and
+    `auto` is `blocks` on CUDA. It is `none` on a CPU, on a GPU that Triton does not support, and
     for a student without ``.blocks``.
 
     Args:
-        student: the model to train; None asks about the device alone, as for an online teacher.
+        student: the model to train; None considers the device alone, as for an online teacher.
     """
     if config.compile != "auto":
         return config.compile
@@ -37,7 +37,7 @@ def resolve_compile(
 
 
 def _why_not(device: torch.device, student: nn.Module | None) -> str | None:
-    """Why `auto` compiles nothing; None where it compiles the blocks."""
+    """Why `auto` compiles nothing; None if it compiles the blocks."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (7, 0):
@@ -48,13 +48,13 @@ def _why_not(device: torch.device, student: nn.Module | None) -> str | None:
 
 
 def log_compile(config: RunConfig, device: torch.device, student: nn.Module) -> None:
-    """One line: what is compiled in this run, and what it costs."""
+    """Log in one line what this run compiles."""
     mode = resolve_compile(config, device, student)
-    asked = "compile=auto means " if config.compile == "auto" else ""
+    source = "compile=auto means " if config.compile == "auto" else ""
     if mode != "none":
-        log.info("%scompile=%s: the first steps are slow, they compile the model", asked, mode)
-    elif asked:
-        log.info("%scompile=none: %s", asked, _why_not(device, student))
+        log.info("%scompile=%s: the first steps are slow, they compile the model", source, mode)
+    elif source:
+        log.info("%scompile=none: %s", source, _why_not(device, student))
 
 
 def _has_blocks(model: nn.Module) -> bool:
@@ -62,13 +62,11 @@ def _has_blocks(model: nn.Module) -> bool:
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile each block by itself, in place: equal blocks share one compilation.
+    """Compile each block separately, in place: equal blocks share one compilation.
 
-    Of a fused model the embedding in front of the blocks is compiled too.
-
-    Shapes are constants of the compiled code, so it is as fast for the second batch size of a
-    process as for the first. torch's limit of compilations per function, behind which it runs that
-    function uncompiled, is raised: blocks that timm runs take one compilation for each drop rate.
+    In a fused model the embedding before the blocks is compiled too. Shapes are constants of the
+    compiled code, so a second batch size is compiled again and runs as fast as the first. Blocks
+    of timm take one compilation for each drop rate, so torch's limit of compilations is raised.
 
     Args:
         options: for torch.compile.
@@ -95,11 +93,11 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 
 def compile_evaluation(mode: CompileMode, average: nn.Module | None) -> Callable[..., Any]:
-    """What evaluation calls in place of ``forward_heads``, compiled as training is.
+    """The compiled form of ``forward_heads`` for evaluation.
 
     Args:
-        mode: of the run. By `blocks` the student's own are compiled already.
-        average: the moving average, evaluated as well; `blocks` compiles its blocks in place.
+        mode: of the run. With `blocks` the student's blocks are compiled already.
+        average: the moving average; `blocks` compiles its blocks in place.
     """
     if mode == "model":
         return torch.compile(forward_heads, dynamic=False)
@@ -109,35 +107,37 @@ def compile_evaluation(mode: CompileMode, average: nn.Module | None) -> Callable
 
 
 def raise_recompile_limit() -> None:
-    """Let one function be compiled as often as all functions together, 256 times by default.
+    """Allow as many compilations of one function as of all functions together (256 by default).
 
-    torch's own limit of 8 is less than a deep model has drop rates. Behind either limit torch warns
-    and runs the function uncompiled.
+    torch's own limit of 8 is below the number of drop rates of a deep model. Beyond a limit torch
+    warns and runs the function uncompiled.
     """
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, settings.accumulated_recompile_limit)
 
 
 class CompileCount:
-    """Counts the graphs that torch.compile makes, so that late compilations do not pass unseen."""
+    """Counts the graphs that torch.compile makes, to warn about compilations late in a run."""
 
     def __init__(self) -> None:
         self._seen = _graphs()
         self._expected = {"steps", "evaluation"}
 
     def report(self, step: int, of: Literal["steps", "evaluation"] = "steps") -> None:
-        """Log how many graphs were made since the last call; after the first of a kind a warning.
+        """Log how many graphs were made since the last call.
+
+        The first call for each kind of work logs them as information, later calls as a warning.
 
         Args:
-            step: that the run has come to.
-            of: what was done since the last call.
+            step: of the run.
+            of: the work since the last call.
         """
         made, self._seen = _graphs() - self._seen, _graphs()
         if made and of in self._expected:
             log.info("torch.compile made %d graphs in the first %s", made, of)
         elif made:
             log.warning(
-                "torch.compile made %d more graphs before step %d, which made those steps slow; "
+                "torch.compile made %d more graphs before step %d, which slowed these steps; "
                 "TORCH_LOGS=recompiles says why",
                 made, step,
             )  # fmt: skip
@@ -145,6 +145,6 @@ class CompileCount:
 
 
 def _graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    utils = sys.modules.get("torch._dynamo.utils")  # absent where nothing was compiled
+    """Number of graphs that torch.compile has made in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # absent if nothing was compiled
     return utils.counters["stats"]["unique_graphs"] if utils is not None else 0

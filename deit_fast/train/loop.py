@@ -28,11 +28,10 @@ from deit_fast.runtime.metrics import MetricsFile, Progress
 from deit_fast.runtime.profile import StepProfiler, memory_history
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.trackers import require_trackers
-from deit_fast.train.checkpoint import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.guard import Guard
 from deit_fast.train.optim import learning_rate
-from deit_fast.train.state import create_state, go_back, resume
+from deit_fast.train.state import CheckpointWriter, create_state, resume, roll_back
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
 from deit_fast.train.window import Window
@@ -302,12 +301,12 @@ class _Run:
         if self.rollbacks > self.config.max_rollbacks:
             raise FloatingPointError(f"{where}; {self.config.max_rollbacks} rollbacks did not help")
         skipped = [*self.state.skipped, error.step]
-        if not go_back(checkpoints, self.state):
+        if not roll_back(checkpoints, self.state):
             raise FloatingPointError(f"{where}; there is none yet to roll back to")
         self.state.skipped = skipped
         self.step_once.forget()
         if self.metrics is not None:
-            self.metrics.rewind(self.state.step)
+            self.metrics.roll_back(self.state.step)
         log.warning("%s; going on from step %d without it", error, self.state.step)
 
     # -- evaluation ----------------------------------------------------------------------------

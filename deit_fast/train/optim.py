@@ -1,4 +1,4 @@
-"""The optimiser in timm's decay groups, and the learning rate as a function of the step alone.
+"""Optimiser, gradient clipping, moving average, and the learning rate as a function of the step.
 
 Bytes that an update moves for each float32 parameter:
 
@@ -7,7 +7,7 @@ Bytes that an update moves for each float32 parameter:
     AdamW                      reads weight, gradient, both moments; writes all but one   28
     moving average             reads average and weight, writes the average               12
 
-together 44, and 48 with clipping. A clip by itself would read and write the gradient: 52.
+In all 44, and 48 with clipping. A separate clip would read and write the gradient: 52.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW or LAMB over parameter groups; each holds an ``lr_scale`` for ``set_learning_rate``.
 
-    One-dimensional parameters do not decay, nor what ``model.no_weight_decay`` names: timm's list
-    holds the position embedding and both tokens. facebookresearch/deit's lacks the distillation
-    token, so ``compat="deit"`` decays it.
+    One-dimensional parameters do not decay, nor those that ``model.no_weight_decay`` names: for
+    timm's models the position embedding and both tokens. facebookresearch/deit's list lacks the
+    distillation token, so with ``compat="deit"`` it decays.
     """
     names: Any = getattr(model, "no_weight_decay", None)
     skip = set(names() if names is not None else ())
@@ -58,7 +58,7 @@ def create_optimizer(
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimiser changes nothing where its ``found_inf`` is 1, without the host."""
+    """Whether the optimiser itself reads ``found_inf`` on the device and then changes nothing."""
     return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
 
 
@@ -68,8 +68,8 @@ def clip_gradients(
 ) -> None:  # fmt: skip
     """Scale gradients by min(1, max_norm / (total_norm + 1e-6)), as torch's clip_grad_norm_ does.
 
-    torch's fused AdamW on a GPU divides them by ``grad_scale`` as it reads them, which saves a
-    pass; on a CPU they are scaled here, by torch's own function and to its last bit.
+    On a GPU torch's fused AdamW divides them by ``grad_scale`` as it reads them, which saves a
+    pass. On a CPU they are scaled here, by torch's own function and bit for bit as it does.
     """
     if skips_on_device(optimizer) and total_norm.is_cuda:
         scale_in_update(optimizer, total_norm, max_norm)
@@ -78,16 +78,16 @@ def clip_gradients(
 
 
 def scale_in_update(optimizer: torch.optim.Optimizer, total_norm: Tensor, max_norm: float) -> None:
-    """Let the next step of a fused AdamW divide the gradients by the clip's factor."""
+    """Make the next step of a fused AdamW divide the gradients by the clipping factor."""
     fused: Any = optimizer
     fused.grad_scale = ((total_norm + 1e-6) / max_norm).clamp(min=1.0)
 
 
 class Average:
-    """Applies a ModelEmaV3 to its model in one launch for many tensors.
+    """Updates a ModelEmaV3 in one launch for many tensors.
 
-    The tensors are listed once. ModelEmaV3.update itself makes both state dicts at every step,
-    which is a large part of its time for a small model.
+    The tensors are listed once. ModelEmaV3.update builds both state dicts at every step, which is
+    a large part of its time for a small model.
     """
 
     def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
@@ -99,7 +99,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the model's weights, by timm's factor for this step."""
+        """Move the average towards the model's weights by timm's factor for this step."""
         weight = 1.0 - self.ema.get_decay(step)
         if self._averages:
             torch._foreach_lerp_(self._averages, self._values, weight=weight)
@@ -108,7 +108,7 @@ class Average:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of ``lr``: 1, or its layer's."""
+    """Set every group's learning rate: ``lr`` times the group's ``lr_scale``, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -120,8 +120,8 @@ def learning_rate(
     """Learning rate of ``step`` (0-based): linear warm-up, then a cosine down to ``min_lr``.
 
     The peak is ``lr * batch_size / lr_batch`` (Goyal et al. 2017; DeiT, section 6). As in DeiT's
-    recipe the cosine spans the whole run, warm-up included. ``compat="deit"`` moves as DeiT's code
-    does: once an epoch and one epoch late, so that the first two epochs run at ``warmup_lr``.
+    recipe the cosine spans the whole run, warm-up included. With ``compat="deit"`` it changes as in
+    DeiT's code: once an epoch and one epoch late, so the first two epochs run at ``warmup_lr``.
     """
     peak = config.lr * batch_size / config.lr_batch
     warmup = round(config.warmup_epochs * steps_per_epoch)

@@ -1,29 +1,37 @@
-"""All that changes while a run goes on, its checkpoint, and the check before going on from one."""
+"""The state of a training run and its checkpoints.
+
+To restore is to load a saved state. A new process resumes a run from its newest checkpoint. A run
+rolls back to it after a step that was not finite.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, dotted_keys, to_dict
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
-from deit_fast.train.checkpoint import list_checkpoints, load_newest
+from deit_fast.runtime.files import write_atomically
 from deit_fast.train.optim import create_optimizer
 
 log = logging.getLogger("deit_fast")
 
-# What may differ between a checkpoint and the command that goes on from it: nothing that changes
-# a pixel, a weight or a learning rate by more than rounding.
+KEEP = 2  # checkpoints; with one, the only copy could be the one being written
+
+# Settings that may differ between a checkpoint and the command that resumes from it: those that
+# change pixels, weights and learning rates by rounding at most.
 _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
     "log_every", "eval_every", "save_every", "save_steps", "save_minutes", "on_nonfinite",
@@ -31,26 +39,42 @@ _FREE_TO_CHANGE = {
     "track", "check_teacher_every", "profile_steps", "memory_snapshot",
 }  # fmt: skip
 
+# ---------------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------------
+
 
 @dataclass
 class TrainState:
-    """Model, moving average, optimiser, position in the order, and the counts so far."""
+    """Model, moving average, optimiser, position in the order, and counts."""
 
     model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     step: int = 0
     evaluated_step: int = 0
-    skipped: list[int] = field(default_factory=list)  # steps left out, not finite
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of steps not yet in a log row
-    summed: int = 0
+    skipped: list[int] = field(default_factory=list)  # steps left out after they were not finite
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of steps not yet in a row of metrics
+    summed: int = 0  # number of these steps
     best_top1: float = -1.0
     best_epoch: int = 0
     train_seconds: float = 0.0
     substituted: set[str] = field(default_factory=set)
 
+    def add(self, numbers: dict[str, Tensor]) -> None:
+        """Add a step's numbers, which stay on the device, to the sums."""
+        for name, value in numbers.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.summed += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Means since the last call. Waits for the device. Empty where no step was added."""
+        means = {name: (value / self.summed).item() for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
+
     def to_checkpoint(self, config: RunConfig) -> dict[str, Any]:
-        """Tensors and plain values only, so that ``weights_only=True`` reads it back."""
+        """Tensors and plain values only, so that ``weights_only=True`` can load them."""
         return {
             "format": 1,
             "config": json.dumps(to_dict(config)),
@@ -65,27 +89,26 @@ class TrainState:
             "substituted": sorted(self.substituted),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            # No generator's state: views, order and stochastic depth follow from seed and step.
+            # No state of a generator: views, order and stochastic depth depend on seed and step.
             "optimizer": self.optimizer.state_dict(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
+        """Load what ``to_checkpoint`` returned."""
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.evaluated_step = saved["step"], saved["evaluated_step"]
-        self.skipped = list(saved["skipped"])
+        for name in ("step", "evaluated_step", "summed", "best_top1", "best_epoch",
+                     "train_seconds"):  # fmt: skip
+            setattr(self, name, saved[name])
         device = next(self.model.parameters()).device
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
-        self.summed = saved["summed"]
-        self.best_top1, self.best_epoch = saved["best_top1"], saved["best_epoch"]
-        self.train_seconds = saved["train_seconds"]
-        self.substituted = set(saved["substituted"])
+        self.skipped, self.substituted = list(saved["skipped"]), set(saved["substituted"])
 
 
 def create_state(config: RunConfig, num_classes: int, device: torch.device) -> TrainState:
-    """A run's state at step 0; initial weights depend on ``seed`` alone."""
+    """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone."""
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     if config.model.weights is not None:
@@ -96,12 +119,17 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
     return TrainState(model, ema, create_optimizer(model, config.optim, config.compat))
 
 
+# ---------------------------------------------------------------------------------------------
+# Resume and roll back
+# ---------------------------------------------------------------------------------------------
+
+
 def resume(config: RunConfig, state: TrainState) -> None:
-    """Bring ``state`` to the newest checkpoint in the run's folder, if there is one.
+    """Restore the newest checkpoint in the run's folder, if there is one.
 
     Raises:
-        InputError: ``--no-resume`` and the folder has one, or it belongs to another
-            configuration (names each differing key with both values).
+        InputError: the folder has a checkpoint and ``--no-resume`` was given, or the checkpoint
+            belongs to another configuration (names each differing key with both values).
     """
     folder = Path(config.output) / "checkpoints"
     if not config.resume:
@@ -118,20 +146,19 @@ def resume(config: RunConfig, state: TrainState) -> None:
             f"{path} is of another configuration ({'; '.join(differing)}): choose another --output"
         )
     state.restore(saved)
-    log.info("going on from %s, step %d", path, state.step)
+    log.info("resuming from %s, step %d", path, state.step)
 
 
-def go_back(folder: Path, state: TrainState) -> bool:
-    """Bring ``state`` back to the newest checkpoint of its own run; False where there is none."""
+def roll_back(folder: Path, state: TrainState) -> bool:
+    """Restore the newest checkpoint of this run; returns whether there is one."""
     found = load_newest(folder)
-    if found is None:
-        return False
-    state.restore(found[1])
-    return True
+    if found is not None:
+        state.restore(found[1])
+    return found is not None
 
 
 def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
-    """Settings that differ; one that did not exist when the run began has its default there."""
+    """Settings that differ. One that is missing, because it is newer, counts as its default."""
     defaults, differing = json.loads(json.dumps(to_dict(RunConfig()))), []
     for key in [*dotted_keys(), *RETIRED]:
         if key in _FREE_TO_CHANGE:
@@ -149,3 +176,103 @@ def _look_up(values: Any, dotted: str, default: Any = None) -> Any:
             return default
         values = values[part]
     return values
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoint files
+# ---------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
+
+    Keeps the newest ``KEEP`` checkpoints.
+
+    Raises:
+        OSError: the disk is full or not writable; the older checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:09d}.pt"
+    buffer = io.BytesIO()  # torch.save into a file would hide the reason of a full disk
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+    for old in list_checkpoints(folder)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread; training continues after a copy into host memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Wait for the checkpoint before, copy ``state`` and start to write it.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        self._thread = threading.Thread(
+            target=self._save, args=(step, _copy_to_host(state)), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            save_checkpoint(self.folder, step, state)
+        except OSError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Return when the last state is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _copy_to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copy_to_host(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copy_to_host, value))
+    return value
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and state of the newest readable checkpoint; None where the folder has none.
+
+    A broken checkpoint is skipped with a warning that names it.
+
+    Raises:
+        InputError: all checkpoints are broken. Whether to start again is the user's decision.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for a broken file
+            reason = first_line(error, 80)
+            log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
+    if paths:
+        raise InputError(
+            f"all {len(paths)} checkpoints in {folder} are broken: remove them to start again"
+        )
+    return None

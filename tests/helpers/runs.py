@@ -18,8 +18,8 @@ from deit_fast.config_file import to_dict
 from deit_fast.models import load_weights
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import read_metrics
-from deit_fast.train.checkpoint import list_checkpoints
 from deit_fast.train.loop import train
+from deit_fast.train.state import list_checkpoints
 
 TESTS = Path(__file__).parent.parent
 
