@@ -1,4 +1,4 @@
-"""Accuracy of a model on held-out images, head by head."""
+"""Accuracy of a model on held-out images, for each head and each class."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def evaluate_model(
     forward: Heads | None = None,
     rows: int | None = None,
 ) -> dict[str, Any]:
-    """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper adds softmaxes).
+    """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper: of softmaxes).
 
     Args:
         model: a classifier; its training mode is restored afterwards.
         loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; has a
-            length where there is a group.
+            length if there is a group.
         classes: class names, by label.
-        group: processes that hold a share of the images each; the result is that of all.
-        between_batches: called after each, equally often on all ranks; what it raises ends it.
-        forward: what computes both heads' logits; by default ``forward_heads``.
-        rows: images in each forward. A smaller batch is padded with zeros, and the logits of the
-            padding are dropped, so that code is compiled for one size alone.
+        group: processes that evaluate a share of the images each; the result covers all.
+        between_batches: called after each batch, equally often on all ranks; may raise.
+        forward: computes both heads' logits; by default ``forward_heads``.
+        rows: images in each forward. A smaller batch is padded with zeros and the padding's logits
+            are dropped, so that compiled code sees one batch size.
 
     Returns:
-        `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy;
-        classes without samples are absent); `top1_class` and `top1_distill` for two heads.
+        `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy,
+        without classes that have no samples); for two heads `top1_class` and `top1_distill`.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +72,7 @@ def evaluate_model(
         hits[1] += (class_logits.argmax(1) == labels).sum()
         if distill_logits is not None:
             hits[2] += (distill_logits.argmax(1) == labels).sum()
-        # Not bincount, nor labels[right]: on a GPU both would wait for it, batch after batch.
+        # bincount and labels[right] would make the host wait for the GPU at every batch.
         per_class[0].index_add_(0, labels, right.float())
         per_class[1].index_add_(0, labels, torch.ones_like(right, dtype=torch.float32))
         samples += len(labels)
@@ -113,7 +113,7 @@ def _logits(
 def build_eval_loader(
     config: RunConfig, source: Any, device: torch.device, group: ProcessGroup | None = None
 ) -> EvalLoader:
-    """This rank's held-out images of a run's configuration: resize, centre crop, normalise."""
+    """This rank's share of the held-out images, resized, centre cropped and normalised."""
     group = group or ProcessGroup()
     return EvalLoader(
         source,
@@ -131,7 +131,7 @@ def build_eval_loader(
 
 
 def read_run_config(run: str | Path) -> RunConfig:
-    """The configuration that a run folder keeps.
+    """The configuration saved in a run folder.
 
     Raises:
         InputError: the folder or its config.json is missing or damaged.
@@ -158,10 +158,10 @@ def evaluate(
 
     Args:
         run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
-        data_root: another image folder than the run's own.
-        batch_size: images per forward; none: the run's.
+        data_root: image folder; None: the run's own.
+        batch_size: images of each forward; None: the run's.
         device: auto, cpu or cuda.
-        ema: take the moving average of the weights.
+        ema: evaluate the moving average of the weights.
 
     Raises:
         InputError: no such run, weights or data, or the data has another class count.
@@ -171,10 +171,10 @@ def evaluate(
         config = config.replace(data={"root": data_root})
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
-    place = choose_device(device)
+    chosen = choose_device(device)
     source = open_source(config.data, "val", config.view.image_size)
     model = build_model(config, len(source.classes))
     weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
     fit_weights(model, load_weights(weights), weights)
-    loader = build_eval_loader(config, source, place)
-    return evaluate_model(model.to(place), loader, source.classes, place)
+    loader = build_eval_loader(config, source, chosen)
+    return evaluate_model(model.to(chosen), loader, source.classes, chosen)

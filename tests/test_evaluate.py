@@ -1,4 +1,4 @@
-"""Accuracy on held-out images, against counting by hand."""
+"""Accuracy on held-out images, compared with direct counting."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]
 
 
-class Answers(nn.Module):
-    """Says the first four pixels of an image."""
+class PixelLogits(nn.Module):
+    """Returns the first four pixels of an image as logits."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)[:, :4]
@@ -38,11 +38,11 @@ def batches(sizes: tuple[int, ...], classes: int = 4) -> list[tuple[Tensor, Tens
     return [(torch.randn(size, 3, 2, 2), torch.randint(classes, (size,)), None) for size in sizes]
 
 
-def test_figures_are_those_of_counting() -> None:
+def test_results_equal_direct_counts() -> None:
     data = batches((7, 7, 5), classes=3)  # no fox
     labels = torch.cat([labels for _, labels, _ in data])
     logits = torch.cat([images.flatten(1)[:, :4] for images, _, _ in data])
-    model = Answers().train()
+    model = PixelLogits().train()
     found = evaluate_model(model, data, CLASSES, CPU)
     right = logits.argmax(1) == labels
     assert found["samples"] == 19 and found["top1"] == pytest.approx(right.float().mean().item())
@@ -54,8 +54,7 @@ def test_figures_are_those_of_counting() -> None:
     assert model.training and "top1_distill" not in found
 
 
-def test_batches_of_one_size_for_compiled_code() -> None:
-    """The last one is filled up, which no figure shows."""
+def test_the_last_batch_is_padded_for_compiled_code() -> None:
     data, sizes = batches((7, 7, 5)), []
 
     def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,19 +62,19 @@ def test_batches_of_one_size_for_compiled_code() -> None:
         logits = model(images)
         return logits, -logits
 
-    plain = evaluate_model(Answers(), data, CLASSES, CPU, forward=forward)
+    plain = evaluate_model(PixelLogits(), data, CLASSES, CPU, forward=forward)
     assert sizes == [7, 7, 5] and plain["samples"] == 19
-    filled = evaluate_model(Answers(), data, CLASSES, CPU, forward=forward, rows=7)
+    padded = evaluate_model(PixelLogits(), data, CLASSES, CPU, forward=forward, rows=7)
     assert sizes[3:] == [7, 7, 7]
-    assert filled == plain and "top1_distill" in plain
+    assert padded == plain and "top1_distill" in plain
 
 
-def test_a_batch_waits_for_no_device() -> None:
-    """Nothing in it whose result's size or value the host has to know, as bincount's."""
+def test_batches_do_not_wait_for_the_device() -> None:
+    """No operator needs the size or value of a result on the host, as bincount would."""
     between: list[set[str]] = []
     with Operators() as operators:
         evaluate_model(
-            Answers(), batches((4, 4)), CLASSES, CPU,
+            PixelLogits(), batches((4, 4)), CLASSES, CPU,
             between_batches=lambda: between.append(set(operators.seen)),
         )  # fmt: skip
     assert len(between) == 2 and "index_add_" in between[-1]
@@ -85,4 +84,4 @@ def test_a_batch_waits_for_no_device() -> None:
 
 def test_no_image_is_an_error() -> None:
     with pytest.raises(InputError, match="evaluation saw no images"):
-        evaluate_model(Answers(), [], CLASSES, CPU)
+        evaluate_model(PixelLogits(), [], CLASSES, CPU)
