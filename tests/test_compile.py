@@ -1,4 +1,4 @@
-"""torch.compile in a run: what `auto` means, how often a model is compiled, and what comes out.
+"""torch.compile in a run: what `auto` means, how often a model is compiled, and its results.
 
 `CompileCounter` stands in for Inductor: it counts the graphs and runs their operations as they are.
 """
@@ -69,7 +69,7 @@ def backward(forward: Callable) -> None:
 @pytest.mark.parametrize("model", ["transformer", "convnet"])
 @pytest.mark.parametrize("asked", ["auto", "none", "blocks", "model"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_what_the_setting_means(device, asked, model):
+def test_the_setting_is_resolved_for_each_device_and_model(device, asked, model):
     config = RunConfig(compile=asked)
     module = student() if model == "transformer" else small_convnet(10)
     has_blocks = model == "transformer"
@@ -78,7 +78,7 @@ def test_what_the_setting_means(device, asked, model):
     assert RunConfig().compile == "auto"
 
 
-def test_auto_knows_which_gpus_triton_supports(monkeypatch):
+def test_auto_is_none_on_gpus_without_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((6, 1), "none"), ((7, 0), "blocks"), ((9, 0), "blocks")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
@@ -96,15 +96,15 @@ def test_auto_knows_which_gpus_triton_supports(monkeypatch):
         ("none", CUDA, student, ""),
     ],
 )
-def test_the_log_says_what_is_compiled(caplog, asked, device, model, line):
+def test_the_log_names_what_is_compiled(caplog, asked, device, model, line):
     with caplog.at_level(logging.INFO, "deit_fast"):
         log_compile(RunConfig(compile=asked), device, model(10))
     assert len(caplog.records) == bool(line)
     assert line in caplog.text
 
 
-def test_what_a_person_types_stays_in_the_configuration(capsys):
-    """A config file made on one machine means the right thing on another."""
+def test_auto_stays_auto_in_the_saved_configuration(capsys):
+    """So a config file from one machine is also right on another."""
     assert cli.main(["train", "--recipe", "deit_small", "--print-config"]) == 0
     assert json.loads(capsys.readouterr().out)["compile"] == "auto"
     assert {name for name, recipe in RECIPES.items() if recipe().compile != "auto"} == {
@@ -139,7 +139,7 @@ def test_parts_of_a_batch_and_ranks_share_a_compilation(counter, mode, expected)
 
 @pytest.mark.parametrize(("drop_path", "blocks"), [(0.0, 3), (0.1, 4)])
 def test_blocks_of_a_deep_model_share_compilations(counter, drop_path, blocks):
-    """With drop rates: the first block, one behind it, the others, and the last; the embedding.
+    """Graphs with drop rates: embedding, first, second, middle and last block.
 
     Neither parts of a batch nor ranks add one.
     """
@@ -151,8 +151,8 @@ def test_blocks_of_a_deep_model_share_compilations(counter, drop_path, blocks):
         assert counter.frame_count == blocks + 1
 
 
-def test_a_block_by_itself_draws_before_it_runs(counter):
-    """Where a model has a forward of its own, which calls its fused blocks one by one."""
+def test_a_block_called_alone_draws_before_it_runs(counter):
+    """In a model whose own forward calls its fused blocks."""
     model = student(depth=6, drop_path=0.4)
     compile_blocks(model)
     tokens = torch.randn(2, 5, 48)
@@ -162,7 +162,7 @@ def test_a_block_by_itself_draws_before_it_runs(counter):
 
 
 def test_timms_own_blocks_are_all_compiled(counter, caplog):
-    """Each has a drop rate of its own, and torch's limit is 8 compilations of a function."""
+    """Each has a different drop rate, and torch's default limit is 8 compilations of a function."""
     model = student(depth=12, fused=False)
     with torch._dynamo.config.patch(recompile_limit=8), caplog.at_level(logging.WARNING):
         compile_blocks(model)
@@ -172,7 +172,7 @@ def test_timms_own_blocks_are_all_compiled(counter, caplog):
     assert "recompile_limit" not in caplog.text
 
 
-def test_other_batch_sizes_leave_the_first_as_fast(counter):
+def test_a_second_batch_size_does_not_recompile_the_first(counter):
     """Shapes stay constants of the code, and a size that comes back is not compiled again.
 
     A teacher's answer about a batch then depends on no batch before, as a cache's bytes must not.
@@ -193,7 +193,7 @@ def test_other_batch_sizes_leave_the_first_as_fast(counter):
 def compiled_run(
     world: Path, output: Path, counter: CompileCounter, monkeypatch, **changes
 ) -> tuple[RunConfig, list[int]]:  # fmt: skip
-    """Train two epochs; the graphs that there are after each step, and at the end."""
+    """Train two epochs; returns the number of graphs after each step and at the end."""
     made: list[int] = []
     call = TrainStep.__call__
 
@@ -209,7 +209,7 @@ def compiled_run(
 
 
 @pytest.mark.parametrize(("mode", "expected", "more"), [("blocks", 4, 4), ("model", 1, 1)])
-def test_a_run_compiles_in_its_first_step_and_evaluation_alone(
+def test_a_run_compiles_only_in_its_first_step_and_evaluation(
     world, tmp_path, counter, monkeypatch, caplog, mode, expected, more
 ):  # fmt: skip
     """Parts, evaluations of model and average with a smaller last batch, and training after that.
@@ -252,13 +252,13 @@ def test_late_compilations_are_a_warning(counter, caplog):
 
 
 # ---------------------------------------------------------------------------------------------
-# What comes out
+# Results
 # ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["none", "blocks", "model"])
-def test_parts_make_the_draws_of_the_whole(counter, mode):
-    """Also those of timm's model, which draws as it goes."""
+def test_parts_draw_as_the_whole_batch(counter, mode):
+    """Also with timm's model, which draws inside its blocks."""
     model = student(depth=3, drop_path=0.6)
     images = torch.rand(6, 3, 32, 32)
     plain = unfuse(copy.deepcopy(model))
@@ -275,7 +275,7 @@ def test_parts_make_the_draws_of_the_whole(counter, mode):
             torch.testing.assert_close(got, wanted[first : first + 2], rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(counter):
+def test_a_copy_of_a_compiled_model_uses_its_own_weights(counter):
     model = student(drop_path=0.0)
     compile_blocks(model)
     twin = copy.deepcopy(model)
@@ -290,14 +290,14 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(counter):
 
 
 # ---------------------------------------------------------------------------------------------
-# Teachers, caches and runs that go on
+# Teachers, caches and resumed runs
 # ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """`auto` decides as on a machine with a GPU; everything runs on the CPU."""
-    for module in ("loop", "step", "teacher"):
+    """`auto` decides as with a GPU while everything runs on the CPU."""
+    for module in ("loop", "step", "teaching"):
         name = f"deit_fast.train.{module}.resolve_compile"
         monkeypatch.setattr(
             name, lambda config, _, student=None: resolve_compile(config, CUDA, student)
@@ -309,7 +309,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
-    """Under `auto` the online one alone: what it answers is kept nowhere."""
+    """With `auto` only the online one, whose logits are not stored."""
     from deit_fast.data.open import open_source
 
     config = run_config(world, tmp_path / "run", compile="auto", max_steps=2)
@@ -332,8 +332,8 @@ def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "auto"), ("auto", "none")])
-def test_auto_goes_on_with_a_cache_begun_without_compilation(world, tmp_path, before, after):
-    """As all were that were written before `auto` was the default."""
+def test_auto_resumes_a_cache_begun_without_compilation(world, tmp_path, before, after):
+    """As all caches written before `auto` became the default."""
     config = run_config(world, tmp_path / "run", cache=str(tmp_path / "cache"), compile=before)
     assert precompute(config, range(1))["views"] == 1
     again = precompute(config.replace(compile=after))
@@ -351,8 +351,8 @@ def test_a_compiled_teachers_cache_trains_any_run(world, tmp_path, counter, aske
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "blocks"), ("blocks", "auto")])
-def test_a_run_goes_on_with_another_setting(world, tmp_path, counter, before, after):
-    """It moves numbers by rounding, and here by nothing."""
+def test_a_run_resumes_with_another_setting(world, tmp_path, counter, before, after):
+    """Numbers may differ by rounding; here they do not."""
     config = run_config(world, tmp_path / "parts", teacher=None, loss={"kind": "none"})
     train(config.replace(compile=before, max_steps=4))
     assert train(config.replace(compile=after))["steps"] == 12

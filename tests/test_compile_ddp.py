@@ -1,4 +1,4 @@
-"""Compiled models over two processes: gradients are exchanged while the backward goes on."""
+"""Compiled models over two processes: gradients are exchanged during the backward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RANKS, SHARE, DEPTH = 2, 4, 3
 
 
 def student() -> nn.Module:
-    """Of 5.4 MB, so that DDP makes a bucket of 1 MB and one of what is left."""
+    """5.4 MB of parameters, so that DDP makes a first bucket of 1 MB and a second one."""
     torch.manual_seed(0)
     model = timm.create_model(
         "deit_tiny_distilled_patch16_224", img_size=32, depth=DEPTH, embed_dim=192, num_heads=3,

@@ -1,4 +1,4 @@
-"""The compiled step as a run makes it: it never waits, and a process group changes no number."""
+"""The compiled step of a run: it never waits, and a process group changes no number."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def alone_in_a_group(backend: str, store: Path) -> Iterator[None]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("device", "backend", "compiled"), DEVICES)
-def test_a_group_of_one_rank_changes_no_number(
+def test_a_process_group_of_one_rank_changes_no_number(
     world,
     tmp_path,
     monkeypatch,
@@ -64,7 +64,7 @@ def test_a_group_of_one_rank_changes_no_number(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("online", "cached"))
-def test_20_compiled_steps_wait_for_no_gpu(world, tmp_path, name):
+def test_20_compiled_steps_do_not_wait_for_the_gpu(world, tmp_path, name):
     config = run_config(world, tmp_path / "run", device="cuda", compile="blocks", epochs=3)
     if name == "cached":
         config = config.replace(cache=str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""A run that goes on with more or fewer processes sees the samples of the run that did not.
+"""A run resumed with more or fewer processes sees the same samples in the same order.
 
 Pixels are compared, not ids: a witness digests every image that student and teacher get.
 """
@@ -23,14 +23,14 @@ def witnessed(world: Path, output: Path, **changes) -> RunConfig:
 
 
 def sequence(folder: Path) -> list[list[str]]:
-    """Digests of the images of each step: those of the ranks, one after another."""
+    """Digests of the images of each step, concatenated over the ranks."""
     ranks = [path.read_text().splitlines() for path in sorted(folder.glob("*.txt"))]
     assert len({len(lines) for lines in ranks}) == 1
     return [" ".join(lines).split() for lines in zip(*ranks, strict=True)]
 
 
 def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[list[str]]:
-    """Train and return what was seen."""
+    """Train; returns the digests of the images."""
     seen.mkdir()
     monkeypatch.setenv("WITNESS", str(seen))
     if processes == 1:
@@ -44,7 +44,7 @@ def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[l
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:
-    """Run folder and sequence of one process that nothing interrupts."""
+    """Folder and sequence of an uninterrupted run of one process."""
     root = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         return root / "run", run_in(1, witnessed(world, root / "run"), root / "seen", patch)
@@ -52,7 +52,7 @@ def undisturbed(world, tmp_path_factory) -> tuple[Path, list[list[str]]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_change_of_size_keeps_the_sequence(
+def test_another_number_of_processes_keeps_the_sequence(
     world, undisturbed, tmp_path, monkeypatch, before, after
 ):  # fmt: skip
     whole, expected = undisturbed

@@ -44,7 +44,7 @@ def test_dropout_and_drop_path_draw_in_timms_order(option: str) -> None:
 
 @outer_run
 def test_equals_timm_in_the_interpreter() -> None:
-    """The kernels themselves, all three at once, where this process runs their references."""
+    """All three kernels in the interpreter, where this process would run their references."""
     chosen = "(deit3 or distilled) and kernels4 and 0.4"
     assert "2 passed" in run_in_the_interpreter(f"{__file__}::test_equals_timm", "-k", chosen)
 
@@ -62,9 +62,9 @@ def test_deit_equals_timm(size: str) -> None:
 
 
 def assert_no_worse_in_bf16(model: nn.Module, images: Tensor, compiled: bool = False) -> None:
-    """A training step under autocast against float64: twice timm's own error, a unit of bfloat16.
+    """Errors of a bf16 training step against float64: twice timm's at most, plus one bf16 unit.
 
-    Autocast gives the stream another dtype than the branches, and the weights a third.
+    Under autocast the stream and the branches have different dtypes, and the weights a third.
     """
 
     def step(model: nn.Module, dtype: torch.dtype, forward: Callable | None = None) -> list[Tensor]:
@@ -87,15 +87,15 @@ def assert_no_worse_in_bf16(model: nn.Module, images: Tensor, compiled: bool = F
         assert mistake <= 2 * allowed + unit, f"{name}: {mistake:.1e}, timm's {allowed:.1e}"
 
 
-def test_bf16_is_as_exact_as_timms() -> None:
+def test_bf16_errors_are_no_larger_than_timms() -> None:
     assert_no_worse_in_bf16(build("distilled").train(), IMAGES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("size", ["tiny", "small"])
-def test_bf16_is_as_exact_as_timms_on_a_gpu(size: str, compiled: bool) -> None:
-    """The published shapes, two of the twelve blocks; the kernels as a run calls them."""
+def test_bf16_errors_are_no_larger_than_timms_on_a_gpu(size: str, compiled: bool) -> None:
+    """The published shapes with two of the twelve blocks, called as in a run."""
     model = timm.create_model(f"deit_{size}_distilled_patch16_224", depth=2)
     model.set_distilled_training(True)
     assert_no_worse_in_bf16(
@@ -126,7 +126,7 @@ def test_state_dicts_are_interchangeable() -> None:
     torch.testing.assert_close(fused(IMAGES), plain(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-def test_unfuse_gives_back_the_classes() -> None:
+def test_unfuse_restores_the_classes() -> None:
     model = build("distilled")
     kinds = [type(module) for module in model.modules()]
     fuse(fuse(model, kernels=KERNELS), kernels=())
@@ -158,8 +158,8 @@ def test_checkpointing_and_masks_still_work(kind: str) -> None:
     assert_same(run(model, IMAGES), wanted)
 
 
-def test_the_last_block_makes_only_what_the_heads_read() -> None:
-    """By counting the products of the linear layers: 10/12 of one block's are saved."""
+def test_the_last_block_computes_only_what_the_heads_read() -> None:
+    """Counts the products of the linear layers: 10/12 of one block's are saved."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(model: nn.Module) -> int:
@@ -199,7 +199,7 @@ def test_subset_keeps_a_fixed_number_and_the_mean() -> None:
     assert ((kept / 200 - 0.5).abs() < 5 * (0.25 / 200) ** 0.5).all()
 
 
-def test_subset_without_dropping_is_the_whole() -> None:
+def test_subset_without_dropping_keeps_every_sample() -> None:
     model = build("distilled", drop_path_rate=0.0)
     wanted = run(model, IMAGES)
     assert_same(run(fuse(model, kernels=KERNELS, stochastic_depth="subset"), IMAGES), wanted)
@@ -223,7 +223,7 @@ def test_subset_saves_the_dropped_work(kernels: tuple[str, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# What cannot be fused
+# Parts that cannot be fused
 # ---------------------------------------------------------------------------------------------
 
 
@@ -252,7 +252,7 @@ def normed_queries(model: nn.Module) -> None:
         (normed_queries, "block 1: attention: has q_norm LayerNorm"),
     ],
 )
-def test_a_part_that_cannot_be_fused_is_named_and_left(
+def test_a_part_that_cannot_be_fused_is_named_and_stays(
     change: Callable[[nn.Module], None], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build("plain")
@@ -308,7 +308,7 @@ def test_create_student_fuses() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_of_a_fused_model_are_the_model() -> None:
+def test_compiled_blocks_of_a_fused_model_equal_the_model() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain = build("distilled").train()

@@ -1,4 +1,4 @@
-"""``mlp_backward`` in a fused model: where it runs, and that it changes nothing but roundings.
+"""``mlp_backward`` in a fused model: where it runs, and that results differ by rounding only.
 
 The kernel runs on a GPU, or in Triton's interpreter, in half precision alone.
 """
@@ -50,7 +50,7 @@ def half_run(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
         return run(model, FEW_IMAGES)
 
 
-def test_it_is_a_choice_of_its_own() -> None:
+def test_mlp_backward_is_chosen_separately() -> None:
     for kernels, kind in ((KERNELS, FusedMlpBackward), (OTHERS, FusedMlp)):
         assert type(fuse(build_wide("plain"), kernels=kernels).blocks[0].mlp) is kind
     model = fuse(build_wide("plain"), kernels=KERNELS)
@@ -104,7 +104,7 @@ def norm(mlp: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [hook, drop, norm])
-def test_what_stands_between_the_two_layers_leads_back(change) -> None:
+def test_a_module_between_the_two_layers_disables_it(change) -> None:
     model = build_wide("average", drop_path_rate=0.3).train()
     for block in model.blocks:
         change(block.mlp)
@@ -116,7 +116,7 @@ def test_what_stands_between_the_two_layers_leads_back(change) -> None:
     assert calls.count == 0
 
 
-def test_a_hook_that_comes_later_fires() -> None:
+def test_a_hook_added_later_runs() -> None:
     model = fuse(build_wide("plain").train(), kernels=KERNELS)
     seen: list[Tensor] = []
     model.blocks[0].mlp.fc2.register_forward_hook(lambda _, __, y: seen.append(y))

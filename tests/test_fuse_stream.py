@@ -1,4 +1,4 @@
-"""What a fused stream has beside timm's: folded bias gradients, patch rows, a dtype, shadows.
+"""What a fused stream adds to timm's: folded bias gradients, patch rows, a dtype, shadows.
 
 The folding runs where the kernels run: the tests are repeated in Triton's interpreter.
 """
@@ -41,7 +41,7 @@ def test_all_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("kind", ["distilled", "deit3", "average"])
 def test_bias_gradients_against_float64(kind: str) -> None:
-    """Each bias on its own: a gradient that is 0 in truth has no relative error."""
+    """Each bias separately: a gradient whose exact value is 0 has no relative error."""
     model = build_wide(kind, drop_path_rate=0.3).train()
     _, true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     _, mine = run(fuse(model, kernels=KERNELS), FEW_IMAGES)
@@ -88,7 +88,7 @@ WAYS = [hooked, overridden] if INTERPRETED else [hooked, hooked_before, hooked_b
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
-def test_a_hook_on_a_layer_fires_and_every_gradient_stays(way, layer: str) -> None:
+def test_a_hook_on_a_layer_runs_and_changes_no_gradient(way, layer: str) -> None:
     model = build_wide("distilled", drop_path_rate=0.3).train()
     theirs = run(model, FEW_IMAGES)
     fuse(model, kernels=KERNELS)
@@ -99,7 +99,7 @@ def test_a_hook_on_a_layer_fires_and_every_gradient_stays(way, layer: str) -> No
     assert calls == ["hook"] * 2
 
 
-def test_a_wrapped_layer_is_called_and_every_gradient_stays() -> None:
+def test_a_wrapper_of_a_layer_runs_and_changes_no_gradient() -> None:
     class Adapter(nn.Linear):
         """A low-rank update behind a layer, as LoRA makes it."""
 
@@ -151,14 +151,14 @@ def rows_of(images: Tensor, side: int) -> Tensor:
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def test_rows_of_patches_give_what_images_give() -> None:
+def test_rows_of_patches_give_the_output_of_images() -> None:
     model = build_wide("distilled").train()
     fuse(model, kernels=KERNELS)
     assert patch_side(model) == 8
     assert_same(run(model, rows_of(FEW_IMAGES, 8)), run(model, FEW_IMAGES))
 
 
-def test_ingest_writes_the_rows_that_the_model_takes() -> None:
+def test_ingest_writes_the_rows_that_the_model_expects() -> None:
     arguments = (photos(4, 32), random_rows(6, 4), MEAN, STD, torch.float32)
     rows = ingest(*arguments, layout="patches", patch=8)
     assert torch.equal(rows, rows_of(ingest(*arguments), 8))
@@ -166,12 +166,12 @@ def test_ingest_writes_the_rows_that_the_model_takes() -> None:
 
 @pytest.mark.parametrize("change", [{"dynamic_img_pad": True}, {"dynamic_img_size": True},
                                     {"in_chans": 1}])  # fmt: skip
-def test_a_patch_embedding_that_needs_images_takes_images_alone(change: dict) -> None:
+def test_a_patch_embedding_that_needs_images_accepts_no_patches(change: dict) -> None:
     model = fuse(build_wide("plain", **change), kernels=KERNELS)
     assert patch_side(model) is None
 
 
-def test_a_model_that_is_not_fused_takes_images_alone() -> None:
+def test_a_model_that_is_not_fused_accepts_no_patches() -> None:
     model = build_wide("plain")
     assert patch_side(model) is None
     assert patch_side(unfuse(fuse(model, kernels=()))) is None
@@ -187,7 +187,7 @@ def test_a_model_that_is_not_fused_takes_images_alone() -> None:
 def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
     kernels: tuple[str, ...], autocast: bool
 ) -> None:
-    """Its error against float64 is that of rounding each sum: some units of bfloat16."""
+    """Its error against float64 is the rounding of each sum, a few units of bfloat16."""
     model = build_wide("deit3", drop_path_rate=0.3).train()
     true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     dtypes: set[torch.dtype] = set()
@@ -213,8 +213,8 @@ def test_a_bfloat16_stream_is_bfloat16_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize("kernels", [(), KERNELS])
-def test_the_mean_behind_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ...]) -> None:
-    """global_pool="avg" norms behind the mean: without autocast the head takes float32 alone."""
+def test_the_mean_after_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ...]) -> None:
+    """global_pool="avg" norms after the mean; without autocast the head needs float32."""
     model = build_wide("average").train()
     (true, *_), _ = run(model, FEW_IMAGES)
     (narrow, *_), _ = run(fuse(model, kernels=kernels, residual="bfloat16"), FEW_IMAGES)
@@ -224,7 +224,7 @@ def test_the_mean_behind_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ..
 
 @pytest.mark.skipif(not FOLDS, reason="the reference saves float32 copies")
 def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
-    """What is kept for the backward: no float32 tensor of the stream's size."""
+    """No float32 tensor of the stream's size is saved for the backward."""
     model = build_wide("distilled").train()
     fuse(model, kernels=KERNELS, residual="bfloat16")
     saved: list[torch.dtype] = []
@@ -240,7 +240,7 @@ def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
     assert saved and set(saved) == {torch.bfloat16}
 
 
-def test_a_residual_that_cannot_be_is_refused() -> None:
+def test_an_unsupported_residual_is_refused() -> None:
     with pytest.raises(InputError, match="residual must be one of float32, bfloat16, not 'half'"):
         fuse(build_wide("plain"), residual="half")
     model = build_wide("plain")
@@ -268,7 +268,7 @@ def test_the_layer_norm_reference_sums_bfloat16_gradients_in_float32() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_shadow_weights_give_autocasts_outputs_and_closer_gradients() -> None:
+def test_shadow_weights_give_autocasts_outputs_and_more_exact_gradients() -> None:
     model = build_wide("distilled", drop_path_rate=0.3).train()
     true = run(copy.deepcopy(model).double(), FEW_IMAGES.double())
     fuse(model, kernels=KERNELS)
@@ -282,7 +282,7 @@ def test_shadow_weights_give_autocasts_outputs_and_closer_gradients() -> None:
         assert mine <= 1.1 * theirs + 1e-3 * true[1][name].norm(), name
 
 
-def test_shadows_follow_the_weights_and_serve_the_training_step_alone() -> None:
+def test_shadows_follow_the_weights_and_are_read_only_in_training_steps() -> None:
     model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     before = shadow_step(model, shadows)
@@ -309,14 +309,14 @@ def test_shadows_follow_weights_whose_memory_is_replaced() -> None:
 
 
 class Float32Norm(nn.LayerNorm):
-    """What autocast makes of a LayerNorm on a GPU."""
+    """A LayerNorm as autocast runs it on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).float()
 
 
-def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
-    """As in a training step the backward runs outside of autocast."""
+def test_a_shadow_casts_its_input() -> None:
+    """As in a training step, the backward runs outside autocast."""
     model = build_wide("distilled").train()
     for block in model.blocks:
         block.mlp.norm = Float32Norm(block.mlp.fc2.in_features)
@@ -334,7 +334,7 @@ def test_a_shadow_takes_rows_that_are_not_of_its_dtype() -> None:
         assert (read - plain).norm() <= 0.05 * plain.norm()
 
 
-def test_replaced_layers_and_parameters_get_shadows_of_their_own() -> None:
+def test_replaced_layers_and_parameters_get_new_shadows() -> None:
     model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     shadows = Shadows(model, torch.bfloat16)
     fresh = nn.Linear(96, 96).to(DEVICE)
@@ -347,7 +347,7 @@ def test_replaced_layers_and_parameters_get_shadows_of_their_own() -> None:
     assert len(shadows) == 2 * 2 * 4 - 2
 
 
-def test_copies_pickles_and_state_dicts_hold_no_shadows() -> None:
+def test_copies_pickles_and_state_dicts_contain_no_shadows() -> None:
     model = fuse(build_wide("distilled").train(), kernels=KERNELS)
     names = set(model.state_dict())
     Shadows(model, torch.bfloat16)
@@ -358,13 +358,13 @@ def test_copies_pickles_and_state_dicts_hold_no_shadows() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# All of it, compiled
+# Compiled
 # ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "graphs"), [("model", 1), ("blocks", 5)])
-def test_the_stream_compiles_without_a_break(mode: str, graphs: int) -> None:
-    """Blocks: the embedding; the first block, one behind it, the others, and the last."""
+def test_the_stream_compiles_without_graph_breaks(mode: str, graphs: int) -> None:
+    """Blocks: the embedding, and the first, second, middle and last block."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = build_wide("distilled", depth=4, drop_path_rate=0.3).train()

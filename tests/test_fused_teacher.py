@@ -1,4 +1,4 @@
-"""Teachers that are vision transformers, on this package's kernels."""
+"""Vision transformer teachers on this package's kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def transformer(num_classes: int = 10) -> nn.Module:
 
 @pytest.fixture
 def kernels_here(monkeypatch) -> None:
-    """Devices have kernels as a GPU has; on a CPU those are their references."""
+    """Use a GPU's default kernels; on a CPU their references run."""
     monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
 
 
@@ -41,7 +41,7 @@ def blocks_of(teacher: Teacher) -> list[type]:
     return [type(block) for block in teacher.model.blocks]
 
 
-def test_a_fused_teacher_gives_the_same_answers(kernels_here):
+def test_a_fused_teacher_gives_the_same_logits(kernels_here):
     plain = Teacher(transformer(), "t").place(CPU)
     fused = Teacher(transformer(), "t").place(CPU, fused=True)
     assert fused.is_fused and blocks_of(fused) == [FusedBlock] * 2
@@ -51,14 +51,14 @@ def test_a_fused_teacher_gives_the_same_answers(kernels_here):
     assert fused.fingerprint() == plain.fingerprint()
 
 
-def test_other_teachers_and_devices_stay_as_they_are(monkeypatch):
+def test_other_teachers_and_devices_are_not_fused(monkeypatch):
     assert not Teacher(transformer(), "t").place(CPU, fused=True).is_fused
     monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
     assert not Teacher(small_convnet(10), "t").place(CPU, fused=True).is_fused
 
 
 def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):
-    """Online, unless model.fused is off. In a cache with compilation alone, and it says so."""
+    """Online unless model.fused is off; for a cache only if compiled, as its manifest says."""
     online = run_config(world, tmp_path / "run", teacher="test_fused_teacher:transformer")
     source = open_source(online.data, "train", online.view.image_size)
     for fused in (True, False):
@@ -75,7 +75,7 @@ def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):
         assert "teacher.fused" not in fingerprint(cache)
 
 
-def test_a_fused_teachers_cache_says_so(world, tmp_path, kernels_here):
+def test_the_cache_of_a_fused_teacher_names_it(world, tmp_path, kernels_here):
     config = run_config(
         world, tmp_path / "run", teacher="test_fused_teacher:transformer", compile="model",
         cache=str(tmp_path / "cache"),

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on and arrives where an undisturbed run does.
+"""After any interruption the same command resumes a run and gives the uninterrupted result.
 
 Signals and NaN come from a teacher that fails at a chosen batch (`helpers.unruly_teacher`).
 Several processes are started by torchrun, over gloo.
@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory) -> Path:
-    """The run that nothing disturbed."""
+    """The uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
     train(unruly(world, output))
     return output
@@ -62,7 +62,7 @@ def equal(left: object, right: object) -> bool:
 
 
 def assert_arrived(run: Path, undisturbed: Path) -> None:
-    """Weights, average, optimiser, counts and rows of metrics are those of the other run."""
+    """Weights, moving average, optimiser, counts and rows of metrics equal the other run's."""
     assert weights_equal(run, undisturbed)
     mine, theirs = last_state(run), last_state(undisturbed)
     for key in ("model", "ema", "optimizer", "step", "evaluated_step", "best_top1", "skipped"):
@@ -75,7 +75,7 @@ def assert_arrived(run: Path, undisturbed: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):
+def test_a_row_interrupted_twice_is_complete(world, tmp_path, monkeypatch):
     config = unruly(world, tmp_path / "whole", log_every=4, epochs=1)
     train(config)
     parts = config.replace(output=str(tmp_path / "parts"))
@@ -90,7 +90,9 @@ def test_a_row_cut_in_two_comes_out_whole(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, monkeypatch, name):
+def test_a_signal_at_any_step_saves_and_the_run_is_resumed(
+    world, whole, tmp_path, monkeypatch, name
+):
     config = unruly(world, tmp_path, save_steps=None)
     before = signal.getsignal(getattr(signal, name))
     stops = []
@@ -106,7 +108,7 @@ def test_a_signal_at_any_step_saves_and_the_run_goes_on(world, whole, tmp_path, 
     assert_arrived(tmp_path, whole)
 
 
-def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
+def test_an_evaluation_interrupted_by_a_signal_is_made_up(
     world, whole, tmp_path, monkeypatch
 ):  # fmt: skip
     from deit_fast import evaluate
@@ -130,7 +132,7 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
 
 
 def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):
-    """With a cached teacher's order, mixing, repeats, EMA: killed again and again."""
+    """With mixing, repeats and a moving average."""
     draw = random.Random(7)
     config = unruly(world, tmp_path / "killed", epochs=5, num_views=6)
     kills = 0
@@ -149,7 +151,7 @@ def test_kill_at_twenty_random_steps(world, tmp_path, monkeypatch):
     assert_arrived(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_cached_run_killed_goes_on(world, tmp_path):
+def test_a_killed_cached_run_is_resumed(world, tmp_path):
     config = unruly(world, tmp_path / "whole", cache=str(tmp_path / "cache"))
     precompute(config)
     config = config.replace(teacher=None)
@@ -177,7 +179,7 @@ def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):
 
 
 def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):
-    """Which knows no flag on the device: the host asks."""
+    """LAMB has no found_inf, so the host reads the result."""
     monkeypatch.setenv("UNRULY", "nan:7")
     optim = {"name": "lamb"}
     with pytest.raises(FloatingPointError, match="step 8: the loss of rank 0 is not finite"):
@@ -189,15 +191,15 @@ def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):
     assert_arrived(tmp_path / "nan", tmp_path / "whole")
 
 
-def test_nan_of_a_teacher_does_not_hide_in_its_decision(world, tmp_path, monkeypatch):
-    """Hard distillation: the largest of ten NaN is some class, and the loss finite."""
+def test_nan_of_a_teacher_is_found_in_hard_distillation(world, tmp_path, monkeypatch):
+    """The argmax of ten NaN is some class, so the loss alone would be finite."""
     monkeypatch.setenv("UNRULY", "nan:3")
     with pytest.raises(FloatingPointError, match="step 4: the loss of rank 0 is not finite"):
         train(unruly(world, tmp_path, loss={"kind": "hard"}))
     assert last_state(tmp_path)["step"] == 3
 
 
-def test_saves_by_the_clock(world, tmp_path):
+def test_checkpoints_by_the_clock(world, tmp_path):
     config = unruly(world, tmp_path, save_steps=None, save_minutes=1e-6, max_steps=3)
     train(config)
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
@@ -206,7 +208,7 @@ def test_saves_by_the_clock(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "blocks"])
-def test_a_compiled_run_is_the_run(world, tmp_path, what):
+def test_a_compiled_run_equals_the_run(world, tmp_path, what):
     torch._dynamo.reset()
     train(unruly(world, tmp_path, compile=what, max_steps=3, model={"drop_path": 0.0}))
     plain = tmp_path / "plain"
@@ -214,7 +216,7 @@ def test_a_compiled_run_is_the_run(world, tmp_path, what):
     assert_close_runs(tmp_path, plain)
 
 
-def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):
+def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
     result = train(config)
@@ -232,7 +234,7 @@ def test_rollback_leaves_the_step_out_and_goes_on(world, tmp_path, monkeypatch):
     assert weights_equal(tmp_path / "rolled", tmp_path / "clean")
 
 
-def test_rollback_has_an_end(world, tmp_path, monkeypatch):
+def test_rollbacks_are_limited(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNRULY", "nan:7")
     monkeypatch.setattr(RunConfig, "max_rollbacks", 0)
     config = unruly(world, tmp_path, on_nonfinite="rollback")
@@ -246,7 +248,7 @@ def test_accumulated_parts_are_one_step(world, whole, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# What goes wrong around a run
+# Failures around a run
 # ---------------------------------------------------------------------------------------------
 
 
@@ -263,7 +265,7 @@ def ends_in_one_line(config: RunConfig, capsys) -> tuple[int, str]:
 
 
 def assert_goes_on(config: RunConfig, undisturbed: Path, step: int) -> None:
-    """The newest checkpoint is a good one of ``step``, and the same command arrives from there."""
+    """The newest checkpoint is that of ``step``, and the same command finishes the run from it."""
     assert last_state(Path(config.output))["step"] == step
     assert not list((Path(config.output) / "checkpoints").glob(".tmp*"))
     train(config)
@@ -272,7 +274,7 @@ def assert_goes_on(config: RunConfig, undisturbed: Path, step: int) -> None:
 
 @pytest.fixture
 def small_disk(whole, tmp_path):
-    """A file system that holds two checkpoints and a half; calling it makes room."""
+    """A file system of two and a half checkpoints, and a function that enlarges it."""
     checkpoint = list_checkpoints(whole / "checkpoints")[-1].stat().st_size
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -284,7 +286,7 @@ def small_disk(whole, tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_disk_full_in_mid_run(world, whole, small_disk, capsys):
+def test_disk_full_during_a_run(world, whole, small_disk, capsys):
     disk, make_room = small_disk
     config = unruly(world, disk / "run")
     status, line = ends_in_one_line(config.replace(output=str(disk / "run")), capsys)
@@ -293,8 +295,8 @@ def test_disk_full_in_mid_run(world, whole, small_disk, capsys):
     assert_goes_on(config, whole, step=2)
 
 
-def test_checkpoint_that_must_not_grow_so_large(world, whole, tmp_path, capsys):
-    """As a quota or a limit of the file system does; needs no rights."""
+def test_file_size_limit_during_a_run(world, whole, tmp_path, capsys):
+    """Like a quota; needs no privileges."""
     config = unruly(world, tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with AtStep(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))):
@@ -338,7 +340,7 @@ def test_loader_process_killed(world, whole, tmp_path, capsys):
     assert multiprocessing.active_children() == []
 
 
-def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):
+def test_data_removed_during_a_run(world, whole, tmp_path, capsys):
     shutil.copytree(world / "data", tmp_path / "data")
     config = unruly(world, tmp_path / "run", data={"root": str(tmp_path / "data")})
     with AtStep(4, lambda: (tmp_path / "data").rename(tmp_path / "away")):
@@ -349,7 +351,7 @@ def test_data_removed_in_mid_run(world, whole, tmp_path, capsys):
     assert_goes_on(config, whole, step=4)
 
 
-def test_cache_removed_in_mid_run(world, tmp_path, capsys):
+def test_cache_removed_during_a_run(world, tmp_path, capsys):
     """Views in use stay readable; those of the second cycle, from step 37 on, are gone: they come
     into sight 16 steps before they are due, and two more for the answers that are under way."""
     cache = tmp_path / "cache"
@@ -381,7 +383,7 @@ def whole_of_two(world, tmp_path_factory) -> Path:
 
 
 @pytest.mark.dist
-def test_two_processes_make_the_run_of_one(whole, whole_of_two):
+def test_two_processes_equal_one(whole, whole_of_two):
     assert_close_runs(whole_of_two, whole)
     result = json.loads((whole_of_two / "result.json").read_text())
     alone = json.loads((whole / "result.json").read_text())
@@ -390,7 +392,7 @@ def test_two_processes_make_the_run_of_one(whole, whole_of_two):
 
 @pytest.mark.dist
 def test_two_processes_without_a_teacher(world, tmp_path):
-    """The distillation head has no gradient then, which DDP has to expect."""
+    """The distillation head then has no gradient, which DDP must allow."""
     config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1)
     done = torchrun(config.replace(accumulate=2))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -399,7 +401,7 @@ def test_two_processes_without_a_teacher(world, tmp_path):
 
 
 @pytest.mark.dist
-def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_path):
+def test_compressed_gradients_are_rounded_to_bfloat16(world, whole_of_two, tmp_path):
     config = unruly(world, tmp_path / "run", compress_gradients=True, max_steps=4)
     assert torchrun(config).returncode == 0
     mine, theirs = (
@@ -413,7 +415,7 @@ def test_compressed_gradients_are_those_of_bfloat16(world, whole_of_two, tmp_pat
 
 
 @pytest.mark.dist
-def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_path):
+def test_a_signal_to_one_rank_stops_both_and_they_resume(world, whole_of_two, tmp_path):
     config = unruly(world, tmp_path / "run", save_steps=None)
     done = torchrun(config, UNRULY="SIGTERM:3:1")
     assert done.returncode != 0 and f"exitcode  : {EXIT_STATUS}" in done.stderr, done.stderr[-3000:]
@@ -424,7 +426,7 @@ def test_a_signal_to_one_rank_ends_both_and_they_go_on(world, whole_of_two, tmp_
 
 
 @pytest.mark.dist
-def test_nan_in_one_rank_ends_both(world, tmp_path):
+def test_nan_in_one_rank_stops_both(world, tmp_path):
     done = torchrun(unruly(world, tmp_path / "run"), UNRULY="nan:5:1")
     assert done.returncode != 0
     assert "step 6: the loss of rank 1 is not finite" in done.stderr
@@ -435,7 +437,7 @@ def test_nan_in_one_rank_ends_both(world, tmp_path):
 
 @pytest.mark.dist
 def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):
-    """Killed at its fifth batch, and in its restart not: that starts beyond."""
+    """Killed at its fifth batch; the restart begins after it and is not killed."""
     config = unruly(world, tmp_path / "run")
     done = torchrun(config, "--max-restarts", "3", UNRULY="SIGKILL:4:1")
     assert done.returncode == 0, done.stderr[-3000:]

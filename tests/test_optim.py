@@ -1,4 +1,4 @@
-"""Optimisers and schedules against published figures, formulas of the papers and each other."""
+"""Optimisers and schedules against published values, the papers' formulas and each other."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def names_by_group(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 # ---------------------------------------------------------------------------------------------
-# DeiT's own code
+# DeiT's code
 # ---------------------------------------------------------------------------------------------
 
 
-def test_compat_gives_the_rates_of_deits_code():
+def test_compat_gives_the_learning_rates_of_deits_code():
     """Printed by facebookresearch/deit with timm 0.3.2 at batch 1024: one epoch late."""
     config = OptimConfig()  # DeiT's defaults
     rates = [
@@ -83,7 +83,7 @@ def test_compat_decays_the_distillation_token_and_nothing_else_changes():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_layer_decay_gives_each_block_its_rate():
+def test_layer_decay_gives_each_block_its_learning_rate():
     """BEiT: the head at the full rate, block i of L at d^(L - i), embeddings at d^(L + 1)."""
     model = student()
     optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
@@ -98,7 +98,7 @@ def test_layer_decay_gives_each_block_its_rate():
     assert names_by_group(model, optimizer)["blocks.1.attn.qkv.bias"]["weight_decay"] == 0
 
 
-def test_without_layer_decay_all_share_the_rate():
+def test_without_layer_decay_all_groups_share_the_learning_rate():
     model = student()
     optimizer = create_optimizer(model, OptimConfig())
     set_learning_rate(optimizer, 0.8)
@@ -110,7 +110,7 @@ def test_without_layer_decay_all_share_the_rate():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_lamb_is_the_papers():
+def test_lamb_equals_the_paper():
     """You et al. 2020, algorithm 2, in float64, over three steps, with decay."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 4, bias=False)
@@ -139,7 +139,7 @@ def test_lamb_is_the_papers():
 def updated(
     device: str, clip: Callable[..., None], found_inf: float = 0.0, bad: float = 1.0
 ) -> torch.nn.Module:  # fmt: skip
-    """A model after five clipped steps, of gradients shorter and up to 20 times as long as 0.5."""
+    """A model after five clipped steps, with gradient norms from below 0.5 to 20 times 0.5."""
     torch.manual_seed(0)
     model = student().to(device)
     optimizer: Any = create_optimizer(model, OptimConfig())
@@ -165,8 +165,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_clip_within_the_update_is_the_clip(device):
-    """By a division where torch's function multiplies: float32 rounding of 1.2e-7 a step."""
+def test_clipping_inside_the_update_equals_torchs_clip(device):
+    """It divides where torch multiplies: a float32 rounding of 1.2e-7 a step."""
     ours = updated(device, in_update)
     torchs = updated(device, lambda _, p, norm, most: clip_grads_with_norm_(p, most, norm))
     unclipped = updated(device, lambda *_: None)
@@ -178,7 +178,7 @@ def test_a_clip_within_the_update_is_the_clip(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_norm_that_is_not_finite_reaches_no_weight(device):
+def test_a_norm_that_is_not_finite_changes_no_weight(device):
     torch.manual_seed(0)
     before = student().to(device)
     after = updated(device, in_update, found_inf=1.0, bad=math.nan)
@@ -186,15 +186,14 @@ def test_a_norm_that_is_not_finite_reaches_no_weight(device):
         assert torch.equal(mine, theirs)
 
 
-def test_where_a_clip_is_made():
-    """On a CPU as torch's function makes it, to the last bit."""
+def test_clipping_on_a_cpu_equals_torchs_bit_for_bit():
     ours = updated("cpu", clip_gradients)
     torchs = updated("cpu", lambda _, p, norm, most: clip_grads_with_norm_(p, most, norm))
     assert all(map(torch.equal, ours.parameters(), torchs.parameters()))
 
 
-def test_the_average_is_timms():
-    """To the last bit, with a counter among the buffers, which is copied."""
+def test_the_moving_average_equals_timms():
+    """Bit for bit; a counter among the buffers is copied."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7))
     emas = [ModelEmaV3(model, decay=0.9, use_warmup=True) for _ in range(2)]
@@ -276,11 +275,11 @@ def test_lamb_of_apex_agrees_with_timms(monkeypatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings that do not go together
+# Conflicting settings
 # ---------------------------------------------------------------------------------------------
 
 
-def test_settings_that_do_not_fit_are_named():
+def test_conflicting_settings_are_named():
     with pytest.raises(InputError, match=r"optim\.layer_decay must lie in \(0, 1\], not 1\.5"):
         OptimConfig(layer_decay=1.5)
     with pytest.raises(InputError, match="cuda_graphs with profile_steps"):
@@ -289,7 +288,7 @@ def test_settings_that_do_not_fit_are_named():
         compile_blocks(torch.nn.Linear(2, 2))
 
 
-def test_the_correct_schedule_moves_every_step():
+def test_the_schedule_changes_at_every_step():
     config = OptimConfig(warmup_epochs=2)
     rates = [
         learning_rate(step, config=config, batch_size=512, steps_per_epoch=10, steps=100)

@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_a_linear_layer(dtype: torch.dtype, bi
     assert padded(rows).stride(0) * dtype.itemsize % 16 == 0 and not padded(rows).is_contiguous()
 
 
-def test_the_operator_is_registered_as_pytorch_asks() -> None:
+def test_the_operator_passes_opcheck() -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.deit_fast.padded_linear.default, (x, weight, None))
     bias = torch.randn(5, requires_grad=True)
@@ -73,7 +73,7 @@ def test_autocast_casts_as_for_a_linear_layer() -> None:
             assert got.stride() == (1008, 1)
 
 
-def test_rows_that_are_aligned_already_stay_as_they_are() -> None:
+def test_aligned_rows_are_not_padded() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         class_logits, _ = student(True, 1000)(torch.randn(2, 3, 32, 32))
     assert class_logits.is_contiguous()
@@ -115,7 +115,7 @@ def test_the_machine_code_for_padded_logits_has_16_byte_accesses() -> None:
     assert not list(aot.broken_rules(case, "sm_90", got))
 
 
-def test_the_loss_of_padded_logits_trains_as_that_of_plain_ones() -> None:
+def test_padded_logits_give_the_same_loss_and_gradients() -> None:
     gradients = []
     for pad in (False, True):
         model = student(pad)
@@ -129,7 +129,7 @@ def test_the_loss_of_padded_logits_trains_as_that_of_plain_ones() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_what_cannot_be_padded_is_refused() -> None:
+def test_heads_that_cannot_be_padded_are_refused() -> None:
     with pytest.raises(InputError, match="pad_head needs linear heads, but head of"):
         pad_heads(student(False, 0))
     with pytest.raises(InputError, match="pad_head needs a model with a layer `head`"):

@@ -1,4 +1,4 @@
-"""A run seen from inside: the profile of its steps, its memory, its pauses and its waits."""
+"""Profile, memory history, garbage collection and device waits of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from helpers.step_watch import Operators, Python, steps_of
 # ---------------------------------------------------------------------------------------------
 
 
-def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):
+def test_the_profile_contains_the_steps_after_warm_up(world, tmp_path):
     profiled = run_config(world, tmp_path / "profiled", profile_steps=3)
     train(profiled)
     trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
@@ -44,7 +44,7 @@ def test_profile_holds_the_steady_steps_and_their_operators(world, tmp_path):
     assert weights_equal(tmp_path / "profiled", tmp_path / "plain")
 
 
-def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):
+def test_a_run_too_short_to_profile_warns(world, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "deit_fast"):
         train(run_config(world, tmp_path, profile_steps=3, max_steps=4))
     assert "fewer than 6 steps, nothing was profiled" in caplog.text
@@ -56,7 +56,7 @@ def test_profile_of_a_short_run_says_so(world, tmp_path, caplog):
 # ---------------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(world, tmp_path, monkeypatch, capsys):
     config = unruly(world, tmp_path / "run", accumulate=2)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
@@ -72,7 +72,7 @@ def test_too_little_memory_is_one_line(world, tmp_path, monkeypatch, capsys):
     assert cli.main(["train", "--config", str(path)]) == 0
 
 
-def test_other_errors_are_not_called_too_little_memory(world, tmp_path, monkeypatch):
+def test_other_errors_are_not_reported_as_out_of_memory(world, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -95,7 +95,7 @@ def test_memory_snapshot_on_a_gpu(world, tmp_path):
 
 
 @pytest.mark.gpu
-def test_too_little_memory_of_a_gpu_leaves_a_snapshot(world, tmp_path):
+def test_out_of_memory_on_a_gpu_leaves_a_snapshot(world, tmp_path):
     config = run_config(world, tmp_path, memory_snapshot=True, device="cuda")
 
     def take_all() -> None:
@@ -161,7 +161,7 @@ def test_a_forked_process_collects_automatically():
         assert not gc.isenabled()
 
 
-def test_a_run_collects_at_its_log_lines_alone(world, tmp_path):
+def test_a_run_collects_garbage_only_after_its_log_lines(world, tmp_path):
     seen = []
 
     def note(phase: str, info: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ def test_a_step_reads_nothing_back(world, tmp_path, name):
         assert python.seen == [] and operators.seen == []
 
 
-def test_what_reads_back_is_noticed():
+def test_the_recorder_sees_reads():
     value = torch.ones(3)
     with Python(set()) as python, Operators() as operators:
         value.sum().item()
@@ -228,7 +228,7 @@ def test_what_reads_back_is_noticed():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_waits_for_no_gpu(world, tmp_path, name):
+def test_a_step_does_not_wait_for_the_gpu(world, tmp_path, name):
     config = run_config(world, tmp_path / "run", device="cuda", **STEPS[name])
     if config.cache is not None:
         config = config.replace(cache=str(tmp_path / "cache"))

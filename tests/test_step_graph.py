@@ -1,4 +1,4 @@
-"""The step as one CUDA graph: its device part on any machine, the graph itself on a GPU."""
+"""The step as one CUDA graph: its work on any machine, the graph itself on a GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rate(place: int) -> float:
 
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
-    """Weights, average and moments of the optimiser, by name."""
+    """Weights, moving average and optimiser moments, by name."""
     found = {f"model.{name}": value for name, value in step.model.state_dict().items()}
     if step.average is not None:
         averages = step.average.ema.module.state_dict()
@@ -68,7 +68,7 @@ def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
 
 
 def widened(batch: ViewBatch, more: int) -> ViewBatch:
-    """The same views, with images in front that no view needs: M is another one."""
+    """The same views with unused images in front, so that M differs."""
     plan = batch.plan.clone()
     plan[:, COLUMNS] += more
     images = torch.cat([batch.images[:1].expand(more, -1, -1, -1), batch.images])
@@ -81,7 +81,7 @@ def widened(batch: ViewBatch, more: int) -> ViewBatch:
 
 
 class Allocations(TorchDispatchMode):
-    """Notes what may not happen in a capture: memory of the host, pinned or to copy to."""
+    """Records operators that a capture forbids: pinned host memory and copies to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Allocations(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def test_the_work_of_a_step_reads_nothing_and_pins_nothing(config):
+def test_the_work_of_a_step_reads_and_pins_no_memory(config):
     step, batches = steps_of(config, 3, "cpu")
     for place, batch in enumerate(batches):
         parts = step.prepare(batch, place, rate(place), stop=False)
@@ -107,8 +107,8 @@ def test_the_work_of_a_step_reads_nothing_and_pins_nothing(config):
     assert step.guard.read(keep=0).healthy
 
 
-def test_work_on_memory_that_stays_is_the_work(config):
-    """To the last bit, with numbers of images that vary; no step sees what the last one left."""
+def test_work_on_a_static_part_equals_work_on_the_part(config):
+    """Bit for bit, with varying numbers of images: no step reads leftovers of the one before."""
     step, batches = steps_of(config, 4, "cpu")
     other, _ = steps_of(config, 4, "cpu")  # initial weights follow from the seed
     static, counts = None, set()
@@ -131,7 +131,7 @@ def test_work_on_memory_that_stays_is_the_work(config):
 
 @pytest.mark.filterwarnings("ignore:.*Disabling autocast")
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_the_work_asks_no_gpu(monkeypatch, optimizer):
+def test_the_work_does_not_wait_for_a_gpu(monkeypatch, optimizer):
     """The calls that a GPU gets, kernels, shadow weights and patch rows included, on tensors that
     have shapes and a CUDA device but no values: whatever reads one raises an error. The backward
     stays out: torch's engine wants a driver. LAMB does read, and is refused.
@@ -183,7 +183,7 @@ def test_the_work_asks_no_gpu(monkeypatch, optimizer):
         assert step.optimizer.grad_scale.device == here
 
 
-def test_parts_of_another_shape_are_not_taken(config):
+def test_a_static_part_refuses_other_shapes(config):
     step, batches = steps_of(config, 2, "cpu")
     (part,) = step.prepare(batches[0], 0, 1e-3, stop=False)
     static = StaticPart(part)
@@ -197,7 +197,7 @@ def test_parts_of_another_shape_are_not_taken(config):
     assert torch.equal(static.part.batch.plan, before)
 
 
-def test_rates_are_numbers_again_behind_the_capture():
+def test_rates_are_numbers_again_after_the_capture():
     model = create_student("deit_tiny_distilled_patch16_224", 3, img_size=32, depth=2)
     optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
     rates = Rates(optimizer, CPU)
@@ -210,8 +210,8 @@ def test_rates_are_numbers_again_behind_the_capture():
     assert optimizer.state_dict()["param_groups"] == before
 
 
-def test_rates_on_the_device_update_as_numbers_do():
-    """As a float32, which the kernel reads: 3e-8 of the rate."""
+def test_rates_on_the_device_give_the_same_update():
+    """Up to the rounding to float32, 3e-8 of the rate."""
     first, images = torch.nn.Linear(64, 64), torch.randn(8, 64)
     pair = []
     for model in (first, copy.deepcopy(first)):
@@ -243,7 +243,7 @@ def test_rates_on_the_device_update_as_numbers_do():
         ("cuda", ProcessGroup(), "lamb", "Lamb asks the host whether to update"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(device, world_, name, reason):
+def test_runs_that_cannot_be_captured_are_refused(device, world_, name, reason):
     optimizer = create_optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name))
     with pytest.raises(InputError, match=f"cuda_graphs.*{reason}"):
         require_capturable(torch.device(device), world_, optimizer)
@@ -262,7 +262,7 @@ def test_a_run_on_a_cpu_refuses_the_graph(world, tmp_path):
 
 @pytest.fixture
 def exact(monkeypatch) -> None:
-    """What two equal steps need to be equal to the last bit."""
+    """Settings under which two equal steps agree bit for bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
@@ -273,8 +273,8 @@ def on_gpu(config: RunConfig, **changes: Any) -> RunConfig:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", ["none", "blocks"])
-def test_replays_are_the_steps(config, exact, compiled):
-    """Seeds, rates and numbers of images vary; weights, average and moments are those without."""
+def test_replays_equal_the_steps(config, exact, compiled):
+    """With varying seeds, rates and numbers of images, the state equals that without a graph."""
     count = WARM_UP + 5
     plain = on_gpu(config, compile=compiled)
     step, batches = steps_of(plain, count, "cuda")
@@ -317,7 +317,7 @@ def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_rate_of_nothing_reaches_the_graph(world, tmp_path):
+def test_a_learning_rate_of_zero_reaches_the_graph(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
     for place in range(WARM_UP + 1):
@@ -330,7 +330,7 @@ def test_a_rate_of_nothing_reaches_the_graph(world, tmp_path):
 
 
 @pytest.mark.gpu
-def test_replays_wait_for_no_gpu(config):
+def test_replays_do_not_wait_for_the_gpu(config):
     step, batches = steps_of(on_gpu(config, cuda_graphs=True), WARM_UP + 4, "cuda")
     for place in range(WARM_UP + 1):
         step(batches[place], place, 1e-3)
@@ -346,8 +346,8 @@ def test_replays_wait_for_no_gpu(config):
 
 
 @pytest.mark.gpu
-def test_a_run_with_graphs_goes_on(world, tmp_path, exact):
-    """Also without them: checkpoints are the same."""
+def test_a_run_with_graphs_is_resumed(world, tmp_path, exact):
+    """Also without graphs: the checkpoints are the same."""
     config = on_gpu(run_config(world, tmp_path / "parts", cuda_graphs=True, save_steps=1))
     train(config.replace(max_steps=6))
     assert train(config)["steps"] == 12
@@ -368,8 +368,8 @@ def weights_close(left: Path, right: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_an_earlier_state_is_captured_anew(world, tmp_path):
-    """Loading replaces the optimiser's moments, whose addresses the graph holds."""
+def test_a_restored_state_is_captured_again(world, tmp_path):
+    """Loading replaces the optimiser's moments, whose addresses the graph contains."""
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 2, "cuda")
     for place in range(WARM_UP + 1):
@@ -392,7 +392,7 @@ class Asking(torch.nn.Module):
 
 
 @pytest.mark.gpu
-def test_what_waits_in_a_step_is_named(world, tmp_path):
+def test_a_teacher_that_waits_is_named(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 1, "cuda")
     step.teacher.network = Teacher(Asking(), "asking").place(torch.device("cuda"))

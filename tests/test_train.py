@@ -1,4 +1,4 @@
-"""The loop: its schedule, its groups, and that nothing is lost or changed by an interruption."""
+"""The training loop: schedule, parameter groups, resuming, and the teachers that it accepts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deit_fast.train.state import list_checkpoints, load_newest, save_checkpoint
 from helpers.runs import comparable_rows, run_config, weights_equal
 
 
-def test_the_line_says_what_a_person_needs(world, tmp_path, caplog):
+def test_the_log_line_shows_the_row_of_metrics(world, tmp_path, caplog):
     config = run_config(world, tmp_path, max_steps=4, log_every=2)
     with caplog.at_level(logging.INFO, "deit_fast"):
         train(config)
@@ -39,7 +39,7 @@ def test_the_line_says_what_a_person_needs(world, tmp_path, caplog):
     assert lines[1].endswith("0:00:00 left")
 
 
-def test_training_flops_are_those_of_the_published_table():
+def test_training_flops_agree_with_the_published_table():
     """DeiT-S: 4.6 GFLOPs an image, multiply-adds (DeiT, table 5 with timm's count); times 2 x 3."""
     model = create_student("deit_small_distilled_patch16_224", 1000, fused=False)
     assert training_flops(model, 224) == pytest.approx(6 * 4.6e9, rel=0.02)
@@ -48,7 +48,7 @@ def test_training_flops_are_those_of_the_published_table():
     )
 
 
-def test_learning_rate_is_timms_cosine():
+def test_learning_rate_equals_timms_cosine_schedule():
     config = OptimConfig(lr=1e-3, lr_batch=256, min_lr=1e-5, warmup_epochs=2)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
@@ -73,7 +73,7 @@ def test_tokens_position_biases_and_norms_do_not_decay():
 
 
 def test_interrupted_run_equals_uninterrupted(world, tmp_path):
-    """Stopped in mid-epoch, then at an epoch's end: weights, EMA and rows come out the same."""
+    """Stopped inside an epoch, then at its end: weights, moving average and rows are the same."""
     whole = run_config(world, tmp_path / "whole")
     train(whole)
     parts = run_config(world, tmp_path / "parts")
@@ -132,7 +132,7 @@ def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
 
 
 def test_training_reads_the_cache_ahead(world, tmp_path, monkeypatch):
-    """Every block that the run touches is read by the threads; then they end."""
+    """The threads read every block that the run uses, then end."""
     seen = []
     close = ReadAhead.close
     monkeypatch.setattr(ReadAhead, "close", lambda self: seen.append(self.wait()) or close(self))
@@ -179,7 +179,7 @@ def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
         train(config.replace(resume=False))
 
 
-def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default_there(world, tmp_path):
+def test_a_setting_missing_in_an_older_checkpoint_counts_as_its_default(world, tmp_path):
     config = run_config(world, tmp_path / "run", max_steps=1)
     train(config)
     path, state = load_newest(tmp_path / "run/checkpoints")
@@ -191,7 +191,7 @@ def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default_there(world
         train(config.replace(model={"residual": "bfloat16"}))
 
 
-def test_broken_newest_checkpoint_falls_back_loudly(tmp_path, caplog):
+def test_a_broken_newest_checkpoint_falls_back_with_a_warning(tmp_path, caplog):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step, "model": {"w": torch.full((3,), step)}})
     assert [path.name for path in list_checkpoints(tmp_path)] == [

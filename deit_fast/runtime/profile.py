@@ -1,11 +1,14 @@
-"""Profiling a run: a trace of some steps, the history of a GPU's memory, FLOPs and GPU peaks."""
+"""Speed and profile of a run: rates, FLOPs, a trace of some steps, a GPU's memory history."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from contextlib import AbstractContextManager, nullcontext, suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +20,7 @@ from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import ProcessGroup
 
 log = logging.getLogger("deit_fast")
+T = TypeVar("T")
 
 WARM_UP = 5  # steps left out: compilation, allocation, the loader's first batches
 _TABLE_ROWS = 60
@@ -58,6 +62,73 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------
+
+
+class StepMeter:
+    """Speed of the training steps since the last reading; time inside ``paused`` does not count.
+
+    Args:
+        batch_size: samples of a step over all ranks.
+        utilisation: model FLOPs utilisation at one image a second over all ranks; None: unknown.
+        clock: seconds, from any start.
+    """
+
+    def __init__(
+        self, batch_size: int, group: ProcessGroup, device: torch.device,
+        utilisation: float | None, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self.batch_size, self.group, self.device = batch_size, group, device
+        self._utilisation, self._clock = utilisation, clock
+        self.steps, self._waited, self._since = 0, 0.0, clock()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; the time until each one arrives counts as waiting for data."""
+        asked = self._clock()
+        for batch in batches:
+            self._waited += self._clock() - asked
+            yield batch
+            asked = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time, such as an evaluation's, out of the rates."""
+        begun = self._clock()
+        yield
+        self._since += self._clock() - begun
+
+    def read(self, steps_left: int, others: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """Seconds since the last reading, and the speed as columns of a row; starts anew.
+
+        ``mfu`` is absent on an unknown GPU, ``peak_memory_bytes`` on a CPU.
+
+        Args:
+            steps_left: of the run.
+            others: more columns. Of these and of ``data_wait`` each rank has its own, and the
+                largest is returned: all ranks must call this together, with the same names.
+        """
+        seconds = self._clock() - self._since
+        largest = {"data_wait": self._waited / seconds, **others}
+        values = torch.tensor([*largest.values()], dtype=torch.float64, device=self.device)
+        self.group.maximum(values)
+        rate = self.steps * self.batch_size / seconds
+        speed = {
+            "step_ms": 1e3 * seconds / self.steps,
+            "images_per_s": rate,
+            "images_per_s_per_process": rate / self.group.world_size,
+            "seconds_left": steps_left * seconds / self.steps,
+        }
+        if self._utilisation is not None:
+            speed["mfu"] = rate * self._utilisation
+        if self.device.type == "cuda":
+            speed["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        speed |= dict(zip(largest, values.tolist(), strict=True))
+        self.steps, self._waited, self._since = 0, 0.0, self._clock()
+        return seconds, speed
 
 
 # ---------------------------------------------------------------------------------------------
