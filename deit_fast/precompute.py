@@ -29,10 +29,10 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.models.teacher import Teacher, has_bf16
+from deit_fast.models.teacher import Teacher, has_bf16, load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.metrics import Progress
-from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
+from deit_fast.train.teacher import views_fingerprint
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -270,7 +270,7 @@ def _prepare(config: RunConfig) -> _Job:
     source = open_source(config.data, "train", config.view.image_size)
     teacher = load_class_matched_teacher(config, len(source.classes))
     compiled = _compiles(config)
-    teacher.place(device, compiled, fused=compiled and config.model.fused)
+    teacher.to_device(device, compiled, fused=compiled and config.model.fused)
     return _Job(config, source, teacher, device)
 
 

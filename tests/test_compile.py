@@ -180,7 +180,7 @@ def test_a_second_batch_size_does_not_recompile_the_first(counter):
     model = student(drop_path=0.0)
     compile_blocks(model)
     network = timm.create_model("resnet10t", num_classes=10)
-    teacher = Teacher(network, "timm:resnet10t").place(CPU, compiled=True)
+    teacher = Teacher(network, "timm:resnet10t").to_device(CPU, compiled=True)
     for forward, graphs in ((model, 3), (teacher, 1)):
         counter.clear()
         made = []
@@ -297,7 +297,7 @@ def test_a_copy_of_a_compiled_model_uses_its_own_weights(counter):
 @pytest.fixture
 def on_cuda(monkeypatch):
     """`auto` decides as with a GPU while everything runs on the CPU."""
-    for module in ("loop", "step", "teaching"):
+    for module in ("loop", "step", "teacher"):
         name = f"deit_fast.train.{module}.resolve_compile"
         monkeypatch.setattr(
             name, lambda config, _, student=None: resolve_compile(config, CUDA, student)

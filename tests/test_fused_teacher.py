@@ -42,8 +42,8 @@ def blocks_of(teacher: Teacher) -> list[type]:
 
 
 def test_a_fused_teacher_gives_the_same_logits(kernels_here):
-    plain = Teacher(transformer(), "t").place(CPU)
-    fused = Teacher(transformer(), "t").place(CPU, fused=True)
+    plain = Teacher(transformer(), "t").to_device(CPU)
+    fused = Teacher(transformer(), "t").to_device(CPU, fused=True)
     assert fused.is_fused and blocks_of(fused) == [FusedBlock] * 2
     assert not plain.is_fused and FusedBlock not in blocks_of(plain)
     images = torch.randn(4, 3, 16, 16)
@@ -52,9 +52,9 @@ def test_a_fused_teacher_gives_the_same_logits(kernels_here):
 
 
 def test_other_teachers_and_devices_are_not_fused(monkeypatch):
-    assert not Teacher(transformer(), "t").place(CPU, fused=True).is_fused
+    assert not Teacher(transformer(), "t").to_device(CPU, fused=True).is_fused
     monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
-    assert not Teacher(small_convnet(10), "t").place(CPU, fused=True).is_fused
+    assert not Teacher(small_convnet(10), "t").to_device(CPU, fused=True).is_fused
 
 
 def test_where_a_teacher_is_fused(world, tmp_path, kernels_here):
@@ -95,8 +95,8 @@ def fingerprint(cache: Path) -> dict[str, object]:
 @pytest.mark.gpu
 def test_a_fused_teacher_on_a_gpu():
     network = transformer()
-    plain = Teacher(copy.deepcopy(network), "t").place(CUDA)
-    fused = Teacher(network, "t").place(CUDA, fused=True)
+    plain = Teacher(copy.deepcopy(network), "t").to_device(CUDA)
+    fused = Teacher(network, "t").to_device(CUDA, fused=True)
     assert fused.is_fused
     images = torch.randn(8, 3, 16, 16, device="cuda")
     torch.testing.assert_close(fused(images), plain(images), rtol=3e-2, atol=3e-2)

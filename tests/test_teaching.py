@@ -134,7 +134,7 @@ def test_a_compiled_teacher_is_compiled_once_and_keeps_its_name():
     digest, answer = teacher.fingerprint(), teacher(images)
     torch._dynamo.reset()
     counter = CompileCounter()
-    teacher.place(CPU)
+    teacher.to_device(CPU)
     teacher(images)
     assert counter.frame_count == 0
     teacher.model.compile(backend=counter)
@@ -160,7 +160,7 @@ def test_precompute_and_training_compile_the_teacher_where_asked(world, tmp_path
 def test_the_online_teacher_runs_beside_the_student_on_cuda():
     """Many batches in a row, each read right after `join`: none may see another one's memory."""
     device = torch.device("cuda")
-    teacher = small_teacher().place(device)
+    teacher = small_teacher().to_device(device)
     online = RunTeacher(RunConfig(), device, network=teacher)
     batches = [torch.randn(64, 3, 64, 64, device=device) for _ in range(50)]
     alone = [teacher(images) for images in batches]

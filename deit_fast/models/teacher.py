@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.student import build_from_factory
@@ -61,7 +61,9 @@ class Teacher(nn.Module):
         """Keep evaluation mode: in training mode batch norms would use batch statistics."""
         return super().train(False)
 
-    def place(self, device: torch.device, compiled: bool = False, fused: bool = False) -> Teacher:
+    def to_device(
+        self, device: torch.device, compiled: bool = False, fused: bool = False
+    ) -> Teacher:
         """Move it to a device and prepare its network; returns itself.
 
         On CUDA it uses the channels-last layout of tensor cores: a convnet in bf16 would otherwise
@@ -183,3 +185,24 @@ def _timm_teacher(name: str, weights: str) -> nn.Module:
     model = timm.create_model(name, num_classes=state[f"{head}.weight"].shape[0])
     fit_weights(model, state, weights)
     return model
+
+
+def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:
+    """The teacher of a run's configuration.
+
+    Raises:
+        InputError: as ``load_teacher``, or its class count is not that of the data.
+    """
+    assert config.teacher is not None
+    teacher = load_teacher(
+        config.teacher,
+        num_classes=num_classes,
+        input_mean=config.view.mean,
+        input_std=config.view.std,
+    )
+    if teacher.num_classes != num_classes:
+        raise InputError(
+            f"teacher {config.teacher} has {teacher.num_classes} classes, "
+            f"the data set has {num_classes}"
+        )
+    return teacher

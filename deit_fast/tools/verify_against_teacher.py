@@ -18,8 +18,9 @@ from deit_fast.data.fingerprint import require_same_pixels
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import CacheError, InputError
+from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device
-from deit_fast.train.teacher import load_class_matched_teacher, views_fingerprint
+from deit_fast.train.teacher import views_fingerprint
 from deit_fast.views.plan import ViewPlan, lam_of
 
 _BATCH = 16
@@ -97,7 +98,7 @@ def recheck(
     expected = views_fingerprint(config, source.fingerprint())
     cache.require(expected)  # before the teacher, which may take a minute to load
     place = choose_device(device)
-    model = load_class_matched_teacher(config, len(source.classes)).place(place)
+    model = load_class_matched_teacher(config, len(source.classes)).to_device(place)
     cache.require(model.fingerprint())
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")

@@ -20,7 +20,7 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels import TopK
-from deit_fast.models import Teacher, load_teacher
+from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.train.compiling import resolve_compile
 from deit_fast.views.plan import ViewPlan
 from deit_fast.views.plan import fingerprint as view_fingerprint
@@ -200,7 +200,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"
-        network = teacher.place(device, compiled, config.model.fused)
+        network = teacher.to_device(device, compiled, config.model.fused)
         return RunTeacher(config, device, network=network)
     cache = LogitCache.open(config.cache)
     if is_tinyvit(cache.manifest):
@@ -228,22 +228,5 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     if teacher is None or every is None:
         return RunTeacher(config, device, cache=cache, resident=resident)
     # As in `precompute`: under `auto` neither compiled nor fused.
-    network = teacher.place(device, config.compile not in ("auto", "none"))
+    network = teacher.to_device(device, config.compile not in ("auto", "none"))
     return RunTeacher(config, device, network=network, cache=cache, resident=resident)
-
-
-def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:
-    """The configured teacher; its class count must be the data's."""
-    assert config.teacher is not None
-    teacher = load_teacher(
-        config.teacher,
-        num_classes=num_classes,
-        input_mean=config.view.mean,
-        input_std=config.view.std,
-    )
-    if teacher.num_classes != num_classes:
-        raise InputError(
-            f"teacher {config.teacher} has {teacher.num_classes} classes, "
-            f"the data set has {num_classes}"
-        )
-    return teacher

@@ -84,7 +84,7 @@ def open_subject(
         source=source,
         ids=spaced_ids(source.num_samples, max_images),
         model=model.to(device).eval(),
-        teacher=None if teacher is None else teacher.place(device),
+        teacher=None if teacher is None else teacher.to_device(device),
         no_teacher=reason,
         data=str(source.fingerprint()["dataset.sha256"]),
         answers={},

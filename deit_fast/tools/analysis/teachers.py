@@ -13,9 +13,9 @@ from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError, InputError
 from deit_fast.models import Teacher, load_teacher
+from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.tools.analysis.measures import TEMPERATURES, soften
-from deit_fast.train.teacher import load_class_matched_teacher
 
 log = logging.getLogger("deit_fast")
 
