@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError
+from deit_fast.kernels.launching import operator
 
 ALIGNMENT = 16  # bytes
-
-_library = torch.library.Library("deit_fast", "FRAGMENT")
-_library.define("padded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,10 +27,6 @@ def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _padded_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _rows(x, weight)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -51,12 +45,11 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("padded_linear", _padded_linear, _key)
-torch.library.register_fake("deit_fast::padded_linear", _padded_linear_fake, lib=_library)
-torch.library.register_autograd(
-    "deit_fast::padded_linear", _backward, setup_context=_save, lib=_library
-)
+padded_linear = operator(
+    "padded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _padded_linear, lambda x, weight, bias: _rows(x, weight),
+)  # fmt: skip
+torch.library.register_autograd("deit_fast::padded_linear", _backward, setup_context=_save)
 
 
 class PaddedLinear(nn.Linear):
@@ -72,7 +65,7 @@ class PaddedLinear(nn.Linear):
         if x.dim() != 2 or self.out_features * dtype.itemsize % ALIGNMENT == 0:
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.ops.deit_fast.padded_linear(x.to(dtype), self.weight.to(dtype), bias)
+        return padded_linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[no-any-return]
 
 
 def pad_heads(model: nn.Module) -> nn.Module:
