@@ -107,7 +107,7 @@ def ours(config: RunConfig, next_batch: Callable[[], ViewBatch], teacher: RunTea
 
     def once() -> None:
         step(next_batch(), next(places), LEARNING_RATE)
-        step.guard.read()  # as the loop does after every step
+        step.finite.poll()  # as the loop does after every step
 
     return once
 
@@ -328,7 +328,7 @@ def teacher_case(
             return ours(config, lambda: attach(batch), stored)
 
         def online() -> Step:
-            answering = Teacher(network(), teacher).place(device, compiled=cuda)
+            answering = Teacher(network(), teacher).to_device(device, compiled=cuda)
             return ours(config, lambda: batch, RunTeacher(config, device, network=answering))
 
         steps["ours, cached top-16"] = Lazy(cached)

@@ -72,12 +72,12 @@ def test_20_compiled_steps_do_not_wait_for_the_gpu(world, tmp_path, name):
     step, batches = steps_of(config, WARM_UP + STEPS, "cuda")
     for place in range(WARM_UP):  # compiles, allocates
         step(batches[place], place, 1e-3)
-        step.guard.read(keep=1)
+        step.finite.poll(keep=1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for place in range(WARM_UP, WARM_UP + STEPS):
             step(batches[place], place, 1e-3)
-            step.guard.read(keep=1)
+            step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -19,7 +19,6 @@ from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
 from deit_fast.runtime.environment import Apex, find_apex
-from deit_fast.train.guard import gradient_norms
 from deit_fast.train.optim import (
     Average,
     clip_gradients,
@@ -29,7 +28,7 @@ from deit_fast.train.optim import (
     set_learning_rate,
     skips_on_device,
 )
-from deit_fast.train.step import compile_blocks
+from deit_fast.train.step import compile_blocks, gradient_norms
 
 
 def student(**options) -> torch.nn.Module:

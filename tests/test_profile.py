@@ -241,6 +241,6 @@ def test_a_step_does_not_wait_for_the_gpu(world, tmp_path, name):
     try:
         for place in range(3, 6):
             step(batches[place], place, 1e-3)
-            step.guard.read(keep=1)
+            step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

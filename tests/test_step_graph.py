@@ -104,7 +104,7 @@ def test_the_work_of_a_step_reads_and_pins_no_memory(config):
         step.finish(place, outcome)
         if place > 0:  # the first makes the optimiser's state
             assert python.seen == [] and operators.seen == [] and allocations.seen == []
-    assert step.guard.read(keep=0).healthy
+    assert step.finite.poll(keep=0).is_finite
 
 
 def test_work_on_a_static_part_equals_work_on_the_part(config):
@@ -285,7 +285,7 @@ def test_replays_equal_the_steps(config, exact, compiled):
         found = graphed(given, place, rate(place))
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
-        assert step.guard.read(keep=0) == graphed.guard.read(keep=0)
+        assert step.finite.poll(keep=0) == graphed.finite.poll(keep=0)
         is_captured = graphed.graph is not None and graphed.graph.is_captured
         assert is_captured == (place >= WARM_UP)
     mine, theirs = state_of(graphed), state_of(step)
@@ -303,15 +303,15 @@ def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
     for place in range(WARM_UP + 1):
         step(batches[place], place, 1e-3)
-        assert step.guard.read(keep=0).healthy
+        assert step.finite.poll(keep=0).is_finite
     before = {name: value.clone() for name, value in state_of(step).items()}
     step(poisoned(batches[WARM_UP + 1]), WARM_UP + 1, 1e-3)
-    verdict = step.guard.read(keep=0)
-    assert not verdict.healthy
-    assert "the loss of rank 0 is not finite" in step.guard.explain(verdict)
+    verdict = step.finite.poll(keep=0)
+    assert not verdict.is_finite
+    assert "the loss of rank 0 is not finite" in step.finite.describe(verdict)
     assert all(torch.equal(value, before[name]) for name, value in state_of(step).items())
     step(batches[WARM_UP + 2], WARM_UP + 2, 1e-3)
-    assert step.guard.read(keep=0).healthy
+    assert step.finite.poll(keep=0).is_finite
     after = state_of(step)
     assert not all(torch.equal(value, before[name]) for name, value in after.items())
 
@@ -334,13 +334,13 @@ def test_replays_do_not_wait_for_the_gpu(config):
     step, batches = steps_of(on_gpu(config, cuda_graphs=True), WARM_UP + 4, "cuda")
     for place in range(WARM_UP + 1):
         step(batches[place], place, 1e-3)
-        step.guard.read(keep=1)
+        step.finite.poll(keep=1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for place in range(WARM_UP + 1, WARM_UP + 4):
             step(batches[place], place, 1e-3)
-            step.guard.read(keep=1)
+            step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -375,7 +375,7 @@ def test_a_restored_state_is_captured_again(world, tmp_path):
     for place in range(WARM_UP + 1):
         step(batches[place], place, 1e-3)
     step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
-    step.forget()
+    step.reset()
     before = copy.deepcopy(step.optimizer.state_dict()["state"])
     step(batches[WARM_UP + 1], WARM_UP + 1, 1e-3)
     after = step.optimizer.state_dict()["state"]
@@ -395,7 +395,7 @@ class Asking(torch.nn.Module):
 def test_a_teacher_that_waits_is_named(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 1, "cuda")
-    step.teacher.network = Teacher(Asking(), "asking").place(torch.device("cuda"))
+    step.teacher.network = Teacher(Asking(), "asking").to_device(torch.device("cuda"))
     with pytest.raises(InputError, match=r"the step cannot be captured .*--no-cuda-graphs"):
         for place, batch in enumerate(batches):
             step(batch, place, 1e-3)

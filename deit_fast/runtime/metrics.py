@@ -1,4 +1,4 @@
-"""metrics.jsonl and the progress bar of a run."""
+"""metrics.jsonl of a run, its rows as text, and the progress bar."""
 
 from __future__ import annotations
 
@@ -89,6 +89,26 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
         except json.JSONDecodeError:
             torn += 1
     return rows, torn
+
+
+def row_text(row: dict[str, Any], total: int) -> str:
+    """A training row as text for the terminal and the log; ``total``: steps of the run."""
+    minutes, seconds = divmod(round(row["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [
+        f"step {row['step']}/{total}",
+        f"loss {row['loss']:.4f} (base {row['base_loss']:.4f}, "
+        f"distillation {row['distill_loss']:.4f})",
+        f"lr {row['lr']:.2e}",
+        f"gradient {row['grad_norm']:.3g}",
+        f"{row['step_ms']:.0f} ms",
+        f"{row['images_per_s']:.0f} img/s",
+        f"data wait {100 * row['data_wait']:.0f} %",
+        f"MFU {100 * row['mfu']:.0f} %" if "mfu" in row else "MFU n/a",
+        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in row else "",
+        f"{hours}:{minutes:02}:{seconds:02} left",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 class Progress:

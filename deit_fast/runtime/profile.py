@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -188,39 +188,36 @@ class StepProfiler:
             log.warning("profile_steps: fewer than %d steps, nothing was profiled", WARM_UP + 1)
 
 
-class MemoryHistory:
-    """Records a GPU's allocations inside the block and writes them to a file when it ends.
+@contextmanager
+def memory_history(
+    config: RunConfig, output: Path, device: torch.device, group: ProcessGroup
+) -> Iterator[None]:
+    """Record a GPU's allocations inside the block if the configuration requests it.
 
-    The file is also written after a RuntimeError or MemoryError, but not after a signal, which
-    leaves no time. https://pytorch.org/memory_viz shows it.
+    The block's end writes them to a file of this rank, also after a RuntimeError or MemoryError,
+    but not after a signal, which leaves no time. https://pytorch.org/memory_viz shows the file.
 
     Raises:
         InputError: the device is a CPU.
     """
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise InputError(
-                f"memory_snapshot records the allocations of a GPU, and device is {device.type}"
-            )
-        self.path = path
-
-    def __enter__(self) -> MemoryHistory:
-        torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, (RuntimeError, MemoryError)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(self.path))
-        torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def memory_history(
-    config: RunConfig, output: Path, device: torch.device, group: ProcessGroup
-) -> AbstractContextManager[object]:
-    """``MemoryHistory`` where the configuration requests one; each rank writes its own file."""
     if not config.memory_snapshot:
-        return nullcontext()
-    name = "memory.pickle" if group.is_first else f"memory-{group.rank}.pickle"
-    return MemoryHistory(output / name, device)
+        yield
+        return
+    if device.type != "cuda":
+        raise InputError(
+            f"memory_snapshot records the allocations of a GPU, and device is {device.type}"
+        )
+    torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+    is_over = False
+    try:
+        yield
+        is_over = True
+    except (RuntimeError, MemoryError):
+        is_over = True
+        raise
+    finally:
+        if is_over:
+            output.mkdir(parents=True, exist_ok=True)
+            name = "memory.pickle" if group.is_first else f"memory-{group.rank}.pickle"
+            torch.cuda.memory._dump_snapshot(str(output / name))
+        torch.cuda.memory._record_memory_history(enabled=None)

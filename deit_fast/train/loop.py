@@ -1,13 +1,14 @@
-"""`train`: views in, distilled student out; the same call goes on after any interruption."""
+"""`train`: one run from the images to the distilled student; the same call resumes it."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,35 +21,40 @@ from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.samples import save_samples
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model
+from deit_fast.models import unfuse
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_atomically, write_json
 from deit_fast.runtime.garbage import gc_paused
-from deit_fast.runtime.metrics import MetricsFile, Progress
-from deit_fast.runtime.profile import StepProfiler, memory_history
+from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
+from deit_fast.runtime.profile import (
+    StepMeter,
+    StepProfiler,
+    memory_history,
+    peak_flops,
+    training_flops,
+)
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
-from deit_fast.train.guard import Guard
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.state import CheckpointWriter, create_state, resume, roll_back
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
-from deit_fast.train.window import Window
 from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
 
-EVAL_BATCHES_PER_QUESTION = 8  # whether a signal came: seconds, of the ten that there are
+STOP_POLL_EVERY = 8  # evaluated batches of several ranks: a few of the ten seconds after SIGTERM
 
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one model as ``config`` says, in this process or with others under torchrun.
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
-    checkpoints/, model.safetensors, ema.safetensors and result.json; as asked for, also
+    checkpoints/, model.safetensors, ema.safetensors and result.json; if configured, also
     trackers.json, tensorboard/, profile/ and memory.pickle.
 
     Returns:
@@ -59,12 +65,12 @@ def train(config: RunConfig) -> dict[str, Any]:
         OSError: the disk is full or not writable; the newest checkpoints stay.
         FloatingPointError: a loss or gradient is not finite; it changed no weight, and the newest
             checkpoints stay.
-        MemoryError: too little, of the GPU or the host; names what it depends on.
+        MemoryError: too little memory of the GPU or the host; names what it depends on.
         ChildProcessError: a process of the loader died.
-        Preempted: SIGTERM or SIGUSR1; the state is saved, the same call goes on.
+        Preempted: SIGTERM or SIGUSR1; the state is saved, the same call resumes the run.
     """
     device = choose_device(config.device)
-    # In this order: a handler could not run while the processes wait for one another.
+    # The processes are joined first: a signal handler cannot run while they wait for each other.
     with (
         joined_process_group(device) as group,
         Signals() as signals,
@@ -79,22 +85,29 @@ def train(config: RunConfig) -> dict[str, Any]:
             run = _Run(config, device, group, signals)
         try:
             with translate_errors(device, sizes):
-                run.to_the_end()
-                return run.finish()
+                return run.run()
         finally:
             run.close()
 
 
 class _NotFinite(Exception):
-    """The guard found a step whose numbers are not finite."""
+    """A step's loss or gradient was not finite."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
         self.step = step
 
 
+class _Due(NamedTuple):
+    """What follows a step."""
+
+    report: bool
+    evaluate: bool
+    save: bool
+
+
 class _Run:
-    """Everything of one call of ``train``."""
+    """One call of ``train``."""
 
     def __init__(
         self, config: RunConfig, device: torch.device, group: ProcessGroup, signals: Signals
@@ -107,39 +120,48 @@ class _Run:
             )
         if group.is_first:
             require_trackers(config.track)
+
+        # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
-        self.held_out = open_source(config.data, "val", config.view.image_size)
+        held_out = open_source(config.data, "val", config.view.image_size)
+        self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = _batches(config, self.source.num_samples, group)
         self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
-        self.teacher = open_teacher(config, self.source, device)
-        self.state = create_state(config, len(self.source.classes), device)
-        resume(config, self.state)
-        group.barrier()  # no rank may still look for checkpoints when the first writes one
 
+        # -- teacher ---------------------------------------------------------------------------
+        self.teacher = open_teacher(config, self.source, device)
+
+        # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
+        self.state = state = create_state(config, len(self.source.classes), device)
+        resume(config, state)
+        group.barrier()  # all ranks have read the checkpoints before the first writes one
+
+        # -- output ----------------------------------------------------------------------------
         self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.writer = CheckpointWriter(self.checkpoints)
+        self.saved_at = time.monotonic()
+        self.metrics: MetricsFile | None = None
         if group.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output, self.output / "checkpoints"):
+            for folder in (self.output, self.checkpoints):
                 for leftover in folder.glob(".tmp-*"):  # of a process killed while it wrote
                     leftover.unlink()
             write_json(self.output / "config.json", to_dict(config))
-        self.eval_loader = build_eval_loader(config, self.held_out, device, group)
-        state = self.state
+
+        # -- step ------------------------------------------------------------------------------
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
-            config, state.model, self.teaching, state.optimizer, state.ema, device, group
+            config, state.model, self.teacher, state.optimizer, state.ema, device, group
         )
         self.eval_forward = None
         if (mode := resolve_compile(config, device, state.model)) != "none":
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
-        self.metrics: MetricsFile | None = None
         if group.is_first:
             self.metrics = MetricsFile(config, self.output, state.step)
-        self.writer = CheckpointWriter(self.output / "checkpoints")
-        self.saved_at = time.monotonic()
         self.rollbacks = self.batches_evaluated = 0
         self.finished = False
         self.evaluation: dict[str, Any] | None = None
@@ -151,21 +173,23 @@ class _Run:
         )  # fmt: skip
         log_compile(config, device, state.model)
 
-    # -- steps ---------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------
+    # Steps
+    # -----------------------------------------------------------------------------------------
 
-    def to_the_end(self) -> None:
-        """All steps that are left, and again from a checkpoint where numbers were not finite."""
+    def run(self) -> dict[str, Any]:
+        """All remaining steps, rolled back where numbers are not finite; returns the result."""
         while True:
             try:
-                self.train()
-                return
+                self._train_steps()
+                return self._finish()
             except _NotFinite as error:
-                self.roll_back(error)
+                self._roll_back(error)
 
-    def train(self) -> None:
-        """From the state's step to the last."""
-        config, state, guard = self.config, self.state, self.step_once.guard
-        self._catch_up_on_evaluation()
+    def _train_steps(self) -> None:
+        """From the state's step to the last one."""
+        config, state = self.config, self.state
+        self._make_up_evaluation()
         loader = open_loader(
             config.data,
             self.source,
@@ -176,55 +200,63 @@ class _Run:
             stop=self.total,
             attach=self.teacher.attach(self.batches, state.step),
         )
-        window = Window(config, state, self.metrics, self.group, self.device, self.total)
-        self.teaching.follow(self.batches)
-        first = state.step
+        meter = StepMeter(config.batch_size, self.group, self.device, self._utilisation())
         profiled = config.profile_steps if self.group.is_first else 0
         with (
             gc_paused() as freeze_garbage,
             Progress("train", self.total, state.step) as progress,
             StepProfiler(profiled, self.output / "profile", self.device) as profiler,
-            ExitStack() as stack,
+            ExitStack() as first_step,
         ):
-            stack.enter_context(self.signals.raising())  # the first step compiles
-            for batch in window.timed(loader):
+            first_step.callback(freeze_garbage)
+            first_step.enter_context(self.signals.raising())  # it compiles; nothing is lost
+            for batch in meter.timed(loader):
                 if state.step == 0 and self.group.is_first:
                     _save_first_views(batch, config, self.output / "samples.png")
                 lr = self._learning_rate(state.step)
                 if state.step not in state.skipped:
-                    window.add(self.step_once(batch, state.step, lr, self._is_told_to_stop))
+                    state.add(self.step_once(batch, state.step, lr, self._stop_requested()))
+                    meter.steps += 1
                 state.step += 1
                 state.substituted.update(batch.substituted)
-                epoch = -(-state.step // self.steps_per_epoch)
-                done = state.step == self.total
-                at_epoch_end = state.step % self.steps_per_epoch == 0
-                report = done or at_epoch_end or state.step % config.log_every == 0
-                save = done or (at_epoch_end and epoch % config.save_every == 0)
-                save |= self._is_save_due()
-                # Before every checkpoint too, so that none can hold a state that is not healthy.
-                stop = self._heed(guard, keep=0 if report or save else 1)
-                note = window.report(epoch, lr, self.teacher.differences()) if report else None
-                progress.advance(note=note)
-                if report:
+                due = self._due()
+                # All steps before a checkpoint are polled: its state is finite.
+                stop = self._poll_stop(keep=0 if due.report or due.save else 1)
+                progress.advance(note=self._report(meter, lr) if due.report else None)
+                if due.report:
                     self.compile_count.report(state.step)
-                if state.step == first + 1:
-                    stack.close()
-                    freeze_garbage()
+                first_step.close()
                 if stop:
-                    self._leave()
-                pause = time.perf_counter()
-                if done or (at_epoch_end and epoch % config.eval_every == 0):
-                    self._evaluate(epoch)
-                if save:
-                    self._save()
-                if report:
-                    gc.collect()
-                profiler()
-                window.since += time.perf_counter() - pause
-        self._save_at_the_end()
+                    self._save_and_exit()
+                with meter.paused():
+                    if due.evaluate:
+                        self._evaluate()
+                    if due.save:
+                        self._save()
+                    if due.report:
+                        gc.collect()
+                    profiler()
+        self._wait_for_checkpoint()
 
-    def _is_told_to_stop(self) -> bool:
-        return self.signals.received is not None
+    @property
+    def _epoch(self) -> int:
+        """Epochs begun, counted from 1."""
+        return -(-self.state.step // self.steps_per_epoch)
+
+    def _due(self) -> _Due:
+        config, step, epoch = self.config, self.state.step, self._epoch
+        done = step == self.total
+        at_epoch_end = step % self.steps_per_epoch == 0
+        # Only the first rank saves, so only its clock matters.
+        age = time.monotonic() - self.saved_at
+        return _Due(
+            report=done or at_epoch_end or step % config.log_every == 0,
+            evaluate=done or (at_epoch_end and epoch % config.eval_every == 0),
+            save=done
+            or (at_epoch_end and epoch % config.save_every == 0)
+            or (config.save_steps is not None and step % config.save_steps == 0)
+            or (config.save_minutes is not None and age >= 60 * config.save_minutes),
+        )
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -236,94 +268,114 @@ class _Run:
             compat=self.config.compat,
         )
 
-    def _heed(self, guard: Guard, keep: int) -> bool:
-        """Whether to leave, by what is known of the steps so far but the ``keep`` newest.
+    def _utilisation(self) -> float | None:
+        """Model FLOPs utilisation at one image a second; None on a CPU or an unknown GPU."""
+        peak = peak_flops(self.device)
+        if peak is None:
+            return None
+        plain = unfuse(copy.deepcopy(self.state.model))
+        flops = training_flops(plain, self.config.view.image_size)
+        return flops / (peak * self.group.world_size)
 
-        All ranks get the same answer after the same step.
+    def _report(self, meter: StepMeter, lr: float) -> str:
+        """Write a row of metrics and return its text; all ranks must call this together."""
+        state = self.state
+        if meter.steps == 0:  # all of them were left out
+            return ""
+        means = state.take_means()
+        seconds, speed = meter.read(self.total - state.step, self.teacher.differences())
+        state.train_seconds += seconds
+        row = {"step": state.step, "epoch": self._epoch, **means, "lr": lr, **speed}
+        if self.metrics is not None:
+            self.metrics.write("train", row)
+        return row_text(row, self.total)
+
+    # -----------------------------------------------------------------------------------------
+    # Signals, checkpoints, rollbacks
+    # -----------------------------------------------------------------------------------------
+
+    def _stop_requested(self) -> bool:
+        """Whether this process was signalled."""
+        return self.signals.received is not None
+
+    def _poll_stop(self, keep: int) -> bool:
+        """Whether to stop, judged by all steps but the ``keep`` newest; the same on all ranks.
 
         Raises:
-            _NotFinite: one of them changed nothing.
+            _NotFinite: one of these steps was not finite.
         """
-        stop = self.group.world_size == 1 and self._is_told_to_stop()
-        while (verdict := guard.read(0 if stop else keep)) is not None:
-            if not verdict.healthy:
-                raise _NotFinite(verdict.step, guard.explain(verdict))
-            stop |= verdict.stop
+        finite = self.step_once.finite
+        stop = self.group.world_size == 1 and self._stop_requested()
+        while (result := finite.poll(0 if stop else keep)) is not None:
+            if not result.is_finite:
+                raise _NotFinite(result.step, finite.describe(result))
+            stop |= result.stop
         return stop
 
-    def _leave(self) -> None:
+    def _save_and_exit(self) -> None:
         """Save and end the run.
 
         Raises:
             Preempted: always.
         """
         self._save()
-        self._save_at_the_end()
-        name = self.signals.received or "another rank was signalled"
+        self._wait_for_checkpoint()
+        signal = self.signals.received or "another rank was signalled"
         raise Preempted(
-            f"{name}: saved step {self.state.step} in {self.output / 'checkpoints'}; "
-            f"the same command goes on from there"
+            f"{signal}: saved step {self.state.step} in {self.checkpoints}; "
+            f"the same command resumes the run"
         )
-
-    # -- checkpoints ---------------------------------------------------------------------------
-
-    def _is_save_due(self) -> bool:
-        config = self.config
-        if config.save_steps is not None and self.state.step % config.save_steps == 0:
-            return True
-        # Only the first rank saves, so its clock alone decides.
-        age = time.monotonic() - self.saved_at
-        return config.save_minutes is not None and age >= 60 * config.save_minutes
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
         if self.group.is_first:
             self.writer.save(self.state.step, self.state.to_checkpoint(self.config))
 
-    def _save_at_the_end(self) -> None:
-        """Until the newest checkpoint is on the disk, for all ranks."""
+    def _wait_for_checkpoint(self) -> None:
+        """Return, on all ranks, when the newest checkpoint is on the disk."""
         self.writer.wait()
         self.group.barrier()
 
-    def roll_back(self, error: _NotFinite) -> None:
-        """Go back to the newest checkpoint and leave the step out from then on.
+    def _roll_back(self, error: _NotFinite) -> None:
+        """Restore the newest checkpoint and leave the step out from now on.
 
         Raises:
-            FloatingPointError: the configuration says stop, there is nothing to go back to, or it
-                has been done too often.
+            FloatingPointError: the configuration says stop, there is no checkpoint, or the run was
+                rolled back too often.
         """
-        checkpoints = self.output / "checkpoints"
-        where = f"{error}; it changed no weight, the checkpoints are in {checkpoints}"
+        where = f"{error}; it changed no weight, the checkpoints are in {self.checkpoints}"
         if self.config.on_nonfinite == "stop":
             raise FloatingPointError(where)
-        self._save_at_the_end()
+        self._wait_for_checkpoint()
         self.rollbacks += 1
         if self.rollbacks > self.config.max_rollbacks:
             raise FloatingPointError(f"{where}; {self.config.max_rollbacks} rollbacks did not help")
         skipped = [*self.state.skipped, error.step]
-        if not roll_back(checkpoints, self.state):
+        if not roll_back(self.checkpoints, self.state):
             raise FloatingPointError(f"{where}; there is none yet to roll back to")
         self.state.skipped = skipped
-        self.step_once.forget()
+        self.step_once.reset()
         if self.metrics is not None:
             self.metrics.roll_back(self.state.step)
-        log.warning("%s; going on from step %d without it", error, self.state.step)
+        log.warning("%s; rolled back to step %d, which leaves it out", error, self.state.step)
 
-    # -- evaluation ----------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------
+    # Evaluation
+    # -----------------------------------------------------------------------------------------
 
-    def _catch_up_on_evaluation(self) -> None:
-        """An evaluation that a signal cut short: due at the checkpoint's step and not done."""
+    def _make_up_evaluation(self) -> None:
+        """Evaluate at the checkpoint's step if a signal interrupted the evaluation due there."""
         epoch, rest = divmod(self.state.step, self.steps_per_epoch)
         is_due = epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
         if is_due and self.state.evaluated_step < self.state.step:
-            self._evaluate(epoch)
+            self._evaluate()
             self._save()
 
-    def _evaluate(self, epoch: int) -> None:
-        state = self.state
-        evaluation = self.evaluate_once(state.model)
+    def _evaluate(self) -> None:
+        state, epoch = self.state, self._epoch
+        evaluation = self._evaluate_model(state.model)
         if state.ema is not None:
-            evaluation["ema_top1"] = self.evaluate_once(state.ema.module)["top1"]
+            evaluation["ema_top1"] = self._evaluate_model(state.ema.module)["top1"]
         if evaluation["top1"] > state.best_top1:
             state.best_top1, state.best_epoch = evaluation["top1"], epoch
         log.info(
@@ -336,11 +388,11 @@ class _Run:
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
 
-    def evaluate_once(self, model: torch.nn.Module) -> dict[str, Any]:
-        """All held-out images, over all ranks.
+    def _evaluate_model(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Evaluate on all held-out images, over all ranks.
 
-        Where training is compiled, so is this: for batches of one size, which the last is filled
-        up to. Otherwise the result is the same as that of `deit-fast evaluate`.
+        The result is that of `deit-fast evaluate`, unless training is compiled: then evaluation is
+        compiled too, for batches of one size, to which the last batch is padded.
         """
         return evaluate_model(
             model,
@@ -348,26 +400,27 @@ class _Run:
             self.source.classes,
             self.device,
             self.group,
-            self._heed_in_evaluation,
+            self._poll_stop_in_evaluation,
             forward=self.eval_forward,
             rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
         )
 
-    def _heed_in_evaluation(self) -> None:
-        # Ranks have to ask one another, which waits for the device: not at every batch.
+    def _poll_stop_in_evaluation(self) -> None:
+        # Several ranks have to communicate, which waits for the device: not after every batch.
         self.batches_evaluated += 1
-        alone = self.group.world_size == 1
-        asks = alone or self.batches_evaluated % EVAL_BATCHES_PER_QUESTION == 0
-        if asks and self.group.any(self._is_told_to_stop(), self.device):
-            self._leave()
+        polls = self.group.world_size == 1 or self.batches_evaluated % STOP_POLL_EVERY == 0
+        if polls and self.group.any(self._stop_requested(), self.device):
+            self._save_and_exit()
 
-    # -- the end -------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------
+    # End
+    # -----------------------------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Any]:
-        """Weights and result.json."""
+    def _finish(self) -> dict[str, Any]:
+        """Write the weights and result.json; returns its content."""
         config, state = self.config, self.state
-        if self.evaluation is None:  # the checkpoint was the finished run's last
-            self._evaluate(config.epochs)
+        if self.evaluation is None:  # resumed from the last checkpoint of a finished run
+            self._evaluate()
         assert self.evaluation is not None
         substituted = {path for paths in self.group.gather(
             sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
@@ -404,7 +457,7 @@ class _Run:
         return result
 
     def close(self) -> None:
-        """Also after an error: what the threads have in hand gets to its place."""
+        """End the threads, also after an error; what they still hold is written."""
         self.teacher.close()
         try:
             self.writer.wait()
@@ -417,7 +470,7 @@ class _Run:
 def _batches(
     config: RunConfig, num_samples: int, group: ProcessGroup
 ) -> TrainBatches | DeitBatches:
-    """What this rank shows the model, step by step."""
+    """This rank's samples and views of every step."""
     sizes = (config.batch_size, config.epochs, group.rank, group.world_size)
     if config.compat == "deit":
         return DeitBatches(config.view, config.seed, num_samples, *sizes)

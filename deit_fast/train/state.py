@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _FREE_TO_CHANGE = {
     "max_rollbacks", "accumulate", "teacher", "teacher_batch", "cache", "data.root", "data.workers",
     "track", "check_teacher_every", "profile_steps", "memory_snapshot",
 }  # fmt: skip
+
+_COUNTS = ("step", "evaluated_step", "summed", "best_top1", "best_epoch", "train_seconds")
 
 # ---------------------------------------------------------------------------------------------
 # State
@@ -78,14 +80,9 @@ class TrainState:
         return {
             "format": 1,
             "config": json.dumps(to_dict(config)),
-            "step": self.step,
-            "evaluated_step": self.evaluated_step,
+            **{name: getattr(self, name) for name in _COUNTS},
             "skipped": list(self.skipped),
             "sums": dict(self.sums),
-            "summed": self.summed,
-            "best_top1": self.best_top1,
-            "best_epoch": self.best_epoch,
-            "train_seconds": self.train_seconds,
             "substituted": sorted(self.substituted),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -99,8 +96,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for name in ("step", "evaluated_step", "summed", "best_top1", "best_epoch",
-                     "train_seconds"):  # fmt: skip
+        for name in _COUNTS:
             setattr(self, name, saved[name])
         device = next(self.model.parameters()).device
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
@@ -206,8 +202,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Wait for the checkpoint before, copy ``state`` and start to write it.
@@ -216,16 +211,9 @@ class CheckpointWriter:
             OSError: the checkpoint before could not be written.
         """
         self.wait()
-        self._thread = threading.Thread(
-            target=self._save, args=(step, _copy_to_host(state)), name="checkpoint", daemon=True
-        )
-        self._thread.start()
-
-    def _save(self, step: int, state: dict[str, Any]) -> None:
-        try:
-            save_checkpoint(self.folder, step, state)
-        except OSError as error:
-            self._error = error
+        executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = executor.submit(save_checkpoint, self.folder, step, _copy_to_host(state))
+        executor.shutdown(wait=False)  # the thread ends with the task
 
     def wait(self) -> None:
         """Return when the last state is on the disk.
@@ -233,12 +221,9 @@ class CheckpointWriter:
         Raises:
             OSError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def _copy_to_host(value: Any) -> Any:

@@ -1,10 +1,16 @@
-"""One training step: forward, loss, backward, update, moving average. Reads nothing back."""
+"""One training step: forward, loss, backward, finite check, update, moving average.
+
+The step reads nothing back from the device. The loop learns one step later whether the numbers were
+finite, from a copy that runs beside the next step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,32 +27,36 @@ from deit_fast.models.shadow import Shadows
 from deit_fast.models.teacher import has_bf16
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
-from deit_fast.train.guard import Guard, gradient_norms
 from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
-from deit_fast.train.step_graph import Outcome, Part, StepGraph, require_capturable
+from deit_fast.train.step_graph import Part, StepGraph, StepOutput, require_capturable
 from deit_fast.train.teacher import RunTeacher
 
 NUMBERS = ("loss", "base_loss", "distill_loss")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")
+_NAMED = 3  # parameters in a message
 
 
 def phase(name: str) -> Any:
-    """A named part of the step, for a profiler; costs a microsecond where none runs."""
+    """A named part of the step for a profiler; costs a microsecond when none runs."""
     return torch.profiler.record_function(f"step: {name}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+# ---------------------------------------------------------------------------------------------
 
 
 class TrainStep:
     """Applies one batch to the model.
 
-    A step has three parts. ``prepare`` is what the host knows before: position, learning rate,
-    generator's seed. ``work`` is what the device computes; it reads nothing back, so a CUDA graph
-    may hold all of it. ``finish`` launches what depends on the step's number and starts the copy of
-    the guard's flags.
+    A step has three parts. ``prepare`` runs on the host: position, learning rate, the generator's
+    seed. ``work`` runs on the device and reads nothing back, so a CUDA graph can contain all of it.
+    ``finish`` launches what depends on the step's number and starts the copy of the check's flags.
 
-    The numbers it returns, zero-dimensional tensors, stay on the device, so a step waits for
-    nothing; the loop reads them when it logs. The draws of stochastic depth follow from seed and
-    step: a resumed run needs no generator's state. A fused model draws for the whole batch, so that
-    neither the number of ranks nor of parts changes who is dropped; others draw by rank and part.
+    The returned numbers, zero-dimensional tensors, stay on the device; the loop reads them when it
+    logs. The draws of stochastic depth depend on seed and step, so a resumed run needs no state of
+    a generator. A fused model draws for the whole batch, so neither the number of ranks nor of
+    parts changes which samples are dropped; other models draw for each rank and part.
     """
 
     def __init__(
@@ -63,24 +73,24 @@ class TrainStep:
         self.optimizer, self.device = optimizer, device
         self.group = group or ProcessGroup()
         self.bf16 = has_bf16(device)
-        self.guard = Guard(self.group, device, model)
+        self.finite = FiniteCheck(self.group, device, model)
         self.average = Average(ema, model) if ema is not None else None
         self.parameters = list(model.parameters())
-        self.stop = torch.zeros((), device=device)  # above 0: this process was told to leave
-        self._was_told = False
+        self.stop = torch.zeros((), device=device)  # 1.0 where this process was signalled
+        self._stop_on_host = False
         self.graph: StepGraph | None = None
         if config.cuda_graphs:
             require_capturable(device, self.group, optimizer)
             self.graph = StepGraph(optimizer, device, self.work)
         self.forward = parallel(config, model, device, self.group)
-        # Autocast would round the images and the weights on their way into the products: ingest
-        # writes rounded rows of patches, and the weights are rounded for all layers at once.
-        rounds = self.bf16 and device.type == "cuda"
-        self.patch = patch_side(model) if rounds and not teacher.is_online else None
-        self.shadows = Shadows(model, torch.bfloat16) if rounds else None
+        # Autocast would cast images and weights in each product. Instead ingest writes patches in
+        # bf16, and the weights of all layers are cast at once.
+        casts = self.bf16 and device.type == "cuda"
+        self.patch = patch_side(model) if casts and not teacher.is_online else None
+        self.shadows = Shadows(model, torch.bfloat16) if casts else None
 
     def __call__(
-        self, batch: ViewBatch, step: int, lr: float, is_told_to_stop: Callable[[], bool] = bool
+        self, batch: ViewBatch, step: int, lr: float, stop: bool = False
     ) -> dict[str, Tensor]:
         """Returns loss, base_loss and distill_loss, means over the ranks, and grad_norm.
 
@@ -88,87 +98,82 @@ class TrainStep:
             batch: this rank's share of the step's views.
             step: position in the order.
             lr: learning rate of this step.
-            is_told_to_stop: whether this process was told to leave.
+            stop: whether this process was signalled to stop; all ranks learn it.
         """
-        parts = self.prepare(batch, step, lr, is_told_to_stop())
-        outcome = self.work(parts) if self.graph is None else self.graph(parts, lr)
-        return self.finish(step, outcome)
+        parts = self.prepare(batch, step, lr, stop)
+        output = self.work(parts) if self.graph is None else self.graph(parts, lr)
+        return self.finish(step, output)
 
-    def forget(self) -> None:
-        """Model and optimiser went back to an earlier state: steps not yet judged do not count."""
-        self.guard.forget()
+    def reset(self) -> None:
+        """Forget the steps not polled yet; call it when model and optimiser were restored."""
+        self.finite.reset()
         if self.graph is not None:
-            self.graph.drop()
-
-    # -- the three parts of a step ---------------------------------------------------------------
+            self.graph.reset()
 
     def prepare(self, batch: ViewBatch, step: int, lr: float, stop: bool) -> list[Part]:
-        """All that the host decides; the batch in ``accumulate`` parts."""
+        """Everything that the host decides; returns the batch in ``accumulate`` parts."""
         count = self.config.accumulate
         size = len(batch) // count
         parts = []
-        for place in range(count):
-            piece = batch if count == 1 else batch.part(place * size, (place + 1) * size)
-            answer = None
-            if not self.teaching.reads_images:
-                with phase("teacher"):
-                    answer = self.teaching(piece, None)
-            parts.append(Part(piece, answer, step, (self.group.rank * count + place) * size))
+        for index in range(count):
+            piece = batch if count == 1 else batch.part(index * size, (index + 1) * size)
+            self.teacher.check(piece, step)
+            parts.append(Part(piece, step, (self.group.rank * count + index) * size))
         set_learning_rate(self.optimizer, lr)
-        if stop != self._was_told:
+        if stop != self._stop_on_host:
             self.stop.fill_(stop)
-            self._was_told = stop
+            self._stop_on_host = stop
         self._seed(parts[0])
         return parts
 
-    def work(self, parts: list[Part]) -> Outcome:
-        """Forward, loss, backward and update, on the device alone. The host decides nothing here:
-        it makes the same calls at every step, and reads no number (but for LAMB and apex)."""
+    def work(self, parts: list[Part]) -> StepOutput:
+        """Forward, loss, backward and update, on the device alone.
+
+        The host makes the same calls at every step and reads no number, except for LAMB and apex.
+        """
         for parameter in self.parameters:
             parameter.grad = None
         if self.shadows is not None:
             self.shadows.refresh()
         sums: list[Tensor] = []
-        for place, part in enumerate(parts):
-            if place > 0:
+        for index, part in enumerate(parts):
+            if index > 0:
                 self._seed(part)
             forward: Any = self.forward
-            last = place == len(parts) - 1
-            is_alone = last or not isinstance(forward, DistributedDataParallel)
-            with nullcontext() if is_alone else forward.no_sync():
+            is_last = index == len(parts) - 1
+            exchanges = is_last or not isinstance(forward, DistributedDataParallel)
+            with nullcontext() if exchanges else forward.no_sync():
                 losses = self._backward(part, share=1 / len(parts))
             sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
 
         updated, norms = gradient_norms(self.parameters)
         total_norm = torch.linalg.vector_norm(norms)
-        found_inf, flags, means = self.guard.judge(sums, total_norm, self.stop)
+        found_inf, flags, means = self.finite.check(sums, total_norm, self.stop)
         with phase("optimizer"):
             if self.config.optim.clip_grad is not None:
                 clip_gradients(self.optimizer, updated, total_norm, self.config.optim.clip_grad)
             self._update(found_inf)
-        return Outcome(flags, means, norms, total_norm)
+        return StepOutput(flags, means, norms, total_norm)
 
-    def finish(self, step: int, outcome: Outcome) -> dict[str, Tensor]:
+    def finish(self, step: int, output: StepOutput) -> dict[str, Tensor]:
         """The moving average, whose weight depends on the step, and the copy of the flags."""
         if self.average is not None:
             self.average.update(step)
-        self.guard.watch(step, outcome.flags, outcome.norms)
-        numbers = dict(zip(NUMBERS, outcome.means.unbind(), strict=True))
-        return numbers | {"grad_norm": outcome.total_norm}
-
-    # -- pieces ----------------------------------------------------------------------------------
+        self.finite.record(step, output.flags, output.norms)
+        numbers = dict(zip(NUMBERS, output.means.unbind(), strict=True))
+        return numbers | {"grad_norm": output.total_norm}
 
     def _update(self, found_inf: Tensor) -> None:
-        """The optimiser's step, which a loss or gradient that is not finite must not reach."""
+        """The optimiser's step, skipped where a loss or gradient is not finite."""
         optimizer: Any = self.optimizer
         if skips_on_device(optimizer):
             optimizer.found_inf = found_inf
             optimizer.step()
-        elif found_inf.item() == 0:  # LAMB and apex know no such flag: one wait for the device
+        elif found_inf.item() == 0:  # LAMB and apex have no found_inf: this waits for the device
             optimizer.step()
 
     def _seed(self, part: Part) -> None:
-        """Start the draws of the part's forward."""
+        """Seed the generator for the draws of the part's forward."""
         fused = set_batch_part(self.model, part.offset, self.config.batch_size)
         words = (
             (self.config.seed, part.step) if fused else (self.config.seed, part.step, part.offset)
@@ -176,7 +181,7 @@ class TrainStep:
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def _backward(self, part: Part, share: float) -> list[Tensor]:
-        """Gradients of one part, added up; its share of the losses, as NUMBERS."""
+        """Accumulate the gradients of one part; returns its share of the losses, as NUMBERS."""
         batch, logits = part.batch, part.batch.teacher
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
@@ -216,7 +221,7 @@ class TrainStep:
             return_parts=True,
         )
         if isinstance(logits, Tensor) and logits.is_floating_point():
-            # A decision hides it: the largest of logits that are not finite is some class.
+            # Hard distillation would hide them: the argmax of logits with NaN is some class.
             total = torch.where(torch.isfinite(logits).all(), total, float("nan"))
         return total, base, distill
 
@@ -224,7 +229,7 @@ class TrainStep:
 def parallel(
     config: RunConfig, model: nn.Module, device: torch.device, group: ProcessGroup
 ) -> nn.Module:
-    """What a step calls: the model, compiled as configured, its gradients averaged over ranks.
+    """The module that a step calls: the model, compiled as configured, wrapped for several ranks.
 
     Raises:
         InputError: compile=blocks for a model without blocks.
@@ -232,9 +237,9 @@ def parallel(
     forward: Any = model
     mode = resolve_compile(config, device, model)
     if mode != "none":
-        # Gradients of a compiled graph come all at its end, so graphs have to be smaller than the
-        # model for DDP to exchange some while others are computed. Blocks are graphs of their own;
-        # a whole model's graph is cut by torch at the borders of DDP's buckets.
+        # A compiled graph produces all its gradients at its end. DDP overlaps communication with
+        # the backward only between graphs: between blocks, or, for a whole model, where torch
+        # splits its graph at the borders of DDP's buckets.
         torch._dynamo.config.optimize_ddp = mode == "model"
         if mode == "model":
             raise_recompile_limit()
@@ -243,12 +248,12 @@ def parallel(
             compile_blocks(model)
     if group.world_size == 1:
         return forward  # type: ignore[no-any-return]
-    # Buffers follow the first rank's by default; transformers have none and send nothing.
+    # By default buffers are copied from the first rank; transformers have none.
     wrapped = DistributedDataParallel(
         forward,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Without a teacher the distillation head of a student that has one gets no gradient.
+        # Without a teacher the distillation head gets no gradient.
         find_unused_parameters=config.loss.kind == "none",
     )
     if config.compress_gradients:
@@ -256,3 +261,125 @@ def parallel(
 
         wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
+
+
+# ---------------------------------------------------------------------------------------------
+# The finite check
+# ---------------------------------------------------------------------------------------------
+
+
+class Checked(NamedTuple):
+    """The result of ``FiniteCheck.check``, on the device."""
+
+    found_inf: Tensor  # float32 []: 1.0 where the update must be skipped, else 0.0
+    flags: Tensor  # float32 [ranks + 2]: loss not finite, for each rank; gradient not finite; stop
+    means: Tensor  # float32 [numbers]: over the ranks
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The result for one step, on the host; the same on every rank."""
+
+    step: int
+    bad_ranks: tuple[int, ...]  # whose loss was not finite
+    bad_gradient: bool
+    stop: bool  # some rank was signalled
+    norms: Tensor = field(repr=False, compare=False)  # on the device, as of ``gradient_norms``
+
+    @property
+    def is_finite(self) -> bool:
+        return not (self.bad_ranks or self.bad_gradient)
+
+
+class _Pending(NamedTuple):
+    step: int
+    flags: Tensor  # on the host, complete when `ready` is
+    ready: torch.cuda.Event | None
+    norms: Tensor
+
+
+class FiniteCheck:
+    """Finds steps whose loss or gradient is not finite, and agrees on stop requests of any rank.
+
+    ``check`` runs on the device before the update, so a CUDA graph can contain it. The optimiser
+    takes its ``found_inf``: a step that is not finite changes no weight. ``record`` starts a copy
+    of the flags that nothing waits for, and ``poll`` reads it one step later.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, model: nn.Module) -> None:
+        self.group, self.device, self.model = group, device, model
+        self._pending: deque[_Pending] = deque()
+
+    def check(self, losses: list[Tensor], total_norm: Tensor, stop: Tensor) -> Checked:
+        """Check this step and average the losses, in one all-reduce.
+
+        Args:
+            losses: this rank's, float []; the first one must be finite.
+            total_norm: of all gradients after their all-reduce, [].
+            stop: float32 [], above 0 where this rank was signalled.
+        """
+        size = self.group.world_size
+        values = torch.stack([value.float() for value in losses])
+        message = torch.zeros(size + 2 + len(values), device=self.device)
+        message[self.group.rank] = ~torch.isfinite(values[0])
+        message[size] = ~torch.isfinite(total_norm)
+        message[size + 1] = stop
+        message[size + 2 :] = values / size
+        self.group.sum(message)
+        flags, means = message[: size + 2], message[size + 2 :]
+        return Checked((flags[: size + 1] > 0).any().float(), flags, means)
+
+    def record(self, step: int, flags: Tensor, norms: Tensor) -> None:
+        """Start the copy of a step's flags to the host.
+
+        Args:
+            step: position in the order.
+            flags: of ``check``.
+            norms: of ``gradient_norms``.
+        """
+        host = torch.empty_like(flags, device="cpu", pin_memory=flags.is_cuda)
+        host.copy_(flags, non_blocking=True)
+        ready = None
+        if flags.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending.append(_Pending(step, host, ready, norms))
+
+    def poll(self, keep: int = 1) -> CheckResult | None:
+        """The oldest result, without the ``keep`` newest steps, which may still be running."""
+        if len(self._pending) <= keep:
+            return None
+        step, flags, ready, norms = self._pending.popleft()
+        if ready is not None:
+            ready.synchronize()
+        *ranks, gradient, stop = (value > 0 for value in flags.tolist())
+        bad = tuple(rank for rank, is_bad in enumerate(ranks) if is_bad)
+        return CheckResult(step, bad, gradient, stop, norms)
+
+    def reset(self) -> None:
+        """Drop the results not polled yet, of steps that will be repeated."""
+        self._pending.clear()
+
+    def describe(self, result: CheckResult) -> str:
+        """One line about a result that is not finite: step, ranks, parameters."""
+        ranks = ", ".join(map(str, result.bad_ranks))
+        reasons = [f"the loss of rank {ranks} is not finite"] if result.bad_ranks else []
+        # A later step may have replaced the gradients, but for the same parameters.
+        names = [name for name, p in self.model.named_parameters() if p.grad is not None]
+        bad = [name for name, norm in zip(names, result.norms.tolist(), strict=True)
+               if not abs(norm) < float("inf")]  # fmt: skip
+        if bad:
+            more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+            reasons.append(
+                f"the gradients of {len(bad)} of {len(names)} parameters are not finite: "
+                f"{', '.join(bad[:_NAMED])}{more}"
+            )
+        text = "; ".join(reasons) or "the norm of all gradients is not finite"
+        return f"step {result.step + 1}: {text}"
+
+
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
+    """Parameters that have a gradient, and the norms of their gradients, float32 [P]."""
+    found = [p for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([p.grad for p in found if p.grad is not None])
+    return found, torch.stack([norm.float() for norm in norms])

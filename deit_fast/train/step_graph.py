@@ -1,11 +1,11 @@
 """A training step as one CUDA graph: captured once, then replayed with a single launch.
 
-Ingest, the online teacher, the student's forward, loss, backward, gradient norms, the guard's
-judgement, clipping and AdamW are in the graph. What changes from step to step reaches it through
-memory at fixed addresses, which is filled before the replay: the batch with its stored logits
-(``StaticPart``), the learning rate, the stop flag, the position in the batch. The seed is the
-generator's, which CUDA graphs read at the replay. Behind the replay come the moving average, whose
-weight is a number of the host, and the copy of the guard's flags.
+The graph contains ingest, the online teacher, the student's forward, loss, backward, gradient
+norms, the finite check, clipping and AdamW. Inputs that change from step to step reach it through
+memory at fixed addresses, filled before the replay: the batch with its stored logits
+(``StaticPart``), the learning rate, the stop flag, the offset in the batch, and the generator's
+seed, which CUDA graphs read at the replay. After the replay come the moving average, whose weight
+is a number on the host, and the copy of the check's flags.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.train.optim import skips_on_device
 
-WARM_UP = 3  # real steps before the capture: they compile, choose algorithms, make moments
-_HALVES = 2  # images of a view at most: its own and its partner's
+WARM_UP = 3  # steps before the capture: they compile, choose algorithms, allocate moments
+_IMAGES_PER_VIEW = 2  # at most: its own and that of the sample mixed into it
+_COPIED = ("plan", "labels", "partner_labels", "lam")
 
 
 @dataclasses.dataclass
@@ -36,63 +37,60 @@ class Part:
     offset: int  # position of the first sample in the whole batch
 
 
-class Outcome(NamedTuple):
-    """What a step leaves on the device: nothing of it has been read."""
+class StepOutput(NamedTuple):
+    """Results of a step on the device; none of them has been read."""
 
-    flags: Tensor  # of ``Guard.judge``
+    flags: Tensor  # of ``FiniteCheck.check``
     means: Tensor  # float32 [3], as ``step.NUMBERS``
     norms: Tensor  # float32 [P], of the gradients
     total_norm: Tensor  # float32 []
 
 
-Work = Callable[[list[Part]], Outcome]
+Work = Callable[[list[Part]], StepOutput]
 
 
 class StaticPart:
     """A part whose tensors have fixed addresses; each step fills them.
 
-    The number M of images differs from batch to batch. The memory has room for the largest M. The
-    plan's rows point into it, and images behind the last one are not read.
+    The number M of images differs from batch to batch, and the memory has room for the largest M.
+    The plan's rows index into it; images behind the last one are not read.
     """
 
     def __init__(self, like: Part) -> None:
         batch = like.batch
-        most = max(len(batch.images), _HALVES * len(batch))
-        moved = {name: getattr(batch, name).clone() for name in _COPIED}
-        images = batch.images.new_zeros((most, *batch.images.shape[1:]))
+        capacity = max(len(batch.images), _IMAGES_PER_VIEW * len(batch))
+        copies = {name: getattr(batch, name).clone() for name in _COPIED}
+        images = batch.images.new_zeros((capacity, *batch.images.shape[1:]))
         teacher = None if batch.teacher is None else map_teacher(batch.teacher, torch.clone)
         batch = dataclasses.replace(
-            batch, images=images, teacher=teacher, substituted=[], **moved
+            batch, images=images, teacher=teacher, substituted=[], **copies
         )  # fmt: skip
         self.part = dataclasses.replace(like, batch=batch)
 
     def fill(self, part: Part) -> bool:
-        """Copy a part in; False, and nothing is copied, where it is of another shape."""
-        mine, batch = self.part.batch, part.batch
-        count = len(batch.images)
-        pairs = [(getattr(mine, name), getattr(batch, name)) for name in _COPIED]
-        own, given = teacher_tensors(mine.teacher), teacher_tensors(batch.teacher)
-        if len(own) != len(given) or count > len(mine.images):
+        """Copy a part in. Returns False, without copying, if its shapes are different."""
+        target, source = self.part.batch, part.batch
+        count = len(source.images)
+        pairs = [(getattr(target, name), getattr(source, name)) for name in _COPIED]
+        ours, theirs = teacher_tensors(target.teacher), teacher_tensors(source.teacher)
+        if len(ours) != len(theirs) or count > len(target.images):
             return False
-        pairs += [(mine.images[:count], batch.images), *zip(own, given, strict=True)]
+        pairs += [(target.images[:count], source.images), *zip(ours, theirs, strict=True)]
         if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
             return False
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-        # The ids stay on the host and are not part of the work.
-        mine.sample_ids, mine.view_ids = batch.sample_ids, batch.view_ids
+        for a, b in pairs:
+            a.copy_(b, non_blocking=True)
+        # The ids stay on the host; the device does not read them.
+        target.sample_ids, target.view_ids = source.sample_ids, source.view_ids
         self.part.step, self.part.offset = part.step, part.offset
         return True
 
 
-_COPIED = ("plan", "labels", "partner_labels", "lam")
-
-
 class Rates:
-    """Learning rates as device memory: one number fills those of all parameter groups.
+    """Learning rates in device memory; filling one number sets those of all parameter groups.
 
-    Inside ``in_use`` the optimiser takes them and may be captured; outside its groups hold plain
-    numbers, so that a checkpoint is the same with and without a graph.
+    Inside ``in_use`` the optimiser reads them and can be captured. Outside, its groups hold plain
+    numbers, so that checkpoints do not depend on the graph.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -118,12 +116,12 @@ class Rates:
 
 
 class StepGraph:
-    """Runs the work of each step: as it is in the first steps, then as a CUDA graph.
+    """Runs the work of each step: directly in the first steps, then as a CUDA graph.
 
-    A part of another shape than the first runs as it is too.
+    A part of another shape than the first always runs directly.
 
     Args:
-        optimizer: a fused AdamW; its state must not be replaced without ``drop``.
+        optimizer: a fused AdamW; call ``reset`` when its state is replaced.
         device: CUDA.
         work: the step's work, of one part.
     """
@@ -134,15 +132,15 @@ class StepGraph:
         self._stream = torch.cuda.Stream(device)
         self._static: StaticPart | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._outcome: Outcome | None = None
+        self._output: StepOutput | None = None
         self._warm = 0
 
-    def __call__(self, parts: list[Part], lr: float) -> Outcome:
+    def __call__(self, parts: list[Part], lr: float) -> StepOutput:
         """The work of a step whose generator has been seeded.
 
         Raises:
-            InputError: something in the step cannot be captured, such as a teacher of the user's
-                that waits for the device.
+            InputError: part of the step cannot be captured, such as a teacher of the user's that
+                waits for the device.
         """
         if self._static is None:
             self._static = StaticPart(parts[0])
@@ -151,58 +149,56 @@ class StepGraph:
         self.rates.fill(lr)
         if self._graph is None and self._warm < WARM_UP:
             self._warm += 1
-            return self._beside()
+            return self._warm_up(self._static.part)
         if self._graph is None:
-            self._capture()
-        assert self._graph is not None and self._outcome is not None
+            self._capture(self._static.part)
+        assert self._graph is not None and self._output is not None
         self._graph.replay()
-        return Outcome(*(value.clone() for value in self._outcome))
+        return StepOutput(*(value.clone() for value in self._output))
 
     @property
     def is_captured(self) -> bool:
         """Whether the next step of the same shape is a replay."""
         return self._graph is not None
 
-    def drop(self) -> None:
-        """Forget the graph, which holds addresses of an optimiser state that was replaced."""
-        self._graph = self._outcome = None
+    def reset(self) -> None:
+        """Drop the graph, which holds addresses of an optimiser state that was replaced."""
+        self._graph = self._output = None
         self._warm = 0
 
-    def _beside(self) -> Outcome:
-        """One step on the stream of the capture, which CUDA graphs need as a warm-up."""
-        assert self._static is not None
+    def _warm_up(self, part: Part) -> StepOutput:
+        """One step on the capture's stream, as CUDA graphs require before a capture."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), self.rates.in_use():
-            outcome = self.work([self._static.part])
+            output = self.work([part])
         current.wait_stream(self._stream)
-        return outcome
+        return output
 
-    def _capture(self) -> None:
-        assert self._static is not None
+    def _capture(self, part: Part) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # The threads of the loader allocate and copy at the same time. A capture that covers
-            # all threads of the process would fail because of them.
+            # The loader's threads allocate and copy at the same time; a capture of all threads of
+            # the process would fail because of them.
             with (
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
                 self.rates.in_use(),
             ):
-                outcome = self.work([self._static.part])
+                output = self.work([part])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = first_line(error)
             raise InputError(
-                f"cuda_graphs: the step cannot be captured ({reason}); choose --no-cuda-graphs"
+                f"cuda_graphs: the step cannot be captured ({first_line(error)}); "
+                f"choose --no-cuda-graphs"
             ) from error
-        self._graph, self._outcome = graph, outcome
+        self._graph, self._output = graph, output
 
 
 def require_capturable(
     device: torch.device, group: ProcessGroup, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Raise InputError where a run's step cannot be one CUDA graph, with the reason."""
+    """Raise InputError, with the reason, if a run's step cannot be one CUDA graph."""
     if device.type != "cuda":
         raise InputError(f"cuda_graphs needs a CUDA device, and the run is on {device.type}")
     if group.world_size > 1:

@@ -65,17 +65,17 @@ class Operators(TorchDispatchMode):
 
 
 def steps_of(config: RunConfig, count: int, device: str) -> tuple[TrainStep, list]:
-    """A step of the configuration as the loop makes it, and its first batches."""
+    """A step of the configuration as the loop builds it, and its first batches."""
     source = open_source(config.data, "train", config.view.image_size)
-    place = torch.device(device)
-    state = create_state(config, len(source.classes), place)
-    teacher = open_teacher(config, source, place)
-    step = TrainStep(config, state.model, teacher, state.optimizer, state.ema, place)
+    chosen = torch.device(device)
+    state = create_state(config, len(source.classes), chosen)
+    teacher = open_teacher(config, source, chosen)
+    step = TrainStep(config, state.model, teacher, state.optimizer, state.ema, chosen)
     plan = ViewPlan(config.view, config.seed, source.num_samples)
     order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
     batches = TrainBatches(order, config.batch_size, config.epochs)
     loader = open_loader(
-        config.data, source, plan, batches, device=place, stop=count,
+        config.data, source, plan, batches, device=chosen, stop=count,
         attach=teacher.attach(batches, 0),
     )  # fmt: skip
     found = list(loader)
