@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import InputError
-from deit_fast.kernels import ingest_launch
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part

@@ -156,7 +156,7 @@ def test_a_tracker_that_fails_during_a_run_is_dropped(world, tmp_path, monkeypat
     with caplog.at_level(logging.WARNING, "deit_fast"):
         train(run_config(world, tmp_path / "run", track=("tensorboard",)))
     warnings = [r.message for r in caplog.records if "no more rows" in r.message]
-    said = "tensorboard is left out from here on: ConnectionError: api.example"
+    said = "tensorboard gets no more rows: ConnectionError: api.example"
     assert warnings == [said]
     assert [step for step, _ in in_tensorboard(tmp_path / "run")["train/loss"]] == [1, 2]
     assert len(rows_of(tmp_path / "run")["train/loss"]) == 12
