@@ -212,7 +212,7 @@ class TrainArguments(RunConfig):
     recipe: str = "custom"
     """Start from this recipe; `deit-fast recipes list` names them."""
     config: str | None = None
-    """Start from this JSON file, such as the config.json that every run writes."""
+    """Start from this JSON file; every run writes one, config.json."""
     print_config: bool = False
     """Print the resolved settings as JSON, ready for --config, and exit."""
 
@@ -225,7 +225,7 @@ class PrecomputeArguments(TrainArguments):
     """
 
     views: str | None = None
-    """Only the views A to B-1, written A:B; none: all views that the run needs."""
+    """Only the views A to B-1, written A:B. none: all views that the run needs."""
     dry_run: bool = False
     """Print bytes, blocks and time, measured on one batch, and write nothing."""
 

@@ -126,9 +126,9 @@ def evaluate(
 
     Args:
         run: Folder of the run.
-        data_root: Image folder to measure on; none: the run's own.
-        batch_size: Images per step; none: the run's own.
-        device: `auto`: CUDA where there is one.
+        data_root: Image folder to measure on; none: the run's.
+        batch_size: Images per step; none: the run's.
+        device: `auto`: CUDA where available.
         ema: Use the moving average of the weights.
     """
     if batch_size is not None and batch_size < 1:
@@ -152,21 +152,22 @@ def analyze(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: str | None = None,
 ) -> str:
-    """Look into finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
+    """Analyse finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
 
-    Writes RUN/analysis/ with figures and pictures, which `deit-fast report` shows. Runs on the
-    same images are compared; give the one without distillation too.
+    Writes figures and pictures to RUN/analysis/, which `deit-fast report` shows. Runs on the same
+    images are compared with each other; include the one without distillation.
 
     Args:
         runs: Folders of the runs.
-        teacher: The runs' teacher, with its weights; none: as each run names it.
-        data_root: Image folder to measure on; none: the runs' own.
+        teacher: The runs' teacher with its weights; none: the one that each run names.
+        data_root: Image folder to measure on; none: the runs'.
         ema: Use the moving average of the weights.
-        max_images: Take so many held-out images, evenly spaced; none: all.
-        sample: Id of a held-out image to show softened; none: the teacher's least certain.
-        maps: Images to draw attention of.
-        device: `auto`: CUDA where there is one.
-        out: Also write the figures of all runs, with versions and command, to this JSON file.
+        max_images: Number of held-out images, evenly spaced; none: all.
+        sample: ID of the held-out image whose softened teacher logits are shown; none: the one of
+            which the teacher is least certain.
+        maps: Number of images whose attention is drawn.
+        device: `auto`: CUDA where available.
+        out: JSON file to write as well, with the figures of all runs, versions and command.
     """
     for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
         if value is not None and value < least:
@@ -209,19 +210,19 @@ def pack(
 ) -> str:
     """Decode each image once and write shards that load without decoding.
 
-    For hosts whose cores cannot keep up. `--data.source packed --data.root OUT` reads them. The
-    same command goes on after an interruption.
+    For hosts whose CPU cores are too slow to decode. `--data.source packed --data.root OUT` reads
+    the shards. After an interruption the same command resumes.
 
     Args:
-        root: Image folder or tar shards with both splits.
-        out: Folder to write; uint8 images of ImageNet take about 330 GB, jpeg 40 GB.
-        form: `uint8`: pixels. `jpeg`: smaller, and still to be decoded.
-        short_side: Images are reduced to this shorter side, pixels; smaller ones stay.
-        quality: Of jpeg, 1 to 100.
+        root: Folder of images or tar shards, with both splits.
+        out: Folder to write. ImageNet takes about 330 GB as uint8, 40 GB as jpeg.
+        form: `uint8`: pixels. `jpeg`: smaller, but must still be decoded.
+        short_side: Larger images are reduced to this shorter side, in pixels.
+        quality: JPEG quality, 1 to 100.
         source: What `root` holds.
-        train: Name of the training split's folder.
-        val: Name of the held-out split's folder.
-        workers: Processes.
+        train: Folder name of the training split.
+        val: Folder name of the held-out split.
+        workers: Number of processes.
     """
     from deit_fast.config import DataConfig
     from deit_fast.tools.pack import pack as write
@@ -250,13 +251,13 @@ def report(
 
 
 def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> str:
-    """Say what this machine has, what is slow on it, and what to do about it.
+    """Check this machine: what it has, what is slow on it, and what to do about it.
 
     Args:
-        output: Where runs are written; its disk is measured.
-        workers: Decoding processes to plan shared memory for.
+        output: Folder of the runs, whose disk is measured.
+        workers: Number of decoding processes, for which shared memory must suffice.
         report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
-            run's configuration and last log rows. Variables that may hold a secret are left out.
+            run's settings and last log rows. Variables that may hold a secret are left out.
     """
     from deit_fast.tools.doctor import examine, has_problem, render
 
@@ -280,7 +281,7 @@ def recipes_list() -> str:
 
 
 def recipes_show(name: str, /) -> str:
-    """Show a recipe: its command, time and accuracy, and the settings that it changes.
+    """Show a recipe: its command, time, accuracy, and the settings that it changes.
 
     Args:
         name: Name of the recipe.
@@ -391,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _LogFormat(logging.Formatter):
-    """Information as it is; warnings and errors say so."""
+    """Prefixes warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -402,7 +403,7 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogFormat())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    # the other ranks would say the same again
+    # The other ranks would repeat the same lines.
     logging.getLogger("deit_fast").setLevel(logging.WARNING if _rank() else logging.INFO)
 
 

@@ -1,10 +1,10 @@
 """Named, documented run configurations. Each docstring holds command, expected time and accuracy.
 
 Accuracies are those that DeiT's authors published (arXiv 2012.12877, tables 3 and 9, figure 3, and
-their repository); "not run" says that this project has not repeated the run. What differs from
-DeiT's recipe: Mixup/CutMix draw lambda per pair of samples instead of per batch (the same law per
-image; --compat deit goes the other way, without a cache), and the learning rate moves every step,
-not one epoch late.
+their repository); "not run" means that this project has not repeated the run. Two things differ
+from DeiT's recipe: Mixup/CutMix draw lambda per pair of samples instead of per batch, with the same
+distribution per image, and the learning rate changes every step, not one epoch late. Both are as in
+DeiT's code with `--compat deit`, which excludes a cache.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def deit_base_distilled() -> RunConfig:
 
 
 def _deit_soft(recipe: str, model: str) -> RunConfig:
-    """DeiT, section 5: soft distillation took tau 3 and weight 0.1; KL per sample (batchmean)."""
+    """DeiT, section 5: soft distillation with tau 3 and weight 0.1; KL per sample (batchmean)."""
     return _deit(recipe, model, "soft").replace(
         loss={"alpha": 0.1, "tau": 3.0, "reduction": "batchmean"}
     )
@@ -128,7 +128,7 @@ def deit_base_distilled_soft() -> RunConfig:
 def deit_base_distilled_1000ep() -> RunConfig:
     """DeiT-B, hard distillation, 1000 epochs: 1002 views of each image, stored as decisions only.
 
-    The `hard` codec takes 2 bytes a view, 2.6 GB for ImageNet; top-16 would take 92 GB.
+    The `hard` codec takes 2 bytes per view, 2.6 GB for ImageNet; top-16 would take 92 GB.
 
     Command: as deit_tiny_distilled, with --recipe deit_base_distilled_1000ep.
     Time: not measured yet. Accuracy: published 84.2 %; not run.
@@ -140,12 +140,12 @@ def deit_base_distilled_1000ep() -> RunConfig:
 
 
 def deit_base_distilled_384() -> RunConfig:
-    """Fine-tuning of a trained DeiT-B at 384 pixels, hard distillation going on.
+    """Fine-tuning of a trained DeiT-B at 384 pixels with hard distillation.
 
-    The settings are those of DeiT's own command for 384 pixels: 30 epochs, batch 512, a learning
-    rate of 5e-6 that stays there after the usual warm-up from 1e-6, weight decay 1e-8. Its code
-    refuses to distill meanwhile; its paper does, with a teacher at the same resolution: here the
-    teacher sees the 384-pixel views. Position embeddings are interpolated when the weights load.
+    The settings are those of DeiT's command for 384 pixels: 30 epochs, batch 512, a learning rate
+    that is constant at 5e-6 after the usual warm-up from 1e-6, weight decay 1e-8. DeiT's code
+    refuses distillation here, but its paper uses it, with a teacher at the same resolution: the
+    teacher sees the 384-pixel views. Position embeddings are interpolated when weights are loaded.
 
     Command: deit-fast precompute --recipe deit_base_distilled_384 --data.root IMAGENET
     --teacher timm:regnety_160.deit_in1k --cache CACHE384, then
@@ -209,9 +209,9 @@ def funmatch_small() -> RunConfig:
     alone, no labels; batch 4096, gradients clipped at 1, 5000 steps of warm-up, 1200 epochs, each
     with a view of its own.
     What differs: the student is a DeiT-S with one head instead of a ResNet-50, so optimiser,
-    learning rate and weight decay are DeiT's AdamW; views are cached, so a teacher costs 1200
-    passes once and not in every run (top-16: 110 GB; with --teacher in place of --cache nothing is
-    stored); what is left of the top 16 counts as one class.
+    learning rate and weight decay are those of DeiT. Views are cached, so the teacher's 1200 passes
+    are needed once and not in every run (top-16: 110 GB; with --teacher instead of --cache nothing
+    is stored). All classes outside the top 16 count as one.
 
     Command: deit-fast precompute --recipe funmatch_small --data.root IMAGENET
     --teacher timm:resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k --cache CACHE, then
@@ -281,7 +281,7 @@ def cifar_32() -> RunConfig:
 
 
 def digits_teacher() -> RunConfig:
-    """The demo's teacher: a small convolutional network on 16-pixel views, no mixing.
+    """The demo's teacher: a small convolutional network on 16-pixel views, without mixing.
 
     Command: deit-fast demo
     Time and accuracy: bench/results/cpu/demo-*.json.
@@ -294,7 +294,7 @@ def digits_teacher() -> RunConfig:
         model=ModelConfig(name="deit_fast.models.convnet:small_convnet", drop_path=0.0),
         loss=LossConfig(kind="none", smoothing=0.1),
         optim=OptimConfig(lr=2e-3, lr_batch=64, warmup_epochs=2.0, ema_decay=0.0),
-        compile="none",  # on a GPU it would take longer than the training
+        compile="none",  # on a GPU, compilation would take longer than the training
         log_every=10,
         eval_every=10,
         save_every=10,
@@ -324,7 +324,7 @@ def digits_student() -> RunConfig:
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
         optim=OptimConfig(lr=1e-3, lr_batch=64, warmup_epochs=5.0, ema_decay=0.0),
         codec=CodecConfig(name="topk", block_records=256),
-        compile="none",  # on a GPU it would take longer than the training
+        compile="none",  # on a GPU, compilation would take longer than the training
         log_every=10,
         eval_every=5,
         save_every=10,
@@ -332,7 +332,7 @@ def digits_student() -> RunConfig:
 
 
 def _digits_view(**changes: object) -> ViewRecipe:
-    """Digits are neither mirrored nor cropped to a corner: that would change the label."""
+    """No flips and no small crops, because they would change the label."""
     settings: dict = {
         "image_size": 16,
         "crop_scale": (0.5, 1.0),
