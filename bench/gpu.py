@@ -39,10 +39,10 @@ JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # processes that compile side
 
 # One small shape of each kernel, forward and backward: a broken kernel shows in the first minute.
 FIRST_TESTS = (
-    "tests/test_attention.py::test_accuracy_on_a_gpu[198-64-dtype1]",
-    "tests/test_add_layer_norm.py::test_accuracy_on_a_gpu[keep-dtypes3]",
-    "tests/test_bias_gelu.py::test_accuracy_on_a_gpu[plain-dtypes1]",
-    "tests/test_bias_gelu_linear.py::test_accuracy_on_a_gpu[128x128-33-384-dtype0]",
+    "tests/test_attention.py::test_accuracy_on_a_gpu[198-64-bfloat16]",
+    "tests/test_add_layer_norm.py::test_accuracy_on_a_gpu[keep-float32,bfloat16,float32]",
+    "tests/test_bias_gelu.py::test_accuracy_on_a_gpu[plain-bfloat16,float32]",
+    "tests/test_bias_gelu_linear.py::test_accuracy_on_a_gpu[128x128-33-384-bfloat16]",
     "tests/test_distillation_loss_kernel.py::test_accuracy_on_a_gpu[dense-torch.bfloat16]",
     "tests/test_ingest.py::test_the_compiled_kernel_gives_the_bits_of_the_cpu[nchw-6-torch.float32]",
 )

@@ -17,11 +17,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, TextIO
 
 from .record import ROOT
@@ -113,7 +113,7 @@ def run_stages(
     shares = [0.0 if stage.skip else stage.seconds for stage in stages]
     if sum(shares) > total + 0.01:  # scaled shares add up to it but for rounding
         raise ValueError(f"shares of {sum(shares):.0f} s do not fit into {total:.0f} s")
-    deadline = time.monotonic() + total
+    deadline = monotonic() + total
     records: list[dict[str, Any]] = []
     missing = ""
     for position, stage in enumerate(stages):
@@ -123,13 +123,13 @@ def run_stages(
             report(records)
             continue
         until = deadline - sum(shares[position + 1 :])
-        limit = until - time.monotonic()
+        limit = until - monotonic()
         record: dict[str, Any] = {"stage": stage.name, "outcome": "running"}
         record |= {"share_s": stage.seconds, "limit_s": round(limit, 1), "commands": []}
         records.append(record)
         report(records)
         log.write(stage.name, f"{stage.about}; at most {limit:.0f} s")
-        began = time.monotonic()
+        began = monotonic()
         try:
             record["commands"] = _run_stage(stage, until, log)
         except KeyboardInterrupt:
@@ -139,7 +139,7 @@ def run_stages(
         outcomes = {command["outcome"] for command in record["commands"]}
         order = ("not started", "stopped", "failed", "passed")
         record["outcome"] = next(name for name in order if name in outcomes)
-        record["took_s"] = round(time.monotonic() - began, 1)
+        record["took_s"] = round(monotonic() - began, 1)
         log.write(stage.name, f"{record['outcome']} after {record['took_s']} s")
         report(records)
         if stage.is_required and record["commands"][0]["outcome"] != "passed":
@@ -152,7 +152,7 @@ def _run_stage(stage: Stage, until: float, log: Log) -> list[dict[str, Any]]:
     waiting, running, done = list(stage.commands), [], []
     try:
         while waiting or running:
-            now = time.monotonic()
+            now = monotonic()
             if now >= until:
                 break
             while waiting and len(running) < stage.jobs:
@@ -162,7 +162,7 @@ def _run_stage(stage: Stage, until: float, log: Log) -> list[dict[str, Any]]:
             for process in [process for process in running if process.has_ended()]:
                 running.remove(process)
                 done.append(process.record())
-            time.sleep(POLL_SECONDS)
+            sleep(POLL_SECONDS)
     finally:
         done += [process.record() for process in running]
     return done + [{"command": command.name, "outcome": "not started"} for command in waiting]
@@ -172,7 +172,7 @@ class _Running:
     """A command's process group, and the thread that copies its output to the log."""
 
     def __init__(self, stage: str, command: Command, seconds: float, log: Log) -> None:
-        self.command, self.began = command, time.monotonic()
+        self.command, self.began = command, monotonic()
         grace = min(SECONDS_TO_LEAVE, seconds / 4)
         self.kill_at = self.began + seconds
         self.interrupt_at = self.kill_at - grace
@@ -202,7 +202,7 @@ class _Running:
         """Whether it has ended, or its time has; interrupts it shortly before that."""
         if self.process.poll() is not None:
             return True
-        now = time.monotonic()
+        now = monotonic()
         if now >= self.interrupt_at and not self.is_stopped:
             self.is_stopped = True
             self._send(signal.SIGINT)
@@ -218,7 +218,7 @@ class _Running:
         is_stopped = self.is_stopped or self.process.poll() is None
         self._send(signal.SIGKILL)
         found: dict[str, Any] = {"command": self.command.name}
-        found["took_s"] = round(time.monotonic() - self.began, 1)
+        found["took_s"] = round(monotonic() - self.began, 1)
         try:
             status = self.process.wait(timeout=SECONDS_TO_DIE)
         except subprocess.TimeoutExpired:  # it hangs in the driver, where no signal reaches it

@@ -1,4 +1,6 @@
-"""Marks that this machine cannot serve are skipped with a reason; all tests have one seed.
+"""Which tests run here, what their ids look like, and what all of them share.
+
+Tests that this machine cannot run are left out, and one line at the end counts them by reason.
 
 ``--outcomes FILE`` appends a line of JSON for each test as soon as it ends, so that a run that is
 killed leaves the outcomes so far: bench/gpu.py reads them.
@@ -10,6 +12,8 @@ import importlib.util
 import json
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
 
 
-def absent(mark: str) -> str:
+def missing_for(mark: str) -> str:
     """Why tests of this mark cannot run here; empty where they can."""
     if mark == "gpu":
         return "" if torch.cuda.is_available() else "no CUDA GPU"
@@ -41,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
     if path is not None and not hasattr(config, "workerinput"):  # not in a worker of xdist
         config.pluginmanager.register(Outcomes(path), "outcomes")
+    config.pluginmanager.register(LeftOut(), "left out")
 
 
 class Outcomes:
@@ -78,13 +83,94 @@ class Outcomes:
             file.write(json.dumps({"run": os.getpid()} | entry) + "\n")
 
 
-@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for mark in ("gpu", "dali"):
-        reason = absent(mark)
-        for item in items:
+# ---------------------------------------------------------------------------------------------
+# Tests that cannot run here
+# ---------------------------------------------------------------------------------------------
+
+
+class LeftOut:
+    """Deselects what this machine cannot run, and says so in one line instead of hundreds."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    @pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        if config.option.collectonly:
+            return
+        missing = {mark: missing_for(mark) for mark in ("gpu", "dali")}
+        reasons = [self._reason(item, missing) for item in items]
+        self.counts = dict(Counter(filter(None, reasons)))
+        config.hook.pytest_deselected(
+            items=[item for item, reason in zip(items, reasons, strict=True) if reason]
+        )
+        items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+
+    def _reason(self, item: pytest.Item, missing: dict[str, str]) -> str:
+        for mark, reason in missing.items():
             if reason and item.get_closest_marker(mark):
-                item.add_marker(pytest.mark.skip(reason=reason))
+                return reason
+        for mark in item.iter_markers("skipif"):
+            if mark.args and mark.args[0] is True:
+                return mark.kwargs["reason"]
+        return ""
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):  # a worker of xdist tells the controller
+            session.config.workeroutput["left out"] = self.counts
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.counts = getattr(node, "workeroutput", {}).get("left out", self.counts)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.counts:
+            line = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.counts.items()))
+            terminalreporter.write_line(f"cannot run here: {line}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Ids
+# ---------------------------------------------------------------------------------------------
+
+LONGEST_ID = 170
+UNFIT = re.compile(r"[^\w.,+=-]+", re.ASCII)  # what a shell or pytest reads as something else
+
+
+def text_of(value: object) -> str:
+    """A value in an id, "" where it has no short text: numbers, words, dtypes, and rows of them."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return UNFIT.sub("_", str(value)).strip("_")[:50]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple | list):
+        parts = [text_of(part) for part in value]
+        separator = "x" if all(isinstance(part, int) for part in value) else ","
+        return separator.join(parts)[:50] if all(parts) else ""
+    return ""
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Ids that a shell takes without quotes, so that a failed test is easily run again."""
+    has_no_name = isinstance(val, str | bytes) or getattr(val, "__name__", "") == "<lambda>"
+    return text_of(val) or (argname if has_no_name else None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    unfit = [
+        item.nodeid
+        for item in items
+        if UNFIT.search(item.nodeid.replace("::", "").translate(str.maketrans("", "", "[]/")))
+        or re.search("0x[0-9a-f]{6}", item.nodeid)
+        or len(item.nodeid) > LONGEST_ID
+    ]
+    unfit += [name for name, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if unfit:
+        names = "\n".join(map(repr, unfit))
+        raise pytest.UsageError(f"ids that cannot be selected again, give short ids=:\n{names}")
 
 
 @pytest.hookimpl(wrapper=True)

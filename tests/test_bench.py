@@ -347,7 +347,7 @@ def test_command_line_writes_a_result_file(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "bench", "ingest", "--device", "cpu", "--seconds", "1"]
     command += ["--commit", "abc", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert set(result) == {"meta", "rows"}

@@ -109,15 +109,14 @@ def test_rivals_are_found_at_the_start_and_ranks_of_one_job_are_none(tmp_path):
         running.refuse_rivals(range(VIEWS))  # its own lock is no rival
 
 
-def test_a_killed_writer_of_this_host_loses_its_lock_at_once(tmp_path):
+def test_a_killed_writer_of_this_host_loses_its_lock_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1e9)  # who waits for that ends at the time limit
     worker = fork(write_all, tmp_path, 0, 1, 0.05)
     while not locks_in(tmp_path):
         time.sleep(0.005)
     worker.kill()
     worker.join()
-    started = time.perf_counter()
     write_all(tmp_path)
-    assert time.perf_counter() - started < 20
     write_all(tmp_path.with_name("whole"))
     assert content(tmp_path) == content(tmp_path.with_name("whole"))
 

@@ -362,7 +362,7 @@ def test_a_view_is_the_same_in_any_batch_order_and_process(source, root):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert other.stdout.strip() == whole.hexdigest(), other.stderr
 

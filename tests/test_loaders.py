@@ -207,13 +207,12 @@ def helpers() -> set[str]:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_half_read_pass_and_an_exception_end_at_once(source, loader):
-    plan, batches = ViewPlan(PLAIN, SEED, 12), run_batches(source, epochs=50)
+    plan, batches = ViewPlan(PLAIN, SEED, 12), run_batches(source, epochs=100_000)
     before = helpers()
     passed = iter(opened(loader, source, plan, batches, workers=2))
     next(passed)
-    started = time.monotonic()
     del passed
-    assert time.monotonic() - started < 10 and helpers() == before
+    assert helpers() == before
 
     def fails() -> None:
         for _ in opened(loader, source, plan, batches, workers=2):
@@ -221,7 +220,7 @@ def test_a_half_read_pass_and_an_exception_end_at_once(source, loader):
 
     with pytest.raises(RuntimeError, match="of the loop's own"):
         fails()
-    assert time.monotonic() - started < 20 and helpers() == before
+    assert helpers() == before
     assert len(list(opened(loader, source, plan, batches, workers=2, stop=3))) == 3
 
 
@@ -334,7 +333,7 @@ def test_without_dali_one_line_names_the_extra(root):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all("pip install deit-fast[dali]" in line for line in lines), done

@@ -167,7 +167,7 @@ def test_killed_at_any_moment_then_finished_gives_the_same_bytes(config, referen
             kills += 1
         process.wait()
     assert kills >= 2
-    assert subprocess.run(command(config, cache), env=ENVIRONMENT, timeout=120).returncode == 0
+    assert subprocess.run(command(config, cache), env=ENVIRONMENT, timeout=500).returncode == 0
     assert contents(cache) == reference
 
 
@@ -257,7 +257,7 @@ def test_a_second_command_by_mistake_is_refused_and_the_first_goes_on(config, re
     os.kill(first.pid, signal.SIGSTOP)  # busy for as long as this test needs
     try:
         second = subprocess.run(
-            command(config, cache), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+            command(config, cache), env=ENVIRONMENT, capture_output=True, text=True, timeout=500
         )
     finally:
         os.kill(first.pid, signal.SIGCONT)

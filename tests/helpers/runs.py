@@ -130,5 +130,5 @@ def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          *options, "-m", "deit_fast", "train", "--config", str(path)],
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
