@@ -23,6 +23,7 @@ from deit_fast.errors import InputError, did_you_mean
 from deit_fast.recipes import find_recipe
 
 HELP = ("-h", "--help")
+_NONE = (["none"], ["None"])
 
 
 def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any = None) -> Any:
@@ -90,34 +91,10 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _value_types() -> Any:
-    """tyro's types, but with numbers that explain themselves and `none` for optional values."""
-    from tyro.constructors import (
-        ConstructorRegistry,
-        PrimitiveConstructorSpec,
-        PrimitiveTypeInfo,
-    )
+    """tyro's types, where an optional value takes `none`, or like tyro `None`."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if info.type not in (int, float):
-            return None
-        what = "a whole number" if info.type is int else "a number"
-
-        def read(values: list[str]) -> Any:
-            try:
-                return info.type(values[0])
-            except ValueError:
-                raise ValueError(f"needs {what}, not {values[0]!r}") from None
-
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=info.type.__name__.upper(),
-            instance_from_str=read,
-            is_instance=lambda value: isinstance(value, (int, info.type)),
-            str_from_instance=lambda value: [str(value)],
-        )
 
     @registry.primitive_rule
     def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -127,20 +104,11 @@ def _value_types() -> Any:
             return None
         inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], set()))
         assert isinstance(inner, PrimitiveConstructorSpec)
-
-        def read(values: list[str]) -> Any:
-            if values in (["none"], ["None"]):
-                return None
-            try:
-                return inner.instance_from_str(values)
-            except ValueError as error:
-                raise ValueError(f"{error} (or none)") from None
-
         return PrimitiveConstructorSpec(
             nargs=inner.nargs,
             metavar=f"{inner.metavar}|none",
-            instance_from_str=read,
-            is_instance=lambda value: value is None or inner.is_instance(value),
+            instance_from_str=lambda v: None if v in _NONE else inner.instance_from_str(v),
+            is_instance=lambda v: v is None or inner.is_instance(v),
             str_from_instance=lambda v: ["none"] if v is None else inner.str_from_instance(v),
         )
 
@@ -161,6 +129,8 @@ _REWORDED = [
     (r"^Missing value for argument '(\S+)'\. Expected (\d+) values", r"\1 needs \2 value(s)"),
     (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
      r"\2 needs one of \3, not \1"),
+    (r"invalid literal for int\(\) with base 10: ", "needs a whole number, not "),
+    (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
 ]  # fmt: skip
 
