@@ -124,14 +124,17 @@ class _Arguments(NamedTuple):
         rows, classes = self.head.shape
         return factors(rows, classes, self.kind, self.base, self.reduction, self.alpha, self.tau)
 
-    def gradient_factors(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """What the forward and the backward multiply p - q by, for each head."""
-        means, weights = self.factors()
-        inner = 1.0, (self.tau if self.kind == "soft" else 1.0)
-        scales = [w * m / t for w, m, t in zip(weights, means, inner, strict=True)]
-        if self.head.dtype == torch.float16:
-            return (FP16_UNIT, FP16_UNIT), (scales[0] / FP16_UNIT, scales[1] / FP16_UNIT)
-        return (scales[0], scales[1]), (1.0, 1.0)
+
+def _gradient_factors(
+    rows: int, classes: int, is_half: bool, kind: str, base: str, reduction: str,
+    alpha: float, tau: float,
+) -> tuple[tuple[float, float], tuple[float, float]]:  # fmt: skip
+    """What the forward and the backward multiply p - q by, for each head."""
+    means, weights = factors(rows, classes, kind, base, reduction, alpha, tau)
+    scales = weights[0] * means[0], weights[1] * means[1] / (tau if kind == "soft" else 1.0)
+    if is_half:
+        return (FP16_UNIT, FP16_UNIT), (scales[0] / FP16_UNIT, scales[1] / FP16_UNIT)
+    return scales, (1.0, 1.0)
 
 
 def _teacher_form(call: _Arguments) -> int:
@@ -173,11 +176,12 @@ def _tile(classes: int, is_wide: bool, form: int, base: str, target: str) -> dic
 
 @planned
 def _launch_loss(
-    _padded: tuple[bool, ...], arrived: Tensor, for_class: bool, for_distill: bool, *arguments: Any
-) -> tuple[Tensor, ...]:
+    _padded: tuple[bool, ...], arrived: Tensor, for_class: bool, for_distill: bool,
+    options: tuple[Any, ...], *tensors: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Losses and gradients, these with their padding. ``_padded`` is here for the plan's key."""
-    call = _Arguments(*arguments)
-    total, base, distill, *gradients = _results(*arguments, for_class, for_distill)
+    call = _Arguments(*tensors, *options)
+    total, base, distill, *gradients = _results(*call, for_class, for_distill)
     head, form = call.head, _teacher_form(call)
     rows, classes = head.shape
     kept = 0 if call.ids is None else call.ids.shape[1]
@@ -206,7 +210,7 @@ def _launch_loss(
     log_rest = _contiguous(_readable(call.log_tail)) if tail in ("uniform", "bucket") else None
 
     means, weights = call.factors()
-    scales, _ = call.gradient_factors()
+    scales, _ = _gradient_factors(rows, classes, head.dtype == torch.float16, *options[1:6])
     (z_c_vec, z_c_padded), (z_d_vec, z_d_padded) = _access(z_c), _access(z_d)
     (soft_vec, soft_padded), (logits_vec, logits_padded) = _access(soft), _access(logits)
     is_wide = all(x is None or _access(x)[0] > 1 for x in (z_c, z_d, soft, logits))
@@ -247,9 +251,10 @@ def _results(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _without_padding(results: tuple[Tensor, ...], classes: int) -> tuple[Tensor, ...]:
-    *losses, g_c, g_d = results
-    g_c, g_d = (g if g.shape[-1] <= classes else g[:, :classes] for g in (g_c, g_d))
-    return *losses, g_c, g_d
+    if all(g.shape[-1] <= classes for g in results[3:]):
+        return results
+    g_c, g_d = (g if g.shape[-1] <= classes else g[:, :classes] for g in results[3:])
+    return *results[:3], g_c, g_d
 
 
 _arrivals: dict[int, Tensor] = {}  # by device
@@ -271,8 +276,8 @@ def _arrival_counter(like: Tensor) -> Tensor:
 
 
 def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, for_class, for_distill = arguments
-    z_c, z_d, target, _, _, teacher = inputs[:6]
+    z_c, z_d, target, _, _, teacher = arguments[:6]
+    for_class, for_distill = arguments[16:]
     head = z_d if z_c is None else z_c
     rows, classes = head.shape
     if rows == 0:
@@ -285,7 +290,9 @@ def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
         # Whether the last row may be read with its padding depends on the memory behind it, too.
         read = (z_c, z_d, target, teacher)
         padded = tuple(_access(x)[1] for x in read if x is not None and x.dim() == 2)
-    results = _launch_loss(padded, _arrival_counter(head), for_class, for_distill, *inputs)
+    results = _launch_loss(
+        padded, _arrival_counter(head), for_class, for_distill, arguments[9:16], *arguments[:9]
+    )
     return _without_padding(results, classes)
 
 
@@ -338,7 +345,10 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.save_for_backward(g_c, g_d)
-        ctx.factors, ctx.used = _Arguments(*arguments).gradient_factors()[1], False
+        head = arguments[1] if arguments[0] is None else arguments[0]
+        is_half = head.dtype == torch.float16
+        ctx.factors = _gradient_factors(*head.shape, is_half, *arguments[10:15])[1]
+        ctx.used = False
         return tuple(losses)
 
     @staticmethod
@@ -431,5 +441,6 @@ def _aot_launch(
         kind, base, "numel", 0.5, 3.0, 0.1,
     )  # fmt: skip
     with recording() as recorded:
-        _launch_loss((), empty(1, dtype=torch.int32), True, kind != "none", *arguments)
+        arrived = empty(1, dtype=torch.int32)
+        _launch_loss((), arrived, True, kind != "none", arguments[9:], *arguments[:9])
     return recorded.launches[0]
