@@ -174,8 +174,7 @@ def analyze(
             raise InputError(f"--{flag} must be at least {least}, not {value}")
     paths = _folders("analyze", runs)
     from deit_fast.tools.analysis.runs import analyze as measure
-    from deit_fast.tools.analysis.summary import write_summary
-    from deit_fast.tools.analysis.table import render
+    from deit_fast.tools.analysis.table import render, write_summary
     from deit_fast.tools.run_folder import short_names
 
     results = measure(

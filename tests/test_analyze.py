@@ -26,16 +26,16 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.data.eval import eval_pixels
 from deit_fast.data.sources import ImageFolder
-from deit_fast.evaluate import evaluate
+from deit_fast.evaluate import evaluate, read_run_config
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.student import build_model
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.environment import describe_command
-from deit_fast.tools.analysis import answers, measures, pictures, subject, tokens
+from deit_fast.tools.analysis import logits, measures, pictures, tokens
+from deit_fast.tools.analysis.measures import soften_sample
 from deit_fast.tools.analysis.runs import analyze
-from deit_fast.tools.analysis.summary import summarise
-from deit_fast.tools.analysis.teachers import soften_sample
+from deit_fast.tools.analysis.table import summarise
 from deit_fast.tools.report.page import build_report
 from helpers.digits import write_few_digits
 
@@ -122,7 +122,7 @@ def test_a_sample_softens_to_the_uniform_answer() -> None:
 
 def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
     one, two = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[-30.0, 1.0, 0.9]])
-    found = answers._heads(one, two)
+    found = logits.student_values(one, two)
     decisions = {k.split(".")[1]: v.item() for k, v in found.items() if k.startswith("decision")}
     assert decisions == {"class": 0, "distillation": 1, "sum_logits": 1, "sum_softmax": 0}
     p = one.softmax(1)[0].tolist(), two.softmax(1)[0].tolist()
@@ -132,8 +132,8 @@ def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
 
 
 def test_ids_are_spread_over_the_sorted_classes() -> None:
-    assert answers.spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
-    assert answers.spaced_ids(3, 9).tolist() == answers.spaced_ids(3, None).tolist() == [0, 1, 2]
+    assert logits.spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
+    assert logits.spaced_ids(3, 9).tolist() == logits.spaced_ids(3, None).tolist() == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------ tokens
@@ -342,7 +342,7 @@ def decide(world: Path, name: str) -> dict[str, torch.Tensor]:
     """Decisions of a run's heads, with timm's own forward in double precision."""
     from safetensors.torch import load_file
 
-    config = RunConfig(**json_config(world / name))
+    config = read_run_config(world / name)
     model: Any = unfuse(build_model(config, 10)).eval().double()
     model.load_state_dict(load_file(world / name / "model.safetensors"))
     with torch.no_grad():
@@ -358,13 +358,6 @@ def decide(world: Path, name: str) -> dict[str, torch.Tensor]:
         "both": (logits[0] + logits[1]).argmax(1),
         "softmax": (logits[0].softmax(1) + logits[1].softmax(1)).argmax(1),
     }
-
-
-def json_config(run: Path) -> dict[str, Any]:
-    from deit_fast.evaluate import read_run_config
-
-    config = read_run_config(run)
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def test_accuracy_is_what_evaluate_measures(world: Path, found: dict[str, dict]) -> None:
@@ -427,7 +420,7 @@ def test_the_teachers_softening_is_of_its_own_logits(world: Path, found: dict[st
 
 
 def test_layers_and_spread_come_from_all_images(world: Path, found: dict[str, dict]) -> None:
-    model = build_model(RunConfig(**json_config(world / "hard")), 10).eval()
+    model = build_model(read_run_config(world / "hard"), 10).eval()
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(world / "hard/model.safetensors"))
@@ -455,7 +448,7 @@ def test_runs_without_a_part_say_so(world: Path, found: dict[str, dict]) -> None
     })  # fmt: skip
     alone = make_run(world, "alone", "hard")
     convnet, hard = analyze([run]), analyze([alone], maps=1)
-    assert convnet[0]["left_out"]["attention"] == "the student is no timm VisionTransformer"
+    assert convnet[0]["left_out"]["attention"] == "the student is not a timm VisionTransformer"
     assert "trained without a teacher" in convnet[0]["left_out"]["teacher"]
     assert hard[0]["left_out"]["undistilled"].startswith("no run with loss.kind none")
     assert hard[0]["left_out"]["teacher"].startswith("neither the run nor its cache names")
@@ -479,7 +472,7 @@ def test_the_teacher_is_the_runs_own_or_the_very_one_its_cache_names(
     (run / "result.json").write_text(json.dumps({"teacher": other}))
     (lost,) = analyze([run], maps=0)
     assert "teacher" not in lost
-    assert lost["left_out"]["teacher"].endswith(f"--teacher {CONVNET}@FILE does")
+    assert lost["left_out"]["teacher"].endswith(f"name it by --teacher {CONVNET}@FILE")
 
     caplog.set_level(logging.WARNING, "deit_fast")
     analyze([run], teacher=f"{factory}@{world}/fixed.safetensors", maps=0)
@@ -498,7 +491,7 @@ def test_the_teacher_is_the_runs_own_or_the_very_one_its_cache_names(
 def test_the_twin_is_of_the_same_model_and_seed() -> None:
     def one(name: str, kind: str, seed: int, data: str = "d") -> Any:
         config = RunConfig(seed=seed).replace(model={"name": name}, loss={"kind": kind})
-        return SimpleNamespace(config=config, data=data, ids=np.arange(3))
+        return SimpleNamespace(config=config, data_digest=data, ids=np.arange(3))
 
     mine = one("deit_tiny_distilled_patch16_224", "hard", 4)
     same, seed, model, data = (
@@ -507,10 +500,10 @@ def test_the_twin_is_of_the_same_model_and_seed() -> None:
         one("x:convnet", "none", 4),
         one("deit_tiny_patch16_224", "none", 4, "other"),
     )
-    assert subject.undistilled(mine, [data, model, seed, same, mine]) is same
-    assert subject.undistilled(mine, [data, model, seed, mine]) is seed
-    assert subject.undistilled(mine, [data, mine]) is None
-    assert subject.undistilled(same, [seed, same]) is None
+    assert logits.undistilled(mine, [data, model, seed, same, mine]) is same
+    assert logits.undistilled(mine, [data, model, seed, mine]) is seed
+    assert logits.undistilled(mine, [data, mine]) is None
+    assert logits.undistilled(same, [seed, same]) is None
 
 
 def test_part_of_the_images_and_a_named_sample(world: Path, found: dict[str, dict]) -> None:
@@ -630,7 +623,7 @@ def test_damage_and_answers_that_are_no_numbers(
     state["head.bias"][3] = math.nan
     save_file(state, run / "model.safetensors")
     assert main(["analyze", str(run)]) == 2
-    assert "the student's answers are not finite" in capsys.readouterr().err
+    assert "the student's logits are not finite" in capsys.readouterr().err
     assert not (run / "analysis").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

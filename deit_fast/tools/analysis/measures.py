@@ -1,21 +1,22 @@
-"""Figures over per-image values: spread, calibration, disagreement, softening."""
+"""Statistics of per-image values: spread, calibration, disagreement, effect of temperature."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BINS = 15  # of the reliability curve, as Guo et al. 2017 (arXiv 1706.04599)
+BINS = 15  # of the reliability curve, as in Guo et al. 2017 (arXiv 1706.04599)
 TEMPERATURES = tuple(float(t) for t in range(1, 11))
 TOP_K = (1, 5, 10, 16)  # 10 and 16: what published caches and ours keep
+SAMPLE_CLASSES = 5  # most probable classes of a single image
 
 
 def spread(values: Tensor) -> dict[str, float]:
-    """Mean, standard deviation over all of them (not a sample's), minimum and maximum."""
+    """Mean, standard deviation (of the population), minimum and maximum."""
     values = values.double()
     return {
         "mean": values.mean().item(),
@@ -28,8 +29,8 @@ def spread(values: Tensor) -> dict[str, float]:
 def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict[str, Any]:
     """Expected calibration error and the reliability curve behind it.
 
-    ECE = sum over bins of (images in the bin / all) * |accuracy - mean confidence| there; bins are
-    equally wide, (low, high] as in Guo et al. 2017.
+    ECE = sum over bins of (images in the bin / all) * |accuracy - mean confidence| in the bin; bins
+    are equally wide, (low, high] as in Guo et al. 2017.
 
     Args:
         confidence: probability of the decision, in [0, 1], [N].
@@ -39,10 +40,10 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict[str
         `ece`; `bins`: those with images, each `low`, `high`, `count`, `confidence`, `accuracy`.
     """
     confidence = confidence.double()
-    place = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    confident = torch.bincount(place, weights=confidence, minlength=bins)
-    hits = torch.bincount(place, weights=right.double(), minlength=bins)
+    index = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    confident = torch.bincount(index, weights=confidence, minlength=bins)
+    hits = torch.bincount(index, weights=right.double(), minlength=bins)
     error = (hits - confident).abs().sum().item() / len(confidence)
     rows = [
         {
@@ -59,57 +60,69 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict[str
 
 
 def disagreement(decisions: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Share of images on which two classifiers decide differently, each with each.
+    """Share of images on which two classifiers decide differently, for each pair.
 
     Returns:
         `names`, and `shares`: one row per name, symmetric (DeiT, table 4).
     """
-    names = list(decisions)
-    shares = [
-        [(decisions[one] != decisions[two]).double().mean().item() for two in names]
-        for one in names
-    ]
-    return {"names": names, "shares": shares}
+    rows = decisions.values()
+    shares = [[(one != two).double().mean().item() for two in rows] for one in rows]
+    return {"names": list(decisions), "shares": shares}
 
 
 def kept_classes(classes: int) -> tuple[int, ...]:
-    """The k of TOP_K that leave a class out; k = C holds all mass at every temperature."""
+    """The k of TOP_K below the number of classes; the mass of all classes is always 1."""
     return tuple(k for k in TOP_K if k < classes)
 
 
-def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> tuple[Tensor, Tensor]:
-    """Entropy and top-k mass of softmax(logits / T).
+def soften(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and top-k mass of softmax(logits / T) for the TEMPERATURES.
 
     Args:
         logits: [B, C].
 
     Returns:
-        Entropy in nats [B, T], at most log C; mass of the k likeliest classes [B, T, K] for the k
-        of ``kept_classes(C)``.
+        Entropy in nats [B, T], at most log C; total probability of the k most probable classes
+        [B, T, K] for the k of ``kept_classes(C)``.
     """
-    ks = kept_classes(logits.shape[1])
+    last = [k - 1 for k in kept_classes(logits.shape[1])]
     ordered = logits.float().sort(dim=1, descending=True).values
     entropies, masses = [], []
-    for temperature in temperatures:
+    for temperature in TEMPERATURES:
         logs = torch.log_softmax(ordered / temperature, dim=1)
-        mass = logs.exp()
-        entropies.append(-(mass * logs).sum(1))
-        running = mass.cumsum(1)
-        masses.append(running[:, [k - 1 for k in ks]])
+        probs = logs.exp()
+        entropies.append(-(probs * logs).sum(1))
+        masses.append(probs.cumsum(1)[:, last])
     return torch.stack(entropies, 1), torch.stack(masses, 1)
 
 
 def temperature_table(entropy: Tensor, mass: Tensor, classes: int) -> list[dict[str, Any]]:
-    """Means over images of ``soften``'s answer, a row per temperature; `mass` by k."""
-    ks = kept_classes(classes)
+    """Means over images of the results of ``soften``, a row per temperature; `mass` by k."""
+    entropies, masses = entropy.double().mean(0).tolist(), mass.double().mean(0).tolist()
+    names = [str(k) for k in kept_classes(classes)]
     return [
         {
             "temperature": temperature,
-            "entropy": entropy[:, row].double().mean().item(),
-            "uniform_share": entropy[:, row].double().mean().item() / math.log(classes)
-            if classes > 1
-            else 0.0,
-            "mass": {str(k): mass[:, row, i].double().mean().item() for i, k in enumerate(ks)},
+            "entropy": mean,
+            "uniform_share": mean / math.log(classes) if classes > 1 else 0.0,
+            "mass": dict(zip(names, row, strict=True)),
         }
-        for row, temperature in enumerate(TEMPERATURES)
+        for temperature, mean, row in zip(TEMPERATURES, entropies, masses, strict=True)
     ]
+
+
+def soften_sample(logits: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+    """Probabilities of one image, logits [C], at each temperature.
+
+    Returns:
+        Rows of `temperature`, `entropy` (nats), `classes`: the most probable ones with `name` and
+        `probability`.
+    """
+    entropy, _ = soften(logits[None])
+    best = logits.argsort(descending=True, stable=True)[:SAMPLE_CLASSES].tolist()
+    rows = []
+    for temperature, value in zip(TEMPERATURES, entropy[0].tolist(), strict=True):
+        probs = torch.softmax(logits.double() / temperature, 0)
+        shown = [{"name": classes[label], "probability": probs[label].item()} for label in best]
+        rows.append({"temperature": temperature, "entropy": value, "classes": shown})
+    return rows

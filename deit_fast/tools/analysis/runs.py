@@ -1,22 +1,30 @@
-"""`analyze`: measure the runs one after the other, compare them, write what was found beside each.
+"""`analyze`: measure runs one after the other, compare them, write the findings beside each.
 
-Each run folder gets `analysis/analysis.json` and its pictures; the report shows them.
+Each run folder gets `analysis/analysis.json` and pictures, which the report shows.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
+from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_json
-from deit_fast.tools.analysis.subject import measure, open_subject, undistilled
-from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER
+from deit_fast.tools.analysis import measures, pictures, tokens
+from deit_fast.tools.analysis.logits import OpenRun, measure, open_run, spaced_ids, undistilled
+from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER, ANALYSIS_FORMAT
+
+CLASSIFIERS = ("class", "distillation", "sum_logits", "sum_softmax")
 
 
 def analyze(
-    runs: list[Path],
+    paths: list[Path],
     *,
     teacher: str | None = None,
     data_root: str | None = None,
@@ -29,18 +37,18 @@ def analyze(
     """Analyse finished runs on their held-out images; runs on the same images are compared.
 
     Args:
-        runs: run folders with config.json and model.safetensors (ema.safetensors with ``ema``).
+        paths: run folders with config.json and model.safetensors (ema.safetensors with ``ema``).
         teacher: spec of the teacher of all runs; none: each run's own, see ``find_teacher``.
-        data_root: another image folder than the runs' own.
-        max_images: take this many, evenly spaced; none: all.
-        sample: id of the held-out image whose softening is shown and whose attention map comes
-            first; none: the one that the teacher is least sure of.
-        maps: images to draw attention of.
+        data_root: another image folder than that of the runs.
+        max_images: use at most this many images, evenly spaced; none: all.
+        sample: id of the held-out image that is shown at all temperatures and whose attention map
+            comes first; none: the one for which the teacher's entropy is largest.
+        maps: number of images with attention maps.
         device: auto, cpu or cuda.
 
     Returns:
-        A JSON object per run, as written to its `analysis/analysis.json`. What could not be
-        measured is absent and stands with its reason under `left_out`.
+        A JSON object per run, as written to its `analysis/analysis.json`. A part that could not
+        be measured is absent; `left_out` gives the reason.
 
     Raises:
         InputError: a run, its weights or data are missing or damaged; matplotlib is missing.
@@ -48,35 +56,173 @@ def analyze(
     """
     if read_process_group().world_size > 1:
         raise InputError("analyze runs in one process: start it without torchrun")
-    _require_matplotlib()
-    from deit_fast.tools.analysis import pictures
-    from deit_fast.tools.analysis.describe import attention, describe, softening
-
-    place = choose_device(device)
-    subjects = [
-        open_subject(run, teacher, data_root, ema, max_images, sample, place) for run in runs
-    ]
-    for number, subject in enumerate(subjects):
-        measure(subject, subjects[:number], place)
+    pictures.require_matplotlib()
+    where = choose_device(device)
+    runs = [
+        open_run(
+            path, where, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
+            sample=sample,
+        )
+        for path in paths
+    ]  # fmt: skip
+    for number, run in enumerate(runs):
+        measure(run, runs[:number], where)
     results = []
-    for subject in subjects:
-        found = describe(subject, undistilled(subject, subjects), ema, place)
-        folder = subject.path / ANALYSIS_FOLDER
+    for run in runs:
+        found = describe(run, undistilled(run, runs), ema, where)
+        folder = run.path / ANALYSIS_FOLDER
         folder.mkdir(exist_ok=True)
         first = sample
-        if "teacher" in found:
-            found["teacher"]["sample"] = softening(subject, sample, place)
+        if run.teacher is not None:
+            found["teacher"]["sample"] = _sample(run, run.teacher, sample, where)
             first = found["teacher"]["sample"]["id"]
-        found |= attention(subject, first, maps, folder, place, found["left_out"])
+        reason = tokens.why_no_attention(run.model)
+        if reason is None:
+            found |= _attention(run, first, maps, folder, where)
+        else:
+            found["left_out"]["attention"] = reason
         pictures.draw(found, folder)
         write_json(folder / ANALYSIS_FILE, found)
         results.append(found)
     return results
 
 
-def _require_matplotlib() -> None:
-    """Before minutes of measuring."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError("analyze draws with matplotlib: pip install matplotlib") from None
+def describe(
+    run: OpenRun, plain: OpenRun | None, ema: bool, device: torch.device
+) -> dict[str, Any]:
+    """All findings about a run except those about single images.
+
+    Args:
+        plain: the run without distillation to compare with.
+    """
+    student, config = run.student, run.config
+    classifiers = [name for name in CLASSIFIERS if f"decision.{name}" in student]
+    left_out: dict[str, str] = {}
+    found: dict[str, Any] = {
+        "format": ANALYSIS_FORMAT,
+        "run": str(run.path),
+        "meta": describe_environment(device)
+        | {"date": time.strftime("%Y-%m-%d"), "command": describe_command()},
+        "model": config.model.name,
+        "distillation": config.loss.kind,
+        "seed": config.seed,
+        "weights": "ema" if ema else "model",
+        "images": len(student["labels"]),
+        "held_out": run.source.num_samples,
+        "classes": len(run.source.classes),
+        "accuracy": {name: _mean(run.right(name)) for name in classifiers},
+        "calibration": {
+            name: measures.calibration(student[f"confidence.{name}"], run.right(name))
+            for name in classifiers
+        },
+        "main": run.main,
+    }
+    reason = tokens.why_no_cosines(run.model)
+    if reason is None:
+        found |= _tokens_and_heads(run)
+    else:
+        left_out["tokens"] = left_out["heads"] = reason
+    if run.teacher is not None:
+        right = run.taught["decision"] == student["labels"]
+        found["teacher"] = {
+            "spec": run.teacher.spec,
+            "top1": _mean(right),
+            "calibration": measures.calibration(run.taught["confidence"], right),
+            "temperatures": measures.temperature_table(
+                run.taught["entropy"], run.taught["mass"], run.teacher.num_classes
+            ),
+        }
+    else:
+        left_out["teacher"] = run.no_teacher
+    found["disagreement"] = measures.disagreement(_decisions(run, plain))
+    if plain is not None:
+        found["undistilled"] = {"run": str(plain.path), "top1": _mean(plain.right(plain.main))}
+    elif config.loss.kind != "none":
+        left_out["undistilled"] = "no run with loss.kind none on the same images was given"
+    found["left_out"] = left_out
+    return found
+
+
+def _mean(flags: Tensor) -> float:
+    return flags.double().mean().item()
+
+
+def _tokens_and_heads(run: OpenRun) -> dict[str, Any]:
+    student = run.student
+    layers = zip(run.layers, student["cosines"].unbind(1), strict=True)
+    return {
+        "tokens": {
+            "learned": tokens.learned_cosine(run.model),
+            "layers": [{"name": name, **measures.spread(values)} for name, values in layers],
+        },
+        "heads": {
+            "weight_cosine": measures.spread(tokens.head_cosines(run.model)),
+            "agreement": _mean(student["decision.class"] == student["decision.distillation"]),
+            "probability_cosine": measures.spread(student["probability_cosine"]),
+        },
+    }
+
+
+def _decisions(run: OpenRun, plain: OpenRun | None) -> dict[str, Tensor]:
+    """Decisions of each classifier, in the order of DeiT's table 4."""
+    decisions = {"truth": run.student["labels"]}
+    if run.taught:
+        decisions["teacher"] = run.taught["decision"]
+    if plain is not None:
+        decisions["undistilled"] = plain.student[f"decision.{plain.main}"]
+    names = {"class": "class", "distillation": "distillation", "both": "sum_logits"}
+    if run.main == "class":
+        names = {"student": "class"}
+    return decisions | {name: run.student[f"decision.{key}"] for name, key in names.items()}
+
+
+def _identity(run: OpenRun, index: int) -> dict[str, Any]:
+    label = run.source.classes[int(run.source.labels[index])]
+    return {"id": index, "path": run.source.paths[index], "label": label}
+
+
+def _sample(run: OpenRun, teacher: Any, sample: int | None, device: torch.device) -> dict[str, Any]:
+    """The teacher's probabilities of one image at all temperatures."""
+    if sample is None:
+        sample = int(run.ids[int(run.taught["entropy"][:, 0].argmax())])
+    logits = teacher(run.images([sample], device))[0].float().cpu()
+    rows = measures.soften_sample(logits, run.source.classes)
+    return {**_identity(run, sample), "temperatures": rows}
+
+
+def _attention(
+    run: OpenRun, first: int | None, count: int, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Draw attention maps of some images into ``folder``.
+
+    Args:
+        first: id of the image that comes first.
+        count: number of images.
+
+    Returns:
+        Empty, or `attention` with `tiles` (the content of a strip, left to right) and `samples`.
+    """
+    ids = spaced_ids(run.source.num_samples, count).tolist() if count else []
+    if first is not None and count:
+        ids = [first, *(i for i in ids if i != first)][:count]
+    pictures.remove_strips(folder)
+    if not ids:
+        return {}
+    images = run.images(ids, device)
+    weights = tokens.attention_weights(run.model, images)
+    names = tokens.token_names(run.model)
+    last = tokens.token_maps(run.model, weights[-1].mean(1))
+    through = tokens.token_maps(run.model, tokens.rollout(weights))
+    mean, std = run.config.view.mean, run.config.view.std
+    rows = []
+    for row, index in enumerate(ids):
+        maps = torch.cat([last, through], 1)[row]
+        rows.append(
+            {
+                **_identity(run, index),
+                "on_patches": dict(zip(names, last[row].sum((1, 2)).tolist(), strict=True)),
+                "picture": pictures.draw_strip(folder, index, images[row], mean, std, maps),
+            }
+        )
+    tiles = ["image", *(f"{name} token" for name in names), *(f"{n} rollout" for n in names)]
+    return {"attention": {"tiles": tiles, "samples": rows}}

@@ -1,4 +1,4 @@
-"""The teacher of a finished run, found again; and how temperature softens what it says."""
+"""Find the teacher of a finished run."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError, InputError
-from deit_fast.models import Teacher, load_teacher
+from deit_fast.models import Teacher
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
-from deit_fast.tools.analysis.measures import TEMPERATURES, soften
 
 log = logging.getLogger("deit_fast")
-
-SHOWN_CLASSES = 5  # of a named sample
 
 
 def find_teacher(
     config: RunConfig, result: dict[str, Any], spec: str | None, num_classes: int
 ) -> tuple[Teacher | None, str]:
-    """The teacher of a run, or why there is none.
+    """The teacher of a run, or the reason why there is none.
 
-    Taken from ``spec`` where the user gave one; from the run's configuration; or from the name that
-    the run's cache keeps, if its weights can be had by that name and are the very ones, by digest.
+    It is named by ``spec``, or else by the run's configuration, or else by the run's cache; the
+    last only if the weights that the name gives have the digest that the cache recorded.
 
     Args:
         result: content of the run's result.json, or empty.
@@ -37,10 +31,10 @@ def find_teacher(
     Raises:
         InputError: ``spec`` cannot be loaded or has another class count.
     """
-    named = _named_by_cache(config, result)
+    recorded = _recorded_by_cache(config, result)
+    digest = recorded.get("teacher.weights_sha256")
     if spec is not None:
         teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
-        digest = named.get("teacher.weights_sha256")
         if digest is not None and digest != digest_weights(teacher.model):
             log.warning("%s is not the teacher that the run was trained with", spec)
         return teacher, ""
@@ -50,17 +44,27 @@ def find_teacher(
         try:
             return load_class_matched_teacher(config, num_classes), ""
         except InputError as error:
-            return None, f"{error}; --teacher SPEC gives its place"
-    if not isinstance(named.get("teacher.spec"), str):
-        return None, "neither the run nor its cache names a teacher; --teacher SPEC does"
-    return _load_named(config, named, num_classes)
+            return None, f"{error}; name it by --teacher SPEC"
+    spec = recorded.get("teacher.spec")
+    if not isinstance(spec, str):
+        return None, "neither the run nor its cache names a teacher; name it by --teacher SPEC"
+    try:
+        teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
+    except InputError as error:
+        return None, f"{error} (named by the cache)"
+    if digest != digest_weights(teacher.model):
+        return None, (
+            f"the cache names {spec} but not the file of its weights; name it by "
+            f"--teacher {spec}@FILE"
+        )
+    return teacher, ""
 
 
-def _named_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:
-    """Fields `teacher.*` of the cache's fingerprint: the run keeps them, the manifest otherwise."""
-    kept = result.get("teacher")
-    if isinstance(kept, dict) and "teacher.weights_sha256" in kept:
-        return kept
+def _recorded_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Fields `teacher.*` of the cache's fingerprint, from the run or from the cache's manifest."""
+    recorded = result.get("teacher")
+    if isinstance(recorded, dict) and "teacher.weights_sha256" in recorded:
+        return recorded
     if config.cache is None:
         return {}
     try:
@@ -68,50 +72,3 @@ def _named_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]
     except (CacheError, OSError):
         return {}
     return fingerprint if isinstance(fingerprint, dict) else {}
-
-
-def _load_named(
-    config: RunConfig, named: dict[str, Any], num_classes: int
-) -> tuple[Teacher | None, str]:
-    spec = named["teacher.spec"]
-    try:
-        teacher = load_teacher(
-            spec,
-            num_classes=num_classes,
-            input_mean=config.view.mean,
-            input_std=config.view.std,
-        )
-    except InputError as error:
-        return None, f"{error} (named by the cache)"
-    if named.get("teacher.weights_sha256") != digest_weights(teacher.model):
-        return None, (
-            f"the cache names {spec} but not the place of its weights; --teacher {spec}@FILE does"
-        )
-    return teacher, ""
-
-
-def soften_sample(logits: Tensor, classes: list[str]) -> list[dict[str, Any]]:
-    """One image's answer at each temperature.
-
-    Args:
-        logits: [C].
-
-    Returns:
-        Rows of `temperature`, `entropy` (nats), `classes`: the likeliest ones with `name` and
-        `probability`.
-    """
-    entropy, _ = soften(logits[None])
-    best = logits.argsort(descending=True, stable=True)[:SHOWN_CLASSES].tolist()
-    rows = []
-    for place, temperature in enumerate(TEMPERATURES):
-        odds = torch.softmax(logits.double() / temperature, 0)
-        rows.append(
-            {
-                "temperature": temperature,
-                "entropy": entropy[0, place].item(),
-                "classes": [
-                    {"name": classes[label], "probability": odds[label].item()} for label in best
-                ],
-            }
-        )
-    return rows

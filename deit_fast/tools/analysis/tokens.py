@@ -1,4 +1,4 @@
-"""The tokens of a vision transformer, watched by hooks while it runs as it always does."""
+"""Tokens and attention of a vision transformer, observed by hooks during its ordinary forward."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deit_fast.models.fuse import FusedAttention
 
 
 def why_no_cosines(model: nn.Module) -> str | None:
-    """Why a model has no two tokens to compare; None where it has."""
+    """Why a model has no pair of tokens to compare; None where it has one."""
     if not isinstance(model, VisionTransformerDistilled):
         return "the student has no distillation token"
     return None
 
 
 class TokenCosines:
-    """Cosine of class and distillation token, layer by layer, of each forward in its context.
+    """Within its context: cosine of class and distillation token in each layer of each forward.
 
     Attributes:
-        names: `input` (tokens with their position embedding, as the first block gets them),
-            `block 1` and so on (after each block), `final norm` (what the heads read).
+        names: `input` (tokens with position embedding, the input of the first block), `block 1`
+            and so on (after each block), `final norm` (the input of the heads).
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,9 +38,9 @@ class TokenCosines:
     def __enter__(self) -> TokenCosines:
         blocks = self.model.blocks
         self._hooks = [
-            blocks[0].register_forward_pre_hook(lambda _, inputs: self._note(inputs[0])),
+            blocks[0].register_forward_pre_hook(lambda _, inputs: self._record(inputs[0])),
             *(
-                layer.register_forward_hook(lambda *call: self._note(call[2]))
+                layer.register_forward_hook(lambda *call: self._record(call[2]))
                 for layer in (*blocks, self.model.norm)
             ),
         ]
@@ -51,36 +51,31 @@ class TokenCosines:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Cosines of the forward that has just run, float [B, layers]."""
+        """Cosines of the last forward, float [B, layers]."""
         cosines, self._found = torch.stack(self._found, dim=1), []
-        assert cosines.shape[1] == len(self.names), "a layer was passed by, or ran twice"
+        assert cosines.shape[1] == len(self.names), "a layer did not run, or ran twice"
         return cosines
 
-    def _note(self, tokens: Tensor) -> None:
+    def _record(self, tokens: Tensor) -> None:
         self._found.append(F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float(), dim=1))
 
 
 def learned_cosine(model: Any) -> float:
-    """Cosine of the two learned vectors, without positions: 0.06 in DeiT's paper, section 5.2."""
+    """Cosine of the learned vectors without position embedding; 0.06 in DeiT's section 5.2."""
     one, two = model.cls_token.detach().flatten(), model.dist_token.detach().flatten()
     return F.cosine_similarity(one.double(), two.double(), dim=0).item()
 
 
 def head_cosines(model: Any) -> Tensor:
-    """Cosine of both heads' weight vectors of each class, float64 [C]."""
+    """Cosine of the weight vectors of the two heads, class by class, float64 [C]."""
     one, two = model.head.weight.detach().double(), model.head_dist.weight.detach().double()
     return F.cosine_similarity(one, two, dim=1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------
-# Attention
-# ---------------------------------------------------------------------------------------------
-
-
 def why_no_attention(model: nn.Module) -> str | None:
-    """Why a model's attention of its first tokens cannot be made; None where it can."""
+    """Why the attention of a model's first tokens cannot be computed; None where it can."""
     if not isinstance(model, VisionTransformer):
-        return "the student is no timm VisionTransformer"
+        return "the student is not a timm VisionTransformer"
     if not model.has_class_token:
         return "the student has no class token"
     for number, block in enumerate(model.blocks):
@@ -91,17 +86,17 @@ def why_no_attention(model: nn.Module) -> str | None:
 
 
 def token_names(model: nn.Module) -> list[str]:
-    """Names of the first tokens, in their order."""
+    """Names of the tokens before the patches, in order."""
     distilled = isinstance(model, VisionTransformerDistilled)
     return ["class", "distillation"] if distilled else ["class"]
 
 
 @torch.no_grad()
 def attention_weights(model: Any, images: Tensor) -> list[Tensor]:
-    """softmax(q k^T * scale) of each block, [B, H, N, N]; a row says where its token looks.
+    """softmax(q k^T * scale) of each block, [B, H, N, N]; a row is the attention of one token.
 
-    Fused attention never builds these, so they are made again from what the packed projection of
-    queries, keys and values gave in an ordinary forward.
+    Fused attention does not materialise these, so they are recomputed from the output of the packed
+    projection to queries, keys and values in an ordinary forward.
 
     Args:
         images: [B, 3, S, S], normalised.
@@ -112,7 +107,7 @@ def attention_weights(model: Any, images: Tensor) -> list[Tensor]:
         for block in model.blocks
     ]
     try:
-        # not model(images): a fused stream makes the last block's queries for few tokens only
+        # not model(images): a fused stream computes the last block's queries for few tokens only
         model.forward_features(images)
     finally:
         for hook in hooks:
@@ -130,8 +125,8 @@ def attention_weights(model: Any, images: Tensor) -> list[Tensor]:
 def rollout(weights: list[Tensor]) -> Tensor:
     """Attention through all blocks, [B, N, N] (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    The product of (mean over heads + identity) / 2, the identity standing for the residual path;
-    rows sum to 1.
+    The product of (mean over heads + identity) / 2; the identity represents the residual path. Rows
+    sum to 1.
     """
     first = weights[0]
     identity = torch.eye(first.shape[-1], device=first.device, dtype=first.dtype)
@@ -142,7 +137,7 @@ def rollout(weights: list[Tensor]) -> Tensor:
 
 
 def token_maps(model: Any, rows: Tensor) -> Tensor:
-    """Of attention rows [B, N, N], what the first tokens give to the patches: [B, tokens, h, w]."""
+    """Attention of the first tokens to the patches, [B, tokens, h, w], from rows [B, N, N]."""
     height, width = model.patch_embed.grid_size
     patches = rows[:, : len(token_names(model)), model.num_prefix_tokens :]
     return patches.unflatten(2, (height, width))

@@ -1,0 +1,289 @@
+"""Open a run, and pass its held-out images through student and teacher once.
+
+Logits are reduced to a few values per image: those of 50,000 images, 1,000 classes and three
+classifiers would take 600 MB.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from deit_fast.config import RunConfig
+from deit_fast.data.open import open_source
+from deit_fast.data.sources import Source
+from deit_fast.errors import InputError
+from deit_fast.evaluate import build_eval_loader, read_run_config
+from deit_fast.models import Teacher, forward_heads, load_weights
+from deit_fast.models.student import build_model
+from deit_fast.models.teacher import has_bf16
+from deit_fast.models.weights import fit_weights
+from deit_fast.runtime.metrics import Progress
+from deit_fast.tools.analysis.measures import soften
+from deit_fast.tools.analysis.teachers import find_teacher
+from deit_fast.tools.analysis.tokens import TokenCosines, why_no_cosines
+from deit_fast.tools.run_folder import read_object
+
+log = logging.getLogger("deit_fast")
+
+NOTE_SECONDS = 10.0  # between lines of progress where there is no terminal
+Values = dict[str, Tensor]  # name to values of all images, on the CPU
+
+
+@dataclass
+class OpenRun:
+    """A run that is analysed.
+
+    Attributes:
+        ids: the held-out images that are used, [N].
+        no_teacher: why ``teacher`` is None.
+        data_digest: of the held-out images.
+        student, taught: values per image of student and teacher, see ``predict``.
+        layers: names of the layers of the student's `cosines`.
+    """
+
+    path: Path
+    config: RunConfig
+    source: Source
+    ids: np.ndarray
+    model: nn.Module
+    teacher: Teacher | None
+    no_teacher: str
+    data_digest: str
+    student: Values = field(default_factory=dict)
+    taught: Values = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
+
+    @property
+    def main(self) -> str:
+        """The classifier whose accuracy ``evaluate`` reports."""
+        return "sum_logits" if "decision.sum_logits" in self.student else "class"
+
+    def right(self, classifier: str) -> Tensor:
+        """Whether each decision is the label, bool [N]."""
+        return self.student[f"decision.{classifier}"] == self.student["labels"]
+
+    def images(self, ids: list[int], device: torch.device) -> Tensor:
+        """Held-out images by id, [n, 3, S, S], as evaluation makes them."""
+        config = self.config.replace(batch_size=len(ids), data={"workers": 0})
+        return next(iter(build_eval_loader(config, Subset(self.source, np.array(ids)), device)))[0]
+
+
+def open_run(
+    path: Path,
+    device: torch.device,
+    *,
+    teacher: str | None,
+    data_root: str | None,
+    ema: bool,
+    max_images: int | None,
+    sample: int | None,
+) -> OpenRun:
+    """Load a run; arguments as of ``analyze``.
+
+    Raises:
+        InputError: the run, its weights or its data are missing or damaged.
+    """
+    config = read_run_config(path)
+    if data_root is not None:
+        config = config.replace(data={"root": data_root})
+    source = open_source(config.data, "val", config.view.image_size)
+    if sample is not None and not 0 <= sample < source.num_samples:
+        raise InputError(
+            f"--sample {sample}: held-out images of {path} are 0 to {source.num_samples - 1}"
+        )
+    classes = len(source.classes)
+    model = build_model(config, classes)
+    weights = path / ("ema.safetensors" if ema else "model.safetensors")
+    fit_weights(model, load_weights(weights), weights)
+    file = path / "result.json"  # a run without it can be analysed: its weights are there
+    found, reason = find_teacher(
+        config, read_object(file) if file.exists() else {}, teacher, classes
+    )
+    return OpenRun(
+        path=path,
+        config=config,
+        source=source,
+        ids=spaced_ids(source.num_samples, max_images),
+        model=model.to(device).eval(),
+        teacher=None if found is None else found.to_device(device),
+        no_teacher=reason,
+        data_digest=str(source.fingerprint()["dataset.sha256"]),
+    )
+
+
+def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> None:
+    """Fill in the values per image; those of a teacher are taken from an earlier equal run."""
+    known = next((other for other in earlier if _same_teacher_and_pixels(other, run)), None)
+    cosines = TokenCosines(run.model) if why_no_cosines(run.model) is None else None
+    label = f"analyze {run.path}"
+    log.info("%s: %d held-out images", label, len(run.ids))
+    run.student, run.taught = predict(
+        run.model,
+        build_eval_loader(run.config, Subset(run.source, run.ids), device),
+        device,
+        teacher=run.teacher if known is None else None,
+        cosines=cosines,
+        label=label,
+    )
+    if known is not None:
+        run.taught = known.taught
+    run.layers = [] if cosines is None else cosines.names
+
+
+def _same_teacher_and_pixels(one: OpenRun, two: OpenRun) -> bool:
+    if one.teacher is None or two.teacher is None:
+        return False
+    views = [
+        (r.config.view.image_size, r.config.view.mean, r.config.view.std, r.config.data.eval_crop)
+        for r in (one, two)
+    ]
+    same_images = views[0] == views[1] and one.data_digest == two.data_digest
+    return same_images and one.teacher.fingerprint() == two.teacher.fingerprint()
+
+
+def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
+    """The run without distillation on the same images to compare a distilled run with.
+
+    Of several, the most similar one: first by model apart from the distillation token, then by
+    seed.
+    """
+    if run.config.loss.kind == "none":
+        return None
+
+    def differs(other: OpenRun) -> tuple[bool, bool]:
+        names = {r.config.model.name.replace("distilled_", "") for r in (run, other)}
+        return len(names) > 1, other.config.seed != run.config.seed
+
+    plain = [
+        other
+        for other in runs
+        if other.config.loss.kind == "none"
+        and other.data_digest == run.data_digest
+        and np.array_equal(other.ids, run.ids)
+    ]
+    return min(plain, key=differs, default=None)
+
+
+class Subset:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source: Source, ids: np.ndarray) -> None:
+        self.source, self.ids, self.finished = source, ids, source.finished
+        self.classes, self.labels = source.classes, source.labels[ids]
+        self.paths: Sequence[str] = [source.paths[index] for index in ids.tolist()]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int) -> Image.Image | np.ndarray:
+        return self.source.load(int(self.ids[index]))
+
+
+def spaced_ids(total: int, limit: int | None) -> np.ndarray:
+    """At most ``limit`` sample ids, int64, ascending from 0.
+
+    They are evenly spaced: samples are sorted by class, so the first ones would be of one class.
+    """
+    count = total if limit is None else min(limit, total)
+    return np.arange(count, dtype=np.int64) * total // count
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Any,
+    device: torch.device,
+    *,
+    teacher: Teacher | None = None,
+    cosines: TokenCosines | None = None,
+    label: str = "analyze",
+) -> tuple[Values, Values]:
+    """Values per image of the student, and of the teacher where one is given.
+
+    The forward, its precision and the mean of the heads are those of ``evaluate``.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        loader: as of ``evaluate_model``, with a length.
+        cosines: observes the model.
+        label: names the progress bar.
+
+    Returns:
+        Two tables of [N] values, the second empty without a teacher. The student's: `labels`,
+        `decision.X` and `confidence.X` for its classifiers X (`class`, and with two heads
+        `distillation`, `sum_logits`, `sum_softmax`), `probability_cosine`, `cosines` [N, layers].
+        The teacher's: `decision`, `confidence`, `entropy` [N, T], `mass` [N, T, K].
+
+    Raises:
+        InputError: logits are not finite.
+    """
+    parts: tuple[dict[str, list[Tensor]], ...] = (defaultdict(list), defaultdict(list))
+    done, last_note = 0, time.monotonic()
+    observed = cosines if cosines is not None else nullcontext()
+    with observed, Progress(label, len(loader), unit="batch") as bar:
+        for images, labels, _ in loader:
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+                student = {"labels": labels, **student_values(*forward_heads(model, images))}
+            if cosines is not None:
+                student["cosines"] = cosines.take()
+            taught = {} if teacher is None else _teacher_values(teacher(images))
+            for part, values in zip(parts, (student, taught), strict=True):
+                for name, value in values.items():
+                    part[name].append(value)
+            done += len(labels)
+            note = None
+            if time.monotonic() - last_note > NOTE_SECONDS:
+                note, last_note = f"{done} images", time.monotonic()
+            bar.advance(note=note)
+    student, taught = ({name: torch.cat(v).cpu() for name, v in part.items()} for part in parts)
+    for who, table in (("student", student), ("teacher", taught)):
+        for name, value in table.items():
+            if name.startswith("confidence") and not bool(torch.isfinite(value).all()):
+                raise InputError(f"{label}: the {who}'s logits are not finite")
+    return student, taught
+
+
+def student_values(class_logits: Tensor, distill_logits: Tensor | None) -> Values:
+    """Decisions and confidences of the heads and their sums, from logits [B, C]."""
+    class_probs = class_logits.float().softmax(1)
+    values = _decide("class", class_logits, class_probs)
+    if distill_logits is None:
+        return values
+    probs = distill_logits.float().softmax(1)
+    mean = (class_logits + distill_logits) / 2  # decides as the sum does, and as ``evaluate``
+    both = (class_probs + probs) / 2
+    return {
+        **values,
+        **_decide("distillation", distill_logits, probs),
+        **_decide("sum_logits", mean, mean.float().softmax(1)),
+        **_decide("sum_softmax", both, both),
+        "probability_cosine": F.cosine_similarity(class_probs, probs, dim=1),
+    }
+
+
+def _decide(name: str, scores: Tensor, probs: Tensor) -> Values:
+    decision = scores.argmax(1)
+    confidence = probs.gather(1, decision[:, None])[:, 0]
+    return {f"decision.{name}": decision, f"confidence.{name}": confidence}
+
+
+def _teacher_values(logits: Tensor) -> Values:
+    logits = logits.float()
+    decision = logits.argmax(1)
+    entropy, mass = soften(logits)
+    confidence = logits.softmax(1).gather(1, decision[:, None])[:, 0]
+    return {"decision": decision, "confidence": confidence, "entropy": entropy, "mass": mass}
