@@ -1,8 +1,7 @@
-"""`doctor --report`: what a bug report needs, as one text file, and nothing that is a secret.
+"""`doctor --report`: the content of a bug report, as one text file without secrets.
 
-Of the environment only the variables in ``VARIABLES`` are told, and of them no value that looks
-like a key; the home folder is written as `~` throughout. The rest is read from files that runs
-leave: the configuration of the newest run and the last rows of its log.
+Of the environment only ``VARIABLES`` are shown, without values that look like a key; the home
+folder is written as `~`. Of the newest run, the configuration and the end of the log are shown.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from deit_fast.tools.doctor import Finding, render
+from deit_fast.tools.run_folder import flatten
 
 PACKAGES = (
     "deit-fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow", "safetensors", "tyro",
@@ -37,16 +36,19 @@ _SECRET = re.compile(r"(?i)(token|secret|passw|api[_-]?key|credential)|://[^/\s]
 
 
 def write_report(findings: list[Finding], output: Path, path: Path) -> None:
-    """Write the report; ``output`` is the folder of runs whose newest one is told about."""
+    """Write the report to ``path``; ``output`` is the folder whose newest run is described."""
     path.write_text(compose(findings, output, os.environ))
 
 
 def compose(findings: list[Finding], output: Path, environment: Mapping[str, str]) -> str:
     """The text of the report."""
+    variables = [
+        f"{name}={_public(environment[name])}" for name in VARIABLES if name in environment
+    ]
     sections = {
         "machine": render(findings),
         "versions": "\n".join(_versions()),
-        "environment": "\n".join(_variables(environment)) or "none of the variables that matter",
+        "environment": "\n".join(variables) or "none of the relevant variables is set",
         **_newest_run(output),
     }
     head = f"deit_fast bug report, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
@@ -56,8 +58,10 @@ def compose(findings: list[Finding], output: Path, environment: Mapping[str, str
 
 
 def _versions() -> list[str]:
-    lines = [f"python {platform.python_version()} ({sys.implementation.name})",
-             f"{platform.system()} {platform.release()} {platform.machine()}"]  # fmt: skip
+    lines = [
+        f"python {platform.python_version()} ({sys.implementation.name})",
+        f"{platform.system()} {platform.release()} {platform.machine()}",
+    ]
     for package in PACKAGES:
         try:
             lines.append(f"{package} {metadata.version(package)}")
@@ -66,49 +70,34 @@ def _versions() -> list[str]:
     return lines
 
 
-def _variables(environment: Mapping[str, str]) -> list[str]:
-    return [f"{name}={_public(environment[name])}" for name in VARIABLES if name in environment]
-
-
 def _public(text: str) -> str:
-    """The text, or a note in its place where it may hold a key."""
     return "(left out: may be secret)" if _SECRET.search(text) else text
 
 
 def _newest_run(output: Path) -> dict[str, str]:
-    """Configuration and last log rows of the newest run in or below a folder."""
-    configs = [path for path in output.glob("**/config.json") if path.is_file()]
-    if not configs:
+    """Configuration and last log rows of the run in or below ``output`` that changed last."""
+    runs = {path.parent for path in output.glob("**/config.json") if path.is_file()}
+    if not runs:
         return {"newest run": f"no run in {output}"}
-    folder = max(configs, key=lambda path: (_newest_change(path.parent), str(path))).parent
+
+    def changed(run: Path) -> tuple[float, str]:
+        files = (run / "config.json", run / "metrics.jsonl")
+        return max(file.stat().st_mtime for file in files if file.exists()), str(run)
+
+    run = max(runs, key=changed)
     return {
-        "newest run": str(folder),
-        "its configuration": _read_config(folder / "config.json"),
-        f"last {LOG_ROWS} rows of its log": _last_rows(folder / "metrics.jsonl"),
+        "newest run": str(run),
+        "its configuration": _read_config(run / "config.json"),
+        f"last {LOG_ROWS} rows of its log": _last_rows(run / "metrics.jsonl"),
     }
-
-
-def _newest_change(folder: Path) -> float:
-    times = [p.stat().st_mtime for p in (folder / "config.json", folder / "metrics.jsonl")
-             if p.exists()]  # fmt: skip
-    return max(times)
 
 
 def _read_config(path: Path) -> str:
     try:
-        values = json.loads(path.read_text())
+        values = flatten(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
-    return "\n".join(_public(f"{key} = {json.dumps(value)}") for key, value in _flat(values))
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and plain values of a nested dictionary."""
-    if not isinstance(values, dict):
-        yield prefix.rstrip("."), values
-        return
-    for key, value in values.items():
-        yield from _flat(value, f"{prefix}{key}.")
+    return "\n".join(_public(f"{key} = {json.dumps(value)}") for key, value in values.items())
 
 
 def _last_rows(path: Path) -> str:

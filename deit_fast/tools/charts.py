@@ -10,14 +10,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 from xml.etree import ElementTree
-
-from markupsafe import Markup
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; with a darker yellow
 COLOURS = ("#0072b2", "#d55e00", "#008a63", "#b5558f", "#b07800", "#2b95cf", "#5b4db7", "#444b53")
@@ -55,11 +49,12 @@ class Line:
 
 
 def dash(index: int | None) -> str:
+    """See ``Line.dash``."""
     return DASHES[1] if index is None else DASHES[index // len(COLOURS) % len(DASHES)]
 
 
-def new_axes(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """A figure of ``width`` by ``height`` inches, and its axes."""
+def new_axes(width: float = 6.0, height: float = 4.0) -> tuple[Any, Any]:
+    """A matplotlib figure of ``width`` by ``height`` inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -70,7 +65,7 @@ def new_axes(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
 
 def line_chart(
     lines: list[Line], *, title: str, x_name: str, show: Callable[[float], str], floor: float | None
-) -> Markup:
+) -> str:
     """An SVG element that needs no identifiers, so that a page can hold many.
 
     Args:
@@ -84,7 +79,7 @@ def line_chart(
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "font.size": 11, "axes.edgecolor": TEXT_COLOUR,
         "text.color": TEXT_COLOUR, "axes.labelcolor": TEXT_COLOUR, "xtick.color": TEXT_COLOUR,
         "ytick.color": TEXT_COLOUR, "grid.color": RULE_COLOUR, "xtick.major.size": 0,
@@ -135,7 +130,7 @@ def _add_titles(root: ElementTree.Element, gid: str, colour: str, titles: list[s
     markers[-1].set("class", "dot last")
 
 
-def _inline(root: ElementTree.Element, title: str) -> Markup:
+def _inline(root: ElementTree.Element, title: str) -> str:
     """matplotlib's SVG as part of a page: no namespaces, identifiers, fonts or fixed colours."""
     for parent in list(root.iter()):
         for child in list(parent):
@@ -155,7 +150,7 @@ def _inline(root: ElementTree.Element, title: str) -> Markup:
     text = ElementTree.tostring(root, encoding="unicode")
     for name, colour in PROPERTIES.items():
         text = re.sub(rf'(?<=[ "]){colour}(?=[;"])', f"var({name})", text)
-    return Markup(re.sub(r"\s*\n\s*", " ", text))
+    return re.sub(r"\s*\n\s*", " ", text)
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,6 +1,6 @@
 """`doctor`: what this machine has, what is slow on it, and what to do about it.
 
-A missing or broken package is a finding, never a crash; nothing but the standard library is needed.
+A missing or broken package is a finding, never a crash; only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from deit_fast.runtime.environment import Loaded, find_apex, load
 
 State = Literal["ok", "note", "problem"]
 
-# packages without which no run starts, with their least versions (pyproject.toml)
-REQUIRED = {
-    "torch": "2.11",
-    "torchvision": "0.26",
-    "triton": "3.6",
-    "timm": "1.0.25",
-    "numpy": "1.26",
-    "safetensors": "0.4",
-    "tyro": "1.0",
+# Packages that every run needs: the oldest release, and the first one that is too new. As in
+# pyproject.toml, but readable where this project is not installed.
+REQUIRED: dict[str, tuple[str, str | None]] = {
+    "torch": ("2.11", None),
+    "torchvision": ("0.26", None),
+    "triton": ("3.6", None),
+    "timm": ("1.0.25", None),
+    "numpy": ("1.26", None),
+    "safetensors": ("0.4", None),
+    "tyro": ("1.0", None),
+    "pillow": ("11", "13"),  # its major version decides the pixels of a view
 }
-IMPORT_NAMES = {"pillow": "PIL", "nvidia-dali": "nvidia.dali"}
-PILLOW_FROM, PILLOW_BELOW = "11", "13"  # the pixel contract
 SHM_BYTES_PER_WORKER = 2 * 256 * 224 * 224 * 3  # two prefetched batches of 256 uint8 views
 GIB = 2**30
 
@@ -46,42 +45,19 @@ class Finding:
     advice: str = ""
 
 
-def version_of(package: str, module: ModuleType | None = None) -> str:
-    """Version of a package by its own word, or else by its metadata."""
-    version = getattr(module, "__version__", None)
-    if version:
-        return str(version)
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown version"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
-
-
 def examine(output: Path = Path("runs"), workers: int = 4) -> list[Finding]:
-    """All findings about this process's machine.
+    """All findings about this machine.
 
     Args:
-        output: folder where runs would go; it need not exist.
-        workers: decoding processes that shared memory has to serve.
+        output: folder for runs; it need not exist.
+        workers: decoding processes for which shared memory must suffice.
     """
     torch = load("torch").module
-    dali = load("nvidia.dali")
     has_gpu = bool(_cuda_devices(torch))
     return [
         Finding("python", platform.python_version()),
-        *[required(name, load(name)) for name in REQUIRED],
-        pillow(load("PIL")),
-        dali_finding(dali, has_gpu),
+        *[required(name, load({"pillow": "PIL"}.get(name, name))) for name in REQUIRED],
+        dali(load("nvidia.dali"), has_gpu),
         *[build_tool(name) for name in ("pybind11", "ninja")],
         *gpus(torch, driver_version()),
         bf16(torch),
@@ -100,51 +76,62 @@ def examine(output: Path = Path("runs"), workers: int = 4) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------
 
 
+def version_of(package: str, module: Any = None) -> str:
+    """Version that a module states, or else that of the installed package."""
+    if version := getattr(module, "__version__", None):
+        return str(version)
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 14, 1) of "2.14.1+cu130"; `packaging` may be missing here."""
+    numbers = []
+    for part in version.partition("+")[0].split("."):
+        digits = "".join(c for c in part if c.isdigit())
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
 def required(name: str, loaded: Loaded) -> Finding:
     """A package that every run needs."""
-    least = REQUIRED[name]
-    install = f'pip install "{name}>={least}"'
+    least, below = REQUIRED[name]
+    install = f'pip install "{name}>={least}{f",<{below}" if below else ""}"'
     if loaded.module is None:
         value = f"broken ({loaded.error})" if loaded.error else "missing"
-        again = f"Reinstall it: {install}" if loaded.error else f"Install it: {install}"
-        return Finding(name, value, "problem", f"{again}.")
+        advice = f"{'Reinstall' if loaded.error else 'Install'} it: {install}."
+        return Finding(name, value, "problem", advice)
     version = version_of(name, loaded.module)
-    if _numbers(version) and _numbers(version) < _numbers(least):
+    release = _release(version)
+    if release and release < _release(least):
         return Finding(name, version, "problem", f"Older than {least}: {install}.")
+    if below and release >= _release(below):
+        advice = f"Its pixels differ from those of existing caches: {install}."
+        return Finding(name, version, "problem", advice)
     return Finding(name, version)
 
 
-def pillow(loaded: Loaded) -> Finding:
-    """Pillow decides the pixels of a view, so its major version is part of every cache."""
-    install = f'pip install "pillow>={PILLOW_FROM},<{PILLOW_BELOW}"'
-    if loaded.module is None:
-        value = f"broken ({loaded.error})" if loaded.error else "missing"
-        return Finding("pillow", value, "problem", f"Images cannot be decoded: {install}.")
-    version = version_of("pillow", loaded.module)
-    if _numbers(PILLOW_FROM) <= _numbers(version) < _numbers(PILLOW_BELOW):
-        return Finding("pillow", f"{version}, inside the pixel contract")
-    advice = f"Its pixels differ from those that caches were made with: {install}."
-    return Finding("pillow", f"{version}, outside the pixel contract", "problem", advice)
-
-
-def dali_finding(loaded: Loaded, has_gpu: bool) -> Finding:
-    """DALI decodes on the GPU; it is optional."""
+def dali(loaded: Loaded, has_gpu: bool) -> Finding:
+    """NVIDIA DALI decodes on the GPU; it is optional."""
     if loaded.module is not None:
         version = version_of("nvidia-dali", loaded.module)
         return Finding("dali", f"{version}, for data.loader=dali and dali-triton")
+    install = 'pip install "deit-fast[dali]"'
     if loaded.error:
-        advice = 'Reinstall it or remove it: pip install "deit-fast[dali]".'
+        advice = f"Reinstall it or remove it: {install}."
         return Finding("dali", f"broken ({loaded.error})", "note", advice)
-    advice = (
-        'Images are decoded on the CPU; for data.loader=dali: pip install "deit-fast[dali]".'
-        if has_gpu
-        else ""
-    )
-    return Finding("dali", "absent", "note" if has_gpu else "ok", advice)
+    if not has_gpu:
+        return Finding("dali", "absent")
+    advice = f"Images are decoded on the CPU; for data.loader=dali: {install}."
+    return Finding("dali", "absent", "note", advice)
 
 
 def build_tool(name: str) -> Finding:
-    """What builds the compiled extension; not needed once it is built."""
+    """A package that only building the compiled extension needs."""
     try:
         return Finding(name, metadata.version(name))
     except metadata.PackageNotFoundError:
@@ -154,10 +141,12 @@ def build_tool(name: str) -> Finding:
 def extension(loaded: Loaded, has_gpu: bool) -> Finding:
     """deit_fast._C, the teacher-logit cache."""
     name = "deit_fast._C"
-    build = "build it with `pip install -e .` (needs a C++ compiler)"
     if loaded.module is None:
         value = f"broken ({loaded.error})" if loaded.error else "not built"
-        advice = f"Teacher logits can be neither written nor read: {build}."
+        advice = (
+            "Teacher logits can be neither written nor read: build it with `pip install -e .` "
+            "(needs a C++ compiler)."
+        )
         return Finding(name, value, "problem", advice)
     if getattr(loaded.module, "with_cuda", False):
         return Finding(name, "built with CUDA code")
@@ -168,20 +157,22 @@ def extension(loaded: Loaded, has_gpu: bool) -> Finding:
 
 
 def apex() -> Finding:
-    """NVIDIA apex by its own symbols; the PyPI package `apex` is an unrelated toolkit."""
+    """NVIDIA apex, recognised by its symbols; the PyPI package `apex` is an unrelated toolkit."""
     found = find_apex()
-    if found.state == "absent":
-        return Finding("apex", "absent (optional; torch's fused AdamW is used)")
-    if found.state == "broken":
-        value = f"broken ({found.why})"
-        return Finding("apex", value, "note", "Remove it: pip uninstall apex. It is optional.")
-    if found.state == "namesake":
-        advice = "Remove it: pip uninstall apex. NVIDIA's apex is built from source, and optional."
-        return Finding("apex", "the PyPI namesake, not NVIDIA's", "note", advice)
-    if found.state == "no CUDA code":
-        advice = "Build apex with --cpp_ext --cuda_ext, or remove it: it is optional."
-        return Finding("apex", f"NVIDIA's, without its CUDA code ({found.why})", "note", advice)
-    return Finding("apex", "NVIDIA's, with FusedAdam")
+    value, advice = {
+        "absent": ("absent (optional; torch's fused AdamW is used)", ""),
+        "broken": (f"broken ({found.why})", "Remove it: pip uninstall apex. It is optional."),
+        "namesake": (
+            "the PyPI namesake, not NVIDIA's",
+            "Remove it: pip uninstall apex. NVIDIA's apex is built from source, and optional.",
+        ),
+        "no CUDA code": (
+            f"NVIDIA's, without its CUDA code ({found.why})",
+            "Build apex with --cpp_ext --cuda_ext, or remove it: it is optional.",
+        ),
+        "real": ("NVIDIA's, with FusedAdam", ""),
+    }[found.state]
+    return Finding("apex", value, "note" if advice else "ok", advice)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,47 +184,38 @@ def _cuda_devices(torch: Any) -> list[Any]:
     """Properties of the CUDA devices that torch sees."""
     try:
         return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    except Exception:  # no torch, or a driver that does not answer
+    except Exception:  # no torch, or a driver that does not respond
         return []
 
 
 def driver_version() -> str:
-    """Version of the NVIDIA driver, or an empty text where there is none."""
+    """Version of the NVIDIA driver; empty where there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return (answer.stdout.split() or [""])[0]
+    return (done.stdout.split() or [""])[0]
 
 
 def gpus(torch: Any, driver: str) -> list[Finding]:
     """One finding per GPU, or one that says why there is none."""
     devices = _cuda_devices(torch)
     if not devices and driver:
-        has_cuda = getattr(getattr(torch, "version", None), "cuda", None)
-        cause = (
-            "Check CUDA_VISIBLE_DEVICES, and that the driver is new enough for torch's CUDA."
-            if has_cuda
-            else "Install a torch built for CUDA."
-        )
-        return [Finding("gpu", f"driver {driver}, but torch sees no GPU", "problem", cause)]
+        advice = "Install a torch built for CUDA."
+        if getattr(getattr(torch, "version", None), "cuda", None):
+            advice = "Check CUDA_VISIBLE_DEVICES, and that the driver supports torch's CUDA."
+        return [Finding("gpu", f"driver {driver}, but torch sees no GPU", "problem", advice)]
     if not devices:
-        advice = (
-            "Kernels run as their PyTorch reference: fine for work on the code, slow for training."
-        )
+        advice = "Kernels run as their PyTorch reference: enough to develop, slow to train."
         return [Finding("gpu", "none", "note", advice)]
     findings = []
     for index, device in enumerate(devices):
-        value = (
-            f"{device.name}, capability {device.major}.{device.minor}, "
-            f"{_gib(device.total_memory)}, driver {driver or 'unknown'}"
-        )
-        old = device.major < 8
-        advice = (
-            "Before sm_80: no bf16 arithmetic; the kernels are not tuned for it." if old else ""
-        )
-        findings.append(Finding(f"gpu {index}", value, "note" if old else "ok", advice))
+        capability, memory = f"{device.major}.{device.minor}", _gib(device.total_memory)
+        value = f"{device.name}, capability {capability}, {memory}, driver {driver or 'unknown'}"
+        advice = "Before sm_80: no bf16 arithmetic; the kernels are not tuned for it."
+        old: tuple[State, str] = ("note", advice) if device.major < 8 else ("ok", "")
+        findings.append(Finding(f"gpu {index}", value, *old))
     return findings
 
 
@@ -272,7 +254,7 @@ def _cpu_count() -> int:
 
 
 def cpus(count: int, workers: int) -> Finding:
-    """Cores against the decoding processes of one GPU."""
+    """Number of cores, compared with the decoding processes of one GPU."""
     if count > workers:
         return Finding("cpu", f"{count} cores")
     best = max(count - 1, 0)
@@ -299,7 +281,7 @@ def _gib(count: int) -> str:
 
 
 def shared_memory(path: Path, workers: int) -> Finding:
-    """Worker processes hand batches over in shared memory; a full one kills them."""
+    """Workers pass batches through shared memory; where it is full, they are killed."""
     need = workers * SHM_BYTES_PER_WORKER
     try:
         free = shutil.disk_usage(path).free
@@ -313,78 +295,46 @@ def shared_memory(path: Path, workers: int) -> Finding:
 
 
 def disk(output: Path) -> Finding:
-    """Room for checkpoints: about 0.35 GB each for DeiT-S."""
-    place = output.absolute()
-    while not os.path.exists(place):
-        place = place.parent
+    """Space for checkpoints: about 0.35 GB each for DeiT-S."""
+    folder = output.absolute()
+    while not os.path.exists(folder):
+        folder = folder.parent
     name = f"disk of {output}"
-    if not os.access(place, os.W_OK):
-        advice = f"{place} cannot be written: choose another --output."
+    if not os.access(folder, os.W_OK):
+        advice = f"{folder} is not writable: choose another --output."
         return Finding(name, "not writable", "problem", advice)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(folder).free
     value = f"{_gib(free)} free"
     if free < GIB:
         return Finding(name, value, "problem", "Free some space, or choose another --output.")
     if free < 10 * GIB:
-        return Finding(name, value, "note", "Room for few checkpoints and no large cache.")
+        return Finding(name, value, "note", "Space for few checkpoints and no large cache.")
     return Finding(name, value)
 
 
 # ---------------------------------------------------------------------------------------------
-# Rendering
+# Text
 # ---------------------------------------------------------------------------------------------
 
 
 def has_problem(findings: list[Finding]) -> bool:
-    """Whether anything stands in the way of a run."""
+    """Whether something prevents a run."""
     return any(finding.state == "problem" for finding in findings)
 
 
 def render(findings: list[Finding], tty: bool = False) -> str:
-    """A coloured table on a terminal, plain lines elsewhere; what to do comes last."""
-    rich = load("rich.table").module if tty else None
-    return _plain_lines(findings) if rich is None else _rich_table(findings)
+    """A line per finding, then what to do, problems first; in colour on a terminal."""
 
+    def paint(state: State) -> str:
+        colour = {"ok": "32", "note": "33", "problem": "1;31"}[state]
+        return f"\x1b[{colour}m{state:<7}\x1b[0m" if tty else f"{state:<7}"
 
-def _to_do(findings: list[Finding]) -> list[Finding]:
-    advised = [finding for finding in findings if finding.advice]
-    return sorted(advised, key=lambda finding: finding.state != "problem")
-
-
-def _verdict(findings: list[Finding]) -> str:
-    if has_problem(findings):
-        return "What to do, problems first:"
-    return (
-        "No problem found. What is slow or worth knowing:" if _to_do(findings) else "All is well."
-    )
-
-
-def _plain_lines(findings: list[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
-    lines = [f"{f.state:<7}  {f.name:<{width}}  {f.value}" for f in findings]
-    advice = [f"{f.state:<7}  {f.name}: {f.advice}" for f in _to_do(findings)]
-    return "\n".join([*lines, "", _verdict(findings), *advice])
-
-
-def _rich_table(findings: list[Finding]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        state = Text(finding.state, style=colours[finding.state])
-        table.add_row(state, finding.name, Text(finding.value))
-    console = Console(force_terminal=True)
-    with console.capture() as capture:
-        console.print(table)
-        console.print(f"\n{_verdict(findings)}", style="bold")
-        for finding in _to_do(findings):
-            line = Text.assemble(
-                (f"{finding.state:<7}  ", colours[finding.state]),
-                (f"{finding.name}: ", "bold"),
-                finding.advice,
-            )
-            console.print(line)
-    return capture.get().rstrip()
+    lines = [f"{paint(f.state)}  {f.name:<{width}}  {f.value}" for f in findings]
+    advised = sorted((f for f in findings if f.advice), key=lambda f: f.state != "problem")
+    verdict = "No problem found." + (" What is slow or worth knowing:" if advised else "")
+    if has_problem(findings):
+        verdict = "What to do, problems first:"
+    return "\n".join(
+        [*lines, "", verdict, *(f"{paint(f.state)}  {f.name}: {f.advice}" for f in advised)]
+    )

@@ -20,8 +20,10 @@ class Run:
 
     Attributes:
         index: position among the runs that are shown, which decides the colour.
+        result, analysis: values by dotted key, `teacher.top1`; ``analysis`` is empty where
+            `deit-fast analyze` has not run.
+        train, evaluations: rows of the log.
         samples: PNG of the first training views.
-        analysis: empty where `deit-fast analyze` has not run.
         maps: PNG files of the analysis that show attention, by name.
     """
 
@@ -29,10 +31,10 @@ class Run:
     name: str
     config: dict[str, Any]
     result: dict[str, Any]
+    analysis: dict[str, Any]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: bytes | None
-    analysis: dict[str, Any]
     maps: dict[str, bytes]
 
 
@@ -56,17 +58,17 @@ def read_run(path: Path, name: str, index: int) -> Run:
         raise InputError(f"run folder {path} does not exist")
     rows = _read_rows(path / "metrics.jsonl")
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
-    analysis = _read_analysis(folder / ANALYSIS_FILE)
-    pictures = [row.get("picture") for row in objects(group(analysis, "attention"), "samples")]
+    analysis = flatten(_read_analysis(folder / ANALYSIS_FILE))
+    pictures = [row.get("picture") for row in objects(analysis, "attention.samples")]
     return Run(
         index=index,
         name=name,
         config=read_object(path / "config.json"),
-        result=read_object(path / "result.json"),
+        result=flatten(read_object(path / "result.json")),
+        analysis=analysis,
         train=[row for row in rows if row.get("kind") == "train"],
         evaluations=[row for row in rows if row.get("kind") == "eval"],
         samples=_read_png(samples) if samples.exists() else None,
-        analysis=analysis,
         # only the last part of a name, so that no name leads out of the folder
         maps={p: _read_png(folder / Path(p).name) for p in pictures if isinstance(p, str)},
     )
@@ -143,12 +145,10 @@ def number(values: dict[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def group(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """A nested object; empty where there is none."""
-    for key in keys:
-        inner = values.get(key)
-        values = inner if isinstance(inner, dict) else {}
-    return values
+def group(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose dotted key begins with ``prefix``, without it."""
+    dotted = f"{prefix}."
+    return {key[len(dotted) :]: value for key, value in values.items() if key.startswith(dotted)}
 
 
 def objects(values: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from deit_fast.errors import InputError
 from deit_fast.tools.charts import COLOURS, PROPERTIES, Line
-from deit_fast.tools.report.sections import SECTIONS, Cell, Table, draw
+from deit_fast.tools.report import analysis, sections
+from deit_fast.tools.report.sections import Cell, Table, draw
 from deit_fast.tools.run_folder import read_run, short_names
 
 
@@ -33,7 +34,13 @@ def build_report(runs: list[Path], title: str) -> str:
         raise InputError("a report needs at least one run folder")
     names = short_names(runs)
     loaded = [read_run(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
-    return render(title, **{name: section(loaded) for name, section in SECTIONS.items()})
+    parts = (
+        sections.lead, sections.results, sections.curves, sections.per_class, sections.throughput,
+        analysis.tokens, analysis.classifiers, analysis.disagreement, analysis.teachers,
+        analysis.attention, analysis.left_out, sections.samples, sections.settings,
+        sections.environment, sections.commands,
+    )  # fmt: skip
+    return render(title, **{part.__name__: part(loaded) for part in parts})
 
 
 def render(title: str, **parts: Any) -> str:
