@@ -1,7 +1,7 @@
-"""The whole job in small: real images, a teacher, a cache, three students, an analysis, a report.
+"""`demo`: the whole workflow on small images: teacher, cache, three students, analysis, report.
 
-Uses scikit-learn's digits (1,797 images of 8x8 pixels, from the UCI repository), because they
-come inside a package and need no download.
+The images are scikit-learn's digits (1,797 images of 8x8 pixels, from the UCI repository): they are
+part of the package and need no download.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from deit_fast.recipes import digits_student, digits_teacher
 
 log = logging.getLogger("deit_fast")
 
-TRAIN_SHARE = 1 / 3
-"""Share of the images that is trained on; the rest is held out, so that 1 point is 12 images."""
+TRAIN_EVERY = (
+    3  # one image in three is trained on; of the held-out ones, 12 are 1 point of accuracy
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class DemoConfig:
     """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
 
     output: str = "runs/demo"
-    """Folder of data, runs and report; a second call goes on from what is there."""
+    """Folder of data, runs and report; a second call resumes what it finds there."""
     seeds: tuple[int, ...] = (0,)
     """One teacher and three students are trained for each seed."""
     workers: int = 1
@@ -47,12 +48,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     Returns:
         `rows`: per seed the teacher's and the students' top-1 accuracy; `mean`: over the seeds;
-        `gain`: better distilled student minus undistilled one, percentage points; `observed`: what
-        DeiT's authors observed, a line each with how often it holds here; `report`: path.
+        `gain`: better distilled student minus undistilled one, percentage points; `observed`: a
+        line per observation of DeiT's authors, with how often it holds here; `seconds`; `report`:
+        path.
     """
     from deit_fast.precompute import precompute
+    from deit_fast.runtime.files import write_json
     from deit_fast.tools.analysis.runs import analyze
-    from deit_fast.tools.analysis.summary import observed, summarise, write_summary
+    from deit_fast.tools.analysis.table import observed, summarise, write_summary
     from deit_fast.tools.report.page import write_report
     from deit_fast.train.loop import train
 
@@ -63,17 +66,17 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     for seed in config.seeds:
         folder = output / f"seed-{seed}"
         row: dict[str, float] = {"seed": seed}
-        teacher_config = _placed(digits_teacher(), config, folder / "teacher", seed)
+        teacher_config = _configure(digits_teacher(), config, folder / "teacher", seed)
         log.info("seed %d: teacher", seed)
         row["teacher"] = train(teacher_config)["top1"]
         spec = f"{teacher_config.model.name}@{folder}/teacher/model.safetensors"
-        student = _placed(digits_student(), config, folder, seed)
-        log.info("seed %d: the teacher's logits for all views", seed)
+        student = _configure(digits_student(), config, folder, seed)
+        log.info("seed %d: teacher logits of all views", seed)
         precompute(student.replace(teacher=spec, cache=str(folder / "cache")))
         for kind in ("none", "hard", "soft"):
             log.info("seed %d: student, distillation %s", seed, kind)
             run = student.replace(output=str(folder / kind), loss={"kind": kind})
-            if kind == "none":  # the twin has no distillation token, as DeiT's undistilled models
+            if kind == "none":  # without distillation token, as DeiT's undistilled models
                 run = run.replace(model={"name": run.model.name.replace("distilled_", "")})
             else:
                 run = run.replace(cache=str(folder / "cache"))
@@ -81,8 +84,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             runs.append(folder / kind)
         analyses += analyze(runs[-3:], teacher=spec)
         rows.append(row)
-    names = ("teacher", "none", "hard", "soft")
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    mean = {
+        name: sum(row[name] for row in rows) / len(rows)
+        for name in ("teacher", "none", "hard", "soft")
+    }
     result = {
         "rows": rows,
         "mean": mean,
@@ -93,7 +98,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     }
     write_report(runs, output / "report.html", "deit_fast demo: digits")
     if config.save is not None:
-        save_result(result, Path(config.save))
+        Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.save), {"meta": analyses[0]["meta"], **result})
     if config.save_analysis is not None:
         write_summary(analyses, Path(config.save_analysis))
     return result
@@ -102,17 +108,16 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 def write_digits(root: Path) -> None:
     """Write scikit-learn's digits as an image folder: `train` and `val`, a folder per digit.
 
-    The split is fixed: every third image of each class is trained on.
+    Every third image of each class belongs to `train`.
     """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    period = round(1 / TRAIN_SHARE)
     seen = [0] * 10
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "val" if seen[label] % period else "train"
+        split = "val" if seen[label] % TRAIN_EVERY else "train"
         seen[label] += 1
         folder = root / split / str(label)
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,23 +127,7 @@ def write_digits(root: Path) -> None:
             Image.fromarray(grey).save(path)
 
 
-def save_result(result: dict[str, Any], path: Path) -> None:
-    """Write the accuracies with what is needed to repeat them."""
-    import torch
-
-    from deit_fast.runtime.environment import describe_command, describe_environment
-
-    meta = describe_environment(torch.device("cpu")) | {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": describe_command(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    from deit_fast.runtime.files import write_json
-
-    write_json(path, {"meta": meta, **result})
-
-
-def _placed(recipe: RunConfig, config: DemoConfig, output: Path, seed: int) -> RunConfig:
-    """A recipe on the demo's data, in the demo's folder."""
+def _configure(recipe: RunConfig, config: DemoConfig, output: Path, seed: int) -> RunConfig:
+    """A recipe with the data of the demo and its own output folder."""
     data = {"root": str(Path(config.output) / "data"), "workers": config.workers}
     return recipe.replace(output=str(output), seed=seed, data=data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import write_atomically, write_json
+from deit_fast.runtime.files import write_arrays, write_json
 from deit_fast.runtime.metrics import Progress
 
 log = logging.getLogger("deit_fast")
@@ -42,11 +43,10 @@ def pack(
     quality: int = 92,
     shard_samples: int = SHARD_SAMPLES,
 ) -> dict[str, Any]:
-    """Write both splits of ``data`` as packed shards; the same call goes on after an interruption.
+    """Write both splits of ``data`` as packed shards; the same call resumes after an interruption.
 
-    Images whose shorter side is above ``short_side`` are reduced to it (Pillow's bicubic), smaller
-    ones stay. An unreadable image keeps its place and its label, and loaders treat it as they treat
-    an unreadable file.
+    Images whose shorter side is above ``short_side`` are reduced to it (Pillow's bicubic). An
+    unreadable image keeps its index and its label; loaders treat it like an unreadable file.
 
     Args:
         out: folder; `data.source=packed data.root=OUT` reads it.
@@ -58,7 +58,7 @@ def pack(
 
     Raises:
         InputError: a wrong value; a folder that holds another pack, naming what differs.
-        OSError: the disk is full; whole shards stay.
+        OSError: the disk is full; complete shards are kept.
     """
     if form not in FORMS:
         raise InputError(f"form must be uint8 or jpeg, not {form!r}")
@@ -70,7 +70,7 @@ def pack(
         if not low <= value <= high:
             raise InputError(f"{name} must lie in [{low}, {high}], not {value}")
     if data.source in ("packed", "synthetic"):
-        raise InputError(f"data.source={data.source} is not a thing to pack: take folder or tar")
+        raise InputError(f"data.source={data.source} cannot be packed: use folder or tar")
     started = time.perf_counter()
     total: dict[str, Any] = {"images": 0, "shards": 0, "kept": 0, "bytes": 0}
     unreadable: list[str] = []
@@ -83,9 +83,9 @@ def pack(
             "source": source.fingerprint(), "packed_from": os.path.join(str(data.root), name),
         }  # fmt: skip
         folder = Path(out) / name
-        _agree(folder, manifest)
-        done, missing = _pack_split(source, folder, manifest, data.workers, split)
-        unreadable += missing
+        _write_or_compare_manifest(folder, manifest)
+        done, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
+        unreadable += lost
         for key, value in done.items():
             total[key] += value
     if unreadable:
@@ -97,169 +97,153 @@ def pack(
     return {"out": out, **total, "seconds": seconds, "unreadable": unreadable}
 
 
-def _agree(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or compare with the one that is there."""
+def _write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, manifest)
         return
     try:
-        there = json.loads(path.read_text())
+        existing = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(there, dict):
+    if not isinstance(existing, dict):
         raise InputError(f"{path} must hold a JSON object")
-    wanted = json.loads(json.dumps(manifest))
-    differing = [
-        key
-        for key in wanted
-        if key not in ("pillow", "packed_from") and there.get(key) != wanted[key]
-    ]
+    requested = json.loads(json.dumps(manifest))
+    compared = requested.keys() - {"pillow", "packed_from"}
+    differing = [k for k in requested if k in compared and existing.get(k) != requested[k]]
     if differing:
-        key = differing[0]
-        shown = "" if isinstance(wanted[key], (dict, list)) else (
-            f": {there.get(key)!r}, not {wanted[key]!r}"
-        )  # fmt: skip
+        key, shown = differing[0], ""
+        if not isinstance(requested[key], (dict, list)):
+            shown = f": {existing.get(key)!r}, not {requested[key]!r}"
         raise InputError(
             f"{folder} holds a pack of other {', '.join(differing)}{shown}; choose another folder"
         )
 
 
-def _pack_split(
-    source: Source, folder: Path, manifest: dict[str, Any], workers: int, split: str
-) -> tuple[dict[str, int], list[str]]:
-    count, per_shard = source.num_samples, manifest["shard_samples"]
-    shards = {
-        number: range(number * per_shard, min((number + 1) * per_shard, count))
-        for number in range(-(-count // per_shard))
-    }
-    unreadable: list[str] = []
-    kept = []
-    for number, samples in shards.items():
+def _pack_split(packer: Packer, workers: int, split: str) -> tuple[dict[str, int], list[str]]:
+    """Write the missing shards of a split. Returns counts and the paths of unreadable images."""
+    paths, lost, missing = packer.source.paths, [], []
+    for number, samples in enumerate(packer.shards):
         try:
-            index = read_index(folder, number, len(samples), manifest)
+            index = read_index(packer.folder, number, len(samples), packer.manifest)
         except InputError:
+            missing.append(number)
             continue
-        kept.append(number)
-        lost = np.flatnonzero(index["sizes"][:, 0] == 0)
-        unreadable += [source.paths[samples[place]] for place in lost.tolist()]
-    open_shards = [number for number in shards if number not in kept]
-    left = sum(len(shards[number]) for number in open_shards)
+        lost += [samples[row] for row in np.flatnonzero(index["sizes"][:, 0] == 0).tolist()]
+    kept = len(packer.shards) - len(missing)
+    images = sum(len(packer.shards[number]) for number in missing)
     log.info(
-        "packing %s: %d shards to write, %d there, %d images",
-        split, len(open_shards), len(kept), left,
-    )  # fmt: skip
+        "packing %s: %d shards to write, %d there, %d images", split, len(missing), kept, images
+    )
     written = done = 0
-    with Progress(f"pack {split}", left, unit="image") as progress:
-        for number, (length, lost) in _shards(source, folder, manifest, shards, open_shards,
-                                              workers):  # fmt: skip
+    with Progress(f"pack {split}", images, unit="image") as progress:
+        for number, (length, unreadable) in _write_shards(packer, missing, workers):
             written += length
-            unreadable += [source.paths[index] for index in lost]
-            done += len(shards[number])
-            progress.advance(len(shards[number]), f"{done} of {left} packed, {size_text(written)}")
-    numbers = {"images": count, "shards": len(open_shards), "kept": len(kept), "bytes": written}
-    return numbers, sorted(unreadable)
+            lost += unreadable
+            done += len(packer.shards[number])
+            progress.advance(
+                len(packer.shards[number]), f"{done} of {images} packed, {size_text(written)}"
+            )
+    counts = {
+        "images": packer.source.num_samples, "shards": len(missing), "kept": kept, "bytes": written
+    }  # fmt: skip
+    return counts, sorted(paths[index] for index in lost)
 
 
-def _shards(
-    source: Source, folder: Path, manifest: dict[str, Any], shards: dict[int, range],
-    open_shards: list[int], workers: int,
-) -> Any:  # fmt: skip
-    """Makes the shards, in processes where there are workers, and yields them as they are done."""
+Written = tuple[int, list[int]]  # bytes of a shard, samples that could not be read
+
+
+def _write_shards(
+    packer: Packer, missing: list[int], workers: int
+) -> Iterator[tuple[int, Written]]:
+    """Write shards, in processes where there are workers; yields each number when it is done."""
     if workers == 0:
-        for number in open_shards:
-            yield number, write_shard(source, folder, manifest, number, shards[number])
+        for number in missing:
+            yield number, packer.write(number)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(
-        min(workers, max(len(open_shards), 1)), context, _set_source, (source, folder, manifest)
-    ) as pool:
-        numbers = iter(open_shards)
-        pending = {
-            pool.submit(_write_here, number, shards[number]): number
-            for number in itertools.islice(numbers, 2 * workers)
-        }
+    processes = min(workers, max(len(missing), 1))
+    with ProcessPoolExecutor(processes, context, _set_packer, (packer,)) as pool:
+        futures = {pool.submit(_write, number): number for number in missing}
         try:
-            while pending:
-                done = next(as_completed(pending))
-                number = pending.pop(done)
-                if (following := next(numbers, None)) is not None:
-                    pending[pool.submit(_write_here, following, shards[following])] = following
-                yield number, done.result()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_here: list[Any] = []  # of a worker process: source, folder, manifest
+_packers: list[Packer] = []  # of a worker process: one, so that a task does not carry the source
 
 
-def _set_source(source: Source, folder: Path, manifest: dict[str, Any]) -> None:
-    _here[:] = source, folder, manifest
+def _set_packer(packer: Packer) -> None:
+    _packers[:] = [packer]
 
 
-def _write_here(number: int, samples: range) -> tuple[int, list[int]]:
-    source, folder, manifest = _here
-    return write_shard(source, folder, manifest, number, samples)
+def _write(number: int) -> Written:
+    return _packers[0].write(number)
 
 
-def write_shard(
-    source: Source, folder: Path, manifest: dict[str, Any], number: int, samples: range
-) -> tuple[int, list[int]]:
-    """One shard and its table. Returns its bytes and the samples that could not be read."""
-    path = folder / f"{shard_name(number)}.bin"
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    offsets = np.zeros(len(samples) + 1, np.int64)
-    sizes = np.zeros((len(samples), 2), np.int32)
-    checksums = np.zeros(len(samples), np.uint32)
-    unreadable = []
-    try:
-        with open(temporary, "wb") as file:
-            for place, index in enumerate(samples):
-                content = b""
-                try:
-                    pixels = shrink(source.load(index), manifest["short_side"])
-                except UnreadableImage as error:
-                    log.warning("%s", error)
-                    unreadable.append(index)
-                else:
-                    sizes[place] = pixels.shape[1], pixels.shape[0]
-                    content = _encode(pixels, manifest)
-                file.write(content)
-                offsets[place + 1] = offsets[place] + len(content)
-                checksums[place] = _C.crc32c(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    base = manifest["packed_from"]
-    names = b"".join(
-        os.fsencode(os.path.relpath(source.paths[index], base)) + b"\0" for index in samples
-    )
-    table = io.BytesIO()
-    np.savez(
-        table, offsets=offsets, sizes=sizes, crc32c=checksums,
-        labels=source.labels[samples.start : samples.stop].astype(np.int64),
-        names=np.frombuffer(names, np.uint8),
-    )  # fmt: skip
-    write_atomically(path.with_suffix(".npz"), table.getbuffer())
-    return int(offsets[-1]), unreadable
+@dataclass(frozen=True)
+class Packer:
+    """Writes the shards of a split."""
 
+    source: Source
+    folder: Path
+    manifest: dict[str, Any]
 
-def shrink(image: Image.Image | np.ndarray, short_side: int) -> np.ndarray:
-    """Shorter side to `short_side` where it is longer."""
-    pixels = np.ascontiguousarray(image)
-    if min(pixels.shape[:2]) <= short_side:
-        return pixels
-    return resize_shorter_side(pixels, short_side)
+    @property
+    def shards(self) -> list[range]:
+        """The samples of each shard."""
+        count, size = self.source.num_samples, self.manifest["shard_samples"]
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def write(self, number: int) -> Written:
+        """Write a shard and its index."""
+        samples = self.shards[number]
+        path = self.folder / f"{shard_name(number)}.bin"
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        offsets = np.zeros(len(samples) + 1, np.int64)
+        sizes = np.zeros((len(samples), 2), np.int32)
+        checksums = np.zeros(len(samples), np.uint32)
+        unreadable = []
+        try:
+            with open(temporary, "wb") as file:
+                for row, index in enumerate(samples):
+                    content = b""
+                    try:
+                        pixels = np.ascontiguousarray(self.source.load(index))
+                    except UnreadableImage as error:
+                        log.warning("%s", error)
+                        unreadable.append(index)
+                    else:
+                        if min(pixels.shape[:2]) > self.manifest["short_side"]:
+                            pixels = resize_shorter_side(pixels, self.manifest["short_side"])
+                        sizes[row] = pixels.shape[1], pixels.shape[0]
+                        content = self._encode(pixels)
+                    file.write(content)
+                    offsets[row + 1] = offsets[row] + len(content)
+                    checksums[row] = _C.crc32c(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        base, paths = self.manifest["packed_from"], self.source.paths
+        names = b"".join(os.fsencode(os.path.relpath(paths[i], base)) + b"\0" for i in samples)
+        labels = self.source.labels[samples.start : samples.stop].astype(np.int64)
+        arrays: dict[str, np.ndarray] = {
+            "offsets": offsets, "sizes": sizes, "crc32c": checksums, "labels": labels,
+            "names": np.frombuffer(names, np.uint8),
+        }  # fmt: skip
+        write_arrays(path.with_suffix(".npz"), arrays)
+        return int(offsets[-1]), unreadable
 
-def _encode(pixels: np.ndarray, manifest: dict[str, Any]) -> bytes:
-    if manifest["form"] == "uint8":
-        return pixels.tobytes()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=manifest["quality"])
-    return file.getvalue()
+    def _encode(self, pixels: np.ndarray) -> bytes:
+        if self.manifest["form"] == "uint8":
+            return pixels.tobytes()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=self.manifest["quality"])
+        return file.getvalue()
