@@ -1,7 +1,8 @@
-"""A teacher of your own: a factory, its training, its cached answers, a student. A CPU will do.
+"""Your own teacher: define it, train it, cache its logits, train a student. Runs on a CPU.
 
-A teacher is named by module and function, `custom_teacher:edges`, and called with `num_classes`. It
-is given the student's views and gets them in its own normalisation, if it has `mean` and `std`.
+A teacher is named by module and function, `custom_teacher:edges`; the function is called with
+`num_classes`. The teacher sees the views of the student, in its own normalisation if it has
+attributes `mean` and `std`.
 
     python examples/custom_teacher.py DIR
 """
@@ -27,7 +28,7 @@ def edges(num_classes: int) -> torch.nn.Module:
         torch.nn.Flatten(),
         torch.nn.Linear(32, num_classes),
     )
-    model.mean, model.std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # what it wants, units of 255
+    model.mean, model.std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # of pixels in [0, 1]
     return model
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     teacher = base.replace(
         output=str(folder / "teacher"),
         model={"name": factory, "fused": False} | shape,
-        # trained in the normalisation that it wants as a teacher
+        # trained in the normalisation that it declares above
         view={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "mixup_alpha": 0, "cutmix_alpha": 0},
         optim={"lr": 1e-2},
         epochs=10,
@@ -54,13 +55,13 @@ def main() -> None:
         cache=str(folder / "cache"),
         teacher=f"{factory}@{folder / 'teacher' / 'model.safetensors'}",
         model={"name": "deit_tiny_distilled_patch16_224"},
-        # alpha 1: no label is used, all that the student learns it learns from the teacher
+        # alpha 1: labels are not used, the student learns from the teacher only
         loss={"kind": "soft", "alpha": 1.0, "tau": 2.0, "reduction": "batchmean"},
     )
     written = precompute(student)
-    print(f"{written['images']} answers of {written['views']} views cached")
+    print(f"{written['images']} rows of logits cached, {written['views']} views of each image")
     result = train(student.replace(teacher=None))
-    print(f"student top-1 {100 * result['top1']:.1f} %, taught by the cache alone")
+    print(f"student top-1 {100 * result['top1']:.1f} %, trained from the cache alone")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A loop in the style of facebookresearch/deit, its loss taken from deit_fast. Seconds on a CPU.
+"""A training loop like facebookresearch/deit's with the loss of deit_fast. Seconds on a CPU.
 
 In DeiT's `main.py` one line changes: `from losses import DistillationLoss` becomes
-`from deit_fast import DistillationLoss`. Here images are random stripes, made on the fly.
+`from deit_fast import DistillationLoss`. The images here are random stripes.
 
     python examples/drop_in_loss.py
     python examples/drop_in_loss.py --kind soft --steps 100
@@ -32,7 +32,7 @@ def draw_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_teacher() -> torch.nn.Module:
-    """A small convolutional network that has learned the stripes."""
+    """A small convolutional network trained on the stripes."""
     teacher = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 9, stride=2),
         torch.nn.ReLU(),
@@ -71,7 +71,7 @@ def main() -> None:
         "deit_tiny_distilled_patch16_224",
         num_classes=CLASSES, img_size=SIZE, patch_size=8, embed_dim=64, depth=2, num_heads=2,
     )  # fmt: skip
-    student.set_distilled_training(True)  # two heads' logits in train mode
+    student.set_distilled_training(True)  # train mode returns the logits of both heads
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
     criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, args.kind, alpha=0.5, tau=3.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.05)

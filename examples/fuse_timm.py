@@ -1,7 +1,7 @@
-"""fuse() on a timm model: the same parameters and the same outputs, checked here.
+"""fuse() on a timm model: same parameters, and outputs that are checked to be equal.
 
-On a CPU the kernels' place is taken by plain PyTorch, and the last block's saving stays; on a GPU
-the kernels run.
+On a GPU the kernels run. On a CPU plain PyTorch replaces them; there, too, the last block computes
+only the tokens that the heads read.
 
     python examples/fuse_timm.py
     python examples/fuse_timm.py --model vit_small_patch16_224 --size 224 --batch 64
@@ -41,7 +41,7 @@ def main() -> None:
     scale = gradients[0].abs().max().item()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * scale)
 
-    fused.load_state_dict(model.state_dict())  # state dicts go both ways
+    fused.load_state_dict(model.state_dict())  # state dicts are interchangeable
     unfuse(fused)
     assert type(fused.blocks[0]) is type(model.blocks[0])
     difference = (outputs[1] - outputs[0]).abs().max().item()

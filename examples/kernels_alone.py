@@ -1,6 +1,6 @@
-"""The kernels without the engine: each beside plain PyTorch, with the difference and the time.
+"""The kernels without the engine: each compared with plain PyTorch, in value and in time.
 
-On a GPU the Triton kernels run; on a CPU their plain references do, or with TRITON_INTERPRET=1 the
+On a GPU the Triton kernels run; on a CPU their PyTorch references, or with TRITON_INTERPRET=1 the
 kernels in Triton's interpreter.
 
     python examples/kernels_alone.py
@@ -21,7 +21,7 @@ from deit_fast.kernels import add_layer_norm, attention_qkvpacked, bias_gelu, di
 
 
 def milliseconds(function: Callable[[], object], calls: int = 5) -> float:
-    """Of the fastest call, the device's work included."""
+    """Time of the fastest call, including the work of the device."""
     best = float("inf")
     for _ in range(calls):
         start = time.perf_counter()

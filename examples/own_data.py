@@ -1,7 +1,7 @@
-"""Images of your own: write them as a folder, train on them, measure. Under a minute on a CPU.
+"""Your own images: write them as a folder, train on them, evaluate. Under a minute on a CPU.
 
-Any source will do that gives an image and a label; here they are stripes whose spacing is the
-class. Where the images are files already, sort them into DIR/train/<class>/ and DIR/val/<class>/.
+The images here are stripes whose spacing is the class. If your images are files already, sort them
+into DIR/train/<class>/ and DIR/val/<class>/.
 
     python examples/own_data.py DIR
 """
@@ -35,7 +35,7 @@ def draw(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
 
 
 def write_images(root: Path) -> None:
-    """`train` and `val` with a folder per class, as PNG: what `--data.root` takes."""
+    """PNG files in `train` and `val`, a folder per class: the layout that `--data.root` expects."""
     for split, count, seed in (("train", 144, 0), ("val", 90, 1)):
         for index, (image, name) in enumerate(draw(count, seed)):
             folder = root / split / name
@@ -44,12 +44,12 @@ def write_images(root: Path) -> None:
 
 
 def small_run(root: Path, output: Path) -> RunConfig:
-    """Settings for small images and a small student; each is a flag of `deit-fast train` too."""
+    """Settings for small images and a small student; each is also a flag of `deit-fast train`."""
     return RunConfig(
         output=str(output),
         epochs=20,
         batch_size=48,
-        # stripes are still stripes when mirrored or cropped: think what holds for your classes
+        # mirrored and cropped stripes keep their class: check that yours do too
         view=ViewRecipe(image_size=SIZE, crop_scale=(0.7, 1.0), augment="none", erase_prob=0.0),
         model=ModelConfig(
             name="deit_tiny_patch16_224", drop_path=0.0, patch_size=4, embed_dim=48, depth=2,

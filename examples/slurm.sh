@@ -4,9 +4,9 @@
 #   sbatch --nodes 2 --gpus-per-node 8 examples/slurm.sh --recipe deit_small_distilled \
 #       --data.root IMAGENET --cache CACHE --output runs/small
 #
-# Slurm sends SIGUSR1 two minutes before the end. torchrun passes it on, every rank saves after the
-# same step and ends with status 75; the job is then put back into the queue and the same command
-# goes on where it was. Any other failure is left for a person to look at.
+# Slurm sends SIGUSR1 two minutes before the time limit. torchrun forwards it, every rank saves after
+# the same step and exits with status 75; the job is then requeued, and the same command resumes the
+# run. After any other failure the job is not requeued.
 # The output folder, the cache and this environment's Python must be visible on all nodes.
 #
 #SBATCH --job-name=deit-fast
@@ -21,15 +21,15 @@
 #SBATCH --output=deit-fast-%j.log
 set -u
 
-ends=deit-fast-$SLURM_JOB_ID.status-75 # torchrun itself ends with 1 whatever its workers end with
+ends=deit-fast-$SLURM_JOB_ID.status-75 # torchrun exits with 1 whatever status its workers exit with
 rm -f "$ends"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds from the signal to SIGKILL; 30 unless told
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds from the signal to SIGKILL, 30 by default
 
-# One rank: the trainer, and a note for this script where it ends with 75. The traps keep the shell
-# alive until the trainer, which gets the same signal, has saved.
+# One rank: the trainer, and a marker file for this script if it exits with 75. The traps keep the
+# shell alive until the trainer, which receives the same signal, has saved.
 rank='trap : USR1 TERM; python -m deit_fast train "$@"; status=$?
     [ $status -eq 75 ] && touch "$ENDS"; exit $status'
 
@@ -48,7 +48,7 @@ status=$?
 [ $status -eq 0 ] && exit 0
 if [ -e "$ends" ]; then
     rm -f "$ends"
-    echo "saved; job $SLURM_JOB_ID goes back into the queue"
+    echo "saved; job $SLURM_JOB_ID is requeued"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -1,11 +1,11 @@
-"""fuse() in timm's train.py: one line behind `create_model`, everything else as it is.
+"""fuse() in timm's train.py: one line after `create_model`, nothing else changes.
 
     model = create_model(args.model, ...)
-    fuse(model)                                  # <- this one, before .to(device), EMA and DDP
+    fuse(model)                                  # <- this line, before .to(device), EMA and DDP
 
-This is the middle of that script in small: timm's model, optimiser, schedule and its own token
-distillation task, with and without that line. Both train to the same losses, which is checked; on a
-GPU the fused one runs our kernels.
+This script repeats the core of train.py: timm's model, optimiser, schedule and token distillation
+task, with and without that line, and prints the difference of the losses. On a GPU the fused model
+runs our kernels.
 
     python examples/timm_train.py
     python examples/timm_train.py --model deit_small_distilled_patch16_224 --size 224 --batch 64
@@ -28,7 +28,7 @@ CLASSES = 4
 
 
 def run(args: argparse.Namespace, fused: bool) -> list[float]:
-    """Losses of a few steps on random images; equal seeds make equal weights and images."""
+    """Losses of a few steps on random images; both runs start from the same seed."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(args.model, img_size=args.size, num_classes=CLASSES)

@@ -49,7 +49,7 @@ def test_read_cache_reads_what_it_made_and_any_other(tmp_path):
     from deit_fast.config import CodecConfig
 
     out = run("read_cache.py", "--make", str(tmp_path / "made"))
-    assert "100 samples, 3 views, 40 bytes per answer" in out and "teacher.spec = made up" in out
+    assert "100 samples, 3 views, 40 bytes per view" in out and "teacher.spec = random" in out
     assert float(out.split()[-1]) > 1
 
     logits = torch.randn(6, 9)
@@ -89,7 +89,7 @@ def test_custom_teacher_teaches_through_the_cache_alone(tmp_path):
     out = run("custom_teacher.py", str(tmp_path))
     assert float(re.search(r"teacher top-1 (\S+) %", out).group(1)) > 80
     assert float(re.search(r"student top-1 (\S+) %", out).group(1)) > 60  # chance: 33
-    assert "2880 answers of 20 views cached" in out  # 144 images
+    assert "2880 rows of logits cached, 20 views of each image" in out  # 144 images
     log = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
     losses = [row["distill_loss"] for row in map(json.loads, log) if row["kind"] == "train"]
     assert 0 < losses[-1] < 0.8 * losses[0], losses
@@ -147,9 +147,9 @@ def test_slurm_script_requeues_after_status_75_alone(recipe, tmp_path):
         assert done.returncode == 1 and "requeue 7" not in asked, done.stderr[-3000:]
         return
     assert done.returncode == 0 and "requeue 7" in asked, done.stderr[-3000:]
-    assert "goes back into the queue" in done.stdout
+    assert "is requeued" in done.stdout
     assert list((output / "checkpoints").iterdir()), "nothing was saved"
-    assert not list(tmp_path.glob("*status-75")), "the note would requeue the next failure too"
+    assert not list(tmp_path.glob("*status-75")), "the marker would requeue the next failure too"
 
 
 def test_kubernetes_manifest_is_yaml_and_fits_together():
