@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	$(BIN)/deit-fast demo
 
 test: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TORCH_OLDEST)/.installed
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 $(VENV)/triton-%/.installed: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if path is not None and not hasattr(config, "workerinput"):  # not in a worker of xdist
         config.pluginmanager.register(Outcomes(path), "outcomes")
     config.pluginmanager.register(LeftOut(), "left out")
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(LongestFilesFirst(), "longest files first")
 
 
 class Outcomes:
@@ -171,6 +173,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if unfit:
         names = "\n".join(map(repr, unfit))
         raise pytest.UsageError(f"ids that cannot be selected again, give short ids=:\n{names}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------
+
+
+class LongestFilesFirst:
+    """For ``--dist loadfile``, where a long file at the end would leave a core idle."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        seconds = Counter[Path]()
+        for item in items:
+            seconds[item.path] += 30 if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
