@@ -250,8 +250,10 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "lamb"] = "adamw"
-    """AdamW, or LAMB (DeiT-III). On a GPU, LAMB is NVIDIA apex's FusedLAMB where that is
-    installed, else timm's."""
+    """AdamW, or LAMB (DeiT-III)."""
+    impl: Literal["auto", "torch", "apex"] = "auto"
+    """`torch`: torch's fused AdamW, timm's LAMB. `apex`: NVIDIA's FusedAdam and FusedLAMB, if
+    NVIDIA's apex is installed. `auto`: apex for LAMB on a GPU if it is installed, else torch."""
     layer_decay: float | None = None
     """Fine-tuning: learning rate of a block relative to that of the next block."""
     lr: float = 5e-4

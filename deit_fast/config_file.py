@@ -35,7 +35,7 @@ RETIRED: dict[str, Any] = {
     prefix + name: list(value) if isinstance(value, tuple) else value
     for prefix, cls in _GROUPS.items()
     for name, value in constants(cls).items()
-} | {"optim.impl": "auto"}
+}
 """Settings of earlier versions by dotted key, each with the only value that it has now."""
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grads_with_norm_
@@ -18,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
-from deit_fast.runtime.environment import Apex, find_apex
+from deit_fast.runtime.environment import find_apex
 from deit_fast.train.optim import (
     Average,
     clip_gradients,
@@ -221,20 +220,30 @@ NVIDIA = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAda
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "reason"),
     [
-        ({}, Apex("absent")),
-        ({"apex/__init__.py": "'''A toolkit for Pyramid.'''"}, Apex("namesake")),
-        (NVIDIA, Apex("no CUDA code", "amp_C is missing")),
+        ({}, "it is not installed"),
+        (
+            {"apex/__init__.py": "'''A toolkit for Pyramid.'''"},
+            "the installed apex is PyPI's namesake",
+        ),
+        (NVIDIA, "it was built without its CUDA code (amp_C is missing)"),
+        ({**NVIDIA, "amp_C.py": ""}, "it needs a GPU and the model is on cpu"),
         (
             {"apex/__init__.py": "raise RuntimeError('old driver')"},
-            Apex("broken", "RuntimeError: old driver"),
+            "it is broken (RuntimeError: old",
         ),
-        ({**NVIDIA, "amp_C.py": ""}, None),  # the real one, and the model is on the CPU
     ],
 )
-def test_lamb_is_timms_where_apex_cannot_be_used(
-    tmp_path: Path, monkeypatch, files: dict[str, str], found: Apex | None
+@pytest.mark.parametrize(("name", "torch_class"), [("adamw", "AdamW"), ("lamb", "Lamb")])
+def test_apex_that_cannot_run_is_named_and_torch_is_used(
+    tmp_path: Path,
+    monkeypatch,
+    caplog,
+    files: dict[str, str],
+    reason: str,
+    name: str,
+    torch_class: str,
 ) -> None:
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -242,26 +251,27 @@ def test_lamb_is_timms_where_apex_cannot_be_used(
     monkeypatch.syspath_prepend(tmp_path)
     for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
         monkeypatch.delitem(sys.modules, module)
-    apex = find_apex()
-    optimizer = create_optimizer(torch.nn.Linear(2, 2), OptimConfig(name="lamb"))
+    config = OptimConfig(impl="apex", name=name)
+    assert type(create_optimizer(torch.nn.Linear(2, 2), config)).__name__ == torch_class
     for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
         del sys.modules[module]
-    assert apex == found or (found is None and apex.state == "real")
-    assert type(optimizer) is timm.optim.Lamb
+    assert f"optim.impl=apex, but {reason}" in caplog.text
+    assert "torch's optimiser is used" in caplog.text
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_lamb_of_apex_agrees_with_timms(monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_apex_agrees_with_torch(name: str) -> None:
     if find_apex().state != "real":
         pytest.skip(f"needs NVIDIA's apex: {find_apex()}")
     torch.manual_seed(0)
     ours = student().cuda()
     theirs = copy.deepcopy(ours)
-    config = OptimConfig(name="lamb", weight_decay=0.05)
-    pair = [(theirs, create_optimizer(theirs, config))]
-    monkeypatch.setattr("deit_fast.train.optim.find_apex", lambda: Apex("absent"))
-    pair.append((ours, create_optimizer(ours, config)))
+    pair = [
+        (model, create_optimizer(model, OptimConfig(name=name, impl=impl, weight_decay=0.05)))
+        for model, impl in ((ours, "torch"), (theirs, "apex"))
+    ]
     for _ in range(5):
         images = torch.randn(8, 3, 32, 32, device="cuda")
         for model, optimizer in pair:

@@ -47,14 +47,33 @@ def create_optimizer(
             model, config.weight_decay, no_weight_decay_list=skip, layer_decay=config.layer_decay
         )
     shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, **shared, fused=True)
+    if (apex := _apex_optimizers(config, next(model.parameters()).device)) is not None:
+        if config.name == "lamb":  # its own clipping would be added to that of optim.clip_grad
+            return apex.FusedLAMB(groups, **shared, max_grad_norm=math.inf)  # type: ignore[no-any-return]
+        return apex.FusedAdam(groups, **shared, adam_w_mode=True)  # type: ignore[no-any-return]
+    if config.name == "lamb":
+        return Lamb(groups, **shared, max_grad_norm=None)
+    return torch.optim.AdamW(groups, **shared, fused=True)
+
+
+def _apex_optimizers(config: OptimConfig, device: torch.device) -> Any:
+    """apex.optimizers if the settings select apex and it can run, else None."""
+    if config.impl == "torch" or (config.impl == "auto" and config.name != "lamb"):
+        return None
     apex = find_apex()
-    if next(model.parameters()).device.type == "cuda" and apex.optimizers is not None:
-        log.info("optimiser: NVIDIA apex's FusedLAMB")
-        # Its own clipping would be added to that of optim.clip_grad.
-        return apex.optimizers.FusedLAMB(groups, **shared, max_grad_norm=math.inf)  # type: ignore[no-any-return]
-    return Lamb(groups, **shared, max_grad_norm=None)
+    if device.type == "cuda" and apex.state == "real":
+        log.info("optimiser: NVIDIA apex")
+        return apex.optimizers
+    if config.impl == "apex":
+        reason = {
+            "absent": "it is not installed",
+            "broken": f"it is broken ({apex.why})",
+            "namesake": "the installed apex is PyPI's namesake, not NVIDIA's",
+            "no CUDA code": f"it was built without its CUDA code ({apex.why})",
+            "real": f"it needs a GPU and the model is on {device.type}",
+        }[apex.state]
+        log.warning("optim.impl=apex, but %s: torch's optimiser is used", reason)
+    return None
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
