@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu_linear
-from deit_fast.kernels import bias_gelu_linear_launch as launch
+from deit_fast.kernels.bias_gelu_linear import TILES, can_fuse, fused, separate
 
 from .common import Case
 
@@ -63,12 +63,12 @@ def backward(device: str, rows: int, channels: int, compiled: Callable[..., Any]
         grad = draw(device, rows, channels, dtype=dtype)
         weight = draw(device, channels, hidden, dtype=dtype, scale=hidden**-0.5)
         made: dict[str, Callable[[], Any] | str] = {}
-        for tiles in launch.TILES:
+        for tiles in TILES:
             name = f"ours, fused {tiles.rows} x {tiles.cols}"
             made[name] = "needs compute capability 9.0"
-            if launch.fuses(grad, x):
-                made[name] = lambda tiles=tiles: launch.fused(grad, weight, x, bias, True, tiles)
-        made["ours, separate"] = lambda: launch.separate(grad, weight, x, bias, True, True)
+            if can_fuse(grad, x):
+                made[name] = lambda tiles=tiles: fused(grad, weight, x, bias, True, tiles)
+        made["ours, separate"] = lambda: separate(grad, weight, x, bias, True, True)
         made["torch.compile"] = lambda: compiled(grad, weight, x, bias)
         made["eager"] = lambda: plain_backward(grad, weight, x, bias)
         return made

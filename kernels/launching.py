@@ -345,13 +345,6 @@ def _plan_of(
 _POINTERS = TYPE_NAMES | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of two matrices in a dtype; float32 is not rounded in between on a GPU."""
-    if on_gpu(a) and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
-
-
 def implement(
     library: torch.library.Library, name: str, function: Callable, fake: Callable
 ) -> None:

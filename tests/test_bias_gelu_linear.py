@@ -13,6 +13,7 @@ the bound is twice PyTorch's error.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu_linear
-from deit_fast.kernels import bias_gelu_linear_launch as launch
+from deit_fast.kernels.bias_gelu_linear import TILES, Tiles
 from helpers.gelu import (
     BF16,
     FP16,
@@ -41,6 +42,8 @@ from helpers.kernels import (
     run_in_the_interpreter,
 )
 
+# The package exports the function under the name of its module.
+MODULE = sys.modules["deit_fast.kernels.bias_gelu_linear"]
 # [..., H] and C: rows that do not fill a tile, columns and channels that do not, one row.
 SHAPES = (((130, 256), 64), ((2, 65, 200), 72), ((1, 64), 64), ((3, 100, 128), 40))
 
@@ -51,11 +54,11 @@ def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
 
 
-@pytest.fixture(params=launch.TILES, ids=lambda tiles: f"{tiles.rows}x{tiles.cols}")
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> launch.Tiles:
+@pytest.fixture(params=TILES, ids=lambda tiles: f"{tiles.rows}x{tiles.cols}")
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tiles:
     """The fused way with these tiles, whatever is faster."""
-    monkeypatch.setattr(launch, "CHOICE", "fused")
-    monkeypatch.setattr(launch, "TILES", (request.param,))
+    monkeypatch.setattr(MODULE, "CHOICE", "fused")
+    monkeypatch.setattr(MODULE, "TILES", (request.param,))
     return request.param
 
 
@@ -67,9 +70,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> la
 @interpreted
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 @pytest.mark.parametrize(("shape", "channels"), SHAPES)
-def test_accuracy(
-    shape: tuple[int, ...], channels: int, dtype: torch.dtype, tiles: launch.Tiles
-) -> None:
+def test_accuracy(shape: tuple[int, ...], channels: int, dtype: torch.dtype, tiles: Tiles) -> None:
     torch.manual_seed(0)
     leaves = leaves_of(shape, channels, dtype)
     assert_no_worse(leaves, normal(*shape[:-1], channels, dtype=dtype), (shape, channels))
@@ -79,7 +80,7 @@ def test_accuracy(
 @pytest.mark.parametrize("layout", ("plain", "columns", "transposed", "expanded", "misaligned"))
 def test_any_layout_gives_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A descriptor of what is not aligned is one of a copy."""
-    monkeypatch.setattr(launch, "CHOICE", "fused")
+    monkeypatch.setattr(MODULE, "CHOICE", "fused")
     leaves, gradient = leaves_of((3, 50, 64), 24, weights=BF16), normal(3, 50, 24, dtype=BF16)
     moved = [laid_out(layout, x) for x in (leaves[0], gradient)]
     weight = leaves[2] if layout == "expanded" else laid_out(layout, leaves[2])
@@ -92,7 +93,7 @@ def test_any_layout_gives_the_same(layout: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @interpreted
-def test_a_nan_stays_in_its_row_and_is_in_the_sums(tiles: launch.Tiles) -> None:
+def test_a_nan_stays_in_its_row_and_is_in_the_sums(tiles: Tiles) -> None:
     leaves, gradient = leaves_of((5, 64), 64), normal(5, 64, dtype=BF16)
     leaves[0][1, 7] = torch.nan
     _, dx, dbias, *_ = results(bias_gelu_linear, leaves, gradient)
@@ -101,7 +102,7 @@ def test_a_nan_stays_in_its_row_and_is_in_the_sums(tiles: launch.Tiles) -> None:
 
 
 @interpreted
-def test_no_rows(tiles: launch.Tiles) -> None:
+def test_no_rows(tiles: Tiles) -> None:
     _, dx, *sums = results(bias_gelu_linear, leaves_of((0, 64), 64), normal(0, 64, dtype=BF16))
     assert dx.shape == (0, 64) and all((x == 0).all() for x in sums)
 
@@ -120,7 +121,7 @@ def backward(
 @interpreted
 @pytest.mark.parametrize(("rows", "hidden", "channels"), ((130, 256, 64), (300, 200, 136)))
 def test_x_is_read_once_and_its_gradient_written_once(
-    rows: int, hidden: int, channels: int, tiles: launch.Tiles
+    rows: int, hidden: int, channels: int, tiles: Tiles
 ) -> None:
     x, bias, weight, _ = leaves_of((rows, hidden), channels, weights=BF16)
     grad = normal(rows, channels, dtype=BF16)
@@ -137,7 +138,7 @@ def test_x_is_read_once_and_its_gradient_written_once(
 
 
 @interpreted
-def test_what_is_saved(tiles: launch.Tiles) -> None:
+def test_what_is_saved(tiles: Tiles) -> None:
     """x and the activation, as bias_gelu and a linear layer save; no activation without a use."""
     for frozen in (False, True):
         leaves = [x.requires_grad_() for x in leaves_of((5, 64), 64, weights=BF16)]
@@ -154,7 +155,7 @@ def test_what_is_saved(tiles: launch.Tiles) -> None:
 
 
 @interpreted
-def test_frozen_inputs_get_no_gradient_and_the_others_the_same(tiles: launch.Tiles) -> None:
+def test_frozen_inputs_get_no_gradient_and_the_others_the_same(tiles: Tiles) -> None:
     leaves, gradient = leaves_of((5, 64), 64), normal(5, 64, dtype=BF16)
     full = results(bias_gelu_linear, leaves, gradient)[1:]
     for wanted in itertools.product((False, True), repeat=4):
@@ -171,7 +172,7 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same(tiles: launch.Til
 
 
 @interpreted
-def test_a_copy_of_the_weight_is_multiplied_and_gets_no_gradient(tiles: launch.Tiles) -> None:
+def test_a_copy_of_the_weight_is_multiplied_and_gets_no_gradient(tiles: Tiles) -> None:
     leaves, gradient = leaves_of((5, 64), 64), normal(5, 64, dtype=BF16)
     copy = leaves[2].to(BF16)
     with_copy = results(lambda *given: bias_gelu_linear(*given, weight_copy=copy), leaves, gradient)
@@ -210,7 +211,7 @@ def test_dtypes_are_those_of_a_linear_layer(
 
 
 @interpreted
-def test_no_second_derivative(tiles: launch.Tiles) -> None:
+def test_no_second_derivative(tiles: Tiles) -> None:
     x, *rest = leaves_of((5, 64), 64, weights=BF16)
     y = bias_gelu_linear(x.requires_grad_(), *rest)
     (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
@@ -219,7 +220,7 @@ def test_no_second_derivative(tiles: launch.Tiles) -> None:
 
 
 @interpreted
-def test_opcheck(tiles: launch.Tiles) -> None:
+def test_opcheck(tiles: Tiles) -> None:
     x, bias, weight, out_bias = leaves_of((2, 9, 64), 24, weights=BF16)
     operators, grad = torch.ops.deit_fast, normal(2, 9, 24, dtype=BF16)
     for wanted in ((True, True), (True, False), (False, True)):
@@ -286,7 +287,7 @@ def test_float64_takes_the_expression_and_passes_gradcheck() -> None:
 
 
 @interpreted
-def test_equal_in_every_run(tiles: launch.Tiles) -> None:
+def test_equal_in_every_run(tiles: Tiles) -> None:
     leaves, gradient = leaves_of((300, 64), 64), normal(300, 64, dtype=BF16)
     first, second = (results(bias_gelu_linear, leaves, gradient) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -327,9 +328,7 @@ def test_a_copy_has_the_dtype_of_the_product() -> None:
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 @pytest.mark.parametrize("channels", (192, 384, 768, 1024))
 @pytest.mark.parametrize("samples", (32, 33))  # 198 tokens: 6,336 rows are 49.5 tiles
-def test_accuracy_on_a_gpu(
-    samples: int, channels: int, dtype: torch.dtype, tiles: launch.Tiles
-) -> None:
+def test_accuracy_on_a_gpu(samples: int, channels: int, dtype: torch.dtype, tiles: Tiles) -> None:
     torch.manual_seed(0)
     leaves = leaves_of((samples, 198, 4 * channels), channels, dtype)
     assert_no_worse(leaves, normal(samples, 198, channels, dtype=dtype, scale=1.0))
@@ -337,6 +336,6 @@ def test_accuracy_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "channels"), SHAPES)
-def test_ragged_shapes_on_a_gpu(shape: tuple[int, ...], channels: int, tiles: launch.Tiles) -> None:
+def test_ragged_shapes_on_a_gpu(shape: tuple[int, ...], channels: int, tiles: Tiles) -> None:
     torch.manual_seed(0)
     assert_no_worse(leaves_of(shape, channels), normal(*shape[:-1], channels, dtype=BF16))

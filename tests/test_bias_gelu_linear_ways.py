@@ -14,7 +14,7 @@ import triton.testing
 from torch import Tensor
 
 from deit_fast.kernels import bias_gelu, bias_gelu_linear
-from deit_fast.kernels import bias_gelu_linear_launch as launch
+from deit_fast.kernels.bias_gelu_linear import TILES, Key, Variant, can_fuse, choice_of
 from helpers.gelu import BF16, FP16, NAMES, assert_no_worse, leaves_of, normal, results
 from helpers.kernels import (
     DEVICE,
@@ -26,6 +26,9 @@ from helpers.kernels import (
     run_in_the_interpreter,
 )
 
+# The package exports the function under the name of its module.
+MODULE = sys.modules["deit_fast.kernels.bias_gelu_linear"]
+
 
 @outer_run
 def test_in_the_interpreter() -> None:
@@ -35,7 +38,7 @@ def test_in_the_interpreter() -> None:
 @interpreted
 def test_the_separate_way_is_that_of_bias_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit."""
-    monkeypatch.setattr(launch, "CHOICE", "separate")
+    monkeypatch.setattr(MODULE, "CHOICE", "separate")
     leaves, gradient = leaves_of((3, 43, 256), 64), normal(3, 43, 64, dtype=BF16)
     mine = results(bias_gelu_linear, leaves, gradient)
     other = results(
@@ -48,18 +51,18 @@ def test_the_separate_way_is_that_of_bias_gelu(monkeypatch: pytest.MonkeyPatch) 
 
 @interpreted
 def test_rows_of_no_whole_16_bytes_take_the_separate_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "CHOICE", "fused")
+    monkeypatch.setattr(MODULE, "CHOICE", "fused")
     assert_no_worse(leaves_of((9, 100), 64), normal(9, 64, dtype=BF16))
     assert_no_worse(leaves_of((9, 64), 10), normal(9, 10, dtype=BF16))
 
 
-@pytest.mark.parametrize("fastest", range(1 + len(launch.TILES)))
+@pytest.mark.parametrize("fastest", range(1 + len(TILES)))
 def test_the_fastest_way_is_taken(
     fastest: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     times = [0.3, 0.2, 0.25]
     times[fastest] = 0.1
-    ran: list[launch.Way] = []
+    ran: list[Variant] = []
 
     def timed(run: Callable[[], object], return_mode: str) -> float:
         run()
@@ -67,15 +70,15 @@ def test_the_fastest_way_is_taken(
 
     monkeypatch.setattr(triton.testing, "do_bench", timed)
     with caplog.at_level(logging.INFO, "deit_fast"):
-        key = launch._key(torch.zeros(130, 64), torch.zeros(130, 256, dtype=BF16))
-        way = launch._measure(ran.append, key)
-    assert ran == [None, *launch.TILES] and way == ran[fastest]
+        key = MODULE._key(torch.zeros(130, 64), torch.zeros(130, 256, dtype=BF16))
+        way = MODULE._measure(ran.append, key)
+    assert ran == [None, *TILES] and way == ran[fastest]
     assert len(caplog.messages) == 1 and "100" in caplog.messages[0]
 
 
 def test_close_numbers_of_rows_share_a_measurement() -> None:
-    def key(rows: int, hidden: int = 256, dtype: torch.dtype = BF16) -> launch.Key:
-        return launch._key(torch.zeros(rows, 64), torch.zeros(2, rows // 2, hidden, dtype=dtype))
+    def key(rows: int, hidden: int = 256, dtype: torch.dtype = BF16) -> Key:
+        return MODULE._key(torch.zeros(rows, 64), torch.zeros(2, rows // 2, hidden, dtype=dtype))
 
     assert key(1100) == key(2000) and key(1000) != key(1100)
     assert key(1100) != key(1100, hidden=128) and key(1100) != key(1100, dtype=FP16)
@@ -83,7 +86,7 @@ def test_close_numbers_of_rows_share_a_measurement() -> None:
 
 def test_an_unknown_choice_is_an_error() -> None:
     with pytest.raises(ValueError, match="one of measure, fused, separate, not 'fast'"):
-        launch.choice_of("fast")
+        choice_of("fast")
 
 
 PLANNED = """
@@ -102,13 +105,13 @@ kernel._init_handles = kernel.launch_metadata = lambda *_: None
 kernel.run = property(lambda _: lambda *arguments, **_: launched.append(arguments))
 driver.set_active(H100())
 
-from deit_fast.kernels import bias_gelu_linear_launch as launch
+from deit_fast.kernels.bias_gelu_linear import TILES, fused
 
 def call():
     shapes = (2, 9, 64), (2, 9, 24), (24, 64)
     x, grad, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
     bias = torch.zeros(64)
-    results = launch.fused(grad, weight, x, bias, True, launch.TILES[0])
+    results = fused(grad, weight, x, bias, True, TILES[0])
     product, sums = launched
     launched.clear()
     return [grad, weight, x, results[0], bias], results[1], product, sums
@@ -117,7 +120,7 @@ def described(arguments):
     return [a for a in arguments if hasattr(a, "block_shape")]
 
 calls = [call(), call()]
-assert len(launch._fused_plans._plans) == 1
+assert len(fused._plans) == 1
 for (*matrices, bias), grad_bias, product, sums in calls:
     bases = [descriptor.base.data_ptr() for descriptor in described(product)]
     assert bases == [x.data_ptr() for x in matrices]
@@ -157,19 +160,19 @@ def batch(channels: int) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
 
 @pytest.mark.gpu
 def test_a_gpu_measures_once_and_not_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: dict[launch.Key, launch.Way] = {}
-    monkeypatch.setattr(launch, "CHOICE", "measure")
-    monkeypatch.setattr(launch, "_measured", measured)
+    measured: dict[Key, Variant] = {}
+    monkeypatch.setattr(MODULE, "CHOICE", "measure")
+    monkeypatch.setattr(MODULE, "_measured", measured)
     call, leaves = batch(384)
     with monkeypatch.context() as capture:
-        capture.setattr(launch, "CHOICE", "separate")
+        capture.setattr(MODULE, "CHOICE", "separate")
         call()  # compiles what the capture needs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     assert not measured
     call()
-    fused = launch.fuses(leaves[2].t(), leaves[0])
+    fused = can_fuse(leaves[2].t(), leaves[0])
     assert len(measured) == fused
     kept = dict(measured)
     call()
@@ -179,7 +182,7 @@ def test_a_gpu_measures_once_and_not_in_a_capture(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("choice", ("fused", "separate"))
 def test_250_repeats_are_equal(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "CHOICE", choice)
+    monkeypatch.setattr(MODULE, "CHOICE", choice)
     assert_250_repeats_are_equal(batch(384)[0])
 
 
@@ -191,6 +194,6 @@ def test_no_call_waits_for_the_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("choice", ("fused", "separate"))
 def test_graph_replay_with_other_inputs(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "CHOICE", choice)
+    monkeypatch.setattr(MODULE, "CHOICE", choice)
     call, leaves = batch(384)
     assert_replays(call, leaves)
