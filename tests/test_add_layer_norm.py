@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_fast.kernels import add_layer_norm_launch as launch
-from deit_fast.kernels.add_layer_norm import add_layer_norm
+from deit_fast.kernels.add_layer_norm import MAX_CHANNELS, add_layer_norm
+from deit_fast.kernels.rows import PROGRAMS_PER_PROCESSOR
 from helpers.kernels import (
     DEVICE,
     INTERPRETED,
@@ -306,11 +306,11 @@ def test_backward_reads_and_writes_each_element_once(form: str) -> None:
         assert (seen.counts(seen.reads, y) == 1).all()
     for y, want in zip(found, wanted, strict=True):
         assert y.numel() == 0 if not want else (seen.counts(seen.writes, y) == 1).all()
-    partial = launch.PROGRAMS_PER_PROCESSOR * channels * sum(wanted[2:])
+    partial = PROGRAMS_PER_PROCESSOR * channels * sum(wanted[2:])
     others = [y for y in (weight, gamma, keep) if y is not None]
     assert seen.outside(seen.reads, [*read, *others]) == partial
     assert seen.outside(seen.writes, [y for y in found if y.numel()]) == partial
-    assert rows > launch.PROGRAMS_PER_PROCESSOR * 16
+    assert rows > PROGRAMS_PER_PROCESSOR * 16
 
 
 @interpreted
@@ -477,7 +477,7 @@ def test_float64_takes_the_reference_and_passes_gradcheck() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_reference_in_other_dtypes(form: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """As on a CPU: with more channels than the kernels take, everywhere."""
-    shape = (2, 1, launch.MOST_CHANNELS + 8)
+    shape = (2, 1, MAX_CHANNELS + 8)
     out = dtypes[0] if form == "norm" else dtypes[1]
     gradients = [normal(*shape, dtype=dtypes[0]), normal(*shape, dtype=out)]
     assert_no_worse(inputs(shape, form, dtypes), gradients)

@@ -11,8 +11,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from deit_fast.kernels import add_layer_norm
-from deit_fast.kernels.add_layer_norm import with_bias_gradient
-from deit_fast.kernels.add_layer_norm_launch import takes
+from deit_fast.kernels.add_layer_norm import uses_kernels, with_bias_gradient
 
 
 class Branch(NamedTuple):
@@ -142,7 +141,7 @@ class Stream:
     ) -> None:  # fmt: skip
         self.residual, self.kernels, self.subset, self.part = residual, kernels, subset, part
         self.folds_bias = (
-            folds_bias and not subset and "add_layer_norm" in kernels and takes(residual)
+            folds_bias and not subset and "add_layer_norm" in kernels and uses_kernels(residual)
         )
         self.shadows = shadows and self.folds_bias
         self.pending: Branch | None = None
