@@ -224,6 +224,15 @@ _empty_on_cpu, _empty_on_cuda = _allocators()
 
 _MAX_PLANS = 512  # per launcher; calls of further kinds run without a plan
 
+_all_plans: list[dict[tuple, _Plan]] = []
+
+
+def clear_plans() -> None:
+    """Drop the plans of all launchers, because something else that they read has changed."""
+    for plans in _all_plans:
+        plans.clear()
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -248,10 +257,7 @@ class planned(Generic[P, T]):
     def __init__(self, function: Callable[P, T]) -> None:
         self.function = function
         self._plans: dict[tuple, _Plan] = {}
-
-    def clear(self) -> None:
-        """Drop all plans, because something else that the function reads has changed."""
-        self._plans.clear()
+        _all_plans.append(self._plans)
 
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> T:
         if _state.recording is not None:

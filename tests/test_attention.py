@@ -25,10 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deit_fast.kernels import attention, launching
-from deit_fast.kernels import attention_launch as launch
-from deit_fast.kernels.attention import attention_qkvpacked
-from deit_fast.kernels.attention_reference import reference_attention
+from deit_fast.kernels import (
+    aot,
+    attention,
+    attention_backward,
+    attention_forward,
+    attention_tiles,
+    launching,
+)
+from deit_fast.kernels.attention import attention_qkvpacked, launchers_of, reference
+from deit_fast.kernels.attention_tiles import PER_HEAD, TILES, Tiles, key_of, tiles_of
 from helpers.kernels import (
     DEVICE,
     INTERPRETED,
@@ -78,7 +84,7 @@ def results(function: Any, qkv: Tensor, grad_out: Tensor, scale: float | None = 
 
 def truth(qkv: Tensor, grad_out: Tensor, scale: float | None = None) -> list:
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return results(reference_attention, qkv.double(), grad_out.double(), scale)
+    return results(reference, qkv.double(), grad_out.double(), scale)
 
 
 def assert_no_worse(qkv: Tensor, grad_out: Tensor, scale: float | None = None) -> None:
@@ -145,14 +151,15 @@ def test_accuracy_of_wide_float32(tokens: int, width: int) -> None:
 def test_every_width_has_kernels_and_tiles(width: int, dtype: torch.dtype) -> None:
     for tokens in (1, 50, 198, 209, 577, 4096):
         qkv = torch.empty(2, tokens, 3, 2, width, dtype=dtype, device="meta")
-        assert launch.takes(qkv) == INTERPRETED, "on a CPU outside of the interpreter: none"
-        out, lse = launch._outputs(qkv, 1.0)
-        (forward,), backward = launch._kinds(qkv)
-        for kind in (forward, *backward):
-            tiles = launch._tiles(launch._key(kind, qkv, 0))
-            values, _, blocks = launch._arguments(qkv, out, lse, 1.0, kind, tiles)
+        on_kernels = attention.uses_kernels(qkv, width)
+        assert on_kernels == INTERPRETED, "on a CPU outside of the interpreter: none"
+        for kind, launcher in launchers_of(qkv).items():
+            made = attention_tiles.recorded_launch(launcher, tiles_of(key_of(kind, qkv)))
+            values = made.arguments
             assert values.get("D", 0) == width or values["WIDTH"] * values["PARTS"] == width
-            assert blocks * values["ROWS"] >= tokens > (blocks - 1) * values["ROWS"]
+            if kind != "whole":
+                blocks = made.grid[0] // (8 if kind == "both" else 4)  # for 2 x 2 heads
+                assert blocks * values["ROWS"] >= tokens > (blocks - 1) * values["ROWS"]
 
 
 @interpreted
@@ -162,8 +169,8 @@ def test_accuracy_at_every_set_of_pieces(tokens: int) -> None:
 
 
 def test_pieces_hold_all_tokens_and_only_the_last_is_ragged() -> None:
-    for tokens in range(1, launch.WHOLE_TOKENS + 1):
-        pieces = launch._pieces(tokens)
+    for tokens in range(1, attention_forward.WHOLE_TOKENS + 1):
+        pieces = attention_forward.pieces_of(tokens)
         assert sum(pieces) - 16 < tokens <= sum(pieces) and sum(pieces[:-1]) < tokens
         assert len(pieces) <= 3 and all(size & (size - 1) == 0 for size in pieces)
 
@@ -296,7 +303,7 @@ def test_empty_batch() -> None:
 @interpreted
 @pytest.mark.parametrize(("tokens", "width"), ((50, 64), (70, 96)))
 def test_bytes_of_a_head(tokens: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PROCESSORS", 1)  # two heads are enough: none is split
+    monkeypatch.setattr(attention_forward, "PROCESSORS", 1)  # two heads are enough: none is split
     qkv = normal(1, tokens, 3, 2, width, dtype=torch.float16)
     with recorded() as seen:
         out, lse = torch.ops.deit_fast.attention_forward(qkv, 0.1)
@@ -323,7 +330,7 @@ def test_keys_and_values_of_198_tokens_are_read_once_a_head(
 ) -> None:
     qkv = normal(1, 198, 3, 2, 32, dtype=torch.float16)
     for processors, splits in ((1, 1), (2, 2), (132, 4)):
-        monkeypatch.setattr(launch, "PROCESSORS", processors)
+        monkeypatch.setattr(attention_forward, "PROCESSORS", processors)
         with recorded() as seen:
             torch.ops.deit_fast.attention_forward(qkv, 0.1)
         reads = seen.counts(seen.reads, qkv)
@@ -387,20 +394,18 @@ def test_one_program_a_head_gives_the_gradients_of_one_a_block(
     out, lse = torch.ops.deit_fast.attention_forward(qkv, 0.125)
 
     def gradients() -> tuple[Tensor, Tensor]:
-        launch._backward_plans.clear()
+        launching.clear_plans()
         return torch.ops.deit_fast.attention_backward(grad, qkv, out, lse, 0.125, bias)  # type: ignore[no-any-return]
 
     by_block = gradients()
-    key = launch._key("both", qkv, None)
-    monkeypatch.setitem(launch._measured, key, launch.PER_HEAD)
+    key = key_of("both", qkv)
+    monkeypatch.setitem(attention_tiles.measured, key, PER_HEAD)
     few = gradients()  # too few heads to keep a GPU busy
-    monkeypatch.setattr(launch, "LEAST_HEADS", 4)
-    kernel_launch = launch._backward_launch(
-        "both", grad, qkv, out, lse, None, qkv, 0.125, bias, launch._tiles(key)
-    )
-    assert kernel_launch.grid == (4,) and kernel_launch.arguments["row_sums"] is not None
+    monkeypatch.setattr(attention_backward, "MIN_HEADS", 4)
+    made = attention_tiles.recorded_launch(launchers_of(qkv)["both"], tiles_of(key))
+    assert made.grid == (4,) and made.arguments["row_sums"] is not None
     by_head = gradients()
-    launch._backward_plans.clear()
+    launching.clear_plans()
     for block, other, head in zip(by_block, few, by_head, strict=True):
         assert torch.equal(block, other)
         assert (block - head).double().norm() <= 1e-3 * block.double().norm()
@@ -441,22 +446,22 @@ def test_autocast_casts_as_pytorch_does(dtype: torch.dtype) -> None:
 def test_tuning_writes_each_kernel_as_it_is_measured(
     kinds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(launch, "_measured", {})
+    monkeypatch.setattr(attention_tiles, "measured", {})
     # Two each: the interpreter needs seconds for all.
-    few = {kind: tiles[:2] for kind, tiles in launch.CANDIDATES.items()}
-    monkeypatch.setattr(launch, "CANDIDATES", few)
+    few = {kind: tiles[:2] for kind, tiles in attention_tiles.CANDIDATES.items()}
+    monkeypatch.setattr(attention_tiles, "CANDIDATES", few)
     if "forward" in kinds:  # the kernels of long sequences; the run breaks off before the last
-        monkeypatch.setattr(launch, "WHOLE_TOKENS", 0)
-        monkeypatch.setattr(launch, "SHARED_TOKENS", 0)
+        monkeypatch.setattr(attention_forward, "WHOLE_TOKENS", 0)
+        monkeypatch.setattr(attention_backward, "SHARED_TOKENS", 0)
         del few["keys"]
     qkv = normal(1, 3, 3, 1, 32, dtype=torch.float16)
     path = tmp_path / "measured.json"
     with contextlib.suppress(KeyError):
         attention.write_tuned(qkv, path)
-    table = launch.read_tiles(path)
+    table = attention_tiles.read_tiles(path)
     assert [key[1:] for key in table] == [(kind, 2, 32) for kind in kinds]
     assert all(tiles in few[key[1]] for key, tiles in table.items())
-    assert launch._measured == table and all(launch._tiles(key) == table[key] for key in table)
+    assert attention_tiles.measured == table and all(tiles_of(key) == table[key] for key in table)
     printed = capsys.readouterr().out
     for kind in kinds:
         assert f"{kind}, 3 tokens, D=32, sm_0, ms:" in printed
@@ -464,38 +469,40 @@ def test_tuning_writes_each_kernel_as_it_is_measured(
         r"^ +\d+\.\d{4}  rows=\d+ block=\d+ warps=\d+ stages=\d( per_head=1)?$", printed, re.M
     )
     assert len(rows) == 2 * len(kinds)
-    assert launch.read_tiles() == launch.TILES, "the installed table is as it was"
+    assert attention_tiles.read_tiles() == TILES, "the installed table is as it was"
 
 
 @interpreted
 def test_first_call_tunes_where_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_measured", {})
-    monkeypatch.setattr(launch, "AUTOTUNE", True)
-    monkeypatch.setattr(launch, "CANDIDATES", {k: v[:2] for k, v in launch.CANDIDATES.items()})
+    monkeypatch.setattr(attention_tiles, "measured", {})
+    monkeypatch.setattr(attention_tiles, "AUTOTUNE", True)
+    monkeypatch.setattr(
+        attention_tiles, "CANDIDATES", {k: v[:2] for k, v in attention_tiles.CANDIDATES.items()}
+    )
     check_accuracy(torch.float32, 1, 5, 1, 32)
-    assert [key[1] for key in launch._measured] == ["forward", "queries", "keys"]
+    assert [key[1] for key in attention_tiles.measured] == ["forward", "queries", "keys"]
 
 
 def test_every_depth_of_the_pipeline_is_a_candidate() -> None:
     for kind in ("forward", "both", "queries", "keys"):
-        assert {tiles.stages for tiles in launch.CANDIDATES[kind]} == {1, 2, 3}
-    for (_, kind, size, _), tiles in launch.TILES.items():
+        assert {tiles.stages for tiles in attention_tiles.CANDIDATES[kind]} == {1, 2, 3}
+    for (_, kind, size, _), tiles in TILES.items():
         if size == 2 and kind != "whole" and tiles.block >= 32:
-            assert tiles in launch.CANDIDATES[kind], "the table's own tiles are timed too"
+            assert tiles in attention_tiles.CANDIDATES[kind], "the table's own tiles are timed too"
 
 
 @interpreted
 def test_tuning_says_that_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_measured", {})
-    shared = launch.OutOfResources(200 * 1024, 99 * 1024, "shared memory")
+    monkeypatch.setattr(attention_tiles, "measured", {})
+    shared = attention_tiles.OutOfResources(200 * 1024, 99 * 1024, "shared memory")
 
-    def too_large(tiles: launch.Tiles) -> launch.Launch:
+    def too_large(tiles: Tiles) -> None:
         raise shared
 
     key = (86, "whole", 2, 64)
     with pytest.raises(RuntimeError, match=r"none of 8 tiles of \(86, 'whole', 2, 64\) launches"):
-        launch._tune(key, too_large, torch.device("cpu"))
-    assert launch._measured == {}, "the next call takes the table's tiles"
+        attention_tiles.tune(key, too_large, torch.device("cpu"))
+    assert attention_tiles.measured == {}, "the next call takes the table's tiles"
 
 
 @outer_run
@@ -505,7 +512,8 @@ def test_candidates_are_compiled_ahead_of_their_timing() -> None:
 import contextlib, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
-from deit_fast.kernels import attention_launch as launch
+from deit_fast.kernels.attention import launchers_of
+from deit_fast.kernels.attention_tiles import Tiles, compile_all, recorded_launch
 
 class Driver:  # of a GPU that compiles and launches nothing
     get_current_device = get_current_stream = lambda self, *_: 0
@@ -522,11 +530,10 @@ compile_one, compiled, launched = triton.JITFunction._do_compile, [], []
 triton.JITFunction._do_compile = lambda *args: compiled.append(1) or compile_one(*args)
 
 qkv = torch.zeros(1, 16, 3, 1, 32, dtype=torch.bfloat16)
-out, lse = launch._outputs(qkv, 0.1)
-candidates = [launch.Tiles(16, 0, warps, stages) for warps in (4, 8) for stages in (1, 2)]
-launches = [launch._forward_launch("whole", qkv, out, lse, 0.1, tiles) for tiles in candidates]
+candidates = [Tiles(16, 0, warps, stages) for warps in (4, 8) for stages in (1, 2)]
+launches = [recorded_launch(launchers_of(qkv)["whole"], tiles) for tiles in candidates]
 with triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
-    launch._compile_all(launches, qkv.device)
+    compile_all(launches, qkv.device)
     assert (len(compiled), len(launched)) == (4, 0), (compiled, launched)
     for one in launches:
         one()
@@ -545,7 +552,7 @@ assert (len(compiled), len(launched)) == (4, 4), (compiled, launched)
 )
 def test_tiles_tuned_on_an_a100_stay_there(capability: tuple[int, int], architecture: int) -> None:
     """GPUs with 99 KiB of shared memory for a block have rows of their own."""
-    assert launch.architecture(capability) == architecture
+    assert attention_tiles.architecture(capability) == architecture
 
 
 def test_gpus_before_ampere_are_refused_with_a_reason() -> None:
@@ -556,29 +563,27 @@ def test_gpus_before_ampere_are_refused_with_a_reason() -> None:
 @outer_run
 def test_sizes_of_one_are_constants_as_for_tritons_launcher() -> None:
     qkv = torch.empty(1, 1, 3, 1, 64, device="meta")
-    out, lse = launch._outputs(qkv, 1.0)
-    tiles = launch.Tiles(64, 32, 8, 1)
-    values, _, _ = launch._arguments(qkv, out, lse, 1.0, "forward", tiles)
-    kernel = launch.kernel.forward_blocks_kernel
-    types, constants, _ = launching.signature(kernel, values)
+    launcher = launchers_of(qkv)["forward"]
+    made = attention_tiles.recorded_launch(launcher, Tiles(64, 32, 8, 1))
+    types, constants, _ = aot.signature(made.kernel, made.arguments)
     assert (constants["heads"], constants["tokens"]) == (1, 1)
     assert types["heads"] == types["tokens"] == "constexpr" and types["stride_n"] == "i32"
 
 
 def test_the_table_on_the_disk_takes_measured_rows(tmp_path) -> None:
     path = tmp_path / "tiles.json"
-    path.write_bytes(launch.TILES_FILE.read_bytes())
+    path.write_bytes(attention_tiles.TILES_FILE.read_bytes())
     measured = {
-        (90, "whole", 2, 64): launch.Tiles(128, 0, 8, 2),
-        (0, "whole", 2, 32): launch.Tiles(1, 2, 3, 4),
+        (90, "whole", 2, 64): Tiles(128, 0, 8, 2),
+        (0, "whole", 2, 32): Tiles(1, 2, 3, 4),
     }
-    launch.write_tiles(measured, path)
-    assert launch.read_tiles(path) == launch.TILES | measured
-    launch.write_tiles({}, path)
+    attention_tiles.write_tiles(measured, path)
+    assert attention_tiles.read_tiles(path) == TILES | measured
+    attention_tiles.write_tiles({}, path)
     before = path.read_text()
-    launch.write_tiles({}, path)
-    assert path.read_text() == before and len(before.splitlines()) == len(launch.TILES) + 1 + 2
-    assert launch.TILES[(0, "whole", 2, 64)] == launch.Tiles(64, 0, 4, 1)
+    attention_tiles.write_tiles({}, path)
+    assert path.read_text() == before and len(before.splitlines()) == len(TILES) + 1 + 2
+    assert TILES[(0, "whole", 2, 64)] == Tiles(64, 0, 4, 1)
 
 
 # ---------------------------------------------------------------------------------------------

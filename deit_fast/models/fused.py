@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.kernels import attention_qkvpacked, bias_gelu, bias_gelu_linear
-from deit_fast.kernels.attention_launch import takes_width
+from deit_fast.kernels.attention import uses_kernels
 from deit_fast.models.shadow import Shadow, linear
 from deit_fast.models.stream import (
     BatchPart,
@@ -86,7 +86,7 @@ class FusedAttention(_Shadowed, Attention):
             return self(x), None
         shadow = self.shadow("proj", shadows)
         folds = bias is not None and proj.bias is not None and is_plain(qkv)
-        if not folds or not takes_width(x, self.head_dim):
+        if not folds or not uses_kernels(x, self.head_dim):
             return linear(self._attend(qkv(x), None), proj, shadow), proj.bias
         of_queries, _, of_values = bias.chunk(3)
         x = self._attend(linear(x, qkv, self.shadow("qkv", shadows)), of_queries)
