@@ -262,16 +262,20 @@ class planned(Generic[P, T]):
     def __call__(self, *arguments: P.args, **_: P.kwargs) -> T:
         if _state.recording is not None:
             return self.function(*arguments, **_)
-        index, kinds = -1, []
+        index = -1  # CPU
         for x in arguments:
             if isinstance(x, Tensor):
-                index = x.get_device()  # -1: CPU
-                kinds.append((x.dtype, x.shape, x.stride(), x.data_ptr() & 15))
-            else:
-                kinds.append(tuple(x) if isinstance(x, list) else x)  # type: ignore[arg-type]
+                index = x.get_device()
+                break
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self(*arguments, **_)
+        kinds = [
+            (x.dtype, x.shape, x.stride(), x.data_ptr() & 15)
+            if isinstance(x, Tensor)
+            else (x if type(x) is not list else tuple(x))
+            for x in arguments
+        ]
         key = (index, *kinds)
         plan = self._plans.get(key)
         if plan is None:
