@@ -1,29 +1,30 @@
-"""Compiles every kernel of this package ahead of time and checks its machine code; needs no GPU.
+"""Compile every kernel ahead of time and check its machine code. Needs no GPU.
 
     python -m deit_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--kernel NAME] [--json FILE]
-    python -m deit_fast.kernels.aot --changed     # compiles only what the golden file does not know
-    python -m deit_fast.kernels.aot --write       # after a wanted change: make the golden file anew
-    python -m deit_fast.kernels.aot --write --kernel NAME          # or these kernels' lines of it
+    python -m deit_fast.kernels.aot --changed     # compile only what differs from the golden file
+    python -m deit_fast.kernels.aot --write       # after an intended change: write the golden file
+    python -m deit_fast.kernels.aot --write --kernel NAME          # or only these kernels' lines
     python -m deit_fast.kernels.aot --markdown docs/performance.md  # its table, from those files
 
-A kernel file takes part by defining ``aot_cases()``, which yields tuples like `Case`. Every case is
-compiled for every architecture; the cubin is read with the cuobjdump and nvdisasm of Triton's own
-wheel. Exits with 1 and one line per broken rule where a kernel
+A kernel file takes part by defining ``aot_cases()``, which yields (name, launch, expectations): the
+launch as its launcher makes it inside `launching.recording`, with tensors on the meta device. Every
+case is compiled for every architecture; the cubin is read with the cuobjdump and nvdisasm of
+Triton's own wheel. Exits with 1 and prints one line per broken rule where a kernel
 
 - uses local memory (a stack or spills), fp64 instructions that its case does not announce, or more
   shared memory than a block has;
 - has serialized wgmma instructions (sm_90): ptxas warns of it in its log (C7510, C7515 and other
   codes that begin with C75), or the machine code waits as often as it multiplies;
 - fails what its case expects (see `EXPECTATIONS`);
-- got worse than tests/golden/aot-triton-<version>.json says: more registers, narrower loads, fewer
-  thread blocks that fit on a multiprocessor at once, more instructions in all or in a loop.
+- is worse than tests/golden/aot-triton-<version>.json says (see `WORSE`): more registers, narrower
+  loads, fewer resident blocks, more instructions in total or in a loop.
 
-Without a golden file for the triton at hand all but the last are checked all the same. Another
-triton runs beside the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
+Without a golden file for the installed triton all but the last are checked. To run another triton
+than the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
 
-The golden file also has a checksum of each kernel's intermediate representation as Triton's front
-end makes it, a sixteenth of the work. One triton makes one machine code of it, so ``--changed``
-takes the file's figures where it is the same, and checks the rules with them.
+The golden file also has a checksum of each kernel's intermediate representation as made by Triton's
+front end, which takes a sixteenth of the time. One triton compiles one IR to one machine code, so
+``--changed`` takes the figures of the file where the checksum is the same, and checks these.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,66 +52,43 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from .launching import Launch, signature
-from .sass import count_instructions
+from .sass import blocks_per_sm, count_instructions, serialized_wgmma, tool
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that one block can ask for. An A100's have 163 KiB, but what fits it has to
-# fit the GPUs of sm_86, sm_89 and sm_120 as well, which have no golden figures (--arch compiles
+# Bytes of shared memory that one block may use. An A100's block has 163 KiB, but the same kernels
+# must fit GPUs of sm_86, sm_89 and sm_120, for which there are no golden figures (--arch compiles
 # for them).
 SHARED_LIMIT = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), 99 * 1024)
 SHARED_LIMIT |= {"sm_90": 227 * 1024, "sm_100": 227 * 1024}
-# Registers are allocated in units of 8 a thread. Where a unit more costs a resident block, the rule
-# on blocks per multiprocessor says so.
-REGISTER_SLACK = 8
+REGISTER_SLACK = 8  # registers are allocated in units of 8 per thread
 INSTRUCTION_SLACK = 1.05
 
 
-class Multiprocessor(NamedTuple):
-    """What the resident blocks of one streaming multiprocessor (SM) share."""
-
-    threads: int
-    blocks: int  # the most that it holds, however small they are
-    shared: int  # bytes, with those that the driver reserves in each block
-    registers: int = 64 * 1024
-    partitions: int = 4  # each has a quarter of the registers and runs every fourth warp
-    tensor_memory: int = 512  # columns; compute capability 10 only
-
-
-# Table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
-MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(2048, 32, 164 * 1024),
-    "sm_86": Multiprocessor(1536, 16, 100 * 1024),
-    "sm_89": Multiprocessor(1536, 24, 100 * 1024),
-    "sm_90": Multiprocessor(2048, 32, 228 * 1024),
-    "sm_100": Multiprocessor(2048, 32, 228 * 1024),
-    "sm_120": Multiprocessor(1536, 24, 100 * 1024),
-}
 MARKS = ("<!-- made by deit_fast.kernels.aot: begin -->", "<!-- end -->")
 
 EXPECTATIONS = {
-    "wide_loads": "True: the rows are read in 16-byte words, and written so (see wide_stores)",
+    "wide_loads": "True: rows are read and (see wide_stores) written in 16-byte words",
     "wide_stores": "default: wide_loads; False for a kernel that writes no rows",
     "no_scalar_half": "True: no global load or store of 1 or 2 bytes",
-    "max_scalar_loads": "most 4-byte global loads; bounds the unvectorised load of float32 rows",
-    "max_scalar_stores": "the same of stores; a loss per row is one",
+    "max_scalar_loads": "most 4-byte global loads: bounds unvectorised loads of float32 rows",
+    "max_scalar_stores": "most 4-byte global stores; a loss per row is one",
     "max_regs": "most registers of a thread",
     "i64_rows": "True: row offsets are products of 64-bit integers, so that large tensors work",
-    "max_fp64": "most double-precision instructions; none where left out, an accident then",
+    "max_fp64": "most double-precision instructions; default: none",
     "tensor_cores": "True: matrix instructions are present",
-    "min_blocks": "fewest thread blocks that fit on a multiprocessor at once",
-    "only_on": "architectures that run the kernel; it is compiled for no other",
+    "min_blocks": "fewest resident thread blocks on a multiprocessor",
+    "only_on": "architectures for which the kernel is compiled; default: all",
 }
 
 
 class Case(NamedTuple):
-    """One specialisation of a kernel, with what its machine code must show.
+    """One specialisation of a kernel, and what is expected of its machine code.
 
     ``signature``: Triton type of each argument ("*bf16", "i32", "fp32", ...); constexprs may be
-    left out. ``attrs``: {argument: power of two that divides it}. Give exactly what the launcher
-    gives: pointers and integers that it finds divisible by 16 are what 16-byte loads hang on.
-    ``options``: num_warps, num_stages. ``expect``: see `EXPECTATIONS`.
+    left out. ``attrs``: {argument: power of two that divides it}, exactly as Triton's launcher
+    finds them, because 16-byte loads depend on it. ``options``: num_warps, num_stages. ``expect``:
+    see `EXPECTATIONS`.
     """
 
     name: str
@@ -157,7 +134,7 @@ def as_source(case: Case, arch: str) -> tuple[ASTSource, GPUTarget, dict[str, An
         for key, value in case.attrs.items()
     }
     source = ASTSource(case.fn, signature, case.constexprs, attrs)
-    # Stated because triton 3.10 changes the default.
+    # Set explicitly, because triton 3.10 changes the default.
     options = {"enable_fp_fusion": True, **case.options}
     return source, GPUTarget("cuda", int(arch[3:]), 32), options
 
@@ -186,11 +163,11 @@ def ir_checksum(case: Case, arch: str) -> int:
 
 
 def compile_logged(case: Case, arch: str) -> tuple[Any, str]:
-    """The compiled kernel and what ptxas wrote when Triton ran it (Triton always passes -v)."""
+    """The compiled kernel and the log of ptxas, which Triton always runs with -v."""
     printed = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(printed):
         knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True  # from its cache no ptxas runs, and no log comes
+        knobs.compilation.always_compile = True  # ptxas does not run for a cached kernel
         compiled = compile_case(case, arch)
     log = printed.getvalue()
     if not re.search(r"Used \d+ registers", log):
@@ -198,39 +175,11 @@ def compile_logged(case: Case, arch: str) -> tuple[Any, str]:
     return compiled, log
 
 
-def serialized_wgmma(log: str) -> list[str]:
-    """The lines of ptxas's log that say that matrix instructions wait for each other."""
-    return [line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)]
-
-
-def blocks_per_sm(arch: str, registers: int, warps: int, shared: int, tensor_memory: int) -> int:
-    """How many blocks of a kernel are resident on one multiprocessor at once.
-
-    ``registers`` of a thread, ``warps`` and bytes of ``shared`` memory of a block; columns of
-    ``tensor_memory``, which ptxas and the driver do not limit, but a block waits for its own.
-    As in NVIDIA's cuda_occupancy.h, which test_aot.py compares it with.
-    """
-    sm = MULTIPROCESSORS[arch]
-    of_a_warp = -(-registers * 32 // 256) * 256
-    resident_warps = sm.registers // sm.partitions // of_a_warp * sm.partitions
-    # Each block also has 1 KiB that belongs to the driver; memory comes in units of 128 bytes.
-    of_a_block = -(-(shared + 1024) // 128) * 128
-    limits = [sm.blocks, sm.threads // (32 * warps), resident_warps // warps]
-    limits.append(sm.shared // of_a_block)
-    if tensor_memory:
-        limits.append(sm.tensor_memory // tensor_memory)
-    return min(limits)
-
-
-def tool(name: str, *arguments: str) -> str:
-    command = [str(TOOLS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def measure(case: Case, arch: str, known: Figures | None = None) -> tuple[Figures, list[str]]:
-    """Compile one case and count what matters in its machine code; also what ptxas warns of.
+    """Figures of one case, and warnings of ptxas.
 
-    `known` and no warning where the IR is that of the golden file, which has no kernel with one.
+    If the IR is that of the golden file, these are ``known``, its figures, and no warning: no
+    kernel in that file has one.
     """
     checksum = ir_checksum(case, arch)
     if known is not None and known["ir"] == checksum:
@@ -259,7 +208,7 @@ def measure(case: Case, arch: str, known: Figures | None = None) -> tuple[Figure
 
 
 def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
-    """What the machine code itself does wrong, one line each."""
+    """Rules that the machine code breaks by itself, one line each."""
     expect = case.expect
     if got["stack"]:
         yield f"stack: {got['stack']} bytes of local memory"
@@ -298,32 +247,38 @@ def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
         yield f"expectation {name!r} is not known"
 
 
+def _more(new: int, old: int) -> bool:
+    return new > old
+
+
+def _fewer(new: int, old: int) -> bool:
+    return new < old
+
+
+# What counts as worse than the golden file: (label, figure, whether new is worse than old). Where
+# one more unit of registers costs a resident block, blocks_per_sm shows it.
+WORSE: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
+    ("registers", "registers", lambda new, old: new > old + REGISTER_SLACK),
+    ("blocks per multiprocessor", "blocks_per_sm", _fewer),
+    ("wgmma waits", "wgmma_waits", _more),
+    ("instructions", "instructions", lambda new, old: new > INSTRUCTION_SLACK * old),
+    ("longest loop", "longest_loop", lambda new, old: new > INSTRUCTION_SLACK * old),
+    ("i64 rows", "i64_muls", _fewer),
+    ("shared memory", "shared", _more),
+    ("wide loads", "wide_loads", _fewer),
+    ("wide stores", "wide_stores", _fewer),
+    ("2-byte loads", "half_loads", _more),
+    ("2-byte stores", "half_stores", _more),
+    ("4-byte loads", "scalar_loads", _more),
+    ("4-byte stores", "scalar_stores", _more),
+)
+
+
 def regressions(got: Figures, golden: Figures) -> Iterator[str]:
-    """Where the machine code is worse than the golden file says, one line each."""
-    if got["registers"] > golden["registers"] + REGISTER_SLACK:
-        yield f"registers: {got['registers']}, {golden['registers']} in the golden file"
-    if got["blocks_per_sm"] < golden["blocks_per_sm"]:
-        yield (
-            f"blocks per multiprocessor: {got['blocks_per_sm']}, "
-            f"{golden['blocks_per_sm']} in the golden file"
-        )
-    if got["wgmma_waits"] > golden["wgmma_waits"]:
-        yield f"wgmma waits: {got['wgmma_waits']}, {golden['wgmma_waits']} in the golden file"
-    if got["instructions"] > INSTRUCTION_SLACK * golden.get("instructions", got["instructions"]):
-        yield f"instructions: {got['instructions']}, {golden['instructions']} in the golden file"
-    loop = golden.get("longest_loop", got["longest_loop"])
-    if got["longest_loop"] > INSTRUCTION_SLACK * loop:
-        yield f"longest loop: {got['longest_loop']} instructions, {loop} in the golden file"
-    if got["i64_muls"] < golden["i64_muls"]:
-        yield f"i64 rows: {got['i64_muls']} products, {golden['i64_muls']} in the golden file"
-    if got["shared"] > golden["shared"]:
-        yield f"shared memory: {got['shared']} bytes, {golden['shared']} in the golden file"
-    for kind in ("loads", "stores"):
-        if (wide := got[f"wide_{kind}"]) < golden[f"wide_{kind}"]:
-            yield f"wide {kind}: {wide}, {golden[f'wide_{kind}']} in the golden file"
-        for width, size in (("half", "2-byte"), ("scalar", "4-byte")):
-            if (count := got[f"{width}_{kind}"]) > golden[f"{width}_{kind}"]:
-                yield f"{size} {kind}: {count}, {golden[f'{width}_{kind}']} in the golden file"
+    """Figures that are worse than those of the golden file, one line each."""
+    for label, name, is_worse in WORSE:
+        if is_worse(got[name], golden[name]):
+            yield f"{label}: {got[name]}, {golden[name]} in the golden file"
 
 
 _inherited: list[tuple[Case, str, Figures | None]] = []
@@ -339,7 +294,7 @@ def gate(
     golden: Table | None = None,
     changed: bool = False,
 ) -> tuple[Table, list[str]]:
-    """Compile all cases, or those whose IR changed; their figures, and one line per broken rule."""
+    """Figures of all cases, and one line per broken rule; changed: compile only changed IR."""
     known = golden if golden is not None and changed else {}
     jobs = [
         (case, arch, known.get(case.name, {}).get(arch))
@@ -350,8 +305,8 @@ def gate(
     table: Table = {case.name: {} for case, *_ in jobs}
     broken = []
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # a compiled kernel of another run proves nothing
-        # Forked: a jit function cannot be sent, so the processes inherit the jobs.
+        os.environ["TRITON_CACHE_DIR"] = cache  # do not use kernels that another run compiled
+        # A jit function cannot be pickled, so forked processes inherit the jobs.
         context = multiprocessing.get_context("fork")
         with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
             measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
@@ -375,13 +330,13 @@ def read_golden(version: str) -> Table | None:
 
 
 def merged(old: Table, new: Table, names: Iterable[str]) -> Table:
-    """The figures of the named cases, in their order: the new ones, and of the others the old."""
+    """The figures of the named cases, in this order: new ones where available, else old ones."""
     both = old | new
     return {name: both[name] for name in names if name in both}
 
 
 def write_table(path: Path, table: Table) -> None:
-    """One line per case and architecture, so that a diff shows what changed."""
+    """Write a golden file with one line per case and architecture, so that a diff is readable."""
     cases = []
     for name, by_arch in table.items():
         rows = [f"    {json.dumps(arch)}: {json.dumps(got)}" for arch, got in by_arch.items()]
@@ -390,35 +345,33 @@ def write_table(path: Path, table: Table) -> None:
     path.write_text("{\n" + ",\n".join(cases) + "\n}\n")
 
 
-HEADER = (
-    *("kernel", "arch", "regs", "blocks", "stack", "shared", "ld128", "st128"),
-    *("ld16", "st16", "ld32", "st32", "spills", "fp64", "mma", "wgmma", "waits", "i64"),
-)
-FIELDS = (
-    *("registers", "blocks_per_sm", "stack", "shared", "wide_loads", "wide_stores"),
-    *("half_loads", "half_stores", "scalar_loads", "scalar_stores", "spills", "fp64"),
-    *("tensor", "wgmma", "wgmma_waits", "i64_muls"),
-)
+COLUMNS = {
+    "regs": "registers", "blocks": "blocks_per_sm", "stack": "stack", "shared": "shared",
+    "ld128": "wide_loads", "st128": "wide_stores", "ld16": "half_loads", "st16": "half_stores",
+    "ld32": "scalar_loads", "st32": "scalar_stores", "spills": "spills", "fp64": "fp64",
+    "mma": "tensor", "wgmma": "wgmma", "waits": "wgmma_waits", "i64": "i64_muls",
+}  # fmt: skip
 
 
 def as_text(table: Table) -> str:
     rows = [
-        [name, arch, *(str(got[field]) for field in FIELDS)]
+        [name, arch, *(str(got[figure]) for figure in COLUMNS.values())]
         for name, by_arch in table.items()
         for arch, got in by_arch.items()
     ]
-    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    rows.insert(0, ["kernel", "arch", *COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in (HEADER, *rows)
+        for row in rows
     )
 
 
 def as_markdown(folder: Path = GOLDEN) -> str:
-    """The golden files as one table, a line per case; a cell has one figure where all agree."""
+    """The golden files as one table, one line per case; one figure in a cell if all agree."""
     tables = {path.stem.removeprefix("aot-triton-"): path for path in folder.glob("aot-*.json")}
     versions = sorted(tables, key=lambda version: [int(part) for part in version.split(".")])
     golden = [json.loads(tables[version].read_text()) for version in versions]
@@ -430,7 +383,7 @@ def as_markdown(folder: Path = GOLDEN) -> str:
             for table in golden
             if arch in table[name]
         ]
-        if not values:  # no GPU of this architecture runs it
+        if not values:  # not compiled for this architecture
             return ""
         return values[0] if len(set(values)) == 1 else ", ".join(values)
 
@@ -451,7 +404,7 @@ def as_markdown(folder: Path = GOLDEN) -> str:
 
 
 def write_markdown(path: Path) -> None:
-    """Replace what stands between the two marks of a document."""
+    """Replace the text between the two marks of a document."""
     before, _, rest = path.read_text().partition(MARKS[0])
     _, found, after = rest.partition(MARKS[1])
     if not found:
@@ -467,12 +420,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(ARCHITECTURES))
     parser.add_argument("--kernel", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--changed", action="store_true", help="compile only kernels of another IR than the golden"
+        "--changed",
+        action="store_true",
+        help="compile only kernels whose IR is not in the golden file",
     )
-    parser.add_argument("--write", action="store_true", help="make the golden file anew")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument("--write", action="store_true", help="write the golden file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE, too")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the golden files there as a table; end"
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="only write the golden files as a table into FILE",
     )
     options = parser.parse_args(arguments)
     if options.markdown:
@@ -504,7 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = [case.name for case in whole]
         write_table(golden_file(version), merged(read_golden(version) or {}, table, names))
     elif golden is None:
-        print(f"no golden file for triton {version}: compared with nothing; --write makes it")
+        print(f"no golden file for triton {version} to compare with; --write makes one")
     return 0
 
 

@@ -1,24 +1,42 @@
-"""What the machine code of a kernel holds, read from the output of nvdisasm."""
+"""Reading machine code: tools of Triton's wheel, counts of instructions, resident blocks."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def tool(name: str, *arguments: str) -> str:
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def serialized_wgmma(log: str) -> list[str]:
+    """Lines of ptxas's log which report that matrix instructions wait for each other."""
+    return [line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)]
+
 
 _LABEL = re.compile(r"\s*(\.L_?\w+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)")
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 
 
 def longest_loop(sass: str) -> int:
-    """Instructions from a label to a branch back to it, where no other loop lies between them."""
+    """Instructions of the longest loop without another inside: from a label to a branch back."""
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     count = 0
     for line in sass.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = count
-        elif found := _INSTRUCTION.search(line):
+        elif found := _OPCODE.search(line):
             count += 1
-            target = re.search(r"(\.L_?\w+)", line) if found[1] == "BRA" else None
+            target = re.search(r"(\.L_?\w+)", line) if found[1].startswith("BRA") else None
             if target and target[1] in labels:
                 loops.append((labels[target[1]], count))
     innermost = [
@@ -26,27 +44,29 @@ def longest_loop(sass: str) -> int:
         for start, end in loops
         if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
     ]
-    return max((length for length in innermost if length > 1), default=0)  # 1: the code's end
+    return max((length for length in innermost if length > 1), default=0)  # 1: the end of the code
 
 
 def count_instructions(sass: str) -> dict[str, int]:
-    """What nvdisasm printed, counted: global accesses by width, spills, fp64 and matrix work, all.
+    """Instructions in the output of nvdisasm, by kind.
 
-    Widths per access: wide 16 bytes or more (also asynchronous and TMA copies), half 1 or 2 bytes,
-    scalar 4 bytes; 8 bytes (an int64 label) count nowhere. ``wgmma``: those of the matrix
-    instructions that run asynchronously (Hopper's); ``wgmma_waits``: waits for groups of them.
-    ``longest_loop``: instructions of the longest loop that contains no other; 0 without a loop.
+    Global accesses by width: wide 16 bytes or more (asynchronous and TMA copies too), half 1 or 2
+    bytes, scalar 4 bytes; those of 8 bytes (an int64 label) are not counted. ``tensor``: matrix
+    instructions; ``wgmma``: the asynchronous ones among them (Hopper); ``wgmma_waits``: waits for
+    groups of these. ``longest_loop``: instructions in the longest innermost loop, 0 without a loop.
     """
     widths = ("wide", "half", "scalar")
     counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
     counts |= {"spills": 0, "fp64": 0, "tensor": 0, "wgmma": 0, "wgmma_waits": 0}
     counts |= {"instructions": 0, "longest_loop": longest_loop(sass)}
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)", sass)
+    opcodes = _OPCODE.findall(sass)
     if not opcodes:
-        raise RuntimeError("no instruction found in the output of nvdisasm; has its form changed?")
+        raise RuntimeError(
+            "no instruction found in the output of nvdisasm; has its format changed?"
+        )
     for opcode in opcodes:
         name, *suffixes = opcode.split(".")
-        counts["instructions"] += name != "NOP"  # they fill the last cache line of the code
+        counts["instructions"] += name != "NOP"  # padding of the last cache line
         if name in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG"):
             if name.startswith("UTMA") or {"128", "256", "ENL2"} & set(suffixes):
                 width = "wide"
@@ -69,3 +89,49 @@ def count_instructions(sass: str) -> dict[str, int]:
         ):
             counts["fp64"] += 1
     return counts
+
+
+class Multiprocessor(NamedTuple):
+    """Resources that the resident blocks of one streaming multiprocessor (SM) share."""
+
+    threads: int
+    blocks: int  # at most, however small
+    shared: int  # bytes, including the 1 KiB per block that the driver reserves
+    registers: int = 64 * 1024
+    partitions: int = 4  # each has a quarter of the registers and runs a quarter of the warps
+    tensor_memory: int = 512  # columns; compute capability 10 only
+
+
+# Table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(2048, 32, 164 * 1024),
+    "sm_86": Multiprocessor(1536, 16, 100 * 1024),
+    "sm_89": Multiprocessor(1536, 24, 100 * 1024),
+    "sm_90": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_100": Multiprocessor(2048, 32, 228 * 1024),
+    "sm_120": Multiprocessor(1536, 24, 100 * 1024),
+}
+
+
+def blocks_per_sm(arch: str, registers: int, warps: int, shared: int, tensor_memory: int) -> int:
+    """How many blocks of a kernel are resident on one multiprocessor at once.
+
+    Args:
+        registers: of a thread.
+        warps: of a block.
+        shared: bytes of shared memory of a block.
+        tensor_memory: columns of a block. Neither ptxas nor the driver limits them, but a block
+            waits until its columns are free.
+
+    The rules are those of NVIDIA's cuda_occupancy.h; test_aot.py compares both.
+    """
+    sm = MULTIPROCESSORS[arch]
+    warp_registers = -(-registers * 32 // 256) * 256
+    resident_warps = sm.registers // sm.partitions // warp_registers * sm.partitions
+    # 1 KiB of each block belongs to the driver; memory is allocated in units of 128 bytes.
+    block_shared = -(-(shared + 1024) // 128) * 128
+    limits = [sm.blocks, sm.threads // (32 * warps), resident_warps // warps]
+    limits.append(sm.shared // block_shared)
+    if tensor_memory:
+        limits.append(sm.tensor_memory // tensor_memory)
+    return min(limits)

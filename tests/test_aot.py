@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from deit_fast.kernels import aot
+from deit_fast.kernels import aot, sass
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -191,9 +191,9 @@ ptxas info    : Used 106 registers, used 1 barriers, 7515 bytes smem
 
 
 def test_warnings_are_found_in_the_log_of_ptxas():
-    assert aot.serialized_wgmma("") == []
+    assert sass.serialized_wgmma("") == []
     lines = LOG.splitlines()
-    assert aot.serialized_wgmma(LOG) == [lines[1], lines[3]]
+    assert sass.serialized_wgmma(LOG) == [lines[1], lines[3]]
 
 
 def test_a_triton_that_hands_out_no_log_is_an_error(monkeypatch):
@@ -246,7 +246,7 @@ def test_a_case_can_ask_for_resident_blocks():
     ],
 )
 def test_resident_blocks(arch, registers, warps, shared, tensor_memory, blocks):
-    assert aot.blocks_per_sm(arch, registers, warps, shared, tensor_memory) == blocks
+    assert sass.blocks_per_sm(arch, registers, warps, shared, tensor_memory) == blocks
 
 
 OCCUPANCY = """
@@ -280,7 +280,7 @@ int main() {
 
 def test_resident_blocks_are_those_of_nvidias_calculator(tmp_path):
     """cuda_occupancy.h, which Triton's wheel has; it knows no tensor memory."""
-    header = aot.TOOLS.parent / "include"
+    header = sass.TOOLS.parent / "include"
     compiler = shutil.which("c++")
     if compiler is None or not (header / "cuda_occupancy.h").exists():
         pytest.skip("no C++ compiler, or no cuda_occupancy.h beside Triton's ptxas")
@@ -291,14 +291,14 @@ def test_resident_blocks_are_those_of_nvidias_calculator(tmp_path):
     )
     registers, warps = (16, 32, 40, 80, 128, 136, 166, 168, 169, 173, 204, 255), (1, 2, 4, 8, 16)
     shared = (0, 1, 9000, 49536, 61440, 101376, 227 * 1024)
-    cases = list(itertools.product(aot.MULTIPROCESSORS, registers, warps, shared))
+    cases = list(itertools.product(sass.MULTIPROCESSORS, registers, warps, shared))
     lines = []
     for arch, *rest in cases:
-        sm = aot.MULTIPROCESSORS[arch]
+        sm = sass.MULTIPROCESSORS[arch]
         lines.append(" ".join(map(str, (*divmod(int(arch[3:]), 10), sm.threads, sm.shared, *rest))))
     done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
     assert done.returncode == 0
-    ours = [aot.blocks_per_sm(*case, 0) for case in cases]
+    ours = [sass.blocks_per_sm(*case, 0) for case in cases]
     assert ours == [int(line) for line in done.stdout.split()] and len({*ours}) > 10
 
 
@@ -318,8 +318,8 @@ def test_figures_as_good_as_the_golden_ones_pass():
         ("blocks_per_sm", 2, "blocks per multiprocessor: 2, 3 in the golden file"),
         ("wgmma_waits", 4, "wgmma waits: 4, 3 in the golden file"),
         ("instructions", 1051, "instructions: 1051, 1000 in the golden file"),
-        ("longest_loop", 211, "longest loop: 211 instructions, 200 in the golden file"),
-        ("i64_muls", 1, "i64 rows: 1 products, 2 in the golden file"),
+        ("longest_loop", 211, "longest loop: 211, 200 in the golden file"),
+        ("i64_muls", 1, "i64 rows: 1, 2 in the golden file"),
         ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
         ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
         ("wide_stores", 0, "wide stores: 0, 2 in the golden file"),
@@ -363,14 +363,14 @@ def test_instructions_are_counted_by_width():
         /*0140*/                   IMAD.WIDE R2, R2, 0x4, R4 ;
         /*0150*/                   NOP ;
     """
-    assert aot.count_instructions(sass) == {
+    assert sass.count_instructions(sass) == {
         "wide_loads": 4, "half_loads": 2, "scalar_loads": 1,
         "wide_stores": 1, "half_stores": 1, "scalar_stores": 1,
         "spills": 2, "fp64": 3, "tensor": 4, "wgmma": 2, "wgmma_waits": 1,
         "instructions": 25, "longest_loop": 0,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="nvdisasm"):
-        aot.count_instructions("no instruction here")
+        sass.count_instructions("no instruction here")
 
 
 def test_the_longest_loop_without_another_inside():
@@ -384,7 +384,7 @@ def test_the_longest_loop_without_another_inside():
             *(".L_x_2:", line.format(112, "BRA `(.L_x_2)"), ".L_x_3:", line.format(128, "EXIT")),
         ]
     )
-    assert aot.count_instructions(sass)["longest_loop"] == 3
+    assert sass.count_instructions(sass)["longest_loop"] == 3
 
 
 @pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
@@ -489,17 +489,17 @@ print(setup.find_nvcc() and ninja)
 def test_cuda_of_the_cache_has_wide_accesses_and_no_local_memory(tmp_path, source, wide):
     target = build_cuda_object(tmp_path, source)
     subprocess.run(
-        [aot.TOOLS / "cuobjdump", "--extract-elf", "all", target], cwd=tmp_path, check=True
+        [sass.TOOLS / "cuobjdump", "--extract-elf", "all", target], cwd=tmp_path, check=True
     )
     cubins = {path.name.split(".")[-2]: str(path) for path in tmp_path.glob("*.cubin")}
     assert cubins.keys() == set(aot.ARCHITECTURES)
     for arch, cubin in cubins.items():
-        usage = aot.tool("cuobjdump", "--dump-resource-usage", cubin)
+        usage = sass.tool("cuobjdump", "--dump-resource-usage", cubin)
         assert set(re.findall(r"(?:STACK|LOCAL):\d+", usage)) == {"STACK:0", "LOCAL:0"}, arch
-        code = aot.tool("nvdisasm", "--print-code", cubin)
+        code = sass.tool("nvdisasm", "--print-code", cubin)
         sections = re.split(r"^//-+ \.text\.(\S+) -+$", code, flags=re.MULTILINE)[1:]
         counts = {
-            name: aot.count_instructions(text)
+            name: sass.count_instructions(text)
             for name, text in zip(sections[::2], sections[1::2], strict=True)
         }
         assert all(got["spills"] == 0 for got in counts.values()), arch

@@ -177,7 +177,7 @@ def instructions(sass: str) -> tuple[int, list[int]]:
 
 SASS = """
 import sys, tempfile
-from deit_fast.kernels import aot
+from deit_fast.kernels import aot, sass
 for case in aot.package_cases():
     if case.name == sys.argv[1]:
         if "bias_sums" in case.constexprs:  # as fused models call it
@@ -190,7 +190,7 @@ for case in aot.package_cases():
             file.write(compiled.asm["cubin"])
             file.flush()
             print(compiled.metadata.num_warps)
-            print(aot.tool("nvdisasm", "--print-code", "--no-dataflow", file.name))
+            print(sass.tool("nvdisasm", "--print-code", "--no-dataflow", file.name))
 """
 
 
