@@ -45,13 +45,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launching import Launch, signature
+from .launching import TYPE_NAMES, Launch
 from .sass import blocks_per_sm, count_instructions, serialized_wgmma, tool
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -111,9 +113,8 @@ def package_cases() -> Iterator[Case]:
         if module.name == "aot":
             continue
         cases = getattr(importlib.import_module(f"{package}.{module.name}"), "aot_cases", None)
-        for case in cases() if cases else ():
-            case = case_of(*case) if len(case) == 3 else Case._make(case)
-            yield case._replace(name=f"{module.name.removesuffix('_launch')}/{case.name}")
+        for name, launch, expect in cases() if cases else ():
+            yield case_of(f"{module.name.removesuffix('_launch')}/{name}", launch, expect)
 
 
 def case_of(name: str, launch: Launch, expect: dict[str, Any]) -> Case:
@@ -121,6 +122,41 @@ def case_of(name: str, launch: Launch, expect: dict[str, Any]) -> Case:
     kernel, _, arguments = launch
     options = {key: value for key, value in arguments.items() if key not in kernel.arg_names}
     return Case(name, kernel, *signature(kernel, arguments), options, expect)
+
+
+_POINTERS = TYPE_NAMES | {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+
+
+def signature(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+    """Types, constants and alignments that Triton's launcher would find for these arguments.
+
+    Upper-case arguments are constants. Tensors on the meta device count as aligned, because those
+    of the allocator are.
+    """
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    types, constants, aligned = {}, {}, {}
+    for name in kernel.arg_names:
+        value = arguments[name]
+        if value is None or name.isupper():
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = f"*{_POINTERS[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                aligned[name] = 16
+        elif isinstance(value, TensorDescriptor):
+            tile = ", ".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{_POINTERS[value.base.dtype]}[{tile}]>"
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        elif value == 1 and name not in fixed:
+            types[name], constants[name] = "constexpr", value
+        else:
+            types[name] = "i32"
+            if name not in fixed and value % 16 == 0:
+                aligned[name] = 16
+    return types, constants, aligned
 
 
 def as_source(case: Case, arch: str) -> tuple[ASTSource, GPUTarget, dict[str, Any]]:

@@ -150,7 +150,7 @@ def padding() -> dict[str, list[int]]:
     """Numbers among the arguments of the loss kernel: widths of its accesses are some of them."""
     import torch
 
-    from deit_fast.kernels import distillation_loss_launch
+    from deit_fast.kernels import launching
     from helpers import host_only
 
     host_only.recording = True
@@ -166,7 +166,7 @@ def padding() -> dict[str, list[int]]:
         return [x for x in host_only.launches[0][1] if isinstance(x, int)]
 
     found = {"no room": numbers(False)}
-    distillation_loss_launch._launch_loss.clear()
+    launching.clear_plans()
     found |= {"room": numbers(True), "no room, planned": numbers(False)}
     return found | {"room again": numbers(True)}
 
