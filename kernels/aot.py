@@ -300,7 +300,7 @@ WORSE: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
     ("instructions", "instructions", lambda new, old: new > INSTRUCTION_SLACK * old),
     ("longest loop", "longest_loop", lambda new, old: new > INSTRUCTION_SLACK * old),
     ("i64 rows", "i64_muls", _fewer),
-    ("shared memory", "shared", _more),
+    ("bytes of shared memory", "shared", _more),
     ("wide loads", "wide_loads", _fewer),
     ("wide stores", "wide_stores", _fewer),
     ("2-byte loads", "half_loads", _more),

@@ -320,7 +320,7 @@ def test_figures_as_good_as_the_golden_ones_pass():
         ("instructions", 1051, "instructions: 1051, 1000 in the golden file"),
         ("longest_loop", 211, "longest loop: 211, 200 in the golden file"),
         ("i64_muls", 1, "i64 rows: 1, 2 in the golden file"),
-        ("shared", 65, "shared memory: 65 bytes, 64 in the golden file"),
+        ("shared", 65, "bytes of shared memory: 65, 64 in the golden file"),
         ("wide_loads", 3, "wide loads: 3, 4 in the golden file"),
         ("wide_stores", 0, "wide stores: 0, 2 in the golden file"),
         ("half_loads", 1, "2-byte loads: 1, 0 in the golden file"),
@@ -335,7 +335,7 @@ def test_worse_figures_are_named(field, value, line):
 
 def test_instructions_are_counted_by_width():
     # As nvdisasm prints them: predicates, cache hints, 32-byte loads of sm_100, a comment of bytes.
-    sass = """
+    code = """
         /*0000*/                   LDC R1, c[0x0][0x37c] ;        /* 0x0000df00ff017b82 */
         /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
         /*0020*/             @!UP1 LDG.E.ENL2.256 R8, R4, desc[UR4][R2.64] ;
@@ -363,7 +363,7 @@ def test_instructions_are_counted_by_width():
         /*0140*/                   IMAD.WIDE R2, R2, 0x4, R4 ;
         /*0150*/                   NOP ;
     """
-    assert sass.count_instructions(sass) == {
+    assert sass.count_instructions(code) == {
         "wide_loads": 4, "half_loads": 2, "scalar_loads": 1,
         "wide_stores": 1, "half_stores": 1, "scalar_stores": 1,
         "spills": 2, "fp64": 3, "tensor": 4, "wgmma": 2, "wgmma_waits": 1,
@@ -375,7 +375,7 @@ def test_instructions_are_counted_by_width():
 
 def test_the_longest_loop_without_another_inside():
     line = "        /*{:04x}*/                   {} ;"
-    sass = "\n".join(
+    code = "\n".join(
         [
             *(line.format(0, "MOV R1, R2"), ".L_x_0:", line.format(16, "MOV R1, R2")),
             *(".L_x_1:", line.format(32, "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8]")),
@@ -384,7 +384,7 @@ def test_the_longest_loop_without_another_inside():
             *(".L_x_2:", line.format(112, "BRA `(.L_x_2)"), ".L_x_3:", line.format(128, "EXIT")),
         ]
     )
-    assert sass.count_instructions(sass)["longest_loop"] == 3
+    assert sass.count_instructions(code)["longest_loop"] == 3
 
 
 @pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
