@@ -5,9 +5,9 @@
 Gather: warm top-16 records (72 bytes) of one view of 1,281,167 samples in an epoch's order, so that
 each comes once and the 92 MB of a view pass through the CPU's caches. "records" is the bytes alone;
 "answers" decodes them to a TopK at T=2, ours against numpy's raw copy, undecoded, of the same
-records from a memory map, and against the stores of cache_stores.py, decoded. "ours" allocates its
-answer as numpy does, "ours, out=" writes over an earlier one. Ours also finds the views, checks ids
-and file size, and has compared every block's checksum. Bytes: each record read once, written once.
+records from a memory map, and against the stores of cache_stores.py, decoded. Ours also finds the
+views, checks ids and file size, and has compared every block's checksum. Bytes: each record read
+once, written once.
 
 Cold: the same after the system forgot the files. A first record costs its whole block (4096
 records, read to compare its checksum), which pays in an epoch and not in one lonely batch: both are
@@ -145,7 +145,7 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
         order = np.random.default_rng(1).permutation(SAMPLES)
         views = np.zeros(batch, np.int64)
         # Each store at a place of its own in the order: no other has just read the same records.
-        starts = {name: place * 150_000 for place, name in enumerate(("ours", "out", *names))}
+        starts = {name: place * 150_000 for place, name in enumerate(("ours", *names))}
 
         def next_ids(name: str) -> np.ndarray:
             start = starts[name]
@@ -170,18 +170,8 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
             for name in names
         }
         if kind == "records":
-            raw = opened.gather_records(next_ids("out"), views)
-            return {
-                "ours": lambda: opened.gather_records(next_ids("ours"), views),
-                "ours, out=": lambda: opened.gather_records(next_ids("out"), views, out=raw),
-                **peers,
-            }
-        old = opened.gather(next_ids("out"), views, tau=TAU)
-        return {
-            "ours": lambda: opened.gather(next_ids("ours"), views, tau=TAU),
-            "ours, out=": lambda: opened.gather(next_ids("out"), views, tau=TAU, out=old),
-            **peers,
-        }
+            return {"ours": lambda: opened.gather_records(next_ids("ours"), views), **peers}
+        return {"ours": lambda: opened.gather(next_ids("ours"), views, tau=TAU), **peers}
 
     moved = 2 * batch * RECORD.itemsize
     title = f"{kind}, stores" if len(names) > 1 else kind

@@ -117,10 +117,10 @@ def verify(
     ok = found["ok"]
     if ok and teacher is not None:
         from deit_fast.config import DataConfig
-        from deit_fast.tools.verify_against_teacher import recheck
+        from deit_fast.tools.verify_against_teacher import verify_against_teacher
 
         split = train or _split(cache.LogitCache.open(path).manifest)
-        again = recheck(
+        again = verify_against_teacher(
             path, teacher, DataConfig(root=data_root, train=split, workers=0),
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
@@ -187,10 +187,10 @@ def _draw_records(
     import numpy as np
 
     from deit_fast.cache import LogitCache
-    from deit_fast.cache.statistics import draw_answers
+    from deit_fast.cache.verify import draw_records
 
     cache = LogitCache.open(path)
-    drawn = draw_answers(cache)
+    drawn = draw_records(cache)
     rows, counts = [("drawn", f"{len(drawn.top1)} records")], None
     if drawn.entropy is not None:
         most = float(np.log(num_classes)) or 1.0

@@ -298,16 +298,11 @@ class CodecConfig:
     temperatures: tuple[float, ...] | None = None
     """Temperatures at which `topk` stores the exact probability of all other classes. none:
     loss.tau alone."""
-    true_class: bool = False
-    """`topk` also stores the log-probability of the sample's own class."""
+    true_class: ClassVar[bool] = False  # the sample's own class in `topk`: read, no longer written
     block_records: int = 4096
     """Records per block. A block has one checksum and is written, or recovered, as a whole."""
 
     def __post_init__(self) -> None:
-        _require(
-            not self.true_class or self.name == "topk",
-            f"codec.true_class goes with topk; {self.name} does not keep it",
-        )
         _check(self, "codec.", "be at least 1", "k", "block_records")
         _check(self, "codec.", "hold positive numbers", "temperatures")
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config, planned
-from deit_fast.cache.pixels import PIXEL_CONTRACT, sampled_ids, write_pixels
+from deit_fast.cache.verify import sampled_ids, write_pixels
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
-from deit_fast.data.fingerprint import digest_views
+from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Source
@@ -32,7 +32,6 @@ from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.teacher import Teacher, has_bf16, load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.metrics import Progress
-from deit_fast.train.teacher import views_fingerprint
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -83,7 +82,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     substituted: set[str] = set()
     images_done = 0
     with LogitCacheWriter(
-        config.cache, job.manifest, rank=group.rank, world=group.world_size
+        config.cache, job.manifest, rank=group.rank, world_size=group.world_size
     ) as writer:
         writer.refuse_rivals(wanted)
         blocks_per_view = writer.num_blocks
@@ -121,7 +120,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
                     writer.claim(*block)
                 pixels.add(batch)
-                writer.write(batch.sample_ids, int(batch.view_ids[0]), logits, batch.labels)
+                writer.write(batch.sample_ids, int(batch.view_ids[0]), logits)
                 substituted.update(batch.substituted)
                 images_done += len(batch.sample_ids)
                 progress.advance(len(batch.sample_ids), pace.note(images_done))
@@ -179,9 +178,9 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     batch = next(loader)
     loading = time.perf_counter() - started
     codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
-    codec.encode(job.answer(batch), batch.labels).cpu()  # a GPU would go on behind the clock's back
+    codec.encode(job.answer(batch)).cpu()  # a GPU would go on behind the clock's back
     started = time.perf_counter()
-    codec.encode(job.answer(batch), batch.labels).cpu()
+    codec.encode(job.answer(batch)).cpu()
     answering = time.perf_counter() - started
     workers = config.data.workers
     per_batch = max(loading / workers, answering) if workers else loading + answering
@@ -213,8 +212,7 @@ class _Job:
             num_classes=len(source.classes),
             num_samples=source.num_samples,
             tau=config.loss.tau,
-            fingerprint=views_fingerprint(config, source.fingerprint())
-            | PIXEL_CONTRACT
+            fingerprint=views_fingerprint(config, source)
             | teacher.fingerprint()
             | {
                 "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",

@@ -447,13 +447,13 @@ def test_another_manifest_names_every_difference(tmp_path):
     text = str(caught.value)
     assert text.startswith(f"cache {tmp_path} differs in 7 fields: ")
     for part in (
-        "codec.k is 16, wanted 4",
-        "block_records is 16, wanted 8",
-        "num_samples is 45, wanted 46",
-        "record_bytes is 72, wanted 24",
-        "view.seed is 7, wanted 8",
-        "view.new is absent, wanted [1]",
-        'teacher.name is "n\\u00e4ive", wanted absent',
+        "codec.k is 16, expected 4",
+        "block_records is 16, expected 8",
+        "num_samples is 45, expected 46",
+        "record_bytes is 72, expected 24",
+        "view.seed is 7, expected 8",
+        "view.new is absent, expected [1]",
+        'teacher.name is "n\\u00e4ive", expected absent',
     ):
         assert part in text
     assert "view.mean" not in text
@@ -468,7 +468,7 @@ def test_info_is_not_compared_and_numbers_by_value(tmp_path):
         assert writer.pending([0]) == []
     true = make_manifest()
     true["fingerprint"]["view.seed"] = True
-    with pytest.raises(CacheMismatch, match=r"one field: view\.seed is 7, wanted true"):
+    with pytest.raises(CacheMismatch, match=r"one field: view\.seed is 7, expected true"):
         LogitCacheWriter(tmp_path, true)
 
 
@@ -479,7 +479,7 @@ def test_require(tmp_path):
     with pytest.raises(CacheMismatch) as caught:
         cache.require({"view.seed": 9, "view.mean": [0.5, 1, 1], "view.x": 1, "codec.k": 16})
     assert "3 fields" in str(caught.value)
-    assert "view.x is absent, wanted 1" in str(caught.value)
+    assert "view.x is absent, expected 1" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from deit_fast import _C
-from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter
+from deit_fast.cache import CacheError
 from deit_fast.cache.codecs import codec_from_manifest
-from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
-from helpers.caches import codec_of, make_logits, make_manifest, true_log_probs
+from helpers.caches import (
+    codec_of,
+    equal,
+    make_logits,
+    make_manifest,
+    true_log_probs,
+    write_cache,
+)
 
 
 def reference_topk(logits: torch.Tensor, codec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,16 +41,15 @@ def split_record(raw: torch.Tensor, codec) -> tuple[np.ndarray, ...]:
         ("ids", letter, codec.k),
         ("log_probs", "<f2", codec.k),
         ("pairs", "<f4", (len(codec.temperatures), 2)),
-    ] + ([("true_class", "<f4")] if codec.true_class else [])
+    ]
     records = raw.cpu().numpy().view(np.dtype(layout))[:, 0]
     fields = {name: records[name] for name, *_ in layout}
     pairs = fields.pop("pairs")
-    found = [fields.pop("ids"), fields.pop("log_probs"), pairs[:, :, 0], *fields.values()]
-    return *found, pairs[:, :, 1]
+    return fields["ids"], fields["log_probs"], pairs[:, :, 0], pairs[:, :, 1]
 
 
-def check_topk(logits: torch.Tensor, codec, labels=None) -> None:
-    fields = split_record(codec.encode(logits, labels), codec)
+def check_topk(logits: torch.Tensor, codec) -> None:
+    fields = split_record(codec.encode(logits), codec)
     ids, log_probs, tails = reference_topk(logits.cpu(), codec)
     assert np.array_equal(fields[0], ids)
     clamped = np.maximum(log_probs, -65504.0)
@@ -66,9 +71,6 @@ def check_topk(logits: torch.Tensor, codec, labels=None) -> None:
     else:
         error = np.abs(fields[2] - tails)
         assert (error <= 1e-7 * np.maximum(1, np.abs(tails))).all(), error.max()
-    if labels is not None:
-        exact = true_log_probs(logits.cpu().float()).numpy()[np.arange(len(logits)), labels]
-        assert (np.abs(fields[3] - exact) <= 1e-7 * np.maximum(1, np.abs(exact))).all()
 
 
 def awkward_rows(classes: int) -> torch.Tensor:
@@ -218,46 +220,22 @@ def test_a_row_of_eight_bits_does_not_depend_on_its_batch():
 
 
 # ---------------------------------------------------------------------------------------------
-# True class
+# Caches of earlier versions
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tau", [1.0, 2.0])
-def test_the_true_class_is_kept_within_its_bound(tau):
-    logits, labels = make_logits(4, 300, 1000), torch.arange(300) * 3 % 1000
-    codec = codec_of(classes=1000, temperatures=(1.0, 2.0), true_class=True)
-    assert codec.record_bytes == 84
-    check_topk(logits, codec, labels)
-    raw = codec.encode(logits, labels)
-    plain = codec_of(classes=1000, temperatures=(1.0, 2.0))
-    assert torch.equal(raw[:, :80], plain.encode(logits))
-    exact = true_log_probs(logits, tau)
-    largest = true_log_probs(logits).topk(16, 1).values.abs().amax(1)
-    error = (codec.decode_true_class(raw, tau) - exact[torch.arange(300), labels]).abs()
-    assert (error <= largest / (1024 * tau) + 1e-5).all()
-
-
-def test_the_true_class_needs_labels_and_a_manifest_that_says_so(tmp_path):
-    logits = make_logits(0)
-    codec = codec_of(true_class=True)
-    with pytest.raises(InputError, match="true_class needs the labels"):
-        codec.encode(logits)
-    for labels in (torch.full((45,), 20), torch.full((45,), -1), torch.zeros(44)):
-        with pytest.raises(InputError, match=r"labels must be \[45\], each in \[0, 20\)"):
-            codec.encode(logits, labels)
-    manifest = make_manifest(true_class=True)
-    assert manifest["codec"]["true_class"] is True
-    assert "true_class" not in make_manifest()["codec"]
-    assert codec_from_manifest(manifest["codec"], "here") == codec
+def test_records_that_end_with_the_true_class_are_still_read(tmp_path):
+    plain = make_manifest()
+    manifest = plain | {"codec": plain["codec"] | {"true_class": True}, "record_bytes": 76}
+    old = codec_from_manifest(manifest["codec"], "here")
+    logits, new = make_logits(0), codec_of()
+    assert old.record_bytes == new.record_bytes + 4
+    assert equal(old.decode(old.encode(logits), 1.0), new.decode(new.encode(logits), 1.0))
+    assert equal(write_cache(tmp_path, manifest).gather(np.arange(45), 0),
+                 new.decode(new.encode(logits), 1.0))  # fmt: skip
     for values in ({"true_class": False}, {"true_class": 1}, {"name": "hard", "k": None}):
         with pytest.raises(CacheError, match=r"^here: "):
             codec_from_manifest(manifest["codec"] | values, "here")
-    with pytest.raises(InputError, match="true_class goes with topk"):
-        CodecConfig(name="hard", true_class=True)
-    with LogitCacheWriter(tmp_path, make_manifest()) as writer:
-        writer.write(np.arange(45), 0, logits)
-    with pytest.raises(CacheError, match="does not hold the true class"):
-        LogitCache.open(tmp_path).gather_true_class([0], 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,12 +252,8 @@ def test_cuda_encodes_the_same_bytes(classes, dtype):
     assert _C.with_cuda
     logits = awkward_rows(classes).clamp(-6e4, 6e4).to(dtype)
     for k in (1, 16, 64):
-        codec = codec_of(
-            classes=classes, k=min(k, classes), temperatures=(1.0, 2.5), true_class=True
-        )
-        labels = torch.arange(len(logits)) % classes
-        expected = codec.encode(logits, labels)
-        assert torch.equal(codec.encode(logits.cuda(), labels).cpu(), expected)
+        codec = codec_of(classes=classes, k=min(k, classes), temperatures=(1.0, 2.5))
+        assert torch.equal(codec.encode(logits.cuda()).cpu(), codec.encode(logits))
     for name in ("hard", "dense-int8", "dense-fp8"):
         codec = codec_of(name, classes)
         assert torch.equal(codec.encode(logits.cuda()).cpu(), codec.encode(logits))

@@ -22,7 +22,6 @@ from deit_fast.cache import CODECS, CacheError, LogitCache
 from deit_fast.cache.format import canonical, view_path
 from deit_fast.data.batch import map_teacher, teacher_tensors
 from deit_fast.errors import InputError
-from deit_fast.kernels import TopK
 from helpers.caches import SAMPLES, equal, make_logits, make_manifest, reading_threads, write_cache
 
 BATCH = 9
@@ -259,34 +258,3 @@ def test_ids_in_every_form(tmp_path):
             cache.to_device([2], "cpu").gather(samples, views)
     with pytest.raises(CacheError, match="view 0 was not put on cpu"):
         cache.to_device([2], "cpu").gather([1], 0)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_an_answer_can_be_written_over(tmp_path, name):
-    cache = write_cache(tmp_path, make_manifest(name), (0, 2))
-    old = cache.gather([1, 2, 3], 0)
-    tensors = old[:3] if isinstance(old, TopK) else (old,)
-    for samples in ([4, 5, 6], [7, 8, 9]):
-        new = cache.gather(samples, 2, out=old)
-        assert equal(new, cache.gather(samples, 2))
-        assert equal(new, old)
-        mine = new[:3] if isinstance(new, TopK) else (new,)
-        assert [item.data_ptr() for item in mine] == [item.data_ptr() for item in tensors]
-
-
-def test_an_out_of_another_form_is_refused_and_kept_as_it_was(tmp_path):
-    cache = write_cache(tmp_path, make_manifest(), (0, 2))
-    good = cache.gather([1, 2, 3], 0)
-    cache.gather([1, 2, 3], 0, out=good)
-    before = [item.clone() for item in good[:3]]
-    wrong = [
-        ([1, 2], good),
-        ([1, 2, 3], good.log_probs),
-        ([1, 2, 3], good._replace(ids=good.ids.long())),
-        ([1, 2, 3], good._replace(log_probs=good.log_probs[:, :5])),
-        ([1, 2, 3], good._replace(log_tail=torch.zeros(6)[::2])),
-    ]
-    for samples, out in wrong:
-        with pytest.raises(InputError, match=r"out must be contiguous cpu int32 \[.*, not cpu"):
-            cache.gather(samples, 2, out=out)
-    assert all(torch.equal(a, b) for a, b in zip(before, good[:3], strict=True))

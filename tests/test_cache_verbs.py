@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from deit_fast import _C, cli
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
-from deit_fast.cache.compare import record_errors
-from deit_fast.cache.statistics import draw_answers
 from deit_fast.cache.tinyvit import import_tinyvit
+from deit_fast.cache.verify import draw_records, record_errors
 from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
@@ -55,7 +54,7 @@ def run(capsys, *words: object) -> tuple[int, str, str]:
     return status, out, err
 
 
-def recheck(capsys, root: Path, cache: Path, *more: object) -> tuple[int, str, str]:
+def verify_teacher(capsys, root: Path, cache: Path, *more: object) -> tuple[int, str, str]:
     teacher = f"{FACTORY}@{root}/teacher.safetensors"
     return run(capsys, "cache", "verify", cache, "--teacher", teacher,
                "--data-root", root / "data", "--device", "cpu", *more)  # fmt: skip
@@ -74,12 +73,14 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-# ----------------------------------------------------------------------------------------- recheck
+# ---------------------------------------------------------------------------- against the teacher
 
 
 @pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
 def test_records_made_again_are_the_stored_ones(root, capsys, codec):
-    status, out, _ = recheck(capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4")
+    status, out, _ = verify_teacher(
+        capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4"
+    )
     assert status == 0
     assert "40 records recomputed, 0 differ" in out and "have the pixels" in out
 
@@ -100,10 +101,13 @@ def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
     (tmp_path / "cache/view-00001.dlc").unlink()
     with LogitCacheWriter(tmp_path / "cache", cache.manifest) as writer:
         writer.write(np.arange(60), 1, logits)
-    status, out, _ = recheck(capsys, root, tmp_path / "cache", "--samples", 180)
+    status, out, _ = verify_teacher(capsys, root, tmp_path / "cache", "--samples", 180)
     assert status == 1
     assert "180 records recomputed, 1 differ" in out and "sample 17 view 1: " in out
-    assert recheck(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0] == 0
+    assert (
+        verify_teacher(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0]
+        == 0
+    )
 
 
 def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
@@ -112,7 +116,7 @@ def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
     assert config["k"] == 10  # of 10 classes: such a cache has no tail, so make one that has
     cache = tmp_path / "cache"
     assert cli.main(["precompute", *arguments(root), "--codec.k", "4", "--cache", str(cache)]) == 0
-    assert recheck(capsys, root, cache, "--samples", 180)[0] == 0
+    assert verify_teacher(capsys, root, cache, "--samples", 180)[0] == 0
     file = cache / "view-00001.dlc"
     raw = bytearray(file.read_bytes())
     size, per_block, data = 4 * 4 + 8, 25, 8192
@@ -121,7 +125,7 @@ def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
     struct.pack_into("<f", raw, place, tail - 0.7)
     struct.pack_into("<I", raw, 4096, _C.crc32c(bytes(raw[data : data + per_block * size])))
     file.write_bytes(raw)
-    status, out, _ = recheck(capsys, root, cache, "--samples", 180)
+    status, out, _ = verify_teacher(capsys, root, cache, "--samples", 180)
     assert status == 1
     assert "180 records recomputed, 1 differ" in out and "sample 17 view 1: 0.7" in out
 
@@ -145,7 +149,7 @@ def test_the_split_may_have_another_name(root, capsys, tmp_path):
 def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_path):
     torch.manual_seed(8)
     save_file(small_convnet(10).state_dict(), tmp_path / "other.safetensors")
-    status, _, err = recheck(
+    status, _, err = verify_teacher(
         capsys, root, root / "topk", "--teacher", f"{FACTORY}@{tmp_path}/other.safetensors"
     )
     assert (
@@ -153,7 +157,7 @@ def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_pa
     )
     shutil.copytree(root / "data", tmp_path / "data")
     next((tmp_path / "data/train/7").iterdir()).unlink()
-    status, _, err = recheck(capsys, root, root / "topk", "--data-root", tmp_path / "data")
+    status, _, err = verify_teacher(capsys, root, root / "topk", "--data-root", tmp_path / "data")
     assert status == 2 and "dataset.sha256" in err
 
 
@@ -179,7 +183,7 @@ def test_info_shows_entropy_agreement_and_a_page(root, capsys, tmp_path):
                          "--html", tmp_path / "page.html")  # fmt: skip
     assert status == 0
     cache = LogitCache.open(root / "topk")
-    answers = draw_answers(cache)
+    answers = draw_records(cache)
     assert len(answers.top1) == 180
     assert f"{answers.entropy.mean():.3f} nats of 2.303 on average" in out
     assert out.count("#") > 40 and "% of top-1 classes are the label of larger weight" in out
@@ -201,7 +205,7 @@ def test_entropy_and_agreement_are_right(tmp_path):
                                   fingerprint={})  # fmt: skip
         with LogitCacheWriter(tmp_path / name, manifest) as writer:
             writer.write(np.arange(50), 0, logits)
-        answers = draw_answers(LogitCache.open(tmp_path / name))
+        answers = draw_records(LogitCache.open(tmp_path / name))
         np.testing.assert_allclose(answers.entropy, exact[answers.samples], atol=tolerance)
         assert (answers.top1[1:] == answers.samples[1:] % 12).all()
 
@@ -317,7 +321,7 @@ def test_train_refuses_an_import_in_plain_words(root, tmp_path, capsys):
              "--output", f"{tmp_path}/run"]  # fmt: skip
     status, _, err = run(capsys, "train", *words)
     assert status == 2 and "was imported from TinyViT" in err and "cannot replay" in err
-    status, _, err = recheck(capsys, root, tmp_path / "c")
+    status, _, err = verify_teacher(capsys, root, tmp_path / "c")
     assert status == 2 and "does not say how its views are made" in err
     status, _, err = run(capsys, "cache", "info", tmp_path / "c", "--data-root", root / "data")
     assert status == 2 and "does not say how its views are made" in err

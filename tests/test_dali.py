@@ -376,7 +376,7 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     from deit_fast.models.convnet import small_convnet
     from deit_fast.precompute import estimate, precompute
     from deit_fast.recipes import digits_student
-    from deit_fast.tools.verify_against_teacher import recheck
+    from deit_fast.tools.verify_against_teacher import verify_against_teacher
     from deit_fast.train.teacher import open_teacher
 
     write_split(tmp_path / "train", 10, 2)
@@ -403,9 +403,12 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
         opens(config, "pillow")
     with pytest.raises(CacheMismatch, match=r"contract\.pixels.*dali/cpu"):
         opens(pillow, "dali")
-    assert recheck(config.cache, spec, config.data, samples=10, device="cpu")["failed"] == 0
+    assert (
+        verify_against_teacher(config.cache, spec, config.data, samples=10, device="cpu")["failed"]
+        == 0
+    )
     with pytest.raises(CacheMismatch, match=r"contract\.pixels"):
-        recheck(config.cache, spec, pillow.data, samples=10, device="cpu")
+        verify_against_teacher(config.cache, spec, pillow.data, samples=10, device="cpu")
     # Another picture in a file of the same name and size, which the fingerprint cannot see.
     path = Path(source.paths[3])
     picture(99, 20, 20).save(path.with_suffix(".new"), "JPEG", quality=30)

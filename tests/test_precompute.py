@@ -330,7 +330,7 @@ def test_train_refuses_an_image_of_other_pixels_and_the_same_size(config, refere
 
     from PIL import Image
 
-    from deit_fast.cache.pixels import pick_pixels
+    from deit_fast.cache.verify import pick_pixels
     from deit_fast.data.open import open_source
 
     shutil.copytree(config.data.root, tmp_path / "data")
@@ -380,23 +380,3 @@ def test_missing_arguments_are_named(config):
         precompute(config.replace(teacher=None))
     with pytest.raises(InputError, match="needs --cache"):
         precompute(config.replace(cache=None))
-
-
-def test_the_true_class_is_kept_on_request(config, tmp_path):
-    """The log-probability of the label that the loader gives, from the very run of the teacher."""
-    wanted = config.replace(
-        cache=str(tmp_path / "cache"), codec={"true_class": True, "k": 2}, epochs=1,
-        view={"repeats": 1}, num_views=1,
-    )  # fmt: skip
-    precompute(wanted)
-    dense = wanted.replace(
-        cache=str(tmp_path / "dense"),
-        codec={"name": "dense-fp32", "true_class": False, "k": None},
-    )
-    precompute(dense)
-    ids, views = torch.arange(210), torch.zeros(210, dtype=torch.int64)
-    labels = torch.arange(10).repeat_interleave(21)
-    logits = LogitCache.open(dense.cache).gather(ids, views)
-    stored = LogitCache.open(wanted.cache).gather_true_class(ids, views)
-    expected = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(stored.double(), expected, rtol=1e-3, atol=1e-3)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from deit_fast.cache import CacheMismatch
-from deit_fast.cache.ahead import ReadAhead
+from deit_fast.cache import CacheMismatch, ReadAhead
 from deit_fast.config import OptimConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student

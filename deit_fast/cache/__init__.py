@@ -1,4 +1,4 @@
-"""The teacher-logit cache: what a teacher said about every view, verified when read.
+"""The teacher-logit cache: a teacher's logits of every view, verified when read.
 
 The file format is docs/cache-format.md; the part in C++ is csrc/.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from deit_fast.errors import CacheError, CacheMismatch
 
-from .ahead import ReadAhead
 from .codecs import CODECS, Codec, codec_from_config
 from .format import build_manifest
-from .reader import LogitCache, ResidentLogits
+from .reader import LogitCache, ReadAhead, ResidentLogits
 from .verify import info, planned, verify
 from .writer import LogitCacheWriter
 

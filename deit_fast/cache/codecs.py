@@ -1,9 +1,6 @@
-"""How a teacher's answer becomes a record of fixed size, and back.
+"""Codecs: teacher logits to records of a fixed size, and back.
 
-To add a codec: a class with the members of ``Codec`` below, one line in ``CODECS``, its layout in
-docs/cache-format.md, its name in ``config.CodecConfig``, its error bound in
-tests/test_cache_codecs.py. Where its records are not the answer's own bytes, a RecordKind and its
-decoding in csrc/record_codec.cpp and csrc/cuda/decode.cu.
+Records are decoded by csrc/, on the CPU and on CUDA. To add a codec follow docs/extend.md.
 """
 
 from __future__ import annotations
@@ -12,132 +9,121 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deit_fast import _C
-from deit_fast.cache.dense import DENSE_DTYPES, DenseCodec, DenseFp8Codec, DenseInt8Codec
-from deit_fast.cache.records import (
-    decode_rows,
-    finite_float32,
-    id_bytes,
-    pack_ids,
-    require_logits,
-)
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError, RowError
-from deit_fast.kernels import TopK
+from deit_fast.kernels.distillation_loss import TopK
 
+_DENSE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MAX_TOPK_CLASSES = 2**18  # so many integers of csrc/arithmetic.h add up without overflow
 _CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/encode.cu takes
 _CUDA_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda
 
 
-class Codec(Protocol):
-    """Encoding of logits [n, num_classes]; works on the device that its input is on."""
+@dataclass(frozen=True)
+class Codec:
+    """What all codecs share. A codec defines ``name``, ``kind``, ``record_bytes`` and ``encode``;
+    the other members as given here suit one that stores every logit.
+
+    Attributes:
+        kind: how csrc/ decodes a record.
+        ids_per_record: class ids that a record starts with. A reader refuses ids outside
+            [0, num_classes).
+    """
+
+    num_classes: int
+
+    name: ClassVar[str]
+    kind: ClassVar[_C.RecordKind]
+    ids_per_record: ClassVar[int] = 0
 
     @property
-    def num_classes(self) -> int: ...
+    def record_bytes(self) -> int:
+        raise NotImplementedError
 
-    @property
-    def record_bytes(self) -> int: ...
-
-    @property
-    def ids_per_record(self) -> int:
-        """Class ids that a record starts with. A reader refuses ids outside [0, num_classes)."""
-        ...
-
-    def manifest(self) -> dict[str, Any]:
-        """name, k, temperatures, num_classes: the manifest's "codec"."""
-        ...
-
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Float logits [n, num_classes] to uint8 [n, record_bytes]; the same bytes on any device.
-
-        Args:
-            labels: int [n], the samples' own classes; looked at where the codec keeps the true
-                class's log-probability.
+    def encode(self, logits: Tensor) -> Tensor:
+        """Float logits [n, num_classes] to uint8 [n, record_bytes], on the device of the logits;
+        the same bytes on any device.
 
         Raises:
             InputError: another shape or dtype.
-            RowError: a logit that is not finite, or not in the codec's range.
+            RowError: a logit that is not finite, or out of the codec's range.
         """
-        ...
+        raise NotImplementedError
 
-    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
-        """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``."""
-        ...
+    def decode(self, records: Tensor, tau: float) -> Tensor | TopK:
+        """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``. Every form
+        but `topk` is the same at all temperatures.
+
+        Raises:
+            CacheError: the records hold nothing for temperature ``tau``.
+        """
+        return decode_rows(self, records, None, tau)
+
+    def manifest(self) -> dict[str, Any]:
+        """name, k, temperatures, num_classes: the manifest's "codec"."""
+        return {"name": self.name, "k": None, "temperatures": [], "num_classes": self.num_classes}
 
     def layout(self, tau: float) -> _C.RecordLayout:
         """How csrc/ decodes a record at ``tau``."""
-        ...
+        return _C.RecordLayout(
+            self.kind, record_bytes=self.record_bytes, num_classes=self.num_classes
+        )
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        """The tensors that csrc/ decodes ``count`` records to; RecordKind says which."""
-        ...
+        """The tensors that csrc/ decodes ``count`` records to, uninitialised."""
+        return (torch.empty((count, self.num_classes), device=device),)
 
-    def answer(self, outputs: tuple[Tensor, ...]) -> Tensor | TopK:
+    def form(self, outputs: tuple[Tensor, ...]) -> Tensor | TopK:
         """Those tensors, filled, as ``decode`` returns them."""
-        ...
+        return outputs[0]
 
 
 @dataclass(frozen=True)
-class HardCodec:
+class HardCodec(Codec):
     """The teacher's argmax: 2 bytes a record, 4 above 65,536 classes. Exact; ties: lowest id."""
 
-    num_classes: int
+    name = "hard"
+    kind = _C.RecordKind.hard
+    ids_per_record = 1
 
     @property
     def record_bytes(self) -> int:
         return id_bytes(self.num_classes)
 
-    @property
-    def ids_per_record(self) -> int:
-        return 1
-
-    def manifest(self) -> dict[str, Any]:
-        return _codec_manifest("hard", self.num_classes)
-
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        largest = finite_float32(logits, self.num_classes).argmax(1)
-        return pack_ids(largest[:, None], self.num_classes)
-
-    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
-        """int64 [n] class ids; tau does not matter."""
-        return decode_rows(self, raw, None, tau)
+    def encode(self, logits: Tensor) -> Tensor:
+        largest = _finite_float32(logits, self.num_classes).argmax(1)
+        return _bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
-            _C.RecordKind.hard,
-            record_bytes=self.record_bytes,
-            num_classes=self.num_classes,
-            id_bytes=id_bytes(self.num_classes),
-        )
+            self.kind, record_bytes=self.record_bytes, num_classes=self.num_classes,
+            id_bytes=self.record_bytes,
+        )  # fmt: skip
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        """int64 [n] class ids."""
         return (torch.empty(count, dtype=torch.int64, device=device),)
-
-    def answer(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        return outputs[0]
 
 
 @dataclass(frozen=True)
-class TopKCodec:
+class TopKCodec(Codec):
     """The k most probable classes and the exact mass of all others.
 
     Bytes: k class ids of 2 bytes (4 above 65,536 classes), k log-probabilities of 2, a log tail
-    mass and a log normaliser of 4 each per temperature, 4 for the true class where it is kept: 72
-    at k=16 and one temperature, 76 with the true class.
+    mass and a log normaliser of 4 each per temperature: 72 at k=16 and one temperature.
 
     Order: descending logit (as float32), ties by ascending id. A log-probability is
     z_i - logsumexp(z), rounded to float16; below -65504 it is stored as -65504. The log tail mass
     at T is log(sum outside the ids of exp(z/T) / sum of exp(z/T)), summed over the outside itself
     rather than as 1 - inside, rounded to float32; -inf for k = C. The log normaliser at T is
     logsumexp(l/T) of the log-probabilities as stored, less the log of their true mass at T, so that
-    decoding is one product and one subtraction, and ids and tail together have mass one. The true
-    class's log-probability at T=1 is a float32.
+    decoding is one product and one subtraction, and ids and tail together have mass one.
 
     csrc/topk_encode.h computes all that in float64 with IEEE operations in a fixed order, and the
     sums as integers of 2^-44: CPU and CUDA give the same bytes, whatever the batch. A sum's
@@ -145,40 +131,41 @@ class TopKCodec:
 
     Error at a recorded T, with l the true log-probabilities of the ids at T=1 and
     L = max |l|: |log p_i(T) - true| <= L / (1024 T) + 1e-5 (float16 rounds by at most
-    L / 2048, and normalising adds no more than that again), for the true class too, of which
-    only the normalising part remains. The tail's relative error is below 1e-6 of
-    max(1, |log tail|).
+    L / 2048, and normalising adds no more than that again). The tail's relative error is below
+    1e-6 of max(1, |log tail|).
+
+    Attributes:
+        true_class: records end with the true class's log-probability, float32. Caches of earlier
+            versions may have it; it is skipped when read and no longer written.
     """
 
-    num_classes: int
     k: int
     temperatures: tuple[float, ...]
     true_class: bool = False
 
-    @property
-    def record_bytes(self) -> int:
-        return self._true_class_offset + 4 * self.true_class
+    name = "topk"
+    kind = _C.RecordKind.topk
 
     @property
-    def ids_per_record(self) -> int:
+    def record_bytes(self) -> int:
+        return self._tail_offset + 8 * len(self.temperatures) + 4 * self.true_class
+
+    @property
+    def ids_per_record(self) -> int:  # type: ignore[override]
         return self.k
 
     @property
     def _tail_offset(self) -> int:
         return self.k * (id_bytes(self.num_classes) + 2)
 
-    @property
-    def _true_class_offset(self) -> int:
-        return self._tail_offset + 8 * len(self.temperatures)
-
     def manifest(self) -> dict[str, Any]:
-        values = _codec_manifest("topk", self.num_classes, self.k, self.temperatures)
+        values = super().manifest() | {"k": self.k, "temperatures": list(self.temperatures)}
         return values | ({"true_class": True} if self.true_class else {})
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """On CUDA a kernel on the current stream, which the check for values that are not finite
-        then waits for."""
-        require_logits(logits, self.num_classes)
+    def encode(self, logits: Tensor) -> Tensor:
+        """On CUDA a kernel on the current stream; checking for values that are not finite then
+        waits for it."""
+        _require_logits(logits, self.num_classes)
         z = logits.detach()
         on_cuda = (
             z.is_cuda
@@ -191,8 +178,8 @@ class TopKCodec:
         elif z.dtype not in _CUDA_FLOATS:
             z = z.float()
         z = z.contiguous()
-        label_ids = self._labels(labels, len(z), z.device)
-        records = torch.empty((len(z), self.record_bytes), dtype=torch.uint8, device=z.device)
+        size = self.record_bytes - 4 * self.true_class
+        records = torch.empty((len(z), size), dtype=torch.uint8, device=z.device)
         arguments = (
             self.num_classes,
             self.k,
@@ -200,7 +187,7 @@ class TopKCodec:
             [1.0 / tau for tau in self.temperatures],
             z.data_ptr(),
         )
-        addresses = (0 if label_ids is None else label_ids.data_ptr(), records.data_ptr())
+        addresses = (0, records.data_ptr())  # of labels: none
         if on_cuda:
             first = torch.full((1,), len(z), dtype=torch.int64, device=z.device)
             stream = torch.cuda.current_stream(z.device).cuda_stream
@@ -216,46 +203,13 @@ class TopKCodec:
         if bad >= 0:
             value = logits[bad][~torch.isfinite(z[bad]).to(logits.device)][0].item()
             raise RowError(bad, f"teacher logit {value:g} is not finite")
+        records = torch.nn.functional.pad(records, (0, self.record_bytes - size))
         return records.to(logits.device)
 
-    def _labels(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor | None:
-        if not self.true_class:
-            return None
-        if labels is None:
-            raise InputError("codec.true_class needs the labels of the samples")
-        ids = torch.as_tensor(labels).to(device, torch.int64).contiguous()
-        if ids.shape != (count,) or (count and not 0 <= ids.min() <= ids.max() < self.num_classes):
-            raise InputError(f"labels must be [{count}], each in [0, {self.num_classes})")
-        return ids
-
-    def decode(self, raw: Tensor, tau: float) -> Tensor | TopK:
-        """ids int32 [n, k], log-probabilities float32 [n, k] and log tail float32 [n] at ``tau``.
-
-        With l_i stored at T=1 and c the normaliser at tau, log p_i(tau) = l_i / tau - c: ids and
-        tail together have mass one.
-
-        Raises:
-            CacheError: no tail mass is recorded at ``tau``.
-        """
-        return decode_rows(self, raw, None, tau)
-
-    def decode_true_class(self, raw: Tensor, tau: float) -> Tensor:
-        """Log-probability of the true class at ``tau``, float32 [n]: l / tau - c.
-
-        Raises:
-            CacheError: the records do not hold it, or no tail mass at ``tau``.
-        """
-        if not self.true_class:
-            raise CacheError("the cache does not hold the true class (codec.true_class)")
-        start = self._tail_offset + 8 * self._temperature_index(tau) + 4
-        shift = raw[:, start : start + 4].contiguous().view(torch.float32)[:, 0]
-        start = self._true_class_offset
-        stored = raw[:, start : start + 4].contiguous().view(torch.float32)[:, 0]
-        return stored / tau - shift
-
     def layout(self, tau: float) -> _C.RecordLayout:
+        """With l_i stored at T=1 and c the normaliser at tau, log p_i(tau) = l_i / tau - c."""
         return _C.RecordLayout(
-            _C.RecordKind.topk,
+            self.kind,
             record_bytes=self.record_bytes,
             num_classes=self.num_classes,
             id_bytes=id_bytes(self.num_classes),
@@ -265,13 +219,14 @@ class TopKCodec:
         )
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        """ids int32 [n, k], log-probabilities float32 [n, k], log tail mass float32 [n]."""
         return (
             torch.empty((count, self.k), dtype=torch.int32, device=device),
             torch.empty((count, self.k), dtype=torch.float32, device=device),
             torch.empty(count, dtype=torch.float32, device=device),
         )
 
-    def answer(self, outputs: tuple[Tensor, ...]) -> TopK:
+    def form(self, outputs: tuple[Tensor, ...]) -> TopK:
         ids, log_probs, log_tail = outputs
         return TopK(ids, log_probs, log_tail)
 
@@ -283,6 +238,100 @@ class TopKCodec:
         raise CacheError(f"the cache has no tail mass at temperature {tau:g}; recorded: {known}")
 
 
+@dataclass(frozen=True)
+class DenseCodec(Codec):
+    """Every logit: 2 or 4 bytes a class.
+
+    Error, relative to the logit: float16 2^-11 (2^-25 absolute below 2^-14), bfloat16 2^-8,
+    float32 none for input of up to that width. A logit beyond the dtype's range is refused.
+    """
+
+    format: str
+
+    kind = _C.RecordKind.copy
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"dense-{self.format}"
+
+    @property
+    def record_bytes(self) -> int:
+        return self.num_classes * _DENSE_DTYPES[self.format].itemsize
+
+    def encode(self, logits: Tensor) -> Tensor:
+        z = _finite_float32(logits, self.num_classes)
+        stored = z.to(_DENSE_DTYPES[self.format])
+        _refuse_rows(~torch.isfinite(stored), z, f"does not fit {self.format}")
+        return _bytes_of(stored)
+
+    def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
+        """Logits [n, C] in the stored dtype."""
+        shape, dtype = (count, self.num_classes), _DENSE_DTYPES[self.format]
+        return (torch.empty(shape, dtype=dtype, device=device),)
+
+
+@dataclass(frozen=True)
+class DenseInt8Codec(Codec):
+    """Every logit in 256 even steps from the row's least to its largest: C + 8 bytes.
+
+    Error: (max - min) / 510 + 2^-22 max |z| + 2^-141. Steps that start at the least logit are never
+    coarser than symmetric ones, max |z| / 127, as max - min <= 2 max |z|. So the KL divergence of
+    the decoded logits at T is below (max - min)^2 / (2 * 255^2 T^2), rounding aside.
+    """
+
+    name = "dense-int8"
+    kind = _C.RecordKind.int8
+
+    @property
+    def record_bytes(self) -> int:
+        return 8 + self.num_classes
+
+    def encode(self, logits: Tensor) -> Tensor:
+        z = _finite_float32(logits, self.num_classes)
+        low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
+        step = ((high.double() - low.double()) / 255).float()
+        codes = ((z.double() - low) / step).round().nan_to_num(0.0).clamp(0, 255)  # 0 / 0: step 0
+        return torch.cat([_bytes_of(low), _bytes_of(step), codes.to(torch.uint8)], 1)
+
+
+@dataclass(frozen=True)
+class DenseFp8Codec(Codec):
+    """Every logit's distance d below the row's largest, as float8 e4m3 times a scale: C + 8 bytes.
+
+    Error: max(d / 16, (max - min) / 448 / 1024) + 2^-22 max |z| + 2^-141: least at the classes that
+    the teacher finds likely, where `dense-int8` is no better than elsewhere. The scale is
+    (max - min) / 448, so that the least logit has the largest code.
+    """
+
+    name = "dense-fp8"
+    kind = _C.RecordKind.fp8
+
+    @property
+    def record_bytes(self) -> int:
+        return 8 + self.num_classes
+
+    def encode(self, logits: Tensor) -> Tensor:
+        z = _finite_float32(logits, self.num_classes)
+        top, low = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
+        scale = ((top.double() - low.double()) / 448).float()
+        below = ((z.double() - top) / scale).nan_to_num(0.0).clamp(-448, 0).float()
+        codes = below.to(torch.float8_e4m3fn).view(torch.uint8)
+        return torch.cat([_bytes_of(top), _bytes_of(scale), codes], 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choice
+# ---------------------------------------------------------------------------------------------
+
+CODECS: dict[str, Callable[..., Codec]] = {
+    "hard": HardCodec,
+    "topk": TopKCodec,
+    **{f"dense-{name}": partial(DenseCodec, format=name) for name in _DENSE_DTYPES},
+    "dense-int8": DenseInt8Codec,
+    "dense-fp8": DenseFp8Codec,
+}
+
+
 def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> Codec:
     """The codec of a new cache; ``tau`` is recorded where the configuration names no temperature.
 
@@ -291,8 +340,7 @@ def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> Code
     """
     k = config.k if config.k is not None else min(16, num_classes)
     temperatures = config.temperatures if config.temperatures is not None else (tau,)
-    distinct = tuple(sorted({float(t) for t in temperatures}))
-    return _create(config.name, num_classes, k, distinct, config.true_class)
+    return _create(config.name, num_classes, k, sorted({float(t) for t in temperatures}))
 
 
 def codec_from_manifest(values: Mapping[str, Any], where: str) -> Codec:
@@ -312,31 +360,21 @@ def codec_from_manifest(values: Mapping[str, Any], where: str) -> Codec:
         raise CacheError(f"{where}: codec.temperatures must be positive numbers")
     if name == "topk" and (type(k) is not int or not temperatures):
         raise CacheError(f"{where}: codec.k and codec.temperatures are needed by topk")
+    floats = [float(t) for t in temperatures]
     true_class = values.get("true_class", False) is True
     try:
-        codec = _create(
-            name, values["num_classes"], k, tuple(float(t) for t in temperatures), true_class
-        )
+        codec = _create(name, values["num_classes"], k, floats, true_class)
     except InputError as error:
         raise CacheError(f"{where}: {error}") from None
-    if codec.manifest() != {**values, "temperatures": [float(t) for t in temperatures]}:
+    if codec.manifest() != {**values, "temperatures": floats}:
         raise CacheError(
             f"{where}: codec has k, temperatures or true_class that {name} does not take"
         )
     return codec
 
 
-CODECS: dict[str, Callable[..., Codec]] = {
-    "hard": HardCodec,
-    "topk": TopKCodec,
-    **{name: partial(DenseCodec, name=name) for name in DENSE_DTYPES},
-    "dense-int8": DenseInt8Codec,
-    "dense-fp8": DenseFp8Codec,
-}
-
-
 def _create(
-    name: str, num_classes: int, k: int, temperatures: tuple[float, ...], true_class: bool
+    name: str, num_classes: int, k: int, temperatures: list[float], true_class: bool = False
 ) -> Codec:
     if not 1 <= num_classes < 2**31:
         raise InputError(f"codec.num_classes must lie in [1, 2^31), not {num_classes}")
@@ -346,19 +384,78 @@ def _create(
         raise InputError(f"topk takes at most {_MAX_TOPK_CLASSES} classes, not {num_classes}")
     if not 1 <= k <= num_classes:
         raise InputError(f"codec.k must lie in [1, {num_classes}], the class count, not {k}")
-    return TopKCodec(num_classes, k, temperatures, true_class)
-
-
-def _codec_manifest(
-    name: str, num_classes: int, k: int | None = None, temperatures: tuple[float, ...] = ()
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "k": k,
-        "temperatures": list(temperatures),
-        "num_classes": num_classes,
-    }
+    return TopKCodec(num_classes, k, tuple(temperatures), true_class)
 
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+
+def decode_rows(codec: Codec, records: Tensor, rows: Tensor | None, tau: float) -> Tensor | TopK:
+    """Records uint8 [m, record_bytes] at ``rows`` int64 [n] (none: all) as teacher logits.
+
+    Runs on the device of ``records``, on CUDA on the current stream without waiting for it. A row
+    out of range stops a CUDA kernel with a launch failure. A build without nvcc decodes on the CPU.
+    """
+    device = records.device
+    if device.type == "cuda" and not _C.with_cuda:
+        chosen = records if rows is None else records.index_select(0, rows)
+        outputs = _decode(codec, chosen.cpu(), None, tau)
+        return codec.form(tuple(output.to(device) for output in outputs))
+    return codec.form(_decode(codec, records.contiguous(), rows, tau))
+
+
+def _decode(codec: Codec, records: Tensor, rows: Tensor | None, tau: float) -> tuple[Tensor, ...]:
+    count = len(records) if rows is None else len(rows)
+    outputs = codec.empty(count, records.device)
+    arguments = (
+        codec.layout(tau),
+        records.data_ptr(),
+        len(records),
+        0 if rows is None else rows.data_ptr(),
+        count,
+        [output.data_ptr() for output in outputs],
+    )
+    if records.is_cuda:
+        stream = torch.cuda.current_stream(records.device).cuda_stream
+        with torch.cuda.device(records.device):
+            _C.decode_rows_cuda(*arguments, records.get_device(), stream)
+    else:
+        _C.decode_rows(*arguments)
+    return outputs
+
+
+def id_bytes(num_classes: int) -> int:
+    """Bytes of a stored class id."""
+    return 2 if num_classes <= 65536 else 4
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    """[n, m] of any dtype as uint8 [n, m * itemsize], in the machine's order: little-endian."""
+    return values.contiguous().view(torch.uint8)
+
+
+def _require_logits(logits: Tensor, num_classes: int) -> None:
+    if logits.dim() != 2 or logits.shape[1] != num_classes or not logits.is_floating_point():
+        raise InputError(
+            f"logits must be float [n, {num_classes}], "
+            f"not {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
+        )
+
+
+def _finite_float32(logits: Tensor, num_classes: int) -> Tensor:
+    _require_logits(logits, num_classes)
+    z = logits.detach().float()
+    _refuse_rows(~torch.isfinite(z), logits, "is not finite")
+    return z
+
+
+def _refuse_rows(bad: Tensor, values: Tensor, reason: str) -> None:
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise RowError(row, f"teacher logit {values[row, column].item():g} {reason}")

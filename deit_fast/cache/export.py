@@ -15,7 +15,7 @@ from torch import Tensor
 from deit_fast.cache.format import temporary_path
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels import TopK
+from deit_fast.kernels.distillation_loss import TopK
 
 FORMATS = (".parquet", ".safetensors", ".pt")
 Progress = Callable[[int, int], None]
@@ -75,11 +75,10 @@ def _tau(cache: LogitCache) -> float:
 
 
 def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:
-    answer = cache.gather(samples, view, tau=_tau(cache))
-    if isinstance(answer, TopK):
-        names = {"ids": answer.ids, "log_probs": answer.log_probs, "log_tail": answer.log_tail}
-        return {name: value.contiguous() for name, value in names.items()}
-    return {"label" if answer.dim() == 1 else "logits": answer}
+    logits = cache.gather(samples, view, tau=_tau(cache))
+    if isinstance(logits, TopK):
+        return {"ids": logits.ids, "log_probs": logits.log_probs, "log_tail": logits.log_tail}
+    return {"label" if logits.dim() == 1 else "logits": logits}
 
 
 def _metadata(cache: LogitCache) -> dict[str, str]:
@@ -109,7 +108,7 @@ def _write_parquet(
     count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
     writer = None
     try:
-        for place, view in enumerate(views):
+        for index, view in enumerate(views):
             for start in range(0, count, size):
                 samples = np.arange(start, min(start + size, count))
                 columns = {
@@ -120,7 +119,7 @@ def _write_parquet(
                 if writer is None:
                     writer = pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
-                progress(place * count + int(samples[-1]) + 1, len(views) * count)
+                progress(index * count + int(samples[-1]) + 1, len(views) * count)
     finally:
         if writer is not None:
             writer.close()
@@ -142,15 +141,15 @@ def _write_tensors(
             f"({memory / 2**30:.1f} GiB): export fewer --views, or to .parquet"
         )
     tensors: dict[str, Tensor] = {}
-    for place, view in enumerate(views):
+    for index, view in enumerate(views):
         for start in range(0, count, step):
             samples = np.arange(start, min(start + step, count))
             for name, value in _decode(cache, samples, view).items():
                 if name not in tensors:
                     shape = (count, len(views), *value.shape[1:])
                     tensors[name] = torch.empty(shape, dtype=value.dtype)
-                tensors[name][start : start + len(samples), place] = value
-            progress(place * count + start + len(samples), len(views) * count)
+                tensors[name][start : start + len(samples), index] = value
+            progress(index * count + start + len(samples), len(views) * count)
     tensors["views"] = torch.tensor(views)
     if suffix == ".pt":
         torch.save(tensors, path)

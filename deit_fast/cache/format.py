@@ -11,14 +11,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
-from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
-from deit_fast.cache.records import id_bytes
+from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, CacheMismatch
 from deit_fast.runtime.environment import pid_namespace, process_start
@@ -47,8 +47,8 @@ def build_manifest(
         num_classes: width of the teacher's logits.
         num_samples: samples of the data set, which is records per view.
         tau: temperature that `topk` records where ``config.temperatures`` names none.
-        fingerprint: dotted key -> JSON value; all that decides the views and the teacher's answer.
-        info: anything worth noting that is not compared, such as a date.
+        fingerprint: dotted key -> JSON value; everything that decides the views and the logits.
+        info: what is worth noting but not compared, such as a date.
 
     Raises:
         InputError: a codec setting that does not fit, a value that is not JSON.
@@ -105,7 +105,7 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
 
 
 def view_specs(manifest: Mapping[str, Any]) -> Callable[[int], _C.ViewSpec]:
-    """By view id: sizes of its file, what its header must say, where class ids are in a record."""
+    """By view id: sizes of the file, expected header, and position of class ids in a record."""
     codec = codec_from_manifest(manifest["codec"], "manifest")
     return partial(
         _spec,
@@ -144,18 +144,18 @@ def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def require_equal(
     folder: Path,
     found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+    expected: Mapping[str, Any],
     names: Collection[str] | None = None,
 ) -> None:
-    """Compare fields by dotted name with a cache's: those in ``names``, or all of ``wanted``.
+    """Compare fields by dotted name with a cache's: those in ``names``, or all of ``expected``.
 
     Raises:
         CacheMismatch: names every differing field with both values.
     """
     differing = [
-        f"{name} is {_show(found, name)}, wanted {_show(wanted, name)}"
-        for name in sorted(wanted if names is None else names)
-        if _show(found, name) != _show(wanted, name)
+        f"{name} is {_show(found, name)}, expected {_show(expected, name)}"
+        for name in sorted(expected if names is None else names)
+        if _show(found, name) != _show(expected, name)
     ]
     if differing:
         noun = "one field" if len(differing) == 1 else f"{len(differing)} fields"
@@ -218,21 +218,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the manifest into the folder, or compare it with the one that is there.
+    """Write the manifest into the folder, or compare it with the one that is there.
 
-    Of several processes that publish at once one wins; all return the winner's.
+    If several processes publish at once, one of them writes; all return what it wrote.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
     """
-    wanted = check_manifest(manifest, "manifest")
+    checked = check_manifest(manifest, "manifest")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     if not path.exists():
         temporary = temporary_path(path)
         try:
             with open(temporary, "x") as file:
-                json.dump(wanted, file, indent=1, sort_keys=True)
+                json.dump(checked, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
             os.link(temporary, path)
@@ -241,31 +241,51 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
         finally:
             temporary.unlink(missing_ok=True)
     present = read_manifest(folder)
-    found, given = fields(present), fields(wanted)
-    require_equal(folder, found, given, names=found.keys() | given.keys())
+    require_same_manifest(folder, present, checked)
     return present
+
+
+def require_same_manifest(
+    folder: Path, present: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Compare all fields of two manifests.
+
+    Raises:
+        CacheMismatch: names every differing field.
+    """
+    found, given = fields(present), fields(expected)
+    require_equal(folder, found, given, names=found.keys() | given.keys())
+
+
+@contextmanager
+def format_errors() -> Iterator[None]:
+    """The extension's FormatError, which names file and block, as CacheError."""
+    try:
+        yield
+    except _C.FormatError as error:
+        raise CacheError(str(error)) from None
 
 
 def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that no other process and no other call of this one uses."""
     pid = os.getpid()
-    owner = f"{_space_digest()}-{pid}-{process_start(pid) or 0}-{next(_temporary_numbers)}"
+    owner = f"{_namespace_digest()}-{pid}-{process_start(pid) or 0}-{next(_temporary_numbers)}"
     return path.with_name(f".tmp-{owner}-{path.name}")
 
 
 def remove_orphans(folder: Path) -> None:
-    """Delete temporary files that killed processes left; they may be as large as a view.
+    """Delete temporary files of killed processes; they may be as large as a view.
 
-    Only those whose pid means something here: of this boot and pid namespace, as for locks.
+    Files of another boot, host or container stay: their process may be alive.
     """
     if not pid_namespace():
         return
-    pattern = re.compile(rf"\.tmp-{_space_digest()}-(\d+)-(\d+)-")
+    pattern = re.compile(rf"\.tmp-{_namespace_digest()}-(\d+)-(\d+)-")
     for path in folder.glob(".tmp-*"):
         owner = pattern.match(path.name)
         if owner and process_start(int(owner[1])) != int(owner[2]):
             path.unlink(missing_ok=True)
 
 
-def _space_digest() -> str:
+def _namespace_digest() -> str:
     return hashlib.sha256(pid_namespace().encode()).hexdigest()[:12]

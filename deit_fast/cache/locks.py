@@ -1,285 +1,181 @@
-"""Who writes which block: one lock file a block, sound on network file systems too.
+"""Which process writes which block, so that no block is computed twice.
 
-A lock is a small JSON file beside the views that appears by link(2), which is exclusive on every
-POSIX file system, NFS included. Its modification time is the heartbeat. All times are the file
-system's own, read from files just touched, so the clocks of two hosts are never compared. Readers
-ignore locks; the bytes of a cache never depend on them.
+Two writers of one block would write the same bytes, so locks only save work; readers ignore them. A
+lock is a small file beside the views, locked with flock(2). The kernel releases it when its process
+ends, killed or not, on this host and over NFS. Its text says who holds it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
-import secrets
 import socket
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from deit_fast.cache.format import temporary_path
 from deit_fast.errors import CacheError
-from deit_fast.runtime.environment import pid_namespace, process_start
 
 log = logging.getLogger("deit_fast")
 
-HEARTBEAT_SECONDS = 15.0
-STALE_SECONDS = 120.0  # without a heartbeat; eight missed ones are no busy disk any more
+RETRY_SECONDS = 1.0  # another process may hold a lock for a moment, to see whether it is held
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _MAX_FILE_BYTES = 4096
+_descriptors: set[int] = set()  # of all locks of this process
 
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lock file says about the process that made it."""
+    """What a lock file says about the process that locked it."""
 
-    token: str  # random, of one lock
-    host: str
-    space: str  # machine boot and pid namespace; a pid means something only inside one
-    pid: int
-    started: int  # of the process, in ticks since boot: a pid may be used again
-    rank: int
-    world: int
+    host: str = ""
+    pid: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def __str__(self) -> str:
-        share = f" (rank {self.rank} of {self.world})" if self.world > 1 else ""
+        if not self.host:
+            return "another process"
+        share = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
         return f"pid {self.pid} on host {self.host}{share}"
 
 
 class BlockLocks:
-    """The locks of one writer, kept alive by a thread until they are released.
+    """The locks of one writer.
 
     Args:
         folder: of the cache.
-        rank, world: the writer's share of the blocks. Writers of one ``world`` have disjoint ones.
+        rank, world_size: the writer's share of the blocks. Writers of one ``world_size`` have
+            disjoint shares.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, world: int = 1) -> None:
-        self._folder, self._rank, self._world = folder, rank, world
-        self._held: dict[tuple[int, int], str] = {}  # token by (view, block)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
+        self._folder = folder
+        self._owner = Owner(socket.gethostname(), os.getpid(), rank, world_size)
+        self._held: dict[tuple[int, int], int] = {}  # file descriptor by (view, block)
 
     def acquire(self, view_id: int, block: int) -> None:
-        """Take the lock of a block, if need be from a writer that is dead.
-
-        A lock of another host is watched for up to STALE_SECONDS, until it beats or is stale.
+        """Lock a block.
 
         Raises:
-            CacheError: a live writer holds it; names host, pid, age and file.
+            CacheError: another writer has locked it; names its pid and host, and the file.
         """
         if (view_id, block) in self._held:
             return
-        path = self._path(view_id, block)
-        owner = _this_process(self._rank, self._world)
-        with self._temporary(path, owner) as temporary:
-            while not _link(temporary, path):
-                other = _read(path)
-                if other is None:
-                    continue  # released in between
-                self._refuse_live(path, other, temporary, f"view {view_id} block {block}")
-                if _replace(path, other, temporary):
-                    log.warning("%s: taken over from %s, which is dead", path, other)
-                    break
-                time.sleep(0.01)  # another writer is taking it over
-        self._held[view_id, block] = owner.token
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._beat, name="cache locks", daemon=True)
-            self._thread.start()
-
-    def require_held(self, view_id: int, block: int) -> None:
-        """Before a commit: this writer may have been stopped for so long that it counted as dead.
-
-        Raises:
-            CacheError: the lock was taken over.
-        """
-        path = self._path(view_id, block)
-        now = _read(path)
-        if now is None or now.token != self._held.get((view_id, block)):
-            whom = "it was removed" if now is None else f"it was taken over by {now}"
-            raise CacheError(f"{path}: this writer lost its lock: {whom}")
+        descriptor = _lock(self._path(view_id, block), f"view {view_id} block {block}")
+        os.write(descriptor, json.dumps(asdict(self._owner)).encode())
+        self._held[view_id, block] = descriptor
 
     def release(self, view_id: int, block: int) -> None:
-        token = self._held.pop((view_id, block), None)
-        if token is not None:
-            self._remove(self._path(view_id, block), token)
+        descriptor = self._held.pop((view_id, block), None)
+        if descriptor is not None:
+            _remove(self._path(view_id, block), descriptor)
 
     def refuse_rivals(self, view_ids: Iterable[int]) -> None:
-        """Look for live writers of these views that may want this writer's blocks.
+        """Look for writers of these views that may need this writer's blocks.
 
         Raises:
-            CacheError: there is one; names host, pid, age and file.
+            CacheError: there is one; names its pid and host, and the file.
         """
-        wanted = set(view_ids)
-        for path in self._locks():
+        requested = set(view_ids)
+        for (view_id, _), path in self._unheld_files():
             other = _read(path)
-            if other is None or int(path.name.split("-")[2]) not in wanted:
-                continue
-            if other.world == self._world and other.rank != self._rank:
-                continue
-            if other.token not in self._held.values():
-                with self._temporary(path, _this_process(self._rank, self._world)) as temporary:
-                    self._refuse_live(path, other, temporary, f"view {path.name.split('-')[2]}")
+            sibling = other.world_size == self._owner.world_size and other.rank != self._owner.rank
+            if view_id in requested and not sibling and path.exists():
+                _remove(path, _lock(path, f"view {view_id}"))
 
     def remove_dead(self) -> None:
-        """Delete the locks that killed writers left; those of other hosts once they are stale."""
-        for path in self._locks():
-            other = _read(path)
-            if other is None or other.token in self._held.values():
-                continue
-            owner = _this_process(self._rank, self._world)
-            with self._temporary(path, owner) as temporary:
-                if _is_dead(path, other, temporary) and _replace(path, other, temporary):
-                    self._remove(path, owner.token)
-        for path in self._folder.glob(".takeover-*"):
-            with contextlib.suppress(FileNotFoundError), self._temporary(path, None) as temporary:
-                _remove_stale_guard(path, temporary)
+        """Delete the files of killed writers."""
+        for _, path in self._unheld_files():
+            descriptor = _try_lock(path)
+            if descriptor is not None:
+                _remove(path, descriptor)
 
     def close(self) -> None:
-        """Release all; the thread ends."""
-        self._stop.set()
+        """Release all locks."""
         for key in list(self._held):
             self.release(*key)
 
     def _path(self, view_id: int, block: int) -> Path:
         return self._folder / f".lock-view-{view_id:05d}-block-{block:07d}"
 
-    def _locks(self) -> list[Path]:
-        return sorted(
-            path
-            for path in self._folder.glob(".lock-view-*-block-*")
-            if path.name.split("-")[2].isdecimal()
-        )
-
-    @contextlib.contextmanager
-    def _temporary(self, path: Path, owner: Owner | None) -> Iterator[Path]:
-        temporary = temporary_path(path)
-        try:
-            temporary.write_text(json.dumps(vars(owner) if owner else None))
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _refuse_live(self, path: Path, other: Owner, temporary: Path, what: str) -> None:
-        """Return when the lock's owner is dead or the lock is gone; raise when it is alive."""
-        told = False
-        first = _modified(path)
-        while True:
-            if _is_dead(path, other, temporary):
-                return
-            seen, now = _modified(path), _touch(temporary)
-            if seen is None or getattr(_read(path), "token", "") != other.token:
-                return  # released, or taken over by another writer: look again
-            if other.space == pid_namespace() or seen != first:
-                raise CacheError(
-                    f"{path}: {what} is being written by {other}, last heartbeat "
-                    f"{max(0.0, now - seen):.0f} s ago; wait for it or end it"
-                )
-            if not told:
-                told = True
-                log.warning("%s: waiting for a sign of life of %s", path, other)
-            time.sleep(min(1.0, HEARTBEAT_SECONDS / 10))
-
-    def _remove(self, path: Path, token: str) -> None:
-        now = _read(path)
-        if now is not None and now.token == token:
-            path.unlink(missing_ok=True)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            for key in list(self._held):
-                with contextlib.suppress(OSError):  # lost or released: the commit finds out
-                    os.utime(self._path(*key))
+    def _unheld_files(self) -> list[tuple[tuple[int, int], Path]]:
+        found = []
+        for path in sorted(self._folder.glob(".lock-view-*-block-*")):
+            numbers = path.name.split("-")[2::2]
+            if all(number.isdecimal() for number in numbers):
+                view_id, block = map(int, numbers)
+                found.append(((view_id, block), path))
+        return [item for item in found if item[0] not in self._held]
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
+def _lock(path: Path, what: str) -> int:
+    """Descriptor of the locked, empty file.
 
-
-def _link(temporary: Path, path: Path) -> bool:
-    """Give the file its second name; over NFS an answer may be lost, the link count is not."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return os.stat(temporary).st_nlink == 2
-    return True
-
-
-def _replace(path: Path, dead: Owner, temporary: Path) -> bool:
-    """Put ``temporary`` in the place of a dead owner's lock, unless somebody else is doing so.
-
-    Its right to do so is a link named by the dead lock's token, which one process can have.
+    Raises:
+        CacheError: another process keeps it locked.
     """
-    guard = path.with_name(f".takeover-{dead.token}")
-    if not _link(temporary, guard):
-        _remove_stale_guard(guard, temporary)
-        return False
-    try:
-        now = _read(path)
-        if now is None or now.token != dead.token:
-            return False
-        os.replace(temporary, path)
-        return True
-    finally:
-        guard.unlink(missing_ok=True)
+    deadline = time.monotonic() + RETRY_SECONDS
+    while (descriptor := _try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise CacheError(
+                f"{path}: {what} is being written by {_read(path)}; wait for it or end it"
+            )
+        time.sleep(0.02)
+    return descriptor
 
 
-def _remove_stale_guard(guard: Path, temporary: Path) -> None:
-    other = _read(guard)
-    if other is not None and _is_dead(guard, other, temporary):
-        guard.unlink(missing_ok=True)
+def _try_lock(path: Path) -> int | None:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                os.close(descriptor)
+                if isinstance(error, (BlockingIOError, PermissionError)):
+                    return None
+                raise
+            log.warning("%s: no locks here (%s): two jobs may do the same work", path, error)
+        try:
+            is_current = os.stat(path).st_ino == os.fstat(descriptor).st_ino
+        except FileNotFoundError:
+            is_current = False
+        if is_current:
+            os.ftruncate(descriptor, 0)
+            _descriptors.add(descriptor)
+            return descriptor
+        os.close(descriptor)  # its last owner deleted it in between
 
 
-def _read(path: Path) -> Owner | None:
-    """The owner of a lock; none where the file is gone. A torn file has an unknown owner."""
+def _remove(path: Path, descriptor: int) -> None:
+    if descriptor in _descriptors:
+        _descriptors.discard(descriptor)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _read(path: Path) -> Owner:
     try:
         with open(path, "rb") as file:
-            raw = file.read(_MAX_FILE_BYTES)
-    except FileNotFoundError:
-        return None
-    unknown = Owner("unknown", "unknown", "", 0, 0, 0, 1)
-    try:
-        values: Any = json.loads(raw)
-        owner = Owner(**values)
-    except (ValueError, TypeError, RecursionError):
-        return unknown
-    right = all(type(value) is type(getattr(unknown, name)) for name, value in values.items())
-    return owner if right and owner.token.isalnum() else unknown
+            owner = Owner(**json.loads(file.read(_MAX_FILE_BYTES)))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return Owner()
+    values, types = asdict(owner), asdict(Owner())
+    right = all(type(values[name]) is type(types[name]) for name in types)
+    return owner if right else Owner()
 
 
-def _is_dead(path: Path, owner: Owner, temporary: Path) -> bool:
-    """Inside this process's own pid namespace by the pid, elsewhere by the heartbeat."""
-    if owner.space and owner.space == pid_namespace():
-        return process_start(owner.pid) != owner.started
-    seen = _modified(path)
-    return seen is not None and _touch(temporary) - seen >= STALE_SECONDS
+def _forget_in_child() -> None:
+    """A forked process shares its parent's locks until it closes them: a loader's process must not
+    keep the lock of a writer that was killed."""
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
 
 
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _touch(path: Path) -> float:
-    """Now, by the clock of the file system."""
-    os.utime(path)
-    return path.stat().st_mtime
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------
-
-
-def _this_process(rank: int, world: int) -> Owner:
-    pid = os.getpid()
-    started = process_start(pid)
-    return Owner(
-        secrets.token_hex(8), socket.gethostname(), pid_namespace(), pid, started or 0, rank, world
-    )
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,18 @@ import torch
 from torch import Tensor
 
 from deit_fast import _C
-from deit_fast.cache.ahead import ReadAhead
-from deit_fast.cache.codecs import Codec, TopKCodec, codec_from_manifest
-from deit_fast.cache.errors import format_errors
+from deit_fast.cache.codecs import Codec, codec_from_manifest, decode_rows
 from deit_fast.cache.format import (
     fields,
+    format_errors,
     read_manifest,
     require_equal,
     view_path,
     view_specs,
     views_on_disk,
 )
-from deit_fast.cache.records import decode_rows
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels import TopK
+from deit_fast.kernels.distillation_loss import TopK
 
 # Memory maps kept open after a call. A step touches view.repeats views; a view that comes back
 # after so many others is mapped and verified anew.
@@ -54,8 +53,7 @@ class LogitCache:
             record_bytes=self.codec.record_bytes,
             num_classes=self.codec.num_classes,
         )
-        self._like = 0, self.codec.empty(0, None)  # empty_like costs half of empty
-        self._known_out: tuple[Tensor | TopK | None, int] = None, 0  # checked last, for how many
+        self._like = 0, self.codec.empty(0, None)  # of the last `gather`, by number of samples
 
     @classmethod
     def open(cls, path: str | Path) -> LogitCache:
@@ -100,7 +98,6 @@ class LogitCache:
         *,
         tau: float = 1.0,
         device: torch.device | str = "cpu",
-        out: Tensor | TopK | None = None,
     ) -> Tensor | TopK:
         """The teacher's logits of views, in a form that ``kernels.distillation_loss`` takes.
 
@@ -110,14 +107,12 @@ class LogitCache:
             tau: temperature of the distillation loss; `topk` must have recorded it.
             device: of the result. On CUDA the records are copied from pinned memory and decoded on
                 the current stream, without waiting for the device.
-            out: an earlier answer of as many samples that is not needed any more, to be written
-                over. Saves the allocation, which at 256 samples is a third of the time.
 
         Returns:
             Dense logits [n, C], a TopK, or labels int64 [n].
 
         Raises:
-            InputError: a sample id out of range, shapes that differ, an ``out`` of another form.
+            InputError: a sample id out of range, shapes that differ.
             CacheError: a view that is not there, is incomplete or damaged, naming file and block;
                 a temperature that was not recorded.
         """
@@ -127,65 +122,28 @@ class LogitCache:
         layout = self._layouts.get(tau)
         if layout is None:
             layout = self._layouts.setdefault(tau, self.codec.layout(tau))
-        if out is None:
-            outputs = self._fresh(samples.size)
-            self._gather(samples, views, layout, outputs)
-            return self.codec.answer(outputs)
-        self._gather(samples, views, layout, self._reused(out, samples.size))
-        return out
+        known, like = self._like
+        if known != samples.size:
+            like = self.codec.empty(samples.size, None)
+            self._like = samples.size, like
+        outputs = tuple(map(torch.empty_like, like))  # takes half as long as `empty`
+        self._gather(samples, views, layout, outputs)
+        return self.codec.form(outputs)
 
     def _gather_to(
         self, device: torch.device, sample_ids: Any, view_ids: Any, tau: float
     ) -> Tensor | TopK:
         """Records cross the bus rather than decoded logits, which are up to four times as large."""
-        shape = len(sample_ids), self.codec.record_bytes
-        records = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.gather_records(sample_ids, view_ids, out=records)
+        records = self.gather_records(sample_ids, view_ids, pin_memory=device.type == "cuda")
         return decode_rows(self.codec, records.to(device, non_blocking=True), None, tau)
 
-    def _fresh(self, count: int) -> tuple[Tensor, ...]:
-        known, like = self._like
-        if known != count:
-            like = self.codec.empty(count, None)
-            self._like = count, like
-        return tuple(map(torch.empty_like, like))
-
-    def _reused(self, out: Tensor | TopK, count: int) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = out[:3] if isinstance(out, TopK) else (out,)
-        known, size = self._known_out  # one attribute: threads may share this cache
-        if out is known and count == size:
-            return outputs
-        form, wanted = _form(outputs), _form(self.codec.empty(count, None))
-        if form != wanted or not all(item.is_contiguous() for item in outputs):
-            raise InputError(f"out must be contiguous {wanted} on the host, not {form}")
-        self._known_out = out, count
-        return outputs
-
-    def gather_records(
-        self, sample_ids: Any, view_ids: Any, *, out: Tensor | None = None
-    ) -> Tensor:
-        """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does.
-
-        ``out``: where to put them, uint8 [at least n, record_bytes], contiguous, on the host.
-        """
+    def gather_records(self, sample_ids: Any, view_ids: Any, *, pin_memory: bool = False) -> Tensor:
+        """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does."""
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
-        size = self.codec.record_bytes
-        if out is None:
-            out = torch.empty((samples.size, size), dtype=torch.uint8)
-        elif out.shape[0] < samples.size or out.shape[1] != size or not out.is_contiguous():
-            raise InputError(f"out must be [{samples.size} or more, {size}], contiguous")
-        self._gather(samples, views, self._raw, (out,))
-        return out if len(out) == samples.size else out[: samples.size]
-
-    def gather_true_class(self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0) -> Tensor:
-        """The teacher's log-probability of the samples' own class at ``tau``, float32 [n].
-
-        Raises:
-            CacheError: as ``gather``; the cache was not made with codec.true_class.
-        """
-        if not isinstance(self.codec, TopKCodec) or not self.codec.true_class:
-            raise CacheError(f"cache {self.path} does not hold the true class (codec.true_class)")
-        return self.codec.decode_true_class(self.gather_records(sample_ids, view_ids), tau)
+        shape = samples.size, self.codec.record_bytes
+        records = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+        self._gather(samples, views, self._raw, (records,))
+        return records
 
     def prefetch(
         self, batches: Sequence, *, ahead: int = 16, start: int = 0, threads: int = 2
@@ -287,6 +245,61 @@ class ResidentLogits:
         return decode_rows(self.codec, self._records, rows.to(device, non_blocking=True), tau)
 
 
+class ReadAhead:
+    """Keeps the blocks of the next batches read and verified; see ``LogitCache.prefetch``.
+
+    Call ``advance(step)`` before each step, or iterate over it for the batches themselves. Blocks
+    go to the system's page cache, which all processes of a host share; a block that turns out to
+    be damaged is left for ``gather`` to report. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self, cache: LogitCache, batches: Sequence, *, ahead: int, start: int, threads: int
+    ) -> None:
+        self._cache, self._batches, self._ahead = cache, batches, ahead
+        self._next = self._start = start
+        self._threads: _C.ReadAhead | None = _C.ReadAhead(threads)
+        self.advance(start)
+
+    def advance(self, step: int) -> None:
+        """The consumer comes to ``step``: ask for the batches up to ``step + ahead``."""
+        if self._threads is None:
+            return
+        stop = min(step + self._ahead + 1, len(self._batches))
+        for place in range(max(self._next, step), stop):
+            self._cache._ask(self._threads, *self._batches[place])
+        self._next = max(self._next, stop)
+
+    def wait(self) -> int:
+        """Until all that was asked for has been read. Returns the blocks read since the start."""
+        if self._threads is None:
+            return 0
+        self._threads.wait()
+        return self._threads.blocks_read
+
+    def close(self) -> None:
+        """Drop what has not been read yet and end the threads."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.stop()
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self._start, len(self._batches)):
+            self.advance(step)
+            yield self._batches[step]
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     """A complete view, its header and size checked.
 
@@ -303,13 +316,6 @@ def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     if block is not None:
         raise CacheError(f"{name}: view {view_id} is incomplete: block {block} is not written yet")
     return reader
-
-
-def _form(outputs: tuple[Tensor, ...]) -> str:
-    return ", ".join(
-        f"{item.device} {str(item.dtype).removeprefix('torch.')} {list(item.shape)}"
-        for item in outputs
-    )
 
 
 def host_ids(ids: Any, name: str) -> np.ndarray:

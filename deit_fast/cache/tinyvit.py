@@ -66,8 +66,8 @@ def import_tinyvit(
             f"{folder}: top-{k} of {num_classes} classes: --num-classes must lie in [{k}, 65536]"
         )
     tables = {epoch: _Epoch(path, k) for epoch, path in epochs.items()}
-    shared = set.intersection(*(set(table.places) for table in tables.values()))
-    every = set.union(*(set(table.places) for table in tables.values()))
+    shared = set.intersection(*(set(table.index_of) for table in tables.values()))
+    every = set.union(*(set(table.index_of) for table in tables.values()))
     if not shared:
         raise InputError(f"{folder}: no key is in all of its {len(tables)} epochs")
     keys = sorted(shared)
@@ -90,7 +90,7 @@ def import_tinyvit(
         for epoch, table in sorted(tables.items()):
             for start in range(0, len(keys), _CHUNK):
                 part = keys[start : start + _CHUNK]
-                logits = table.logits([table.places[key] for key in part], num_classes)
+                logits = table.logits([table.index_of[key] for key in part], num_classes)
                 writer.write(np.arange(start, start + len(part)), epoch, logits)
                 done += len(part)
                 if progress is not None:
@@ -104,12 +104,12 @@ def import_tinyvit(
 
 
 class _Epoch:
-    """One epoch's files: the place of every key among the records of all ranks."""
+    """One epoch's files: the index of every key among the records of all ranks."""
 
     def __init__(self, folder: Path, k: int) -> None:
         self.folder = folder
         self.dtype = np.dtype([("seed", "<i4"), ("ids", "<u2", (k,)), ("probs", "<f2", (k,))])
-        self.places: dict[str, int] = {}
+        self.index_of: dict[str, int] = {}
         files = sorted(folder.glob("rank*-values.bin"), key=_rank)
         if not files:
             raise InputError(f"{folder} has no rank{{r}}-values.bin")
@@ -129,8 +129,10 @@ class _Epoch:
                 )
             if keys:
                 parts.append(np.memmap(path, self.dtype, mode="r"))
-            for place, key in enumerate(keys, count):
-                self.places.setdefault(key.strip(), place)  # a padded key repeats; the first counts
+            for index, key in enumerate(keys, count):
+                self.index_of.setdefault(
+                    key.strip(), index
+                )  # a padded key repeats; the first counts
             count += len(keys)
         self.parts = parts
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
@@ -141,21 +143,21 @@ class _Epoch:
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def logits(self, places: list[int], num_classes: int) -> torch.Tensor:
+    def logits(self, requested: list[int], num_classes: int) -> torch.Tensor:
         """Log-probabilities, dense, float64 [n, num_classes]; the tail spread evenly."""
-        wanted = np.array(places)
-        rows = np.empty(len(wanted), self.dtype)
+        indices = np.array(requested)
+        rows = np.empty(len(indices), self.dtype)
         for start, part in zip(self.starts, self.parts, strict=False):
-            here = np.flatnonzero((wanted >= start) & (wanted < start + len(part)))
-            rows[here] = part[wanted[here] - start]
+            here = np.flatnonzero((indices >= start) & (indices < start + len(part)))
+            rows[here] = part[indices[here] - start]
         ids, probs = rows["ids"].astype(np.int64), rows["probs"].astype(np.float64)
         distinct = (np.diff(np.sort(ids, axis=1), axis=1) > 0).all(axis=1)
         likely = (np.isfinite(probs) & (probs >= 0) & (probs <= 1.001)).all(axis=1)
         bad = ~(distinct & likely & (ids < num_classes).all(axis=1) & (probs.sum(1) < 1.01))
         if bad.any():
             raise CacheError(
-                f"{self.folder}: record {wanted[bad][0]} has no {ids.shape[1]} different ids below "
-                f"{num_classes} with probabilities: another K, or another --num-classes?"
+                f"{self.folder}: record {indices[bad][0]} has no {ids.shape[1]} different ids "
+                f"below {num_classes} with probabilities: another K, or another --num-classes?"
             )
         probs = np.maximum(probs, _LEAST)
         outside = num_classes - ids.shape[1]

@@ -1,24 +1,42 @@
-"""What a cache holds, and whether its bytes are still those that were written."""
+"""What a cache holds, and whether it is right: its bytes, its pixels, its logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from deit_fast import _C
-from deit_fast.cache.errors import format_errors
+from deit_fast.cache.codecs import Codec
 from deit_fast.cache.format import (
     FILE_NAME,
+    canonical,
     check_manifest,
-    fields,
+    format_errors,
     read_manifest,
-    require_equal,
+    require_same_manifest,
+    temporary_path,
     view_path,
     view_spec,
     views_on_disk,
 )
+from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError
+from deit_fast.kernels.distillation_loss import TopK
+
+PIXEL_SAMPLES = 64  # samples a view whose pixels are recorded
+THRESHOLD = 1e-3  # nats, for arithmetic: other batch sizes, another device
+DRAWN_BLOCKS, DRAWN_RECORDS = 64, 128  # of statistics; a block is read whole to be verified
+_DIGEST_HEX = 32
+_MAX_FILE_BYTES = 1 << 20
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -63,7 +81,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
 
     Returns:
         `path`, `ok` (nothing is damaged; pending blocks are not damage), `blocks`, `complete`,
-        `pending` (counts), `broken` (one dict each: `file`, `view`, `block`, `why`; block is none
+        `pending` (counts), `broken` (one dict each: `file`, `view`, `block`, `why`; `block` is None
         where the whole file is damaged), `views` (as ``info``, after reading).
 
     Raises:
@@ -74,7 +92,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     ids = views_on_disk(folder)
     per_view = -(-manifest["num_samples"] // manifest["block_records"])
     views, broken = [], []
-    for place, view_id in enumerate(ids):
+    for index, view_id in enumerate(ids):
         row, file = _open(folder, manifest, view_id)
         views.append(row)
         if file is None:
@@ -91,7 +109,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
             if state == _C.BlockState.broken:
                 broken.append(_damage(row, block, why))
             if progress is not None:
-                progress(place * per_view + block + 1, len(ids) * per_view)
+                progress(index * per_view + block + 1, len(ids) * per_view)
     return {
         "path": str(folder),
         "ok": not broken,
@@ -106,23 +124,22 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
 def planned(
     folder: Path, manifest: dict[str, Any], view_ids: Iterable[int]
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """What a writer of this manifest would still write there; by the block tables, reading no data.
+    """What a writer of this manifest would still write; from the block tables, reading no data.
 
     Returns:
-        (view, block) of the blocks to write; the count of those that are there; bytes of the view
-        files yet to be made.
+        (view, block) of the blocks to write; the count of complete blocks; bytes of the view files
+        that do not exist yet.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
         CacheError: a manifest or header there is damaged.
     """
-    wanted = check_manifest(manifest, "manifest")
+    checked = check_manifest(manifest, "manifest")
     if (folder / FILE_NAME).exists():
-        found, given = fields(read_manifest(folder)), fields(wanted)
-        require_equal(folder, found, given, names=found.keys() | given.keys())
+        require_same_manifest(folder, read_manifest(folder), checked)
     missing, kept, new_bytes = [], 0, 0
     for view_id in view_ids:
-        spec = view_spec(wanted, view_id)
+        spec = view_spec(checked, view_id)
         states = [_C.BlockState.pending] * spec.blocks
         if view_path(folder, view_id).exists():
             with format_errors():
@@ -150,3 +167,235 @@ def _open(
 
 def _damage(row: dict[str, Any], block: int | None, why: str) -> dict[str, Any]:
     return {"file": row["file"], "view": row["view"], "block": block, "why": why}
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels: digests of some views as the teacher saw them
+# ---------------------------------------------------------------------------------------------
+
+
+def pixels_path(folder: Path, view_id: int) -> Path:
+    return folder / f"view-{view_id:05d}.pixels.json"
+
+
+def sampled_ids(manifest: Mapping[str, Any], view_id: int) -> np.ndarray:
+    """Samples whose pixels are recorded, int64 [at most 64], ascending: evenly spaced in the block
+    ``view_id`` mod the number of blocks."""
+    records, count = manifest["block_records"], manifest["num_samples"]
+    start = view_id % -(-count // records) * records
+    size = min(records, count - start)
+    chosen = min(PIXEL_SAMPLES, size)
+    return start + np.arange(chosen) * size // chosen
+
+
+def write_pixels(
+    folder: Path, manifest: Mapping[str, Any], view_id: int, digests: Mapping[int, str]
+) -> None:
+    """Write a view's digests, by sample id, as one small JSON file; whole or not at all.
+
+    They are on the disk before the block of these samples is committed, and whoever writes that
+    block writes them: they do not depend on process count or interruptions.
+    """
+    path = pixels_path(folder, view_id)
+    content = {
+        "view": view_id,
+        "manifest_sha256": hashlib.sha256(canonical(manifest)).hexdigest(),
+        "samples": sorted(digests),
+        "digests": [digests[sample] for sample in sorted(digests)],
+    }
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "x") as file:
+            json.dump(content, file, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a block must not outlive its digests in a power cut
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict[int, str]:
+    """A view's digests by sample id.
+
+    Raises:
+        CacheError: they are missing, damaged or of another cache.
+    """
+    path = pixels_path(folder, view_id)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path} is missing, so it is unknown whether view {view_id} can be made again: "
+            f"delete its .dlc file and precompute it again"
+        ) from None
+    try:
+        content = json.loads(raw)
+        samples, digests = content["samples"], content["digests"]
+        right = (
+            content["view"] == view_id
+            and samples == sampled_ids(manifest, view_id).tolist()
+            and len(digests) == len(samples)
+            and all(isinstance(digest, str) and len(digest) == _DIGEST_HEX for digest in digests)
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        right = False
+    if not right:
+        raise CacheError(f"{path}: damaged: these are not the pixel digests of view {view_id}")
+    if content.get("manifest_sha256") != hashlib.sha256(canonical(manifest)).hexdigest():
+        raise CacheError(f"{path}: was written under another manifest (SHA-256 differs)")
+    return dict(zip(samples, digests, strict=True))
+
+
+def pick_pixels(
+    folder: Path, manifest: Mapping[str, Any], view_ids: Iterable[int], count: int
+) -> list[tuple[int, int, str]]:
+    """About ``count`` of the recorded (view, sample, digest), spread over views and samples.
+
+    Raises:
+        CacheError: as ``read_pixels``.
+    """
+    views = list(view_ids)
+    views = views[:: -(-len(views) // count)] if len(views) > count else views
+    share = -(-count // max(1, len(views)))
+    picked = []
+    for index, view_id in enumerate(views):
+        rows = list(read_pixels(folder, manifest, view_id).items())
+        step = max(1, len(rows) // share)
+        picked += [(view_id, *row) for row in rows[index % step :: step][:share]]
+    return picked
+
+
+# ---------------------------------------------------------------------------------------------
+# Logits: stored ones against the teacher's
+# ---------------------------------------------------------------------------------------------
+
+
+def compare_logits(
+    stored: Tensor | TopK,
+    logits: Tensor,
+    *,
+    codec: Codec,
+    tau: float,
+    threshold: float = THRESHOLD,
+) -> tuple[Tensor, Tensor]:
+    """Error of each record and the largest allowed error, nats, float64 [n] each; on the host.
+
+    Allowed are twice the codec's own rounding of the new logits, two units in the last place of the
+    largest new logit (most of it in bfloat16), and ``threshold``.
+
+    Args:
+        stored: logits from the cache, at ``tau``.
+        logits: computed anew [n, C], in the dtype of the teacher.
+        tau: temperature.
+    """
+    exact = torch.log_softmax(logits.double() / tau, 1)
+    again = codec.decode(codec.encode(logits), tau)
+    rounding = record_errors(again, exact, tau)
+    ulp = torch.finfo(logits.dtype).eps * logits.double().abs().amax(1) / tau
+    return record_errors(stored, exact, tau), 2 * rounding + 2 * ulp + threshold
+
+
+def record_errors(logits: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
+    """Largest difference [n] between what a record stores and the exact log-probabilities [n, C].
+
+    For `topk` the log tail mass counts too. For `hard` it is the log-probability by which the
+    stored class is below the best.
+    """
+    if isinstance(logits, TopK):
+        ids = logits.ids.long()
+        inside = (logits.log_probs.double() - exact.gather(1, ids)).abs().amax(1)
+        if ids.shape[1] == exact.shape[1]:
+            return inside  # nothing is outside
+        tail = exact.scatter(1, ids, -torch.inf).logsumexp(1)
+        return torch.maximum(inside, (logits.log_tail.double() - tail).abs())
+    if logits.dim() == 1:
+        return exact.amax(1) - exact.gather(1, logits[:, None])[:, 0]
+    return (torch.log_softmax(logits.double() / tau, 1) - exact).abs().amax(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecordSample:
+    """Records drawn from a cache.
+
+    Attributes:
+        samples, views: int64 [n].
+        top1: the teacher's class, int64 [n].
+        entropy: of the teacher's distribution, nats, float64 [n]; None for `hard`. For `topk` an
+            upper bound: the tail mass counts as spread evenly.
+        tau: temperature of ``entropy``.
+    """
+
+    samples: np.ndarray
+    views: np.ndarray
+    top1: np.ndarray
+    entropy: np.ndarray | None
+    tau: float
+
+
+def draw_records(cache: LogitCache, seed: int = 0) -> RecordSample:
+    """Records of up to 64 random blocks of the complete views.
+
+    Raises:
+        CacheError: no view is complete, or a block is damaged.
+    """
+    samples, views = _draw_ids(cache, DRAWN_BLOCKS, DRAWN_RECORDS, seed)
+    tau = float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
+    logits = cache.gather(samples, views, tau=tau)
+    if isinstance(logits, TopK):
+        top1 = logits.ids[:, 0]
+        entropy = _topk_entropy(logits, cache.codec.num_classes)
+    elif logits.dim() == 1:
+        return RecordSample(samples, views, logits.numpy(), None, tau)
+    else:
+        top1 = logits.argmax(1)
+        logs = torch.log_softmax(logits.double() / tau, 1)
+        entropy = -(logs.exp() * logs).sum(1)
+    return RecordSample(samples, views, top1.long().numpy(), entropy.numpy(), tau)
+
+
+def _draw_ids(
+    cache: LogitCache, blocks: int, records: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample and view ids, int64 [n], of up to ``records`` records of each of up to ``blocks``
+    blocks, drawn without replacement from the complete views.
+
+    Raises:
+        CacheError: no view is complete.
+    """
+    complete = cache.views
+    if not complete:
+        raise CacheError(f"cache {cache.path} has no complete view")
+    count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
+    per_view = -(-count // size)
+    draw = np.random.default_rng(seed)
+    chosen = draw.choice(len(complete) * per_view, min(blocks, len(complete) * per_view), False)
+    samples, views = [], []
+    for index in np.sort(chosen).tolist():
+        view, block = complete[index // per_view], index % per_view
+        start, stop = block * size, min((block + 1) * size, count)
+        ids = start + np.sort(draw.choice(stop - start, min(records, stop - start), False))
+        samples.append(ids)
+        views.append(np.full(len(ids), view))
+    return np.concatenate(samples), np.concatenate(views)
+
+
+def _topk_entropy(logits: TopK, num_classes: int) -> Tensor:
+    logs, tail = logits.log_probs.double(), logits.log_tail.double()
+    inside = -(logs.exp() * logs).sum(1)
+    outside = num_classes - logits.ids.shape[1]
+    if outside == 0:
+        return inside
+    return inside - tail.exp() * (tail - np.log(outside)).clamp(min=-1e30)

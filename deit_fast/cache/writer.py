@@ -1,4 +1,4 @@
-"""Writing teacher logits: samples in any order, whole blocks on the disk."""
+"""Writing teacher logits: samples come in any order, whole blocks reach the disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
-from deit_fast.cache.errors import format_errors
 from deit_fast.cache.format import (
+    format_errors,
     publish_manifest,
     remove_orphans,
     temporary_path,
@@ -31,7 +31,7 @@ _OPEN_VIEWS = 64  # file handles kept; a view beyond them is opened again when i
 
 
 class _Buffer:
-    """The records of one block that are there so far."""
+    """The records of one incomplete block."""
 
     def __init__(self, start: int, stop: int, record_bytes: int) -> None:
         self.start = start
@@ -40,19 +40,19 @@ class _Buffer:
 
 
 class LogitCacheWriter:
-    """Writes blocks of a cache; creates the cache, or goes on with one of the same manifest.
+    """Writes blocks of a cache; creates the cache, or continues one of the same manifest.
 
     A block is buffered until all its samples have come, then committed: data, sync, table entry.
     Several processes may write disjoint blocks, in any order and with any interruption; the bytes
     of the files depend on the logits alone. A block is locked from its first sample until it is
-    committed; a block that a live process writes is refused. Not for use from several threads at
-    once.
+    committed; a block that another process has locked is refused. Not for use from several threads
+    at once.
 
     Args:
         path: folder of the cache.
         manifest: as ``build_manifest`` makes it.
-        rank, world: this writer's share of the blocks, where several divide them: writers of one
-            ``world`` never refuse each other in ``refuse_rivals``.
+        rank, world_size: this writer's share of the blocks, where several divide them. Writers of
+            one ``world_size`` do not refuse one another in ``refuse_rivals``.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
@@ -62,13 +62,13 @@ class LogitCacheWriter:
     """
 
     def __init__(
-        self, path: str | Path, manifest: dict[str, Any], *, rank: int = 0, world: int = 1
+        self, path: str | Path, manifest: dict[str, Any], *, rank: int = 0, world_size: int = 1
     ) -> None:
         self.path = Path(path)
         self.manifest = publish_manifest(self.path, manifest)
         self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
         remove_orphans(self.path)
-        self._locks = BlockLocks(self.path, rank, world)
+        self._locks = BlockLocks(self.path, rank, world_size)
         self._locks.remove_dead()
         self._block_records: int = self.manifest["block_records"]
         self._num_samples: int = self.manifest["num_samples"]
@@ -101,8 +101,8 @@ class LogitCacheWriter:
         return start, min(start + self._block_records, self._num_samples)
 
     def is_done(self, view_id: int, block: int) -> bool:
-        """Whether the block is on the disk and its checksum holds. A damaged one is pending again,
-        with a warning in the log."""
+        """Whether the block is on the disk and its checksum is right. A damaged block counts as
+        pending; the log has a warning."""
         self.block_range(block)
         key = (_checked_view(view_id), block)
         if key in self._done:
@@ -120,8 +120,8 @@ class LogitCacheWriter:
         return False
 
     def pending(self, view_ids: Iterable[int]) -> list[tuple[int, int]]:
-        """(view, block) of every block of these views that is yet to be written. Reads and
-        verifies those that are there."""
+        """(view, block) of every block of these views that is not written yet. Reads and verifies
+        the others."""
         return [
             (view_id, block)
             for view_id in map(int, view_ids)
@@ -133,8 +133,8 @@ class LogitCacheWriter:
         """Stop before any work where another job is writing these views.
 
         Raises:
-            CacheError: a live writer of another ``world``, or of the same share of it, holds a
-                block of one of the views; names its host, pid, age and lock file.
+            CacheError: a writer of another ``world_size``, or of the same rank, has locked a block
+                of one of the views; names its pid, host and lock file.
         """
         self._locks.refuse_rivals(map(_checked_view, view_ids))
 
@@ -142,28 +142,25 @@ class LogitCacheWriter:
         """Lock a block before its first sample comes; until it is committed or the writer closes.
 
         Raises:
-            CacheError: a live process holds it; names its host, pid, age and lock file.
+            CacheError: another process has locked it; names its pid, host and lock file.
         """
         self.block_range(block)
         self._locks.acquire(_checked_view(view_id), block)
 
-    def write(
-        self, sample_ids: Any, view_id: int, logits: Tensor, labels: Tensor | None = None
-    ) -> None:
-        """Take the teacher's answers about one view of some samples.
+    def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
+        """Take the teacher's logits of one view of some samples.
 
-        Samples of blocks that were done before this object came are skipped.
+        Samples of blocks that were complete before this object was made are skipped.
 
         Args:
             sample_ids: integers [n], in any order.
             view_id: the view of all of them.
             logits: float [n, num_classes], on any device.
-            labels: int64 [n], the samples' classes; only for a codec with ``true_class``.
 
         Raises:
             InputError: an id twice or out of range, another class count, a logit that is not
-                finite or does not fit the codec. Nothing of the call is taken then.
-            CacheError: another process writes the block.
+                finite or does not fit the codec. Nothing of the call is stored then.
+            CacheError: another process has locked the block.
             OSError: a commit failed; its block stays pending.
         """
         if self._closed:
@@ -173,15 +170,14 @@ class LogitCacheWriter:
         if len(logits) != len(ids):
             raise InputError(f"{len(ids)} sample ids came with {len(logits)} rows of logits")
         try:
-            records = self.codec.encode(logits, labels).cpu().numpy()
+            records = self.codec.encode(logits).cpu().numpy()
         except RowError as error:
             raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
-        places = self._places(ids, view_id)
-        for block, rows in places:
+        for block, rows in self._rows_by_block(ids, view_id):
             self._fill(view_id, block, ids[rows], records[rows])
 
     def close(self) -> None:
-        """Sync what was committed; drop incomplete blocks, which stay pending."""
+        """Sync committed blocks and drop incomplete ones, which stay pending."""
         if self._closed:
             return
         self._closed = True
@@ -218,10 +214,10 @@ class LogitCacheWriter:
             raise InputError(f"view {view_id} sample {twice} was written twice")
         return ids
 
-    def _places(self, ids: np.ndarray, view_id: int) -> list[tuple[int, np.ndarray]]:
-        """Blocks to fill, and which rows go there; refuses samples that came before."""
+    def _rows_by_block(self, ids: np.ndarray, view_id: int) -> list[tuple[int, np.ndarray]]:
+        """Blocks to fill, each with its rows; refuses samples that came before."""
         blocks = ids // self._block_records
-        places = []
+        found = []
         for block in np.unique(blocks).tolist():
             rows = np.flatnonzero(blocks == block)
             key = (view_id, block)
@@ -231,12 +227,12 @@ class LogitCacheWriter:
                 again = again[buffer.filled[again - buffer.start]]
             elif key not in self._committed:
                 if not self.is_done(view_id, block):
-                    places.append((block, rows))
+                    found.append((block, rows))
                 continue
             if len(again):
                 raise InputError(f"view {view_id} sample {again[0]} was written twice")
-            places.append((block, rows))
-        return places
+            found.append((block, rows))
+        return found
 
     def _fill(self, view_id: int, block: int, ids: np.ndarray, records: np.ndarray) -> None:
         key = (view_id, block)
@@ -245,7 +241,7 @@ class LogitCacheWriter:
             if self.is_done(view_id, block):  # by another process, since this one looked
                 self._locks.release(view_id, block)
                 return
-            self._open(view_id)  # a full disk is found before the work of a whole block
+            self._open(view_id)  # finds a full disk before the work of a whole block
             start, stop = self.block_range(block)
             self._buffers[key] = _Buffer(start, stop, self.codec.record_bytes)
         buffer = self._buffers[key]
@@ -255,7 +251,6 @@ class LogitCacheWriter:
             return
         del self._buffers[key]
         self._touched.add(view_id)
-        self._locks.require_held(view_id, block)
         with format_errors():
             self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
         self._done.add(key)

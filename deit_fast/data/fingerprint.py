@@ -14,18 +14,36 @@ import PIL
 import torch
 from PIL import Image
 
-from deit_fast.config import DataConfig
+from deit_fast.config import DataConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.views.plan import ViewPlan
+from deit_fast.views.plan import fingerprint as view_fingerprint
 from deit_fast.views.rng import NO_MIX
 
 _RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
 _IMAGES = [PLAN_COLUMNS.index("image"), PLAN_COLUMNS.index("partner_image")]
 _VIEWS_PER_BATCH = 16
+
+
+def views_fingerprint(config: RunConfig, source: Source) -> dict[str, Any]:
+    """What decides which pixels belong to a (sample, view): settings, data set, decoder.
+
+    Part of a cache's fingerprint. Its `contract.pixel_digests` says that the cache holds digests of
+    some views.
+
+    Raises:
+        InputError: as `pixel_contract`.
+    """
+    return (
+        view_fingerprint(config.view, config.seed)
+        | source.fingerprint()
+        | pixel_contract(config.data)
+        | {"contract.pixel_digests": 1}
+    )
 
 
 def pixel_contract(data: DataConfig) -> dict[str, Any]:

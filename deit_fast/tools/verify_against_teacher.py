@@ -1,4 +1,4 @@
-"""A cache against its teacher: some records made again from the images, and compared."""
+"""A cache against its teacher: some records are computed again from the images and compared."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import numpy as np
 import torch
 
 from deit_fast.cache import LogitCache
-from deit_fast.cache.compare import THRESHOLD, compare_answers
-from deit_fast.cache.pixels import pick_pixels
+from deit_fast.cache.verify import THRESHOLD, compare_logits, pick_pixels
 from deit_fast.config import DataConfig, RunConfig, ViewRecipe, constants
 from deit_fast.config_file import from_dict
-from deit_fast.data.fingerprint import require_same_pixels
+from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device
-from deit_fast.train.teacher import views_fingerprint
 from deit_fast.views.plan import ViewPlan, lam_of
 
 _BATCH = 16
 
 
-def stored_recipe(cache: LogitCache) -> tuple[ViewRecipe, int]:
-    """Recipe and seed of a cache's views, from its fingerprint.
+def stored_view(cache: LogitCache) -> tuple[ViewRecipe, int]:
+    """Settings and seed of a cache's views, from its fingerprint.
 
     Raises:
         CacheError: the fingerprint has none, as that of an imported cache.
@@ -50,21 +48,21 @@ def stored_recipe(cache: LogitCache) -> tuple[ViewRecipe, int]:
 def leading_labels(
     cache: LogitCache, data: DataConfig, samples: np.ndarray, views: np.ndarray
 ) -> np.ndarray:
-    """Label of the larger half of each view, int64 [n]; opens no image.
+    """Label of the image with the larger share of each view, int64 [n]; opens no image.
 
     Raises:
         CacheMismatch: another data set.
         CacheError: the cache does not say how its views are made.
     """
-    recipe, seed = stored_recipe(cache)
-    source = open_source(data, "train", recipe.image_size)
+    view, seed = stored_view(cache)
+    source = open_source(data, "train", view.image_size)
     cache.require(source.fingerprint())
-    rows = ViewPlan(recipe, seed, source.num_samples).rows(samples, views)
-    own = lam_of(rows, recipe.image_size) >= 0.5
+    rows = ViewPlan(view, seed, source.num_samples).rows(samples, views)
+    own = lam_of(rows, view.image_size) >= 0.5
     return source.labels[np.where(own, rows["sample"], rows["partner"])]
 
 
-def recheck(
+def verify_against_teacher(
     path: str,
     teacher: str,
     data: DataConfig,
@@ -74,49 +72,50 @@ def recheck(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Run loader and teacher again on random records; the recipe is the cache's own.
+    """Compute random records again from the images, with the cache's own view settings.
 
-    A record's error is in nats, at the first recorded temperature; `cache.compare` says what it
-    is, and how large it may be beside ``threshold``.
+    A record's error is in nats, at the first recorded temperature; ``cache.verify.compare_logits``
+    defines it and how large it may be beyond ``threshold``.
 
     Args:
         teacher, data: what the cache was made from; their fingerprints are compared first.
-        samples: records to make again.
+        samples: number of records to compute again.
 
     Returns:
         `records`, `failed` (count), `worst` (`view`, `sample`, `error`, `allowed`: of the record
-        that exceeds most, or comes nearest), `pixels` (digests compared).
+        with the largest excess), `pixels` (digests compared).
 
     Raises:
-        CacheMismatch: another teacher, recipe or data set; names each differing field.
-        CacheError: a view's pixels differ, a record is damaged, no view is complete.
+        CacheMismatch: another teacher, data set or view settings; names each differing field.
+        CacheError: the pixels of a view differ, a record is damaged, no view is complete.
     """
     cache = LogitCache.open(path)
-    recipe, view_seed = stored_recipe(cache)
-    config = RunConfig(teacher=teacher, seed=view_seed, data=data, view=recipe)
-    source = open_source(data, "train", recipe.image_size)
-    expected = views_fingerprint(config, source.fingerprint())
-    cache.require(expected)  # before the teacher, which may take a minute to load
-    place = choose_device(device)
-    model = load_class_matched_teacher(config, len(source.classes)).to_device(place)
+    view, view_seed = stored_view(cache)
+    config = RunConfig(teacher=teacher, seed=view_seed, data=data, view=view)
+    source = open_source(data, "train", view.image_size)
+    cache.require(views_fingerprint(config, source))  # first: a teacher may take a minute to load
+    chosen = choose_device(device)
+    model = load_class_matched_teacher(config, len(source.classes)).to_device(chosen)
     cache.require(model.fingerprint())
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")
-    plan = ViewPlan(recipe, view_seed, source.num_samples)
+    plan = ViewPlan(view, view_seed, source.num_samples)
     digests = pick_pixels(cache.path, cache.manifest, cache.views, samples)
-    require_same_pixels(digests, source, plan, data=data, device=place, where=f"cache {path}")
+    require_same_pixels(digests, source, plan, data=data, device=chosen, where=f"cache {path}")
 
     ids, views = _draw(cache, samples, seed)
     tau = float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
-    errors, allowed = [], []
     parts = [slice(first, first + _BATCH) for first in range(0, len(ids), _BATCH)]
     batches = [(ids[part], views[part]) for part in parts]
-    loader = open_loader(dataclasses.replace(data, workers=0), source, plan, batches, device=place)
-    for part, batch in zip(parts, loader, strict=True):
-        logits = model(ingest_batch(batch, recipe, torch.float32)).cpu()
-        stored = cache.gather(ids[part], views[part], tau=tau)
-        found, bound = compare_answers(
-            stored, logits, batch.labels.cpu(), codec=cache.codec, tau=tau, threshold=threshold
+    data = dataclasses.replace(data, workers=0)
+    errors, allowed = [], []
+    for batch in open_loader(data, source, plan, batches, device=chosen):
+        found, bound = compare_logits(
+            cache.gather(batch.sample_ids, batch.view_ids, tau=tau),
+            model(ingest_batch(batch, view, torch.float32)).cpu(),
+            codec=cache.codec,
+            tau=tau,
+            threshold=threshold,
         )
         errors.append(found)
         allowed.append(bound)
@@ -136,9 +135,9 @@ def recheck(
 
 
 def _draw(cache: LogitCache, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample and view ids of random records of the complete views, int64 [n], none twice."""
+    """Sample and view ids of random distinct records of the complete views, int64 [n]."""
     complete, per_view = np.array(cache.views, np.int64), cache.manifest["num_samples"]
     records = len(complete) * per_view
-    places = np.random.default_rng(seed).choice(records, min(count, records), replace=False)
-    places.sort()
-    return places % per_view, complete[places // per_view]
+    chosen = np.random.default_rng(seed).choice(records, min(count, records), replace=False)
+    chosen.sort()
+    return chosen % per_view, complete[chosen // per_view]

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead, ResidentLogits
-from deit_fast.cache.compare import compare_answers
-from deit_fast.cache.pixels import PIXEL_CONTRACT, pick_pixels
 from deit_fast.cache.tinyvit import is_tinyvit
+from deit_fast.cache.verify import compare_logits, pick_pixels
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, map_teacher
-from deit_fast.data.fingerprint import pixel_contract, require_same_pixels
+from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels import TopK
+from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.train.compiling import resolve_compile
 from deit_fast.views.plan import ViewPlan
-from deit_fast.views.plan import fingerprint as view_fingerprint
 
 PIXEL_CHECKS = 32  # views made again before training on a cache: under a second
 
@@ -122,10 +120,9 @@ class RunTeacher:
             return
         if batch.teacher is None or step % every or batch.substituted:
             return
-        errors, allowed = compare_answers(
+        errors, allowed = compare_logits(
             map_teacher(batch.teacher, Tensor.cpu),
             self.network(ingest_batch(batch, self.config.view, torch.float32)).cpu(),
-            batch.labels.cpu(),
             codec=self.cache.codec,
             tau=self.config.loss.tau,
         )
@@ -164,15 +161,6 @@ class RunTeacher:
             read_ahead.close()
 
 
-def views_fingerprint(config: RunConfig, source_fingerprint: dict) -> dict[str, object]:
-    """What decides which pixels stand behind a (sample, view): recipe, data set, decoder."""
-    return (
-        view_fingerprint(config.view, config.seed)
-        | source_fingerprint
-        | pixel_contract(config.data)
-    )
-
-
 def open_teacher(config: RunConfig, source: Source, device: torch.device) -> RunTeacher:
     """Choose by the configuration: no distillation, ``cache``, ``teacher``, or both.
 
@@ -208,7 +196,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
             f"cache {config.cache} was imported from TinyViT: its views are made by TinyViT's own "
             f"augmentation code, which this loader cannot replay; it serves info and export"
         )
-    expected = views_fingerprint(config, source.fingerprint()) | PIXEL_CONTRACT
+    expected = views_fingerprint(config, source)
     cache.require(expected | (teacher.fingerprint() if teacher else {}))
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
