@@ -1,8 +1,8 @@
-"""`precompute`: what the teacher says about every view, once, into the cache.
+"""`precompute`: the teacher's logits of every view, computed once and written to the cache.
 
-The same loader and ingest step as `train`; only what consumes the batch differs. Under torchrun
-each process takes every n-th block. The teacher always gets the same rows in the same calls,
-counted from a block's start, so the bytes do not depend on process count or interruptions.
+Loader and ingest are those of `train`; only the consumer of a batch differs. Under torchrun each
+process takes every n-th block. The teacher gets the same rows in the same calls, counted from the
+start of a block, so the bytes do not depend on process count or interruptions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,9 @@ class TeacherCalls(Sequence):
 
 
 def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
-    """Write the teacher's answers for ``views`` (none: all that the run uses) into ``cache``.
+    """Write the teacher's logits of ``views`` (None: all that the run uses) into ``config.cache``.
 
-    Blocks that are already there are verified and left; the same command goes on after any
-    interruption.
+    Complete blocks are verified and kept, so the same command resumes after any interruption.
 
     Returns:
         `views`, `blocks` written and `kept`, `images`, `seconds`, `images_per_s`, `bytes`
@@ -72,11 +70,11 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         InputError: no teacher or cache named; class counts differ.
         CacheMismatch: the folder holds a cache of something else; names each differing field.
         CacheError: another job is writing these views.
-        OSError: the disk is full; whole blocks stay.
+        OSError: the disk is full; complete blocks stay.
     """
     group = read_process_group()
     job = _prepare(config)
-    wanted = range(config.views_used) if views is None else views
+    requested = range(config.views_used) if views is None else views
     assert config.cache is not None
     started = time.perf_counter()
     substituted: set[str] = set()
@@ -84,28 +82,28 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     with LogitCacheWriter(
         config.cache, job.manifest, rank=group.rank, world_size=group.world_size
     ) as writer:
-        writer.refuse_rivals(wanted)
+        writer.refuse_rivals(requested)
         blocks_per_view = writer.num_blocks
         mine = {
             (view, block)
-            for place, view in enumerate(wanted)
+            for index, view in enumerate(requested)
             for block in range(blocks_per_view)
-            if (place * blocks_per_view + block) % group.world_size == group.rank
+            if (index * blocks_per_view + block) % group.world_size == group.rank
         }
-        pending = [item for item in writer.pending(wanted) if item in mine]
+        pending = [item for item in writer.pending(requested) if item in mine]
         calls = TeacherCalls(
             pending, job.manifest["block_records"], job.source.num_samples, config.teacher_batch
         )
         total = sum(stop - start for _, start, stop in calls.calls)
         log.info(
             "precomputing %d views of %d samples: %d blocks to write, %d there, %d B per view",
-            len(wanted), job.source.num_samples, len(pending), len(mine) - len(pending),
+            len(requested), job.source.num_samples, len(pending), len(mine) - len(pending),
             job.manifest["record_bytes"],
         )  # fmt: skip
         loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
         pixels = _PixelRecord(Path(config.cache), job.manifest)
-        # The next block is locked before this one is released: a second writer of the same blocks
-        # finds a lock whenever it starts.
+        # The next block is locked before this one is released, so that a second job of the same
+        # blocks finds a lock at any time.
         ahead = iter(pending)
         if pending:
             writer.claim(*next(ahead))
@@ -115,8 +113,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             translate_errors(job.device, sizes),
             Progress("precompute", total, unit="view") as progress,
         ):
-            answered = zip(calls.calls, job.answers(loader), strict=True)
-            for (_, start, _), (batch, logits) in answered:
+            for (_, start, _), (batch, logits) in zip(calls.calls, job.run(loader), strict=True):
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
                     writer.claim(*block)
                 pixels.add(batch)
@@ -132,7 +129,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "cache": config.cache,
-        "views": len(wanted),
+        "views": len(requested),
         "blocks": len(pending),
         "kept": len(mine) - len(pending),
         "images": images_done,
@@ -146,9 +143,9 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     """What ``precompute`` would write and how long it would take; writes nothing.
 
-    The time comes from one batch of views: loaded in this process, and answered by the teacher
-    twice, of which the second is timed. Loading is taken to be ``data.workers`` times as fast and
-    to go on beside the teacher; the blocks are shared evenly among the processes.
+    The time is that of one batch of views, loaded in this process and run through the teacher
+    twice; the second run is timed. The estimate assumes that loading is ``data.workers`` times as
+    fast and overlaps with the teacher, and that the processes share the blocks evenly.
 
     Returns:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
@@ -162,8 +159,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     job = _prepare(config)
     assert config.cache is not None
     folder = Path(config.cache)
-    wanted = range(config.views_used) if views is None else views
-    missing, kept, new_bytes = planned(folder, job.manifest, wanted)
+    requested = range(config.views_used) if views is None else views
+    missing, kept, new_bytes = planned(folder, job.manifest, requested)
     count = job.source.num_samples
     sizes = np.minimum(
         job.manifest["block_records"], count - np.arange(0, count, job.manifest["block_records"])
@@ -171,22 +168,22 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     images = int(sum(sizes[block] for _, block in missing))
 
     batch_size = min(config.teacher_batch, count)
-    ids = np.arange(batch_size), np.full(batch_size, wanted[0], np.int32)
+    ids = np.arange(batch_size), np.full(batch_size, requested[0], np.int32)
     data = dataclasses.replace(config.data, workers=0)
     loader = iter(open_loader(data, job.source, job.plan, [ids], device=job.device))
     started = time.perf_counter()
     batch = next(loader)
     loading = time.perf_counter() - started
     codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
-    codec.encode(job.answer(batch)).cpu()  # a GPU would go on behind the clock's back
+    codec.encode(job.logits(batch)).cpu()  # `cpu` waits for a GPU
     started = time.perf_counter()
-    codec.encode(job.answer(batch)).cpu()
-    answering = time.perf_counter() - started
+    codec.encode(job.logits(batch)).cpu()
+    forward = time.perf_counter() - started
     workers = config.data.workers
-    per_batch = max(loading / workers, answering) if workers else loading + answering
+    per_batch = max(loading / workers, forward) if workers else loading + forward
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
     return {
-        "views": len(wanted),
+        "views": len(requested),
         "blocks": len(missing),
         "kept": kept,
         "images": images,
@@ -194,7 +191,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "free": shutil.disk_usage(existing).free,
         "batch": batch_size,
         "loader_seconds": round(loading, 4),
-        "teacher_seconds": round(answering, 4),
+        "teacher_seconds": round(forward, 4),
         "images_per_s": round(batch_size / per_batch, 2),
         "processes": processes,
         "seconds": round(images / batch_size * per_batch / processes, 1),
@@ -202,7 +199,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 
 
 class _Job:
-    """What a precompute needs, opened and checked; nothing is written yet."""
+    """Source, plan, teacher and manifest, checked; nothing is written yet."""
 
     def __init__(self, config: RunConfig, source: Source, teacher: Teacher, device: torch.device):
         self.config, self.source, self.teacher, self.device = config, source, teacher, device
@@ -218,46 +215,45 @@ class _Job:
                 "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
                 "teacher.batch": config.teacher_batch,
             }
-            # Its last bits are others: a job that goes on without would mix the two.
+            # Compiled logits differ in their last bits: a resumed job must not mix the two.
             | ({"teacher.compiled": True} if _compiles(config) else {})
             | ({"teacher.fused": True} if teacher.is_fused else {}),
             info={"data.train": config.data.train},
         )
 
-    def answers(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:
-        """Batches and the teacher's logits about them.
+    def run(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:
+        """Batches with the teacher's logits.
 
-        The teacher is given the next batch before the last one's answers are handed out: on CUDA it
-        works, on a stream of its own, while the host waits for those, encodes and writes them.
+        The teacher starts on the next batch before the previous one is yielded: on CUDA it runs on
+        a stream of its own while the host encodes and writes.
         """
-        on_cuda = self.device.type == "cuda"
-        side = torch.cuda.Stream(self.device) if on_cuda else None
-        waiting: deque[tuple[ViewBatch, torch.Tensor, torch.cuda.Event | None]] = deque()
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        previous: tuple[ViewBatch, torch.Tensor, torch.cuda.Event | None] | None = None
         for batch in batches:
             if side is None:
-                waiting.append((batch, self.answer(batch), None))
+                started = batch, self.logits(batch), None
             else:
-                side.wait_stream(torch.cuda.current_stream(self.device))  # until the pixels came
+                side.wait_stream(torch.cuda.current_stream(self.device))  # for the pixels
                 with torch.cuda.stream(side):
-                    waiting.append((batch, self.answer(batch), side.record_event()))
-            if len(waiting) > 1:
-                yield self._ready(*waiting.popleft())
-        while waiting:
-            yield self._ready(*waiting.popleft())
+                    started = batch, self.logits(batch), side.record_event()
+            if previous is not None:
+                yield self._finished(*previous)
+            previous = started
+        if previous is not None:
+            yield self._finished(*previous)
 
-    def _ready(
-        self, batch: ViewBatch, logits: torch.Tensor, answered: torch.cuda.Event | None
+    def _finished(
+        self, batch: ViewBatch, logits: torch.Tensor, done: torch.cuda.Event | None
     ) -> tuple[ViewBatch, torch.Tensor]:
-        """For the current stream. The writer waits for what it reads, so that no memory of the
-        batch is free before the teacher is done with it."""
-        if answered is not None:
-            torch.cuda.current_stream(self.device).wait_event(answered)
+        """Make the current stream wait for the logits. The writer waits for what it reads, so the
+        memory of the batch is not freed before the teacher has read it."""
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
         return batch, logits
 
-    def answer(self, batch: ViewBatch) -> torch.Tensor:
-        """The teacher's logits [B, C] about a batch of views."""
-        images = ingest_batch(batch, self.config.view, torch.float32)
-        return self.teacher(images)
+    def logits(self, batch: ViewBatch) -> torch.Tensor:
+        """The teacher's logits [B, C] of a batch of views."""
+        return self.teacher(ingest_batch(batch, self.config.view, torch.float32))
 
 
 def _prepare(config: RunConfig) -> _Job:
@@ -273,19 +269,17 @@ def _prepare(config: RunConfig) -> _Job:
 
 
 def _compiles(config: RunConfig) -> bool:
-    """Whether the teacher is compiled, and a transformer fused: where that was asked for, and not
-    by `auto`.
+    """Whether the teacher is compiled, and a transformer fused: not under `auto`.
 
     Inductor chooses between kernels by their measured times, so another process may get other last
-    bits; without it a cache's bytes do not depend on who wrote which part. `auto` also resumes a
-    cache that was begun without compilation.
+    bits; without it the bytes of a cache do not depend on which process wrote which block.
     """
     return config.compile not in ("auto", "none")
 
 
 class _PixelRecord:
-    """Collects the digests of a view's sampled pixels and writes them once all have come, which is
-    before the block that holds them can be committed."""
+    """Collects the digests of a view's sampled pixels. It writes them when all have come, which is
+    before the block of these samples is committed."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self._folder, self._manifest = folder, manifest
@@ -293,31 +287,31 @@ class _PixelRecord:
 
     def add(self, batch: ViewBatch) -> None:
         view = int(batch.view_ids[0])
-        wanted = sampled_ids(self._manifest, view)
-        rows = np.flatnonzero(np.isin(batch.sample_ids.numpy(), wanted))
+        sampled = sampled_ids(self._manifest, view)
+        rows = np.flatnonzero(np.isin(batch.sample_ids.numpy(), sampled))
         if not len(rows):
             return
         found = self._found.setdefault(view, {})
         found.update(zip(batch.sample_ids[rows].tolist(), digest_views(batch, rows), strict=True))
-        if len(found) == len(wanted):
+        if len(found) == len(sampled):
             write_pixels(self._folder, self._manifest, view, self._found.pop(view))
 
 
 class _Pace:
-    """Rate and time left; where no bar can show them, a log line now and then."""
+    """Rate and time left, with a log line now and then where no progress bar is shown."""
 
     def __init__(self, total: int) -> None:
         self._total, self._started = total, time.perf_counter()
-        self._told_at, self._told = self._started, 0
+        self._logged_at, self._logged = self._started, 0
         self._logs = not sys.stderr.isatty()
 
     def note(self, done: int) -> str:
         """`1234 img/s` after ``done`` images; logs every 30 s, and every 5 % that took 1 s."""
         now = time.perf_counter()
         rate = done / max(now - self._started, 1e-9)
-        since, share = now - self._told_at, (done - self._told) / self._total
+        since, share = now - self._logged_at, (done - self._logged) / self._total
         if self._logs and (since >= 30 or (since >= 1 and share >= 0.05)):
-            self._told_at, self._told = now, done
+            self._logged_at, self._logged = now, done
             left = duration((self._total - done) / rate)
             log.info(
                 "precompute: %d of %d images (%.0f %%), %.0f img/s, %s left",

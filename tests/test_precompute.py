@@ -76,7 +76,7 @@ def check_answers(config: RunConfig, device: str) -> None:
     given: list[int] = []
     job.teacher.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
     loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-    for place, (batch, logits) in enumerate(job.answers(loader)):
+    for place, (batch, logits) in enumerate(job.run(loader)):
         assert len(given) == min(place + 2, len(calls))
         kept = logits.cpu()  # as the writer does, which waits
         samples, views = calls[place]
