@@ -1,4 +1,4 @@
-"""Reading teacher logits: random records of many views, on the host or from GPU memory."""
+"""Reading teacher logits: random records of many views, from files or from a device's memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from deit_fast.cache.format import (
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels.distillation_loss import TopK
 
-# Memory maps kept open after a call. A step touches view.repeats views; a view that comes back
-# after so many others is mapped and verified anew.
+# Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
+# many others is mapped and verified again.
 _OPEN_VIEWS = 256
 _UPLOAD_BYTES = 1 << 26
 _INT64 = np.dtype(np.int64)
@@ -36,8 +36,8 @@ _INT64 = np.dtype(np.int64)
 class LogitCache:
     """A cache opened for reading. Safe to use from several threads and across fork.
 
-    Views are opened when first asked for; a block's checksum is compared before its first record
-    is handed out. Whatever is missing, incomplete or damaged raises; nothing is ever filled in.
+    A view is opened at its first use. A block's checksum is compared before its first record is
+    returned. Anything missing, incomplete or damaged raises; nothing is ever filled in.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -148,15 +148,15 @@ class LogitCache:
     def prefetch(
         self, batches: Sequence, *, ahead: int = 16, start: int = 0, threads: int = 2
     ) -> ReadAhead:
-        """Read and verify in background threads what the coming batches will ask for.
+        """Read and verify the blocks of the coming batches in background threads.
 
         Args:
-            batches: [step] -> (sample ids, view ids), as ``views.TrainBatches``.
-            ahead: batches to look ahead.
-            start: the first step that is to come.
+            batches: [step] -> (sample ids, view ids), as ``views.order.TrainBatches``.
+            ahead: number of batches to read ahead.
+            start: the first step.
 
         Raises:
-            InputError, CacheError: as ``gather``, for a batch that comes into sight.
+            InputError, CacheError: as ``gather``, when a batch is requested.
         """
         return ReadAhead(self, batches, ahead=ahead, start=start, threads=threads)
 
@@ -177,7 +177,7 @@ class LogitCache:
         except _C.FormatError as error:
             raise CacheError(str(error)) from None
 
-    def _ask(self, ahead: _C.ReadAhead, sample_ids: Any, view_ids: Any) -> None:
+    def _request(self, ahead: _C.ReadAhead, sample_ids: Any, view_ids: Any) -> None:
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
         try:
             ahead.ask(self._table, samples, views, self._num_samples, self._open, _OPEN_VIEWS)
@@ -185,7 +185,7 @@ class LogitCache:
             raise InputError(str(error)) from None
 
     def to_device(self, view_ids: Iterable[int], device: torch.device | str) -> ResidentLogits:
-        """Copy whole views, verified, into a device's memory and gather there.
+        """Copy whole views, verified, into a device's memory, to gather there.
 
         Takes num_samples * record_bytes a view: 87 MB for ImageNet at top-16.
 
@@ -198,14 +198,14 @@ class LogitCache:
             (len(ids) * self._num_samples, bytes_of_record), dtype=torch.uint8, device=device
         )
         step = max(1, _UPLOAD_BYTES // bytes_of_record)
-        for place, view_id in enumerate(ids):
-            reader = self._open(view_id)  # maps it anew: its blocks are read and checked once here
+        for index, view_id in enumerate(ids):
+            reader = self._open(view_id)  # a new map: its blocks are read and verified once here
             for start in range(0, self._num_samples, step):
                 stop = min(start + step, self._num_samples)
                 part = torch.empty((stop - start, bytes_of_record), dtype=torch.uint8)
                 with format_errors():
                     reader.read(start, stop, part.data_ptr())
-                offset = place * self._num_samples
+                offset = index * self._num_samples
                 records[offset + start : offset + stop] = part.to(device)
         return ResidentLogits(self.codec, ids, self._num_samples, records)
 
@@ -222,7 +222,7 @@ class ResidentLogits:
 
     def gather(self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0) -> Tensor | TopK:
         """As ``LogitCache.gather``, on the device. Ids on the host are copied there without
-        waiting for the device; ids that are on the device have to be waited for.
+        waiting for the device; for ids on a device the host waits.
 
         Raises:
             InputError: a sample id out of range, shapes that differ.
@@ -236,11 +236,11 @@ class ResidentLogits:
         outside = samples[(samples < 0) | (samples >= self._num_samples)]
         if len(outside):
             raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")
-        places = np.minimum(np.searchsorted(self._sorted_views, views), len(self.views) - 1)
-        unknown = np.atleast_1d(views[self._sorted_views[places] != views])
+        index = np.minimum(np.searchsorted(self._sorted_views, views), len(self.views) - 1)
+        unknown = np.atleast_1d(views[self._sorted_views[index] != views])
         if unknown.size:
             raise CacheError(f"view {unknown[0]} was not put on {self._records.device}")
-        rows = torch.from_numpy(np.asarray(places * self._num_samples + samples))
+        rows = torch.from_numpy(np.asarray(index * self._num_samples + samples))
         device = self._records.device
         return decode_rows(self.codec, self._records, rows.to(device, non_blocking=True), tau)
 
@@ -248,9 +248,9 @@ class ResidentLogits:
 class ReadAhead:
     """Keeps the blocks of the next batches read and verified; see ``LogitCache.prefetch``.
 
-    Call ``advance(step)`` before each step, or iterate over it for the batches themselves. Blocks
-    go to the system's page cache, which all processes of a host share; a block that turns out to
-    be damaged is left for ``gather`` to report. Close it, or use it as a context manager.
+    Call ``advance(step)`` before each step, or iterate to get the batches themselves. Blocks go to
+    the system's page cache, which all processes of a host share; ``gather`` reports damaged ones.
+    Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -262,23 +262,23 @@ class ReadAhead:
         self.advance(start)
 
     def advance(self, step: int) -> None:
-        """The consumer comes to ``step``: ask for the batches up to ``step + ahead``."""
+        """The consumer is at ``step``: request the batches up to ``step + ahead``."""
         if self._threads is None:
             return
         stop = min(step + self._ahead + 1, len(self._batches))
-        for place in range(max(self._next, step), stop):
-            self._cache._ask(self._threads, *self._batches[place])
+        for upcoming in range(max(self._next, step), stop):
+            self._cache._request(self._threads, *self._batches[upcoming])
         self._next = max(self._next, stop)
 
     def wait(self) -> int:
-        """Until all that was asked for has been read. Returns the blocks read since the start."""
+        """Wait until all requested blocks have been read; returns their number since the start."""
         if self._threads is None:
             return 0
         self._threads.wait()
         return self._threads.blocks_read
 
     def close(self) -> None:
-        """Drop what has not been read yet and end the threads."""
+        """Drop requests that have not been read yet and end the threads."""
         threads, self._threads = self._threads, None
         if threads is not None:
             threads.stop()
@@ -321,7 +321,7 @@ def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
 def host_ids(ids: Any, name: str) -> np.ndarray:
     """Contiguous int64 in host memory."""
     if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.flags.c_contiguous:
-        return ids  # the usual array; the rest takes as long as thirty records
+        return ids  # the usual case; the checks below take as long as thirty records
     values = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
     if values.dtype == np.int64 and values.flags.c_contiguous:
         return values
