@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config, planned
-from deit_fast.cache.verify import sampled_ids, write_pixels
+from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.cache.verify import planned, sampled_ids, write_pixels
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.fingerprint import digest_views, views_fingerprint

@@ -10,7 +10,7 @@ from deit_fast.errors import CacheError, CacheMismatch
 from .codecs import CODECS, Codec, codec_from_config
 from .format import build_manifest
 from .reader import LogitCache, ReadAhead, ResidentLogits
-from .verify import info, planned, verify
+from .verify import info, verify
 from .writer import LogitCacheWriter
 
 __all__ = [
@@ -25,6 +25,5 @@ __all__ = [
     "build_manifest",
     "codec_from_config",
     "info",
-    "planned",
     "verify",
 ]
