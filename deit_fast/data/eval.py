@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,14 @@ from deit_fast.errors import InputError
 class EvalLoader:
     """This rank's held-out images: (float32 [B, 3, S, S], labels int64 [B], ids int64 [B]).
 
-    The rank takes a contiguous share of the ids, without padding: ranks may differ by one image and
-    in their number of batches, so count right answers and reduce once at the end.
+    The rank takes a contiguous share of the ids, without padding. Ranks may differ by one image and
+    in their number of batches, so count correct predictions and reduce once at the end.
 
     Args:
         crop: side of the centre crop as a share of the resized shorter side.
         batch_size: images per batch of this rank; the last batch holds the rest.
         on_error: as `ViewLoader`.
-        device: where to normalise; the bytes go there first, a quarter of the traffic.
+        device: where to normalise; the bytes are copied there first, a quarter of the traffic.
 
     Attributes:
         substituted: paths of the unreadable files met so far.
@@ -55,9 +56,8 @@ class EvalLoader:
             raise InputError(f"rank {rank} is not one of {world_size} processes")
         count = source.num_samples
         ids = np.arange(count * rank // world_size, count * (rank + 1) // world_size)
-        self.batch_size = batch_size
         batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        self.num_images = len(ids)
+        self.batch_size, self.num_images = batch_size, len(ids)
         self.substituted: list[str] = []
         self.device = torch.device(device)
         self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
@@ -74,53 +74,48 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for pixels, labels, ids, substituted in unwrap(self._loader):
-            new = [path for path in substituted if path not in self.substituted]
-            self.substituted += new
+            self.substituted += [path for path in substituted if path not in self.substituted]
             channels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             images = (channels.to(torch.float32) / 255 - self._mean) / self._std
             yield images.contiguous(), labels.to(self.device, non_blocking=True), ids
 
 
+@dataclass(frozen=True)
 class _Batches(Dataset):
-    """Batch number -> (uint8 [B, S, S, 3], labels, ids, substituted paths); runs in a worker."""
+    """Batch index -> (uint8 [B, S, S, 3], labels, ids, substituted paths); runs in a worker."""
 
-    def __init__(
-        self,
-        source: Source,
-        image_size: int,
-        crop: float,
-        batches: list[np.ndarray],
-        on_error: str,
-    ) -> None:
-        self.source, self.image_size, self.crop = source, image_size, crop
-        self.batches, self.on_error = batches, on_error
+    source: Source
+    image_size: int
+    crop: float
+    batches: list[np.ndarray]
+    on_error: str
 
-    def __getitem__(self, number: int) -> Any:
-        ids = self.batches[number]
+    def __getitem__(self, index: int) -> Any:
+        source, ids = self.source, self.batches[index]
         pixels = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
         substituted: list[str] = []
         taken = []
         try:
-            for place, index in zip(pixels, ids.tolist(), strict=True):
+            for row, sample in enumerate(ids.tolist()):
                 image, found = load_readable(
-                    self.source.load, self.source.paths, index, self.on_error, substituted
-                )
-                place[:] = (
-                    np.asarray(image)
-                    if self.source.finished
-                    else eval_pixels(image, self.image_size, self.crop)
+                    source.load, source.paths, sample, self.on_error, substituted
                 )
                 taken.append(found)
+                pixels[row] = (
+                    np.asarray(image)
+                    if source.finished
+                    else eval_pixels(image, self.image_size, self.crop)
+                )
         except InputError as error:
             return Failure(str(error))
-        arrays = (pixels, self.source.labels[taken], ids)
+        arrays = (pixels, source.labels[taken], ids)
         return *map(torch.from_numpy, arrays), substituted
 
 
 def eval_pixels(image: Image.Image | np.ndarray, size: int, crop: float) -> np.ndarray:
-    """Shorter side to int(size / crop), Pillow's bicubic; centre crop: uint8 [size, size, 3].
+    """Resize the shorter side to int(size / crop), then crop: uint8 [size, size, 3].
 
-    torchvision's `Resize` and `CenterCrop` on a PIL image, bit for bit.
+    torchvision's `Resize` (bicubic) and `CenterCrop` of a PIL image, bit for bit.
     """
     resized = resize_shorter_side(np.asarray(image), int(size / crop))
     height, width = resized.shape[:2]
