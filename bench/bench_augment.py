@@ -19,8 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from deit_fast.config import ViewRecipe
-from deit_fast.data.augment import apply_operation
-from deit_fast.data.augment_table import augment_table
+from deit_fast.data.augment import apply_operation, augment_table
 from deit_fast.kernels.augment import TABLE_COLUMNS, AugmentTable, augment
 from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
 from deit_fast.views.rng import LEVEL_ONE

@@ -162,10 +162,10 @@ def build_dali(
         return str(error)
     plan = ViewPlan(recipe, 0, FILES)
     batches = Endless((ids, views))
-    loader = DaliLoader(
-        source, plan, batches, workers=1, on_error="fail", depth=1, index=index,
-        augmenter="dali" if name == "ours dali" else "kernel",
-    )  # fmt: skip
+    data = DataConfig(
+        loader="dali" if name == "ours dali" else "dali-triton", workers=1, on_error="fail"
+    )
+    loader = DaliLoader(source, plan, batches, data, depth=1, index=index)
     passed = iter(loader)
 
     def run() -> None:
@@ -207,11 +207,13 @@ def build_decoder(
     except (ImportError, InputError) as error:
         return str(error)
 
+    data = DataConfig(
+        loader="dali", workers=threads, on_error="fail",
+        dali_decoder=decoder, dali_hw_decoder_load=load,
+    )  # fmt: skip
+
     def loader(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> DaliLoader:
-        return DaliLoader(
-            source, plan, batches, workers=threads, on_error="fail", depth=4, index=index,
-            decoder=decoder, hw_decoder_load=load, device=device,
-        )  # fmt: skip
+        return DaliLoader(source, plan, batches, data, device, depth=4, index=index)
 
     passed = iter(loader(Endless((ids, views))))
 

@@ -19,9 +19,8 @@ from torchvision.transforms import functional as F
 from deit_fast.config import ViewRecipe
 from deit_fast.data import ImageFolder, ingest_batch
 from deit_fast.data.augment import apply_operation, augment
-from deit_fast.data.draw import resize_and_crop
 from deit_fast.data.loader import make_batch
-from deit_fast.data.resize import crop_and_resize
+from deit_fast.data.resize import crop_and_resize, resize_and_crop
 from deit_fast.errors import InputError
 from deit_fast.views.plan import (
     OPERATIONS,

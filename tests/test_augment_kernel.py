@@ -18,8 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deit_fast.config import ViewRecipe
-from deit_fast.data.augment import apply_operation
-from deit_fast.data.augment_table import augment_table, kernel_operation
+from deit_fast.data.augment import apply_operation, augment_table, operation_at
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
 from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan
@@ -206,7 +205,7 @@ def test_a_plan_of_deit_on_photographs() -> None:
 
 
 def test_operations_of_the_plan_use_every_kind() -> None:
-    used = {kernel_operation(name, 9.0, SIZE)[0] for name in OPERATIONS}
+    used = {operation_at(name, 9.0, SIZE)[0] for name in OPERATIONS}
     assert used == set(KINDS) - {"none"}
 
 

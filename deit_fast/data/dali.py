@@ -1,10 +1,10 @@
-"""The loader whose decoder is DALI: same views, same interface as `ViewLoader`, in C++ threads.
+"""The loader whose decoder is DALI: the views and the interface of `ViewLoader`, in C++ threads.
 
-DALI's own random numbers depend on the batch, so it draws none: each choice of the plan goes in as
-an input. The input never ends (an exhausted one ends the pipeline); we count the batches.
+DALI's own random numbers depend on the batch, so it draws none: every choice of the plan is an
+input. The input never ends, because an exhausted one ends the pipeline; the loader counts batches.
 
-`augmenter="dali"`: DALI crops, resizes and augments, to pixels of its own. `"kernel"`: it decodes
-whole files only, and `kernels.augment` makes Pillow's pixels of them; without a GPU the Pillow
+`data.loader=dali`: DALI crops, resizes and augments, to pixels of its own. `dali-triton`: it
+decodes whole files, and `kernels.augment` makes Pillow's pixels of them; without a GPU the Pillow
 loader's own functions do.
 """
 
@@ -14,14 +14,16 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.data.augment_table import augment_table
+from deit_fast.config import DataConfig
+from deit_fast.data.augment import augment_table, fill_color, render_views
+from deit_fast.data.batch import ViewBatch
 from deit_fast.data.dali_graph import (
     GRAPH_VERSION,
     decoding_graph,
@@ -29,17 +31,15 @@ from deit_fast.data.dali_graph import (
     view_graph,
     view_inputs,
 )
-from deit_fast.data.draw import draw_views
 from deit_fast.data.jpeg_index import (
     FileIndex,
-    examine,
+    decodes_like_pillow,
     header_size,
     index_files,
     require_dali,
 )
 from deit_fast.data.loader import (
     Halves,
-    ViewBatch,
     assemble,
     load_readable,
     needed_halves,
@@ -50,10 +50,10 @@ from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
 from deit_fast.views.plan import ViewPlan
 
-CHUNK = 256  # views DALI makes at once: bounds its memory, whatever the batch
+CHUNK = 256  # views that DALI makes at once: bounds its memory for any batch size
 
 
-def dali_contract(augmenter: str, decoder: str, hw_decoder_load: float) -> dict[str, Any]:
+def dali_contract(data: DataConfig) -> dict[str, Any]:
     """What decides DALI's pixels, for a cache's fingerprint.
 
     Raises:
@@ -63,34 +63,32 @@ def dali_contract(augmenter: str, decoder: str, hw_decoder_load: float) -> dict[
     import nvidia.dali
     from nvidia import nvimgcodec
 
-    facts = {
-        "contract.pixels": f"dali/{decoder}" if augmenter == "dali" else f"dali-decoded/{decoder}",
+    kind = "dali" if data.loader == "dali" else "dali-decoded"
+    contract = {
+        "contract.pixels": f"{kind}/{data.dali_decoder}",
         "contract.dali": nvidia.dali.__version__,
         "contract.nvimgcodec": nvimgcodec.__version__,
-        "contract.hw_decoder_load": hw_decoder_load,
+        "contract.hw_decoder_load": data.dali_hw_decoder_load,
     }
-    return facts | {"contract.dali_graph": GRAPH_VERSION} if augmenter == "dali" else facts
+    return contract | ({"contract.dali_graph": GRAPH_VERSION} if data.loader == "dali" else {})
 
 
 class DaliLoader:
     """Iterates over batches of views, in the order of `batches`, from step `start` on.
 
-    The views depend on neither batch, order nor `workers`. Each file of up to `CHUNK` views of a
-    batch is decoded once. Files that are no plain JPEGs are decoded by Pillow (`validate`).
+    The views depend on neither batch, order nor threads. Each file of up to `CHUNK` views of a
+    batch is decoded once. Pillow decodes the files that are not plain JPEGs (`jpeg_index`).
 
     Args:
-        source, plan, batches, on_error, start, stop, pin_memory: as `ViewLoader`.
-        workers: threads that read, and as many of DALI; 0 counts as 1.
-        augmenter: who makes views of images.
-        decoder: "gpu" decodes on `device` (and crops, resizes and augments there, if DALI does).
-        hw_decoder_load: share of a chunk that the GPU's JPEG engine decodes. Above 0 an image's
-            last bits depend on which of two decoders its batch left free.
+        source, plan, batches, start, stop: as `ViewLoader`.
+        data: `loader`, `dali_decoder`, `dali_hw_decoder_load`, `on_error`, and `workers`, the
+            number of reading threads and of DALI's threads, at least 1.
         device: where `kernels.augment` and a GPU decoder run.
-        depth: chunks that DALI works on; 1: nothing is done ahead, for timing.
+        depth: chunks that DALI works on; 1: nothing is made ahead, for timing.
         index: which files DALI may decode; none: checks those that no earlier loader has checked.
 
     Raises:
-        InputError: DALI is not installed; a recipe it does not know; while iterating, as
+        InputError: DALI is not installed; view settings it does not support; while iterating, as
             `ViewLoader`.
     """
 
@@ -99,44 +97,39 @@ class DaliLoader:
         source: Source,
         plan: ViewPlan,
         batches: Sequence[tuple[Any, ...]],
+        data: DataConfig,
+        device: torch.device | str = "cpu",
         *,
-        workers: int,
-        on_error: str,
         start: int = 0,
         stop: int | None = None,
-        pin_memory: bool = False,
-        augmenter: Literal["dali", "kernel"] = "dali",
-        decoder: Literal["cpu", "gpu"] = "cpu",
-        hw_decoder_load: float = 0.0,
-        device: torch.device | str = "cpu",
         depth: int = 2,
         index: FileIndex | None = None,
     ) -> None:
         require_dali()
         self.steps = steps_of(source, plan, batches, start, stop)
-        self.device = torch.device(device)
-        if decoder == "gpu" and self.device.type != "cuda":
+        self.plan, self.device = plan, torch.device(device)
+        self._batches, self._data, self._depth = batches, data, depth
+        self._on_gpu = data.dali_decoder == "gpu"
+        if self._on_gpu and self.device.type != "cuda":
             raise InputError(f"data.dali_decoder=gpu needs a CUDA device, not {self.device}")
         if plan.view.crop != "resized":
             raise InputError(f"the DALI loaders know view.crop=resized, not {plan.view.crop}")
-        if augmenter == "kernel":
-            augment_table(plan.view, plan.rows([], []), [], [])  # refuses what it does not know
-        self.plan, self.augmenter, self.pin_memory = plan, augmenter, pin_memory
-        self._threads, self._depth = max(1, workers), depth
+        self._augments = data.loader == "dali"
+        if not self._augments:
+            augment_table(plan.view, plan.rows([], []), [], [])  # refuses unsupported settings
+        self._threads = max(1, data.workers)
         index = index_files(source, self._threads) if index is None else index
         self._files = _Files(source, index)
-        self._batches, self._on_error = batches, on_error
-        self._on_gpu, self._hw_decoder_load = decoder == "gpu", hw_decoder_load
-        # Without a GPU the kernel's arithmetic is this host's, in the form that is fast there.
+        # Without a GPU this host's own functions make the kernel's bytes, and are faster.
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self._on_host = augmenter == "kernel" and self.device.type == "cpu" and not interpreted
+        self._on_host = not self._augments and self.device.type == "cpu" and not interpreted
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[ViewBatch]:
         with ThreadPoolExecutor(self._threads, "dali-read") as readers:
-            feed = _Feed(lambda step: self._prepare(step, readers), self.steps, self._nothing())
+            feed = _Feed(lambda step: self._prepare(step, readers), self.steps, self._filler())
             try:
                 yield from self._run(feed, readers)
             finally:
@@ -145,53 +138,48 @@ class DaliLoader:
     def _run(self, feed: _Feed, readers: ThreadPoolExecutor) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
         size = self.plan.view.image_size
-        lies_on = self.device if self._on_gpu or self.augmenter == "kernel" else "cpu"
+        device = "cpu" if self._augments and not self._on_gpu else self.device
         for _ in self.steps:
             job = feed.next_job()
-            images = torch.empty(
-                (len(job.halves.wanted), size, size, 3), dtype=torch.uint8, device=lies_on
-            )
+            shape = (len(job.halves.wanted), size, size, 3)
+            images = torch.empty(shape, dtype=torch.uint8, device=device)
             for chunk in job.chunks:
                 (output,) = self._next_output(pipeline, feed, job)
-                if self.augmenter == "dali":  # DALI writes over its own memory in a later run
-                    images[chunk.rows] = torch.from_dlpack(output.as_tensor())
+                part = images[chunk.rows]
+                if self._augments:  # copied: DALI reuses its memory in a later run
+                    part[:] = torch.from_dlpack(output.as_tensor())
                 elif self._on_host:
-                    self._draw(output, chunk, job, images[chunk.rows].numpy(), readers)
+                    pixels = [np.asarray(image) for image in output]
+                    rows, view = job.halves.wanted[chunk.rows], self.plan.view
+                    render_views(
+                        pixels, chunk.file_of, rows, chunk.boxes, view, part.numpy(), readers.map
+                    )
                 else:
                     assert chunk.table is not None
-                    images[chunk.rows] = self._augment(output, chunk.table)
+                    part[:] = self._augment(output, chunk.table)
             batch = assemble(job.halves, images, job.labels, job.substituted, size)
-            yield batch.pin_memory() if self.pin_memory else batch
+            yield batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _build(self, feed: _Feed) -> Any:
         ordinal = None
         if self._on_gpu:
-            index = self.device.index
-            ordinal = torch.cuda.current_device() if index is None else index
-        shared = (CHUNK, self._threads, ordinal, self._depth, self._hw_decoder_load)
-        if self.augmenter == "kernel":
-            return decoding_graph(feed, *shared)
-        recipe = self.plan.view
-        layers = self.plan.rows([0], [0])["operations"].shape[1]
-        fill = _fill(recipe.mean)
-        return view_graph(feed, *shared, recipe.image_size, layers, fill)
-
-    def _nothing(self) -> tuple:
-        inputs = file_inputs([np.zeros((1, 1, 3), np.uint8)], 1)
-        if self.augmenter == "kernel":
-            return inputs
-        rows = self.plan.rows([0], [0])
-        box = np.array([[0, 0, 1, 1]], np.int32)
-        return inputs + view_inputs(rows, box, np.zeros(1, np.int64), self.plan.view.image_size)
+            ordinal = self.device.index
+            ordinal = torch.cuda.current_device() if ordinal is None else ordinal
+        shared = (
+            feed, CHUNK, self._threads, ordinal, self._depth, self._data.dali_hw_decoder_load,
+        )  # fmt: skip
+        if not self._augments:
+            return decoding_graph(*shared)
+        view = self.plan.view
+        return view_graph(*shared, view.image_size, self.plan.layers, fill_color(view))
 
     def _next_output(self, pipeline: Any, feed: _Feed, job: _Job) -> Any:
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
         try:
             return pipeline.run(stream)
         except RuntimeError as error:
-            under_way = [job, *(other for other in feed.begun if isinstance(other, _Job))]
-            samples = [sample for one in under_way for sample in one.taken]
-            changed = self._files.first_changed(samples)
+            begun = [job, *(other for other in feed.begun if isinstance(other, _Job))]
+            changed = self._files.first_changed(sample for one in begun for sample in one.taken)
             if changed is None:
                 raise
             raise InputError(
@@ -199,125 +187,127 @@ class DaliLoader:
                 f"{str(error).strip().splitlines()[-1]}"
             ) from None
 
-    def _draw(
-        self, output: Any, chunk: _Chunk, job: _Job, out: np.ndarray, readers: ThreadPoolExecutor
-    ) -> None:
-        """Views on this host's cores: the same bytes as the kernel's."""
-        pixels = [np.asarray(image) for image in output]
-        rows = job.halves.wanted[chunk.rows]
-        assert chunk.file is not None and chunk.boxes is not None
-        draw_views(pixels, chunk.file, rows, chunk.boxes, self.plan.view, out, readers.map)
-
     def _augment(self, output: Any, table: AugmentTable) -> Tensor:
-        """Views, uint8 [n, S, S, 3], of whole images on the device."""
+        """Views, uint8 [n, S, S, 3], of whole images, by the kernel."""
         images = [torch.from_dlpack(image) for image in output]
         shapes = torch.tensor([image.shape[:2] for image in images])
         sizes = shapes.prod(1) * 3
-        places = torch.stack([sizes.cumsum(0) - sizes, shapes[:, 1], shapes[:, 0]], dim=1)
-        lies_on, goes_to = images[0].device.type, self.device.type
-        # A hundred megabytes: put together where they are copied from, not once more behind that.
-        pinned = goes_to == "cuda" and lies_on == "cpu"
+        where = torch.stack([sizes.cumsum(0) - sizes, shapes[:, 1], shapes[:, 0]], dim=1)
+        to_gpu = self.device.type == "cuda"
+        # A hundred megabytes: concatenated in pinned memory, not copied there once more.
         pixels = torch.empty(
-            int(sizes.sum()), dtype=torch.uint8, device=images[0].device, pin_memory=pinned
-        )
+            int(sizes.sum()), dtype=torch.uint8, device=images[0].device,
+            pin_memory=to_gpu and images[0].device.type == "cpu",
+        )  # fmt: skip
         torch.cat([image.reshape(-1) for image in images], out=pixels)
-        if goes_to == "cuda":
-            places, table = places.pin_memory(), table.pin_memory()
+        if to_gpu:
+            where, table = where.pin_memory(), table.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
-        places = places.to(self.device, non_blocking=True)
+        where = where.to(self.device, non_blocking=True)
         table = table.to(self.device, non_blocking=True)
-        recipe = self.plan.view
-        return augment(pixels, places, table, recipe.image_size, _fill(recipe.mean))
+        return augment(pixels, where, table, self.plan.view.image_size, fill_color(self.plan.view))
 
     # -- in the feeding thread -----------------------------------------------------------------
 
     def _prepare(self, step: int, readers: ThreadPoolExecutor) -> _Job:
         halves = needed_halves(self.plan, *self._batches[step])
-        wanted = halves.wanted
-        distinct, which = np.unique(wanted["sample"], return_inverse=True)
+        rows = halves.wanted
+        distinct, file_of = np.unique(rows["sample"], return_inverse=True)
 
-        def read(sample: int) -> tuple[Any, int, list[str]]:
+        def read(sample: int) -> tuple[np.ndarray, int, list[str]]:
             substituted: list[str] = []
             file, taken = load_readable(
-                self._files.load, self._files.paths, sample, self._on_error, substituted
+                self._files.load, self._files.paths, sample, self._data.on_error, substituted
             )
             return file, taken, substituted
 
         loaded = list(readers.map(read, distinct.tolist()))
         files = [file for file, _, _ in loaded]
         taken = [sample for _, sample, _ in loaded]
-        widths, heights = self._files.sizes(files, taken)[which].T
-        boxes = self.plan.crop_boxes(wanted["sample"], wanted["view"], widths, heights)
-        job = _Job(
+        widths, heights = self._files.sizes(files, taken)[file_of].T
+        boxes = self.plan.crop_boxes(rows["sample"], rows["view"], widths, heights)
+        chunks = []
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            first, last = file_of[part][0], file_of[part][-1]  # rows are sorted by sample
+            crops = rows[part], boxes[part], file_of[part] - first
+            inputs = self._inputs(files[first : last + 1], *crops)
+            by_kernel = not self._augments and not self._on_host
+            table = augment_table(self.plan.view, *crops) if by_kernel else None
+            chunks.append(_Chunk(part, *crops[1:], inputs, table))
+        return _Job(
             halves=halves,
-            labels=self._files.labels[taken][which],
+            labels=self._files.labels[taken][file_of],
             substituted=[path for _, _, paths in loaded for path in paths],
             taken=taken,
+            chunks=chunks,
         )
-        for first in range(0, len(wanted), CHUNK):
-            rows = slice(first, first + CHUNK)
-            begin, end = which[rows][0], which[rows][-1] + 1  # `wanted` is sorted by sample
-            chunk_files, file = files[begin:end], which[rows] - begin
-            if self.augmenter == "kernel":
-                inputs = file_inputs(chunk_files, len(chunk_files))
-                table = None if self._on_host else augment_table(
-                    self.plan.view, wanted[rows], boxes[rows], file
-                )  # fmt: skip
-                job.chunks.append(_Chunk(inputs, rows, table, file, boxes[rows]))
-                continue
-            inputs = file_inputs(chunk_files, len(file))
-            size = self.plan.view.image_size
-            inputs += view_inputs(wanted[rows], boxes[rows], file, size)
-            job.chunks.append(_Chunk(inputs, rows))
-        return job
+
+    def _inputs(
+        self, files: list[np.ndarray], rows: np.ndarray, boxes: np.ndarray, file_of: np.ndarray
+    ) -> tuple:
+        if not self._augments:
+            return file_inputs(files, len(files))
+        inputs = view_inputs(rows, boxes, file_of, self.plan.view.image_size)
+        return file_inputs(files, len(rows)) + inputs
+
+    def _filler(self) -> tuple:
+        """Inputs of one view, for DALI's requests after the last step."""
+        pixel, box = np.zeros((1, 1, 3), np.uint8), np.array([[0, 0, 1, 1]], np.int32)
+        return self._inputs([pixel], self.plan.rows([0], [0]), box, np.zeros(1, np.int64))
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One run of the pipeline: its inputs, and the places of its views in the batch."""
+    """One run of the pipeline.
 
-    inputs: tuple
+    Attributes:
+        rows: its views in the batch's needed views.
+        boxes, file_of: their crops, and the index of their files in the run.
+        inputs: what DALI is given.
+        table: what the kernel is given, if it makes the views.
+    """
+
     rows: slice
-    table: AugmentTable | None = None
-    file: np.ndarray | None = None
-    boxes: np.ndarray | None = None
+    boxes: np.ndarray
+    file_of: np.ndarray
+    inputs: tuple
+    table: AugmentTable | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """A step on its way through the pipeline."""
+    """A step on its way through the pipeline; `taken` are the samples whose files were read."""
 
     halves: Halves
     labels: np.ndarray
     substituted: list[str]
     taken: list[int]
-    chunks: list[_Chunk] = field(default_factory=list)
+    chunks: list[_Chunk]
 
 
 class _Feed:
-    """What DALI calls for its next inputs; a thread prepares the next step meanwhile.
+    """What DALI calls for its next inputs, while a thread prepares the next step.
 
-    DALI asks for inputs up to two chunks before it gives the views of the first. A step that fails
-    is told only when it is the consumer's turn; from there on, and behind the last step, the inputs
-    are `nothing`.
+    DALI asks for inputs up to two chunks before it returns the views of the first. The error of a
+    step is therefore raised when the consumer reaches that step. After an error and after the last
+    step, DALI is given `filler`.
 
     Attributes:
-        begun: steps whose inputs DALI has been given and whose views are still to come.
+        begun: steps whose inputs DALI was given and whose views it has not returned.
     """
 
-    def __init__(
-        self, prepare: Callable[[int], _Job], steps: Iterable[int], nothing: tuple
-    ) -> None:
+    def __init__(self, prepare: Callable[[int], _Job], steps: Iterable[int], filler: tuple) -> None:
         self.begun: deque[_Job | InputError] = deque()
-        self._prepare, self._steps, self._nothing = prepare, iter(steps), nothing
-        self._chunks: deque[_Chunk] = deque()
+        self._prepare, self._steps, self._filler = prepare, iter(steps), filler
+        self._inputs: deque[tuple] = deque()
         self._thread = ThreadPoolExecutor(1, "dali-feed")
-        self._ahead = self._submit()
+        self._pending = self._submit()
 
     def __call__(self) -> tuple:
-        while not self._chunks and self._ahead is not None:
+        while not self._inputs and self._pending is not None:
             self._advance()
-        return self._chunks.popleft().inputs if self._chunks else self._nothing
+        return self._inputs.popleft() if self._inputs else self._filler
 
     def next_job(self) -> _Job:
         """The next step.
@@ -333,20 +323,20 @@ class _Feed:
         return job
 
     def close(self) -> None:
-        """No more inputs are wanted."""
+        """Prepare no more steps."""
         self._thread.shutdown(cancel_futures=True)
 
     def _advance(self) -> None:
-        assert self._ahead is not None
+        assert self._pending is not None
         try:
-            job = self._ahead.result()
+            job = self._pending.result()
         except InputError as error:
             self.begun.append(error)
-            self._ahead = None
+            self._pending = None
             return
-        self._ahead = self._submit()
+        self._pending = self._submit()
         self.begun.append(job)
-        self._chunks.extend(job.chunks)
+        self._inputs.extend(chunk.inputs for chunk in job.chunks)
 
     def _submit(self) -> Future[_Job] | None:
         step = next(self._steps, None)
@@ -354,32 +344,20 @@ class _Feed:
 
 
 class _Files:
-    """A source whose `load` gives what DALI takes: a JPEG's bytes, or the pixels of another file.
-
-    Both are uint8 arrays, [n] and [H, W, 3].
-    """
-
-    finished = False
+    """The files of a source as DALI takes them: a JPEG's bytes, uint8 [n], or pixels [H, W, 3]."""
 
     def __init__(self, source: Source, index: FileIndex) -> None:
         self.source, self.index = source, index
         self.paths, self.labels = source.paths, source.labels
 
-    @property
-    def num_samples(self) -> int:
-        return self.source.num_samples
-
     def load(self, sample: int) -> np.ndarray:
-        sizes, lengths = self.index.sizes, self.index.lengths
-        if sizes[sample, 0]:
+        if self.index.sizes[sample, 0]:
             encoded = self.source.read(sample)
-            size = tuple(sizes[sample].tolist())
-            # Replaced since it was checked? A crop of the old size would lead out of the new image,
-            # and a few bytes can promise more pixels than there is memory.
-            if len(encoded) != lengths[sample] or header_size(encoded) != size:
-                sizes[sample] = examine(encoded, self.paths[sample])
-                lengths[sample] = len(encoded)
-            if sizes[sample, 0]:
+            # A crop of the old size could leave a replaced image, and a few bytes can claim more
+            # pixels than there is memory.
+            if not self.index.is_unchanged(sample, encoded):
+                self.index.check(sample, encoded, self.paths[sample])
+            if self.index.sizes[sample, 0]:
                 return np.frombuffer(encoded, np.uint8)
         return np.asarray(self.source.load(sample))
 
@@ -392,15 +370,12 @@ class _Files:
         return np.array(sizes, np.int64).reshape(-1, 2)
 
     def first_changed(self, samples: Iterable[int]) -> str | None:
-        """Path of the first whose verdict no longer holds."""
+        """Path of the first file that DALI was given but may no longer decode."""
         for sample in samples:
             size = tuple(self.index.sizes[sample].tolist())
-            if size != (0, 0) and examine(self.source.read(sample), self.paths[sample]) != size:
-                return self.paths[sample]
+            if size == (0, 0):
+                continue
+            encoded, path = self.source.read(sample), self.paths[sample]
+            if header_size(encoded) != size or not decodes_like_pillow(encoded, path):
+                return path
         return None
-
-
-def _fill(mean: Sequence[float]) -> tuple[int, int, int]:
-    """Colour of pixels from outside the image, as in `loader.make_batch`."""
-    red, green, blue = (round(255 * value) for value in mean)
-    return red, green, blue

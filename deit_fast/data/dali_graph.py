@@ -1,16 +1,16 @@
-"""What DALI runs: decode each file once, cut its views, resize, augment; all choices come from us.
+"""The graph that DALI runs: decode each file once, cut its views, resize, augment.
 
-A sample of the graph's batch is a view. The files of a batch, fewer than its views, take the first
-places of the input; the others are 1 x 1 images. `permute_batch` then hands each view its file, so
-repeats and partners share a decode. What is no plain JPEG comes decoded, beside the encoded ones.
+A sample of the graph's batch is a view. The files of a batch, fewer than its views, are the first
+samples of the input, and 1 x 1 images fill the rest. `permute_batch` then gives each view its file,
+so repeats and partners share a decode. Files other than plain JPEGs arrive decoded, in a second
+input. All random choices are inputs too.
 
-The pixels are DALI's own: its resize, a linear instead of a cubic warp, its equalize. They come
-near Pillow's, and a cache made with them serves only this loader.
+The pixels are DALI's own: its resize, a linear instead of a cubic warp, its equalize. They are
+close to Pillow's, and a cache made with them serves only this loader.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from collections.abc import Callable
@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from deit_fast.data.augment import operation_at
 from deit_fast.views.plan import OPERATIONS
 from deit_fast.views.rng import LEVEL_ONE
 
 GRAPH_VERSION = 1  # raise it with any change of the pixels
 
-_ID = {name: place for place, name in enumerate(OPERATIONS)}
-_GEOMETRIC = [_ID[n] for n in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")]
-_ENHANCERS = [_ID[n] for n in ("color", "contrast", "brightness", "sharpness")]
+_AFFINE, _COLOR = OPERATIONS.index("rotate"), OPERATIONS.index("color")  # branches of `_augment`
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's filter SMOOTH
 _CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
@@ -63,16 +62,15 @@ def view_graph(
     layers: int,
     fill: tuple[int, int, int],
 ):
-    """A pipeline whose output is a batch of views, uint8 [size, size, 3], neither flipped nor
-    mixed.
+    """A pipeline whose output is a batch of views, uint8 [size, size, 3], not flipped or mixed.
 
-    Its input is `file_inputs` and `view_inputs`, one behind the other.
+    Its input is `file_inputs` followed by `view_inputs`.
     """
     from nvidia.dali import fn, pipeline_def, types
 
     # encoded, raw, is_encoded; file, start, shape; operation, matrix and value of each layer
-    whole, real = types.INT32, types.FLOAT
-    dtype = [types.UINT8, types.UINT8, whole, whole, whole, whole, *[whole, real, real] * layers]
+    integer, real = types.INT32, types.FLOAT
+    dtype = [types.UINT8, types.UINT8, *[integer] * 4, *[integer, real, real] * layers]
     ndim = [1, 3, 0, 0, 1, 1, *[0, 2, 0] * layers]
     layout = ["", "HWC", *[""] * (len(ndim) - 2)]
 
@@ -84,7 +82,7 @@ def view_graph(
         image = _decode(*inputs[:3], device_id, hw_decoder_load)
         file, start, shape = inputs[3:6]
         image = fn.permute_batch(image, indices=file)
-        # Slice first: a resize with a region of interest looks at pixels outside of it.
+        # Slice first: a resize with a region of interest reads pixels outside of it.
         image = fn.slice(image, start, shape, axes=[0, 1])
         image = fn.resize(image, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
         for layer in range(layers):
@@ -100,15 +98,15 @@ def _build(graph: Any, batch: int, threads: int, device_id: int | None, depth: i
         batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
     )
     pipeline.build()
-    _alive.add(pipeline)
+    _pipelines.add(pipeline)
     return pipeline
 
 
-# A forked process, a worker of evaluation for instance, has a pipeline's memory but not its
-# threads: to free it there would wait for them for ever. So it is kept until the process ends.
-_alive: weakref.WeakSet[Any] = weakref.WeakSet()
-_kept: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _kept.extend(_alive))
+# A forked process, such as a worker of evaluation, has a pipeline's memory but not its threads.
+# Freeing the pipeline there would wait for them for ever, so it is kept until the process ends.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept_after_fork: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _kept_after_fork.extend(_pipelines))
 
 
 def _decode(encoded, raw, is_encoded, device_id, hw_decoder_load):
@@ -130,7 +128,7 @@ def _decode(encoded, raw, is_encoded, device_id, hw_decoder_load):
 
 
 def _augment(image, operation, matrix, value, fill, on_gpu):
-    """One operation; `value` and `matrix` are what `operation_inputs` makes of its level."""
+    """One operation by its index in `OPERATIONS`; `value` and `matrix`: see `operation_inputs`."""
     from nvidia.dali import fn, math, types
 
     device = "gpu" if on_gpu else "cpu"
@@ -183,25 +181,25 @@ def _augment(image, operation, matrix, value, fill, on_gpu):
 # ---------------------------------------------------------------------------------------------
 
 
-def file_inputs(files: list[Any], places: int) -> tuple:
-    """Files at the first of so many places: uint8 [n] of a JPEG, or uint8 [H, W, 3]."""
+def file_inputs(files: list[np.ndarray], count: int) -> tuple:
+    """Files as the first of `count` samples: uint8 [n] of a JPEG, or pixels uint8 [H, W, 3]."""
     nothing, pixel = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
-    rest = places - len(files)
+    rest = count - len(files)
     encoded = [file if file.ndim == 1 else nothing for file in files] + [nothing] * rest
     raw = [file if file.ndim == 3 else pixel for file in files] + [pixel] * rest
     is_encoded = np.array([file.ndim == 1 for file in files] + [False] * rest, np.int32)
     return encoded, raw, is_encoded
 
 
-def view_inputs(rows: np.ndarray, boxes: np.ndarray, file: np.ndarray, size: int) -> tuple:
+def view_inputs(rows: np.ndarray, boxes: np.ndarray, file_of: np.ndarray, size: int) -> tuple:
     """
     Args:
-        rows: PLAN_DTYPE [n].
+        rows: `plan_dtype` [n].
         boxes: int32 [n, 4], left, top, width, height of the crop in its file.
-        file: int [n], place of the file of each view.
+        file_of: integers [n], index of each view's file.
         size: side of the view, pixels.
     """
-    inputs = [file.astype(np.int32), boxes[:, [1, 0]], boxes[:, [3, 2]]]
+    inputs = [file_of.astype(np.int32), boxes[:, [1, 0]], boxes[:, [3, 2]]]
     for layer in range(rows["operations"].shape[1]):
         inputs += operation_inputs(
             rows["operations"][:, layer], rows["levels"][:, layer], rows["flip"], size
@@ -214,47 +212,25 @@ def operation_inputs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Branch int32 [n], matrix float32 [n, 2, 3] and value float32 [n] of the planned operations.
 
-    Arguments grow with the level as in `augment.apply_operation`. A view that will be flipped is
-    moved in the mirror, which the other operations do not notice.
+    A view that will be flipped is warped as its mirror image; the other operations commute with a
+    mirror.
     """
-    share = np.abs(levels.astype(np.float64)) / LEVEL_ONE / 10
-    sign = np.where(levels < 0, -1.0, 1.0)
-    value = np.zeros(len(levels))
-    enhanced = np.isin(operations, _ENHANCERS)
-    value[enhanced] = np.maximum(0.1, 1 + sign * share * 0.9)[enhanced]
-    is_blur = operations == _ID["gaussian_blur"]
-    value[is_blur] = 10 * share[is_blur]
-    for name, values in {
-        "posterize": (0xFF << (4 + (share * 4).astype(int))) & 0xFF,
-        "solarize": 256 - np.minimum(256, (share * 256).astype(int)),
-        "solarize_add": np.minimum(128, (share * 110).astype(int)),
-    }.items():
-        value = np.where(operations == _ID[name], values, value)
-    matrices = np.tile(np.eye(2, 3), (len(levels), 1, 1))
-    is_geometric = np.isin(operations, _GEOMETRIC)
-    for row in np.flatnonzero(is_geometric).tolist():
-        name = OPERATIONS[operations[row]]
-        matrix = _matrix(name, float(sign[row] * share[row]), size)
-        if flips[row]:
-            mirror = np.array([[-1.0, 0, size], [0, 1, 0], [0, 0, 1]])
-            matrix = mirror @ matrix @ mirror
-        matrices[row] = matrix[:2]
-    branch = np.where(is_geometric, _ID["rotate"], operations)
-    branch = np.where(operations == _ID["grayscale"], _ID["color"], branch)  # of factor 0
-    return branch.astype(np.int32), matrices.astype(np.float32), value.astype(np.float32)
-
-
-def _matrix(name: str, strength: float, size: int) -> np.ndarray:
-    """From an output point to its input point, pixels, [3, 3]; strength in [-1, 1]."""
-    matrix = np.eye(3)
-    if name == "rotate":
-        angle = -math.radians(30 * strength)
-        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-        centre = np.full(2, size / 2)
-        matrix[:2, :2], matrix[:2, 2] = turn, centre - turn @ centre
-    else:
-        kind, axis = name.split("_")
-        row = "xy".index(axis)
-        column, amount = (1 - row, 0.3) if kind == "shear" else (2, 0.45 * size)
-        matrix[row, column] = strength * amount
-    return matrix
+    branches = operations.astype(np.int32)
+    matrices = np.tile(np.eye(2, 3, dtype=np.float32), (len(levels), 1, 1))
+    values = np.zeros(len(levels), np.float32)
+    for row in np.flatnonzero(operations).tolist():
+        kind, argument, matrix = operation_at(
+            OPERATIONS[operations[row]], int(levels[row]) / LEVEL_ONE, size
+        )
+        values[row] = argument
+        if kind == "affine":
+            branches[row] = _AFFINE
+            a, b, c, d, e, f = matrix
+            if flips[row]:
+                b, c, d, f = -b, size - a * size - c, -d, f + d * size
+            matrices[row] = (a, b, c), (d, e, f)
+        elif kind == "posterize":
+            values[row] = 0xFF << int(argument) & 0xFF
+        elif kind == "grayscale":
+            branches[row] = _COLOR  # by the factor 0
+    return branches, matrices, values

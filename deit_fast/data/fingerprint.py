@@ -55,13 +55,12 @@ def pixel_contract(data: DataConfig) -> dict[str, Any]:
     pillow = _pillow_contract()  # with DALI too, Pillow decodes all files but plain JPEGs
     if data.loader == "pillow":
         return pillow
-    from deit_fast.data.dali import dali_contract, require_dali
+    from deit_fast.data.dali import dali_contract
 
-    require_dali()
+    dali = dali_contract(data)
     if data.loader == "dali-triton" and data.dali_decoder == "cpu":
-        return pillow  # only files on which both decoders agree are given to DALI
-    augmenter = "dali" if data.loader == "dali" else "kernel"
-    return dali_contract(augmenter, data.dali_decoder, data.dali_hw_decoder_load)
+        return pillow  # DALI is given only files on which both decoders agree
+    return dali
 
 
 def _pillow_contract() -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""Which files DALI may decode: those of which its decoder makes the very pixels that Pillow makes.
+"""Which files DALI may decode: those whose pixels come out exactly as Pillow decodes them.
 
-One broken file ends a DALI pipeline for good, so each file is decoded once by both before the first
-pipeline is built. Plain JPEGs pass. All others (PNG, CMYK, 16 bits, animations, broken files, and
-what the two disagree about) are left to Pillow, which can also say what is wrong with them.
+One broken file ends a DALI pipeline for good, so both decoders decode each file once before the
+first pipeline is built. Plain JPEGs pass. All others (PNG, CMYK, 16 bits, animations, broken files,
+and files on which the two disagree) are left to Pillow, which can also say what is wrong with them.
 
-The verdicts are kept by path, size and modification time in the user's cache folder, never beside
+The results are stored by path, size and modification time in the user's cache folder, never beside
 the images: `$XDG_CACHE_HOME/deit-fast/files/`, by default below `~/.cache`.
 """
 
@@ -19,39 +19,23 @@ import os
 import struct
 import threading
 import time
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
 
 from deit_fast.data.sources import Source, UnreadableImage, decode
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import cache_folder, write_atomically
+from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
 
 log = logging.getLogger("deit_fast")
 
 _FORMAT = 1
 _PART = 64  # files per task of a thread
-_JPEG = b"\xff\xd8\xff"
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True)
-class FileIndex:
-    """What is known of each file of a data set.
-
-    Attributes:
-        sizes: int32 [n, 2], width and height of the files that DALI decodes; 0 for the others.
-        lengths: int64 [n], bytes of those files; another length means that the file was replaced.
-    """
-
-    sizes: np.ndarray
-    lengths: np.ndarray
 
 
 def require_dali() -> None:
@@ -71,71 +55,71 @@ def require_dali() -> None:
         raise InputError(f"NVIDIA DALI does not load: {error}") from None
 
 
-def index_files(source: Source, threads: int, folder: Path | None = None) -> FileIndex:
-    """Check the files that no earlier call has checked.
+@dataclass(frozen=True)
+class FileIndex:
+    """What is known of each file of a data set.
 
-    The first takes about two decodes a file; under torchrun one process of a machine does it and
-    the others wait. Files that cannot be read at all are checked again the next time.
-
-    Args:
-        threads: files at once.
-        folder: where verdicts are kept; none: the user's cache folder.
+    Attributes:
+        sizes: int32 [n, 2], width and height of the files that DALI may decode; 0 for the others.
+        lengths: int64 [n], bytes of every file when it was checked.
     """
-    folder = cache_folder() / "files" if folder is None else folder
-    stamps = _stamps(source)
-    path = folder / f"{_name(source)}.npz"
-    with _lock(path):
-        sizes, lengths, is_known = _look_up(path, stamps)
-        if not is_known.all():
-            try:
-                _check(source, np.flatnonzero(~is_known), threads, sizes, lengths, is_known)
-            finally:  # also what an interrupted check has found
-                _save(path, stamps[is_known], sizes[is_known], lengths[is_known])
-    others = int((sizes[:, 0] == 0).sum())
-    if others:
-        log.info("%d of %d files are no plain JPEGs: Pillow decodes them", others, len(sizes))
-    return FileIndex(sizes, lengths)
+
+    sizes: np.ndarray
+    lengths: np.ndarray
+
+    def check(self, sample: int, encoded: bytes, path: str) -> None:
+        """Decode a file by both decoders and store the result."""
+        passes = decodes_like_pillow(encoded, path)
+        self.sizes[sample] = header_size(encoded) if passes else 0
+        self.lengths[sample] = len(encoded)
+
+    def is_unchanged(self, sample: int, encoded: bytes) -> bool:
+        """Whether length and header are those of the file that was checked."""
+        size = tuple(self.sizes[sample].tolist())
+        return len(encoded) == self.lengths[sample] and header_size(encoded) == size
 
 
-def examine(encoded: bytes, path: str) -> tuple[int, int]:
-    """Width and height, where DALI's decoder gives Pillow's pixels; else (0, 0)."""
-    if not encoded.startswith(_JPEG):
-        return 0, 0
+def decodes_like_pillow(encoded: bytes, path: str) -> bool:
+    """Whether DALI's decoder on the CPU gives Pillow's pixels."""
+    if not encoded.startswith(b"\xff\xd8\xff"):
+        return False
     try:
         image = decode(encoded, path)
     except UnreadableImage:
-        return 0, 0
+        return False
     with PIL.Image.open(io.BytesIO(encoded)) as header:
         if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-            return 0, 0
-    found = _decoder()(encoded)
-    return image.size if found is not None and np.array_equal(found, np.asarray(image)) else (0, 0)
+            return False
+    if header_size(encoded) != image.size:
+        return False
+    pixels = _thread_decoder()(encoded)
+    return pixels is not None and np.array_equal(pixels, np.asarray(image))
 
 
 def header_size(encoded: bytes) -> tuple[int, int]:
-    """Width and height that a JPEG's header promises, without decoding it; (0, 0) where none does.
+    """Width and height in a JPEG's header, without decoding; (0, 0) if there is none.
 
-    Two microseconds: a file can be asked at every reading whether it is still the one examined.
+    Takes two microseconds, so every read can check whether the file is still the same.
     """
-    at = 2
-    while at + 9 <= len(encoded) and encoded[at] == 0xFF:
-        marker = encoded[at + 1]
+    offset = 2
+    while offset + 9 <= len(encoded) and encoded[offset] == 0xFF:
+        marker = encoded[offset + 1]
         if marker == 0xFF:  # fill byte
-            at += 1
+            offset += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = struct.unpack_from(">HH", encoded, at + 5)
+            height, width = struct.unpack_from(">HH", encoded, offset + 5)
             return width, height
         else:
-            at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+            offset += 2 + int.from_bytes(encoded[offset + 2 : offset + 4], "big")
     return 0, 0
 
 
-_local = threading.local()
+_thread = threading.local()
 
 
-def _decoder() -> Any:
+def _thread_decoder() -> Callable[[bytes], np.ndarray | None]:
     """This thread's decoder: bytes to uint8 [H, W, 3], or None."""
-    if not hasattr(_local, "decode"):
+    if not hasattr(_thread, "decode"):
         from nvidia import nvimgcodec
 
         decoder = nvimgcodec.Decoder(
@@ -143,75 +127,94 @@ def _decoder() -> Any:
             max_num_cpu_threads=1,
             backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
         )
-        as_it_is = nvimgcodec.DecodeParams(
+        parameters = nvimgcodec.DecodeParams(
             apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.I_RGB
         )
 
         def decode_one(encoded: bytes) -> np.ndarray | None:
-            image = decoder.decode(encoded, params=as_it_is)
+            image = decoder.decode(encoded, params=parameters)
             return None if image is None else np.asarray(image.cpu())
 
-        _local.decode = decode_one
-    return _local.decode
+        _thread.decode = decode_one
+    return _thread.decode
 
 
-def _check(
-    source: Source,
-    wanted: np.ndarray,
-    threads: int,
-    sizes: np.ndarray,
-    lengths: np.ndarray,
-    is_known: np.ndarray,
-) -> None:
-    """Fill in the rows of the wanted files."""
+def index_files(source: Source, threads: int, folder: Path | None = None) -> FileIndex:
+    """Check the files that no earlier call has checked.
+
+    The first call costs about two decodes a file; under torchrun one process of a machine does it
+    and the others wait. Unreadable files are checked again by every call.
+
+    Args:
+        threads: files at once.
+        folder: where results are stored; none: the user's cache folder.
+    """
+    stamps = _stamps(source)
+    path = (folder or cache_folder() / "files") / f"{_name(source)}.npz"
+    with _lock(path):
+        index, is_known = _look_up(path, stamps)
+        if not is_known.all():
+            try:
+                _check_files(source, index, is_known, threads)
+            finally:  # also after an interruption
+                _save(path, stamps[is_known], index.sizes[is_known], index.lengths[is_known])
+    others = int((index.sizes[:, 0] == 0).sum())
+    if others:
+        log.info("%d of %d files are not plain JPEGs: Pillow decodes them", others, len(stamps))
+    return index
+
+
+def _check_files(source: Source, index: FileIndex, is_known: np.ndarray, threads: int) -> None:
+    """Fill in the unknown files of the index."""
 
     def check(part: np.ndarray) -> int:
-        for index in part.tolist():
+        for sample in part.tolist():
             try:
-                encoded = source.read(index)
+                encoded = source.read(sample)
             except UnreadableImage:
                 continue
-            lengths[index], sizes[index] = len(encoded), examine(encoded, source.paths[index])
-            is_known[index] = True
+            index.check(sample, encoded, source.paths[sample])
+            is_known[sample] = True
         return len(part)
 
-    started = told = time.monotonic()
+    unknown = np.flatnonzero(~is_known)
+    if len(unknown) > _PART:
+        log.info("checking %d files for DALI, once for this data set", len(unknown))
+    parts = [unknown[first : first + _PART] for first in range(0, len(unknown), _PART)]
+    started = last_line = time.monotonic()
     done = 0
-    if len(wanted) > _PART:
-        log.info("checking %d files for DALI, once for this data set", len(wanted))
-    parts = [wanted[first : first + _PART] for first in range(0, len(wanted), _PART)]
     pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="check-files")
     try:
         for count in pool.map(check, parts):
             done += count
             now = time.monotonic()
-            if now - told > _SECONDS_BETWEEN_LINES:
-                told, rate = now, done / (now - started)
+            if now - last_line > _SECONDS_BETWEEN_LINES:
+                last_line, rate = now, done / (now - started)
                 log.info(
                     "checked %d of %d files, %.0f files/s, %.0f s left",
-                    done, len(wanted), rate, (len(wanted) - done) / rate,
+                    done, len(unknown), rate, (len(unknown) - done) / rate,
                 )  # fmt: skip
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------
-# Verdicts on disk
+# Results on disk
 # ---------------------------------------------------------------------------------------------
 
 
 def _stamps(source: Source) -> np.ndarray:
     """uint64 [n], a digest of path, size and modification time of each file.
 
-    A member of an archive has no time of its own: the data set's fingerprint stands in for it.
+    A member of an archive has no time, so the fingerprint of the data set takes its place.
     """
     stamps = np.empty(source.num_samples, np.uint64)
     whole: bytes | None = None
     for index in range(source.num_samples):
         path = source.paths[index]
         try:
-            facts = os.stat(path)
-            text = b"%d %d" % (facts.st_size, facts.st_mtime_ns)
+            status = os.stat(path)
+            text = b"%d %d" % (status.st_size, status.st_mtime_ns)
         except OSError:
             whole = whole or repr(sorted(source.fingerprint().items())).encode()
             text = whole
@@ -225,64 +228,57 @@ def _name(source: Source) -> str:
     return hashlib.blake2b(os.fsencode(os.path.commonpath(ends)), digest_size=16).hexdigest()
 
 
-def _made_by() -> str:
-    from nvidia import nvimgcodec
-
-    return f"{_FORMAT} pillow {PIL.__version__} nvimgcodec {nvimgcodec.__version__}"
-
-
-def _look_up(path: Path, stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sizes, lengths, and whether there is a verdict."""
+def _look_up(path: Path, stamps: np.ndarray) -> tuple[FileIndex, np.ndarray]:
+    """The stored results, and for which files there are any, bool [n]."""
     count = len(stamps)
-    sizes, lengths = np.zeros((count, 2), np.int32), np.zeros(count, np.int64)
+    index = FileIndex(np.zeros((count, 2), np.int32), np.zeros(count, np.int64))
     stored = _load(path)
     if stored is None:
-        return sizes, lengths, np.zeros(count, bool)
+        return index, np.zeros(count, bool)
     order = np.argsort(stored["stamps"])
-    places = np.searchsorted(stored["stamps"], stamps, sorter=order)
-    places = order[np.minimum(places, len(order) - 1)]
-    is_known = stored["stamps"][places] == stamps
-    sizes[is_known] = stored["sizes"][places[is_known]]
-    lengths[is_known] = stored["lengths"][places[is_known]]
-    return sizes, lengths, is_known
+    rows = np.searchsorted(stored["stamps"], stamps, sorter=order)
+    rows = order[np.minimum(rows, len(order) - 1)]
+    is_known = stored["stamps"][rows] == stamps
+    index.sizes[is_known] = stored["sizes"][rows[is_known]]
+    index.lengths[is_known] = stored["lengths"][rows[is_known]]
+    return index, is_known
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The stored verdicts, or None where they are absent, damaged or of other decoders."""
+    """The stored results; None if they are missing, damaged or of other decoders."""
+    dtypes = {"stamps": np.uint64, "sizes": np.int32, "lengths": np.int64, "sha256": np.uint8}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: file[name] for name in ("stamps", "sizes", "lengths", "sha256")}
-        content = (stored["stamps"], stored["sizes"], stored["lengths"])
-        count = len(stored["stamps"])
-        right = (
-            count > 0
-            and [array.dtype for array in content] == [np.uint64, np.int32, np.int64]
-            and [array.shape for array in content] == [(count,), (count, 2), (count,)]
-            and stored["sha256"].tobytes() == _digest(*content)
-        )
+        stored = read_arrays(path, dtypes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        right = False
-    if not right:
-        log.warning("%s is damaged or of other decoders: checking the files again", path)
-        return None
-    return stored
+    except ValueError:
+        stored = None
+    if stored is not None:
+        content = [stored[name] for name in ("stamps", "sizes", "lengths")]
+        count = len(content[0])
+        shapes = [array.shape for array in content]
+        fits = count > 0 and shapes == [(count,), (count, 2), (count,)]
+        if fits and stored["sha256"].tobytes() == _sha256(*content):
+            return stored
+    log.warning("%s is damaged or of other decoders: checking the files again", path)
+    return None
 
 
 def _save(path: Path, stamps: np.ndarray, sizes: np.ndarray, lengths: np.ndarray) -> None:
-    digest = np.frombuffer(_digest(stamps, sizes, lengths), np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, stamps=stamps, sizes=sizes, lengths=lengths, sha256=digest)
+    digest = np.frombuffer(_sha256(stamps, sizes, lengths), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_arrays(path, {"stamps": stamps, "sizes": sizes, "lengths": lengths, "sha256": digest})
     except OSError as error:
         log.warning("%s: %s: the files will be checked again next time", path, error.strerror)
 
 
-def _digest(*arrays: np.ndarray) -> bytes:
-    digest = hashlib.sha256(_made_by().encode())
+def _sha256(*arrays: np.ndarray) -> bytes:
+    """Of the arrays and the versions of both decoders."""
+    from nvidia import nvimgcodec
+
+    made_by = f"{_FORMAT} pillow {PIL.__version__} nvimgcodec {nvimgcodec.__version__}"
+    digest = hashlib.sha256(made_by.encode())
     for array in arrays:
         digest.update(array.tobytes())
     return digest.digest()
@@ -290,7 +286,7 @@ def _digest(*arrays: np.ndarray) -> bytes:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; where the folder cannot be written, each works for itself."""
+    """One process at a time; without a writable folder each process does the work itself."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

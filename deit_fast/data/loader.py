@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deit_fast.data.augment import render_views
 from deit_fast.data.batch import ViewBatch
-from deit_fast.data.draw import draw_views
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
@@ -139,7 +139,7 @@ def make_batch(
         if source.finished:
             images[rows] = [pixels[item] for item in which.tolist()]
         else:
-            draw_views(pixels, which, part, boxes, plan.view, images[rows])
+            render_views(pixels, which, part, boxes, plan.view, images[rows])
 
     return assemble(halves, torch.from_numpy(images), labels, substituted, size)
 

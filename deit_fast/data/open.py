@@ -69,25 +69,16 @@ def open_loader(
         InputError: as `ViewLoader` or `DaliLoader`.
     """
     device = torch.device(device)
-    arguments: dict[str, Any] = {
-        "workers": data.workers,
-        "on_error": data.on_error,
-        "start": start,
-        "stop": stop,
-        "pin_memory": device.type == "cuda",
-    }
-    if data.loader == "pillow":
-        return DeviceLoader(ViewLoader(source, plan, batches, **arguments), device, attach)
-    from deit_fast.data.dali import DaliLoader
+    if data.loader != "pillow":
+        from deit_fast.data.dali import DaliLoader
 
-    augmenter = "dali" if data.loader == "dali" else "kernel"
-    arguments |= {
-        "augmenter": augmenter,
-        "decoder": data.dali_decoder,
-        "hw_decoder_load": data.dali_hw_decoder_load,
-        "device": device,
-    }
-    return DeviceLoader(DaliLoader(source, plan, batches, **arguments), device, attach)
+        dali = DaliLoader(source, plan, batches, data, device, start=start, stop=stop)
+        return DeviceLoader(dali, device, attach)
+    loader = ViewLoader(
+        source, plan, batches, workers=data.workers, on_error=data.on_error,
+        start=start, stop=stop, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    return DeviceLoader(loader, device, attach)
 
 
 class DeviceLoader:

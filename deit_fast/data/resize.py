@@ -1,4 +1,4 @@
-"""Crop and resize of decoded pixels: Pillow's bicubic to the byte, in a quarter of its time."""
+"""Crop and resize of decoded pixels: the bytes of Pillow's bicubic in a quarter of its time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def crop_and_resize(
     height: int,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Crop, then resize the crop; no pixel outside the crop counts.
+    """Crop, then resize the crop; pixels outside the crop have no influence.
 
     Equal to `image.crop(...).resize((width, height), BICUBIC)` of Pillow 11 to 12.3, with its
-    antialias, byte for byte. Holds no GIL while it works.
+    antialias, byte for byte. Releases the GIL.
 
     Args:
-        pixels: uint8 [H, W, 3]; rows may be apart, the values of a row may not. A memory map will
-            do: only the crop is read.
+        pixels: uint8 [H, W, 3], contiguous within each row. Only the crop is read, which suits a
+            memory map.
         box: left, top, width and height of the crop, in pixels, within the image.
         width, height: of the result, in pixels.
-        out: where the result goes, contiguous; none: a new array.
+        out: contiguous, written to; none: a new array.
 
     Returns:
         uint8 [height, width, 3].
@@ -48,13 +48,13 @@ def crop_and_resize(
         raise ValueError(f"box {tuple(box)} leaves the image of {columns} x {rows} pixels")
     if out is None:
         out = np.empty((height, width, 3), np.uint8)
-    wanted = (height, width, 3)
-    if min(wanted) < 1 or out.shape != wanted or out.dtype != np.uint8:
-        raise ValueError(f"out must be uint8 {wanted}, not {out.dtype} {out.shape}")
+    shape = (height, width, 3)
+    if min(shape) < 1 or out.shape != shape or out.dtype != np.uint8:
+        raise ValueError(f"out must be uint8 {shape}, not {out.dtype} {out.shape}")
     if not out.flags.c_contiguous:
         raise ValueError(f"out must be contiguous, not {out.strides}")
     if box_height > 100 * box_width and height < box_height and width != box_width:
-        # Of such a strip Pillow resizes the height first, and rounds in between.
+        # Pillow resizes the height of such a strip first, and rounds in between.
         strip = crop_and_resize(pixels, box, box_width, height)
         return crop_and_resize(strip, (0, 0, box_width, height), width, height, out)
     _C.crop_resize(
@@ -65,7 +65,7 @@ def crop_and_resize(
 
 
 def resize_shorter_side(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The whole image with its shorter side resized, as torchvision's `Resize` on a PIL image.
+    """The whole image with its shorter side resized, as torchvision's `Resize` of a PIL image.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -74,3 +74,35 @@ def resize_shorter_side(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     across, down = (int(n) for n in shorter_side_to(side, np.array(width), np.array(height)))
     return crop_and_resize(pixels, (0, 0, width, height), across, down)
+
+
+def resize_and_crop(
+    pixels: np.ndarray, box: Sequence[int], width: int, height: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Resize the whole image, its shorter side to `width`, then crop, reflecting at the edges.
+
+    Equal to torchvision's `Resize`, then `crop` of `pad(..., padding_mode="reflect")`.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        box: left, top, width, height in the resized image; may leave it by less than its sides.
+        width, height: sides of the box.
+        out: written to; none: a new array.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    left, top, across, down = box
+    resized = resize_shorter_side(pixels, width)
+    x = _reflected(np.arange(left, left + across), resized.shape[1])
+    y = _reflected(np.arange(top, top + down), resized.shape[0])
+    view = resized[y[:, None], x]
+    if out is None:
+        return view
+    out[:] = view
+    return out
+
+
+def _reflected(positions: np.ndarray, side: int) -> np.ndarray:
+    positions = np.abs(positions)
+    return np.where(positions < side, positions, 2 * (side - 1) - positions)
