@@ -1,4 +1,4 @@
-"""Augmentations: pixels of timm, torchvision and DeiT-III for the same parameters, and the laws."""
+"""Augmentations: the pixels of timm, torchvision and DeiT-III; distributions of the plan."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_zero_bits_are_black_on_every_pillow(images):
     assert not np.asarray(apply_operation(images[0], "posterize", 10.0, FILL)).any()
 
 
-def test_law_of_the_draws():
-    """25 % untouched, each operation 1/15, P(level 10) 2.28 %, half of the signs (timm's law)."""
+def test_distribution_of_randaugment():
+    """As timm's: 25 % unchanged, each operation 1/15, P(level 10) 2.28 %, half of the signs."""
     count = 100_000
     rows = ViewPlan(ViewRecipe(), 5, count).rows(np.arange(count), np.zeros(count, int))
     operations, levels = rows["operations"], rows["levels"].astype(int)
@@ -118,14 +118,14 @@ def test_law_of_the_draws():
     assert abs((drawn < 0).mean() - 0.5) < 0.01
     assert abs((abs(drawn) == 10 * LEVEL_ONE).mean() - NormalDist().cdf(-2)) < 0.002
     assert abs(abs(drawn).mean() / LEVEL_ONE - 8.996) < 0.01
-    # The two layers know nothing of each other, nor of the flip.
+    # The two layers are independent of each other and of the flip.
     both = (operations > 0).all(axis=1)
     assert near(both.mean(), 0.25)
     assert near(((operations[:, 0] > 0) & (rows["flip"] == 1)).mean(), 0.25)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(9.0, 0.5), (5.0, 2.0), (0.3, 4.0), (10.0, 0.1)])
-def test_level_table_is_the_normal_law(mean, std):
+def test_level_table_is_the_normal_distribution(mean, std):
     edges = (np.arange(10 * LEVEL_ONE) + 0.5) / LEVEL_ONE
     expected = [*map(NormalDist(mean, std).cdf, edges.tolist())]
     np.testing.assert_allclose(level_table(mean, std) / 2**32, expected, atol=3e-10)
@@ -188,8 +188,8 @@ def drawn_jitter(row: np.void) -> tuple[list[int], list[float]]:
     names = [OPERATIONS[operation] for operation in row["operations"][-3:]]
     order = [("brightness", "contrast", "color").index(name) for name in names]
     factors = [0.0] * 3
-    for place, level in zip(order, row["levels"][-3:].tolist(), strict=True):
-        factors[place] = 1 + 0.09 * level / LEVEL_ONE
+    for index, level in zip(order, row["levels"][-3:].tolist(), strict=True):
+        factors[index] = 1 + 0.09 * level / LEVEL_ONE
     return order, factors
 
 
@@ -208,8 +208,8 @@ def test_a_planned_view_equals_deits_classes(images):
     rows = ViewPlan(THREE, 3, 60).rows(np.arange(60), 0)
     assert rows.dtype["operations"].shape == (4,)
     assert len({tuple(row["operations"].tolist()) for row in rows}) > 12 and rows["flip"].any()
-    for place, row in enumerate(rows):
-        image = images[place % 3]
+    for index, row in enumerate(rows):
+        image = images[index % 3]
         start = ImageOps.mirror(image) if row["flip"] else image
         name, radius = OPERATIONS[row["operations"][0]], float(row["levels"][0]) / LEVEL_ONE
         theirs = jittered(three_of_deit(start, name, radius), *drawn_jitter(row))
@@ -229,7 +229,7 @@ def test_these_commute_with_a_mirror(images, name):
             np.testing.assert_array_equal(np.asarray(before), np.asarray(after), f"{level}")
 
 
-def test_laws_of_three_augment_and_jitter():
+def test_distribution_of_three_augment_and_jitter():
     """A third each, radius U(.1, 2), six orders alike, factors U(.7, 1.3), all independent."""
     count = 100_000
     rows = ViewPlan(THREE, 5, count).rows(np.arange(count), 0)
@@ -310,7 +310,7 @@ def test_jitter_and_randaugment_are_refused_together():
 
 @pytest.mark.parametrize("shape", [(64, 48), (40, 55), (31, 31), (40, 97), (5, 31), (31, 200)])
 def test_simple_crop_equals_torchvisions(shape):
-    """Resize(31, bicubic), RandomCrop(31, padding=4, reflect), at the place the plan gives."""
+    """Resize(31, bicubic), RandomCrop(31, padding=4, reflect), at the position in the plan."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), np.uint8))
     plan = ViewPlan(ViewRecipe(image_size=31, crop="simple"), 2, 40)
@@ -330,10 +330,13 @@ def test_simple_crops_are_uniform():
     ids = np.arange(count)
     left, top, _, _ = plan.crop_boxes(ids, 0 * ids, np.full(count, 500), np.full(count, 375)).T
     assert set(top.tolist()) == set(range(-4, 5)) and (left.min(), left.max()) == (-4, 78)
-    for values, places in ((top, 9), (left, 83)):  # 224 * 500 // 375 = 298 wide: 298 + 8 - 224 + 1
+    for values, count_of in (
+        (top, 9),
+        (left, 83),
+    ):  # 224 * 500 // 375 = 298 wide: 298 + 8 - 224 + 1
         shares = np.unique(values, return_counts=True)[1] / count
-        assert len(shares) == places
-        assert np.abs(shares - 1 / places).max() < 5 * math.sqrt(1 / places / count)
+        assert len(shares) == count_of
+        assert np.abs(shares - 1 / count_of).max() < 5 * math.sqrt(1 / count_of / count)
     assert abs(np.corrcoef(left, top)[0, 1]) < 0.02
     with pytest.raises(InputError, match=r"view\.crop=simple reflects 4 pixels.*not 4"):
         ViewRecipe(crop="simple", image_size=4)

@@ -59,7 +59,7 @@ def test_the_order_is_timms(num_samples, processes, repeats):
             theirs = timms_lists(num_samples, repeats, epoch, processes)[rank]
             steps = batches.steps_per_epoch
             assert steps == len(theirs) // share  # drop_last, as DeiT's loader
-            entries = [batches[epoch * steps + place] for place in range(steps)]
+            entries = [batches[epoch * steps + step] for step in range(steps)]
             ours = np.concatenate([samples for samples, _, _ in entries])
             assert ours.tolist() == theirs[: steps * share]
             assert {samples.dtype.str for samples, _, _ in entries} == {"<i8"}
@@ -112,15 +112,15 @@ def test_batches_can_be_entered_anywhere():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_laws_of_the_batches():
-    """CutMix half of the time, its own draw for each step and rank, DeiT's laws of lambda."""
+def test_distribution_of_batch_mixing():
+    """CutMix half of the time, one draw for each step and rank, DeiT's distribution of lambda."""
     count = 100_000
     steps = np.arange(count)
     kinds, boxes, lams = draw_mix(ViewRecipe(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)
     others, _, _ = draw_mix(ViewRecipe(), SEED, steps, 0 * steps + 1, Purpose.BATCH_MIX)
     deviation = 5 * np.sqrt(0.25 / count)
     assert abs((kinds == CUTMIX).mean() - 0.5) < deviation and (kinds != NO_MIX).all()
-    assert abs((kinds == others).mean() - 0.5) < deviation  # ranks know nothing of each other
+    assert abs((kinds == others).mean() - 0.5) < deviation  # ranks are independent
     lam = lams[kinds == MIXUP] / LAM_ONE
     assert abs(lam.mean() - 0.5) < 0.01 and abs(lam.var() - 1 / 10.4) < 0.003
     areas = boxes[kinds == CUTMIX, 2] * boxes[kinds == CUTMIX, 3]
@@ -193,7 +193,7 @@ def test_pixels_and_targets_are_timms(source, mix):
 
 
 def test_views_before_mixing_are_those_of_the_plan(source):
-    """Crop, flip, augmentation and erasing of a view do not know of compat, rank or batch."""
+    """Crop, flip, augmentation and erasing of a view do not depend on compat, rank or batch."""
     alone = ViewRecipe(image_size=SIZE, repeats=3, erase_prob=0.5, mix_prob=0)
     plan = ViewPlan(alone, SEED, 21)
     whole = {}

@@ -1,4 +1,4 @@
-"""The DALI loader: its pixels, its verdicts on files, and what it decodes."""
+"""The DALI loader: its pixels, its index of files, and what it decodes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ FILL = (124, 116, 104)
 
 
 @pytest.fixture(autouse=True)
-def verdicts(tmp_path_factory, monkeypatch) -> Path:
-    """DALI's verdicts on files go to a folder of the test's own."""
-    base = tmp_path_factory.mktemp("verdicts")
+def index_folder(tmp_path_factory, monkeypatch) -> Path:
+    """A folder for the index of files, for each test."""
+    base = tmp_path_factory.mktemp("index")
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
     return base / "deit-fast" / "files"
 
@@ -83,7 +83,7 @@ def operated() -> dict[tuple[str, int, bool], np.ndarray]:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_comes_near_pillows(operated, name):
+def test_an_operation_is_close_to_pillows(operated, name):
     image = picture(1, 96, 96)
     found = {key: view for key, view in operated.items() if key[0] == name}
     assert len(found) == 4
@@ -95,8 +95,8 @@ def test_an_operation_comes_near_pillows(operated, name):
             assert np.abs(np.asarray(image).astype(int) - view).mean() > 1.5 * distance.mean()
 
 
-def test_views_come_near_pillows(tmp_path):
-    """Crops, files and levels arrive where they belong: any mix-up makes other pictures."""
+def test_views_are_close_to_pillows(tmp_path):
+    """Crops, files and levels reach the right view: any mix-up gives other pictures."""
     folder = tmp_path / "train" / "class0"
     folder.mkdir(parents=True)
     for number in range(12):
@@ -136,7 +136,7 @@ def test_unknown_recipes_are_refused(source):
 
 
 # ---------------------------------------------------------------------------------------------
-# What is decoded, and by whom
+# What each decoder decodes
 # ---------------------------------------------------------------------------------------------
 
 
@@ -156,7 +156,7 @@ def test_each_file_is_given_to_dali_once(source, monkeypatch):
     samples, views = np.repeat([0, partner], 3), np.tile(np.arange(3), 2)
     next(iter(loaded(source, [(samples, views)], recipe)))
     assert given[0] == (0, 1)  # what follows the last batch
-    assert given[1:] == [(2, 6)]  # six views, each other's halves, of two files
+    assert given[1:] == [(2, 6)]  # six views, partners of each other, from two files
 
 
 def test_only_plain_jpegs_pass(tmp_path):
@@ -195,7 +195,7 @@ class Reads:
         return sorted(self.read_now)
 
 
-def test_verdicts_are_kept_until_the_file_changes(source, verdicts):
+def test_files_are_checked_again_when_they_change(source, index_folder):
     reads = Reads(source)
     assert reads.check() == [*range(8)]
     sizes = reads.index.sizes.copy()
@@ -207,18 +207,18 @@ def test_verdicts_are_kept_until_the_file_changes(source, verdicts):
     assert reads.index.sizes[5].tolist() == [33, 22]
     assert (np.delete(reads.index.sizes, 5, 0) == np.delete(sizes, 5, 0)).all()
     Path(source.paths[6]).unlink()
-    assert reads.check() == [6] and reads.check() == [6]  # missing: no verdict to keep
+    assert reads.check() == [6] and reads.check() == [6]  # missing: checked every time
     picture(7, 33, 22).save(source.paths[6])
     assert reads.check() == [6] and reads.check() == []
-    assert not list(Path(source.folder).rglob("*.npz")) and list(verdicts.glob("*.npz"))
+    assert not list(Path(source.folder).rglob("*.npz")) and list(index_folder.glob("*.npz"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "pickle", "other"])
-def test_damaged_verdicts_are_made_again(source, verdicts, damage, caplog, monkeypatch):
+def test_a_damaged_index_is_made_again(source, index_folder, damage, caplog, monkeypatch):
     reads = Reads(source)
     assert reads.check() == [*range(8)]
     sizes = reads.index.sizes.copy()
-    (file,) = verdicts.glob("*.npz")
+    (file,) = index_folder.glob("*.npz")
     content = bytearray(file.read_bytes())
     if damage == "cut":
         file.write_bytes(content[:200])
@@ -237,9 +237,9 @@ def test_damaged_verdicts_are_made_again(source, verdicts, damage, caplog, monke
     assert reads.check() == []
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_error(source, verdicts, caplog):
-    verdicts.parent.mkdir(parents=True)
-    verdicts.write_text("a file where the folder should be")
+def test_a_cache_folder_that_cannot_be_written_is_no_error(source, index_folder, caplog):
+    index_folder.parent.mkdir(parents=True)
+    index_folder.write_text("a file where the folder should be")
     reads = Reads(source)
     assert reads.check() == [*range(8)] and (reads.index.sizes > 0).all()
     assert "checked again next time" in caplog.text
@@ -258,7 +258,7 @@ def test_two_processes_do_not_check_twice(source):
 
 
 def replace(path: str | Path, content: bytes) -> None:
-    """At once: a loader in mid-pass reads the old file or the new one, never one half written."""
+    """Atomically: a loader that is running reads the old file or the new one, never a part."""
     path = Path(path)
     path.with_suffix(".new").write_bytes(content)
     path.with_suffix(".new").replace(path)
@@ -276,7 +276,7 @@ def test_a_file_that_shrinks_while_the_loader_runs_is_substituted(source):
 
 
 def test_a_file_that_breaks_unnoticed_is_named(source):
-    """Of the same length and header as when it was checked: DALI meets it, its pipeline ends."""
+    """With the length and header of the checked file, so it reaches DALI and ends its pipeline."""
     batches = [(np.arange(8), np.full(8, view)) for view in range(8)]
     passed = iter(loaded(source, batches, on_error="substitute"))
     next(passed)
@@ -303,7 +303,7 @@ def peak() -> int:
 
 @pytest.mark.parametrize("loader", ["dali", "dali-triton"])
 def test_a_decompression_bomb_takes_no_memory(tmp_path, loader):
-    """In the data set from the start, and put in the place of another while the loader runs."""
+    """In the data set from the start, and replacing another file while the loader runs."""
     jpegs = {f"{n}.jpg": encode(picture(n, 40, 30), "JPEG") for n in range(6)}
     source = folder_of(tmp_path, jpegs | {"1.jpg": bomb(jpegs["1.jpg"])})
     source.labels = np.arange(6)  # tells who was taken
@@ -350,7 +350,7 @@ def test_a_header_says_the_size(options):
 
 @pytest.mark.timeout(60)
 def test_a_forked_process_does_not_wait_for_a_pipelines_threads(source):
-    """As an evaluation's worker, forked in mid-pass, that collects garbage."""
+    """Such as a worker of evaluation, forked while the loader runs, that collects garbage."""
     passed = iter(loaded(source, [(np.arange(8), np.full(8, view)) for view in range(8)]))
     next(passed)
     child = os.fork()
@@ -443,10 +443,10 @@ def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path, loader):
     reference: dict[tuple[int, int], torch.Tensor] = {}
     for batch in open_loader(data, source, plan, batches, device="cuda"):
         assert batch.images.is_cuda
-        places = batch.plan[:, 0].tolist()
-        views = zip(batch.sample_ids.tolist(), batch.view_ids.tolist(), places, strict=True)
-        for sample, view, place in views:
-            found = batch.images[place]
+        images = batch.plan[:, 0].tolist()
+        views = zip(batch.sample_ids.tolist(), batch.view_ids.tolist(), images, strict=True)
+        for sample, view, image in views:
+            found = batch.images[image]
             assert torch.equal(reference.setdefault((sample, view), found.clone()), found)
     exact = next(iter(loaded(source, batches[:1], recipe, loader="pillow", workers=0)))
     mine = torch.stack([reference[tuple(key)] for key in keys.tolist()]).cpu().int()

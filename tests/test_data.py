@@ -261,7 +261,7 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
         (np.array([7, 2, 2]), np.array([0, 0, 1])),
     ]
     first, second = ViewLoader(damaged, plan, batches, workers=workers, on_error="substitute")
-    # Pixels and label of the neighbour, at the place that the plan gives the sample itself.
+    # Pixels and label of the neighbour, cropped by the plan of the sample itself.
     for batch, taken in ((first, [4, 4, 0]), (second, [0, 4, 4])):
         assert batch.labels.tolist() == damaged.labels[taken].tolist()
         for row, index in enumerate(taken):
@@ -269,8 +269,8 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
             key = batch.sample_ids[row : row + 1], batch.view_ids[row : row + 1]
             box = plan.crop_boxes(*key, [image.width], [image.height])[0].tolist()
             pixels = batch.images[batch.plan[row, 0]].numpy()
-            wanted = crop_and_resize(np.asarray(image), box, SIZE, SIZE)
-            np.testing.assert_array_equal(pixels, wanted)
+            expected = crop_and_resize(np.asarray(image), box, SIZE, SIZE)
+            np.testing.assert_array_equal(pixels, expected)
     assert first.sample_ids.tolist() == [3, 2, 0]
     assert first.substituted == [damaged.paths[2], damaged.paths[3]]
     assert second.substituted == [damaged.paths[2], damaged.paths[7]]  # once, though two views
@@ -406,7 +406,7 @@ class Counting:
         return self.source.load(index)
 
 
-def test_each_file_is_decoded_once_and_each_half_cut_once(source):
+def test_each_file_is_decoded_once_and_each_view_cut_once(source):
     counting = Counting(source)
     plan = ViewPlan(RECIPE, SEED, source.num_samples)
     samples, views = EpochOrder(SEED, source.num_samples, 2, 2).epoch(0)
@@ -414,7 +414,7 @@ def test_each_file_is_decoded_once_and_each_half_cut_once(source):
     assert sorted(counting.loads) == sorted(set(samples[:8].tolist())) and len(counting.loads) == 4
     assert batch.images.shape == (8, SIZE, SIZE, 3)
     split = make_batch(counting, plan, samples[:8:2], views[:8:2], on_error="fail")
-    assert split.images.shape == (8, SIZE, SIZE, 3) and len(split) == 4  # both halves are needed
+    assert split.images.shape == (8, SIZE, SIZE, 3) and len(split) == 4  # own views and partners
     plain = ViewPlan(ViewRecipe(image_size=SIZE, mix_prob=0), SEED, source.num_samples)
     assert len(make_batch(counting, plain, [0, 1], [0, 0], on_error="fail").images) == 2
 
@@ -442,7 +442,7 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
     quantile = NormalDist().inv_cdf
     mean, std = (np.array(values, np.float32) for values in (plan.view.mean, plan.view.std))
 
-    def half(row: np.void) -> np.ndarray:
+    def operand(row: np.void) -> np.ndarray:
         image = source.load(int(row["sample"]))
         left, top, width, height = plan.crop_boxes(
             [row["sample"]], [row["view"]], [image.width], [image.height]
@@ -464,14 +464,14 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
         return pixels
 
     own = plan.rows([sample], [view])[0]
-    out = half(own)
+    out = operand(own)
     if own["mix_kind"] == MIXUP:
         lam = np.float32(own["lam"] / 65536)
-        other = half(plan.rows([own["partner"]], [view])[0])
+        other = operand(plan.rows([own["partner"]], [view])[0])
         out = out * lam + other * (np.float32(1) - lam)
     elif own["mix_kind"] == CUTMIX:
         top, left, height, width = own["box"].tolist()
-        other = half(plan.rows([own["partner"]], [view])[0])
+        other = operand(plan.rows([own["partner"]], [view])[0])
         out[top : top + height, left : left + width] = other[
             top : top + height, left : left + width
         ]

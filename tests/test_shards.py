@@ -1,4 +1,4 @@
-"""Tar shards and packed shards: the samples of the files they were made from, or one clear line."""
+"""Tar and packed shards: the samples of the files they were made from, or a one-line error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,9 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "set"
     for split, first, count in (("train", 0, 11), ("val", 100, 4)):
         for seed in range(first, first + count):
-            place = root / split / CLASSES[seed % 3] / f"{seed:03d}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(jpeg(seed, *size_of(seed)))
+            path = root / split / CLASSES[seed % 3] / f"{seed:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(seed, *size_of(seed)))
     return root
 
 
@@ -283,13 +284,13 @@ def test_jpeg_packs_hold_files_of_the_reduced_images(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.dist
-def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_pack_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     root = tmp_path / "set"
     for split, count in (("train", 60), ("val", 4)):
         for seed in range(count):
-            place = root / split / CLASSES[seed % 3] / f"{seed:03d}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(jpeg(seed, 640, 480))
+            path = root / split / CLASSES[seed % 3] / f"{seed:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(seed, 640, 480))
     data = DataConfig(root=str(root), workers=0)
     pack(data, str(tmp_path / "whole"), shard_samples=3)
 
@@ -330,7 +331,7 @@ def test_a_pack_of_something_else_is_refused(folder: Path, tmp_path: Path) -> No
         pack(data, out)
 
 
-def test_unreadable_images_keep_their_place(folder: Path, tmp_path: Path, caplog) -> None:
+def test_unreadable_images_keep_their_number(folder: Path, tmp_path: Path, caplog) -> None:
     """The loaders treat them like the broken file: same substitute, same count."""
     broken = folder / "train" / "bee" / "001.jpg"
     broken.write_bytes(b"no image")
@@ -373,61 +374,67 @@ def test_a_flipped_byte_is_an_unreadable_image(folder: Path, tmp_path: Path) -> 
     assert wrong == 1
 
 
-def rewrite(path: Path, **changes: np.ndarray) -> None:
+def change_table(folder: Path, change: Callable[[dict], dict]) -> None:
+    path = folder / "shard-00000.npz"
     arrays = dict(np.load(path))
-    np.savez(path, **(arrays | changes))
+    np.savez(path, **(arrays | change(arrays)))
 
 
-def break_pack(folder: Path, how: str) -> None:
-    table, data = folder / "shard-00000.npz", folder / "shard-00000.bin"
-    arrays = dict(np.load(table))
-    if how == "no manifest":
-        (folder / "manifest.json").unlink()
-    elif how == "other version":
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
-    elif how == "negative count":
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"num_samples": -1}))
-    elif how == "no table":
-        table.unlink()
-    elif how == "torn table":
-        table.write_bytes(table.read_bytes()[:200])
-    elif how == "short data":
-        data.write_bytes(data.read_bytes()[:-1])
-    elif how == "offsets":
-        rewrite(table, offsets=arrays["offsets"][::-1].copy())
-    elif how == "sizes":
-        rewrite(table, sizes=arrays["sizes"] + 1)
-    elif how == "labels":
-        rewrite(table, labels=arrays["labels"] + 3)
-    elif how == "dtype":
-        rewrite(table, crc32c=arrays["crc32c"].astype(np.int64))
-    elif how == "names":
-        rewrite(table, names=arrays["names"][:-1])
-    else:
-        raise AssertionError(how)
+def change_manifest(folder: Path, **changes: int) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(
-    ("how", "named"),
-    [
-        ("no manifest", "holds no packed images"),
-        ("other version", "version must be 1, not 2"),
-        ("negative count", "num_samples must be a positive whole number, not -1"),
-        ("no table", r"shard-00000\.npz is missing; run the same `deit-fast pack` command again"),
-        ("torn table", r"shard-00000\.npz is damaged"),
-        ("short data", r"does not fit shard-00000\.bin"),
-        ("offsets", "does not fit"),
-        ("sizes", "does not fit"),
-        ("labels", r"labels leave \[0, 3\)"),
-        ("dtype", "crc32c must be uint32, not int64"),
-        ("names", "names must hold 11 names"),
-    ],
-)
-def test_damage_is_named(folder: Path, tmp_path: Path, how: str, named: str) -> None:
+def shorten(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no-manifest": (lambda f: (f / "manifest.json").unlink(), "holds no packed images"),
+    "other-version": (lambda f: change_manifest(f, version=2), "version must be 1, not 2"),
+    "negative-count": (
+        lambda f: change_manifest(f, num_samples=-1),
+        "num_samples must be a positive whole number, not -1",
+    ),
+    "no-table": (
+        lambda f: (f / "shard-00000.npz").unlink(),
+        r"shard-00000\.npz is missing; run the same `deit-fast pack` command again",
+    ),
+    "torn-table": (
+        lambda f: shorten(f / "shard-00000.npz", 200), r"shard-00000\.npz is damaged",
+    ),
+    "short-data": (
+        lambda f: shorten(f / "shard-00000.bin", -1), r"does not fit shard-00000\.bin",
+    ),
+    "offsets": (
+        lambda f: change_table(f, lambda t: {"offsets": t["offsets"][::-1].copy()}),
+        "does not fit",
+    ),
+    "sizes": (lambda f: change_table(f, lambda t: {"sizes": t["sizes"] + 1}), "does not fit"),
+    "labels": (
+        lambda f: change_table(f, lambda t: {"labels": t["labels"] + 3}), r"labels leave \[0, 3\)",
+    ),
+    "dtype": (
+        lambda f: change_table(f, lambda t: {"crc32c": t["crc32c"].astype(np.int64)}),
+        "crc32c must be uint32, not int64",
+    ),
+    "shape": (
+        lambda f: change_table(f, lambda t: {"labels": t["labels"][:-1]}),
+        r"labels must have shape \(11,\), not \(10,\)",
+    ),
+    "names": (
+        lambda f: change_table(f, lambda t: {"names": t["names"][:-1]}),
+        "names must hold 11 names",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], named: str
+) -> None:
     pack(DataConfig(root=str(folder), workers=0), str(tmp_path / "pack"))
-    break_pack(tmp_path / "pack" / "train", how)
+    damage(tmp_path / "pack" / "train")
     with pytest.raises(InputError, match=named):
         PackedImages(str(tmp_path / "pack"), "train")
 

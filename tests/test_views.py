@@ -1,4 +1,4 @@
-"""View plans, pairs and order: their laws, exactness against plain Python, independence."""
+"""View plans, pairs and order: distributions, equality with plain Python, independence."""
 
 from __future__ import annotations
 
@@ -120,14 +120,14 @@ def test_philox_broadcasts_and_keeps_its_counters_apart():
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 2.0, 5.0])
-def test_beta_law_against_scipy(alpha):
+def test_beta_table_against_scipy(alpha):
     beta = pytest.importorskip("scipy.stats").beta
     words = np.linspace(2**10, 2**32 - 2**10, 100_001).astype(np.uint64)
     drawn = np.searchsorted(beta_table(alpha), words, side="right") / LAM_ONE
     assert np.abs(drawn - beta.ppf((words + 0.5) / 2**32, alpha, alpha)).max() < 2e-5
 
 
-def test_beta_law_is_symmetric_and_uniform_at_one():
+def test_beta_table_is_symmetric_and_uniform_at_one():
     uniform = np.arange(65536, dtype=np.uint64) * 65536 + 32768
     np.testing.assert_array_equal(beta_table(1.0), uniform)
     for alpha in (0.05, 0.8, 3.0, 300.0):
@@ -239,13 +239,13 @@ def test_fallback_takes_the_largest_centred_crop():
     assert whole.crop_boxes([0], [0], [100], [90]).tolist() == [[0, 0, 100, 90]]
 
 
-def test_crop_law():
+def test_distribution_of_crops():
     plan = ViewPlan(ViewRecipe(), SEED, DRAWS)
     ids = np.arange(DRAWS)
     boxes = plan.crop_boxes(ids, ids * 0, np.full(DRAWS, 3000), np.full(DRAWS, 3000))
     left, top, width, height = boxes.T.astype(float)
     area, aspect = width * height / 9e6, width / height
-    # Crops below half the area always fit: their law is the one drawn from.
+    # Crops below half the area always fit, so they have the distribution that is drawn from.
     small = area[area < 0.5]
     histogram = np.histogram(small, bins=10, range=(0.08, 0.5))[0] / len(small)
     assert all(within(share, 0.1, len(small)) for share in histogram)
@@ -254,12 +254,12 @@ def test_crop_law():
     assert np.abs(histogram - 0.1).max() < 0.01
     room = (width < 2900) & (height < 2900)
     across, down = left[room] / (3000 - width[room]), top[room] / (3000 - height[room])
-    for place in (across, down):
-        assert abs(place.mean() - 0.5) < 0.01 and abs(place.std() - math.sqrt(1 / 12)) < 0.01
+    for start in (across, down):
+        assert abs(start.mean() - 0.5) < 0.01 and abs(start.std() - math.sqrt(1 / 12)) < 0.01
     assert abs(np.corrcoef(across, down)[0, 1]) < 0.02
 
 
-def test_flip_and_erasing_laws(rows):
+def test_distribution_of_flip_and_erasing(rows):
     assert within(rows["flip"].mean(), 0.5, DRAWS)
     erased = rows["erase"][:, 2] > 0
     assert within(erased.mean(), 0.25, DRAWS)  # ten attempts all but never fail
@@ -286,7 +286,7 @@ def test_probabilities_zero_and_one():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_mixing_laws(rows):
+def test_distribution_of_mixing(rows):
     pairs = DRAWS // 2  # the members of a pair are one draw
     assert within((rows["mix_kind"] == CUTMIX).mean(), 0.5, pairs)
     assert (rows["mix_kind"] != NO_MIX).all()
@@ -297,12 +297,12 @@ def test_mixing_laws(rows):
     assert not rows["box"][rows["mix_kind"] == MIXUP].any()
     corrected = lam_of(rows, 224)[rows["mix_kind"] == CUTMIX]
     assert abs(corrected.mean() - 0.6826) < 0.005  # DeiT's form; timm's later one gives 0.6810
-    half = ViewPlan(view_with({"switch_prob": 0.9}, mix_prob=0.3), SEED, DRAWS).rows(
+    some = ViewPlan(view_with({"switch_prob": 0.9}, mix_prob=0.3), SEED, DRAWS).rows(
         np.arange(DRAWS), 0
     )
-    mixed = half["mix_kind"] != NO_MIX
+    mixed = some["mix_kind"] != NO_MIX
     assert within(mixed.mean(), 0.3, pairs)
-    assert within((half["mix_kind"][mixed] == CUTMIX).mean(), 0.9, int(mixed.sum() // 2))
+    assert within((some["mix_kind"][mixed] == CUTMIX).mean(), 0.9, int(mixed.sum() // 2))
 
 
 def test_cutmix_box_equals_deit(rows):
@@ -328,7 +328,7 @@ def test_both_members_of_a_pair_share_the_mix(rows):
 @pytest.mark.parametrize(
     ("alphas", "kinds"), [((0, 1.0), {CUTMIX}), ((0.8, 0), {MIXUP}), ((0, 0), {NO_MIX})]
 )
-def test_a_law_that_is_off_is_never_drawn(alphas, kinds):
+def test_a_mix_that_is_off_is_never_drawn(alphas, kinds):
     recipe = ViewRecipe(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
     rows = ViewPlan(recipe, SEED, 1000).rows(np.arange(1000), 0)
     assert set(rows["mix_kind"].tolist()) == kinds
@@ -405,11 +405,11 @@ def test_partner_lambda_and_box_depend_on_neither_batch_nor_rank(augment):
                     address = int(row["sample"]), int(row["view"])
                     assert seen.setdefault(address, row.tobytes()) == row.tobytes()
     assert len(seen) > 0.95 * 301 * 6
-    halves = {address: np.frombuffer(row, plan.rows([0], [0]).dtype)[0]
+    rows = {address: np.frombuffer(row, plan.rows([0], [0]).dtype)[0]
               for address, row in seen.items()}  # fmt: skip
-    assert {int(row["mix_kind"]) for row in halves.values()} == {NO_MIX, MIXUP, CUTMIX}
-    for (sample, view), row in halves.items():
-        other = halves.get((int(row["partner"]), view))
+    assert {int(row["mix_kind"]) for row in rows.values()} == {NO_MIX, MIXUP, CUTMIX}
+    for (sample, view), row in rows.items():
+        other = rows.get((int(row["partner"]), view))
         if other is not None:
             assert other["partner"] == sample and other["mix_kind"] == row["mix_kind"]
             assert other["lam"] == row["lam"] and (other["box"] == row["box"]).all()
@@ -580,10 +580,10 @@ def test_order_is_shuffled_anew_every_cycle_and_reuses_views():
     assert {*order.epoch(2)[1].tolist()} == {2, 3}
     assert (first == again).mean() < 0.05
     np.testing.assert_array_equal(np.sort(first), np.sort(again))
-    # Where a sample stands is uniform: mean position over 40 cycles near the middle.
+    # A sample's position is uniform: its mean over 40 cycles is near the middle.
     one = EpochOrder(SEED, 1000, 40, 1)
-    places = np.stack([np.argsort(one.epoch(epoch)[0]) for epoch in range(40)])
-    assert abs(places.mean(axis=0) - 499.5).max() < 5 * 1000 / math.sqrt(12 * 40)
+    positions = np.stack([np.argsort(one.epoch(epoch)[0]) for epoch in range(40)])
+    assert abs(positions.mean(axis=0) - 499.5).max() < 5 * 1000 / math.sqrt(12 * 40)
 
 
 def test_ranks_share_one_global_batch():
