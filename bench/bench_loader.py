@@ -207,10 +207,10 @@ def build_decoder(
     except (ImportError, InputError) as error:
         return str(error)
 
-    data = DataConfig(
-        loader="dali", workers=threads, on_error="fail",
-        dali_decoder=decoder, dali_hw_decoder_load=load,
-    )  # fmt: skip
+    class Data(DataConfig):
+        dali_hw_decoder_load = load  # a constant of every run
+
+    data = Data(loader="dali", workers=threads, on_error="fail", dali_decoder=decoder)
 
     def loader(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> DaliLoader:
         return DaliLoader(source, plan, batches, data, device, depth=4, index=index)

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deit_fast.config import ViewRecipe
@@ -64,3 +67,20 @@ def ingest_batch(
     if patch is None:
         return ingest(*arguments)
     return ingest(*arguments, layout="patches", patch=patch)
+
+
+def save_views(batch: ViewBatch, view: ViewRecipe, path: Path, count: int = 16) -> None:
+    """Write a grid of a batch's first views, as the student sees them, as a PNG.
+
+    There are eight views in a row; small ones are enlarged to about 64 pixels.
+    """
+    images = ingest_batch(batch.part(0, count), view, torch.float32).cpu()
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (view.std, view.mean))
+    pixels = ((images * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
+    side = view.image_size * max(1, 64 // view.image_size)
+    cell = side + 2
+    grid = Image.new("RGB", (8 * cell, -(-len(pixels) // 8) * cell), "white")
+    for index, pixel in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        tile = Image.fromarray(pixel).resize((side, side), Image.Resampling.NEAREST)
+        grid.paste(tile, (index % 8 * cell, index // 8 * cell))
+    grid.save(path)

@@ -15,10 +15,8 @@ import torch
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
-from deit_fast.data.batch import ViewBatch
-from deit_fast.data.ingest import ingest_batch
+from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source
-from deit_fast.data.samples import save_samples
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model
 from deit_fast.models import unfuse
@@ -212,7 +210,7 @@ class _Run:
             first_step.enter_context(self.signals.raising())  # it compiles; nothing is lost
             for batch in meter.timed(loader):
                 if state.step == 0 and self.group.is_first:
-                    _save_first_views(batch, config, self.output / "samples.png")
+                    save_views(batch, config.view, self.output / "samples.png")
                 lr = self._learning_rate(state.step)
                 if state.step not in state.skipped:
                     state.add(self.step_once(batch, state.step, lr, self._stop_requested()))
@@ -476,11 +474,6 @@ def _batches(
         return DeitBatches(config.view, config.seed, num_samples, *sizes)
     order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
     return TrainBatches(order, *sizes)
-
-
-def _save_first_views(batch: ViewBatch, config: RunConfig, path: Path) -> None:
-    images = ingest_batch(batch, config.view, torch.float32)[:16]
-    save_samples(images, config.view.mean, config.view.std, path)
 
 
 def _save_weights(path: Path, model: torch.nn.Module) -> None:
