@@ -38,13 +38,7 @@ from deit_fast.data.jpeg_index import (
     index_files,
     require_dali,
 )
-from deit_fast.data.loader import (
-    Halves,
-    assemble,
-    load_readable,
-    needed_halves,
-    steps_of,
-)
+from deit_fast.data.loader import MixOperands, load_readable, steps_of
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
@@ -141,7 +135,7 @@ class DaliLoader:
         device = "cpu" if self._augments and not self._on_gpu else self.device
         for _ in self.steps:
             job = feed.next_job()
-            shape = (len(job.halves.wanted), size, size, 3)
+            shape = (len(job.operands.needed), size, size, 3)
             images = torch.empty(shape, dtype=torch.uint8, device=device)
             for chunk in job.chunks:
                 (output,) = self._next_output(pipeline, feed, job)
@@ -150,14 +144,14 @@ class DaliLoader:
                     part[:] = torch.from_dlpack(output.as_tensor())
                 elif self._on_host:
                     pixels = [np.asarray(image) for image in output]
-                    rows, view = job.halves.wanted[chunk.rows], self.plan.view
+                    rows, view = job.operands.needed[chunk.rows], self.plan.view
                     render_views(
                         pixels, chunk.file_of, rows, chunk.boxes, view, part.numpy(), readers.map
                     )
                 else:
                     assert chunk.table is not None
                     part[:] = self._augment(output, chunk.table)
-            batch = assemble(job.halves, images, job.labels, job.substituted, size)
+            batch = job.operands.assemble(images, job.labels, job.substituted)
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _build(self, feed: _Feed) -> Any:
@@ -210,8 +204,8 @@ class DaliLoader:
     # -- in the feeding thread -----------------------------------------------------------------
 
     def _prepare(self, step: int, readers: ThreadPoolExecutor) -> _Job:
-        halves = needed_halves(self.plan, *self._batches[step])
-        rows = halves.wanted
+        operands = MixOperands.of(self.plan, *self._batches[step])
+        rows = operands.needed
         distinct, file_of = np.unique(rows["sample"], return_inverse=True)
 
         def read(sample: int) -> tuple[np.ndarray, int, list[str]]:
@@ -236,7 +230,7 @@ class DaliLoader:
             table = augment_table(self.plan.view, *crops) if by_kernel else None
             chunks.append(_Chunk(part, *crops[1:], inputs, table))
         return _Job(
-            halves=halves,
+            operands=operands,
             labels=self._files.labels[taken][file_of],
             substituted=[path for _, _, paths in loaded for path in paths],
             taken=taken,
@@ -279,7 +273,7 @@ class _Chunk:
 class _Job:
     """A step on its way through the pipeline; `taken` are the samples whose files were read."""
 
-    halves: Halves
+    operands: MixOperands
     labels: np.ndarray
     substituted: list[str]
     taken: list[int]

@@ -1,8 +1,8 @@
 """Batches of views from files: read, decode, crop, resize, in processes that make whole batches.
 
-A worker reads each distinct file of a batch once, cuts all its views (repeats, and the halves its
-pair needs) and sends uint8 pixels with the integer plan; flip, normalisation, erasing and mixing
-follow in ingest, on the accelerator where there is one.
+A worker reads each distinct file of a batch once, cuts all its views (repeats, and those that other
+views are mixed with) and sends uint8 pixels with the integer plan. Flip, normalisation, erasing and
+mixing follow in ingest, on the accelerator if there is one.
 """
 
 from __future__ import annotations
@@ -115,14 +115,13 @@ def make_batch(
     on_error: str,
 ) -> ViewBatch:
     """One batch of views, in this process; arguments as `ViewLoader`, the rest as in `batches`."""
-    halves = needed_halves(plan, sample_ids, view_ids, mix)
-    wanted = halves.wanted
-    size = plan.view.image_size
-    images = np.empty((len(wanted), size, size, 3), np.uint8)
-    labels = np.empty(len(wanted), np.int64)
+    operands = MixOperands.of(plan, sample_ids, view_ids, mix)
+    needed, size = operands.needed, plan.view.image_size
+    images = np.empty((len(needed), size, size, 3), np.uint8)
+    labels = np.empty(len(needed), np.int64)
     substituted: list[str] = []
 
-    distinct, starts, counts = np.unique(wanted["sample"], return_index=True, return_counts=True)
+    distinct, starts, counts = np.unique(needed["sample"], return_index=True, return_counts=True)
     for first in range(0, len(distinct), _DECODED):
         group = slice(first, first + _DECODED)
         loaded = [
@@ -131,64 +130,62 @@ def make_batch(
         ]
         pixels = [np.asarray(image) for image, _ in loaded]
         rows = slice(starts[group][0], starts[group][-1] + counts[group][-1])
-        which = np.repeat(np.arange(len(loaded)), counts[group])
-        sizes = np.array([image.shape[1::-1] for image in pixels])[which]
-        part = wanted[rows]
+        image_of = np.repeat(np.arange(len(loaded)), counts[group])
+        sizes = np.array([image.shape[1::-1] for image in pixels])[image_of]
+        part = needed[rows]
         boxes = plan.crop_boxes(part["sample"], part["view"], sizes[:, 0], sizes[:, 1])
-        labels[rows] = source.labels[[taken for _, taken in loaded]][which]
+        labels[rows] = source.labels[[taken for _, taken in loaded]][image_of]
         if source.finished:
-            images[rows] = [pixels[item] for item in which.tolist()]
+            images[rows] = [pixels[image] for image in image_of.tolist()]
         else:
-            render_views(pixels, which, part, boxes, plan.view, images[rows])
+            render_views(pixels, image_of, part, boxes, plan.view, images[rows])
 
-    return assemble(halves, torch.from_numpy(images), labels, substituted, size)
+    return operands.assemble(torch.from_numpy(images), labels, substituted)
 
 
 @dataclass(frozen=True)
-class Halves:
-    """What a batch of views is put together from.
+class MixOperands:
+    """The views that a batch is made from. Partners in one batch share them: each is made once.
 
     Attributes:
-        own, partner: `plan_dtype` [B]; where a view is not mixed it is its own partner.
-        wanted: `plan_dtype` [M], the distinct (sample, view) among both, sorted.
-        own_image, partner_image: places in `wanted`, int64 [B].
+        own, partner: `plan_dtype` [B]; an unmixed view is its own partner.
+        needed: `plan_dtype` [M], the distinct (sample, view) among both, sorted.
+        own_image, partner_image: indices into `needed`, int64 [B].
+        lam: float32 [B], `views.plan.lam_of`.
     """
 
     own: np.ndarray
     partner: np.ndarray
-    wanted: np.ndarray
+    needed: np.ndarray
     own_image: np.ndarray
     partner_image: np.ndarray
+    lam: np.ndarray
 
+    @classmethod
+    def of(
+        cls, plan: ViewPlan, sample_ids: Any, view_ids: Any, mix: BatchMix | None = None
+    ) -> MixOperands:
+        own, partner = plan.mix_operands(sample_ids, view_ids, mix)
+        rows = np.concatenate([own, partner])
+        keys = np.stack([rows["sample"], rows["view"]], axis=1)
+        _, firsts, images = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        own_image, partner_image = images.reshape(2, len(own))
+        lam = lam_of(own, plan.view.image_size)
+        return cls(own, partner, rows[firsts], own_image, partner_image, lam)
 
-def needed_halves(
-    plan: ViewPlan, sample_ids: Any, view_ids: Any, mix: BatchMix | None = None
-) -> Halves:
-    """Members of a pair are each other's halves: each is made once."""
-    own, partner = plan.mix_operands(sample_ids, view_ids, mix)
-    both = np.concatenate([own, partner])
-    keys = np.stack([both["sample"], both["view"]], axis=1)
-    _, firsts, places = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    own_image, partner_image = places.reshape(2, len(own))
-    return Halves(own, partner, both[firsts], own_image, partner_image)
-
-
-def assemble(
-    halves: Halves, images: Tensor, labels: np.ndarray, substituted: list[str], size: int
-) -> ViewBatch:
-    """The batch, of the pixels uint8 [M, S, S, 3] and labels int64 [M] of ``halves.wanted``."""
-    own = halves.own
-    rows = build_rows(own, halves.partner, halves.own_image, halves.partner_image)
-    return ViewBatch(
-        images=images,
-        plan=torch.from_numpy(rows),
-        sample_ids=torch.from_numpy(own["sample"].copy()),
-        view_ids=torch.from_numpy(own["view"].copy()),
-        labels=torch.from_numpy(labels[halves.own_image]),
-        partner_labels=torch.from_numpy(labels[halves.partner_image]),
-        lam=torch.from_numpy(lam_of(own, size)),
-        substituted=substituted,
-    )
+    def assemble(self, images: Tensor, labels: np.ndarray, substituted: list[str]) -> ViewBatch:
+        """The batch, from the pixels uint8 [M, S, S, 3] and labels int64 [M] of `needed`."""
+        rows = build_rows(self.own, self.partner, self.own_image, self.partner_image)
+        return ViewBatch(
+            images=images,
+            plan=torch.from_numpy(rows),
+            sample_ids=torch.from_numpy(self.own["sample"].copy()),
+            view_ids=torch.from_numpy(self.own["view"].copy()),
+            labels=torch.from_numpy(labels[self.own_image]),
+            partner_labels=torch.from_numpy(labels[self.partner_image]),
+            lam=torch.from_numpy(self.lam),
+            substituted=substituted,
+        )
 
 
 def load_readable(
