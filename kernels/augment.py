@@ -456,8 +456,8 @@ def augment(
     Args:
         pixels: uint8 [P], decoded RGB images, each [height, width, 3] without gaps, in any order.
         images: int64 [N, 3]: offset of an image in ``pixels``, its width, its height.
-        table: of B views, from `deit_fast.data.augment_table`, on the device of ``pixels``. Its
-            weights are valid for one ``size`` only.
+        table: of B views, on the device of ``pixels``, from `augment_table` of
+            `deit_fast.data.augment`. Its weights are valid for one ``size`` only.
         size: side S of the views, in pixels.
         fill: red, green and blue of the pixels that an affine map takes from outside the view.
 
