@@ -118,7 +118,7 @@ class DistillationLoss(nn.Module):
         with torch.no_grad():
             teacher = self.teacher_model(inputs)
         if self.smoothing is not None:
-            return distillation_loss(
+            loss = distillation_loss(
                 class_logits,
                 distill_logits,
                 labels,
@@ -129,6 +129,8 @@ class DistillationLoss(nn.Module):
                 smoothing=self.smoothing,
                 reduction=self.reduction,
             )
+            assert isinstance(loss, Tensor)  # without return_parts
+            return loss
         base = self.base_criterion(class_logits, labels)
         if self.distillation_type == "hard":
             distillation = hard_distillation(distill_logits, teacher)

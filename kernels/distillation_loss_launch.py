@@ -346,8 +346,9 @@ class _Loss(torch.autograd.Function):
         ctx.mark_non_differentiable(*losses[1:])
         ctx.save_for_backward(g_c, g_d)
         head = arguments[1] if arguments[0] is None else arguments[0]
+        rows, classes = head.shape
         is_half = head.dtype == torch.float16
-        ctx.factors = _gradient_factors(*head.shape, is_half, *arguments[10:15])[1]
+        ctx.factors = _gradient_factors(rows, classes, is_half, *arguments[10:15])[1]
         ctx.used = False
         return tuple(losses)
 
