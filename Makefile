@@ -1,5 +1,5 @@
-# Everything a person types. `make demo` and `make test` work on a fresh machine: they make .venv,
-# install the project into it, and go on; the second call finds it there.
+# Every command for developers. On a fresh machine `make demo` and `make test` first create .venv and
+# install the project into it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,19 +7,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 
-# The machine code of the kernels is checked under the triton of the GPU machines and the newest one.
+# The machine code of the kernels is checked with the triton version of the GPU machines and the newest.
 TRITON_OLDEST := $(VENV)/triton-3.6.0
 TRITON_NEWEST := $(VENV)/triton-3.9.0
 AOT := $(BIN)/python -m deit_fast.kernels.aot
 
-# What Inductor writes for a GPU is checked under the torch of the GPU machines, which brings CUDA's
-# libraries along: 4.8 GB. A pip --target beside the installed torch would share them, but only as
-# long as both are of one CUDA.
+# Inductor's kernels are checked with the torch version of the GPU machines, whose environment holds
+# CUDA's libraries: 4.8 GB. `pip --target` beside the installed torch would share them only while both
+# need the same CUDA version.
 TORCH_OLDEST := $(VENV)/torch-2.11.0
 TORCH_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm==1.0.31
 TRAFFIC := $(TORCH_OLDEST)/bin/python -m bench traffic
 
-.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden traffic traffic-golden fuzz fuzz-guided sanitize emulate compare clean
+.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden traffic traffic-golden fuzz sanitize emulate compare clean
 
 install: $(INSTALLED)
 
@@ -48,11 +48,11 @@ $(TORCH_OLDEST)/.installed: | $(BIN)/python
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES)
 	@touch $@
 
-# Counts what a compiled block launches and moves on an H100; needs no GPU.
+# Counts the launches of a compiled block and its memory traffic on an H100; needs no GPU.
 traffic: $(TORCH_OLDEST)/.installed
 	$(TRAFFIC) --check
 
-# After a wanted change of that: the golden table, and the predictions on the performance page.
+# After an intended change: writes the golden table and the predictions on the performance page.
 traffic-golden: $(INSTALLED) $(TORCH_OLDEST)/.installed
 	$(TRAFFIC) --write
 	$(BIN)/python -m bench roofline --markdown docs/performance.md
@@ -62,14 +62,14 @@ aot: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed
 	PYTHONPATH=$(TRITON_OLDEST) $(AOT)
 	PYTHONPATH=$(TRITON_NEWEST) $(AOT)
 
-# After a wanted change of a kernel: its new figures, also of the triton that torch brings.
+# After an intended change of a kernel: writes its figures, also for the triton that torch requires.
 aot-golden: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TRITON_NEWEST)/.installed
 	PYTHONPATH=$(TRITON_OLDEST) $(AOT) --write
 	PYTHONPATH=$(TRITON_NEWEST) $(AOT) --write
 	$(AOT) --write
 	$(AOT) --markdown docs/performance.md
 
-# Warnings of the docs are errors: a link or an anchor that leads nowhere ends the build.
+# Sphinx's warnings are errors: a broken link or anchor ends the build.
 SPHINX := $(BIN)/sphinx-build -W --keep-going -q -d build/doctrees
 
 lint: $(INSTALLED)
@@ -82,7 +82,7 @@ docs: $(INSTALLED)
 	$(SPHINX) -b html docs build/docs
 	@echo build/docs/index.html
 
-# After a result file was added: the charts and tables of the performance page.
+# After adding a result file: draws the charts and tables of the performance page.
 plots: $(INSTALLED)
 	$(BIN)/python -m bench plot --out docs/plots --markdown docs/performance.md
 	rm docs/plots/*.png
@@ -94,10 +94,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m bench all
 
-# For a machine with a GPU that may have no network: they take the Python that holds torch there
-# (make bench-gpu PYTHON=...), install nothing from outside, and each ends within nine minutes.
-# bench-gpu measures, profile-gpu explains; both write into the folder OUT as they go (bench/gpu.py).
-# COMMIT names the commit where git cannot; APEX the folder with the source of NVIDIA's apex.
+# For a machine with a GPU and perhaps without a network: both use the Python that has torch there
+# (make bench-gpu PYTHON=...), download nothing, and end within nine minutes. bench-gpu measures,
+# profile-gpu profiles; both write to the folder OUT while they run (bench/gpu.py). COMMIT: the commit,
+# where git is missing. APEX: the folder of NVIDIA's apex sources.
 OUT ?=
 COMMIT ?=
 APEX ?=
@@ -109,8 +109,9 @@ bench-gpu:
 profile-gpu:
 	$(PYTHON) -m bench gpu-profile $(GPU_OPTIONS)
 
-# The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: mutated files for
-# so many seconds, and every operation once. Needs g++ or clang++ with their sanitizer libraries.
+# The C++ part of the cache under AddressSanitizer and UndefinedBehaviorSanitizer: `fuzz` reads mutated
+# files for SECONDS of CPU time, `sanitize` runs every operation once. Both need g++ or clang++ with
+# their sanitizer libraries.
 SECONDS ?= 20
 SEED ?= 1
 SANITIZED := build/sanitized
@@ -118,52 +119,45 @@ SANITIZER_FLAGS := -std=c++17 -g -O2 -fno-omit-frame-pointer -ffp-contract=off -
   -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 CACHE_SOURCES := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 
-$(SANITIZED)/%: csrc/fuzz/%.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h csrc/fuzz/*.h)
+RIGS := tests/native
+$(SANITIZED)/%: $(RIGS)/fuzz/%.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h $(RIGS)/fuzz/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(SANITIZER_FLAGS) $< $(CACHE_SOURCES) -o $@
 
 fuzz: $(SANITIZED)/fuzz
 	$< $(SECONDS) $(SEED)
 
-# The same checks, led by libFuzzer to code not yet reached; needs clang++. What it found of interest
-# stays in build/corpus, and the next run goes on from there.
-CLANGXX ?= clang++
-$(SANITIZED)/guided: csrc/fuzz/guided.cpp $(CACHE_SOURCES) $(wildcard csrc/*.h csrc/fuzz/*.h)
-	@mkdir -p $(@D)
-	$(CLANGXX) $(SANITIZER_FLAGS) -fsanitize=fuzzer $< $(CACHE_SOURCES) -o $@
-
-fuzz-guided: $(SANITIZED)/guided
-	@mkdir -p build/corpus
-	$< -max_total_time=$(SECONDS) -max_len=512 -print_final_stats=1 -artifact_prefix=build/ build/corpus
-
 sanitize: $(SANITIZED)/operations
 	rm -rf $(SANITIZED)/cache && mkdir $(SANITIZED)/cache
 	$< $(SANITIZED)/cache
 
-# The CUDA part of the cache without a GPU: its kernels, compiled for the CPU against csrc/emulator,
-# give the host's bytes. First with those two sanitizers, then with the one that finds races.
+# The CUDA part of the cache without a GPU: its kernels, compiled for the CPU against the emulator, must
+# give the bytes of the host's code. Built with the two sanitizers above, then with ThreadSanitizer.
 EMULATED := build/emulated
 EMULATOR_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -fno-strict-aliasing -ffp-contract=off -Wall -Wextra \
-  -Wno-unknown-pragmas -Icsrc/emulator -pthread
-KERNELS := $(wildcard csrc/cuda/*.cu csrc/emulator/*.cu)
+  -Wno-unknown-pragmas -I$(RIGS)/emulator -pthread
+KERNELS := $(wildcard csrc/cuda/*.cu $(RIGS)/emulator/*.cu)
 $(EMULATED)/address: SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -DDF_PROCESSORS=1
 $(EMULATED)/thread: SANITIZER := -fsanitize=thread -DDF_PROCESSORS=2
 
-# Without a sanitizer: what runs the kernels, and what they are compared with.
-$(EMULATED)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/fuzz/*.h csrc/emulator/*.h)
+# The emulator and the code that its results are compared with have no sanitizer.
+EMULATED_SOURCES := $(RIGS)/emulator/emulator.cpp csrc/record_codec.cpp
+EMULATED_HEADERS := $(wildcard csrc/*.h $(RIGS)/fuzz/*.h $(RIGS)/emulator/*.h)
+vpath %.cpp $(dir $(EMULATED_SOURCES))
+$(EMULATED)/%.o: %.cpp $(EMULATED_HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATOR_FLAGS) -O2 -c $< -o $@
 
-# The objects first: of a template's two versions the linker takes the first.
-$(EMULATED)/address $(EMULATED)/thread: $(EMULATED)/emulator/emulator.o $(EMULATED)/record_codec.o \
-  csrc/emulator/emulate.cpp $(KERNELS) $(wildcard csrc/*.h csrc/cuda/*.h csrc/fuzz/*.h csrc/emulator/*.h)
-	$(CXX) $(EMULATOR_FLAGS) $(SANITIZER) -O1 $(filter %.o,$^) -x c++ $(KERNELS) csrc/emulator/emulate.cpp -o $@
+# Objects come first: of two versions of a template the linker keeps the first.
+$(EMULATED)/address $(EMULATED)/thread: $(EMULATED)/emulator.o $(EMULATED)/record_codec.o \
+  $(RIGS)/emulator/emulate.cpp $(KERNELS) $(EMULATED_HEADERS) $(wildcard csrc/cuda/*.h)
+	$(CXX) $(EMULATOR_FLAGS) $(SANITIZER) -O1 $(filter %.o,$^) -x c++ $(KERNELS) $(RIGS)/emulator/emulate.cpp -o $@
 
 emulate: $(EMULATED)/address $(EMULATED)/thread
 	$(EMULATED)/address $(SECONDS) $(SEED)
 	$(EMULATED)/thread $(SECONDS) $(SEED)
 
-# Whether training's numbers moved since a commit: make compare BASE=<commit>
+# Compares the loss curves with those of a commit: make compare BASE=<commit>
 BASE ?= HEAD
 compare: $(INSTALLED)
 	rm -rf build/base && git worktree prune && git worktree add --force --detach build/base $(BASE)

@@ -1,41 +1,42 @@
-// Numbers of the codecs, for host and device from one source: IEEE additions, multiplications and
-// divisions in a fixed order and nothing else, so that a CPU and a GPU give the same bits. Compile
-// with contraction off (-ffp-contract=off, --fmad=false): a fused multiply-add rounds once less.
+// Arithmetic of the codecs, one source for host and device. It consists of IEEE additions,
+// multiplications and divisions in a fixed order, so that a CPU and a GPU compute the same bits.
+// Compile with contraction off (-ffp-contract=off, --fmad=false): a fused multiply-add rounds once
+// instead of twice.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define DF_BOTH __host__ __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DF_BOTH inline __attribute__((always_inline))
+#define HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace deit_fast {
 
 template <typename To, typename From>
-DF_BOTH To bits_as(From from) {
+HOST_DEVICE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
 }
 
-// Order of a finite float as an unsigned number, -0.0 being 0.0. Above it, ~id: keys of one row
-// differ, descend by value, and equal values ascend by id.
-DF_BOTH uint64_t key_of(float value, uint32_t id) {
+// Sort key: the order of a finite float in the high half (-0.0 equals 0.0), ~id in the low half. So
+// the keys of a row are distinct, and in descending order equal values ascend by id.
+HOST_DEVICE uint64_t key_of(float value, uint32_t id) {
   const auto bits = bits_as<uint32_t>(value + 0.0f);
   const uint32_t ordered = bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
   return (static_cast<uint64_t>(ordered) << 32) | (0xFFFFFFFFu - id);
 }
-DF_BOTH uint32_t id_of(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
-DF_BOTH float value_of(uint64_t key) {
+HOST_DEVICE uint32_t id_of(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
+HOST_DEVICE float value_of(uint64_t key) {
   const auto ordered = static_cast<uint32_t>(key >> 32);
   return bits_as<float>(ordered ^ (ordered >> 31 ? 0x80000000u : 0xFFFFFFFFu));
 }
 
-DF_BOTH bool is_finite(float value) {
+HOST_DEVICE bool is_finite(float value) {
   return (bits_as<uint32_t>(value) & 0x7F800000u) != 0x7F800000u;
 }
 
@@ -45,12 +46,12 @@ constexpr double kLn2High = 0x1.62e42fefap-1;  // few digits: its product with a
 constexpr double kLn2Low = 0x1.cf79abc9e3b39p-40;
 constexpr double kRound = 0x1.8p52;  // x + kRound holds the integer next to x in its low bits
 
-// e^x = p * 2^n; `whole` has n in its low bits. |x| < 2^40. Relative error of p below 1e-12.
+// e^x = p * 2^n; the low bits of `whole` are n. |x| < 2^40. Relative error of p below 1e-12.
 struct Exponential {
   double p;
   uint64_t whole;
 };
-DF_BOTH Exponential split_exp(double x) {
+HOST_DEVICE Exponential split_exp(double x) {
   const double shifted = x * kLog2E + kRound;
   const double n = shifted - kRound;
   const double r = (x - n * kLn2High) - n * kLn2Low;  // |r| < 0.35
@@ -72,7 +73,7 @@ DF_BOTH Exponential split_exp(double x) {
 // depend on the order of the terms; up to 2^18 terms fit.
 constexpr double kUnit = 0x1p-44;
 constexpr uint64_t kOne = uint64_t{1} << 44;
-DF_BOTH uint64_t exp_units(double x) {
+HOST_DEVICE uint64_t exp_units(double x) {
   const double clamped = x > -40.0 ? x : -40.0;  // e^-40 is far below half a unit
   const Exponential e = split_exp(clamped < 0.0 ? clamped : 0.0);
   const double scaled = bits_as<double>(bits_as<uint64_t>(e.p) + (e.whole << 52) +
@@ -81,14 +82,14 @@ DF_BOTH uint64_t exp_units(double x) {
 }
 
 // e^x for x <= 0; 0 below -700.
-DF_BOTH double exp_of(double x) {
+HOST_DEVICE double exp_of(double x) {
   if (x < -700.0) return 0.0;
   const Exponential e = split_exp(x);
   return bits_as<double>(bits_as<uint64_t>(e.p) + (e.whole << 52));
 }
 
 // log x for a normal x > 0; absolute error below 1e-15 * max(1, |log x|).
-DF_BOTH double log_of(double x) {
+HOST_DEVICE double log_of(double x) {
   const auto bits = bits_as<uint64_t>(x);
   auto exponent = static_cast<int32_t>(bits >> 52) - 1023;
   double m = bits_as<double>((bits & 0xFFFFFFFFFFFFFu) | 0x3FF0000000000000u);
@@ -112,7 +113,7 @@ DF_BOTH double log_of(double x) {
 }
 
 // float16 bits of a float32, to nearest even; |value| <= 65504.
-DF_BOTH uint16_t half_bits(float value) {
+HOST_DEVICE uint16_t half_bits(float value) {
   const auto bits = bits_as<uint32_t>(value);
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -124,8 +125,8 @@ DF_BOTH uint16_t half_bits(float value) {
   return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
 }
 
-// Of a finite float16, which all in a record are.
-DF_BOTH float half_value(uint16_t half) {
+// The value of a finite float16. All float16 values of a record are finite.
+HOST_DEVICE float half_value(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(half & 0x7FFFu) << 13;
   const float small = bits_as<float>(rest + (113u << 23)) - 0x1p-14f;
@@ -134,7 +135,7 @@ DF_BOTH float half_value(uint16_t half) {
 }
 
 // float8 e4m3 (no infinities; 0x7F and 0xFF are NaN).
-DF_BOTH float fp8_value(uint8_t code) {
+HOST_DEVICE float fp8_value(uint8_t code) {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
   const uint32_t rest = static_cast<uint32_t>(code & 0x7Fu) << 20;
   const uint32_t normal = rest == (0x7Fu << 20) ? 0x7FC00000u : rest + (120u << 23);

@@ -1,5 +1,5 @@
-// Python module deit_fast._C. Addresses and sizes cross as integers: the Python side has checked
-// dtype, shape, contiguity and device before it passes them. The GIL is released around all work.
+// Python module deit_fast._C. Addresses and sizes are passed as integers: the Python side checks dtype,
+// shape, contiguity and device first. All work runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,7 +47,7 @@ ViewSpec make_spec(uint64_t num_records, uint32_t record_bytes, uint32_t block_r
   return spec;
 }
 
-// OSError(errno, text, file name): Python picks FileNotFoundError and the like by the errno.
+// OSError(errno, text, file name): Python selects the subclass, such as FileNotFoundError, by errno.
 void raise_os_error(const IoError& error) {
   const std::string text = std::string(std::strerror(error.code)) + " (" + error.note + ")";
   PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
@@ -72,7 +72,7 @@ py::object first_incomplete(const ViewFile& file) {
   return first;
 }
 
-// Ids that a caller passed and that are not in range: the user's error, not the file's.
+// Ids out of range in a call: the caller's error, not the file's.
 struct IdError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
@@ -81,7 +81,7 @@ using Ids = py::array_t<int64_t, py::array::c_style>;
 
 void check_ids(const Ids& ids, int64_t limit, const char* what) {
   const int64_t* values = ids.data();
-  uint64_t outside = 0;  // without a branch: a loop that vectorises
+  uint64_t outside = 0;  // a loop without a branch vectorises
   for (py::ssize_t i = 0; i < ids.size(); ++i) {
     const auto value = static_cast<uint64_t>(values[i]);
     outside |= value | (static_cast<uint64_t>(limit - 1) - value);
@@ -94,8 +94,8 @@ void check_ids(const Ids& ids, int64_t limit, const char* what) {
   }
 }
 
-// The views of a batch, those that are not open yet opened by `open` (Python, by view id). Ids are
-// in range. view_ids: one a sample, or a single one.
+// The views of a batch. `open` (Python, by view id) opens those that are not open yet. Ids are in
+// range. view_ids: one for each sample, or a single one.
 Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
                const py::object& open) {
   check_ids(samples, num_samples, "sample id");

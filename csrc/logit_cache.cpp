@@ -112,10 +112,10 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
     throw FormatError(path + ": format version " + std::to_string(header.version) +
                       "; this build reads version " + std::to_string(kVersion));
   }
-  const auto expect = [&](const char* field, uint64_t found, uint64_t wanted) {
-    if (found == wanted) return;
+  const auto expect = [&](const char* field, uint64_t found, uint64_t expected) {
+    if (found == expected) return;
     throw FormatError(path + ": header has " + field + " " + std::to_string(found) +
-                      ", expected " + std::to_string(wanted));
+                      ", expected " + std::to_string(expected));
   };
   expect("view_id", header.view_id, spec.view_id);
   expect("num_records", header.num_records, spec.num_records);
@@ -126,14 +126,14 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
   if (std::memcmp(header.manifest_sha256, spec.manifest_sha256.data(), 32) != 0) {
     throw FormatError(path + ": was written under another manifest (SHA-256 differs)");
   }
-  const Header wanted = make_header(spec);
-  if (std::memcmp(&header, &wanted, sizeof header) != 0) {
+  const Header expected = make_header(spec);
+  if (std::memcmp(&header, &expected, sizeof header) != 0) {
     throw FormatError(path + ": header is damaged (bytes that must be zero are not)");
   }
 }
 
-// The first class id that is not below the limit, or -1. The largest of a record first, in a loop
-// without a way out, which vectorises: every block of an epoch passes here.
+// The first class id that is not below the limit, or -1. Finds the largest id of a record first, in a
+// loop without an early exit, which vectorises: every block of an epoch is checked here.
 template <typename Id>
 int64_t first_beyond(const ViewSpec& spec, const unsigned char* records, size_t count) {
   for (size_t record = 0; record < count; ++record, records += spec.record_bytes) {
@@ -153,7 +153,7 @@ int64_t first_beyond(const ViewSpec& spec, const unsigned char* records, size_t 
   return -1;
 }
 
-// Makes the name of a new file survive a power cut. Some file systems refuse it on folders.
+// Makes the name of a new file survive a power failure. Some file systems cannot sync a folder.
 void sync_folder_of(const std::string& path) {
   const size_t slash = path.rfind('/');
   const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
@@ -309,8 +309,8 @@ BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
     *why = name(block) + " has the invalid state " + hex(entry.state);
     return state;
   }
-  // Read, not mapped: a bad sector or a shortened file is an error here and a signal there. By
-  // pieces that stay in the core's own cache, from an allocation that needs no fresh pages.
+  // Reads the file rather than the map: a bad sector or a truncated file is an error here, and would
+  // be a signal there. Reads chunks that fit into the core's own cache and need no new pages.
   const uint64_t record_bytes = spec_.record_bytes;
   const uint64_t chunk = std::max<uint64_t>(1, (1 << 16) / record_bytes) * record_bytes;
   std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
@@ -353,7 +353,7 @@ void ViewWriter::commit(uint64_t block, const void* data, size_t size) {
     throw FormatError(name(block) + " takes " + std::to_string(spec_.block_bytes(block)) +
                       " bytes, not " + std::to_string(size));
   }
-  if (before.state != 0 || before.crc != 0) {  // a broken block: take its claim back first
+  if (before.state != 0 || before.crc != 0) {  // a broken block: clear its entry first
     const Entry none{0, 0};
     write_exact(fd_, path_, &none, sizeof none, table_offset);
   }
@@ -386,7 +386,7 @@ void ViewReader::require_block(uint64_t block) const {
 }
 
 void ViewReader::check_and_mark(uint64_t block) const {
-  // Two threads may check the same block at once; both find the same.
+  // Two threads may check the same block at once, with the same result.
   std::string why;
   const BlockState state = check_block(block, &why);
   if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");
@@ -399,7 +399,7 @@ void ViewReader::map_pages(uint64_t block) const {
   const auto begin = reinterpret_cast<uintptr_t>(map_) + spec_.block_offset(block);
   const uintptr_t first = begin / kPage * kPage;
   const uintptr_t end = (begin + spec_.block_bytes(block) + kPage - 1) / kPage * kPage;
-  ::madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_READ);  // or later, one by one
+  ::madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_READ);  // a failure costs page faults only
 #else
   (void)block;
 #endif

@@ -18,7 +18,7 @@ struct FormatError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A system call failed. `note` says what was being done, where errno alone would not tell.
+// A system call failed. `note` names the operation.
 struct IoError : std::runtime_error {
   IoError(int code, std::string path, std::string note);
   int code;
@@ -26,14 +26,14 @@ struct IoError : std::runtime_error {
   std::string note;
 };
 
-// Everything that decides where a record lies, as the file's header says too, and what a record
-// must hold.
+// The layout of a view file, which its header repeats, and the valid class ids of its records.
 struct ViewSpec {
   uint64_t num_records = 0;
   uint32_t record_bytes = 0;
   uint32_t block_records = 0;
   uint64_t view_id = 0;
-  // A record starts with so many class ids, unsigned, each below the limit. The file does not say.
+  // A record starts with ids_per_record unsigned class ids, each below id_limit. The file stores none
+  // of these three fields.
   uint32_t ids_per_record = 0;
   uint32_t id_bytes = 2;
   uint32_t id_limit = 0;
@@ -60,10 +60,10 @@ class ViewFile {
   const std::string& path() const { return path_; }
   const ViewSpec& spec() const { return spec_; }
 
-  // State of every block by the table alone; `broken` is a state word that no writer leaves.
+  // State of every block from the table alone; `broken`: a state word that no writer stores.
   std::vector<BlockState> table_states() const;
-  // State after reading the block, comparing its checksum and looking at every class id: an id
-  // beyond the limit would index past a student's logits. `why` names what is broken.
+  // State after reading the block and checking its checksum and every class id: an id beyond the
+  // limit would index past a student's logits. `why` describes the fault of a broken block.
   BlockState check_block(uint64_t block, std::string* why) const;
 
  protected:
@@ -88,14 +88,14 @@ class ViewWriter : public ViewFile {
   // that is there already.
   ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec);
 
-  // Data first, then (once it is on the disk) the table entry: a torn write leaves the block
-  // pending or its checksum wrong, never a complete block with wrong bytes.
+  // Writes the data first and, once it is on disk, the table entry. After an interrupted write the
+  // block is pending or its checksum is wrong; it is never complete with wrong bytes.
   void commit(uint64_t block, const void* data, size_t size);
   void sync() const;
 };
 
-// Reads records through a memory map. Every block's checksum is compared before its first record
-// is handed out. Safe to use from several threads.
+// Reads records through a memory map. Verifies a block's checksum before it returns the first of
+// its records. Thread-safe.
 class ViewReader : public ViewFile {
  public:
   ViewReader(const std::string& path, const ViewSpec& spec);
@@ -104,23 +104,23 @@ class ViewReader : public ViewFile {
   // Copies records [start, stop) to `out`.
   void read(uint64_t start, uint64_t stop, void* out) const;
 
-  // The record's place in the map; its block's checksum has been compared.
+  // Address of the record in the map, after its block was verified.
   const unsigned char* record(int64_t row) const {
-    const auto place = static_cast<uint64_t>(row);
-    require_block(block_of(place));
-    return data_ + place * spec_.record_bytes;
+    const auto index = static_cast<uint64_t>(row);
+    require_block(block_of(index));
+    return data_ + index * spec_.record_bytes;
   }
 
-  // Reads a block into the page cache and compares its checksum, unless that was done before.
+  // Reads a block into the page cache and verifies its checksum, unless it is verified already.
   void require_block(uint64_t block) const;
   bool is_verified(uint64_t block) const {
     return verified_[block].load(std::memory_order_acquire);
   }
-  // Asks the system to start reading a block; returns at once.
+  // Asks the system to start reading a block and does not wait for it.
   void will_need(uint64_t block) const;
-  // Enters a block that is in memory into the map, which spares its readers the page faults.
+  // Maps the pages of a block that is in memory, which saves its readers the page faults.
   void map_pages(uint64_t block) const;
-  // Throws FormatError where the file's size is not what it was when it was opened.
+  // Throws FormatError if the file's size has changed since it was opened.
   void check_unchanged() const { check_size(); }
 
   uint64_t block_of(uint64_t row) const {
@@ -130,7 +130,7 @@ class ViewReader : public ViewFile {
  private:
   void check_and_mark(uint64_t block) const;
 
-  int shift_ = -1;  // log2 of block_records where that is whole: a division costs as much as a copy
+  int shift_ = -1;  // log2 of block_records if that is a power of two: a division costs as much as a copy
   const unsigned char* data_ = nullptr;
   void* map_ = nullptr;
   std::unique_ptr<std::atomic<bool>[]> verified_;

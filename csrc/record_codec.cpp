@@ -4,8 +4,7 @@
 #include <functional>
 #include <vector>
 
-// A second version of the loops for the wider vector units that most x86 CPUs have, chosen when the
-// library is loaded. Both give the same bits.
+// Compiles a second version of the loops for AVX2; the loader selects one. Both give the same bits.
 #if defined(__x86_64__) && defined(__linux__)
 #define DF_WIDE __attribute__((target_clones("avx2", "default")))
 #define DF_F16C 1
@@ -25,38 +24,38 @@ struct TopKOut {
 };
 
 template <typename T>
-DF_BOTH T load(const unsigned char* place) {
+HOST_DEVICE T load(const unsigned char* address) {
   T value;
-  memcpy(&value, place, sizeof value);
+  memcpy(&value, address, sizeof value);
   return value;
 }
 
-// The threads of a block one after another; a sum in one loop, which vectorises.
+// Runs the threads of a block one after another; a sum is one loop, which vectorises.
 struct SerialBlock {
   template <typename Body>
-  DF_BOTH void each(Body body) {
+  HOST_DEVICE void each(Body body) {
     for (uint32_t thread = 0; thread < kEncodeThreads; ++thread) body(thread);
   }
   template <typename Body>
-  DF_BOTH bool any(Body body) {
+  HOST_DEVICE bool any(Body body) {
     bool found = false;
     for (uint32_t thread = 0; thread < kEncodeThreads; ++thread) found |= body(thread);
     return found;
   }
   template <typename Term>
-  DF_BOTH uint64_t total(uint32_t count, Term term) {
+  HOST_DEVICE uint64_t total(uint32_t count, Term term) {
     uint64_t sum = 0;
     for (uint32_t i = 0; i < count; ++i) sum += term(i);
     return sum;
   }
-  DF_BOTH uint32_t add(uint32_t* counter, uint32_t amount) {
+  HOST_DEVICE uint32_t add(uint32_t* counter, uint32_t amount) {
     const uint32_t before = *counter;
     *counter = before + amount;
     return before;
   }
-  void sort_descending(uint64_t* keys, uint32_t count, uint64_t* sorted, uint32_t wanted) {
-    std::partial_sort(keys, keys + wanted, keys + count, std::greater<uint64_t>());
-    std::copy(keys, keys + wanted, sorted);
+  void sort_descending(uint64_t* keys, uint32_t count, uint64_t* sorted, uint32_t kept) {
+    std::partial_sort(keys, keys + kept, keys + count, std::greater<uint64_t>());
+    std::copy(keys, keys + kept, sorted);
   }
 };
 
@@ -67,10 +66,10 @@ DF_WIDE bool encode_row(const TopKShape& shape, const float* row, uint32_t label
       block, shape, [row](uint32_t i) { return row[i]; }, label, room, shared, record);
 }
 
-// Entry i of a record is stored[i] / T - shift. The product with 1 / T, rounded once more than the
-// quotient, keeps a division out of the loop.
+// Entry i of a record is stored[i] / T - shift. The product with 1 / T has one rounding more than the
+// quotient, and keeps a division out of the loop.
 template <typename Id>
-DF_BOTH void decode_topk_record(const unsigned char* record, uint32_t k, float inverse, float shift,
+HOST_DEVICE void decode_topk_record(const unsigned char* record, uint32_t k, float inverse, float shift,
                                 int32_t* __restrict__ ids, float* __restrict__ log_probs) {
   const unsigned char* halves = record + k * sizeof(Id);
   for (uint32_t i = 0; i < k; ++i) ids[i] = static_cast<int32_t>(load<Id>(record + i * sizeof(Id)));
@@ -80,7 +79,7 @@ DF_BOTH void decode_topk_record(const unsigned char* record, uint32_t k, float i
 }
 
 template <typename Id>
-DF_BOTH void decode_topk(const RecordLayout& layout, const unsigned char* const* records,
+HOST_DEVICE void decode_topk(const RecordLayout& layout, const unsigned char* const* records,
                          size_t count, const TopKOut& to) {
   const uint32_t k = layout.k;
   const float inverse = 1.0f / layout.tau;
@@ -102,8 +101,8 @@ DF_WIDE void decode_topk_any(const RecordLayout& layout, const unsigned char* co
 }
 
 #if defined(DF_F16C)
-// The usual record, k = 16 and two-byte ids, with the conversions that such CPUs have. The same
-// bits as above: both conversions are exact.
+// The most common record, k = 16 with two-byte ids, decoded by F16C instructions. The bits are those
+// of the general loop, since both conversions are exact.
 __attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layout,
                                                         const unsigned char* const* records,
                                                         size_t count, const TopKOut& to) {
@@ -114,18 +113,18 @@ __attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layo
     const __m256 shift = _mm256_set1_ps(load<float>(tail + 4));
     to.log_tails[i] = load<float>(tail);
     for (int half = 0; half < 2; ++half) {
-      const size_t place = 16 * i + 8 * half;
+      const size_t offset = 16 * i + 8 * half;
       const __m256i ids = _mm256_cvtepu16_epi32(_mm_loadu_si128(words + half));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.ids + place), ids);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.ids + offset), ids);
       const __m256 stored = _mm256_cvtph_ps(_mm_loadu_si128(words + 2 + half));
-      _mm256_storeu_ps(to.log_probs + place, _mm256_sub_ps(_mm256_mul_ps(stored, inverse), shift));
+      _mm256_storeu_ps(to.log_probs + offset, _mm256_sub_ps(_mm256_mul_ps(stored, inverse), shift));
     }
   }
 }
 #endif
 
 #if defined(DF_F16C)
-bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows the word
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows f16c
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
@@ -155,7 +154,7 @@ DF_WIDE void decode_fp8(const unsigned char* from, uint32_t classes, float* to) 
 
 }  // namespace
 
-void decode_handful(const RecordLayout& layout, const unsigned char* const* records, size_t count,
+void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
                     const Decoded& out, size_t begin) {
   switch (layout.kind) {
     case RecordKind::copy: {
@@ -191,16 +190,16 @@ void decode_handful(const RecordLayout& layout, const unsigned char* const* reco
 
 int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
                     const int64_t* rows, int64_t count, const Decoded& out) {
-  const unsigned char* records[kHandful];
-  for (int64_t begin = 0; begin < count; begin += kHandful) {
-    const auto size = static_cast<size_t>(std::min<int64_t>(kHandful, count - begin));
+  const unsigned char* records[kDecodeBatch];
+  for (int64_t begin = 0; begin < count; begin += kDecodeBatch) {
+    const auto size = static_cast<size_t>(std::min<int64_t>(kDecodeBatch, count - begin));
     for (size_t i = 0; i < size; ++i) {
-      const int64_t place = begin + static_cast<int64_t>(i);
-      const int64_t row = rows == nullptr ? place : rows[place];
-      if (row < 0 || row >= num_records) return place;
+      const int64_t index = begin + static_cast<int64_t>(i);
+      const int64_t row = rows == nullptr ? index : rows[index];
+      if (row < 0 || row >= num_records) return index;
       records[i] = table + static_cast<size_t>(row) * layout.record_bytes;
     }
-    decode_handful(layout, records, size, out, static_cast<size_t>(begin));
+    decode_batch(layout, records, size, out, static_cast<size_t>(begin));
   }
   return -1;
 }

@@ -1,5 +1,5 @@
-// Records on the host: rows of logits to top-k records, records of any codec to tensors.
-// csrc/cuda holds the same for the device; both take their arithmetic from the shared headers.
+// Records on the host: encodes logits as top-k records and decodes records of every codec. csrc/cuda
+// does the same on the device; both use the arithmetic of the shared headers.
 #pragma once
 
 #include <cstddef>
@@ -18,11 +18,11 @@ struct RecordLayout {
   uint32_t num_classes = 0;
   uint32_t id_bytes = 2;
   uint32_t k = 0;            // topk
-  uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`, which its normaliser follows
+  uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`; its normaliser comes next
   float tau = 1.0f;          // topk
 };
 
-// Where `count` decoded records go, by kind:
+// Outputs of `count` decoded records, by kind:
 //   copy  first: the bytes
 //   hard  first: int64 [count]
 //   topk  first: int32 [count, k] ids; second: float32 [count, k] log-probabilities at tau;
@@ -34,19 +34,19 @@ struct Decoded {
   float* third = nullptr;
 };
 
-// Records that are decoded in one go: their cache misses overlap.
-constexpr size_t kHandful = 16;
+// Number of records that are decoded together: their cache misses overlap.
+constexpr size_t kDecodeBatch = 16;
 
-// Decodes count <= kHandful records to rows [begin, begin + count) of `out`.
-void decode_handful(const RecordLayout& layout, const unsigned char* const* records, size_t count,
+// Decodes count <= kDecodeBatch records to rows [begin, begin + count) of `out`.
+void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
                     const Decoded& out, size_t begin);
 
-// Decodes records rows[i] (rows null: i) of a table of `num_records`. Returns the first i whose row
-// is not in it, or -1.
+// Decodes records rows[i] (i if rows is null) of a table of `num_records`. Returns the first i whose
+// row is outside the table, or -1.
 int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
                     const int64_t* rows, int64_t count, const Decoded& out);
 
-// Encodes float32 logits [count, num_classes]; labels (for shape.true_class, else null) are in
+// Encodes float32 logits [count, num_classes]; labels (null without shape.true_class) are in
 // range. Returns the first row with a value that is not finite, or -1.
 int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
                     const int64_t* labels, unsigned char* records);

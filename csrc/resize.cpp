@@ -1,7 +1,7 @@
 // Two passes, each a sum of integer weights times bytes: along x, rounded to bytes, then along y.
-// Pillow does the same one pixel at a time; here a lane is a row (along x) or a value of a row
-// (along y), so that loops of a fixed length over neighbouring bytes are left, which compilers turn
-// into vector code. Integer sums have no order, so the bytes are the same.
+// Pillow computes one pixel at a time. Here a lane is a row (along x) or a value of a row (along y):
+// loops of a fixed length over adjacent bytes, which compilers vectorise. Integer sums do not depend
+// on their order, so the bytes are the same.
 #include "resize.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-// The loops once for each width of vector unit; the loader picks at start.
+// Compiles the loops once for each vector width; the loader selects one.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define DEIT_FAST_VECTOR_WIDTHS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
@@ -21,10 +21,10 @@ namespace deit_fast {
 namespace {
 
 constexpr int kFractionBits = 22;  // of a weight; the sums fit int32 for any image size
-constexpr int kRows = 16;          // of a tile of the pass along x
+constexpr int kRows = 16;          // in a tile of the pass along x
 constexpr int kChannels = 3;
 constexpr int kLanes = kRows * kChannels;
-constexpr int kValues = 64;  // of a row that the pass along y sums at once
+constexpr int kValues = 64;  // of a row that the pass along y sums together
 
 // Keys' cubic with a = -0.5.
 double cubic(double t) {
@@ -35,9 +35,9 @@ double cubic(double t) {
   return 0.0;
 }
 
-// For every output place along one axis the inputs [first, first + count) and their weights.
+// For every output index along one axis, the inputs [first, first + count) and their weights.
 struct Axis {
-  int64_t stride = 0;  // of the weights of one place
+  int64_t stride = 0;  // between the weights of two indices
   std::vector<int64_t> first, count;
   std::vector<int32_t> weights;
 
@@ -49,8 +49,8 @@ struct Axis {
     stride = int64_t(std::ceil(support)) * 2 + 1;
     weights.resize(size_t(out * stride));
     std::vector<double> exact(static_cast<size_t>(stride));
-    for (int64_t place = 0; place < out; ++place) {
-      const double centre = (double(place) + 0.5) * scale;
+    for (int64_t index = 0; index < out; ++index) {
+      const double centre = (double(index) + 0.5) * scale;
       const int64_t begin = std::max<int64_t>(int64_t(centre - support + 0.5), 0);
       const int64_t end = std::min<int64_t>(int64_t(centre + support + 0.5), in);
       double sum = 0.0;
@@ -63,10 +63,10 @@ struct Axis {
         double weight = exact[size_t(j)];
         if (sum != 0.0) weight /= sum;
         weight *= double(1 << kFractionBits);
-        weights[size_t(place * stride + j)] = int32_t(weight < 0 ? weight - 0.5 : weight + 0.5);
+        weights[size_t(index * stride + j)] = int32_t(weight < 0 ? weight - 0.5 : weight + 0.5);
       }
-      first[size_t(place)] = begin;
-      count[size_t(place)] = end - begin;
+      first[size_t(index)] = begin;
+      count[size_t(index)] = end - begin;
     }
   }
 };
@@ -75,7 +75,7 @@ inline uint8_t to_byte(int32_t sum) {
   return uint8_t(std::min(std::max(sum >> kFractionBits, 0), 255));
 }
 
-// Up to kRows rows along x. `tile` and `done` hold [place * 3 + channel][row].
+// Resizes up to kRows rows along x. `tile` and `done` are [x * 3 + channel][row].
 DEIT_FAST_VECTOR_WIDTHS
 void resize_rows(const uint8_t* pixels, int64_t row_bytes, int64_t rows, int64_t width,
                  const Axis& axis, uint8_t* tile, uint8_t* done, uint8_t* out) {
@@ -101,7 +101,7 @@ void resize_rows(const uint8_t* pixels, int64_t row_bytes, int64_t rows, int64_t
   }
 }
 
-// One row of the output along y from the rows of `middle`, `values` bytes each.
+// Sums one output row from the rows of `middle`, `values` bytes each.
 DEIT_FAST_VECTOR_WIDTHS
 void sum_rows(const uint8_t* middle, int64_t values, const int32_t* weights, int64_t count,
               uint8_t* out) {
@@ -131,7 +131,7 @@ void crop_resize(const uint8_t* pixels, int64_t row_bytes, int64_t left, int64_t
   const uint8_t* from = pixels + top * row_bytes + left * kChannels;
   const int64_t values = out_width * kChannels;
 
-  // Along x: to `out` itself where no pass along y follows.
+  // Along x: straight to `out` if no pass along y follows.
   std::unique_ptr<uint8_t[]> middle;
   uint8_t* rows = out;
   if (height != out_height) {

@@ -1,6 +1,6 @@
-// The top-k record of one row of logits, as an algorithm of a block of threads: the same source is
-// a CUDA block's and, one thread after another, a CPU's. Selection is exact and sums are integers,
-// so the record's bytes do not depend on who computes them, nor on the count of threads.
+// Encodes one row of logits as a top-k record, written for a block of threads. A CUDA block runs the
+// threads in parallel, a CPU one after another. Selection is exact and sums are integers, so the bytes
+// of the record depend neither on the device nor on the number of threads.
 #pragma once
 
 #include "arithmetic.h"
@@ -12,19 +12,19 @@ struct TopKShape {
   uint32_t k;         // 1 to num_classes
   uint32_t id_bytes;  // 2 or 4
   uint32_t temperatures;
-  const double* inverse_temperatures;  // where the record is computed
+  const double* inverse_temperatures;  // at which tail and normaliser are stored
   bool true_class;                     // the record ends with the label's log-probability
 
-  DF_BOTH uint32_t probs_offset() const { return k * id_bytes; }
-  DF_BOTH uint32_t tail_offset() const { return probs_offset() + 2 * k; }
-  DF_BOTH uint32_t true_class_offset() const { return tail_offset() + 8 * temperatures; }
-  DF_BOTH uint32_t record_bytes() const { return true_class_offset() + (true_class ? 4 : 0); }
+  HOST_DEVICE uint32_t probs_offset() const { return k * id_bytes; }
+  HOST_DEVICE uint32_t tail_offset() const { return probs_offset() + 2 * k; }
+  HOST_DEVICE uint32_t true_class_offset() const { return tail_offset() + 8 * temperatures; }
+  HOST_DEVICE uint32_t record_bytes() const { return true_class_offset() + (true_class ? 4 : 0); }
 };
 
 constexpr uint32_t kEncodeThreads = 128;
-constexpr uint32_t kEncodeKeys = 1024;  // room for candidates
+constexpr uint32_t kEncodeKeys = 1024;  // capacity for candidates
 
-// What the threads of a block share. keys and sorted: room for max(kEncodeKeys, k + 1).
+// Shared by the threads of a block. keys and sorted hold max(kEncodeKeys, k + 1) keys.
 struct EncodeShared {
   uint64_t best[kEncodeThreads];
   uint64_t threshold;
@@ -33,20 +33,20 @@ struct EncodeShared {
   uint64_t* sorted;
 };
 
-DF_BOTH void put_float(unsigned char* place, float value) {  // 2-byte aligned
+HOST_DEVICE void put_float(unsigned char* to, float value) {  // 2-byte aligned
   const auto bits = bits_as<uint32_t>(value);
   const auto low = static_cast<uint16_t>(bits), high = static_cast<uint16_t>(bits >> 16);
-  memcpy(place, &low, 2);
-  memcpy(place + 2, &high, 2);
+  memcpy(to, &low, 2);
+  memcpy(to + 2, &high, 2);
 }
 
-// Log of the sum of all e^(z/T), and logs of the shares of it inside and outside the ids.
+// Log of the sum of all e^(z/T), and the logs of its shares inside and outside the top k.
 struct Normaliser {
   double log_sum;
   double log_inside;
   double log_tail;
 };
-DF_BOTH Normaliser normaliser(double inside_shift, uint64_t inside, double outside_shift,
+HOST_DEVICE Normaliser normaliser(double inside_shift, uint64_t inside, double outside_shift,
                               uint64_t outside) {
   const double a = inside_shift + log_of(static_cast<double>(inside) * kUnit);
   const double b = outside_shift + log_of(static_cast<double>(outside) * kUnit);
@@ -56,9 +56,10 @@ DF_BOTH Normaliser normaliser(double inside_shift, uint64_t inside, double outsi
           d > 0 ? -(d + correction) : -correction};
 }
 
-// Collects the keys that are at least shared.threshold; found counts them all, kept or not.
+// Collects the keys that are at least shared.threshold. shared.found counts all of them, also those
+// beyond `room`, which are dropped.
 template <typename Block, typename Row>
-DF_BOTH void collect(Block& block, Row row, uint32_t count, uint32_t room, EncodeShared& shared) {
+HOST_DEVICE void collect(Block& block, Row row, uint32_t count, uint32_t room, EncodeShared& shared) {
   block.each([&](uint32_t thread) {
     if (thread == 0) shared.found = 0;
   });
@@ -66,16 +67,16 @@ DF_BOTH void collect(Block& block, Row row, uint32_t count, uint32_t room, Encod
     for (uint32_t i = thread; i < count; i += kEncodeThreads) {
       const uint64_t key = key_of(row(i), i);
       if (key < shared.threshold) continue;
-      const uint32_t place = block.add(&shared.found, 1);
-      if (place < room) shared.keys[place] = key;
+      const uint32_t index = block.add(&shared.found, 1);
+      if (index < room) shared.keys[index] = key;
     }
   });
 }
 
-// The `wanted` largest keys of the row, descending, in shared.sorted; false where a value is not
-// finite. room >= wanted.
+// Puts the `kept` largest keys of the row, descending, into shared.sorted; false if a value is not
+// finite. room >= kept.
 template <typename Block, typename Row>
-DF_BOTH bool select_largest(Block& block, Row row, uint32_t count, uint32_t wanted, uint32_t room,
+HOST_DEVICE bool select_largest(Block& block, Row row, uint32_t count, uint32_t kept, uint32_t room,
                             EncodeShared& shared) {
   const bool bad = block.any([&](uint32_t thread) {
     uint64_t best = 0;
@@ -90,26 +91,26 @@ DF_BOTH bool select_largest(Block& block, Row row, uint32_t count, uint32_t want
     return !finite;
   });
   if (bad) return false;
-  // `wanted` threads hold a key of at least the wanted-th largest of their best ones: a threshold
-  // that passes all that is wanted and, in a row without a pattern, little more.
+  // The kept-th largest of the threads' best keys is a threshold that at least `kept` keys pass, and
+  // in a row without a pattern few more.
   uint32_t passed = room + 1;
-  if (wanted <= kEncodeThreads && wanted <= count) {
+  if (kept <= kEncodeThreads && kept <= count) {
     block.each([&](uint32_t thread) {
       const uint64_t mine = shared.best[thread];
       uint32_t larger = 0;
       for (uint32_t i = 0; i < kEncodeThreads; ++i) larger += shared.best[i] > mine;
-      if (larger == wanted - 1 && mine > 0) shared.threshold = mine;
+      if (larger == kept - 1 && mine > 0) shared.threshold = mine;
     });
     collect(block, row, count, room, shared);
     passed = shared.found;
   }
-  if (passed > room) {  // a row with a pattern, or a large k: bisection for the very key
+  if (passed > room) {  // a row with a pattern, or a large k: bisect for the exact key
     uint64_t threshold = 0;
     for (int bit = 63; bit >= 0; --bit) {
       const uint64_t trial = threshold | (uint64_t{1} << bit);
       const uint64_t passing =
           block.total(count, [&](uint32_t i) -> uint64_t { return key_of(row(i), i) >= trial; });
-      if (passing >= wanted) threshold = trial;
+      if (passing >= kept) threshold = trial;
     }
     block.each([&](uint32_t thread) {
       if (thread == 0) shared.threshold = threshold;
@@ -117,14 +118,14 @@ DF_BOTH bool select_largest(Block& block, Row row, uint32_t count, uint32_t want
     collect(block, row, count, room, shared);
     passed = shared.found;
   }
-  block.sort_descending(shared.keys, passed, shared.sorted, wanted);
+  block.sort_descending(shared.keys, passed, shared.sorted, kept);
   return true;
 }
 
-// Writes the record of a row; false, and nothing, where a value of it is not finite.
-// label: the row's true class; looked at where the shape has it.
+// Writes the record of a row; returns false and writes nothing if a value of it is not finite.
+// label: the row's true class, used with shape.true_class.
 template <typename Block, typename Row>
-DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint32_t label,
+HOST_DEVICE bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint32_t label,
                              uint32_t room, EncodeShared& shared, unsigned char* record) {
   const uint32_t count = shape.num_classes, k = shape.k;
   const bool whole = k == count;
@@ -140,7 +141,7 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
       const double sum = top * inverse + log_of(static_cast<double>(inside) * kUnit);
       return {sum, 0.0, -bits_as<double>(uint64_t{0x7FF0000000000000})};
     }
-    // Every class inside counts exactly one here: it is no smaller than `next`.
+    // Every class inside contributes exactly one here, since it is at least `next`.
     const uint64_t all = block.total(
         count, [&](uint32_t i) { return exp_units((row(i) - next) * inverse); });
     return normaliser(top * inverse, inside, next * inverse, all - k * kOne);
@@ -155,7 +156,7 @@ DF_BOTH bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint
   for (uint32_t t = 0; t < shape.temperatures; ++t) {
     const double inverse = shape.inverse_temperatures[t];
     const Normaliser at = inverse == 1.0 ? at_one : normalise(inverse);
-    // Of what is stored, not of the logits: so its rounding does not move the mass.
+    // From the stored values, not the logits, so that their rounding does not change the mass.
     const uint64_t rounded = block.total(k, [&](uint32_t i) {
       return exp_units((half_value(stored(i)) - first) * inverse);
     });

@@ -17,18 +17,18 @@ int64_t ViewTable::locate(const int64_t* ids, size_t count, size_t stride, Locat
   if (count == 0) return -1;
   out->which.resize(count);
   ++turn_;
-  // A step's views are few: a small direct-mapped memory answers nearly all of its rows.
+  // A batch has few views: a small direct-mapped table finds the view of nearly every row.
   constexpr size_t kRecent = 64;
   int64_t recent_ids[kRecent];
-  uint32_t recent_places[kRecent];
+  uint32_t recent_indices[kRecent];
   std::fill(recent_ids, recent_ids + kRecent, int64_t{-1});
-  std::unordered_map<int64_t, uint32_t> places;
+  std::unordered_map<int64_t, uint32_t> indices;
   const size_t distinct_rows = stride == 0 ? 1 : count;
   for (size_t i = 0; i < distinct_rows; ++i) {
     const int64_t id = ids[i];
     const size_t recent = static_cast<uint64_t>(id) % kRecent;
     if (recent_ids[recent] != id || id < 0) {
-      const auto [place, added] = places.try_emplace(id, static_cast<uint32_t>(out->views.size()));
+      const auto [entry, added] = indices.try_emplace(id, static_cast<uint32_t>(out->views.size()));
       if (added) {
         const auto slot = slots_.find(id);
         if (slot == slots_.end()) return id;
@@ -36,9 +36,9 @@ int64_t ViewTable::locate(const int64_t* ids, size_t count, size_t stride, Locat
         out->views.push_back(slot->second.view);
       }
       recent_ids[recent] = id;
-      recent_places[recent] = place->second;
+      recent_indices[recent] = entry->second;
     }
-    out->which[i] = recent_places[recent];
+    out->which[i] = recent_indices[recent];
   }
   return -1;
 }
@@ -55,13 +55,13 @@ void ViewTable::trim(size_t limit) {
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out) {
   for (const View& view : located.views) {
-    view->check_unchanged();  // a file shortened since it was opened: an error, not a SIGBUS
+    view->check_unchanged();  // a file truncated since it was opened: an error, not a SIGBUS
   }
-  // Random records miss every cache. Finding a handful of them asks for their lines, and the one
-  // before is decoded while those are on their way.
-  const unsigned char* records[2][kHandful];
+  // Random records miss every cache. find prefetches one batch of records while the batch before it
+  // is decoded.
+  const unsigned char* records[2][kDecodeBatch];
   const auto find = [&](size_t begin, const unsigned char** found) {
-    const size_t size = std::min(kHandful, count - begin);
+    const size_t size = std::min(kDecodeBatch, count - begin);
     for (size_t i = 0; i < size; ++i) {
       const ViewReader& view = *located.views[located.which[begin + i]];
       found[i] = view.record(rows[begin + i]);
@@ -75,7 +75,7 @@ void gather(const Located& located, const int64_t* rows, size_t count, const Rec
   for (size_t begin = 0, turn = 0; begin < count; turn ^= 1) {
     const size_t next = begin + size;
     const size_t next_size = next < count ? find(next, records[turn ^ 1]) : 0;
-    decode_handful(layout, records[turn], size, out, begin);
+    decode_batch(layout, records[turn], size, out, begin);
     begin = next;
     size = next_size;
   }
@@ -110,17 +110,17 @@ void ReadAhead::stop() {
 void ReadAhead::ask(const Located& located, const int64_t* rows, size_t count) {
   std::vector<std::pair<uint32_t, uint64_t>> blocks;
   for (size_t i = 0; i < count; ++i) {
-    const uint32_t place = located.which[i];
-    const ViewReader& view = *located.views[place];
+    const uint32_t view_index = located.which[i];
+    const ViewReader& view = *located.views[view_index];
     const uint64_t block = view.block_of(static_cast<uint64_t>(rows[i]));
-    if (!view.is_verified(block)) blocks.emplace_back(place, block);
+    if (!view.is_verified(block)) blocks.emplace_back(view_index, block);
   }
   std::sort(blocks.begin(), blocks.end());
   blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [place, block] : blocks) {
-      const View& view = located.views[place];
+    for (const auto& [view_index, block] : blocks) {
+      const View& view = located.views[view_index];
       if (asked_.emplace(view.get(), block).second) queue_.emplace_back(view, block);
     }
   }
@@ -145,7 +145,7 @@ void ReadAhead::work() {
     const Block mine = std::move(queue_.front());
     queue_.pop_front();
     if (advised_ > 0) --advised_;
-    std::vector<Block> next;  // the disk works on these while this thread checks its block
+    std::vector<Block> next;  // the disk reads these while this thread checks its block
     for (; advised_ < std::min(kAdvised, queue_.size()); ++advised_) next.push_back(queue_[advised_]);
     lock.unlock();
     for (const auto& [view, block] : next) view->will_need(block);
@@ -154,7 +154,7 @@ void ReadAhead::work() {
       mine.first->require_block(mine.second);
       mine.first->map_pages(mine.second);
     } catch (const std::exception&) {
-      read = false;  // whoever asks for one of its records gets the error, with the same words
+      read = false;  // the reader of one of its records raises the same error
     }
     lock.lock();
     blocks_read_ += read;

@@ -19,20 +19,20 @@ namespace deit_fast {
 
 using View = std::shared_ptr<const ViewReader>;
 
-// The views that a batch touches, kept open, and the view of each of its records.
+// The open views of a batch, and the view of each of its records.
 struct Located {
   std::vector<View> views;
-  std::vector<uint32_t> which;  // [n] places in views
+  std::vector<uint32_t> which;  // [n] indices into views
 };
 
-// Open views by id. Not for several threads at once (Python's lock guards it); what it returns is.
+// Open views by id. Not thread-safe (Python's lock guards it); the views that it returns are.
 class ViewTable {
  public:
   void add(View view);
-  // Finds the views of `count` ids, `stride` apart (0: one for all). Returns -1, or the first id
+  // Finds the views of `count` ids, `stride` apart (0: one id for all). Returns -1, or the first id
   // that is not in the table.
   int64_t locate(const int64_t* ids, size_t count, size_t stride, Located* out);
-  // Closes the views that were used longest ago, down to `limit`.
+  // Closes the least recently used views until `limit` are open.
   void trim(size_t limit);
 
  private:
@@ -48,9 +48,8 @@ class ViewTable {
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out);
 
-// Threads that read and check blocks before they are needed, in the order of asking. What they
-// read stays in the system's page cache, which processes share; the process itself holds a buffer
-// of a megabyte a thread. A damaged block is left for its reader to find.
+// Threads that read and verify blocks ahead of their use, in the order of the requests. The data stays
+// in the system's page cache, which processes share. A damaged block is reported by its reader.
 class ReadAhead {
  public:
   explicit ReadAhead(size_t threads);
@@ -60,9 +59,9 @@ class ReadAhead {
 
   // Queues the blocks of these rows that are neither verified nor queued, in the files' order.
   void ask(const Located& located, const int64_t* rows, size_t count);
-  void wait();  // until nothing is queued or in hand
-  void stop();  // drops what is queued and waits for the threads, and so for the blocks in hand
-  // False in a forked child: the threads did not come along, and a destructor would wait for them.
+  void wait();  // until no block is queued or being read
+  void stop();  // drops the queue and waits for the blocks being read
+  // False in a forked child, which has none of the threads: a destructor would wait for them forever.
   bool is_mine() const;
   uint64_t blocks_read() const;
 
@@ -72,11 +71,11 @@ class ReadAhead {
 
   mutable std::mutex mutex_;
   std::condition_variable more_, idle_;
-  // Blocks that the disk is asked for beforehand: 5 MB of the usual ones, as a disk likes it.
+  // Number of queued blocks that the system is asked to read in advance: 5 MB of usual blocks.
   static constexpr size_t kAdvised = 16;
   std::deque<Block> queue_;
-  size_t advised_ = 0;  // so many of the queue's first
-  std::set<std::pair<const ViewReader*, uint64_t>> asked_;  // queued or in hand
+  size_t advised_ = 0;  // of the first blocks in the queue
+  std::set<std::pair<const ViewReader*, uint64_t>> asked_;  // queued or being read
   uint64_t blocks_read_ = 0;
   bool stop_ = false;
   int pid_;

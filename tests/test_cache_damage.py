@@ -61,7 +61,7 @@ def test_every_bit_of_the_header_matters(cache_folder):
 
 
 def test_a_header_with_something_where_zeros_belong_is_refused(cache_folder):
-    """Found by csrc/fuzz: such a file was read where its checksum was right."""
+    """Found by tests/native/fuzz: such a file was read where its checksum was right."""
     from deit_fast import _C
 
     file = cache_folder / NAME

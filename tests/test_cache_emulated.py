@@ -1,6 +1,6 @@
 """The CUDA part of the cache without a GPU: its kernels, compiled for the CPU, under sanitizers.
 
-`csrc/emulator` runs the threads of a block in a random order that a seed decides. What it and the
+`tests/native/emulator` runs the threads of a block in a random order that a seed decides. What it and the
 sanitizers are there to find is tested by kernels with one defect each.
 """
 

@@ -42,28 +42,10 @@ def test_mutated_files_give_an_error_or_the_right_records():
     )
     assert found is not None, out
     total, *kinds = map(int, found.groups())
-    # Every way through is taken often; a harness that is refused at the first byte shows nothing.
+    # Each path must be frequent: a fuzzer whose inputs are all refused at once tests nothing.
     assert total == sum(kinds) and min(kinds) > total / 50 and total > 500
 
 
 @pytest.mark.slow
 def test_every_operation_under_sanitizers():
     assert "decode of 7 codecs; no finding" in make("sanitize")
-
-
-@pytest.mark.slow
-def test_inputs_that_reach_new_code_find_nothing():
-    compiler = os.environ.get("CLANGXX", "clang++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler} on PATH, which brings libFuzzer")
-    target = "int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }"
-    done = subprocess.run([compiler, "-fsanitize=fuzzer", *FLAGS[1:]], input=f'extern "C" {target}',
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode != 0:
-        pytest.skip(f"{compiler} has no libFuzzer")
-    command = ["make", "fuzz-guided", "SECONDS=6"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "warning:" not in said, said
-    runs = re.search(r"number_of_executed_units: (\d+)", said)
-    assert runs is not None and int(runs[1]) > 500, said

@@ -1,4 +1,4 @@
-// Gather and decode in one kernel: raw records never go back to memory.
+// Gather and decode in one kernel, so that raw records are not written back to memory.
 #include <algorithm>
 
 #include "launch.h"
@@ -24,8 +24,8 @@ struct Table {
   }
 };
 
-// One thread moves one Word; neighbours move neighbouring words, so that loads of a record and all
-// stores coalesce. A thread has four words in flight.
+// Adjacent threads move adjacent words, so that loads of a record and all stores coalesce. A thread
+// has four words in flight.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
     copy_records(Table table, uint32_t record_bytes, uint32_t words, int64_t total,
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Group lanes share a record: 16 where k <= 16, else 32, each then taking every 32nd entry.
+// Group lanes share a record: 16 if k <= 16, else 32, each taking every 32nd entry.
 template <typename Id, uint32_t Group>
 __global__ void __launch_bounds__(kThreads)
     decode_topk(RecordLayout layout, Table table, int64_t count, int32_t* __restrict__ ids,
@@ -90,7 +90,7 @@ struct alignas(16) Float4 {
   float value[4];
 };
 
-// A block takes a record; Wide: codes by fours, where record and output lie on such borders.
+// A block decodes a record. Wide: four codes at a time, if record and output are aligned to that.
 template <RecordKind Kind, bool Wide>
 __global__ void __launch_bounds__(kThreads)
     decode_bytes(RecordLayout layout, Table table, int64_t count, float* __restrict__ out) {
@@ -174,7 +174,7 @@ void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, 
                       const int64_t* rows, int64_t count, const Decoded& out, int device,
                       void* stream_address) {
   if (count == 0) return;
-  check_cuda(cudaSetDevice(device), kWhat);  // this runtime is linked in statically, beside torch's
+  check_cuda(cudaSetDevice(device), kWhat);  // this statically linked runtime does not share torch's device
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const Table table{records, num_records, rows};
   switch (layout.kind) {

@@ -1,5 +1,5 @@
-// Top-k records from logits: a block a row. The row is read from memory once and kept in shared
-// memory where it fits (50,000 classes of float32 on sm_90); a wider one is read again, through L2.
+// Top-k records from logits, one block for each row. A row that fits into shared memory (50,000
+// float32 classes on sm_90) is read from memory once; a wider one is read again, through L2.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -17,9 +17,9 @@ struct Temperatures {
   double inverse[kEncodeTemperatures];
 };
 
-// The block's threads, each running its own part; a barrier ends every step.
+// The threads of a block, each with its part of the work; a barrier ends every step.
 struct CudaBlock {
-  uint64_t* partial;  // one a warp
+  uint64_t* partial;  // one for each warp
 
   template <typename Body>
   __device__ __forceinline__ void each(Body body) {
@@ -45,20 +45,20 @@ struct CudaBlock {
   __device__ __forceinline__ uint32_t add(uint32_t* counter, uint32_t amount) {
     return atomicAdd(counter, amount);
   }
-  // A key's place is the count of larger ones: keys differ.
+  // The index of a key is the number of larger keys, since keys are distinct.
   __device__ __forceinline__ void sort_descending(const uint64_t* keys, uint32_t count,
-                                                  uint64_t* sorted, uint32_t wanted) {
+                                                  uint64_t* sorted, uint32_t kept) {
     for (uint32_t i = threadIdx.x; i < count; i += kEncodeThreads) {
       const uint64_t mine = keys[i];
       uint32_t larger = 0;
       for (uint32_t j = 0; j < count; ++j) larger += keys[j] > mine;
-      if (larger < wanted) sorted[larger] = mine;
+      if (larger < kept) sorted[larger] = mine;
     }
     __syncthreads();
   }
 };
 
-// Copies a row to shared memory by 16 bytes; the ends that do not fill such a word, one by one.
+// Copies a row to shared memory, 16 bytes at a time, and the values at its unaligned ends one by one.
 template <typename Float>
 __device__ void stage(const Float* __restrict__ row, uint32_t count, Float* staged) {
   constexpr uint32_t kPerWord = 16 / sizeof(Float);

@@ -1,4 +1,4 @@
-// What every launch of this folder needs.
+// Helpers of every kernel launch in this folder.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,14 +15,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 #if defined(__CUDACC__)
-// The block's dynamic shared memory; csrc/emulator has its own.
+// The block's dynamic shared memory; tests/native/emulator has its own.
 __device__ __forceinline__ uint4* dynamic_shared() {
   extern __shared__ uint4 dynamic_words[];
   return dynamic_words;
 }
 #endif
 
-// kernel<<<blocks, threads, dynamic, stream>>>(args...), in words that every C++ compiler knows.
+// kernel<<<blocks, threads, dynamic, stream>>>(args...), in syntax that every C++ compiler accepts.
 template <typename... Params, typename... Args>
 void launch(const char* what, cudaStream_t stream, unsigned blocks, unsigned threads,
             size_t dynamic, void (*kernel)(Params...), Args... args) {

@@ -1,8 +1,8 @@
-// Kernels with one defect each: what the emulator and the sanitizers are there to find.
+// Kernels with one defect each, which the emulator and the sanitizers must report.
 #include <map>
 #include <string>
 
-#include "../cuda/launch.h"
+#include "../../../csrc/cuda/launch.h"
 
 namespace {
 
@@ -14,7 +14,7 @@ __global__ void no_barrier(unsigned* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = values[kThreads - 1 - threadIdx.x];
 }
 
-// Right in every schedule here, and still not ordered: lanes of a warp meet, memory does not.
+// Correct in every schedule here, and still a race: a shuffle does not order memory.
 __global__ void shuffle_for_barrier(unsigned* out) {
   __shared__ unsigned values[kThreads];
   values[threadIdx.x] = threadIdx.x;

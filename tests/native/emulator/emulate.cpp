@@ -1,8 +1,8 @@
-// The kernels of csrc/cuda in the emulator against the host's code, byte for byte: every kind of
-// record, sizes and alignments at which their paths part, rows that make a selection stumble.
+// Compares the kernels of csrc/cuda, run by the emulator, with the host's code byte for byte: every
+// kind of record, sizes and alignments that take different paths, rows that are hard to select from.
 //
-//   emulate SECONDS [SEED]    rounds of all cases, one at least, each with other numbers and threads
-//   emulate defect NAME       a kernel with that defect, which must not get through; see defects.cu
+//   emulate SECONDS [SEED]    rounds of all cases, at least one, each with other values and schedules
+//   emulate defect NAME       a kernel with that defect, which must be reported; see defects.cu
 //
 // `make emulate` builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and once more with
 // ThreadSanitizer.
@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../cuda/records.h"
+#include "../../../csrc/cuda/records.h"
 #include "../fuzz/harness.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -22,12 +22,12 @@ void run_defect(const std::string& name);  // defects.cu
 
 namespace {
 
-// Of the cases and of the records decoded: ThreadSanitizer takes ten times as long.
+// Divisor of the number of cases and records: ThreadSanitizer takes ten times as long.
 constexpr uint64_t kShare = DF_PROCESSORS == 1 ? 1 : 3;
 
 uint64_t encoded = 0, refused = 0, decoded = 0, launches = 0;
 
-// `size` bytes that begin `askew` bytes after a 16-byte border and end where the memory ends.
+// `size` bytes that begin `askew` bytes after a 16-byte boundary and end at the end of the allocation.
 class Buffer {
  public:
   Buffer(size_t size, size_t askew, Random& random) : bytes_(askew + size), askew_(askew) {
@@ -40,7 +40,7 @@ class Buffer {
   size_t askew_;
 };
 
-// Another schedule and, for some, a grid so small that blocks take several rows.
+// Another schedule and, in half of the cases, a grid so small that blocks take several rows.
 void shuffle_threads(Random& random) {
   emulator::settings.seed = random.next();
   emulator::settings.max_blocks = random.below(2) ? 1u << 16 : 1 + static_cast<unsigned>(random.below(3));
@@ -68,10 +68,10 @@ float logit(int pattern, uint32_t i, const TopKShape& shape, Random& random) {
   }
 }
 
-float round_to(FloatType type, float value, unsigned char* place) {
+float round_to(FloatType type, float value, unsigned char* to) {
   const auto bits = bits_as<uint32_t>(value);
   if (type == FloatType::float32) {
-    std::memcpy(place, &value, 4);
+    std::memcpy(to, &value, 4);
     return value;
   }
   const bool brain = type == FloatType::bfloat16;
@@ -79,7 +79,7 @@ float round_to(FloatType type, float value, unsigned char* place) {
   const auto half = brain     ? static_cast<uint16_t>(bits >> 16)
                     : special ? static_cast<uint16_t>(std::isnan(value) ? 0x7E00 : 0xFC00)
                               : half_bits(value);
-  std::memcpy(place, &half, 2);
+  std::memcpy(to, &half, 2);
   return brain ? __bfloat162float({half}) : special ? value : half_value(half);
 }
 
@@ -125,7 +125,7 @@ void encode_all(Random& random) {
   for (const FloatType type : {FloatType::float32, FloatType::bfloat16, FloatType::float16}) {
     for (const uint32_t classes : {1u, 2u, 10u, 129u, 1000u, 1023u, 1025u, 21841u}) {
       for (const uint32_t k : {1u, 16u, 127u, 128u, 200u, 1023u, classes}) {
-        // The widest rows cost as much as all others: about one case of them a type.
+        // The widest rows cost as much as all others: about one case for each type.
         if (k > classes || k >= kEncodeKeys || (classes > 2000 && random.below(6) != 0)) continue;
         if (random.below(kShare) != 0) continue;
         const auto temperatures = static_cast<uint32_t>(1 + random.below(random.below(4) ? 2 : 8));
@@ -145,7 +145,7 @@ void encode_all(Random& random) {
   }
 }
 
-// As bytes, but that one NaN is as good as another.
+// Bit for bit, except that any NaN equals any other.
 void require_equal(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
   for (size_t i = 0; i < a.size(); ++i) {
     require((std::isnan(a[i]) && std::isnan(b[i])) || std::memcmp(&a[i], &b[i], 4) == 0, what);
@@ -168,19 +168,19 @@ void decode(RecordLayout layout, size_t askew, Random& random) {
   }
   std::vector<int64_t> rows(count);
   for (int64_t& row : rows) row = static_cast<int64_t>(random.below(num_records));
-  const auto records = static_cast<int64_t>(num_records), wanted = static_cast<int64_t>(count);
+  const auto records = static_cast<int64_t>(num_records), rows_read = static_cast<int64_t>(count);
   const int64_t* which = straight ? nullptr : rows.data();
-  Answers host(layout, count), device(layout, count);
+  DecodedRecords host(layout, count), device(layout, count);
   device.mark();
-  // Where a kernel chooses its words by the output's address, an output like that too.
+  // A kernel that chooses its words by the output's address also gets an unaligned output.
   const bool copied = layout.kind == RecordKind::copy;
   const bool chooses = copied || layout.kind == RecordKind::int8 || layout.kind == RecordKind::fp8;
   const size_t size = copied ? device.bytes.size() : 4 * device.numbers.size();
   Buffer skewed(size, (copied ? 1 : 4) * random.below(random.below(2) ? 4 : 1), random);
   if (chooses) device.out.first = skewed.data();
-  decode_rows(layout, table.data(), records, which, wanted, host.out);
+  decode_rows(layout, table.data(), records, which, rows_read, host.out);
   shuffle_threads(random);
-  cuda_decode_rows(layout, table.data(), records, which, wanted, device.out, 0, nullptr);
+  cuda_decode_rows(layout, table.data(), records, which, rows_read, device.out, 0, nullptr);
   if (copied) std::memcpy(device.bytes.data(), skewed.data(), size);
   if (chooses && !copied) std::memcpy(device.numbers.data(), skewed.data(), size);
   require(device.bytes == host.bytes, "copied records");
@@ -193,7 +193,7 @@ void decode(RecordLayout layout, size_t askew, Random& random) {
   rows[random.below(count)] = random.below(2) ? records : -1;
   ++launches;
   try {
-    cuda_decode_rows(layout, table.data(), records, rows.data(), wanted, device.out, 0, nullptr);
+    cuda_decode_rows(layout, table.data(), records, rows.data(), rows_read, device.out, 0, nullptr);
     fail("a row outside the table was read");
   } catch (const std::runtime_error& error) {
     require(std::string(error.what()) == "gather of cached records: a thread trapped", "the error");

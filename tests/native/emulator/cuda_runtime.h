@@ -1,4 +1,4 @@
-// What csrc/cuda uses of CUDA, for a C++ compiler. See emulator.h.
+// The part of CUDA that csrc/cuda uses, for a C++ compiler. See emulator.h.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 
-// Blocks that run on one processor have their shared memory in the same place, one after another.
-// A single processor does without thread_local, around which AddressSanitizer has no red zones.
+// The blocks of one processor use the same shared memory one after another. A single processor needs
+// no thread_local, around which AddressSanitizer has no red zones.
 #if DF_PROCESSORS == 1
 #define __shared__ static
 #else
@@ -38,17 +38,17 @@ inline int __syncthreads_or(int value, int line = __builtin_LINE()) {
 inline void __trap() { emulator::trap(); }
 inline unsigned long long __shfl_xor_sync(unsigned mask, unsigned long long value, int lanes,
                                           int line = __builtin_LINE()) {
-  if (mask != 0xFFFFFFFFu) emulator::trap();  // parts of warps: not here
+  if (mask != 0xFFFFFFFFu) emulator::trap();  // partial warps are not supported
   return emulator::shuffle_xor(value, lanes, line);
 }
-inline unsigned atomicAdd(unsigned* place, unsigned amount) {
+inline unsigned atomicAdd(unsigned* address, unsigned amount) {
   emulator::pause();
-  return __atomic_fetch_add(place, amount, __ATOMIC_RELAXED);
+  return __atomic_fetch_add(address, amount, __ATOMIC_RELAXED);
 }
-inline long long atomicMin(long long* place, long long value) {
+inline long long atomicMin(long long* address, long long value) {
   emulator::pause();
-  long long before = __atomic_load_n(place, __ATOMIC_RELAXED);
-  while (value < before && !__atomic_compare_exchange_n(place, &before, value, true,
+  long long before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < before && !__atomic_compare_exchange_n(address, &before, value, true,
                                                         __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return before;

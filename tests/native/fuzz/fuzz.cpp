@@ -1,13 +1,13 @@
-// Mutated view files through everything in csrc/ that reads bytes it did not write: header, block
-// table, checksums, class ids, decoding of every codec, and a writer that goes on with such a file.
-// Half of the inputs have their checksums put right again, or none would get past the header.
+// Feeds mutated view files to all code of csrc/ that reads bytes it did not write: header, block
+// table, checksums, class ids, the decoders of every codec, and a writer that resumes such a file.
+// Half of the inputs get valid checksums again, or none would pass the header.
 //
-//   fuzz SECONDS [SEED [NUMBER]]
+//   fuzz SECONDS [SEED [NUMBER]]        seconds of CPU time
 //
 // Build with -fsanitize=address,undefined. The same seed gives the same inputs; NUMBER runs one.
 #include <sanitizer/common_interface_defs.h>
 
-#include <chrono>
+#include <ctime>
 
 #include "views.h"
 
@@ -18,13 +18,13 @@ namespace {
 uint64_t seed = 1, number = 0;
 
 void say_which() {
-  std::fprintf(stderr, "at input %llu of seed %llu: fuzz 0 %llu %llu shows it again\n",
+  std::fprintf(stderr, "at input %llu of seed %llu: fuzz 0 %llu %llu reproduces it\n",
                static_cast<unsigned long long>(number), static_cast<unsigned long long>(seed),
                static_cast<unsigned long long>(seed), static_cast<unsigned long long>(number));
 }
 
-// Where a change may tell: fields of the header, the table, anywhere.
-size_t pick_place(const ViewSpec& spec, size_t size, Random& random) {
+// An offset where a change matters: a field of the header, the table, the records, or anywhere.
+size_t pick_offset(const ViewSpec& spec, size_t size, Random& random) {
   size_t first = 0, length = size;
   switch (random.below(4)) {
     case 0: length = 80; break;
@@ -40,24 +40,24 @@ void mutate(const ViewSpec& spec, Bytes& bytes, Random& random) {
                                     0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
                                     4096, uint64_t{1} << 40, uint64_t{1} << 62, ~uint64_t{0}};
   for (uint64_t left = random.below(6); left > 0 && !bytes.empty(); --left) {
-    const size_t place = pick_place(spec, bytes.size(), random);
+    const size_t offset = pick_offset(spec, bytes.size(), random);
     switch (random.below(8)) {
-      case 0: bytes[place] ^= static_cast<unsigned char>(1u << random.below(8)); break;
-      case 1: bytes[place] = static_cast<unsigned char>(random.next()); break;
-      case 2: put(bytes, place & ~size_t{3}, kEdges[random.below(19)], 4); break;
-      case 3: put(bytes, place & ~size_t{7}, kEdges[random.below(19)], 8); break;
+      case 0: bytes[offset] ^= static_cast<unsigned char>(1u << random.below(8)); break;
+      case 1: bytes[offset] = static_cast<unsigned char>(random.next()); break;
+      case 2: put(bytes, offset & ~size_t{3}, kEdges[random.below(19)], 4); break;
+      case 3: put(bytes, offset & ~size_t{7}, kEdges[random.below(19)], 8); break;
       case 4: {
-        const size_t length = std::min<size_t>(1 + random.below(64), bytes.size() - place);
-        for (size_t i = 0; i < length; ++i) bytes[place + i] = static_cast<unsigned char>(random.next());
+        const size_t length = std::min<size_t>(1 + random.below(64), bytes.size() - offset);
+        for (size_t i = 0; i < length; ++i) bytes[offset + i] = static_cast<unsigned char>(random.next());
         break;
       }
       case 5: {
         const size_t from = random.below(bytes.size());
-        const size_t length = std::min<size_t>(1 + random.below(512), bytes.size() - std::max(from, place));
-        std::memmove(bytes.data() + place, bytes.data() + from, length);
+        const size_t length = std::min<size_t>(1 + random.below(512), bytes.size() - std::max(from, offset));
+        std::memmove(bytes.data() + offset, bytes.data() + from, length);
         break;
       }
-      case 6: {  // an id: the last class, or one of the two numbers that follow
+      case 6: {  // an id: the last class or one of the two numbers above it
         if (spec.ids_per_record == 0) break;
         const uint64_t id = random.below(spec.num_records * spec.ids_per_record);
         const uint64_t record = id / spec.ids_per_record, field = id % spec.ids_per_record;
@@ -66,12 +66,12 @@ void mutate(const ViewSpec& spec, Bytes& bytes, Random& random) {
         break;
       }
       default:
-        if (random.below(4) == 0) bytes.resize(random.below(2) ? place : bytes.size() + random.below(9000));
+        if (random.below(4) == 0) bytes.resize(random.below(2) ? offset : bytes.size() + random.below(9000));
     }
   }
 }
 
-// Any bits as logits: a record that decodes, or the number of a row that is not finite.
+// Random bits as logits: either a record that decodes, or the index of a row that is not finite.
 void encode_bits(const Shape& shape, Random& random) {
   std::vector<float> logits(shape.spec.num_records * shape.layout.num_classes);
   const bool finite = random.below(2) == 0;
@@ -91,27 +91,27 @@ void encode_bits(const Shape& shape, Random& random) {
                                   shape.topk.true_class ? labels.data() : nullptr, records.data());
   require(bad == expected, "the first row that is not finite");
   if (bad >= 0) return;
-  Answers answers(shape.layout, static_cast<size_t>(count));
-  decode_rows(shape.layout, records.data(), count, nullptr, count, answers.out);
-  answers.require_ids_below(shape.layout.num_classes);
-  for (const float value : answers.numbers) require(value <= 1e-5f, "a probability above one");
-  for (const float value : answers.tails) require(value <= 0.0f, "a tail above one");
+  DecodedRecords decoded_records(shape.layout, static_cast<size_t>(count));
+  decode_rows(shape.layout, records.data(), count, nullptr, count, decoded_records.out);
+  decoded_records.require_ids_below(shape.layout.num_classes);
+  for (const float value : decoded_records.numbers) require(value <= 1e-5f, "a probability above one");
+  for (const float value : decoded_records.tails) require(value <= 0.0f, "a tail above one");
 }
 
-struct Outcome {
+struct Counts {
   uint64_t refused = 0, partly = 0, whole = 0, encoded = 0;
 };
 
-void run_one(MemoryFile& file, Outcome& outcome) {
+void run_one(MemoryFile& file, Counts& counts) {
   Random random{seed * 0x9E3779B97F4A7C15u + number};
-  // 65,600 classes take a thousand times as long to encode as 40: seldom, and few.
+  // 65,600 classes take a thousand times as long to encode as 40: draw them rarely, and few records.
   const uint64_t draw = random.below(16 * kKinds);
   const int kind = draw == 0 ? kWideKind : static_cast<int>(draw % kWideKind);
   const uint64_t most = kind == kWideKind ? 2 : 24;
   const Shape shape = make_shape(kind, 1 + random.below(most), 1 + static_cast<uint32_t>(random.below(most)));
   if (shape.layout.kind == RecordKind::topk && random.below(8) == 0) {
     encode_bits(shape, random);
-    ++outcome.encoded;
+    ++counts.encoded;
     return;
   }
   Bytes bytes = valid_file(shape, random);
@@ -124,16 +124,16 @@ void run_one(MemoryFile& file, Outcome& outcome) {
   if (repairs == 3) repair_blocks(shape.spec, bytes);
   file.fill(bytes);
   try {
-    ++(read_all(file.path(), bytes, header, shape, random) ? outcome.whole : outcome.partly);
+    ++(read_all(file.path(), bytes, header, shape, random) ? counts.whole : counts.partly);
     if (random.below(4) == 0) write_on(file.path(), shape, random);
   } catch (const FormatError&) {
-    ++outcome.refused;
+    ++counts.refused;
   }  // anything else ends the run
 }
 
 }  // namespace
 
-extern "C" const char* __asan_default_options() { return "handle_abort=1"; }  // say_which then too
+extern "C" const char* __asan_default_options() { return "handle_abort=1"; }  // then say_which runs too
 
 int main(int count, char** words) {
   const double seconds = count > 1 ? std::atof(words[1]) : 10.0;
@@ -142,18 +142,18 @@ int main(int count, char** words) {
   if (single) number = std::strtoull(words[3], nullptr, 10);
   __sanitizer_set_death_callback(say_which);
   MemoryFile file;
-  Outcome outcome;
+  Counts counts;
   uint64_t inputs = 0;
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  const auto cpu_seconds = [] { return double(std::clock()) / CLOCKS_PER_SEC; };
   do {
-    run_one(file, outcome);
+    run_one(file, counts);
     ++number;
     ++inputs;
-  } while (!single && std::chrono::steady_clock::now() < end);
+  } while (!single && cpu_seconds() < seconds);
   const auto show = [](uint64_t value) { return static_cast<unsigned long long>(value); };
   std::printf("fuzz: %llu inputs of seed %llu: %llu refused, %llu read in part, %llu read whole, "
               "%llu encoded; no finding\n",
-              show(inputs), show(seed), show(outcome.refused), show(outcome.partly),
-              show(outcome.whole), show(outcome.encoded));
+              show(inputs), show(seed), show(counts.refused), show(counts.partly),
+              show(counts.whole), show(counts.encoded));
   return 0;
 }

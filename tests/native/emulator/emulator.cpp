@@ -1,4 +1,4 @@
-// Compiled without sanitizers: its own accesses are not the kernels'.
+// Compiled without sanitizers, which should see the accesses of the kernels alone.
 #include "emulator.h"
 
 #include <dlfcn.h>
@@ -15,18 +15,18 @@
 
 #include "../fuzz/random.h"
 
-// Only in the build with that sanitizer.
+// Each is null unless the program is built with that sanitizer.
 #define DF_WEAK __attribute__((weak))
 extern "C" {
 DF_WEAK void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
 DF_WEAK void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
-DF_WEAK void __asan_unpoison_memory_region(const volatile void* place, size_t size);
+DF_WEAK void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 DF_WEAK void* __tsan_get_current_fiber();
 DF_WEAK void* __tsan_create_fiber(unsigned flags);
 DF_WEAK void __tsan_destroy_fiber(void* fiber);
 DF_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-DF_WEAK void __tsan_acquire(void* place);
-DF_WEAK void __tsan_release(void* place);
+DF_WEAK void __tsan_acquire(void* address);
+DF_WEAK void __tsan_release(void* address);
 }
 
 __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -40,7 +40,7 @@ namespace {
 constexpr size_t kStack = 1 << 18;  // a sanitizer's report takes most of it
 constexpr unsigned kWarp = 32;
 
-// Not by name: AddressSanitizer's version forgets what is poisoned on the other stack.
+// Found by dlsym: AddressSanitizer's own version forgets what is poisoned on the other stack.
 int swap_contexts(ucontext_t* from, const ucontext_t* to) {
   using Swap = int (*)(ucontext_t*, const ucontext_t*);
   static const auto swap =
@@ -55,8 +55,8 @@ struct Fiber {
   void* fake_stack = nullptr;
   void* thread = nullptr;  // ThreadSanitizer's
   std::unique_ptr<char[]> stack;
-  int line = 0;           // of the barrier or shuffle where it waits
-  unsigned barriers = 0;  // passed in this block; its parity is the place where they meet
+  int line = 0;           // of the barrier or shuffle at which it waits
+  unsigned barriers = 0;  // passed in this block; the parity selects meet_ and any_
   unsigned shuffles = 0;
   uint64_t posted[2];  // for shuffles; a lane is at most one ahead of the others
   int lanes = 0;
@@ -76,11 +76,11 @@ void switch_fiber(Fiber& from, const Fiber& to) {
     __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
   }
 }
-void acquire(char& place) {
-  if (__tsan_acquire) __tsan_acquire(&place);
+void acquire(char& address) {
+  if (__tsan_acquire) __tsan_acquire(&address);
 }
-void release(char& place) {
-  if (__tsan_release) __tsan_release(&place);
+void release(char& address) {
+  if (__tsan_release) __tsan_release(&address);
 }
 
 // Runs one block after another.
@@ -88,17 +88,17 @@ class Processor {
  public:
   char failure[120] = "";
 
-  // Blocks number `begin`, begin + step, ... of `order`.
+  // Runs blocks begin, begin + step, ... of `order`.
   void run(const std::vector<unsigned>& order, size_t begin, size_t step, unsigned threads,
            size_t shared_bytes, const Kernel& kernel);
-  void start();  // of a thread: runs all that it has to do
+  void start();  // entry of a thread: runs the kernel
   bool barrier(bool value, int line);
   uint64_t shuffle_xor(uint64_t value, int lanes, int line);
   void pause() {
     ready_.push_back(current_);
     next();
   }
-  // Leaves the thread in its midst, so that what its stack owns would be lost: no std::string.
+  // Leaves the thread without unwinding its stack, so the message must not own memory.
   template <typename... Values>
   [[noreturn]] void fail(const char* format, Values... values) {
     explain(format, values...);
@@ -128,11 +128,11 @@ class Processor {
   uint64_t favoured_ = 0;
   unsigned current_ = 0, ended_ = 0, blocks_ = 0;
   struct Free {
-    void operator()(void* place) const { std::free(place); }
+    void operator()(void* address) const { std::free(address); }
   };
   std::unique_ptr<void, Free> shared_;
   bool any_[2];
-  char meet_[2], end_[2];  // what barriers, and blocks one after another, order
+  char meet_[2], end_[2];  // ThreadSanitizer's ordering by barriers and by successive blocks
 };
 
 __thread Processor* here;
@@ -153,7 +153,7 @@ void Processor::prepare(unsigned threads) {
     fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, enter, 0);
   }
-  // Threads neither allocate nor move in bulk here: ThreadSanitizer watches those functions.
+  // Reserved, so that threads neither allocate nor copy memory here: ThreadSanitizer intercepts that.
   ready_.reserve(threads);
   at_barrier_.reserve(threads);
   at_shuffle_.resize((threads + kWarp - 1) / kWarp);
@@ -166,7 +166,7 @@ void Processor::start() {
     const void* bottom = nullptr;
     size_t size = 0;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-    if (home_.size == 0) {  // the first thread of all comes from there
+    if (home_.size == 0) {  // the first thread is entered from there
       home_.bottom = bottom;
       home_.size = size;
     }
@@ -181,19 +181,20 @@ void Processor::start() {
   }
 }
 
-// The place in ready_ of the thread that goes on. A warp is favoured for a while and may run far
+// The index in ready_ of the thread to continue. One warp is favoured for a while and may run far
 // ahead: threads drawn evenly would stay close together.
 size_t Processor::pick() {
   if (random_.below(64) == 0) favoured_ = random_.below(at_shuffle_.size());
   const size_t first = random_.below(ready_.size());
   for (size_t i = 0; i < ready_.size(); ++i) {
-    const size_t place = (first + i) % ready_.size();
-    if (ready_[place] / kWarp == favoured_) return place;
+    const size_t index = (first + i) % ready_.size();
+    if (ready_[index] / kWarp == favoured_) return index;
   }
   return first;
 }
 
-// Another thread goes on, or, where none can, the caller of run_block. Returns when this one may.
+// Continues another thread or, if none is ready, the caller of run_block. Returns when this thread is
+// continued.
 void Processor::next() {
   const unsigned mine = current_;
   if (ready_.empty()) {
@@ -242,7 +243,7 @@ void Processor::run(const std::vector<unsigned>& order, size_t begin, size_t ste
     release(end_[(blocks_ + 1) % 2]);
     run_block();
   }
-  for (char& place : end_) acquire(place);
+  for (char& address : end_) acquire(address);
   if (!failed() || !__asan_unpoison_memory_region) return;
   for (const Fiber& fiber : fibers_) __asan_unpoison_memory_region(fiber.bottom, fiber.size);
 }

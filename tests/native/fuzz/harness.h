@@ -1,5 +1,5 @@
-// What the fuzzer and the sanitized run share: codecs by number, valid files, decoding into
-// buffers of the exact size.
+// Shared by the fuzzer, the sanitized operations and the emulator: codecs by number, records, and
+// decoding into buffers of the exact size.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,15 @@
 #include <string>
 #include <vector>
 
-#include "../crc32c.h"
-#include "../logit_cache.h"
-#include "../record_codec.h"
-#include "../view_table.h"
+#include "../../../csrc/crc32c.h"
+#include "../../../csrc/logit_cache.h"
+#include "../../../csrc/record_codec.h"
+#include "../../../csrc/view_table.h"
 #include "random.h"
 
 namespace deit_fast {
 
-// A finding: the fuzzer's input number and the text are all that is needed to see it again.
+// Reports a finding; the fuzzer adds the number of the input, which reproduces it.
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "finding: %s\n", what.c_str());
   std::abort();
@@ -81,7 +81,7 @@ inline Shape make_shape(int kind, uint64_t records, uint32_t block_records) {
   return shape;
 }
 
-// Records as their writers make them; topk ones from `logits` [records, num_classes].
+// Records as the cache's writers make them; top-k records from `logits` [records, num_classes].
 inline std::vector<unsigned char> make_records(const Shape& shape, Random& random,
                                                const std::vector<float>& logits) {
   const RecordLayout& layout = shape.layout;
@@ -111,15 +111,15 @@ inline std::vector<float> make_logits(const Shape& shape, Random& random) {
   return logits;
 }
 
-// Decoded records in buffers of the exact size, so that the sanitizer sees the byte beyond.
-struct Answers {
+// Decoded records in buffers of the exact size, so that a sanitizer sees an access beyond them.
+struct DecodedRecords {
   std::vector<unsigned char> bytes;
   std::vector<int64_t> labels;
   std::vector<int32_t> ids;
   std::vector<float> numbers, tails;
   Decoded out;
 
-  Answers(const RecordLayout& layout, size_t count) {
+  DecodedRecords(const RecordLayout& layout, size_t count) {
     switch (layout.kind) {
       case RecordKind::copy:
         bytes.resize(count * layout.record_bytes);
@@ -141,7 +141,7 @@ struct Answers {
         out.first = numbers.data();
     }
   }
-  // Other bits everywhere, so that what is not written shows.
+  // Fills the buffers with unusual bits, so that values that are never written show.
   void mark() {
     std::fill(bytes.begin(), bytes.end(), static_cast<unsigned char>(0xA5));
     std::fill(labels.begin(), labels.end(), -7);

@@ -1,5 +1,5 @@
-// Every operation of a cache, once for each codec, for a build with sanitizers: encode, write from
-// two writers, write again, read, read ahead, gather from several threads, decode.
+// Runs every operation of a cache once for each codec, built with sanitizers: encode, write from two
+// writers, rewrite, read, read ahead, gather from several threads, decode.
 //
 //   operations FOLDER
 #include <atomic>
@@ -29,12 +29,12 @@ std::vector<unsigned char> write_view(const std::string& path, const Shape& shap
   second.sync();
   try {
     first.commit(0, records.data(), 1);
-    fail("a block of the wrong size was taken");
+    fail("a block of the wrong size was accepted");
   } catch (const FormatError&) {
   }
   try {
     first.commit(spec.blocks(), records.data(), 1);
-    fail("a block that the view does not have was taken");
+    fail("a block that the view does not have was accepted");
   } catch (const FormatError&) {
   }
   for (const BlockState state : first.table_states()) require(state == BlockState::complete, "complete");
@@ -42,18 +42,18 @@ std::vector<unsigned char> write_view(const std::string& path, const Shape& shap
 }
 
 // Against the formula of docs/cache-format.md, in double.
-void check_topk(const Shape& shape, const unsigned char* record, const Answers& answers, size_t place) {
+void check_topk(const Shape& shape, const unsigned char* record, const DecodedRecords& decoded_records, size_t index) {
   const RecordLayout& layout = shape.layout;
   float tail = 0, norm = 0;
   std::memcpy(&tail, record + layout.tail_offset, 4);
   std::memcpy(&norm, record + layout.tail_offset + 4, 4);
-  require(answers.tails[place] == tail, "the tail");
+  require(decoded_records.tails[index] == tail, "the tail");
   double mass = std::exp(static_cast<double>(tail));
   for (uint32_t i = 0; i < layout.k; ++i) {
     uint16_t half = 0;
     std::memcpy(&half, record + layout.k * layout.id_bytes + 2 * i, 2);
     const double stored = half_value(half) / static_cast<double>(layout.tau) - norm;
-    const double found = answers.numbers[place * layout.k + i];
+    const double found = decoded_records.numbers[index * layout.k + i];
     require(std::fabs(found - stored) < 1e-5, "a log-probability");
     mass += std::exp(found);
   }
@@ -85,12 +85,12 @@ void run(const std::string& folder, int kind) {
     require(table.locate(ids.data(), ids.size(), 1, &located) < 0, "views are there");
     ahead.ask(located, rows.data(), rows.size());
     threads.emplace_back([=, &shape, &records] {
-      Answers answers(shape.layout, rows.size());
-      gather(located, rows.data(), rows.size(), shape.layout, answers.out);
-      answers.require_ids_below(shape.layout.num_classes);
+      DecodedRecords decoded_records(shape.layout, rows.size());
+      gather(located, rows.data(), rows.size(), shape.layout, decoded_records.out);
+      decoded_records.require_ids_below(shape.layout.num_classes);
       for (size_t i = 0; i < rows.size() && shape.layout.kind == RecordKind::topk; ++i) {
         const size_t offset = static_cast<size_t>(rows[i]) * shape.spec.record_bytes;
-        check_topk(shape, records[static_cast<size_t>(ids[i])].data() + offset, answers, i);
+        check_topk(shape, records[static_cast<size_t>(ids[i])].data() + offset, decoded_records, i);
       }
     });
   }
@@ -102,9 +102,9 @@ void run(const std::string& folder, int kind) {
   views[1]->read(0, count, copy.data());
   require(copy == records[1], "what was written");
   const std::vector<int64_t> outside{static_cast<int64_t>(count)};
-  Answers answers(shape.layout, 1);
+  DecodedRecords decoded_records(shape.layout, 1);
   require(decode_rows(shape.layout, copy.data(), static_cast<int64_t>(count), outside.data(), 1,
-                      answers.out) == 0,
+                      decoded_records.out) == 0,
           "a row outside is refused");
 }
 

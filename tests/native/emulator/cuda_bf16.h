@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../arithmetic.h"
+#include "../../../csrc/arithmetic.h"
 
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-// splitmix64: a few lines, and any seed is a good one.
+// splitmix64, which accepts any seed.
 struct Random {
   uint64_t state;
   uint64_t next() {

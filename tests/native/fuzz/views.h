@@ -1,4 +1,4 @@
-// View files that may be damaged, and what must hold of whatever reads them or writes on.
+// View files that may be damaged, and what must hold when they are read or continued.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,7 +13,7 @@ namespace deit_fast {
 
 using Bytes = std::vector<unsigned char>;
 
-// A file that lives in memory; the code under test opens it by its name.
+// A file in memory that the code under test opens by name.
 class MemoryFile {
  public:
   MemoryFile() : fd_(::memfd_create("fuzz", 0)) { require(fd_ >= 0, "no memfd"); }
@@ -29,11 +29,11 @@ class MemoryFile {
   int fd_;
 };
 
-inline void put(Bytes& bytes, size_t place, uint64_t value, size_t size) {
-  if (place + size <= bytes.size()) std::memcpy(bytes.data() + place, &value, size);
+inline void put(Bytes& bytes, size_t offset, uint64_t value, size_t size) {
+  if (offset + size <= bytes.size()) std::memcpy(bytes.data() + offset, &value, size);
 }
 
-// A whole file by docs/cache-format.md, not by the writer: what is wrong in both would hide.
+// A valid file made after docs/cache-format.md, not by the writer, whose faults the reader may share.
 inline Bytes valid_file(const Shape& shape, Random& random) {
   const ViewSpec& spec = shape.spec;
   Bytes bytes(spec.file_bytes());
@@ -64,7 +64,7 @@ inline void repair_blocks(const ViewSpec& spec, Bytes& bytes) {
   }
 }
 
-// Whether the block is one that may be read, from the bytes and docs/cache-format.md.
+// Whether docs/cache-format.md allows to read the block.
 inline bool is_whole(const ViewSpec& spec, const Bytes& bytes, uint64_t block) {
   const unsigned char* data = bytes.data() + spec.block_offset(block);
   uint32_t entry[2];
@@ -82,13 +82,13 @@ inline bool is_whole(const ViewSpec& spec, const Bytes& bytes, uint64_t block) {
   return true;
 }
 
-// Returns whether all records came out. `header` is the only one that may be opened.
+// Reads everything and returns whether all blocks are valid. `header`: the only valid header.
 inline bool read_all(const std::string& path, const Bytes& bytes, const Bytes& header, const Shape& shape,
               Random& random) {
   const ViewSpec& spec = shape.spec;
   const auto view = std::make_shared<ViewReader>(path, spec);
   require(bytes.size() == spec.file_bytes(), "a file of another size was opened");
-  require(std::equal(header.begin(), header.end(), bytes.begin()), "another header was taken");
+  require(std::equal(header.begin(), header.end(), bytes.begin()), "another header was accepted");
   const std::vector<BlockState> states = view->table_states();
   std::vector<bool> good(spec.blocks());
   bool all = true;
@@ -104,7 +104,7 @@ inline bool read_all(const std::string& path, const Bytes& bytes, const Bytes& h
   Bytes raw(spec.num_records * spec.record_bytes);
   try {
     view->read(0, spec.num_records, raw.data());
-    require(all, "read handed out a block that is not complete");
+    require(all, "read returned a block that is not complete");
   } catch (const FormatError&) {
     require(!all, "read refused whole blocks");
   }
@@ -112,36 +112,36 @@ inline bool read_all(const std::string& path, const Bytes& bytes, const Bytes& h
   table.add(view);
   const size_t count = 1 + random.below(40);
   std::vector<int64_t> rows(count), ids(count, static_cast<int64_t>(spec.view_id));
-  bool wanted = true;
+  bool readable = true;
   for (int64_t& row : rows) {
     row = static_cast<int64_t>(random.below(spec.num_records));
-    wanted = wanted && good[view->block_of(static_cast<uint64_t>(row))];
+    readable = readable && good[view->block_of(static_cast<uint64_t>(row))];
   }
   Located located;
   require(table.locate(ids.data(), count, 1, &located) < 0, "an open view was not found");
-  Answers answers(shape.layout, count);
+  DecodedRecords decoded_records(shape.layout, count);
   try {
-    gather(located, rows.data(), count, shape.layout, answers.out);
-    require(wanted, "gather handed out a block that is not complete");
-    answers.require_ids_below(shape.layout.num_classes);
+    gather(located, rows.data(), count, shape.layout, decoded_records.out);
+    require(readable, "gather returned a block that is not complete");
+    decoded_records.require_ids_below(shape.layout.num_classes);
   } catch (const FormatError&) {
-    require(!wanted, "gather refused whole blocks");
+    require(!readable, "gather refused whole blocks");
   }
   if (!all) return false;
-  Answers straight(shape.layout, spec.num_records);
+  DecodedRecords straight(shape.layout, spec.num_records);
   require(decode_rows(shape.layout, raw.data(), static_cast<int64_t>(spec.num_records), nullptr,
                       static_cast<int64_t>(spec.num_records), straight.out) < 0,
           "rows in range were refused");
   straight.require_ids_below(shape.layout.num_classes);
   for (size_t i = 0; i < count && shape.layout.kind == RecordKind::topk; ++i) {
     const auto row = static_cast<size_t>(rows[i]) * shape.layout.k;
-    require(std::memcmp(&answers.ids[i * shape.layout.k], &straight.ids[row], 4 * shape.layout.k) == 0,
+    require(std::memcmp(&decoded_records.ids[i * shape.layout.k], &straight.ids[row], 4 * shape.layout.k) == 0,
             "gather and decode differ");
   }
   return true;
 }
 
-// A writer goes on with the file: afterwards its block is whole, or it refused the file at once.
+// A writer resumes the file: afterwards its block is complete, unless it refused the file at once.
 inline void write_on(const std::string& path, const Shape& shape, Random& random) {
   ViewWriter writer(path, path, shape.spec);
   const uint64_t block = random.below(shape.spec.blocks());
