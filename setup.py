@@ -64,8 +64,8 @@ def find_compiler() -> str:
     name = os.environ.get("CXX")
     found = first_on_path([name] if name else ["g++", "c++", "clang++"])
     if found is None:
-        wanted = f"CXX={name}" if name else "g++, c++ or clang++"
-        raise PlatformError(f"no C++ compiler ({wanted}) on PATH: apt-get install g++")
+        names_tried = f"CXX={name}" if name else "g++, c++ or clang++"
+        raise PlatformError(f"no C++ compiler ({names_tried}) on PATH: apt-get install g++")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         raise PlatformError(f"no Python.h in {include}: apt-get install python3-dev")
@@ -80,8 +80,8 @@ def find_nvcc() -> str | None:
     if choice == "0":
         return None
     home = os.environ.get("CUDA_HOME")
-    places = [f"{home}/bin/nvcc"] if home else []
-    found = first_on_path([*places, "nvcc", "/usr/local/cuda/bin/nvcc"])
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    found = first_on_path([*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"])
     if found is None and choice == "1":
         raise PlatformError(
             "DEIT_FAST_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"

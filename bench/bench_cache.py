@@ -144,8 +144,8 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
         _, opened = imagenet_view()
         order = np.random.default_rng(1).permutation(SAMPLES)
         views = np.zeros(batch, np.int64)
-        # Each store at a place of its own in the order: no other has just read the same records.
-        starts = {name: place * 150_000 for place, name in enumerate(("ours", *names))}
+        # Each store starts elsewhere in the order, so that no other has just read the same records.
+        starts = {name: position * 150_000 for position, name in enumerate(("ours", *names))}
 
         def next_ids(name: str) -> np.ndarray:
             start = starts[name]
@@ -520,7 +520,7 @@ def plot(result: Path, out: Path) -> None:
                               yscale="log", title=title)  # fmt: skip
     for row in rows:
         kl = row["kl_error"]
-        if kl <= 0:  # dense-fp32: a logarithmic axis has no place for it
+        if kl <= 0:  # dense-fp32: a logarithmic axis cannot show it
             continue
         axes.plot(row["bytes_per_view"], kl, "o", color="C0" if "topk" in row["impl"] else "C1")
         axes.annotate(row["impl"].removeprefix("ours, "), (row["bytes_per_view"], kl),

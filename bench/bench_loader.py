@@ -222,9 +222,9 @@ def build_decoder(
         next(passed).images.sum().item()  # until they are there
 
     def identical_pct() -> float:
-        halves = [(ids[first::2], views[first::2]) for first in (0, 1)]
-        whole, *parts = (batch.images.clone() for batch in loader([(ids, views), *halves]))
-        same = [torch.equal(parts[place % 2][place // 2], whole[place]) for place in range(FILES)]
+        pieces = [(ids[first::2], views[first::2]) for first in (0, 1)]
+        whole, *parts = (batch.images.clone() for batch in loader([(ids, views), *pieces]))
+        same = [torch.equal(parts[i % 2][i // 2], whole[i]) for i in range(FILES)]
         return 100 * sum(same) / FILES
 
     return run, identical_pct

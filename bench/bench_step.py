@@ -103,10 +103,10 @@ def ours(config: RunConfig, next_batch: Callable[[], ViewBatch], teacher: RunTea
     model = build_model(config, CLASSES).to(teacher.device).train()
     optimizer = create_optimizer(model, config.optim)
     step = TrainStep(config, model, teacher, optimizer, None, teacher.device)
-    places = itertools.count()
+    positions = itertools.count()
 
     def once() -> None:
-        step(next_batch(), next(places), LEARNING_RATE)
+        step(next_batch(), next(positions), LEARNING_RATE)
         step.finite.poll()  # as the loop does after every step
 
     return once
@@ -369,7 +369,7 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
     What a loader has made beforehand is taken from it, not timed, before each of its calls. The
     data wait is what is missing to a ratio of 1.
     """
-    place = torch.device(device)
+    target = torch.device(device)
     steps = 10 if device == "cuda" else 4
     workers = os.cpu_count() or 1
     passed: list[Iterator[ViewBatch]] = []
@@ -389,13 +389,13 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
         plan = ViewPlan(config.view, 0, batch_size)
         ids = np.arange(batch_size)
         try:
-            opened = open_loader(data, source, plan, Endless((ids, 0 * ids)), device=place)
+            opened = open_loader(data, source, plan, Endless((ids, 0 * ids)), device=target)
         except InputError as error:  # no DALI
             return {"ours, fed": str(error)}
         passed[:] = [iter(opened)]
         first = next(passed[0])
-        fed = ours(config, partial(next, passed[0]), RunTeacher(config, place))
-        at_hand = ours(config, lambda: first, RunTeacher(config, place))
+        fed = ours(config, partial(next, passed[0]), RunTeacher(config, target))
+        at_hand = ours(config, lambda: first, RunTeacher(config, target))
 
         def repeated(step: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
@@ -417,23 +417,23 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
 
 
 def cases(device: str) -> list[Case]:
-    place = torch.device(device)
+    target = torch.device(device)
     if device == "cpu":
         return [
-            student_case(TINY, 96, 16, place, "student", ("ours", "timm, eager")),
-            teacher_case(TINY, "regnety_016", 96, 16, place),
+            student_case(TINY, 96, 16, target, "student", ("ours", "timm, eager")),
+            teacher_case(TINY, "regnety_016", 96, 16, target),
             fed_case(TINY, 96, 16, device, "packed"),
         ]
     main = ("ours", "timm, compiled")
     ways = (*main, "ours, eager", "timm, eager", "ours, CUDA graphs", "ours, compile=model")
     return [
-        student_case(SMALL, 224, 256, place, "student", (*main, NARROW, NARROW_MLP)),
-        student_case(TINY, 224, 256, place, "student", main),
-        teacher_case(SMALL, "regnety_160", 224, 256, place),
-        student_case(BASE, 224, 256, place, "student", main),
-        student_case(SMALL, 224, 256, place, "ways to run", ways),
-        student_case(TINY, 224, 256, place, "ways to run", ways),
-        teacher_case(TINY, "regnety_160", 224, 256, place),
+        student_case(SMALL, 224, 256, target, "student", (*main, NARROW, NARROW_MLP)),
+        student_case(TINY, 224, 256, target, "student", main),
+        teacher_case(SMALL, "regnety_160", 224, 256, target),
+        student_case(BASE, 224, 256, target, "student", main),
+        student_case(SMALL, 224, 256, target, "ways to run", ways),
+        student_case(TINY, 224, 256, target, "ways to run", ways),
+        teacher_case(TINY, "regnety_160", 224, 256, target),
         *(
             fed_case(student, 224, 256, device, loader)
             for student in (SMALL, TINY)

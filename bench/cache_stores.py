@@ -86,15 +86,15 @@ class TinyVit:
 
     def __init__(self, folder: Path) -> None:
         names = (folder / "rank0-keys.txt").read_text().splitlines()
-        self.places = {name: place for place, name in enumerate(names)}
+        self.positions = {name: position for position, name in enumerate(names)}
         self.names = names
         self.mapped = np.memmap(
             folder / "rank0-values.bin", np.uint8, "r", 0, (len(names), TINYVIT.itemsize)
         )
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        places = [self.places[self.names[i]] for i in ids.tolist()]
-        return np.take(self.mapped, places, axis=0)
+        positions = [self.positions[self.names[i]] for i in ids.tolist()]
+        return np.take(self.mapped, positions, axis=0)
 
     def close(self) -> None:
         del self.mapped  # the last reference: unmapped
@@ -174,14 +174,14 @@ def drop_from_memory(paths: list[Path]) -> None:
 def resident_share(file: int) -> float:
     """Share of a file's pages that are in the page cache, from 256 of them; reads nothing."""
     pages = max(1, os.fstat(file).st_size // 4096)
-    places = np.unique(np.linspace(0, pages - 1, 256).astype(np.int64)).tolist()
+    positions = np.unique(np.linspace(0, pages - 1, 256).astype(np.int64)).tolist()
     buffer, found = bytearray(1), 0
-    for page in places:
+    for page in positions:
         try:
             found += os.preadv(file, [buffer], page * 4096, os.RWF_NOWAIT) > 0
         except BlockingIOError:
             continue
-    return found / len(places)
+    return found / len(positions)
 
 
 def own_megabytes() -> float:

@@ -238,7 +238,7 @@ def attention_shape(name: str, call: ast.Call, shapes: _Shapes) -> tuple[int, ..
     return (*queries[:3], *keys[2:])
 
 
-def count_half(graph: Any, code: str) -> Counts:
+def count_pass(graph: Any, code: str) -> Counts:
     """What the code of one half launches.
 
     Args:

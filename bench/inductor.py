@@ -153,10 +153,10 @@ def compile_for_h100(
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    halves: list[Compiled] = []
+    graphs: list[Compiled] = []
 
     def compile_half(graph: fx.GraphModule, example: Sequence[Any]) -> Any:
-        halves.append(_compile(graph, example, is_backward=len(halves) == 1))
+        graphs.append(_compile(graph, example, is_backward=len(graphs) == 1))
 
         def end(*_: Any) -> NoReturn:
             raise _GraphsAreCompiled
@@ -184,9 +184,9 @@ def compile_for_h100(
                 torch.compile(model, backend=backend, fullgraph=True)(*faked)
         except _GraphsAreCompiled:
             pass
-    if len(halves) != 2:
-        raise RuntimeError(f"compiled in {len(halves)} graphs, not in a forward and a backward")
-    return halves[0], halves[1]
+    if len(graphs) != 2:
+        raise RuntimeError(f"compiled in {len(graphs)} graphs, not in a forward and a backward")
+    return graphs[0], graphs[1]
 
 
 def _make_fake(model: nn.Module) -> None:

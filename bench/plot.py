@@ -145,15 +145,15 @@ def draw(bars: Sequence[Bar], title: str, unit: str, limit: float) -> Figure:
     from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(bar.case for bar in bars))
-    places, ticks, place = [], [], 0.0
+    positions, ticks, position = [], [], 0.0
     for case in cases:
         members = [bar for bar in bars if bar.case == case]
-        ticks.append(place + (len(members) - 1) / 2)
-        places += [place + i for i in range(len(members))]
-        place += len(members) + 0.8
+        ticks.append(position + (len(members) - 1) / 2)
+        positions += [position + i for i in range(len(members))]
+        position += len(members) + 0.8
     ordered = [bar for case in cases for bar in bars if bar.case == case]
 
-    figure = Figure(figsize=(9, 1.1 + INCHES_PER_BAR * place), layout="constrained")
+    figure = Figure(figsize=(9, 1.1 + INCHES_PER_BAR * position), layout="constrained")
     axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -163,16 +163,16 @@ def draw(bars: Sequence[Bar], title: str, unit: str, limit: float) -> Figure:
         [max(bar.high - bar.value, 0) for bar in ordered],
     ]
     colours = [OURS if bar.impl.startswith("ours") else PEER for bar in ordered]
-    axes.barh(places, values, 0.8, color=colours, xerr=spread, ecolor=TEXT)
+    axes.barh(positions, values, 0.8, color=colours, xerr=spread, ecolor=TEXT)
     reach = max(max(bar.high for bar in ordered), limit)
-    for y, bar in zip(places, ordered, strict=True):
+    for y, bar in zip(positions, ordered, strict=True):
         label = f"{bar.value:.2f}{unit}  {bar.impl}"
         axes.text(max(bar.high, bar.value) + reach / 90, y, label, va="center", color=TEXT,
                   fontsize=7.5)  # fmt: skip
     axes.axvline(limit, color=TEXT, linewidth=1, linestyle="--", alpha=0.5, zorder=0)
     axes.set_yticks(ticks, cases, fontsize=8, color=TEXT)
     axes.set_xlim(0, reach * 1.55)
-    axes.set_ylim(place - 0.3, -1)
+    axes.set_ylim(position - 0.3, -1)
     axes.tick_params(colors=TEXT, labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

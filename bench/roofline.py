@@ -119,9 +119,8 @@ def as_text(prediction: Prediction) -> str:
 
 
 def line(part: Part) -> str:
-    return (
-        f"  {part.us / 1e3:8.3f} ms  {part.amount:>26s} at {part.rate:<12s} {part.half} {part.name}"
-    )
+    time, name = f"{part.us / 1e3:8.3f} ms", f"{part.phase} {part.name}"
+    return f"  {time}  {part.amount:>26s} at {part.rate:<12s} {name}"
 
 
 def as_json(prediction: Prediction) -> dict[str, Any]:

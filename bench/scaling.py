@@ -78,7 +78,7 @@ def scale(one: roofline.Prediction, gpus: int, gradients: str) -> Scaled:
     share = WEIGHT_BYTES[gradients] / 4
     times = [all_reduce_us(card, share * size, gpus) for size in buckets(4 * weights)]
     total = sum(times)
-    backward = sum(part.us for part in one.device if part.half == "backward")
+    backward = sum(part.us for part in one.device if part.phase == "backward")
     exposed = max(times[-1], total - backward)
     step_us = max(one.device_ms * 1e3 + exposed, one.host_ms * 1e3)
     rate = gpus * one.step.batch / step_us * 1e6

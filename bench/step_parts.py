@@ -14,7 +14,7 @@ from typing import NamedTuple
 from . import cards
 from .cards import Card
 from .counts import Counts, product_bytes, weigh
-from .traffic import BATCH, HALVES, TOKENS
+from .traffic import BATCH, PASSES, TOKENS
 
 DEPTH, CLASSES, PIXELS = 12, 1000, 224
 WIDTHS = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
@@ -34,7 +34,7 @@ HOST_LAUNCHES = {
 }  # fmt: skip
 HOST_OPERATOR = 3.0  # of an operator that is not in this list
 HOST_GEMM_US = 6.0
-HOST_BLOCK_US = 40.0  # guards, wrappers and autograd of one compiled block in one direction
+HOST_BLOCK_US = 40.0  # guards, wrappers and autograd of one compiled block in one phase
 HOST_REST_US = 700.0  # ingest, loss, norm, optimiser, guard: eager calls and lists of tensors
 
 GATHERS_PER_CLOCK = 5  # of a multiprocessor: table look-ups of ingest, one for each byte read
@@ -70,7 +70,7 @@ class Part(NamedTuple):
     """A line of the prediction: us = count / rate, where a line has no reason of its own."""
 
     group: str
-    half: str  # "forward", "backward", or "" outside of both
+    phase: str  # "forward", "backward", or "" outside of both
     name: str
     amount: str
     rate: str
@@ -116,10 +116,10 @@ def parameters(model: str) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-def moved(group: str, half: str, name: str, size: float, card: Card) -> Part:
+def moved(group: str, phase: str, name: str, size: float, card: Card) -> Part:
     """A part that is bound by its bytes."""
     rate = cards.bytes_per_us(card)
-    return Part(group, half, name, f"{size / 1e9:.3f} GB", f"{rate / 1e6:.2f} TB/s", size / rate)
+    return Part(group, phase, name, f"{size / 1e9:.3f} GB", f"{rate / 1e6:.2f} TB/s", size / rate)
 
 
 def at_batch(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ def at_batch(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def gemm_parts(
-    step: Step, half: str, gemms: Counter[tuple[str, tuple[int, ...]]]
+    step: Step, phase: str, gemms: Counter[tuple[str, tuple[int, ...]]]
 ) -> Iterator[Part]:
     """Each product by its FLOPs, or by its bytes (bfloat16) where they take longer."""
     for (call, golden_shape), calls in sorted(gemms.items()):
@@ -144,50 +144,54 @@ def gemm_parts(
         rate = cards.bytes_per_us(step.card)
         name = f"{call} {'x'.join(map(str, shape))}, {calls} calls"
         if size / rate > flops / tflops / 1e6:
-            yield moved("GEMM", half, name, size, step.card)
+            yield moved("GEMM", phase, name, size, step.card)
             continue
-        yield Part("GEMM", half, name, f"{flops / 1e9:.1f} GFLOP", f"{tflops:.0f} TFLOP/s",
+        yield Part("GEMM", phase, name, f"{flops / 1e9:.1f} GFLOP", f"{tflops:.0f} TFLOP/s",
                    flops / tflops / 1e6)  # fmt: skip
 
 
-def elementwise_parts(step: Step, half: str, counts: Counts) -> Iterator[Part]:
+def elementwise_parts(step: Step, phase: str, counts: Counts) -> Iterator[Part]:
     """What moves bytes and does little else: Inductor's kernels, and ours but attention."""
     size = weigh(counts.kernels) * step.scale
     name = f"Inductor, {counts.kernels.total()} launches"
-    yield moved("elementwise", half, name, size, step.card)
+    yield moved("elementwise", phase, name, size, step.card)
     for name, (calls, size) in by_name(counts.operators).items():
         if name not in INSTRUCTIONS:
-            yield moved("elementwise", half, f"{name}, {calls} calls", size * step.scale, step.card)
+            yield moved(
+                "elementwise", phase, f"{name}, {calls} calls", size * step.scale, step.card
+            )
     for name, (calls, size) in by_name(counts.other).items():
         if "scaled_dot_product" not in name and size:
-            yield moved("elementwise", half, f"{name}, {calls} calls", size * step.scale, step.card)
+            yield moved(
+                "elementwise", phase, f"{name}, {calls} calls", size * step.scale, step.card
+            )
 
 
-def attention_parts(step: Step, half: str, counts: Counts) -> Iterator[Part]:
+def attention_parts(step: Step, phase: str, counts: Counts) -> Iterator[Part]:
     """Ours by bytes or by instructions, whatever takes longer; PyTorch's by its FLOPs."""
     for name, (calls, size) in by_name(counts.operators).items():
         if name not in INSTRUCTIONS:
             continue
-        part = moved("attention", half, f"{name}, {calls} calls", size * step.scale, step.card)
+        part = moved("attention", phase, f"{name}, {calls} calls", size * step.scale, step.card)
         issued = calls * step.heads * INSTRUCTIONS[name].of_a_head
         issue = cards.issue_us(step.card, issued)
         if issue > part.us:
             amount = f"{issued / 1e6:.0f} M instructions of warps"
             rate = f"{issued / issue / 1e3:.0f} G/s"
-            part = Part("attention", half, part.name, amount, rate, issue)
+            part = Part("attention", phase, part.name, amount, rate, issue)
         yield part
     for name, (calls, size) in by_name(counts.other).items():
         if "scaled_dot_product" not in name:
             continue
         shape = name.rpartition(" ")[2]
         title = f"of PyTorch {shape}, {calls} calls"
-        part = moved("attention", half, title, size * step.scale, step.card)
-        products = {"forward": 2, "backward": 5}[half]
+        part = moved("attention", phase, title, size * step.scale, step.card)
+        products = {"forward": 2, "backward": 5}[phase]
         flops = 2.0 * products * calls * math.prod(map(int, shape.split("x"))) * step.scale
-        tflops = cards.flash_tflops(step.card, half)
+        tflops = cards.flash_tflops(step.card, phase)
         if flops / tflops / 1e6 > part.us:
             amount, rate = f"{flops / 1e9:.1f} GFLOP", f"{tflops:.0f} TFLOP/s"
-            part = Part("attention", half, title, amount, rate, flops / tflops / 1e6)
+            part = Part("attention", phase, title, amount, rate, flops / tflops / 1e6)
         yield part
 
 
@@ -234,11 +238,11 @@ def device_parts(step: Step, whole: dict[str, Counts]) -> list[Part]:
         whole: forward and backward of the model at the golden table's batch.
     """
     parts: list[Part] = []
-    for half in HALVES:
-        counts = whole[half]
-        parts += gemm_parts(step, half, counts.gemms)
-        parts += elementwise_parts(step, half, counts)
-        parts += attention_parts(step, half, counts)
+    for phase in PASSES:
+        counts = whole[phase]
+        parts += gemm_parts(step, phase, counts.gemms)
+        parts += elementwise_parts(step, phase, counts)
+        parts += attention_parts(step, phase, counts)
     count = sum(launches(counts) for counts in whole.values())
     parts.append(Part("launches", "", "from one kernel to the next", str(count), f"{LAUNCH_US} us",
                       count * LAUNCH_US))  # fmt: skip

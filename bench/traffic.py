@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from . import record
-from .counts import Counts, count_half
+from .counts import Counts, count_pass
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "traffic.json"
 TORCH, TIMM = "2.11.0", "1.0.31"
@@ -45,7 +45,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Any] | None] = {
         "kernels": ("attention", "add_layer_norm", "bias_gelu", "mlp_backward"),
     },
 }
-HALVES = ("forward", "backward")
+PASSES = ("forward", "backward")
 
 Table = dict[str, dict[str, dict[str, dict[str, Counts]]]]
 """Model, implementation, "block" or "depth_3", "forward" or "backward"."""
@@ -72,16 +72,16 @@ def count_model(model: str, implementation: str, depth: int) -> dict[str, Counts
     inputs = torch.empty(BATCH, 3, 224, 224, device="meta")
     options = IMPLEMENTATIONS[implementation]
     if options is None:
-        halves = compile_for_h100(made, [inputs])
+        passes = compile_for_h100(made, [inputs])
     else:
         fuse(made, **{"kernels": DEFAULT_KERNELS["sm_90"]} | options)
         if side := patch_side(made):
             patches = (224 // side) ** 2
             inputs = torch.empty(BATCH, patches, 3 * side**2, dtype=torch.bfloat16, device="meta")
-        halves = compile_for_h100(
+        passes = compile_for_h100(
             made, [inputs], lambda fake: Shadows(fake, torch.bfloat16).current()
         )
-    return {name: count_half(*half) for name, half in zip(HALVES, halves, strict=True)}
+    return {name: count_pass(*phase) for name, phase in zip(PASSES, passes, strict=True)}
 
 
 def count(models: Sequence[str], implementations: Sequence[str]) -> Table:
@@ -93,7 +93,7 @@ def count(models: Sequence[str], implementations: Sequence[str]) -> Table:
         for implementation in implementations:
             shallow = count_model(model, implementation, DEPTH)
             deep = count_model(model, implementation, DEPTH + 1)
-            block = {half: deep[half].plus(shallow[half], -1) for half in HALVES}
+            block = {phase: deep[phase].plus(shallow[phase], -1) for phase in PASSES}
             found = {"block": block, f"depth_{DEPTH}": shallow}
             table.setdefault(model, {})[implementation] = found
             print(f"{model} {implementation}: compiled", file=sys.stderr, flush=True)
@@ -103,7 +103,7 @@ def count(models: Sequence[str], implementations: Sequence[str]) -> Table:
 def whole_model(parts: dict[str, dict[str, Counts]], depth: int) -> dict[str, Counts]:
     """Forward and backward of a model of ``depth`` blocks, by those of 3 and of one more."""
     shallow, block = parts[f"depth_{DEPTH}"], parts["block"]
-    return {half: shallow[half].plus(block[half], depth - DEPTH) for half in HALVES}
+    return {phase: shallow[phase].plus(block[phase], depth - DEPTH) for phase in PASSES}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,21 +198,21 @@ def show(name: str, value: int) -> str:
 def as_text(table: Table) -> str:
     """A table of the blocks, then the kernels and calls of each."""
     heads = "launches  kernels GB  GEMMs  GFLOP  ours  ours GB  other"
-    lines = [f"{f'block, B = {BATCH}':24s} {'half':9s} {heads}"]
+    lines = [f"{f'block, B = {BATCH}':24s} {'phase':9s} {heads}"]
     for model, implementation in ((m, i) for m in table for i in table[m]):
         block = table[model][implementation]["block"]
-        for half in HALVES:
-            f = list(block[half].figures.values())
+        for phase in PASSES:
+            f = list(block[phase].figures.values())
             lines.append(
-                f"{model + ' ' + implementation:24s} {half:9s} {f[0]:8d} {f[1] / 1e9:11.3f} "
+                f"{model + ' ' + implementation:24s} {phase:9s} {f[0]:8d} {f[1] / 1e9:11.3f} "
                 f"{f[2]:6d} {f[3] / 1e9:6.0f} {f[4]:5d} {f[5] / 1e9:8.3f} {f[6]:6d}"
             )
-        total = sum(block[half].bytes_without_attention for half in HALVES)
+        total = sum(block[phase].bytes_without_attention for phase in PASSES)
         lines.append(f"{'':24s} sum without GEMMs and attention: {total / 1e9:.3f} GB")
-    for (model, implementation, half), counts in each(
+    for (model, implementation, phase), counts in each(
         {m: {i: parts["block"] for i, parts in by.items()} for m, by in table.items()}, 3
     ):
-        lines.append(f"\n{model} {implementation} {half}")
+        lines.append(f"\n{model} {implementation} {phase}")
         for field, counter in counts._asdict().items():
             for (name, size), calls in sorted(counter.items(), key=lambda item: -_size(item[0])):
                 shown = "x".join(map(str, size)) if field == "gemms" else f"{size / 1e6:.2f} MB"

@@ -1,7 +1,7 @@
 """The CUDA part of the cache without a GPU: its kernels, compiled for the CPU, under sanitizers.
 
-`tests/native/emulator` runs the threads of a block in a random order that a seed decides. What it and the
-sanitizers are there to find is tested by kernels with one defect each.
+`tests/native/emulator` runs the threads of a block in an order drawn from a seed. Kernels with one
+defect each test that it and the sanitizers report such defects.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def test_the_backward_hides_the_exchange_but_for_the_last_bucket() -> None:
 def test_an_exchange_longer_than_the_backward_is_waited_for() -> None:
     slow = dataclasses.replace(H100, nvlink_gbps=5)
     row = scaling.scale(roofline.predict(SMALL._replace(card=slow)), 8, "float32")
-    backward = sum(p.us for p in roofline.predict(SMALL).device if p.half == "backward") / 1e3
+    backward = sum(p.us for p in roofline.predict(SMALL).device if p.phase == "backward") / 1e3
     assert row.exposed_ms == pytest.approx(row.all_reduce_ms - backward)
 
 

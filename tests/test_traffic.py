@@ -153,7 +153,7 @@ def test_code_is_counted_by_what_it_calls() -> None:
     import torch
 
     graph = torch.fx.symbolic_trace(torch.nn.Identity())
-    found = counts.count_half(graph, CODE)
+    found = counts.count_pass(graph, CODE)
     assert found.kernels == Counter({("triton_poi_fused_add", 2_500_000): 2})
     assert found.gemms == {
         ("mm", (64, 16, 8)): 1,
