@@ -10,8 +10,9 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.kernels import attention_qkvpacked, bias_gelu, bias_gelu_linear
-from deit_fast.kernels.attention import uses_kernels
+from deit_fast.kernels.attention import attention_qkvpacked, uses_kernels
+from deit_fast.kernels.bias_gelu import bias_gelu
+from deit_fast.kernels.bias_gelu_linear import bias_gelu_linear
 from deit_fast.models.shadow import Shadow, linear
 from deit_fast.models.stream import (
     BatchPart,

@@ -12,8 +12,8 @@ from torch import nn
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.models import forward_heads
 from deit_fast.models.fused import COMPILED_METHODS, FusedForward
+from deit_fast.models.student import forward_heads
 
 log = logging.getLogger("deit_fast")
 

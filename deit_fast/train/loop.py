@@ -19,7 +19,7 @@ from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model
-from deit_fast.models import unfuse
+from deit_fast.models.fuse import unfuse
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_atomically, write_json

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.kernels import TopK, distillation_loss
+from deit_fast.kernels.distillation_loss import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.models.teacher import has_bf16

@@ -9,8 +9,7 @@ from typing import Any
 from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError, InputError
-from deit_fast.models import Teacher
-from deit_fast.models.teacher import load_class_matched_teacher
+from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 
 log = logging.getLogger("deit_fast")
