@@ -17,9 +17,8 @@ from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
 from deit_fast.errors import InputError
 from deit_fast.models.student import build_model, forward_heads
-from deit_fast.models.teacher import has_bf16
 from deit_fast.models.weights import fit_weights, load_weights
-from deit_fast.runtime.distributed import ProcessGroup, choose_device
+from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 
 Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 

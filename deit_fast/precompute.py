@@ -28,8 +28,8 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.models.teacher import Teacher, has_bf16, load_class_matched_teacher
-from deit_fast.runtime.distributed import choose_device, read_process_group
+from deit_fast.models.teacher import Teacher, load_class_matched_teacher
+from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.metrics import Progress
 from deit_fast.views.plan import ViewPlan
 

@@ -10,11 +10,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
-from deit_fast.kernels.add_layer_norm import (
-    add_layer_norm,
-    uses_kernels,
-    with_bias_gradient,
-)
+from deit_fast.kernels.add_layer_norm import add_layer_norm, uses_kernels, with_bias_gradient
 
 
 class Branch(NamedTuple):

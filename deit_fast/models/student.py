@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
 import timm
@@ -14,6 +12,7 @@ from torch import nn
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean
+from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
 
@@ -125,29 +124,6 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         kernels=model.kernels,
         pad_head=model.pad_head,
     )
-
-
-def build_from_factory(spec: str, num_classes: int | None) -> nn.Module:
-    """Import ``package.module:factory`` and call it, with ``num_classes=`` if it has a parameter
-    of that name.
-
-    Raises:
-        InputError: the module or the factory does not exist, or it returns no ``nn.Module``.
-    """
-    module_name, _, factory_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"model {spec!r}: cannot import {module_name!r}: {error}") from None
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise InputError(f"model {spec!r}: module {module_name!r} has no factory {factory_name!r}")
-    parameters = inspect.signature(factory).parameters.values()
-    takes_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    model = factory(num_classes=num_classes) if takes_classes and num_classes else factory()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model {spec!r}: the factory returned a {type(model).__name__}")
-    return model
 
 
 def forward_heads(

@@ -11,9 +11,10 @@ from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
+from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import default_kernels, fuse
-from deit_fast.models.student import build_from_factory
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights
+from deit_fast.runtime.distributed import has_bf16
 
 
 class Teacher(nn.Module):
@@ -120,11 +121,6 @@ class Teacher(nn.Module):
 def kernels_on(device: torch.device) -> tuple[str, ...]:
     """Kernels of a fused teacher on a device."""
     return default_kernels() if device.type == "cuda" else ()
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 natively; emulation on older GPUs is slower than fp32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_teacher(

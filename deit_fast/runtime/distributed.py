@@ -161,3 +161,10 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 natively; emulation on older GPUs is slower than fp32."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from deit_fast.config import ViewRecipe
+if TYPE_CHECKING:
+    from deit_fast.config import ViewRecipe
 
 LAM_ONE = 65536  # lambda = 1 in the plan's integers
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2

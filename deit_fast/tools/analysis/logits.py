@@ -27,8 +27,9 @@ from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_eval_loader, read_run_config
 from deit_fast.models.student import build_model, forward_heads
-from deit_fast.models.teacher import Teacher, has_bf16
+from deit_fast.models.teacher import Teacher
 from deit_fast.models.weights import fit_weights, load_weights
+from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.analysis.measures import soften
 from deit_fast.tools.analysis.teachers import find_teacher
