@@ -102,7 +102,7 @@ Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_
   check_ids(view_ids, int64_t{1} << 31, "view id");
   const bool single = view_ids.ndim() == 0;
   if (samples.ndim() != 1 || (!single && (view_ids.ndim() != 1 || view_ids.size() != samples.size()))) {
-    throw IdError("sample and view ids must be [n], and as many of the one as of the other");
+    throw IdError("sample and view ids must be [n], of the same length n");
   }
   Located located;
   const auto count = static_cast<size_t>(samples.size());

@@ -359,7 +359,7 @@ class RunConfig:
     save_every: int = 1
     """Epochs between checkpoints; the last epoch is always saved."""
     save_steps: int | None = None
-    """Also save after every so many steps. none: do not."""
+    """Also save whenever this many steps have passed. none: do not."""
     save_minutes: float | None = None
     """Also save when the last checkpoint is this many minutes old. none: do not."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
@@ -409,7 +409,7 @@ class RunConfig:
         )
         _require(
             self.compat == "none" or self.cache is None,
-            f"compat=deit mixes a view with what its batch happens to hold, so no cache can hold "
+            f"compat=deit mixes a view with the other samples of its batch, so no cache can hold "
             f"it (cache={self.cache}): use --teacher alone, or --compat none",
         )
         _require(
@@ -425,17 +425,18 @@ class RunConfig:
 
     @property
     def view_count(self) -> int:
-        """Distinct views per sample, V of the design: min(epochs, V) of them are used."""
-        if self.num_views is not None:
-            return self.num_views
-        repeats = self.view.repeats
-        return -(-self.epochs // repeats) * repeats
+        """Distinct views per sample, V of the design."""
+        return self._views_of_all_epochs if self.num_views is None else self.num_views
 
     @property
     def views_used(self) -> int:
         """Views per sample that the run shows: IDs 0 .. views_used - 1."""
-        repeats = self.view.repeats
-        return min(-(-self.epochs // repeats) * repeats, self.view_count)
+        return min(self._views_of_all_epochs, self.view_count)
+
+    @property
+    def _views_of_all_epochs(self) -> int:
+        """Number of epochs, rounded up to a multiple of view.repeats."""
+        return -(-self.epochs // self.view.repeats) * self.view.repeats
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with fields changed; a dict as the value of a group changes fields inside it."""

@@ -38,10 +38,10 @@ def evaluate_model(
 
     Args:
         model: a classifier; its training mode is restored afterwards.
-        loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; has a
-            length if there is a group.
+        loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; with
+            several processes it has a length.
         classes: class names, by label.
-        group: processes that evaluate a share of the images each; the result covers all.
+        group: processes that evaluate one share of the images each; the result covers all shares.
         between_batches: called after each batch, equally often on all ranks; may raise.
         forward: computes both heads' logits; by default ``forward_heads``.
         rows: images in each forward. A smaller batch is padded with zeros and the padding's logits
@@ -58,7 +58,8 @@ def evaluate_model(
     loss = torch.zeros((), device=device)
     per_class = torch.zeros(2, count, device=device)
     samples, two_heads = 0, False
-    rounds = max(group.gather(len(loader))) if group is not None else 0  # shares differ by one
+    group = group or ProcessGroup()
+    rounds = max(group.gather(len(loader))) if group.world_size > 1 else 0  # shares differ by one
     for images, labels, _ in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
@@ -79,14 +80,13 @@ def evaluate_model(
     for _ in range(rounds):
         between_batches()
     model.train(was_training)
-    if group is not None and group.world_size > 1:
-        counts = torch.tensor([float(samples), loss.item()], dtype=torch.float64, device=device)
-        group.sum(hits, per_class, counts)
-        samples, loss = int(counts[0]), counts[1]
+    totals = torch.tensor([samples, loss.item()], dtype=torch.float64, device=device)
+    group.sum(hits, per_class, totals)
+    samples, total_loss = int(totals[0]), totals[1].item()
     if samples == 0:
         raise InputError("evaluation saw no images")
     shares = (hits / samples).tolist()
-    result: dict[str, Any] = {"top1": shares[0], "loss": loss.item() / samples, "samples": samples}
+    result: dict[str, Any] = {"top1": shares[0], "loss": total_loss / samples, "samples": samples}
     if two_heads:
         result |= {"top1_class": shares[1], "top1_distill": shares[2]}
     right_of, total_of = per_class.tolist()

@@ -230,9 +230,7 @@ class ResidentLogits:
         """
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
         if samples.ndim != 1 or views.shape not in ((), samples.shape):
-            raise InputError(
-                "sample and view ids must be [n], and as many of the one as of the other"
-            )
+            raise InputError("sample and view ids must be [n], of the same length n")
         outside = samples[(samples < 0) | (samples >= self._num_samples)]
         if len(outside):
             raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")

@@ -1,4 +1,4 @@
-"""Students by timm name, teachers by spec, and weights files read without pickle's powers."""
+"""Students by timm name, teachers by spec, and weights files, read without unpickling code."""
 
 from __future__ import annotations
 

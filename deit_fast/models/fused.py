@@ -218,7 +218,8 @@ class FusedBlock(Block):
 def _attend(
     attention: Any, x: Tensor, tokens: int, folds_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the first tokens to all tokens, and the last bias if its gradient is folded."""
+    """Attention of the first tokens to all tokens; and the projection's bias, if the next norm's
+    kernel computes its gradient."""
     width, heads, bias = attention.attn_dim, attention.num_heads, attention.qkv.bias
     weight_q, weight_kv = attention.qkv.weight.split((width, 2 * width))
     bias_q, bias_kv = (None, None) if bias is None else bias.split((width, 2 * width))

@@ -1,4 +1,4 @@
-"""Heads whose logits have rows aligned to 16 bytes, so that the loss kernel reads 16 at a time.
+"""Heads whose rows of logits are aligned to 16 bytes, so that the loss kernel can load 16 at once.
 
 A row of 21841 bf16 logits is 43682 bytes, so the next one is not aligned and the loss kernel has to
 read single elements. A padded head writes the same logits into rows of 21848. The product, the

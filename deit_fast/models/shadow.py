@@ -2,7 +2,7 @@
 
 Under autocast every product casts its float32 weight, and the backward casts the weight's gradient
 back: two launches a layer, for four layers a block. Shadow weights are cast in one launch for all
-layers, and the product of the weight's gradient writes float32, without a rounding between.
+layers, and the product of the weight's gradient writes float32, without rounding in between.
 
 A shadow is the rounded parameter, so the forward computes the same numbers as autocast. It is valid
 until the parameter changes: call ``Shadows.refresh`` before each step, and run the forward inside

@@ -19,7 +19,7 @@ class Branch(NamedTuple):
     value: Tensor
     gamma: Tensor | None = None  # LayerScale's factor
     keep_scale: Tensor | None = None  # DropPath's factor, float [B], 0 or 1 / (1 - p)
-    bias: Tensor | None = None  # already added in value; the norm's kernel makes its gradient
+    bias: Tensor | None = None  # included in value; the norm's kernel computes its gradient
 
 
 def layer_scale(scale: nn.Module) -> Tensor | None:
@@ -129,7 +129,7 @@ class Stream:
         pending: the branch that the next norm adds.
         subset: efficient stochastic depth (Oquab et al. 2023, DINOv2, appendix): see ``fuse``.
         keep_scales: of the next block, if they were drawn ahead; otherwise the block draws them.
-        folds_bias: whether every branch ends in add_layer_norm's kernel, which can make the
+        folds_bias: whether every branch ends in add_layer_norm's kernel, which can compute the
             gradient of the branch's last bias.
         shadows: whether products read the shadow weights (``deit_fast.models.shadow``).
     """

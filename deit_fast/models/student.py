@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import timm
@@ -58,18 +59,16 @@ def create_student(
     overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
                  "num_heads": num_heads}  # fmt: skip
     shape = {key: value for key, value in overrides.items() if value is not None}
-    of_fuse: dict[str, Any] = {}
-    for option, value, default in (
-        ("stochastic_depth", stochastic_depth, "sample"),
-        ("residual", residual, "float32"),
-        ("kernels", kernels, None),
-    ):
-        if value != default:
-            of_fuse[option] = value
+    options = {"stochastic_depth": (stochastic_depth, "sample"), "residual": (residual, "float32"),
+               "kernels": (kernels, None)}  # fmt: skip
+    fuse_options: dict[str, Any] = {
+        key: value for key, (value, default) in options.items() if value != default
+    }
     if ":" in name:
         if shape:
             raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
-        _refuse(of_fuse | ({"pad_head": True} if pad_head else {}), f"a timm model, not {name!r}")
+        refused = fuse_options | ({"pad_head": True} if pad_head else {})
+        _refuse(refused, f"a timm model, not {name!r}")
         return build_from_factory(name, num_classes)
     if not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
@@ -85,8 +84,8 @@ def create_student(
     if pad_head:
         pad_heads(model)
     if fused and isinstance(model, VisionTransformer):
-        return fuse(model, **of_fuse)
-    _refuse(of_fuse, "a fused transformer")
+        return fuse(model, **fuse_options)
+    _refuse(fuse_options, "a fused transformer")
     return model
 
 
@@ -108,22 +107,9 @@ def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
 
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     """The student that a run's configuration names, with random weights."""
-    model = config.model
-    return create_student(
-        model.name,
-        num_classes,
-        model.drop_path,
-        config.view.image_size,
-        patch_size=model.patch_size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        fused=model.fused,
-        stochastic_depth=model.stochastic_depth,
-        residual=model.residual,
-        kernels=model.kernels,
-        pad_head=model.pad_head,
-    )
+    options = dataclasses.asdict(config.model)
+    del options["weights"]
+    return create_student(num_classes=num_classes, img_size=config.view.image_size, **options)
 
 
 def forward_heads(

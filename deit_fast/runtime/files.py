@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that a crash or a full disk leaves the old one, or none.
+    """Write a file. A crash or a full disk leaves the old file, or none.
 
     Raises:
-        OSError: with the file's name; nothing of the new content stays.
+        OSError: names the file; no part of the new content remains.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
@@ -46,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Where this user's machine keeps what can be computed again: $XDG_CACHE_HOME/deit-fast."""
+    """The user's folder for data that can be recomputed: $XDG_CACHE_HOME/deit-fast."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "deit-fast"
 

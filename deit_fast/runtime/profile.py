@@ -102,14 +102,14 @@ class StepMeter:
         self._since += self._clock() - begun
 
     def read(self, steps_left: int, others: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """Seconds since the last reading, and the speed as columns of a row; starts anew.
+        """Seconds since the last reading, and the speed as columns of a row; resets both.
 
         ``mfu`` is absent on an unknown GPU, ``peak_memory_bytes`` on a CPU.
 
         Args:
             steps_left: of the run.
-            others: more columns. Of these and of ``data_wait`` each rank has its own, and the
-                largest is returned: all ranks must call this together, with the same names.
+            others: more columns. They and ``data_wait`` are the maximum over the ranks, so all
+                ranks must call this together, with the same names.
         """
         seconds = self._clock() - self._since
         largest = {"data_wait": self._waited / seconds, **others}

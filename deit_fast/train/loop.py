@@ -45,11 +45,13 @@ from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
 
-STOP_POLL_EVERY = 8  # evaluated batches of several ranks: a few of the ten seconds after SIGTERM
+# Batches between polls for a signal while several ranks evaluate: a few seconds, of the ten that a
+# scheduler leaves between SIGTERM and SIGKILL.
+STOP_POLL_EVERY = 8
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train one model as ``config`` says, in this process or with others under torchrun.
+    """Train one model, in this process or, under torchrun, together with others.
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
     checkpoints/, model.safetensors, ema.safetensors and result.json; if configured, also
@@ -77,7 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         processes = f" over {group.world_size} processes" if group.world_size > 1 else ""
         sizes = (
             f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
-            f"a larger accumulate takes the same steps in less"
+            f"a larger accumulate computes the same steps with less memory"
         )
         with translate_errors(device, sizes), signals.raising():
             run = _Run(config, device, group, signals)
@@ -341,16 +343,16 @@ class _Run:
             FloatingPointError: the configuration says stop, there is no checkpoint, or the run was
                 rolled back too often.
         """
-        where = f"{error}; it changed no weight, the checkpoints are in {self.checkpoints}"
+        message = f"{error}; it changed no weight, the checkpoints are in {self.checkpoints}"
         if self.config.on_nonfinite == "stop":
-            raise FloatingPointError(where)
+            raise FloatingPointError(message)
         self._wait_for_checkpoint()
         self.rollbacks += 1
         if self.rollbacks > self.config.max_rollbacks:
-            raise FloatingPointError(f"{where}; {self.config.max_rollbacks} rollbacks did not help")
+            raise FloatingPointError(f"{message}; {self.config.max_rollbacks} rollbacks did not help")
         skipped = [*self.state.skipped, error.step]
         if not roll_back(self.checkpoints, self.state):
-            raise FloatingPointError(f"{where}; there is none yet to roll back to")
+            raise FloatingPointError(f"{message}; the run has no checkpoint yet to roll back to")
         self.state.skipped = skipped
         self.step_once.reset()
         if self.metrics is not None:
@@ -404,7 +406,7 @@ class _Run:
         )
 
     def _poll_stop_in_evaluation(self) -> None:
-        # Several ranks have to communicate, which waits for the device: not after every batch.
+        # With several ranks a poll communicates and waits for the device: not after every batch.
         self.batches_evaluated += 1
         polls = self.group.world_size == 1 or self.batches_evaluated % STOP_POLL_EVERY == 0
         if polls and self.group.any(self._stop_requested(), self.device):
@@ -455,12 +457,12 @@ class _Run:
         return result
 
     def close(self) -> None:
-        """End the threads, also after an error; what they still hold is written."""
+        """End the threads after they have written what they hold; also called after an error."""
         self.teacher.close()
         try:
             self.writer.wait()
         except OSError as error:
-            log.warning("the checkpoint under way was not written: %s", error)
+            log.warning("the newest checkpoint could not be written: %s", error)
         if self.metrics is not None:
             self.metrics.close(self.finished)
 
