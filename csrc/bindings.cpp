@@ -1,5 +1,5 @@
-// Python module deit_fast._C. Addresses and sizes are passed as integers: the Python side checks dtype,
-// shape, contiguity and device first. All work runs without the GIL.
+// Python module deit_fast._C. Addresses and sizes are passed as integers: the Python side checks
+// dtype, shape, contiguity and device first. All work runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,7 +47,8 @@ ViewSpec make_spec(uint64_t num_records, uint32_t record_bytes, uint32_t block_r
   return spec;
 }
 
-// OSError(errno, text, file name): Python selects the subclass, such as FileNotFoundError, by errno.
+// OSError(errno, text, file name): Python selects the subclass, such as FileNotFoundError, by
+// errno.
 void raise_os_error(const IoError& error) {
   const std::string text = std::string(std::strerror(error.code)) + " (" + error.note + ")";
   PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
@@ -101,7 +102,8 @@ Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_
   check_ids(samples, num_samples, "sample id");
   check_ids(view_ids, int64_t{1} << 31, "view id");
   const bool single = view_ids.ndim() == 0;
-  if (samples.ndim() != 1 || (!single && (view_ids.ndim() != 1 || view_ids.size() != samples.size()))) {
+  const bool paired = view_ids.ndim() == 1 && view_ids.size() == samples.size();
+  if (samples.ndim() != 1 || !(single || paired)) {
     throw IdError("sample and view ids must be [n], of the same length n");
   }
   Located located;
@@ -198,7 +200,6 @@ PYBIND11_MODULE(_C, module) {
              return std::make_shared<ViewFile>(path, spec, false);
            }),
            py::arg("path"), py::arg("spec"), Release())
-      .def_property_readonly("path", &ViewFile::path)
       .def("table_states", &ViewFile::table_states, Release())
       .def("first_incomplete", &first_incomplete)
       .def("check_block", &check_block, py::arg("block"));
@@ -238,8 +239,7 @@ PYBIND11_MODULE(_C, module) {
            }),
            py::arg("kind"), py::kw_only(), py::arg("record_bytes"), py::arg("num_classes"),
            py::arg("id_bytes") = 2, py::arg("k") = 0, py::arg("tail_offset") = 0,
-           py::arg("tau") = 1.0f)
-      .def_readonly("record_bytes", &RecordLayout::record_bytes);
+           py::arg("tau") = 1.0f);
 
   py::class_<ViewTable>(module, "ViewTable")
       .def(py::init<>())

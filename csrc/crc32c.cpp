@@ -18,7 +18,8 @@ namespace {
 
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
-// tables[k][byte]: effect of a byte followed by k further bytes, so that one step takes eight bytes.
+// tables[k][byte]: effect of a byte followed by k further bytes, so that one step takes eight
+// bytes.
 Tables make_tables() {
   Tables tables{};
   for (uint32_t byte = 0; byte < 256; ++byte) {

@@ -132,8 +132,8 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
   }
 }
 
-// The first class id that is not below the limit, or -1. Finds the largest id of a record first, in a
-// loop without an early exit, which vectorises: every block of an epoch is checked here.
+// The first class id that is not below the limit, or -1. Finds the largest id of a record first, in
+// a loop without an early exit, which vectorises: every block of an epoch is checked here.
 template <typename Id>
 int64_t first_beyond(const ViewSpec& spec, const unsigned char* records, size_t count) {
   for (size_t record = 0; record < count; ++record, records += spec.record_bytes) {
@@ -227,10 +227,10 @@ void ViewSpec::check() const {
     throw FormatError("a view needs at least one record of at least one byte in a block");
   }
   // 2^40 records of at most 2^21 bytes: every offset below fits 62 bits.
-  if (num_records > (uint64_t{1} << 40) || record_bytes > (1u << 21) || block_records > (1u << 31)) {
+  if (num_records > (uint64_t{1} << 40) || record_bytes > (1u << 21) ||
+      block_records > (1u << 31)) {
     throw FormatError("a view holds at most 2^40 records of 2^21 bytes, in blocks of 2^31");
   }
-
   if ((id_bytes != 2 && id_bytes != 4) || uint64_t{ids_per_record} * id_bytes > record_bytes) {
     throw FormatError("a record's class ids take 2 or 4 bytes each and lie inside it");
   }
@@ -309,8 +309,8 @@ BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
     *why = name(block) + " has the invalid state " + hex(entry.state);
     return state;
   }
-  // Reads the file rather than the map: a bad sector or a truncated file is an error here, and would
-  // be a signal there. Reads chunks that fit into the core's own cache and need no new pages.
+  // Reads the file rather than the map: a bad sector or a truncated file is an error here, and
+  // would be a signal there. Reads chunks that fit into the core's own cache and need no new pages.
   const uint64_t record_bytes = spec_.record_bytes;
   const uint64_t chunk = std::max<uint64_t>(1, (1 << 16) / record_bytes) * record_bytes;
   std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
@@ -399,7 +399,8 @@ void ViewReader::map_pages(uint64_t block) const {
   const auto begin = reinterpret_cast<uintptr_t>(map_) + spec_.block_offset(block);
   const uintptr_t first = begin / kPage * kPage;
   const uintptr_t end = (begin + spec_.block_bytes(block) + kPage - 1) / kPage * kPage;
-  ::madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_READ);  // a failure costs page faults only
+  // A failure costs page faults only.
+  ::madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_READ);
 #else
   (void)block;
 #endif

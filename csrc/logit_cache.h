@@ -32,8 +32,8 @@ struct ViewSpec {
   uint32_t record_bytes = 0;
   uint32_t block_records = 0;
   uint64_t view_id = 0;
-  // A record starts with ids_per_record unsigned class ids, each below id_limit. The file stores none
-  // of these three fields.
+  // A record starts with ids_per_record unsigned class ids, each below id_limit. The file stores
+  // none of these three fields.
   uint32_t ids_per_record = 0;
   uint32_t id_bytes = 2;
   uint32_t id_limit = 0;
@@ -57,7 +57,6 @@ class ViewFile {
   ViewFile(const ViewFile&) = delete;
   ViewFile& operator=(const ViewFile&) = delete;
 
-  const std::string& path() const { return path_; }
   const ViewSpec& spec() const { return spec_; }
 
   // State of every block from the table alone; `broken`: a state word that no writer stores.
@@ -130,7 +129,8 @@ class ViewReader : public ViewFile {
  private:
   void check_and_mark(uint64_t block) const;
 
-  int shift_ = -1;  // log2 of block_records if that is a power of two: a division costs as much as a copy
+  // log2 of block_records if that is a power of two: a division costs as much as a copy.
+  int shift_ = -1;
   const unsigned char* data_ = nullptr;
   void* map_ = nullptr;
   std::unique_ptr<std::atomic<bool>[]> verified_;

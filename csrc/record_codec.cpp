@@ -66,10 +66,11 @@ DF_WIDE bool encode_row(const TopKShape& shape, const float* row, uint32_t label
       block, shape, [row](uint32_t i) { return row[i]; }, label, room, shared, record);
 }
 
-// Entry i of a record is stored[i] / T - shift. The product with 1 / T has one rounding more than the
-// quotient, and keeps a division out of the loop.
+// Entry i of a record is stored[i] / T - shift. The product with 1 / T has one rounding more than
+// the quotient, and keeps a division out of the loop.
 template <typename Id>
-HOST_DEVICE void decode_topk_record(const unsigned char* record, uint32_t k, float inverse, float shift,
+HOST_DEVICE void decode_topk_record(const unsigned char* record, uint32_t k, float inverse,
+                                    float shift,
                                 int32_t* __restrict__ ids, float* __restrict__ log_probs) {
   const unsigned char* halves = record + k * sizeof(Id);
   for (uint32_t i = 0; i < k; ++i) ids[i] = static_cast<int32_t>(load<Id>(record + i * sizeof(Id)));
@@ -101,8 +102,8 @@ DF_WIDE void decode_topk_any(const RecordLayout& layout, const unsigned char* co
 }
 
 #if defined(DF_F16C)
-// The most common record, k = 16 with two-byte ids, decoded by F16C instructions. The bits are those
-// of the general loop, since both conversions are exact.
+// The most common record, k = 16 with two-byte ids, decoded by F16C instructions. The bits are
+// those of the general loop, since both conversions are exact.
 __attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layout,
                                                         const unsigned char* const* records,
                                                         size_t count, const TopKOut& to) {
@@ -121,9 +122,7 @@ __attribute__((target("avx2,f16c"))) void decode_topk16(const RecordLayout& layo
     }
   }
 }
-#endif
 
-#if defined(DF_F16C)
 bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows f16c
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;

@@ -1,5 +1,5 @@
-// Records on the host: encodes logits as top-k records and decodes records of every codec. csrc/cuda
-// does the same on the device; both use the arithmetic of the shared headers.
+// Records on the host: encodes logits as top-k records and decodes records of every codec.
+// csrc/cuda does the same on the device; both use the arithmetic of the shared headers.
 #pragma once
 
 #include <cstddef>
@@ -41,8 +41,8 @@ constexpr size_t kDecodeBatch = 16;
 void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
                     const Decoded& out, size_t begin);
 
-// Decodes records rows[i] (i if rows is null) of a table of `num_records`. Returns the first i whose
-// row is outside the table, or -1.
+// Decodes records rows[i] (i if rows is null) of a table of `num_records`. Returns the first i
+// whose row is outside the table, or -1.
 int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
                     const int64_t* rows, int64_t count, const Decoded& out);
 

@@ -1,7 +1,7 @@
 // Two passes, each a sum of integer weights times bytes: along x, rounded to bytes, then along y.
-// Pillow computes one pixel at a time. Here a lane is a row (along x) or a value of a row (along y):
-// loops of a fixed length over adjacent bytes, which compilers vectorise. Integer sums do not depend
-// on their order, so the bytes are the same.
+// Pillow computes one pixel at a time. Here a lane is a row (along x) or a value of a row (along
+// y): loops of a fixed length over adjacent bytes, which compilers vectorise. Integer sums do not
+// depend on their order, so the bytes are the same.
 #include "resize.h"
 
 #include <algorithm>

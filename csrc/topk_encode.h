@@ -1,6 +1,6 @@
-// Encodes one row of logits as a top-k record, written for a block of threads. A CUDA block runs the
-// threads in parallel, a CPU one after another. Selection is exact and sums are integers, so the bytes
-// of the record depend neither on the device nor on the number of threads.
+// Encodes one row of logits as a top-k record, written for a block of threads. A CUDA block runs
+// the threads in parallel, a CPU one after another. Selection is exact and sums are integers, so
+// the bytes of the record depend neither on the device nor on the number of threads.
 #pragma once
 
 #include "arithmetic.h"
@@ -59,7 +59,8 @@ HOST_DEVICE Normaliser normaliser(double inside_shift, uint64_t inside, double o
 // Collects the keys that are at least shared.threshold. shared.found counts all of them, also those
 // beyond `room`, which are dropped.
 template <typename Block, typename Row>
-HOST_DEVICE void collect(Block& block, Row row, uint32_t count, uint32_t room, EncodeShared& shared) {
+HOST_DEVICE void collect(Block& block, Row row, uint32_t count, uint32_t room,
+                         EncodeShared& shared) {
   block.each([&](uint32_t thread) {
     if (thread == 0) shared.found = 0;
   });
@@ -91,8 +92,8 @@ HOST_DEVICE bool select_largest(Block& block, Row row, uint32_t count, uint32_t 
     return !finite;
   });
   if (bad) return false;
-  // The kept-th largest of the threads' best keys is a threshold that at least `kept` keys pass, and
-  // in a row without a pattern few more.
+  // The kept-th largest of the threads' best keys is a threshold that at least `kept` keys pass,
+  // and in a row without a pattern few more.
   uint32_t passed = room + 1;
   if (kept <= kEncodeThreads && kept <= count) {
     block.each([&](uint32_t thread) {

@@ -146,7 +146,9 @@ void ReadAhead::work() {
     queue_.pop_front();
     if (advised_ > 0) --advised_;
     std::vector<Block> next;  // the disk reads these while this thread checks its block
-    for (; advised_ < std::min(kAdvised, queue_.size()); ++advised_) next.push_back(queue_[advised_]);
+    for (; advised_ < std::min(kAdvised, queue_.size()); ++advised_) {
+      next.push_back(queue_[advised_]);
+    }
     lock.unlock();
     for (const auto& [view, block] : next) view->will_need(block);
     bool read = true;

@@ -48,8 +48,9 @@ class ViewTable {
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out);
 
-// Threads that read and verify blocks ahead of their use, in the order of the requests. The data stays
-// in the system's page cache, which processes share. A damaged block is reported by its reader.
+// Threads that read and verify blocks ahead of their use, in the order of the requests. The data
+// stays in the system's page cache, which processes share. A damaged block is reported by its
+// reader.
 class ReadAhead {
  public:
   explicit ReadAhead(size_t threads);
@@ -61,7 +62,8 @@ class ReadAhead {
   void ask(const Located& located, const int64_t* rows, size_t count);
   void wait();  // until no block is queued or being read
   void stop();  // drops the queue and waits for the blocks being read
-  // False in a forked child, which has none of the threads: a destructor would wait for them forever.
+  // False in a forked child, which has none of the threads: a destructor would wait for them
+  // forever.
   bool is_mine() const;
   uint64_t blocks_read() const;
 

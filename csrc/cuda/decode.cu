@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t i = base + j * stride;
       if (i >= total) continue;
       const int64_t record = i / words;
-      held[j] = reinterpret_cast<const Word*>(table.record(record, record_bytes))[i - record * words];
+      const auto* from = reinterpret_cast<const Word*>(table.record(record, record_bytes));
+      held[j] = from[i - record * words];
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -112,7 +113,9 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t four = codes[j];
         Float4 decoded;
 #pragma unroll
-        for (int b = 0; b < 4; ++b) decoded.value[b] = base + value((four >> (8 * b)) & 0xFF) * step;
+        for (int b = 0; b < 4; ++b) {
+          decoded.value[b] = base + value((four >> (8 * b)) & 0xFF) * step;
+        }
         reinterpret_cast<Float4*>(to)[j] = decoded;
       }
     } else {
@@ -162,8 +165,9 @@ void launch_topk(const RecordLayout& layout, const Table& table, int64_t count, 
 template <RecordKind Kind>
 void launch_bytes(const RecordLayout& layout, const Table& table, int64_t count, float* out,
                   cudaStream_t stream) {
-  const bool wide = layout.num_classes % 4 == 0 &&
-                    (reinterpret_cast<uintptr_t>(table.records) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(table.records) | reinterpret_cast<uintptr_t>(out);
+  const bool wide = layout.num_classes % 4 == 0 && addresses % 16 == 0;
   const auto kernel = wide ? decode_bytes<Kind, true> : decode_bytes<Kind, false>;
   launch(kWhat, stream, blocks_for(count, 1), kThreads, 0, kernel, layout, table, count, out);
 }
@@ -174,7 +178,8 @@ void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, 
                       const int64_t* rows, int64_t count, const Decoded& out, int device,
                       void* stream_address) {
   if (count == 0) return;
-  check_cuda(cudaSetDevice(device), kWhat);  // this statically linked runtime does not share torch's device
+  // The CUDA runtime is linked statically, so it does not share torch's current device.
+  check_cuda(cudaSetDevice(device), kWhat);
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const Table table{records, num_records, rows};
   switch (layout.kind) {

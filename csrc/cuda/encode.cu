@@ -58,7 +58,8 @@ struct CudaBlock {
   }
 };
 
-// Copies a row to shared memory, 16 bytes at a time, and the values at its unaligned ends one by one.
+// Copies a row to shared memory, 16 bytes at a time, and the values at its unaligned ends one by
+// one.
 template <typename Float>
 __device__ void stage(const Float* __restrict__ row, uint32_t count, Float* staged) {
   constexpr uint32_t kPerWord = 16 / sizeof(Float);
@@ -128,7 +129,8 @@ void encode(const TopKShape& shape, const Temperatures& temperatures, const void
             int device, cudaStream_t stream) {
   constexpr size_t kStatic = sizeof(EncodeShared) + 2 * 8 * kEncodeKeys + 1024;
   int limit = 0;
-  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kWhat);
+  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             kWhat);
   const size_t needed = (shape.num_classes * sizeof(Float) + 15) / 16 * 16;
   const bool staged = needed + kStatic <= static_cast<size_t>(limit);
   const auto kernel = staged ? encode_rows<Float, true> : encode_rows<Float, false>;
