@@ -6,6 +6,8 @@ import gc
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -365,6 +367,36 @@ def test_a_forked_process_does_not_wait_for_a_pipelines_threads(source):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert status == (child, 0)
+
+
+DEAD_PIPELINE = """
+import gc, os
+os.register_at_fork(after_in_child=gc.collect)  # runs before the hooks of modules imported below
+import numpy as np
+from deit_fast.data import dali_graph
+
+gc.disable()
+pixel = np.zeros((1, 1, 3), np.uint8)
+pipeline = dali_graph.decoding_graph(
+    lambda: dali_graph.file_inputs([pixel], 1), batch=1, threads=1, device_id=None, depth=2,
+    hw_decoder_load=0.0,
+)
+pipeline.run()
+pipeline.itself = pipeline  # only the collector can free it
+del pipeline
+child = os.fork()
+if child == 0:
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+os._exit(0)
+"""
+
+
+def test_a_child_that_collects_garbage_at_once_does_not_wait_for_a_dead_pipeline():
+    done = subprocess.run(
+        [sys.executable, "-c", DEAD_PIPELINE], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "0\n", done.stderr
 
 
 # ---------------------------------------------------------------------------------------------

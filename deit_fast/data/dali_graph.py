@@ -103,10 +103,11 @@ def _build(graph: Any, batch: int, threads: int, device_id: int | None, depth: i
 
 
 # A forked process, such as a worker of evaluation, has a pipeline's memory but not its threads.
-# Freeing the pipeline there would wait for them for ever, so it is kept until the process ends.
+# Freeing the pipeline there would wait for them for ever, so the child keeps a reference. It is
+# taken before the fork: the child may collect garbage before a hook of its own runs.
 _pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
-_kept_after_fork: list[Any] = []
-os.register_at_fork(after_in_child=lambda: _kept_after_fork.extend(_pipelines))
+_kept: list[Any] = []
+os.register_at_fork(before=lambda: _kept.extend(_pipelines), after_in_parent=_kept.clear)
 
 
 def _decode(encoded, raw, is_encoded, device_id, hw_decoder_load):
