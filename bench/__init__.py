@@ -1,5 +1,5 @@
-"""Benches: `python -m bench all|kernels|NAME --out FILE`. A bench is one file with one function;
-`python -m bench plot` draws what they wrote.
+"""Benches: `python -m bench all|kernels|NAME --out FILE`; `python -m bench plot` draws the results.
 
-bench_NAME.py has `cases(device)`, which returns a list of `common.Case`; nothing registers it.
+A bench is a file bench_NAME.py with a function `cases(device)` that returns a list of
+`common.Case`. Benches are found by their file names.
 """

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .common import Case, Report, Timer
     from .record import ResultFile, Row
 
-STARTED = time.perf_counter()  # imports are on the time of --seconds
+STARTED = time.perf_counter()  # --seconds includes the time of the imports
 HERE = Path(__file__).parent
-HOSTS = ("cache", "loader")  # mostly the host's work: last, as a GPU waits for it
+HOST_BENCHES = ("cache", "loader")  # run last: the GPU is idle during most of them
 PROGRAMS = {
     "plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu",
     "traffic": "traffic", "roofline": "roofline",
@@ -35,7 +35,7 @@ PROGRAMS = {
 def select(what: str) -> list[str]:
     """Names of the benches that ``what`` stands for; a kernel's bench has the kernel's name."""
     names = [path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")]
-    names.sort(key=lambda name: (name in HOSTS, name))
+    names.sort(key=lambda name: (name in HOST_BENCHES, name))
     if what == "all":
         return names
     if what == "kernels":
@@ -43,7 +43,7 @@ def select(what: str) -> list[str]:
     if what not in names:
         raise SystemExit(
             f"unknown bench {what!r}: all, kernels or one of {', '.join(names)}; "
-            f"{', '.join(PROGRAMS)} are programs of their own"
+            f"{', '.join(PROGRAMS)} are separate programs"
         )
     return [what]
 
@@ -88,15 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     names = list(dict.fromkeys(name for what in options.what for name in select(what)))
 
-    import torch  # after the arguments: --help must not wait for it
+    from . import common, record  # after the arguments: --help must not wait for torch
 
-    from . import common, record
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no CUDA device")
+    device = common.choose_device(options.device)
     common.compile_every_shape()
     deadline = STARTED + options.seconds
     if options.compile_only is not None:
@@ -113,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rows in run_bench(name, device, timer, share, options.only, file):
             common.print_table(rows)
             if timer.is_lost():
-                start_again(arguments, out, deadline - time.perf_counter())
+                restart(arguments, out, deadline - time.perf_counter())
     print(f"\n{out}")
 
 
@@ -129,9 +123,9 @@ def open_file(out: Path, meta: Row, resume: bool) -> ResultFile:
         raise SystemExit(str(error)) from None
 
 
-def start_again(arguments: Sequence[str], out: Path, seconds: float) -> None:
+def restart(arguments: Sequence[str], out: Path, seconds: float) -> None:
     """Measure the remaining cases in a new process image, whose CUDA context is intact."""
-    print("the GPU is lost to this process: starting again", flush=True)
+    print("the CUDA context of this process is broken: restarting", flush=True)
     more = ["--resume", "--out", str(out), "--seconds", f"{max(seconds, 0):.0f}"]
     os.execv(sys.executable, [sys.executable, "-m", "bench", *arguments, *more])
 
@@ -146,13 +140,13 @@ def run_bench(
     name: str, device: str, timer: Timer, seconds: float, only: re.Pattern[str] | None = None,
     file: ResultFile | None = None,
 ) -> Iterator[list[Row]]:  # fmt: skip
-    """Rows of one bench, case by case; time that one case leaves over goes to those after it.
+    """Rows of one bench, case by case; time that a case does not use goes to the following cases.
 
-    The first is timed even where no time is left: a bench that took too long costs no other bench.
+    The first case is timed even if no time is left, so a slow bench does not prevent another one.
 
     Args:
         only: the cases to run, by name.
-        file: where rows go as soon as they are there; cases that it already has are left out.
+        file: receives rows as soon as they are measured; cases that it already has are left out.
     """
     from .common import skipped, time_case, with_facts
     from .record import NO_TIME
@@ -171,7 +165,7 @@ def run_bench(
         return
     known = file.finished_cases() if file is not None else set()
     cases = [case for case in cases if (name, case.name) not in known]
-    deadline = timer.clock() + seconds  # imports are not on the bench's time
+    deadline = timer.clock() + seconds  # does not include the imports of the bench
     timed = []
     for position, case in enumerate(cases):
         now = timer.clock()
@@ -192,8 +186,8 @@ def compile_ahead(
 ) -> None:
     """Call each implementation of the chosen cases once; failures are printed, not raised.
 
-    Inductor's choices between configurations are not kept: other processes share the device now,
-    and the one that measures must choose on a quiet device.
+    Inductor's choices between configurations are not cached: other processes use the device at the
+    same time, and the process that measures must choose on an idle device.
 
     Raises:
         SystemExit: no chosen case has this implementation.
@@ -232,6 +226,6 @@ def compile_ahead(
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # at a stage's limit; the rows are on disk
+    except KeyboardInterrupt:  # at a stage's time limit; the rows are on disk
         print("interrupted", flush=True)
         sys.exit(130)

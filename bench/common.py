@@ -1,18 +1,18 @@
 """One harness for every bench: what a case is and how it is timed.
 
-All implementations of a case are timed in the same run: one call of each per round, the order
-rotated from round to round, so that clocks and neighbours disturb all of them alike. Medians with
-the 20th and 80th percentile, after a warm-up. A peer that is missing or fails is a line with the
-reason, never a number.
+All implementations of a case are timed in the same run: one call of each per round, in an order
+that rotates from round to round, so that changes of the clock rate and other processes affect all
+of them alike. Results are medians with the 20th and 80th percentile, after a warm-up. A peer that
+is missing or fails gives a row with the reason and without a time.
 
-On CUDA every call finds a cold and clean L2: a buffer larger than it is read first. (Writing one
-would leave up to the whole L2 dirty, and the timed kernel would pay for the write-back.) The
-reading is also repeated until the host is ahead, so that the time between the two events is the
-device's. That hides what the host needs to launch, so a whole training step is timed otherwise: as
-wall-clock time of ``Case.repeats`` calls back to back.
+On CUDA a buffer larger than the L2 is read before every timed call, so that the L2 is cold and
+clean. (Writing a buffer would leave dirty lines, and the timed kernel would pay for their
+write-back.) The read is repeated until the host has enqueued the timed call, so that the time
+between the two events is device time. This hides the launch overhead of the host; a whole training
+step is therefore timed as wall-clock time of ``Case.repeats`` consecutive calls.
 
-Bandwidth counts the bytes that the best implementation must move, not those that one does move;
-roofline_pct is its share of what a large copy reached on the same device in the same run.
+Bandwidth is the least traffic that any implementation needs, divided by the time; roofline_pct is
+the ratio of that bandwidth to the one of a large copy on the same device in the same run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from deit_fast.errors import first_line
 
 from .record import NO_TIME, Row
 
-FLUSH_BYTES = 256 << 20  # more than any L2, H100: 50 MB
+FLUSH_BYTES = 256 << 20  # larger than any L2; that of the H100 has 50 MB
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 WARMUP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
-MAX_ROUNDS_IN_A_ROW = 6  # where one timing already is many calls
+MAX_ROUNDS_OF_REPEATS = 6  # for cases whose timing covers many calls
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Case:
     """One workload and the implementations to time on it.
 
     name: readable and unique within the bench, e.g. "C=1000 B=256 soft bf16".
-    build: makes the inputs and returns {implementation: callable}. Ours begin with "ours". A string
-        in place of a callable is the reason why that implementation is skipped.
+    build: makes the inputs and returns {implementation: callable}. The names of ours begin with
+        "ours". A string in place of a callable is the reason why the implementation is skipped.
     bytes_moved: least memory traffic of one call, for gbps and roofline_pct.
     items: images or records of one call, for items_per_s.
-    on_host: it is the host's work, timed by its clock whatever the device is.
-    repeats: calls of one timing, back to back, by the host's clock from an idle device to an idle
-        device; "ms" is the time of one call. For whole steps, whose launches cost time too.
-    before: called with the implementation's name before each of its calls, not timed.
-    facts: more fields of the row of the implementation with this name; called after the timing.
+    on_host: the work runs on the host, so the host's clock times it on every device.
+    repeats: consecutive calls of one timing, by the host's clock from an idle device to an idle
+        device; "ms" is the time of one call. For whole steps, where launch overhead counts.
+    before: called with the implementation's name before each of its calls; not timed.
+    facts: takes an implementation's name and returns more fields of its row; called after timing.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Case:
 
 
 class Lazy:
-    """What its first call builds and every call runs: a process that times one implementation of
-    a case, or compiles it ahead, does not pay for the others."""
+    """Calls a function that it builds on the first call: a process that times or compiles only one
+    implementation of a case does not build the others."""
 
     def __init__(self, make: Callable[[], Callable[[], Any]]) -> None:
         self._make = make
@@ -77,6 +77,19 @@ class Lazy:
         if self._function is None:
             self._function = self._make()
         return self._function()
+
+
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda".
+
+    Raises:
+        SystemExit: "cuda" without a CUDA device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA device")
+    return name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,7 +152,7 @@ class Timer:
         return self.call(function, host_seconds)
 
     def clear(self) -> None:
-        """Give back what a failed call left behind, or the next one may find too little memory."""
+        """Free memory that a failed call left allocated; the next call may need it."""
         if not self.cuda:
             return
         gc.collect()
@@ -147,7 +160,7 @@ class Timer:
             torch.cuda.empty_cache()
 
     def is_lost(self) -> bool:
-        """Whether this process can use its GPU no more, as after a wrong access to memory."""
+        """Whether this process can no longer use its GPU, for example after an illegal access."""
         return self.cuda and is_gpu_lost()
 
 
@@ -164,11 +177,11 @@ def is_gpu_lost() -> bool:
 
 @dataclass
 class _Timed:
-    """One implementation that is ready to be timed."""
+    """An implementation after its warm-up."""
 
     function: Callable[[], Any]
-    first_call_s: float  # holds its compilation
-    wall: float  # seconds of a warm call, launches and device
+    first_call_s: float  # includes its compilation
+    wall: float  # seconds of a warm call, with launch overhead
     seconds: list[float]
 
 
@@ -186,10 +199,10 @@ def time_case(
     """Rows of one case, timed for about ``seconds``.
 
     Args:
-        until: of the timer's clock; implementations that are not ready by then are left out, but
-            the first two: ours, and the peer to compare it with.
+        until: time of the timer's clock; implementations that are not ready by then are left out,
+            except the first two: ours and the peer to compare it with.
         report: called with all rows so far, marked "provisional", whenever an implementation is
-            ready: a process that is killed leaves what it has measured.
+            ready, so that a process that is killed keeps what it has measured.
     """
     try:
         implementations = case.build()
@@ -198,7 +211,7 @@ def time_case(
     else:
         rows = _time_implementations(bench, case, timer, seconds, until, report, implementations)
         del implementations
-    timer.clear()  # here no more traceback holds what build has made
+    timer.clear()  # no traceback refers to the inputs any more
     return rows
 
 
@@ -218,7 +231,7 @@ def _time_implementations(
             continue
         try:
             ready[name] = _warm_up(case, name, function, timer)
-        except Exception as error:  # a peer's failure is a result of its own
+        except Exception as error:  # reported as a row
             problems.append(skipped(bench, case.name, name, error))
         if name not in ready:
             timer.clear()
@@ -227,7 +240,7 @@ def _time_implementations(
         report([row | {"provisional": True} for row in rows])
     for timed in ready.values():
         timed.seconds.clear()  # all figures of a case come from the same rounds
-    for turn in range(MAX_ROUNDS if case.repeats == 1 else MAX_ROUNDS_IN_A_ROW):
+    for turn in range(MAX_ROUNDS if case.repeats == 1 else MAX_ROUNDS_OF_REPEATS):
         if not ready or (turn >= MIN_ROUNDS and timer.clock() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
@@ -251,16 +264,16 @@ def _round(bench: str, case: Case, timer: Timer, ready: dict[str, _Timed], turn:
         try:
             case.before(name)
             ready[name].seconds.append(timer.time(case, ready[name].function, ready[name].wall))
-        except Exception as error:  # although it succeeded at first
+        except Exception as error:  # although the warm-up succeeded
             failed.append(skipped(bench, case.name, name, error))
             del ready[name]
     return failed
 
 
 def with_facts(case: Case, rows: list[Row], timer: Timer, until: float) -> list[Row]:
-    """The rows of a case with their facts, as far as they are known by ``until`` of its clock.
+    """The rows of a case with the facts that can be collected by ``until`` of the timer's clock.
 
-    To call when every case of the process is timed: a profiler may slow down what comes after it.
+    Call it after all cases of the process are timed: a profiler may slow down later calls.
     """
     whole = []
     for row in rows:
@@ -275,7 +288,7 @@ def with_facts(case: Case, rows: list[Row], timer: Timer, until: float) -> list[
 
 
 def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer) -> list[Row]:
-    """Medians in ms; ``ratio`` is how many times faster than the fastest peer, ``ratio_to``."""
+    """Medians in ms; ``ratio`` is the speed relative to the fastest peer, ``ratio_to``."""
     medians = {name: statistics.median(timed.seconds) for name, timed in ready.items()}
     peers = [name for name in medians if not name.startswith("ours")]
     best = min(peers, key=lambda name: medians[name]) if peers else None
@@ -305,7 +318,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def skipped(bench: str, case: str, implementation: str, reason: Exception | str) -> Row:
-    """A line without a number."""
+    """A row without a time."""
     if isinstance(reason, Exception):
         reason = first_line(reason, with_type=True)
     return {"bench": bench, "case": case, "impl": implementation, "skipped": reason}
@@ -314,15 +327,15 @@ def skipped(bench: str, case: str, implementation: str, reason: Exception | str)
 def training_step(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], Any]:
     """Forward and backward of ``loss``.
 
-    Not by backward(): into a leaf with padded rows that copies a gradient which has such rows.
+    backward() would copy the gradient of a leaf with padded rows; autograd.grad does not.
     """
     return lambda: torch.autograd.grad(loss(), leaves)
 
 
 def compile_every_shape() -> None:
-    """From here on torch.compile makes a graph for each shape and model that a bench shows it.
+    """Let torch.compile make a graph for every shape and model of a bench.
 
-    Of one function it would stop after eight, and run the next ones eagerly under its own name.
+    By default it stops after eight graphs of a function and runs further shapes eagerly.
     """
     import torch._dynamo
 

@@ -3,16 +3,16 @@
     python -m bench gpu         --out FOLDER    # make bench-gpu OUT=FOLDER
     python -m bench gpu-profile --out FOLDER    # make profile-gpu OUT=FOLDER
 
-Each ends within nine minutes whatever is slow, needs no network, and installs nothing but this
-project. The first answers the questions that decide, in the order in which they matter: do the
-kernels work, how fast is the compiled step beside timm's, what do the teacher and the cache cost,
-then kernels, loss and cache beside their peers, then all tests. The second one explains the
-figures: hardware counters, one step kernel by kernel, sanitizers, repeats, NCCL, tiles, apex.
+Each ends within nine minutes even if a stage hangs, needs no network, and installs nothing but this
+project. The first script runs the most important measurements first: correctness of the kernels,
+speed of the compiled step and of timm's, cost of teacher and cache, then kernels, loss and cache
+with their peers, then all tests. The second script explains the figures: hardware counters, one
+step kernel by kernel, sanitizers, repeats, NCCL, tiles, apex.
 
 FOLDER receives results.json, tests.jsonl, log.txt and summary.txt; the second script adds ncu.csv,
 tiles.json and two traces. All are written as the run goes, so a run that is killed keeps what it
-has. On a machine without a GPU every stage runs its CPU form or says why it is skipped: a
-rehearsal. The exit status is 1 where a stage failed or was cut short; its results so far are good.
+has. On a machine without a GPU every stage runs its CPU form or reports why it is skipped. The exit
+status is 1 if a stage failed or was interrupted; the results up to then are valid.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .record import find_tool
 from .stages import Command, Log, Stage, plan_text, run_stages
 
 TOTAL = 495.0  # seconds of all stages
-PROMISED = 530.0  # from the start of this process, with its imports, to the summary
-WRITTEN = ("results.json", "tests.jsonl", "log.txt", "summary.txt")
+TOTAL_WITH_START = 530.0  # from the start of this process, with imports, to the summary
+
 PYTHON = sys.executable
 JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # processes that compile side by side
 
@@ -66,14 +66,14 @@ def compile_ahead(device: str, *arguments: str, implementation: str = "") -> Com
 
 
 def pytest(out: Path, *arguments: str, name: str = "tests", wrapper: Sequence[str] = ()) -> Command:
-    """Tests whose outcomes are written one by one."""
+    """A run of pytest that writes the outcome of each test as it ends."""
     options = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider")
     outcomes = ("--outcomes", str(out / "tests.jsonl"))
     return Command(name, (*wrapper, PYTHON, "-m", "pytest", *options, *outcomes, *arguments))
 
 
 def build(device: str, seconds: float) -> Stage:
-    """Install the project; the log then also says which card it is and in what state."""
+    """Install the project; the log also shows the card and its state."""
     commands = [Command("build", (PYTHON, "-m", "bench.install", "--device", device))]
     if device == "cuda" and (tool := find_tool("nvidia-smi")):
         commands.append(Command("card", (tool,)))
@@ -89,7 +89,7 @@ def gpu_test_files() -> tuple[str, ...]:
 
 
 def plan(out: Path, device: str) -> tuple[Stage, ...]:
-    """The first script: what is promised, in the order in which it matters."""
+    """The first script: the most important measurements first."""
     cuda = device == "cuda"
     small = r"H=6 N=198|,384\]|,1536\]|B=256 S=224" if cuda else r"H=3 N=198|,192\]|,768\]|B=32"
     loss = "C=1000 B=256 |C=21841 B=4096 " if cuda else "C=1000 B=64 "
@@ -133,7 +133,7 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
 
 
 def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
-    """The second script: why the figures are what they are, and whether they can be trusted."""
+    """The second script: explains and verifies the figures of the first one."""
     cuda = device == "cuda"
     no_gpu = "" if cuda else "no CUDA device"
 
@@ -242,17 +242,13 @@ def main(arguments: Sequence[str]) -> None:
     out = options.out.resolve()
     prepare(out)
 
-    import torch  # after the arguments: --help must not wait for it
+    from .common import choose_device  # after the arguments: --help must not wait for torch
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch finds no CUDA device")
+    device = choose_device(options.device)
     command = f"python -m bench {' '.join(arguments)}"
     meta = record.collect_meta(device, command, options.commit)
     file = record.ResultFile.create(out / "results.json", meta)
-    total = min(options.seconds, PROMISED - (time.monotonic() - start))
+    total = min(options.seconds, TOTAL_WITH_START - (time.monotonic() - start))
     stages = (plan if script == "gpu" else profile_plan)(out, device)
     stages = without(scaled(stages, total / TOTAL), options.skip)
 

@@ -1,13 +1,13 @@
 """Charts and tables of result files: `python -m bench plot [FILE...] --out DIR`.
 
-One chart per device and bench with how many times faster than the strongest peer each
-implementation is, and one with its share of the measured copy bandwidth where the rows have it. A
-bar is the row's own figure, its whisker what the 20th and 80th percentile make of it. Rows that
-were not measured are not drawn. SVG keeps text as text; the ground is transparent and every colour
-can be read on white and on nearly black.
+For each device and bench there is a chart of each implementation's speed relative to the strongest
+peer, and, if the rows have it, one of its share of the measured copy bandwidth. A bar is the figure
+of a row, its whisker the range from the 20th to the 80th percentile. Rows that were not measured
+are not drawn. SVG keeps text as text; the background is transparent, and every colour can be read
+on white and on nearly black.
 
-`--markdown FILE` also writes the figures as tables between two marks of that file, each beside the
-result file that it comes from; the charts are linked from there.
+`--markdown FILE` also writes the figures as tables between two marks of that file, with links to
+the result files and the charts.
 """
 
 from __future__ import annotations
@@ -283,18 +283,14 @@ def _plain(value: float) -> str:
 
 
 def write_markdown(results: Sequence[Result], page: Path, folder: Path) -> None:
-    """Replace what stands between the marks of a page.
+    """Replace the tables of a page.
 
     Raises:
-        ValueError: the page has not these marks.
+        ValueError: as ``record.replace_between``.
     """
-    text = page.read_text()
-    if not all(mark in text for mark in MARKS):
-        raise ValueError(f"{page} has not the marks {MARKS[0]} and {MARKS[1]}")
-    before, rest = text.split(MARKS[0], 1)
-    after = rest.split(MARKS[1], 1)[1]
-    body = as_markdown(results, page, folder)
-    page.write_text(f"{before}{MARKS[0]}\n{body}\n\n{MARKS[1]}{after}")
+    from .record import replace_between
+
+    replace_between(page, MARKS, as_markdown(results, page, folder) + "\n")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
@@ -60,6 +60,19 @@ def require_folder(file: Path | None) -> None:
         raise SystemExit(f"{file}: there is no such folder")
 
 
+def replace_between(page: Path, marks: tuple[str, str], body: str) -> None:
+    """Replace the lines between two marks of a page.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    before, _, rest = page.read_text().partition(marks[0])
+    _, found, after = rest.partition(marks[1])
+    if not found:
+        raise ValueError(f"{page} has no lines {marks[0]} and {marks[1]}")
+    page.write_text(f"{before}{marks[0]}\n{body}\n{marks[1]}{after}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Meta: what a figure depends on
 # ---------------------------------------------------------------------------------------------
@@ -77,7 +90,7 @@ def output_of(*command: str) -> str:
 
 
 def find_tool(name: str) -> str:
-    """A tool of NVIDIA's, on PATH or where its installers put it; empty where it is not."""
+    """Path of an NVIDIA tool, on PATH or in its usual folders; empty if it is not there."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     folders = [f"{home}/bin", *map(str, Path("/opt/nvidia").glob("nsight-compute/*"))]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or ""
@@ -95,9 +108,9 @@ def cpu_name() -> str:
 
 
 def driver_version() -> str:
-    """Version of NVIDIA's driver, or the CUDA version that it supports where nothing names it."""
-    if said := output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
-        return said
+    """Version of NVIDIA's driver; if nothing names it, the CUDA version that it supports."""
+    if version := output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
+        return version
     with suppress(OSError):
         if found := re.search(r" (\d+\.[\d.]+) ", DRIVER_FILE.read_text()):
             return found[1]
@@ -126,7 +139,7 @@ def collect_meta(device: str, command: str, commit: str | None) -> Row:
 
     Args:
         device: "cpu" or "cuda".
-        command: what was typed.
+        command: the command line of the run.
         commit: the commit that is measured; None: what git reports, or ``tree_checksum`` where
             there is no git repository.
     """
@@ -312,7 +325,7 @@ class ResultFile:
         return self.content["rows"]  # type: ignore[no-any-return]
 
     def finished_cases(self) -> set[tuple[str, str]]:
-        """(bench, case) of what was measured to its end, or cannot be measured here."""
+        """(bench, case) of all cases that were measured completely or cannot be measured here."""
         cases = {(row["bench"], row["case"]) for row in self.rows}
         return cases - {
             (row["bench"], row["case"])
@@ -323,7 +336,7 @@ class ResultFile:
     def put(self, rows: Iterable[Row]) -> None:
         """Add the rows of one case, in place of all earlier rows of that case.
 
-        A row whose figures cannot be right becomes one that says so: it must not cost the others.
+        A row with impossible figures is stored as skipped, so that the other rows are kept.
         """
         rows = [self._with_prediction(_without_fault(row)) for row in rows]
         replaced = {(row["bench"], row["case"]) for row in rows}
@@ -337,12 +350,3 @@ class ResultFile:
 
     def save(self) -> None:
         write(self.path, self.content)
-
-
-def write_results(path: Path, meta: Row, rows: Sequence[Row]) -> None:
-    """A result file of these rows.
-
-    Raises:
-        ValueError: as ``require_meta``.
-    """
-    write(path, {"meta": meta, "rows": list(rows)})

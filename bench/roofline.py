@@ -178,18 +178,17 @@ def as_markdown() -> str:
 
 
 def write_markdown(path: Path) -> None:
-    """Replace what stands between the two marks of a document.
+    """Replace the tables of a page.
 
     Raises:
-        SystemExit: there is no such document, or it lacks them.
+        SystemExit: there is no such page, or it lacks the marks.
     """
     if not path.is_file():
         raise SystemExit(f"{path}: not found")
-    before, _, rest = path.read_text().partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
-        raise SystemExit(f"{path} has no lines {MARKS[0]} and {MARKS[1]}")
-    path.write_text(f"{before}{MARKS[0]}\n{as_markdown()}\n{MARKS[1]}{after}")
+    try:
+        record.replace_between(path, MARKS, as_markdown())
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def main(arguments: Sequence[str]) -> None:

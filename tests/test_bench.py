@@ -311,9 +311,9 @@ def test_broken_benches_do_not_stop_the_run(
 def test_no_file_without_its_meta(tmp_path: Path, name: str, value: str | None) -> None:
     path = tmp_path / "out" / "x.json"
     with pytest.raises(ValueError, match=f"no result file without meta {name}:"):
-        record.write_results(path, META | {name: value}, [])
+        record.write(path, {"meta": META | {name: value}, "rows": []})
     assert not path.exists()
-    record.write_results(path, META, ROWS)
+    record.write(path, {"meta": META, "rows": ROWS})
     assert json.loads(path.read_text()) == {"meta": META, "rows": ROWS}
 
 
@@ -581,7 +581,7 @@ def test_the_peers_of_the_cache_bench_make_the_same_records() -> None:
 
 def result_file(path: Path, rows: list[dict], **meta: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_results(path, META | meta, rows)
+    record.write(path, {"meta": META | meta, "rows": rows})
     return path
 
 
@@ -677,7 +677,7 @@ def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
     assert f"| {low:g} to {high:g} |" in text
     assert "![gpu-b](plots/gpu-b.svg)" in text and "(../gpu/a.json)" in text
     page.write_text("# Head\n")
-    with pytest.raises(ValueError, match="has not the marks"):
+    with pytest.raises(ValueError, match="has no lines"):
         plot.write_markdown(results, page, tmp_path)
 
 
