@@ -3,8 +3,8 @@
 Bytes: a forward reads q, k, v and writes the output, 4 B N H D elements; a backward reads these
 four and the output's gradient and writes three, 8 more. On a CPU ours is the reference in plain
 PyTorch. The peers are what timm does: permute and unbind the projection, call PyTorch's attention,
-transpose and reshape to [B, N, H D]. Each of its back-ends is asked for by name: the one to beat is
-the best of them, not the one that PyTorch picks.
+transpose and reshape to [B, N, H D]. Each of its back-ends is requested by name: the peer to beat
+is the best of them, not the one that PyTorch picks.
 """
 
 from __future__ import annotations

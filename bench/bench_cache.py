@@ -9,24 +9,24 @@ records from a memory map, and against the stores of cache_stores.py, decoded. O
 views, checks ids and file size, and has compared every block's checksum. Bytes: each record read
 once, written once.
 
-Cold: the same after the system forgot the files. A first record costs its whole block (4096
-records, read to compare its checksum), which pays in an epoch and not in one lonely batch: both are
-here. The peer of the epoch, in a random order known ahead, reads the file from end to end. Already
-the first batch holds records of nearly every block, so that nothing can be gathered before all is
-read: "ours, read and checked" ends there, "ours" when all batches have been decoded.
+Cold: the same after the files were dropped from the page cache. The first record of a block costs
+the whole block (4096 records, read to verify its checksum). This pays in an epoch but not in a
+single batch, so both are measured. The epoch's order is random and known in advance; its peer reads
+the file from end to end. The first batch already needs records of nearly every block, so all blocks
+must be read before anything can be gathered: "ours, read and checked" ends there, "ours" when all
+batches are decoded.
 
-Encode: logits to top-16 records with the tail mass at T=2, against numpy in float64; and with
-writing: 16,384 samples into a new cache (checksums, each block synced before it is claimed) against
-numpy's records appended to a plain file that is synced at its end.
+Encode: logits to top-16 records with the tail mass at T=2, compared with numpy in float64. With
+writing: 16,384 samples into a new cache (checksums, each block synced before its table entry),
+compared with numpy's records appended to a plain file that is synced at its end.
 
-Codecs: bytes a view and Kullback-Leibler divergence of the decoded answer, for a teacher trained
-here on scikit-learn's digits. ``python -m bench.bench_cache RESULT.json OUT.svg`` draws them.
+Codecs: bytes per view and Kullback-Leibler divergence of the decoded logits, for a teacher trained
+here on scikit-learn's digits.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -495,38 +495,14 @@ def codec_case(batch: int) -> Case:
     return Case(name, build, items=batch, on_host=True, facts=facts)
 
 
-def kl_error(answer: Any, logits: torch.Tensor) -> float:
-    """Mean KL(teacher || answer) at T=1, nats; what topk left out is spread evenly."""
+def kl_error(decoded: Any, logits: torch.Tensor) -> float:
+    """Mean KL(teacher || decoded) at T=1, nats; topk's tail is spread evenly over its classes."""
     exact = torch.log_softmax(logits.double(), 1)
-    if isinstance(answer, TopK):
-        outside = logits.shape[1] - answer.ids.shape[1]
-        even = answer.log_tail.double() - np.log(max(outside, 1))
-        found = (
-            even[:, None].expand_as(exact).scatter(1, answer.ids.long(), answer.log_probs.double())
-        )
+    if isinstance(decoded, TopK):
+        outside = logits.shape[1] - decoded.ids.shape[1]
+        even = decoded.log_tail.double() - np.log(max(outside, 1))
+        spread = even[:, None].expand_as(exact)
+        found = spread.scatter(1, decoded.ids.long(), decoded.log_probs.double())
     else:
-        found = torch.log_softmax(answer.double(), 1)
+        found = torch.log_softmax(decoded.double(), 1)
     return float((exact.exp() * (exact - found)).sum(1).mean())
-
-
-def plot(result: Path, out: Path) -> None:
-    """KL error against bytes, from a result file."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in json.loads(result.read_text())["rows"] if "kl_error" in row]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    title = rows[0]["case"].removeprefix("decode, ")
-    axes = figure.add_subplot(xlabel="bytes a view", ylabel="KL(teacher || decoded), nats",
-                              yscale="log", title=title)  # fmt: skip
-    for row in rows:
-        kl = row["kl_error"]
-        if kl <= 0:  # dense-fp32: a logarithmic axis cannot show it
-            continue
-        axes.plot(row["bytes_per_view"], kl, "o", color="C0" if "topk" in row["impl"] else "C1")
-        axes.annotate(row["impl"].removeprefix("ours, "), (row["bytes_per_view"], kl),
-                      xytext=(5, 3), textcoords="offset points", fontsize=8)  # fmt: skip
-    figure.savefig(out)
-
-
-if __name__ == "__main__":
-    plot(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """Distillation loss of both heads, forward and backward, under mixed targets.
 
-Bytes: the logits of both heads and the teacher's answer read once, two gradients written; at 21841
+Bytes: the logits of both heads and of the teacher read once, two gradients written; at 21841
 classes ours reads logits twice, which the figure does not excuse. On a CPU ours is the reference in
 plain PyTorch. All start from the mixed labels (y_a, y_b, lam), as every step of training does: the
 peers build the dense target from them, by the operations of timm's Mixup, which torch.compile
@@ -143,7 +143,7 @@ def case(
         return implementations
 
     cells = batch * classes * dtype.itemsize
-    answer = batch * (8 * K + 4) if kind == "soft top-16" else cells
+    teacher_bytes = batch * (8 * K + 4) if kind == "soft top-16" else cells
     rows = f"C={classes} B={batch}{' padded rows' if padding else ''}"
     label = f"{rows} {kind} {str(dtype).removeprefix('torch.')}"
-    return Case(label, build, bytes_moved=4 * cells + answer, items=batch)
+    return Case(label, build, bytes_moved=4 * cells + teacher_bytes, items=batch)

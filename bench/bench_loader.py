@@ -1,26 +1,26 @@
 """Loading of JPEG files on one core, and view plans: ours against timm's loader, same recipe.
 
 `ours` and timm decode with Pillow, take a random resized crop (bicubic) and apply RandAugment (in
-DeiT's recipe), in this process with one torch thread. The cases "to uint8" end where a host's work
-ends in training: with a batch of bytes, of which the device makes the rest (ours: ingest, timm: its
-PrefetchLoader, both left out). The cases "to float32" flip, normalise and erase on this core too.
-Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375 pixels, JPEG
-quality 94, about the work of an ImageNet file.
+DeiT's recipe), in this process with one torch thread. The cases "to uint8" measure the host's part
+of training: they end with a batch of bytes, and leave out what the device does afterwards (ours:
+ingest, timm: its PrefetchLoader). The cases "to float32" also flip, normalise and erase on this
+core. Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375 pixels,
+JPEG quality 94, which take about as much work as ImageNet's files.
 
-`ours dali` is our loader over NVIDIA DALI, where that is installed: one thread of DALI on the CPU,
-which makes a batch only when it is asked for it. (A thread beside it reads the files and draws the
-plan, a tenth of the work.) `ours dali-triton`: DALI decodes and, on this host, our own functions
-crop, resize and augment, to Pillow's bytes.
+`ours dali` is our loader with NVIDIA DALI, if that is installed: one thread of DALI on the CPU,
+without prefetching. (A second thread reads the files and draws the plan, a tenth of the work.)
+`ours dali-triton`: DALI decodes, and our own functions crop, resize and augment on this host, to
+the same bytes as Pillow.
 
 `ours packed` reads the same images from packed shards (`deit-fast pack`): decoded once, shorter
 side 256, uint8.
 
-With a GPU also its decoders: the JPEG engine (`hw_decoder_load`, its share of the images) and the
-cores, under DALI with so many threads, end to end to views on the GPU, four batches ahead.
-`identical_pct`: views whose bytes stay the same when their batch is cut in two, which at a load
-between 0 and 1 they need not.
+On a GPU also its decoders: the hardware JPEG engine (`hw_decoder_load` is its share of the images)
+and the CUDA decoder, with the given number of DALI threads, up to views on the GPU, four batches
+ahead. `identical_pct` is the share of views whose bytes do not change when their batch is split in
+two; at a load between 0 and 1 they may change.
 
-`3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for its three.
+`3 repeats` is repeated augmentation: timm decodes a file for each view, ours once for three views.
 """
 
 from __future__ import annotations

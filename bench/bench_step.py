@@ -5,15 +5,15 @@ is timm's TokenDistillationTask with the same student, teacher, pixels and optim
 given labels instead of mixed pairs, which saves it a little work. Weights are random: the figures
 are times, and the cache holds the logits of the same random teacher.
 
-"student": both sides find the teacher's logits in memory. "teacher": ours reads them from a cache
-or runs the teacher, timm runs the teacher. On CUDA both sides are compiled, ours block by block as
+"student": the teacher's logits are in memory on both sides. "teacher": ours reads them from a cache
+or runs the teacher; timm runs the teacher. On CUDA both sides are compiled, ours block by block as
 ``compile=auto`` does, timm's task by its own ``compile()``. A figure is the wall-clock time of 30
-steps in a row, so it includes what the host needs to launch them; beside it stand ``device_ms``,
-the time in which at least one kernel ran, and ``host_ms``, the time until the call of one step
-returns.
+consecutive steps, so it includes launch overhead. ``device_ms`` is the time in which at least one
+kernel ran, ``host_ms`` the time until the call of one step returns.
 
-"fed by": our step (no teacher) with a loader in its steady state, on photographs as bench_loader's,
-beside the same step with a batch at hand: 1 - ratio is the share of the step that waits for data.
+"fed by": our step (no teacher) with a loader in its steady state, on the photographs of
+bench_loader, compared with the same step on a batch in memory. 1 - ratio is the share of the step
+that waits for data.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def random_logits(batch_size: int, device: torch.device) -> Tensor:
 def student_steps(
     student: str, size: int, batch_size: int, device: torch.device
 ) -> dict[str, Step]:
-    """Every way to run the step with the teacher's logits at hand, by name."""
+    """Every way to run the step with the teacher's logits in memory, by name."""
     config = settings(student, size, batch_size)
     batch = synthetic_batch(config, device)
     logits = random_logits(batch_size, device)
@@ -195,8 +195,8 @@ def student_steps(
 # ---------------------------------------------------------------------------------------------
 
 
-def profiled(step: Step, device: torch.device, calls: int) -> tuple[list[Any], float]:
-    """The profiler's events of some steps in a row, and their wall-clock time in microseconds."""
+def profiled(step: Step, device: torch.device, calls: int) -> tuple[profile, float]:
+    """The profiler of some consecutive steps, and their wall-clock time in microseconds."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     step()
@@ -207,7 +207,7 @@ def profiled(step: Step, device: torch.device, calls: int) -> tuple[list[Any], f
         if cuda:
             torch.cuda.synchronize()
         whole = (time.perf_counter() - start) * 1e6
-    return list(profiler.events()), whole
+    return profiler, whole
 
 
 def step_facts(step: Step, device: torch.device, calls: int = 5) -> dict[str, Any]:
@@ -215,7 +215,8 @@ def step_facts(step: Step, device: torch.device, calls: int = 5) -> dict[str, An
     facts: dict[str, Any] = {}
     if device.type == "cuda":
         facts["host_ms"] = statistics.median(host_ms(step) for _ in range(10))
-    events, whole = profiled(step, device, calls)
+    profiler, whole = profiled(step, device, calls)
+    events = list(profiler.events())
     if device.type == "cuda":
         facts["device_ms"] = busy_us(device_intervals(events)) / calls / 1e3
     if shares := split(events, whole, device.type == "cuda"):
@@ -283,7 +284,7 @@ def short(student: str) -> str:
 def student_case(
     student: str, size: int, batch_size: int, device: torch.device, kind: str, names: Sequence[str]
 ) -> Case:
-    """The step with logits at hand, run in the named ways."""
+    """The step with logits in memory, run in the named ways."""
     steps: dict[str, Step] = {}
 
     def build() -> dict[str, Step | str]:
@@ -328,8 +329,8 @@ def teacher_case(
             return ours(config, lambda: attach(batch), stored)
 
         def online() -> Step:
-            answering = Teacher(network(), teacher).to_device(device, compiled=cuda)
-            return ours(config, lambda: batch, RunTeacher(config, device, network=answering))
+            loaded = Teacher(network(), teacher).to_device(device, compiled=cuda)
+            return ours(config, lambda: batch, RunTeacher(config, device, network=loaded))
 
         steps["ours, cached top-16"] = Lazy(cached)
         steps["timm, online teacher"] = Lazy(
@@ -364,7 +365,7 @@ def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.
 
 
 def fed_case(student: str, size: int, batch_size: int, device: str, loader: str) -> Case:
-    """A loader in its steady state before the step, against the step with a batch at hand.
+    """The step with a loader in its steady state, compared with the step on a batch in memory.
 
     What a loader has made beforehand is taken from it, not timed, before each of its calls. The
     data wait is what is missing to a ratio of 1.

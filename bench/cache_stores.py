@@ -1,6 +1,6 @@
 """Other ways to keep the records of one view, read as a data loader would: for bench_cache.
 
-Every store answers ``read(ids)``: sample ids int64 [n] to raw records uint8 [n, bytes]. LMDB and
+Every store has ``read(ids)``, from sample ids int64 [n] to raw records uint8 [n, bytes]. LMDB and
 HDF5 hold the cache's own 72-byte records, TinyViT's layout its 68 bytes of ids and probabilities.
 """
 

@@ -68,7 +68,7 @@ NETWORK_SHARE = 0.80
 def find_card(name: str) -> Card:
     """
     Raises:
-        SystemExit: no such card; the message names those there are.
+        SystemExit: no such card; the message lists the known ones.
     """
     if name not in CARDS:
         raise SystemExit(f"unknown card {name!r}: choose from {', '.join(CARDS)}")

@@ -1,8 +1,8 @@
-"""What the code that Inductor writes launches: read from the text, without running it.
+"""Counts the launches in the code that Inductor generates, from its text, without running it.
 
-Bytes are those of all distinct tensors that a call reads and writes, each once, as Inductor counts
-those of its own kernels (kernel_num_gb). A call of which this module knows nothing counts under
-"other", by name.
+The bytes of a call are those of all distinct tensors that it reads and writes, each once, as
+Inductor counts them for its own kernels (kernel_num_gb). An unknown call is counted under "other",
+by name.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SILENT = {
     *("assert_size_stride", "assert_alignment", "empty_strided_cuda", "reinterpret_tensor"),
     *("get_raw_stream", "torch.cuda._DeviceGuard", "torch.cuda.set_device", "args.clear"),
 }
-# Operators of ours that hold the product of two of their arguments, by the arguments' positions: it
-# counts among the products, and what the operator moves beyond it is the operator's.
+# Our operators that contain a matrix product of two arguments, with the positions of these. The
+# product is counted as a product, and the remaining bytes as those of the operator.
 INSIDE = {"bias_gelu_linear_backward": (0, 1)}
 PRODUCTS = ("mm", "mm_dtype", "addmm", "bmm", "baddbmm", "bmm_dtype")
 

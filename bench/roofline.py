@@ -2,13 +2,13 @@
                          [--gpus 1,8,64] [--json FILE] [--markdown FILE]
 
 The predicted time of a training step: every part is a count (bytes, FLOPs, instructions, launches)
-over a rate. Counts come from tests/golden/traffic.json (bench/traffic.py), which is code that
-Inductor writes for an H100, and from the model's shapes; rates and their reasons stand in
-bench/cards.py and bench/step_parts.py. Nothing here is measured. Rows of `python -m bench step` for
-the same card and model are printed beside the prediction where bench/results has some.
+divided by a rate. Counts come from tests/golden/traffic.json (bench/traffic.py), made from the code
+that Inductor generates for an H100, and from the model's shapes; the rates and their sources are in
+bench/cards.py and bench/step_parts.py. Nothing here is measured. If bench/results has rows of
+`python -m bench step` for the same card and model, they are printed with the prediction.
 
-The step is that of `bench step`: DeiT with the teacher's logits at hand, compiled, AdamW. On other
-cards the counts are those of the H100's code.
+The step is that of `bench step`: DeiT with the teacher's logits in memory, compiled, AdamW. For
+other cards the counts are still those of the code for an H100.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Predicted images/s on several GPUs: printed by ``python -m bench roofline --gpus 1,8,64``.
 
-Each GPU has the batch of the one-GPU prediction. What is added is DDP's all-reduce of the gradients
-by rings: each GPU sends 2 (n - 1) / n of the gradients' bytes (Patarasu and Yuan 2009). Within a
-host they cross NVLink; between hosts every ring leaves through another GPU's adapter, so all
-adapters of a host share the bytes. The slower of both decides.
+Each GPU has the batch of the one-GPU prediction. DDP adds a ring all-reduce of the gradients: each
+GPU sends 2 (n - 1) / n of the gradients' bytes (Patarasu and Yuan 2009). Within a host they cross
+NVLink; between hosts every ring leaves through another GPU's adapter, so all adapters of a host
+share the bytes. The slower of the two links determines the time.
 
-DDP sends a bucket as soon as its gradients are there, beside the backward pass: what is left to
-wait for is the last bucket, and what the backward is too short to hide. So it is with every
-setting of ``compile``: compiled blocks are graphs of their own, and torch cuts the graph of a whole
-model where a bucket ends (tests/test_compile_ddp.py). Not counted: multiprocessors and memory
-bandwidth that the exchange takes from the backward, and GPUs that wait for a slower one.
+DDP sends a bucket as soon as its gradients exist, which overlaps with the backward pass. Exposed
+are the last bucket and what the backward pass is too short to hide. This holds for every setting
+of ``compile``: compiled blocks are separate graphs, and torch splits the graph of a whole model
+where a bucket ends (tests/test_compile_ddp.py). Not counted: multiprocessors and memory bandwidth
+that the exchange takes from the backward pass, and waiting for a slower GPU.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Runs a plan of stages within a fixed time, each in processes of its own.
+"""Runs a plan of stages within a fixed time, each in separate processes.
 
-Every stage has a share of the time, in seconds. It may also use what the stages before it left
-over, but never a later stage's share: at its limit it is interrupted, and killed a few seconds
-later. So a stage that hangs, or a compilation that takes twice as long as expected, costs no other
-stage its time, and the whole ends in time. Commands that run one after the other within a stage
-share its time in the same way.
+Every stage has a share of the time, in seconds. It may also use time that earlier stages left over,
+but never the share of a later stage: at its limit it is interrupted, and killed a few seconds
+later. So a stage that hangs, or a compilation that takes twice as long as expected, takes no time
+from other stages, and the plan ends in time. Consecutive commands of a stage share its time in the
+same way.
 
-What the processes print goes to one log, line by line, with the stage's name in front. The result
-file says of each stage what became of it; the rows are written by the stages themselves.
+The output of all processes goes to one log, line by line, with the stage's name in front. The
+result file records the outcome of each stage; the stages write the rows themselves.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Log:
 
 
 def plan_text(stages: Sequence[Stage], total: float) -> str:
-    """The order of the stages and their shares, to print before anything runs."""
+    """The order and shares of the stages; printed before anything runs."""
     lines = [f"{'stage':<10} {'share':>6}  what it does; in all at most {total:.0f} s"]
     for stage in stages:
         share = "-" if stage.skip else f"{stage.seconds:.0f} s"

@@ -2,8 +2,8 @@
 
     python -m bench.trace --out FOLDER [--device cuda]
 
-Adds one row for each to FOLDER/results.json: the time in which the device was busy, and each
-kernel's calls and time. FOLDER/trace-NAME.json.gz are traces for chrome://tracing or Perfetto.
+Adds one row for each to FOLDER/results.json: the time in which the device was busy, and the calls
+and time of each kernel. FOLDER/trace-NAME.json.gz are traces for chrome://tracing or Perfetto.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def device_intervals(events: Iterable[Any]) -> list[Interval]:
     """(name, start, end) in microseconds of all kernels, copies and fills on the device.
 
     Args:
-        events: of torch.profiler, host and device. A region that the program has named has a twin
-            on the device, which is no kernel.
+        events: of torch.profiler, host and device. A region that the program has named also has an
+            event on the device, which is not a kernel.
     """
     from torch.autograd import DeviceType
 
@@ -73,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from . import bench_step
     from .common import compile_every_shape
@@ -84,24 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cuda = device.type == "cuda"
     shape = (bench_step.SMALL, 224, 256) if cuda else (bench_step.TINY, 96, 16)
     case = f"{bench_step.short(shape[0])} {shape[1]}px B={shape[2]}"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     steps = bench_step.student_steps(*shape, device)
     for name, stem in STEPS.items():
         step = steps.pop(name, None)
         if step is None or (stem == "timm" and cuda and name == "timm, eager"):
             continue
-        for _ in range(3):
+        for _ in range(2):
             step()
-        with profile(activities=activities, acc_events=True) as profiler:
-            for _ in range(CALLS):
-                step()
-            if cuda:
-                torch.cuda.synchronize()
+        profiler, _ = bench_step.profiled(step, device, CALLS)
         profiler.export_chrome_trace(str(options.out / f"trace-{stem}.json.gz"))
         events = list(profiler.events())
         if cuda:
             intervals = device_intervals(events)
-        else:  # a rehearsal: operators of the host stand for kernels
+        else:  # without a GPU, host operators take the place of kernels
             intervals = [
                 (event.name, event.time_range.start, event.time_range.end)
                 for event in events
@@ -111,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{case}, {name}: {busy / CALLS / 1e3:.2f} ms busy")
         print(table_text(table, busy / CALLS), flush=True)
         if not busy:
-            print("the profiler has seen nothing on the device")
+            print("the profiler recorded no kernel on the device")
             continue
         row = {"bench": "trace", "case": f"{case}, {name}", "impl": name}
         row |= {"ms": busy / CALLS / 1e3, "kernels": table[:60]}

@@ -1,17 +1,16 @@
 """python -m bench traffic [--model NAME...] [--impl NAME...] [--json FILE] [--write | --check]
 
-What a compiled training step makes an H100 do in one transformer block: Inductor's Triton launches
-and the bytes of each, matrix products with their shapes, calls of our operators with their bytes.
-Inductor writes its code for an H100 on a machine without a GPU (bench/inductor.py); nothing is
-timed. Needs the environment of which the golden table was made: torch 2.11 (`make traffic`).
+Counts the work of a compiled training step on an H100 in one transformer block: Inductor's Triton
+launches and the bytes of each, matrix products with their shapes, calls of our operators with their
+bytes. Inductor generates its code for an H100 on a machine without a GPU (bench/inductor.py);
+nothing is timed. Needs the environment of the golden table: torch 2.11 (`make traffic`).
 
-A block is a model of 4 blocks less one of 3: its kernels are then fused with both neighbours, as
-inside a deep model. Bytes are those of all distinct tensors that a call reads and writes, each
-once, as Inductor counts them (kernel_num_gb). A call of which this module knows nothing counts
-under "other", by name.
+The counts of a block are those of a model of 4 blocks minus those of a model of 3, so that the
+block's kernels are fused with both neighbours, as in a deep model. bench/counts.py defines what is
+counted.
 
---write replaces tests/golden/traffic.json; --check compares with it, and ends with one line for
-each figure that is higher than there.
+--write replaces tests/golden/traffic.json; --check compares with it and fails with one line for
+each figure that is higher.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def fixed_teacher(num_classes: int) -> torch.nn.Module:
 # ---------------------------------------------------------------------------------------- measures
 
 
-def test_calibration_is_the_slow_formula() -> None:
+def test_calibration_equals_the_formula_computed_slowly() -> None:
     edges = torch.tensor([0.0, 1.0, 0.2, 0.4, 0.6, 0.8, 0.8], dtype=torch.float64)
     confidence = torch.cat([torch.rand(500, dtype=torch.float64), edges])
     right = torch.rand(507) < confidence
@@ -91,7 +91,7 @@ def test_disagreement_is_counted() -> None:
             assert found["shares"][i][j] == count / 50
 
 
-def test_softening_is_the_definition() -> None:
+def test_soften_equals_its_definition() -> None:
     logits = 4 * torch.randn(6, 12)
     entropy, mass = measures.soften(logits)
     assert measures.kept_classes(12) == (1, 5, 10) and measures.kept_classes(5) == (1,)
@@ -110,7 +110,7 @@ def test_softening_is_the_definition() -> None:
     assert measures.soften(torch.zeros(1, 12))[0][0, 0].item() == pytest.approx(math.log(12))
 
 
-def test_a_sample_softens_to_the_uniform_answer() -> None:
+def test_a_high_temperature_makes_the_probabilities_of_a_sample_uniform() -> None:
     rows = soften_sample(torch.tensor([0.0, 6.0, 2.0]), ["a", "b", "c"])
     for row in rows:
         parts = [math.exp(v / row["temperature"]) for v in (6.0, 2.0, 0.0)]
@@ -131,7 +131,7 @@ def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
     assert found["probability_cosine"].item() == pytest.approx(cosine)
 
 
-def test_ids_are_spread_over_the_sorted_classes() -> None:
+def test_image_ids_are_evenly_spaced_over_the_classes() -> None:
     assert logits.spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
     assert logits.spaced_ids(3, 9).tolist() == logits.spaced_ids(3, None).tolist() == [0, 1, 2]
 
@@ -249,7 +249,7 @@ def test_rollout_of_two_blocks_by_hand() -> None:
     assert tokens.rollout([uniform, skewed]).tolist() == [[[0.75, 0.25], [0.5, 0.5]]]
 
 
-def test_maps_are_the_tokens_rows_over_the_patches() -> None:
+def test_token_maps_are_the_attention_of_each_token_to_the_patches() -> None:
     model = tiny()
     rows = torch.arange(36.0).view(1, 6, 6)  # class, distillation, four patches
     assert tokens.token_maps(model, rows).tolist() == [[[[2, 3], [4, 5]], [[8, 9], [10, 11]]]]
@@ -394,7 +394,7 @@ def test_disagreement_counts_every_pair(world: Path, found: dict[str, dict]) -> 
     assert found["hard"]["heads"]["agreement"] == pytest.approx(agreement)
 
 
-def test_the_teachers_softening_is_of_its_own_logits(world: Path, found: dict[str, dict]) -> None:
+def test_teacher_temperatures_come_from_its_own_logits(world: Path, found: dict[str, dict]) -> None:
     images, labels = held_out(world)
     spec = f"{CONVNET}@{world}/teacher.safetensors"
     teacher = load_teacher(spec, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
@@ -419,7 +419,7 @@ def test_the_teachers_softening_is_of_its_own_logits(world: Path, found: dict[st
     assert [item["probability"] for item in third] == pytest.approx(best.values.tolist(), rel=1e-4)
 
 
-def test_layers_and_spread_come_from_all_images(world: Path, found: dict[str, dict]) -> None:
+def test_token_cosines_are_measured_over_all_images(world: Path, found: dict[str, dict]) -> None:
     model = build_model(read_run_config(world / "hard"), 10).eval()
     from safetensors.torch import load_file
 
@@ -439,7 +439,7 @@ def test_layers_and_spread_come_from_all_images(world: Path, found: dict[str, di
     assert layers[0]["std"] == pytest.approx(0, abs=1e-6)  # the input's tokens know no image
 
 
-def test_runs_without_a_part_say_so(world: Path, found: dict[str, dict]) -> None:
+def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, dict]) -> None:
     assert "tokens" not in found["none"] and "heads" not in found["none"]
     assert found["none"]["left_out"]["tokens"] == "the student has no distillation token"
     assert "attention" in found["none"]
@@ -455,7 +455,7 @@ def test_runs_without_a_part_say_so(world: Path, found: dict[str, dict]) -> None
     assert hard[0]["disagreement"]["names"] == ["truth", "class", "distillation", "both"]
 
 
-def test_the_teacher_is_the_runs_own_or_the_very_one_its_cache_names(
+def test_the_teacher_comes_from_the_run_or_from_its_cache_if_the_weights_match(
     world: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_run(world, "cached", "hard")
@@ -488,7 +488,7 @@ def test_the_teacher_is_the_runs_own_or_the_very_one_its_cache_names(
     assert "gone.safetensors does not exist" in without["left_out"]["teacher"]
 
 
-def test_the_twin_is_of_the_same_model_and_seed() -> None:
+def test_the_undistilled_run_has_the_same_model_and_seed_if_possible() -> None:
     def one(name: str, kind: str, seed: int, data: str = "d") -> Any:
         config = RunConfig(seed=seed).replace(model={"name": name}, loss={"kind": kind})
         return SimpleNamespace(config=config, data_digest=data, ids=np.arange(3))
@@ -506,7 +506,7 @@ def test_the_twin_is_of_the_same_model_and_seed() -> None:
     assert logits.undistilled(same, [seed, same]) is None
 
 
-def test_part_of_the_images_and_a_named_sample(world: Path, found: dict[str, dict]) -> None:
+def test_max_images_and_sample_select_images(world: Path, found: dict[str, dict]) -> None:
     spec = f"{CONVNET}@{world}/teacher.safetensors"
     run = make_run(world, "part", "soft")
     (part,) = analyze([run], teacher=spec, max_images=7, sample=33, maps=2)
@@ -521,7 +521,7 @@ def test_part_of_the_images_and_a_named_sample(world: Path, found: dict[str, dic
     }  # fmt: skip
 
 
-def test_the_average_of_the_weights(world: Path) -> None:
+def test_ema_analyses_the_averaged_weights(world: Path) -> None:
     run = make_run(world, "averaged", "hard")
     (run / "ema.safetensors").write_bytes((world / "soft/model.safetensors").read_bytes())
     (averaged,) = analyze([run], ema=True, maps=0)
@@ -531,7 +531,7 @@ def test_the_average_of_the_weights(world: Path) -> None:
     )
 
 
-def test_pictures_are_whole_and_the_same_every_time(world: Path, found: dict[str, dict]) -> None:
+def test_pictures_are_complete_and_reproducible(world: Path, found: dict[str, dict]) -> None:
     folder = world / "hard/analysis"
     names = {"token-cosine.svg", "calibration.svg", "disagreement.svg", "temperature.svg"}
     assert {p.name for p in folder.glob("*.svg")} == names
@@ -609,7 +609,7 @@ def test_wrong_input_is_one_line(
     assert line.startswith(f"deit-fast: error: {message}") and line.count("\n") == 1, line
 
 
-def test_damage_and_answers_that_are_no_numbers(
+def test_damaged_files_and_logits_that_are_not_finite_are_errors(
     world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(world, "broken", "hard")
@@ -632,7 +632,7 @@ def test_damage_and_answers_that_are_no_numbers(
     assert "start it without torchrun" in capsys.readouterr().err
 
 
-def test_without_matplotlib_it_says_so_before_it_measures(
+def test_missing_matplotlib_is_reported_before_measuring(
     world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure"):

@@ -104,7 +104,7 @@ class AlmostCuda(common.Timer):
 
 
 @pytest.mark.parametrize("on_host", (False, True))
-def test_the_hosts_work_is_timed_by_its_clock_on_a_gpu_too(on_host: bool) -> None:
+def test_host_work_is_timed_by_the_host_clock_also_on_a_gpu(on_host: bool) -> None:
     """Events around it would tell the few microseconds between two records."""
     case = common.Case("nap", lambda: {"ours": sleeper(5)}, bytes_moved=1000, on_host=on_host)
     (row,) = common.time_case("naps", case, AlmostCuda(), 0.0)
@@ -112,7 +112,7 @@ def test_the_hosts_work_is_timed_by_its_clock_on_a_gpu_too(on_host: bool) -> Non
     assert ("roofline_pct" in row) != on_host
 
 
-def test_all_that_works_on_the_host_says_so() -> None:
+def test_cases_that_run_on_the_host_are_marked_on_host() -> None:
     from bench import bench_cache, bench_loader
 
     for case in bench_cache.cases("cuda"):
@@ -159,7 +159,7 @@ def test_a_slow_loader_shows_in_the_fed_step(monkeypatch: pytest.MonkeyPatch) ->
     assert waited == {"ours, fed": (4, 4), "batch at hand": (0, 0)}
 
 
-def test_what_fails_after_its_warm_up_is_a_line_and_gives_its_memory_back() -> None:
+def test_a_failure_after_the_warm_up_is_a_row_and_its_memory_is_freed() -> None:
     calls = 0
 
     def fails_late() -> None:
@@ -211,7 +211,7 @@ def test_a_compiled_peer_is_compiled_at_every_shape() -> None:
     assert done.stdout == "20\n", done.stderr[-2000:]
 
 
-def test_the_driver_is_named_where_nvidias_tool_is_missing(
+def test_the_driver_version_is_found_without_nvidia_smi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "output_of", lambda *command: "")
@@ -236,7 +236,7 @@ class Event:
         self.time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
 
 
-def test_kernels_count_to_the_phase_that_launched_them() -> None:
+def test_kernels_are_counted_in_the_phase_that_launched_them() -> None:
     """Also those of autograd's own thread, which are not below the phase's event."""
     from bench.bench_step import phase_times
 
@@ -251,7 +251,7 @@ def test_kernels_count_to_the_phase_that_launched_them() -> None:
     assert phase_times(events, cuda=False) == {"forward": 10, "backward": 10}
 
 
-def test_what_was_not_measured_is_absent(timer: common.Timer) -> None:
+def test_fields_that_were_not_measured_are_absent(timer: common.Timer) -> None:
     case = common.Case("alone", lambda: {"ours": sleeper(1)})
     (row,) = common.time_case("naps", case, timer, 0.01)
     assert set(row) == {"bench", "case", "impl", "ms", "ms_p20", "ms_p80", "first_call_s"}
@@ -269,7 +269,7 @@ def test_implementations_take_turns(timer: common.Timer) -> None:
     assert made[3 * (1 + common.WARMUP_CALLS) + 6 :] == "abc" + "bca" + "cab"
 
 
-def test_a_peer_that_fails_is_a_line_with_the_reason(timer: common.Timer) -> None:
+def test_a_peer_that_fails_is_a_row_with_the_reason(timer: common.Timer) -> None:
     def fails() -> None:
         raise RuntimeError("no kernel for this device\nmore lines")
 
@@ -308,7 +308,7 @@ def test_broken_benches_do_not_stop_the_run(
 
 @pytest.mark.parametrize("name", record.META)
 @pytest.mark.parametrize("value", (None, ""))
-def test_no_file_without_its_meta(tmp_path: Path, name: str, value: str | None) -> None:
+def test_a_file_without_meta_is_refused(tmp_path: Path, name: str, value: str | None) -> None:
     path = tmp_path / "out" / "x.json"
     with pytest.raises(ValueError, match=f"no result file without meta {name}:"):
         record.write(path, {"meta": META | {name: value}, "rows": []})
@@ -414,7 +414,7 @@ def test_a_run_that_is_cut_short_keeps_its_rows_and_resumes(
     assert main("--only", "^f") == ["first", "fourth"] == ran
 
 
-def test_what_has_been_timed_is_on_disk_while_a_peer_compiles(
+def test_timed_rows_are_on_disk_while_a_peer_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third implementation is killed in its first call; two have their figures and a ratio."""
@@ -442,7 +442,7 @@ def test_what_has_been_timed_is_on_disk_while_a_peer_compiles(
     assert file.finished_cases() == set()
 
 
-def test_a_lost_gpu_is_taken_up_by_a_new_process(
+def test_a_broken_cuda_context_restarts_the_bench_in_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bench import __main__ as program
@@ -483,10 +483,10 @@ def test_a_whole_step_is_timed_by_the_wall_clock_over_calls_in_a_row(timer: comm
         assert row["items_per_s"] == pytest.approx(8e3 / row["ms"])
     calls.clear()
     common.time_case("b", case, timer, 60.0)  # time that is not needed is left to later stages
-    assert len(calls) == 1 + common.WARMUP_CALLS + 5 * (1 + common.MAX_ROUNDS_IN_A_ROW)
+    assert len(calls) == 1 + common.WARMUP_CALLS + 5 * (1 + common.MAX_ROUNDS_OF_REPEATS)
 
 
-def test_facts_are_asked_of_what_was_measured_when_every_case_is_timed(
+def test_facts_of_measured_rows_are_collected_after_all_cases_are_timed(
     timer: common.Timer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A profiler may slow down what comes after it, and a step that no time was left for must not
@@ -520,7 +520,7 @@ def test_facts_are_asked_of_what_was_measured_when_every_case_is_timed(
     assert common.with_facts(case("c"), [row], timer, CLOCK() - 1) == [row]  # no time left
 
 
-def test_lazy_implementations_build_what_is_called() -> None:
+def test_lazy_implementations_are_built_on_their_first_call() -> None:
     built: list[str] = []
 
     def make(name: str):
@@ -634,7 +634,7 @@ def test_chart_files_hold_the_numbers_and_are_the_same_twice(tmp_path: Path) -> 
     assert any("against peer" in text for text in texts)
 
 
-def test_charts_can_be_read_by_day_and_by_night() -> None:
+def test_charts_are_readable_on_light_and_dark_backgrounds() -> None:
     def luminance(colour: str) -> float:  # WCAG 2
         values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
@@ -661,7 +661,7 @@ def test_the_later_file_counts_and_other_files_are_refused(tmp_path: Path) -> No
         plot.read([tmp_path / "x.json"])
 
 
-def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
+def test_markdown_keeps_the_text_around_the_tables(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = plot.read([result_file(tmp_path / "gpu" / "a.json", ROWS)])
     page = tmp_path / "docs" / "page.md"
@@ -681,7 +681,7 @@ def test_markdown_keeps_what_stands_around_it(tmp_path: Path) -> None:
         plot.write_markdown(results, page, tmp_path)
 
 
-def test_charts_of_the_docs_are_those_of_the_committed_results(tmp_path: Path) -> None:
+def test_charts_of_the_docs_match_the_committed_results(tmp_path: Path) -> None:
     """`make plots` was run after the last result was committed."""
     pytest.importorskip("matplotlib")
     if why := plot.unordered():

@@ -19,7 +19,7 @@ from bench.__main__ import choose
 ROOT = Path(__file__).parent.parent
 
 
-def test_wrong_calls_end_with_one_clear_line(tmp_path: Path) -> None:
+def test_wrong_arguments_give_one_clear_line(tmp_path: Path) -> None:
     for name in ("results.json", "tests.jsonl"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("{}")
@@ -45,7 +45,7 @@ def test_wrong_calls_end_with_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
-def test_the_plans_fit_into_nine_minutes_in_the_order_that_matters(
+def test_the_plans_fit_into_nine_minutes_in_order_of_importance(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("APEX", "somewhere")
@@ -129,7 +129,7 @@ def test_the_tests_of_the_first_minute_exist() -> None:
     }
 
 
-def test_makefile_runs_both_scripts_where_the_caller_says() -> None:
+def test_make_targets_run_both_scripts_in_the_given_folder() -> None:
     for target, script in (("bench-gpu", "gpu"), ("profile-gpu", "gpu-profile")):
         done = subprocess.run(
             ["make", "-n", target, "OUT=/tmp/x y", "PYTHON=python3", "COMMIT=abc"],
@@ -142,7 +142,7 @@ def test_makefile_runs_both_scripts_where_the_caller_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_first_script_as_a_whole_on_a_cpu(tmp_path: Path) -> None:
+def test_the_whole_first_script_runs_on_a_cpu(tmp_path: Path) -> None:
     """A rehearsal in a minute: every stage runs or is cut at its limit, and the files are whole."""
     out = tmp_path / "out of the way"
     total = 60.0

@@ -52,7 +52,7 @@ def test_a_file_has_one_line_for_each_row(tmp_path: Path) -> None:
         assert text == record.to_text(json.loads(text)), f"{path.name}: write it with to_text"
 
 
-def test_a_row_that_cannot_be_right_costs_no_other_row(tmp_path: Path) -> None:
+def test_a_row_with_impossible_figures_does_not_affect_other_rows(tmp_path: Path) -> None:
     """A profiler that sees nothing gives 0 ms, ncu may print nan."""
     file = record.ResultFile.create(tmp_path / "r.json", META)
     bad = {"case": "other"}
@@ -108,7 +108,7 @@ def test_faults_of_a_result_file_are_named(tmp_path: Path) -> None:
         record.read(path)
 
 
-def test_a_tree_without_git_names_itself_by_its_sources(
+def test_a_tree_without_git_is_named_by_a_checksum_of_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plain copy of the tree has no commit to show."""
@@ -134,7 +134,7 @@ def test_a_tree_without_git_names_itself_by_its_sources(
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_page_says_what_a_person_asks_first(tmp_path: Path, capsys: Any) -> None:
+def test_the_summary_shows_all_sections(tmp_path: Path, capsys: Any) -> None:
     kernel = {"bench": "attention", "case": "B=256 H=6 N=198 D=64 bfloat16 forward"}
     rows = [
         row(items_per_s=10667.0, ratio=1.29, ratio_to="timm, compiled", device_ms=22.5,
@@ -223,7 +223,7 @@ NCU = "==PROF== Connected to process 7\n==PROF== Profiling: 0%....100% - 9 passe
 )
 
 
-def test_counters_are_read_from_the_tools_own_table() -> None:
+def test_counters_are_read_from_the_csv_of_ncu() -> None:
     backward, reduce = counters.read_csv(NCU)
     assert backward["kernel"] == "backward_kernel" and backward["us"] == 161.25
     assert backward["issue_active_pct"] == 72.5 and backward["registers"] == 136
@@ -237,7 +237,7 @@ def test_counters_are_read_from_the_tools_own_table() -> None:
     assert counters.read_csv("==ERROR== no permission\n") == []
 
 
-def test_counters_leave_the_cards_clocks_alone_and_name_one_case_each() -> None:
+def test_ncu_does_not_change_clocks_and_each_target_is_one_case() -> None:
     for bench, case, implementation in counters.TARGETS:
         command = counters.command(bench, case, implementation)
         at = command.index("--clock-control")

@@ -66,7 +66,7 @@ HANG = (
 )
 
 
-def test_a_stage_that_hangs_costs_no_other_stage_its_time(tmp_path: Path, clock: Clock) -> None:
+def test_a_stage_that_hangs_takes_no_time_from_other_stages(tmp_path: Path, clock: Clock) -> None:
     """It ignores the interrupt; the stage after it still has its share, and all ends in time."""
     records, log = run(
         [stage("one", 2, HANG), stage("two", 2, HANG), stage("three", 30, "print('alive')")],
@@ -138,7 +138,7 @@ def test_a_command_knows_its_time_and_a_skipped_stage_has_a_reason(tmp_path: Pat
     assert text.index("a ") < text.index("b ") and "skipped: no card" in text
 
 
-def test_commands_of_a_stage_have_limits_of_their_own(tmp_path: Path, clock: Clock) -> None:
+def test_each_command_of_a_stage_has_its_own_limit(tmp_path: Path, clock: Clock) -> None:
     """The first one hangs, and the others still have their parts of the time."""
     (entry,), log = run([stage("s", 18, HANG, "print('second')", "print('third')")], 18, tmp_path)
     outcomes = [command["outcome"] for command in entry["commands"]]
@@ -155,7 +155,7 @@ def test_nothing_is_measured_without_a_stage_that_is_required(tmp_path: Path) ->
     assert records[1] == expected
 
 
-def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
+def test_processes_that_a_command_leaves_behind_are_killed(tmp_path: Path) -> None:
     child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid())); {HANG}"
     code = (
         f"import subprocess, sys, time, os\n"
@@ -236,7 +236,7 @@ def test_a_kill_in_any_stage_leaves_what_was_measured(tmp_path: Path, killed: st
 
 
 @pytest.mark.slow
-def test_a_compilation_that_takes_for_ever_costs_one_row_and_no_other_stage(
+def test_an_endless_compilation_loses_one_row_and_no_other_stage(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two real benches; the C++ compiler that Inductor calls never ends.

@@ -157,7 +157,7 @@ def words(page: str) -> str:
     return " ".join(" ".join(check(page).text).split())
 
 
-def test_page_holds_everything_and_needs_no_network(tmp_path: Path) -> None:
+def test_the_page_is_complete_and_needs_no_network(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "plain", "none", 0.8),
         make_run(tmp_path / "soft", "soft", 0.9, top1_class=0.88, top1_distill=0.89, ema_top1=0.91),
@@ -223,7 +223,7 @@ def test_curves_follow_the_steps(tmp_path: Path) -> None:
     assert "a: 112 at epoch 3" in titles  # images per second
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_the_log_is_ignored(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     before = build_report([run], "t")
     with open(run / "metrics.jsonl", "a") as file:
@@ -313,7 +313,7 @@ def test_long_training_curves_are_smoothed_and_kept_as_logged(tmp_path: Path) ->
     assert "a: 1 at epoch 0.1" in titles  # an end has no neighbours on both sides
 
 
-def test_smoothing_is_the_mean_of_neighbours_and_bends_no_slope() -> None:
+def test_smoothing_is_the_mean_of_neighbours_and_keeps_straight_lines() -> None:
     slope = [(float(x), 3.0 * x) for x in range(200)]
     smoothed, width = sections.smooth(slope)
     assert width == 11
@@ -354,7 +354,7 @@ def test_damage_is_named(
     assert not out.exists()
 
 
-def test_values_of_a_wrong_kind_leave_a_dash_not_a_crash(tmp_path: Path) -> None:
+def test_values_of_a_wrong_type_are_shown_as_a_dash(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "a",
         best_top1=None, per_class=[1], substituted=3, environment="x", teacher=7,
@@ -372,14 +372,14 @@ def test_values_of_a_wrong_kind_leave_a_dash_not_a_crash(tmp_path: Path) -> None
     assert re.findall(r"<title>(a: .*?)</title>", page) == ["a: 25 % at epoch 2"]
 
 
-def test_no_runs_and_no_folder(tmp_path: Path) -> None:
+def test_no_runs_or_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one run"):
         build_report([], "t")
     with pytest.raises(InputError, match="gone does not exist"):
         build_report([tmp_path / "gone"], "t")
 
 
-def test_the_verb_writes_the_file_and_says_so(
+def test_the_report_verb_writes_the_file_and_prints_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = make_run(tmp_path / "a")
@@ -391,7 +391,7 @@ def test_the_verb_writes_the_file_and_says_so(
         write_report([run], tmp_path, "t")
 
 
-def test_short_names_tell_runs_apart() -> None:
+def test_short_names_distinguish_runs() -> None:
     paths = [Path("x/seed-0/soft"), Path("x/seed-1/soft"), Path("y/hard")]
     assert short_names(paths) == ["seed-0/soft", "seed-1/soft", "y/hard"]
     assert short_names([Path("x/a"), Path("x/b")]) == ["a", "b"]

@@ -18,9 +18,7 @@ from deit_fast.recipes import digits_student, digits_teacher
 
 log = logging.getLogger("deit_fast")
 
-TRAIN_EVERY = (
-    3  # one image in three is trained on; of the held-out ones, 12 are 1 point of accuracy
-)
+TRAIN_EVERY = 3  # every third image is for training, the others are held out
 
 
 @dataclass(frozen=True, kw_only=True)

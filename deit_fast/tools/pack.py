@@ -157,7 +157,7 @@ Written = tuple[int, list[int]]  # bytes of a shard, samples that could not be r
 def _write_shards(
     packer: Packer, missing: list[int], workers: int
 ) -> Iterator[tuple[int, Written]]:
-    """Write shards, in processes where there are workers; yields each number when it is done."""
+    """Write shards, in ``workers`` processes or in this one; yields each shard when it is done."""
     if workers == 0:
         for number in missing:
             yield number, packer.write(number)

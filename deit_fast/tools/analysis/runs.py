@@ -1,4 +1,4 @@
-"""`analyze`: measure runs one after the other, compare them, write the findings beside each.
+"""`analyze`: measure runs, compare them, write the findings into the folder of each.
 
 Each run folder gets `analysis/analysis.json` and pictures, which the report shows.
 """
