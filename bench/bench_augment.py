@@ -1,8 +1,8 @@
-"""Crop, resize and RandAugment of one batch of decoded images: ours against what others do there.
+"""Crop, resize and RandAugment of one batch of decoded images, compared with other libraries.
 
-On a CPU that is Pillow, one image after the other on one core, with the same pixels; on a GPU
-torchvision v2, whose resize and RandAugment are other pixels (no level noise, another set of
-operations, every operation applied to the whole batch), so it stands for the work only.
+On a CPU the peer is Pillow, image by image on one core, with the same pixels. On a GPU it is
+torchvision v2, which does similar work but produces different pixels: no noise of the levels,
+another set of operations, every operation applied to the whole batch.
 
 Bytes per view: the crop and 3 S^2 written, then 6 S^2 per operation and 3 S^2 per histogram.
 """

@@ -4,12 +4,12 @@ Shapes are those of DeiT-Ti, S and B: 256 images, 198 tokens, 4 x 192, 384 and 7
 bfloat16 rows, a float32 bias.
 
 Bytes, in tensors of the shape: the forward reads x and writes y, 2; the backward reads dy and x and
-writes dx, 3. The sum for the gradient of the bias moves nothing more where it rides along.
+writes dx, 3. The gradient of the bias needs no more traffic if the same kernel sums it.
 
 Peers: PyTorch's operations, eager and compiled, with the bias cast to the dtype of x beforehand, as
-autocast does. In a model the eager bias can ride in the matrix product before it, so eager's sum is
-counted against it here; torch.compile has no such handicap. On a CPU ours is the reference in plain
-PyTorch.
+autocast does. In an eager model the preceding matrix product can add the bias, so this bench puts
+eager PyTorch at a disadvantage; it is fair to torch.compile. On a CPU ours is the reference in
+plain PyTorch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One transformer block and whole DeiT models, forward and backward: timm's against fused, each
-kernel on and off, eager and compiled.
+"""One transformer block and whole DeiT models, forward and backward: timm's compared with fused
+ones, each kernel on and off, eager and compiled.
 
-This decides ``DEFAULT_KERNELS``: a kernel stays on where the compiled model is faster with it. The
-block is DeiT-S's at 198 tokens with stochastic depth 0.1; "whole model" includes both heads. Fused
-models without kernels show what the shorter last block saves by itself. A whole model is timed by
-the host's clock over calls in a row: launches count.
+The results determine ``DEFAULT_KERNELS``: a kernel is on if the compiled model is faster with it.
+The block is that of DeiT-S at 198 tokens with stochastic depth 0.1; whole models include both
+heads. Fused models without kernels show what the shorter last block alone saves. A whole model is
+timed by the host's clock over consecutive calls, so launch overhead counts.
 """
 
 from __future__ import annotations

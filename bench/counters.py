@@ -2,10 +2,11 @@
 
     python -m bench.counters --out FOLDER
 
-Runs ncu over one call of each implementation named in TARGETS, with whole sections of counters, so
-that no counter's name must be known ahead. FOLDER/ncu.csv has everything; results.json gets a row
-a kernel with the counters that decide: share of cycles that issue, of DRAM and tensor-core peak,
-and the warps' longest stalls. The card's clocks are left as they are (--clock-control none).
+Runs ncu over one call of each implementation named in TARGETS. It collects whole sections of
+counters, because counters have different names on different cards. FOLDER/ncu.csv has all of them;
+results.json gets one row per kernel with the most important ones: share of cycles that issue, of
+DRAM and tensor-core peak, and the longest stalls of the warps. The clocks of the card are not
+changed (--clock-control none).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The code that TorchInductor would run on an H100, written on a machine without a GPU.
+"""The code that TorchInductor would run on an H100, generated on a machine without a GPU.
 
-Inductor asks PyTorch and Triton what the device is. ``believe_in_h100`` replaces those questions by
-constants, and ``compile_for_h100`` ends each compilation where the code exists as text: nothing is
-compiled by Triton and nothing runs. Both reach into private names, those of torch 2.11 with triton
-3.6, which is what the GPU machines have.
+Inductor queries PyTorch and Triton for properties of the device. ``believe_in_h100`` replaces these
+queries by constants. ``compile_for_h100`` ends each compilation as soon as the code exists as text:
+Triton compiles nothing and nothing runs. Both use private names of torch 2.11 with triton 3.6, the
+versions of the GPU machines.
 
-The model is traced on fake CPU tensors, because autograd has no threads for a device that is not
-there, and each graph is then moved to fake CUDA tensors. Two differences to a trace on a GPU are
-known. PyTorch's own attention carries the name of its CPU form; its arguments, results and layouts
+The model is traced on fake CPU tensors, because autograd has no threads for a missing device, and
+each graph is then moved to fake CUDA tensors. Two differences from a trace on a GPU are known.
+PyTorch's own attention has the name of its CPU form; its arguments, results and layouts
 are those of Flash attention. Autocast's lists for CPU and CUDA differ in operations that a vision
 transformer runs in float32 on both.
 """

@@ -1,10 +1,10 @@
-"""Runs a command, and kills it with all that it has started when the caller is gone.
+"""Runs a command, and kills it and all processes that it started when the caller ends.
 
     python bench/leash.py COMMAND...        # standard input: a pipe that the caller holds open
 
-The caller starts this as the leader of a process group. Whatever ends the caller, kill -9 too,
-closes the pipe, and the whole group is killed: no process is left that holds the GPU. Interrupts of
-the group are for the command alone.
+The caller starts this as the leader of a process group. When the caller ends, even by kill -9, the
+pipe closes and the whole group is killed, so no process keeps the GPU. This process ignores
+interrupts of the group; the command receives them.
 """
 
 from __future__ import annotations

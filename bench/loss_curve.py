@@ -1,12 +1,13 @@
-"""Fifty training steps per recipe family, to full precision: has a change moved the numbers?
+"""Losses of fifty training steps per recipe family, to full precision, to detect changes.
 
     python -m bench.loss_curve --out FILE
     python -m bench.loss_curve --compare OLD NEW
 
 The whole engine runs: views, mixing, repeats, teacher, loss, stochastic depth, optimiser, average.
-Small models on synthetic images, on one CPU thread; seconds per family. Sums differ between CPUs in
-their last digits, so a curve says where it was made. `make compare BASE=<commit>` makes the curves
-of another commit and of this one on the same machine, where they must be equal digit by digit.
+The models are small, the images synthetic; a family takes seconds on one CPU thread. The last
+digits of sums differ between CPUs, so a curve records where it was made. `make compare
+BASE=<commit>` makes the curves of another commit and of this one on the same machine, where all
+digits must be equal.
 """
 
 from __future__ import annotations

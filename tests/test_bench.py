@@ -30,7 +30,7 @@ META = {
 
 
 class Clock:
-    """Seconds that pass where a test says so, and a microsecond with each reading."""
+    """A clock that a test advances; each reading adds a microsecond."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -83,7 +83,7 @@ def test_times_and_ratios(timer: common.Timer) -> None:
 
 
 class AlmostCuda(common.Timer):
-    """A GPU's timer as far as a CPU can be one: device times are made up."""
+    """A GPU timer without a GPU: its device times are constants."""
 
     def __init__(self) -> None:
         self.cuda, self.copy_gbps = True, 1000.0
@@ -105,7 +105,7 @@ class AlmostCuda(common.Timer):
 
 @pytest.mark.parametrize("on_host", (False, True))
 def test_host_work_is_timed_by_the_host_clock_also_on_a_gpu(on_host: bool) -> None:
-    """Events around it would tell the few microseconds between two records."""
+    """CUDA events around host work would measure only the microseconds between two records."""
     case = common.Case("nap", lambda: {"ours": sleeper(5)}, bytes_moved=1000, on_host=on_host)
     (row,) = common.time_case("naps", case, AlmostCuda(), 0.0)
     assert row["ms"] >= 5 if on_host else row["ms"] == 1
@@ -374,7 +374,7 @@ def fake_benches(monkeypatch: pytest.MonkeyPatch, **cases: list[common.Case]) ->
 
 
 class Killed(BaseException):
-    """As an interrupt: no bench catches it."""
+    """Like an interrupt, it is not caught by any bench."""
 
 
 def test_a_run_that_is_cut_short_keeps_its_rows_and_resumes(

@@ -71,7 +71,7 @@ def test_the_page_shows_the_plans(tmp_path: Path) -> None:
 def test_every_bench_of_the_plans_finds_cases_and_every_implementation_its_name(
     tmp_path: Path,
 ) -> None:
-    """A regex without a match would measure nothing and say nothing."""
+    """A regex without a match would silently measure nothing."""
     commands = [
         command
         for stages in (gpu.plan(tmp_path, "cuda"), gpu.profile_plan(tmp_path, "cuda"))
@@ -91,7 +91,7 @@ def test_every_bench_of_the_plans_finds_cases_and_every_implementation_its_name(
 
 
 def test_the_compiled_step_puts_its_peer_second() -> None:
-    """What no time is left for comes last: never the peer."""
+    """The last implementations are skipped when time runs out; the peer must not be among them."""
     from bench import bench_step
 
     names = list(student_names("cuda"))
@@ -143,7 +143,7 @@ def test_make_targets_run_both_scripts_in_the_given_folder() -> None:
 
 @pytest.mark.slow
 def test_the_whole_first_script_runs_on_a_cpu(tmp_path: Path) -> None:
-    """A rehearsal in a minute: every stage runs or is cut at its limit, and the files are whole."""
+    """In a minute: every stage runs or is stopped at its limit, and all files are valid."""
     out = tmp_path / "out of the way"
     total = 60.0
     done = subprocess.run(
@@ -221,7 +221,7 @@ def test_outcomes_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_worker_with_a_lost_gpu_is_replaced(tmp_path: Path) -> None:
-    """Or every later test of that worker would fail because of one bad kernel."""
+    """Otherwise one bad kernel would make every later test of that worker fail."""
     text = """
 import torch, pytest
 def test_breaks_the_context():
