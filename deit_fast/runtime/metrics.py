@@ -32,15 +32,17 @@ class MetricsFile:
 
     def __init__(self, config: RunConfig, output: Path, step: int) -> None:
         self.path = output / METRICS
+        rows = read_metrics(self.path)
         logged: dict[str, int] = {}  # newest step of each kind of row
-        for row in _parse(self.path)[0]:
+        for row in rows:
             logged[row["kind"]] = max(logged.get(row["kind"], 0), row["step"])
         self.trackers = Trackers(config, output, step, logged)
-        self._truncate(step)
+        self._rewrite(rows, step)
 
-    def _truncate(self, step: int) -> None:
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def _rewrite(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Write the rows up to ``step`` and open the file for more."""
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+        self.path.write_text("".join(kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (line buffered, lives with the run)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
@@ -59,7 +61,7 @@ class MetricsFile:
     def roll_back(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run was rolled back."""
         self._close_file()
-        self._truncate(step)
+        self._rewrite(read_metrics(self.path), step)
         self.trackers.roll_back(step)
 
     def close(self, finished: bool) -> None:
@@ -73,22 +75,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a metrics file; lines cut off by a crash are left out with a warning."""
-    rows, torn = _parse(path)
-    for _ in range(torn):
-        log.warning("%s: a torn line was left out", path)
-    return rows
+    """All complete rows of a metrics file, none if it does not exist.
 
-
-def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Complete rows and the number of torn lines; none where there is no file."""
-    rows, torn = [], 0
+    A line that a crash cut off is left out with a warning.
+    """
+    rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            torn += 1
-    return rows, torn
+            log.warning("%s: a torn line was left out", path)
+    return rows
 
 
 def row_text(row: dict[str, Any], total: int) -> str:

@@ -343,16 +343,16 @@ class _Run:
             FloatingPointError: the configuration says stop, there is no checkpoint, or the run was
                 rolled back too often.
         """
-        message = f"{error}; it changed no weight, the checkpoints are in {self.checkpoints}"
+        text = f"{error}; it changed no weight, the checkpoints are in {self.checkpoints}"
         if self.config.on_nonfinite == "stop":
-            raise FloatingPointError(message)
+            raise FloatingPointError(text)
         self._wait_for_checkpoint()
         self.rollbacks += 1
         if self.rollbacks > self.config.max_rollbacks:
-            raise FloatingPointError(f"{message}; {self.config.max_rollbacks} rollbacks did not help")
+            raise FloatingPointError(f"{text}; {self.config.max_rollbacks} rollbacks did not help")
         skipped = [*self.state.skipped, error.step]
         if not roll_back(self.checkpoints, self.state):
-            raise FloatingPointError(f"{message}; the run has no checkpoint yet to roll back to")
+            raise FloatingPointError(f"{text}; the run has no checkpoint yet to roll back to")
         self.state.skipped = skipped
         self.step_once.reset()
         if self.metrics is not None:
