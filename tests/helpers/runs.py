@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -101,16 +102,24 @@ def train_rows(rows: list[dict]) -> list[dict]:
 
 
 def in_a_child(config: RunConfig) -> int:
-    """Status of a forked process that trains; negative: the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            train(config)
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Exit status of a process that trains; negative: the signal that killed it.
+
+    It is forked from a server that has only imported the engine. A fork of this process could not
+    run a backward pass once torch has started its own threads here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deit_fast.train.loop"])
+    child = context.Process(target=_train, args=(config, dict(os.environ)))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def _train(config: RunConfig, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    train(config)
 
 
 def assert_close_runs(run: Path, undisturbed: Path) -> None:
