@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data.augment import apply_operation, augment_table
 from deit_fast.kernels.augment import TABLE_COLUMNS, AugmentTable, augment
 from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
@@ -38,7 +38,7 @@ def batch(count: int) -> tuple[Tensor, Tensor, AugmentTable, np.ndarray, np.ndar
     shape = (count * HEIGHT * WIDTH * 3,)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     images = torch.tensor([[i * HEIGHT * WIDTH * 3, WIDTH, HEIGHT] for i in range(count)])
-    plan = ViewPlan(ViewRecipe(image_size=SIZE), 0, count)
+    plan = ViewPlan(ViewConfig(image_size=SIZE), 0, count)
     ids, views = np.arange(count), np.zeros(count, int)
     rows = plan.rows(ids, views)
     boxes = plan.crop_boxes(ids, views, np.full(count, WIDTH), np.full(count, HEIGHT))

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit_fast.config import DataConfig, ViewRecipe
+from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
 from deit_fast.data.jpeg_index import index_files
 from deit_fast.data.packed_shards import PackedImages
@@ -90,7 +90,7 @@ def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callabl
     root = Path(holder.name)
     write_photographs(root)
 
-    recipe = ViewRecipe(mix_prob=0, augment="randaugment" if augment else "none")
+    recipe = ViewConfig(mix_prob=0, augment="randaugment" if augment else "none")
     source = ImageFolder(str(root), "train")
     ids = np.repeat(np.arange(FILES), repeats)
     views = np.tile(np.arange(repeats), FILES)
@@ -148,7 +148,7 @@ def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callabl
 def build_dali(
     name: str,
     source: ImageFolder,
-    recipe: ViewRecipe,
+    recipe: ViewConfig,
     ids: np.ndarray,
     views: np.ndarray,
     folder: Path,
@@ -198,7 +198,7 @@ def build_decoder(
     root = Path(holder.name)
     write_photographs(root)
     source = ImageFolder(str(root), "train")
-    plan = ViewPlan(ViewRecipe(mix_prob=0), 0, FILES)
+    plan = ViewPlan(ViewConfig(mix_prob=0), 0, FILES)
     ids, views = np.arange(FILES), np.zeros(FILES, np.int64)
     try:
         from deit_fast.data.dali import DaliLoader
@@ -249,7 +249,7 @@ def decoder_case(load: float, threads: int) -> Case:
 
 
 def build_plans(crops: bool) -> dict[str, Callable[[], Any] | str]:
-    plan = ViewPlan(ViewRecipe(), 0, 1_281_167)
+    plan = ViewPlan(ViewConfig(), 0, 1_281_167)
     ids = np.random.default_rng(0).integers(0, plan.num_samples, PLANS)
     views, widths, heights = (np.full(PLANS, value) for value in (7, 500, 375))
     if crops:

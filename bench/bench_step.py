@@ -38,7 +38,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
-from deit_fast.config import CodecConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.config import CodecConfig, DataConfig, LossConfig, ModelConfig, RunConfig, ViewConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.loader import make_batch
@@ -79,7 +79,7 @@ Step = Callable[[], Any]
 def settings(student: str, size: int, batch: int, compile_mode: str = "none") -> RunConfig:
     return RunConfig(
         batch_size=batch,
-        view=ViewRecipe(image_size=size),
+        view=ViewConfig(image_size=size),
         model=ModelConfig(name=student),
         loss=LossConfig(kind="soft", reduction="batchmean"),
         compile=compile_mode,

@@ -53,7 +53,7 @@ def constants(cls: type) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewRecipe:
+class ViewConfig:
     """What the pixels of a view depend on, besides seed, sample ID and view ID.
 
     The fingerprint of every cache holds all of it: runs share teacher logits only if all fields and
@@ -376,7 +376,7 @@ class RunConfig:
     """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
     """Resume from the newest checkpoint in `output`. --no-resume: fail if it has one."""
-    view: ViewRecipe = field(default_factory=ViewRecipe)
+    view: ViewConfig = field(default_factory=ViewConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -16,14 +16,14 @@ from deit_fast.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    ViewRecipe,
+    ViewConfig,
     constants,
 )
 from deit_fast.errors import InputError, did_you_mean
 
 _GROUPS: dict[str, type] = {
     "": RunConfig,
-    "view.": ViewRecipe,
+    "view.": ViewConfig,
     "data.": DataConfig,
     "model.": ModelConfig,
     "loss.": LossConfig,

@@ -18,7 +18,7 @@ from deit_fast.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    ViewRecipe,
+    ViewConfig,
 )
 from deit_fast.errors import InputError, did_you_mean
 
@@ -170,7 +170,7 @@ def _deit3(recipe: str, model: str, drop_path: float, lr: float) -> RunConfig:
         output=f"runs/{recipe}",
         epochs=800,
         batch_size=2048,
-        view=ViewRecipe(augment="three_augment", color_jitter=0.3, erase_prob=0.0),
+        view=ViewConfig(augment="three_augment", color_jitter=0.3, erase_prob=0.0),
         data=DataConfig(eval_crop=1.0),
         model=ModelConfig(name=model, drop_path=drop_path),
         loss=LossConfig(kind="none", base="bce", smoothing=0.0),
@@ -223,7 +223,7 @@ def funmatch_small() -> RunConfig:
         output="runs/funmatch_small",
         epochs=1200,
         batch_size=4096,
-        view=ViewRecipe(
+        view=ViewConfig(
             crop_scale=(0.05, 1.0),
             augment="none",
             erase_prob=0.0,
@@ -267,7 +267,7 @@ def cifar_32() -> RunConfig:
         output="runs/cifar_32",
         epochs=300,
         batch_size=512,
-        view=ViewRecipe(
+        view=ViewConfig(
             image_size=32,
             crop_scale=(0.4, 1.0),
             mean=(0.4914, 0.4822, 0.4465),
@@ -331,7 +331,7 @@ def digits_student() -> RunConfig:
     )
 
 
-def _digits_view(**changes: object) -> ViewRecipe:
+def _digits_view(**changes: object) -> ViewConfig:
     """No flips and no small crops, because they would change the label."""
     settings: dict = {
         "image_size": 16,
@@ -342,7 +342,7 @@ def _digits_view(**changes: object) -> ViewRecipe:
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
     }
-    return ViewRecipe(**(settings | changes))
+    return ViewConfig(**(settings | changes))
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig, ViewRecipe
+from deit_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from deit_fast.evaluate import evaluate
 from deit_fast.train.loop import train
 
@@ -50,7 +50,7 @@ def small_run(root: Path, output: Path) -> RunConfig:
         epochs=20,
         batch_size=48,
         # mirrored and cropped stripes keep their class: check that yours do too
-        view=ViewRecipe(image_size=SIZE, crop_scale=(0.7, 1.0), augment="none", erase_prob=0.0),
+        view=ViewConfig(image_size=SIZE, crop_scale=(0.7, 1.0), augment="none", erase_prob=0.0),
         model=ModelConfig(
             name="deit_tiny_patch16_224", drop_path=0.0, patch_size=4, embed_dim=48, depth=2,
             num_heads=2,

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data import ImageFolder, ingest_batch
 from deit_fast.data.augment import apply_operation, augment
 from deit_fast.data.loader import make_batch
@@ -102,7 +102,7 @@ def test_zero_bits_are_black_on_every_pillow(images):
 def test_distribution_of_randaugment():
     """As timm's: 25 % unchanged, each operation 1/15, P(level 10) 2.28 %, half of the signs."""
     count = 100_000
-    rows = ViewPlan(ViewRecipe(), 5, count).rows(np.arange(count), np.zeros(count, int))
+    rows = ViewPlan(ViewConfig(), 5, count).rows(np.arange(count), np.zeros(count, int))
     operations, levels = rows["operations"], rows["levels"].astype(int)
 
     def near(share: float, expected: float) -> bool:
@@ -132,7 +132,7 @@ def test_level_table_is_the_normal_distribution(mean, std):
 
 
 def test_a_fixed_level_is_fixed():
-    class Fixed(ViewRecipe):
+    class Fixed(ViewConfig):
         randaugment_std, randaugment_prob = 0.0, 1.0
 
     rows = ViewPlan(Fixed(randaugment_magnitude=7.0), 0, 64).rows(np.arange(64), np.zeros(64, int))
@@ -141,20 +141,20 @@ def test_a_fixed_level_is_fixed():
 
 
 def test_off_means_off_and_is_another_fingerprint():
-    plan = ViewPlan(ViewRecipe(augment="none"), 0, 64)
+    plan = ViewPlan(ViewConfig(augment="none"), 0, 64)
     rows = plan.rows(np.arange(64), np.zeros(64, int))
     assert not rows["operations"].any() and not rows["levels"].any()
-    on, off = (fingerprint(recipe, 0) for recipe in (ViewRecipe(), plan.view))
+    on, off = (fingerprint(recipe, 0) for recipe in (ViewConfig(), plan.view))
     assert {key for key in on if on[key] != off[key]} == {"view.augment", "view.tables_sha256"}
     with pytest.raises(InputError, match=r"view\.randaugment_magnitude must lie in \[0, 10\]"):
-        ViewRecipe(randaugment_magnitude=11)
+        ViewConfig(randaugment_magnitude=11)
 
 
 # ---------------------------------------------------------------------------------------------
 # ThreeAugment and colour jitter (DeiT-III)
 # ---------------------------------------------------------------------------------------------
 
-THREE = ViewRecipe(augment="three_augment", color_jitter=0.3, mix_prob=0, erase_prob=0)
+THREE = ViewConfig(augment="three_augment", color_jitter=0.3, mix_prob=0, erase_prob=0)
 BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
 
 
@@ -279,8 +279,8 @@ def test_distribution_of_three_augment_and_jitter():
     ],
 )
 def test_a_plan_has_room_for_its_operations_and_changes_nothing_else(changes, layers):
-    rows = ViewPlan(ViewRecipe(**changes), 9, 500).rows(np.arange(500), 4)
-    plain = ViewPlan(ViewRecipe(), 9, 500).rows(np.arange(500), 4)
+    rows = ViewPlan(ViewConfig(**changes), 9, 500).rows(np.arange(500), 4)
+    plain = ViewPlan(ViewConfig(), 9, 500).rows(np.arange(500), 4)
     assert rows.dtype["operations"].shape == rows.dtype["levels"].shape == (layers,)
     assert (rows.dtype == PLAN_DTYPE) == (layers == 2)
     for name in ("flip", "erase", "noise_key", "partner", "mix_kind", "box", "lam"):
@@ -296,11 +296,11 @@ def test_a_plan_has_room_for_its_operations_and_changes_nothing_else(changes, la
 
 def test_jitter_and_randaugment_are_refused_together():
     with pytest.raises(InputError, match=r"color_jitter=0\.3.*randaugment.*timm and DeiT") as error:
-        ViewRecipe(color_jitter=0.3)
+        ViewConfig(color_jitter=0.3)
     assert "\n" not in str(error.value)
     for jitter in (-0.1, 0.91):
         with pytest.raises(InputError, match=rf"must lie in \[0, 0\.9\], not {jitter}"):
-            ViewRecipe(augment="none", color_jitter=jitter)
+            ViewConfig(augment="none", color_jitter=jitter)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_simple_crop_equals_torchvisions(shape):
     """Resize(31, bicubic), RandomCrop(31, padding=4, reflect), at the position in the plan."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), np.uint8))
-    plan = ViewPlan(ViewRecipe(image_size=31, crop="simple"), 2, 40)
+    plan = ViewPlan(ViewConfig(image_size=31, crop="simple"), 2, 40)
     boxes = plan.crop_boxes(np.arange(40), np.zeros(40, int), [shape[0]] * 40, [shape[1]] * 40)
     padded = F.pad(F.resize(image, [31], BICUBIC), [4] * 4, padding_mode="reflect")
     assert boxes.dtype == np.int32 and (boxes[:, 2:] == 31).all()
@@ -326,7 +326,7 @@ def test_simple_crop_equals_torchvisions(shape):
 
 def test_simple_crops_are_uniform():
     count = 100_000
-    plan = ViewPlan(ViewRecipe(crop="simple"), 2, count)
+    plan = ViewPlan(ViewConfig(crop="simple"), 2, count)
     ids = np.arange(count)
     left, top, _, _ = plan.crop_boxes(ids, 0 * ids, np.full(count, 500), np.full(count, 375)).T
     assert set(top.tolist()) == set(range(-4, 5)) and (left.min(), left.max()) == (-4, 78)
@@ -339,7 +339,7 @@ def test_simple_crops_are_uniform():
         assert np.abs(shares - 1 / count_of).max() < 5 * math.sqrt(1 / count_of / count)
     assert abs(np.corrcoef(left, top)[0, 1]) < 0.02
     with pytest.raises(InputError, match=r"view\.crop=simple reflects 4 pixels.*not 4"):
-        ViewRecipe(crop="simple", image_size=4)
+        ViewConfig(crop="simple", image_size=4)
 
 
 @pytest.mark.parametrize("crop", ["resized", "simple"])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data.augment import apply_operation, augment_table, operation_at
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
@@ -100,7 +100,7 @@ def assert_pillows(
     size: int = SIZE,
 ) -> None:  # fmt: skip
     pixels, images = ragged(pictures)
-    table = augment_table(ViewRecipe(image_size=size), rows, boxes, which)
+    table = augment_table(ViewConfig(image_size=size), rows, boxes, which)
     views = augment(pixels, images, table, size, FILL).numpy()
     assert views.shape == (len(rows), size, size, 3)
     for view, row, box, picture in zip(views, rows, boxes, which, strict=True):
@@ -197,7 +197,7 @@ def test_a_plan_of_deit_on_photographs() -> None:
     photos = [load_sample_image(name)[:400] for name in ("china.jpg", "flower.jpg")]
     count = 24
     samples, views, which = np.arange(count), np.zeros(count, int), np.arange(count) % 2
-    plan = ViewPlan(ViewRecipe(), 11, count)
+    plan = ViewPlan(ViewConfig(), 11, count)
     boxes = plan.crop_boxes(samples, views, np.full(count, 640), np.full(count, 400))
     rows = plan.rows(samples, views)
     assert len(np.unique(rows["operations"])) > 10 and rows["flip"].any()
@@ -223,7 +223,7 @@ def workload(count: int, size: int = SIZE) -> tuple[Tensor, Tensor, AugmentTable
         names = OPERATIONS[index % 15], ("none", *OPERATIONS)[index * 7 % 16]
         views.append((names, draw.uniform(-10, 10, 2), index % 2))
         boxes.append((int(draw.integers(9)), int(draw.integers(7)), 16, 1 + 5 * index % 24))
-    recipe = ViewRecipe(image_size=size)
+    recipe = ViewConfig(image_size=size)
     table = augment_table(recipe, plan_rows(views), boxes, np.arange(count) % 3)
     return *ragged(pictures), table
 
@@ -253,7 +253,7 @@ def test_tensors_may_be_strided_and_stay_untouched() -> None:
 
 def test_no_view_at_all() -> None:
     pixels, images, _ = workload(1)
-    table = augment_table(ViewRecipe(image_size=9), plan_rows([]), [], [])
+    table = augment_table(ViewConfig(image_size=9), plan_rows([]), [], [])
     assert augment(pixels, images, table, 9, FILL).shape == (0, 9, 9, 3)
     assert augment(pixels[:0], images[:0], table, 9, FILL).shape == (0, 9, 9, 3)
 
@@ -380,6 +380,6 @@ def test_images_outside_the_pixels_are_named(column: int, value: int) -> None:
 )
 def test_recipes_that_the_kernel_does_not_know_are_refused(name: str, value: object) -> None:
     options = {"augment": "none"} if name == "color_jitter" else {}
-    recipe = ViewRecipe(**(options | {name: value}))
+    recipe = ViewConfig(**(options | {name: value}))
     with pytest.raises(InputError, match=f"view.{name}=.*, not {value}"):
         augment_table(recipe, plan_rows([]), [], [])

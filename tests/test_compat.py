@@ -14,7 +14,7 @@ from timm.data import mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import SoftTargetCrossEntropy
 
-from deit_fast.config import RunConfig, ViewRecipe
+from deit_fast.config import RunConfig, ViewConfig
 from deit_fast.config_file import from_dict, to_dict
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
 from deit_fast.data.loader import make_batch
@@ -29,7 +29,7 @@ from helpers.images import write_split
 from helpers.runs import comparable_rows, run_config, torchrun, weights_equal
 
 SIZE = 32
-RECIPE = ViewRecipe(image_size=SIZE, repeats=3, erase_prob=0.5)
+RECIPE = ViewConfig(image_size=SIZE, repeats=3, erase_prob=0.5)
 SEED = 77
 
 
@@ -51,7 +51,7 @@ def timms_lists(num_samples: int, repeats: int, epoch: int, world: int) -> list[
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_the_order_is_timms(num_samples, processes, repeats):
-    recipe = ViewRecipe(repeats=repeats)
+    recipe = ViewConfig(repeats=repeats)
     share = 2 if num_samples < 1000 else 32
     for rank in range(processes):
         batches = DeitBatches(recipe, SEED, num_samples, share * processes, 8, rank, processes)
@@ -69,9 +69,9 @@ def test_the_order_is_timms(num_samples, processes, repeats):
 def test_imagenets_epoch_is_the_one_that_was_measured():
     """427,008 samples three times each, for any number of processes."""
     for processes in (1, 8):
-        batches = DeitBatches(ViewRecipe(), 0, 1_281_167, 1024, 300, 0, processes)
+        batches = DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300, 0, processes)
         assert batches.steps_per_epoch == 1251
-    entries = [DeitBatches(ViewRecipe(), 0, 1_281_167, 1024, 300)[step] for step in range(1251)]
+    entries = [DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300)[step] for step in range(1251)]
     samples = np.concatenate([entry[0] for entry in entries])
     assert np.unique(np.unique(samples, return_counts=True)[1]).tolist() == [3]
     assert len(np.unique(samples)) == 427_008
@@ -116,8 +116,8 @@ def test_distribution_of_batch_mixing():
     """CutMix half of the time, one draw for each step and rank, DeiT's distribution of lambda."""
     count = 100_000
     steps = np.arange(count)
-    kinds, boxes, lams = draw_mix(ViewRecipe(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)
-    others, _, _ = draw_mix(ViewRecipe(), SEED, steps, 0 * steps + 1, Purpose.BATCH_MIX)
+    kinds, boxes, lams = draw_mix(ViewConfig(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)
+    others, _, _ = draw_mix(ViewConfig(), SEED, steps, 0 * steps + 1, Purpose.BATCH_MIX)
     deviation = 5 * np.sqrt(0.25 / count)
     assert abs((kinds == CUTMIX).mean() - 0.5) < deviation and (kinds != NO_MIX).all()
     assert abs((kinds == others).mean() - 0.5) < deviation  # ranks are independent
@@ -126,11 +126,11 @@ def test_distribution_of_batch_mixing():
     areas = boxes[kinds == CUTMIX, 2] * boxes[kinds == CUTMIX, 3]
     assert abs((1 - areas / 224**2).mean() - 0.6826) < 0.005  # DeiT's form of the box
     assert not boxes[kinds == MIXUP].any() and (lams[kinds == CUTMIX] == LAM_ONE).all()
-    batches = DeitBatches(ViewRecipe(), SEED, 256, 8, 3, 1, 2)
-    second = draw_mix(ViewRecipe(), SEED, steps[:96], 0 * steps[:96] + 1, Purpose.BATCH_MIX)
+    batches = DeitBatches(ViewConfig(), SEED, 256, 8, 3, 1, 2)
+    second = draw_mix(ViewConfig(), SEED, steps[:96], 0 * steps[:96] + 1, Purpose.BATCH_MIX)
     for (_, _, mix), kind, box, lam in zip(batches, *second, strict=True):
         assert (mix.kind, mix.box, mix.lam) == (kind, tuple(box.tolist()), lam)
-    rare = draw_mix(ViewRecipe(mix_prob=0.25), SEED, steps, 0 * steps, Purpose.BATCH_MIX)[0]
+    rare = draw_mix(ViewConfig(mix_prob=0.25), SEED, steps, 0 * steps, Purpose.BATCH_MIX)[0]
     assert abs((rare == NO_MIX).mean() - 0.75) < deviation
 
 
@@ -194,7 +194,7 @@ def test_pixels_and_targets_are_timms(source, mix):
 
 def test_views_before_mixing_are_those_of_the_plan(source):
     """Crop, flip, augmentation and erasing of a view do not depend on compat, rank or batch."""
-    alone = ViewRecipe(image_size=SIZE, repeats=3, erase_prob=0.5, mix_prob=0)
+    alone = ViewConfig(image_size=SIZE, repeats=3, erase_prob=0.5, mix_prob=0)
     plan = ViewPlan(alone, SEED, 21)
     whole = {}
     for processes in (1, 2):

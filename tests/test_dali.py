@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch
-from deit_fast.config import DataConfig, ViewRecipe
+from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import ImageFolder, open_loader
 from deit_fast.data.augment import augment
 from deit_fast.errors import InputError
@@ -27,7 +27,7 @@ from helpers.images import SEED, SIZE, encode, folder_of, odd_files, picture, wr
 
 pytestmark = pytest.mark.dali
 
-PLAIN = ViewRecipe(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
 FILL = (124, 116, 104)
 
 
@@ -104,7 +104,7 @@ def test_views_are_close_to_pillows(tmp_path):
     for number in range(12):
         picture(number, 200 + 10 * number, 150).save(folder / f"{number:02d}.jpg", quality=95)
     source = ImageFolder(str(tmp_path), "train")
-    recipe = ViewRecipe(image_size=64, repeats=2)
+    recipe = ViewConfig(image_size=64, repeats=2)
     batches = [(np.repeat(np.arange(12), 2), np.tile([0, 1], 12))]
     near = next(iter(loaded(source, batches, recipe)))
     exact = next(iter(loaded(source, batches, recipe, loader="pillow", workers=0)))
@@ -115,7 +115,7 @@ def test_views_are_close_to_pillows(tmp_path):
 
 def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
     batches = [(np.tile(np.arange(8), 4), np.repeat(np.arange(4), 8))]
-    recipe = ViewRecipe(image_size=SIZE, repeats=2)
+    recipe = ViewConfig(image_size=SIZE, repeats=2)
     whole = next(iter(loaded(source, batches, recipe))).images
     monkeypatch.setattr("deit_fast.data.dali.CHUNK", 5)
     assert torch.equal(next(iter(loaded(source, batches, recipe))).images, whole)
@@ -125,11 +125,11 @@ def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
 
 
 def test_unknown_recipes_are_refused(source):
-    simple = ViewRecipe(image_size=SIZE, crop="simple")
+    simple = ViewConfig(image_size=SIZE, crop="simple")
     for loader in ("dali", "dali-triton"):
         with pytest.raises(InputError, match=r"view\.crop=resized"):
             loaded(source, [], simple, loader=loader)
-    three = ViewRecipe(image_size=SIZE, augment="three_augment")
+    three = ViewConfig(image_size=SIZE, augment="three_augment")
     with pytest.raises(InputError, match="three_augment"):
         loaded(source, [], three, loader="dali-triton")
     assert len(next(iter(loaded(source, [([0, 1], [0, 0])], three)))) == 2
@@ -153,7 +153,7 @@ def test_each_file_is_given_to_dali_once(source, monkeypatch):
         return inputs(files, places)
 
     monkeypatch.setattr(dali, "file_inputs", count)
-    recipe = ViewRecipe(image_size=SIZE, repeats=3)
+    recipe = ViewConfig(image_size=SIZE, repeats=3)
     partner = int(ViewPlan(recipe, SEED, 8).rows([0], [0])["partner"][0])
     samples, views = np.repeat([0, partner], 3), np.tile(np.arange(3), 2)
     next(iter(loaded(source, [(samples, views)], recipe)))
@@ -465,7 +465,7 @@ def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path, loader):
     for number in range(16):
         picture(number, 300 + 10 * number, 250).save(folder / f"{number:02d}.jpg", quality=95)
     source = ImageFolder(str(tmp_path), "train")
-    recipe = ViewRecipe(image_size=64, repeats=2)
+    recipe = ViewConfig(image_size=64, repeats=2)
     plan = ViewPlan(recipe, SEED, 16)
     data = DataConfig(loader=loader, dali_decoder="gpu", workers=4)
     keys = np.array([(sample, view) for sample in range(16) for view in range(4)])

@@ -20,7 +20,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from deit_fast.config import DataConfig, ViewRecipe
+from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import (
     EvalLoader,
     ImageFolder,
@@ -254,7 +254,7 @@ def damaged(tmp_path) -> ImageFolder:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
-    recipe = ViewRecipe(image_size=SIZE, mix_prob=0, augment="none")
+    recipe = ViewConfig(image_size=SIZE, mix_prob=0, augment="none")
     plan = ViewPlan(recipe, SEED, 8)
     batches = [
         (np.array([3, 2, 0]), np.array([0, 0, 0])),
@@ -277,7 +277,7 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
 
 
 def test_partners_are_substituted_with_their_labels(damaged):
-    plan = ViewPlan(ViewRecipe(image_size=SIZE, repeats=1), SEED, 8)
+    plan = ViewPlan(ViewConfig(image_size=SIZE, repeats=1), SEED, 8)
     readable = [0, 1, 4, 4, 4, 5, 6, 0]
     for view in range(6):
         batch = make_batch(damaged, plan, np.arange(8), np.full(8, view), on_error="substitute")
@@ -415,7 +415,7 @@ def test_each_file_is_decoded_once_and_each_view_cut_once(source):
     assert batch.images.shape == (8, SIZE, SIZE, 3)
     split = make_batch(counting, plan, samples[:8:2], views[:8:2], on_error="fail")
     assert split.images.shape == (8, SIZE, SIZE, 3) and len(split) == 4  # own views and partners
-    plain = ViewPlan(ViewRecipe(image_size=SIZE, mix_prob=0), SEED, source.num_samples)
+    plain = ViewPlan(ViewConfig(image_size=SIZE, mix_prob=0), SEED, source.num_samples)
     assert len(make_batch(counting, plain, [0, 1], [0, 0], on_error="fail").images) == 2
 
 
@@ -479,7 +479,7 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
 
 
 def test_finished_views_equal_a_slow_model(source):
-    recipe = ViewRecipe(image_size=SIZE, repeats=2, erase_prob=0.6, mix_prob=0.8)
+    recipe = ViewConfig(image_size=SIZE, repeats=2, erase_prob=0.6, mix_prob=0.8)
     plan = ViewPlan(recipe, SEED, source.num_samples)
     samples, views = np.arange(21), np.arange(21) // 7 * 2
     batch = make_batch(source, plan, samples, views, on_error="fail")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from deit_fast.config import DataConfig, ViewRecipe
+from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import ImageFolder, open_loader, pixel_contract
 from deit_fast.data.open import DeviceLoader
 from deit_fast.errors import InputError
@@ -36,8 +36,8 @@ from helpers.images import (
 
 DALI = pytest.mark.dali
 LOADERS = ["pillow", pytest.param("dali", marks=DALI), pytest.param("dali-triton", marks=DALI)]
-RECIPE = ViewRecipe(image_size=SIZE, repeats=2)
-PLAIN = ViewRecipe(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+RECIPE = ViewConfig(image_size=SIZE, repeats=2)
+PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, ViewRecipe
+from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, RunConfig, ViewConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_teacher, load_weights
 from deit_fast.models.convnet import small_convnet
@@ -184,7 +184,7 @@ def test_model_weights_initialise_a_run_at_another_size(tmp_path):
         weights=str(tmp_path / "w.safetensors"),
         **TINY,
     )
-    config = RunConfig(model=model, view=ViewRecipe(image_size=32))
+    config = RunConfig(model=model, view=ViewConfig(image_size=32))
     run = create_state(config, 10, torch.device("cpu"))
     for weights in (run.model.state_dict(), run.ema.module.state_dict()):
         assert weights["pos_embed"].shape == (1, 18, 48)

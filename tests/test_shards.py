@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from deit_fast.cli import main
-from deit_fast.config import DataConfig, ViewRecipe
+from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_loader, open_source
 from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.tar_shards import TarShards
@@ -27,7 +27,7 @@ from deit_fast.errors import InputError
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
 
-RECIPE = ViewRecipe(image_size=24, repeats=1)
+RECIPE = ViewConfig(image_size=24, repeats=1)
 CLASSES = ("ant", "bee", "cat")
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deit_fast.config import ViewRecipe, constants
+from deit_fast.config import ViewConfig, constants
 from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.errors import InputError
 from deit_fast.views import order as order_module
@@ -39,9 +39,9 @@ DRAWS = 100_000
 SEED = 0x1234_5678_9ABC
 
 
-def view_with(constants: dict, **settings) -> ViewRecipe:
+def view_with(constants: dict, **settings) -> ViewConfig:
     """A recipe with other constants than timm's."""
-    return type("Changed", (ViewRecipe,), constants)(**settings)
+    return type("Changed", (ViewConfig,), constants)(**settings)
 
 
 def within(share: float, expected: float, count: int) -> bool:
@@ -52,7 +52,7 @@ def within(share: float, expected: float, count: int) -> bool:
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
     """Views 0 of an even number of samples, DeiT's recipe."""
-    return ViewPlan(ViewRecipe(), SEED, DRAWS).rows(np.arange(DRAWS), np.zeros(DRAWS, int))
+    return ViewPlan(ViewConfig(), SEED, DRAWS).rows(np.arange(DRAWS), np.zeros(DRAWS, int))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def plain_crop(recipe, sample, view, width, height):
 
 
 def test_crop_equals_plain_python():
-    plan = ViewPlan(ViewRecipe(), SEED, 2000)
+    plan = ViewPlan(ViewConfig(), SEED, 2000)
     rng = np.random.default_rng(0)
     samples, views = np.arange(2000), rng.integers(0, 900, 2000)
     shapes = np.concatenate(
@@ -209,7 +209,7 @@ def test_erasing_equals_plain_python(rows):
         return h < side and w < side
 
     erased = np.flatnonzero(rows["erase"][:, 2])[:1500].tolist()
-    recipe = ViewRecipe()
+    recipe = ViewConfig()
     args = (side, side, recipe.erase_scale, recipe.erase_ratio, accept)
     plain = [plain_boxes(Purpose.ERASE, sample, 0, *args) for sample in erased]
     assert (rows["erase"][erased] == np.array(plain)).all(axis=1).mean() > 0.999
@@ -235,12 +235,12 @@ def test_fallback_takes_the_largest_centred_crop():
     boxes = plan.crop_boxes(np.arange(3), [0, 0, 0], [1000, 10, 60], [100, 1000, 100])
     assert boxes[0].tolist() == [462, 0, 75, 100]  # too wide: width 100 * 0.75
     assert boxes[1].tolist() == [0, 490, 10, 20]  # too tall: height 10 / 0.5
-    whole = ViewPlan(ViewRecipe(crop_scale=(1.5, 2.0)), SEED, 1)
+    whole = ViewPlan(ViewConfig(crop_scale=(1.5, 2.0)), SEED, 1)
     assert whole.crop_boxes([0], [0], [100], [90]).tolist() == [[0, 0, 100, 90]]
 
 
 def test_distribution_of_crops():
-    plan = ViewPlan(ViewRecipe(), SEED, DRAWS)
+    plan = ViewPlan(ViewConfig(), SEED, DRAWS)
     ids = np.arange(DRAWS)
     boxes = plan.crop_boxes(ids, ids * 0, np.full(DRAWS, 3000), np.full(DRAWS, 3000))
     left, top, width, height = boxes.T.astype(float)
@@ -274,10 +274,10 @@ def test_distribution_of_flip_and_erasing(rows):
 
 def test_probabilities_zero_and_one():
     ids = np.arange(3000)
-    never = ViewPlan(ViewRecipe(flip_prob=0, erase_prob=0, mix_prob=0), SEED, 3000).rows(ids, 0)
+    never = ViewPlan(ViewConfig(flip_prob=0, erase_prob=0, mix_prob=0), SEED, 3000).rows(ids, 0)
     assert not never["flip"].any() and not never["erase"].any() and not never["mix_kind"].any()
     assert (never["lam"] == LAM_ONE).all() and not never["box"].any()
-    always = ViewPlan(ViewRecipe(flip_prob=1, erase_prob=1, mix_prob=1), SEED, 3000).rows(ids, 0)
+    always = ViewPlan(ViewConfig(flip_prob=1, erase_prob=1, mix_prob=1), SEED, 3000).rows(ids, 0)
     assert always["flip"].all() and (always["erase"][:, 2] > 0).all() and always["mix_kind"].all()
 
 
@@ -329,7 +329,7 @@ def test_both_members_of_a_pair_share_the_mix(rows):
     ("alphas", "kinds"), [((0, 1.0), {CUTMIX}), ((0.8, 0), {MIXUP}), ((0, 0), {NO_MIX})]
 )
 def test_a_mix_that_is_off_is_never_drawn(alphas, kinds):
-    recipe = ViewRecipe(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+    recipe = ViewConfig(mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
     rows = ViewPlan(recipe, SEED, 1000).rows(np.arange(1000), 0)
     assert set(rows["mix_kind"].tolist()) == kinds
 
@@ -338,7 +338,7 @@ def test_a_mix_that_is_off_is_never_drawn(alphas, kinds):
 def test_pairing_is_an_involution(count):
     seen = set()
     for group in range(5):
-        plan = ViewPlan(ViewRecipe(repeats=3), SEED, count)
+        plan = ViewPlan(ViewConfig(repeats=3), SEED, count)
         partners = [
             plan.rows(np.arange(count), np.full(count, 3 * group + r))["partner"] for r in range(3)
         ]
@@ -357,7 +357,7 @@ def test_pairing_is_an_involution(count):
 
 
 def test_lam_of_weighs_the_own_sample():
-    rows = ViewPlan(ViewRecipe(), SEED, 4).rows(np.arange(3), 0)
+    rows = ViewPlan(ViewConfig(), SEED, 4).rows(np.arange(3), 0)
     rows["mix_kind"] = [NO_MIX, MIXUP, CUTMIX]
     rows["lam"] = [LAM_ONE, 16384, LAM_ONE]
     rows["box"] = [[0] * 4, [0] * 4, [10, 20, 56, 112]]
@@ -371,7 +371,7 @@ def test_lam_of_weighs_the_own_sample():
 
 
 def test_rows_do_not_depend_on_the_batch(rows):
-    plan = ViewPlan(ViewRecipe(), SEED, DRAWS)
+    plan = ViewPlan(ViewConfig(), SEED, DRAWS)
     rng = np.random.default_rng(1)
     samples, views = rng.integers(0, DRAWS, 999), rng.integers(0, 12, 999)
     whole = plan.rows(samples, views)
@@ -393,7 +393,7 @@ def test_rows_do_not_depend_on_the_batch(rows):
 @pytest.mark.parametrize("augment", ["randaugment", "three_augment", "none"])
 def test_partner_lambda_and_box_depend_on_neither_batch_nor_rank(augment):
     """Walked as runs of other batch sizes, ranks and starts: a key always has the same row."""
-    recipe = ViewRecipe(augment=augment, mix_prob=0.8)
+    recipe = ViewConfig(augment=augment, mix_prob=0.8)
     plan = ViewPlan(recipe, SEED, 301)
     order = EpochOrder(SEED, 301, 6, 3)
     seen: dict[tuple[int, int], bytes] = {}
@@ -418,7 +418,7 @@ def test_partner_lambda_and_box_depend_on_neither_batch_nor_rank(augment):
 @pytest.mark.parametrize("seed", range(3))
 def test_who_is_mixed_with_whom_is_uniform_over_the_data_set(seed):
     """Over 4000 groups of views, each of the 11 others is sample 0's partner equally often."""
-    plan = ViewPlan(ViewRecipe(repeats=1), seed, 12)
+    plan = ViewPlan(ViewConfig(repeats=1), seed, 12)
     partner = plan.rows(np.zeros(4000, int), np.arange(4000))["partner"]
     counts = np.bincount(partner, minlength=12)
     assert counts[0] == 0 and abs(counts[1:] - 4000 / 11).max() < 5 * math.sqrt(4000 / 11)
@@ -427,9 +427,9 @@ def test_who_is_mixed_with_whom_is_uniform_over_the_data_set(seed):
 @pytest.mark.parametrize(
     "recipe",
     [
-        ViewRecipe(image_size=32, repeats=2),
-        ViewRecipe(image_size=32, repeats=2, augment="three_augment", color_jitter=0.3),
-        ViewRecipe(image_size=32, repeats=2, augment="none", color_jitter=0.4, crop="simple"),
+        ViewConfig(image_size=32, repeats=2),
+        ViewConfig(image_size=32, repeats=2, augment="three_augment", color_jitter=0.3),
+        ViewConfig(image_size=32, repeats=2, augment="none", color_jitter=0.4, crop="simple"),
     ],
     ids=["randaugment", "three_augment", "jitter_simple_crop"],
 )
@@ -460,7 +460,7 @@ def test_finished_views_are_the_same_however_a_run_is_cut(tmp_path, recipe):
 
 
 def test_views_seeds_and_samples_differ():
-    first, second = (ViewPlan(ViewRecipe(), seed, 500) for seed in (0, 1 << 32))
+    first, second = (ViewPlan(ViewConfig(), seed, 500) for seed in (0, 1 << 32))
     ids = np.arange(500)
     for other in (first.rows(ids, 1), second.rows(ids, 0)):
         assert (first.rows(ids, 0)["noise_key"] != other["noise_key"]).all()
@@ -472,10 +472,10 @@ def test_views_seeds_and_samples_differ():
 
 GOLDEN = """
 import hashlib, numpy as np
-from deit_fast.config import ViewRecipe, constants
+from deit_fast.config import ViewConfig, constants
 from deit_fast.views.order import EpochOrder
 from deit_fast.views.plan import ViewPlan
-plan = ViewPlan(ViewRecipe(), 2026, 10_001)
+plan = ViewPlan(ViewConfig(), 2026, 10_001)
 ids, views = np.arange(10_001), np.arange(10_001) % 9
 digest = hashlib.sha256(plan.rows(ids, views).tobytes())
 digest.update(plan.crop_boxes(ids, views, 200 + ids % 700, 300 + ids % 500).tobytes())
@@ -501,7 +501,7 @@ def test_golden_plan():
 
 def test_golden_plan_of_three_augment():
     """As above, for the operations that DeiT-III has and DeiT has not."""
-    recipe = ViewRecipe(crop="simple", augment="three_augment", color_jitter=0.3)
+    recipe = ViewConfig(crop="simple", augment="three_augment", color_jitter=0.3)
     plan = ViewPlan(recipe, 2026, 10_001)
     ids, views = np.arange(10_001), np.arange(10_001) % 9
     digest = hashlib.sha256(plan.rows(ids, views).tobytes())
@@ -510,15 +510,15 @@ def test_golden_plan_of_three_augment():
 
 
 def test_fingerprint_names_every_field_and_table():
-    entries = fingerprint(ViewRecipe(), 7)
-    names = [*ViewRecipe.__dataclass_fields__, *constants(ViewRecipe)]
+    entries = fingerprint(ViewConfig(), 7)
+    names = [*ViewConfig.__dataclass_fields__, *constants(ViewConfig)]
     assert {f"view.{name}" for name in names} <= set(entries)
     assert entries["view.seed"] == 7 and entries["view.cutmix_form"] == "deit"
     assert entries["view.crop_scale"] == [0.08, 1.0]  # a list, as JSON reads it back
     assert len(entries["view.tables_sha256"]) == 2 * hashlib.sha256().digest_size
     for changed in (
-        ViewRecipe(mixup_alpha=0.7),
-        ViewRecipe(cutmix_alpha=2.0),
+        ViewConfig(mixup_alpha=0.7),
+        ViewConfig(cutmix_alpha=2.0),
         view_with({"crop_ratio": (0.7, 1.4)}),
     ):
         other = fingerprint(changed, 7)
@@ -526,14 +526,14 @@ def test_fingerprint_names_every_field_and_table():
 
 
 def test_ids_out_of_range_are_refused():
-    plan = ViewPlan(ViewRecipe(), SEED, 10)
+    plan = ViewPlan(ViewConfig(), SEED, 10)
     for samples, views in (([10], [0]), ([-1], [0]), ([0], [-1]), ([0], [2**31])):
         with pytest.raises(IndexError, match="leave"):
             plan.rows(samples, views)
         with pytest.raises(IndexError, match="leave"):
             plan.crop_boxes(samples, views, [5], [5])
     with pytest.raises(InputError, match="not 0"):
-        ViewPlan(ViewRecipe(), SEED, 0)
+        ViewPlan(ViewConfig(), SEED, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_length_at_imagenet_size():
 
 def test_pairs_and_repeats_stand_together():
     samples, views = EpochOrder(SEED, 600, 6, 3).epoch(4)
-    partner = ViewPlan(ViewRecipe(repeats=3), SEED, 600).rows(samples, views)["partner"]
+    partner = ViewPlan(ViewConfig(repeats=3), SEED, 600).rows(samples, views)["partner"]
     np.testing.assert_array_equal(partner.reshape(-1, 2), samples.reshape(-1, 2)[:, ::-1])
     blocks = samples.reshape(-1, 3, 2)
     assert (blocks == blocks[:, :1]).all()
@@ -625,7 +625,7 @@ def test_two_readers_near_a_border_compute_each_table_once(monkeypatch):
                   order_module.partner_table):  # fmt: skip
         table.cache_clear()
 
-    plan = ViewPlan(ViewRecipe(repeats=3), SEED, 2000)
+    plan = ViewPlan(ViewConfig(repeats=3), SEED, 2000)
     batches = TrainBatches(EpochOrder(SEED, 2000, 6, 3), 64, epochs=6)
     for step in range(len(batches)):
         plan.rows(*batches[step])

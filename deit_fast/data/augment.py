@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data.resize import crop_and_resize, resize_and_crop
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, resize_columns
@@ -113,7 +113,7 @@ def render_views(
     image_of: np.ndarray,
     rows: np.ndarray,
     boxes: np.ndarray,
-    view: ViewRecipe,
+    view: ViewConfig,
     out: np.ndarray,
     run: Callable[..., Iterable[None]] = map,
 ) -> None:
@@ -142,7 +142,7 @@ def render_views(
         pass
 
 
-def fill_color(view: ViewRecipe) -> Color:
+def fill_color(view: ViewConfig) -> Color:
     """Colour of pixels from outside the image, as timm's `img_mean`."""
     red, green, blue = (round(255 * mean) for mean in view.mean)
     return red, green, blue
@@ -209,7 +209,7 @@ def _new_values(kind: str, argument: int) -> list[int]:
 
 
 def augment_table(
-    view: ViewRecipe, rows: np.ndarray, boxes: npt.ArrayLike, image_of: npt.ArrayLike
+    view: ViewConfig, rows: np.ndarray, boxes: npt.ArrayLike, image_of: npt.ArrayLike
 ) -> AugmentTable:
     """A batch as a table on the CPU, from which `kernels.augment` makes the pixels of `augment`.
 

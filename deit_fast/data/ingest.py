@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.kernels.ingest import PLAN_COLUMNS, ingest
 
@@ -50,7 +50,7 @@ def _operand(rows: np.ndarray, image: np.ndarray, prefix: str) -> dict[str, np.n
 
 
 def ingest_batch(
-    batch: ViewBatch, view: ViewRecipe, dtype: torch.dtype, patch: int | None = None
+    batch: ViewBatch, view: ViewConfig, dtype: torch.dtype, patch: int | None = None
 ) -> Tensor:
     """Flip, normalise, erase and mix, on the device of the batch.
 
@@ -69,7 +69,7 @@ def ingest_batch(
     return ingest(*arguments, layout="patches", patch=patch)
 
 
-def save_views(batch: ViewBatch, view: ViewRecipe, path: Path, count: int = 16) -> None:
+def save_views(batch: ViewBatch, view: ViewConfig, path: Path, count: int = 16) -> None:
     """Write a grid of a batch's first views, as the student sees them, as a PNG.
 
     There are eight views in a row; small ones are enlarged to about 64 pixels.

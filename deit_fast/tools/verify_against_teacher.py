@@ -11,7 +11,7 @@ import torch
 
 from deit_fast.cache import LogitCache
 from deit_fast.cache.verify import THRESHOLD, compare_logits, pick_pixels
-from deit_fast.config import DataConfig, RunConfig, ViewRecipe, constants
+from deit_fast.config import DataConfig, RunConfig, ViewConfig, constants
 from deit_fast.config_file import from_dict
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
@@ -24,14 +24,14 @@ from deit_fast.views.plan import ViewPlan, lam_of
 _BATCH = 16
 
 
-def stored_view(cache: LogitCache) -> tuple[ViewRecipe, int]:
+def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
     """Settings and seed of a cache's views, from its fingerprint.
 
     Raises:
         CacheError: the fingerprint has none, as that of an imported cache.
     """
     found = cache.manifest["fingerprint"]
-    names = [*(item.name for item in fields(ViewRecipe)), *constants(ViewRecipe)]
+    names = [*(item.name for item in fields(ViewConfig)), *constants(ViewConfig)]
     missing = [key for key in ("seed", *names) if f"view.{key}" not in found]
     if missing:
         raise CacheError(
@@ -40,7 +40,7 @@ def stored_view(cache: LogitCache) -> tuple[ViewRecipe, int]:
         )
     values = {name: found[f"view.{name}"] for name in names}
     try:
-        return from_dict(ViewRecipe, values, "view."), int(found["view.seed"])
+        return from_dict(ViewConfig, values, "view."), int(found["view.seed"])
     except (InputError, TypeError, ValueError) as error:
         raise CacheError(f"cache {cache.path}: fingerprint: {error}") from None
 

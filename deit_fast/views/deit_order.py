@@ -18,7 +18,7 @@ import functools
 import numpy as np
 import torch
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.errors import InputError
 from deit_fast.views.order import RankBatches
 from deit_fast.views.plan import BatchMix
@@ -39,7 +39,7 @@ class DeitBatches(RankBatches):
 
     def __init__(
         self,
-        view: ViewRecipe,
+        view: ViewConfig,
         seed: int,
         num_samples: int,
         batch_size: int,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deit_fast.config import ViewRecipe, constants
+from deit_fast.config import ViewConfig, constants
 from deit_fast.errors import InputError
 from deit_fast.views.order import partner_table
 from deit_fast.views.rng import (
@@ -127,7 +127,7 @@ class ViewPlan:
         num_samples: size of the data set; the pairs depend on it.
     """
 
-    view: ViewRecipe
+    view: ViewConfig
     seed: int
     num_samples: int
 
@@ -388,7 +388,7 @@ def lam_of(rows: Array, image_size: int) -> Array:
     return np.where(rows["mix_kind"] == CUTMIX, cutmix, rows["lam"] / LAM_ONE).astype(np.float32)
 
 
-def fingerprint(view: ViewRecipe, seed: int) -> dict[str, Any]:
+def fingerprint(view: ViewConfig, seed: int) -> dict[str, Any]:
     """What two users of a cache must agree on about views: JSON values under dotted keys."""
     entries = {
         f"view.{name}": list(value) if isinstance(value, tuple) else value

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from deit_fast.config import ViewRecipe
+    from deit_fast.config import ViewConfig
 
 LAM_ONE = 65536  # lambda = 1 in the plan's integers
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2
@@ -110,7 +110,7 @@ def draw_level(words: Array, mean: float, std: float) -> Array:
 
 
 def draw_mix(
-    view: ViewRecipe,
+    view: ViewConfig,
     seed: int,
     first: Array,
     second: Array,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit_fast.config import ViewRecipe
+from deit_fast.config import ViewConfig
 from deit_fast.data import ImageFolder, ingest_batch
 
 SIZE = 32
 SEED = 11
-RECIPE = ViewRecipe(image_size=SIZE, repeats=2)
+RECIPE = ViewConfig(image_size=SIZE, repeats=2)
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
