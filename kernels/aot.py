@@ -181,7 +181,7 @@ def compile_case(case: Case, arch: str) -> Any:
 
 
 def ir_checksum(case: Case, arch: str) -> int:
-    """48 bits of SHA-256 over options and IR; names and places in the source do not count."""
+    """48 bits of SHA-256 over options and IR, without names and positions in the source."""
     source, target, options = as_source(case, arch)
     backend = make_backend(target)
     parsed = backend.parse_options(options)
@@ -191,11 +191,23 @@ def ir_checksum(case: Case, arch: str) -> int:
     functions = backend.get_codegen_implementation(parsed)
     text = str(source.make_ir(target, parsed, functions, backend.get_module_map(), context))
     text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", "", text, flags=re.MULTILINE)
-    names: dict[str, str] = {}
-    text = re.sub(
-        r'@"[^"]*"|[@%][\w.$-]+', lambda name: names.setdefault(name[0], f"%{len(names)}"), text
-    )
+    text = without_names(text)
     return int(hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:12], 16)
+
+
+def without_names(text: str) -> str:
+    """IR with functions and values numbered in their order. Values are local to a function."""
+    numbers: dict[tuple[int, str], int] = {}
+
+    def number(function: int, name: str) -> str:
+        key = (-1 if name.startswith("@") else function, name)
+        return f"{name[0]}{numbers.setdefault(key, len(numbers))}"
+
+    functions = re.split(r"^(?=\s*tt\.func)", text, flags=re.MULTILINE)
+    return "".join(
+        re.sub(r'@"[^"]*"|[@%][\w.$-]+', lambda name, i=i: number(i, name[0]), function)  # type: ignore[misc]
+        for i, function in enumerate(functions)
+    )
 
 
 def compile_logged(case: Case, arch: str) -> tuple[Any, str]:

@@ -1,7 +1,7 @@
 """add_layer_norm: against float64 and PyTorch's own error, byte by byte, against OpInfo samples.
 
 On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before
-triton is imported: `test_in_the_interpreter` runs this file again in a process of its own.
+triton is imported: `test_in_the_interpreter` runs this file again in a separate process.
 
 Accuracy: the error against the float64 reference is at most twice that of plain PyTorch operations
 in the same dtypes, plus two units of the result's last place. Grid: every form x every dtype mix x
@@ -39,7 +39,7 @@ DTYPES = (
     *((FP32, FP32, FP32), (BF16, BF16, FP32), (FP16, FP16, FP32)),
     *((FP32, BF16, FP32), (FP32, FP16, FP32), (BF16, BF16, BF16), (BF16, FP32, FP32)),
 )
-# More rows than four programs hold at once, and no multiple of theirs, where it is cheap.
+# Some have more rows than four programs hold at once, and not a multiple of that number.
 SHAPES = ((0, 5, 7), (3, 1, 1), (3, 100, 7), (3, 33, 192), (2, 5, 384), (3, 3, 1000), (2, 1, 4096))
 FORMS = ("norm", "plain", "gamma", "keep", "gamma keep")
 LAYOUTS = ("plain", "columns", "transposed", "expanded", "misaligned", "slice")
@@ -127,10 +127,10 @@ def results(
         for out, g in zip(outputs, gradients, strict=True)
         if g is not None
     ]
-    wanted = [x for x in leaves if x is not None]
+    needed = [x for x in leaves if x is not None]
     outs, gs = zip(*used, strict=True)
-    found = torch.autograd.grad(outs, wanted, gs, allow_unused=True)
-    found = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+    found = torch.autograd.grad(outs, needed, gs, allow_unused=True)
+    found = [torch.zeros_like(x) if g is None else g for x, g in zip(needed, found, strict=True)]
     return [x.detach() for x in (*outputs, *found)]
 
 
@@ -144,7 +144,10 @@ def assert_no_worse(
         assert got.dtype == theirs.dtype and got.shape == true.shape, name
         allowed = 2 * (theirs.double() - true).norm()
         allowed += 2 * torch.finfo(got.dtype).eps * true.norm() + 1e-9
-        if FP16 in (got.dtype, mine[1].dtype):  # what lies below its range is lost in any code
+        if FP16 in (
+            got.dtype,
+            mine[1].dtype,
+        ):  # values below its range are lost in any implementation
             allowed += 6e-8 * got.numel() ** 0.5
         mistake = (got.double() - true).norm()
         assert mistake <= allowed, f"{name} {note}: {mistake:.2e} of {true.norm():.2e}, {allowed=}"
@@ -246,14 +249,14 @@ def test_frozen_inputs_get_no_gradient_and_the_others_the_same() -> None:
     tensors = inputs(shape, "gamma keep", (FP32, BF16, FP32))
     gradients = [normal(*shape), normal(*shape, dtype=BF16)]
     full = results(ours, tensors, gradients)[2:]
-    for wanted in range(5):
+    for needed in range(5):
         leaves = [x.detach() for x in tensors[:5]]
-        leaves[wanted].requires_grad_()
+        leaves[needed].requires_grad_()
         outputs = ours(*leaves, tensors[5], None)
         with recorded() as seen:
-            (found,) = torch.autograd.grad(outputs, leaves[wanted], gradients)
-        torch.testing.assert_close(found, full[wanted], rtol=1e-5, atol=1e-5)
-        programs = 4 if wanted >= 2 else 0
+            (found,) = torch.autograd.grad(outputs, leaves[needed], gradients)
+        torch.testing.assert_close(found, full[needed], rtol=1e-5, atol=1e-5)
+        programs = 4 if needed >= 2 else 0
         most = found.numel() + 24 * programs
         assert sum(map(len, seen.writes)) <= most
 
@@ -296,17 +299,17 @@ def test_backward_reads_and_writes_each_element_once(form: str) -> None:
     x, mean, rstd = residual if branch is None else out[0], *out[2:]
     gradients = [None if branch is None else normal(*shape, dtype=BF16), normal(*shape, dtype=BF16)]
     saved = branch if gamma is not None else None
-    wanted = [True, branch is not None, True, True, gamma is not None, branch is not None]
+    needed = [True, branch is not None, True, True, gamma is not None, branch is not None]
     with recorded() as seen:
         found = torch.ops.deit_fast.add_layer_norm_backward(
-            *gradients, x, saved, weight, bias, gamma, keep, mean, rstd, BF16, wanted, bias.dtype
+            *gradients, x, saved, weight, bias, gamma, keep, mean, rstd, BF16, needed, bias.dtype
         )
     read = [y for y in (*gradients, x, saved, mean, rstd) if y is not None]
     for y in read:
         assert (seen.counts(seen.reads, y) == 1).all()
-    for y, want in zip(found, wanted, strict=True):
+    for y, want in zip(found, needed, strict=True):
         assert y.numel() == 0 if not want else (seen.counts(seen.writes, y) == 1).all()
-    partial = PROGRAMS_PER_PROCESSOR * channels * sum(wanted[2:])
+    partial = PROGRAMS_PER_PROCESSOR * channels * sum(needed[2:])
     others = [y for y in (weight, gamma, keep) if y is not None]
     assert seen.outside(seen.reads, [*read, *others]) == partial
     assert seen.outside(seen.writes, [y for y in found if y.numel()]) == partial
@@ -393,10 +396,10 @@ def test_opcheck(form: str) -> None:
     torch.library.opcheck(operators.add_layer_norm_forward.default, forward)
     out = operators.add_layer_norm_forward(*forward)
     x = detached[0] if form == "norm" else out[0]
-    wanted = [True, form != "norm", True, True, "gamma" in form, form != "norm"]
+    needed = [True, form != "norm", True, True, "gamma" in form, form != "norm"]
     backward = (
         x.clone() if form != "norm" else None, out[1].clone(), x,
-        detached[1] if wanted[4] else None, *detached[2:], tensors[5], *out[2:], BF16, wanted,
+        detached[1] if needed[4] else None, *detached[2:], tensors[5], *out[2:], BF16, needed,
         FP32,
     )  # fmt: skip
     torch.library.opcheck(operators.add_layer_norm_backward.default, backward)

@@ -1,6 +1,6 @@
 """Machine code of all kernels, without a GPU: the gate itself, and that it can fail.
 
-Compiling happens in processes of its own: other tests load Triton's interpreter into this one.
+Compiling happens in separate processes: other tests load Triton's interpreter into this one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_gate_names_each_rule_that_a_bad_kernel_breaks():
         "no matrices": {"tensor cores"},
         "typing error": {"expectation 'wide_load' is not known"},
         "spills": {"stack", "spills"},
-        "tail behind the loop": {"ptxas log", "wgmma waits"},
+        "tail after the loop": {"ptxas log", "wgmma waits"},
     }
     # The code of the warning and what it says
     assert re.search(r"ptxas log: .*\(C7515\).* serialized .*'weighted_sums'", done.stdout)

@@ -6,7 +6,7 @@ compiled kernels.
 
 Accuracy: the error against the float64 reference is at most twice that of PyTorch's own attention
 (the math backend, the same dtype), plus two units of the last place of the result and, in float32,
-of the largest term that a sum runs over: near 0 luck decides which of two codes is closer.
+of the largest term that a sum runs over: near 0 either implementation may be closer by chance.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """bias_gelu: against float64 and PyTorch's own error, byte by byte, against OpInfo samples.
 
 On a machine without a GPU the kernels run in Triton's interpreter, which has to be chosen before
-triton is imported: `test_in_the_interpreter` runs this file again in a process of its own.
+triton is imported: `test_in_the_interpreter` runs this file again in a separate process.
 
 Accuracy: the error against the float64 reference is at most twice that of plain PyTorch operations
 in the dtype of x, plus two units of the result's last place and, for a slope near its zero, one
@@ -36,7 +36,7 @@ from helpers.kernels import (
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of x and of bias.
 DTYPES = ((FP32, FP32), (BF16, FP32), (FP16, FP32), (BF16, BF16), (FP32, BF16))
-# More rows than the programs hold at once, and no multiple of theirs, where it is cheap.
+# Some have more rows than all programs hold at once, and not a multiple of that number.
 SHAPES = ((0, 7), (3, 1), (3, 100, 7), (2, 33, 192), (5, 384), (3, 1000), (2, 9, 1536), (2, 4096))
 LAYOUTS = ("plain", "columns", "transposed", "expanded", "misaligned", "slice")
 
@@ -68,7 +68,7 @@ def assert_no_worse(x: Tensor, bias: Tensor, gradient: Tensor, note: str = "") -
         allowed = 2 * (theirs.double() - true).norm() + 2 * torch.finfo(got.dtype).eps * true.norm()
         unit = torch.finfo(FP32).eps
         allowed += unit * (x if name == "y" else gradient).double().norm() + 1e-12
-        if FP16 in (x.dtype, got.dtype):  # what lies below its range is lost in any code
+        if FP16 in (x.dtype, got.dtype):  # values below its range are lost in any implementation
             allowed += 6e-8 * got.numel() ** 0.5
         mistake = (got.double() - true).norm()
         assert mistake <= allowed, f"{name} {note}: {mistake:.2e} of {true.norm():.2e}, {allowed=}"
@@ -98,7 +98,7 @@ def test_accuracy(layout: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", (FP32, BF16, FP16))
 def test_large_and_small_values(dtype: torch.dtype) -> None:
-    """Far out it is u or 0 and its slope 1 or 0, with nothing infinite on the way."""
+    """For large |u| the result is u or 0 and the slope 1 or 0; no intermediate value overflows."""
     far = torch.tensor([[-6e4, -50.0, -20.0, 20.0, 50.0, 6e4]], dtype=dtype, device=DEVICE)
     zero, ones = torch.zeros(6, device=DEVICE), torch.ones(1, 6, dtype=dtype, device=DEVICE)
     y, slope, _ = results(bias_gelu, far, zero, ones)
@@ -195,14 +195,14 @@ def test_a_nan_is_seen_and_stays_in_its_place() -> None:
 def test_frozen_inputs_get_no_gradient_and_the_other_the_same() -> None:
     x, bias, gradient = normal(3, 5, 48), normal(48), normal(3, 5, 48)
     full = results(bias_gelu, x, bias, gradient)[1:]
-    for wanted in (0, 1):
+    for needed in (0, 1):
         leaves = [x.detach(), bias.detach()]
-        leaf = leaves[wanted].requires_grad_()
+        leaf = leaves[needed].requires_grad_()
         y = bias_gelu(*leaves)
         with recorded() as seen:
             (found,) = torch.autograd.grad(y, leaf, gradient)
-        assert torch.equal(found, full[wanted])
-        partial = 48 * max_programs(x.device) if wanted else 0
+        assert torch.equal(found, full[needed])
+        partial = 48 * max_programs(x.device) if needed else 0
         assert sum(map(len, seen.writes)) <= found.numel() + partial
 
 
@@ -275,8 +275,8 @@ def test_opcheck(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x = laid_out("transposed", x)
     operators = torch.ops.deit_fast
     torch.library.opcheck(operators.bias_gelu_forward.default, (x, bias))
-    for wanted in ((True, True), (True, False), (False, True)):
-        arguments = (x.clone(), x, bias, *wanted)
+    for needed in ((True, True), (True, False), (False, True)):
+        arguments = (x.clone(), x, bias, *needed)
         torch.library.opcheck(operators.bias_gelu_backward.default, arguments)
     leaves = (x.requires_grad_(), bias.requires_grad_())
     torch.library.opcheck(operators.bias_gelu.default, leaves)

@@ -1,7 +1,7 @@
 """bias_gelu_linear: against float64 and PyTorch's own error under autocast, and byte by byte.
 
 On a machine without a GPU the kernels run in Triton's interpreter: `test_in_the_interpreter` runs
-this file again in a process of its own.
+this file again in a separate process.
 
 Accuracy: what the kernel sums in float32 and stores in float32 (the bias's gradient) is at most as
 far from float64 as PyTorch's under autocast, which rounds the product and the gradient before. What
@@ -56,7 +56,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.fixture(params=TILES, ids=lambda tiles: f"{tiles.rows}x{tiles.cols}")
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tiles:
-    """The fused way with these tiles, whatever is faster."""
+    """The fused variant with these tiles, even if it is slower."""
     monkeypatch.setattr(MODULE, "CHOICE", "fused")
     monkeypatch.setattr(MODULE, "TILES", (request.param,))
     return request.param
@@ -113,9 +113,9 @@ def test_no_rows(tiles: Tiles) -> None:
 
 
 def backward(
-    grad: Tensor, weight: Tensor, x: Tensor, bias: Tensor, *wanted: bool
+    grad: Tensor, weight: Tensor, x: Tensor, bias: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.deit_fast.bias_gelu_linear_backward(grad, weight, x, bias, *wanted)
+    return torch.ops.deit_fast.bias_gelu_linear_backward(grad, weight, x, bias, *needed)
 
 
 @interpreted
@@ -158,16 +158,16 @@ def test_what_is_saved(tiles: Tiles) -> None:
 def test_frozen_inputs_get_no_gradient_and_the_others_the_same(tiles: Tiles) -> None:
     leaves, gradient = leaves_of((5, 64), 64), normal(5, 64, dtype=BF16)
     full = results(bias_gelu_linear, leaves, gradient)[1:]
-    for wanted in itertools.product((False, True), repeat=4):
-        if not any(wanted):
+    for needed in itertools.product((False, True), repeat=4):
+        if not any(needed):
             continue
-        inputs = [x.detach().requires_grad_(want) for x, want in zip(leaves, wanted, strict=True)]
+        inputs = [x.detach().requires_grad_(want) for x, want in zip(leaves, needed, strict=True)]
         with torch.autocast(DEVICE, BF16):
             y = bias_gelu_linear(*inputs)
         found = torch.autograd.grad(y, [x for x in inputs if x.requires_grad], gradient)
-        expected = [x for x, want in zip(full, wanted, strict=True) if want]
+        expected = [x for x, want in zip(full, needed, strict=True) if want]
         for a, b in zip(found, expected, strict=True):
-            # The bias alone goes another way
+            # The gradient of the bias alone uses the separate variant.
             torch.testing.assert_close(a, b, rtol=1e-2, atol=5e-2)
 
 
@@ -223,8 +223,8 @@ def test_no_second_derivative(tiles: Tiles) -> None:
 def test_opcheck(tiles: Tiles) -> None:
     x, bias, weight, out_bias = leaves_of((2, 9, 64), 24, weights=BF16)
     operators, grad = torch.ops.deit_fast, normal(2, 9, 24, dtype=BF16)
-    for wanted in ((True, True), (True, False), (False, True)):
-        arguments = (grad, weight, x, bias, *wanted)
+    for needed in ((True, True), (True, False), (False, True)):
+        arguments = (grad, weight, x, bias, *needed)
         torch.library.opcheck(operators.bias_gelu_linear_backward.default, arguments)
     leaves = [y.requires_grad_() for y in (x, bias, weight, out_bias)]
     copy = normal(24, 64, dtype=BF16)

@@ -1,7 +1,7 @@
-"""What a call of an operator costs on the host, in launches of a trivial kernel.
+"""Host time of an operator's call, in launches of a trivial kernel.
 
 Measured without a GPU: the kernels are compiled, then a driver that launches nothing takes their
-place. Only ratios within one process count. The real driver's own time is in none of them.
+place. Only ratios within one process count. They do not include the time of a real driver.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST = {
 
 
 def run(*arguments: str) -> Any:
-    """The last line that this file prints in a process of its own."""
+    """The last line that this file prints in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
         capture_output=True,
@@ -124,7 +124,7 @@ def plans() -> dict[str, int]:
 
     def launches(call: Any, tensors: list[torch.Tensor]) -> list[tuple[Any, Any]]:
         """Grid and arguments of each launch; a tensor as its dtype and which input it is."""
-        places = {x.data_ptr(): i for i, x in enumerate(tensors)}
+        indices = {x.data_ptr(): i for i, x in enumerate(tensors)}
         host_only.launches.clear()
         call(*tensors)
 
@@ -132,7 +132,7 @@ def plans() -> dict[str, int]:
             if not isinstance(x, torch.Tensor):
                 return x
             room = x.stride(0) * x.shape[0] if x.dim() else 1  # with a row's padding
-            return x.dtype, places.get(x.data_ptr(), f"new, {room} elements")
+            return x.dtype, indices.get(x.data_ptr(), f"new, {room} elements")
 
         return [(grid, [*map(named, arguments)]) for grid, arguments in host_only.launches]
 
@@ -159,8 +159,8 @@ def padding() -> dict[str, list[int]]:
     def numbers(has_room: bool) -> list[int]:
         tensors = make()
         if not has_room:
-            for place, x in enumerate(tensors[:3]):
-                tensors[place] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+            for i, x in enumerate(tensors[:3]):
+                tensors[i] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         host_only.launches.clear()
         call(*tensors)
         return [x for x in host_only.launches[0][1] if isinstance(x, int)]

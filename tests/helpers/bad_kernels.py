@@ -50,7 +50,7 @@ def weighted_sums(
     rows,
     TAIL_FIRST: tl.constexpr,
 ):
-    """Half an attention. With the last 16 rows behind the pipelined loop ptxas serializes wgmma."""
+    """A small attention. With the last 16 rows after the pipelined loop ptxas serializes wgmma."""
     q = load_block(q_ptr, 0, 64)
     sums = tl.zeros([64, 64], tl.float32)
     if TAIL_FIRST:
@@ -84,7 +84,7 @@ PIPELINED = Case(
 CASES = [
     GOOD,
     PIPELINED,
-    PIPELINED._replace(name="tail behind the loop", constexprs={"TAIL_FIRST": False}),
+    PIPELINED._replace(name="tail after the loop", constexprs={"TAIL_FIRST": False}),
     GOOD._replace(name="run-time stride", constexprs=RUN_TIME_STRIDE),
     GOOD._replace(
         name="run-time stride, fp32",

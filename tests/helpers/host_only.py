@@ -1,7 +1,7 @@
 """A Triton driver that launches nothing: what is left of a call is its time on the host.
 
 Kernels are compiled for sm_90 as ever, and their arguments bound, and recorded instead of run.
-Import it in a process of its own, before a kernel is launched: it replaces Triton's driver.
+Import it in a separate process, before a kernel is launched: it replaces Triton's driver.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], list[torch.T
             "batchmean", 0.5, 3.0, 0.1, True, True,
         )  # fmt: skip
 
-    def norm_backward(wanted: list[bool]) -> Callable[..., Any]:
+    def norm_backward(needed: list[bool]) -> Callable[..., Any]:
         return lambda g, n, x, w, b, k, m, s: ops.add_layer_norm_backward(
-            g, n, x, None, w, b, None, k, m, s, half, wanted, None
+            g, n, x, None, w, b, None, k, m, s, half, needed, None
         )
 
     def norm_gradients() -> list[torch.Tensor]:

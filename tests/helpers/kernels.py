@@ -40,8 +40,8 @@ def run_in_the_interpreter(*arguments: str) -> str:
 Call = Callable[[], Sequence[Tensor]]
 
 
-def assert_equal(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def assert_250_repeats_are_equal(call: Call) -> None:

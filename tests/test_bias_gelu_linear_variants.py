@@ -1,4 +1,4 @@
-"""The two ways of bias_gelu_linear's backward, and the choice between them."""
+"""The two variants of bias_gelu_linear's backward, and the choice between them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_in_the_interpreter() -> None:
 
 
 @interpreted
-def test_the_separate_way_is_that_of_bias_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_separate_variant_equals_bias_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit."""
     monkeypatch.setattr(MODULE, "CHOICE", "separate")
     leaves, gradient = leaves_of((3, 43, 256), 64), normal(3, 43, 64, dtype=BF16)
@@ -50,14 +50,16 @@ def test_the_separate_way_is_that_of_bias_gelu(monkeypatch: pytest.MonkeyPatch) 
 
 
 @interpreted
-def test_rows_of_no_whole_16_bytes_take_the_separate_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_no_whole_16_bytes_are_not_fused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(MODULE, "CHOICE", "fused")
     assert_no_worse(leaves_of((9, 100), 64), normal(9, 64, dtype=BF16))
     assert_no_worse(leaves_of((9, 64), 10), normal(9, 10, dtype=BF16))
 
 
 @pytest.mark.parametrize("fastest", range(1 + len(TILES)))
-def test_the_fastest_way_is_taken(
+def test_the_fastest_variant_is_used(
     fastest: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     times = [0.3, 0.2, 0.25]
@@ -71,8 +73,8 @@ def test_the_fastest_way_is_taken(
     monkeypatch.setattr(triton.testing, "do_bench", timed)
     with caplog.at_level(logging.INFO, "deit_fast"):
         key = MODULE._key(torch.zeros(130, 64), torch.zeros(130, 256, dtype=BF16))
-        way = MODULE._measure(ran.append, key)
-    assert ran == [None, *TILES] and way == ran[fastest]
+        fastest_variant = MODULE._measure(ran.append, key)
+    assert ran == [None, *TILES] and fastest_variant == ran[fastest]
     assert len(caplog.messages) == 1 and "100" in caplog.messages[0]
 
 
