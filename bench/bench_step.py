@@ -170,8 +170,12 @@ def student_steps(
 
     def our_step(**changes: Any) -> Lazy:
         changed = config.replace(**changes)
-        with_logits = dataclasses.replace(batch, teacher=logits)
-        return Lazy(lambda: ours(changed, lambda: with_logits, RunTeacher(changed, device)))
+
+        def build() -> Step:
+            with_logits = dataclasses.replace(batch, teacher=logits)
+            return ours(changed, lambda: with_logits, RunTeacher(changed, device))
+
+        return Lazy(build)
 
     def timm_step(compiled: bool) -> Lazy:
         return Lazy(lambda: timms(config, batch, TeacherAtHand(logits), device, compiled))

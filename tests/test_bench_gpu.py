@@ -161,7 +161,8 @@ def test_the_whole_first_script_runs_on_a_cpu(tmp_path: Path) -> None:
     assert log.index("share  what it does") < log.index("first     | ")  # printed first
     assert (out / "summary.txt").read_text().strip() in done.stdout
     written = {path.name for path in out.iterdir()}
-    assert written == {"results.json", "tests.jsonl", "log.txt", "summary.txt"}
+    # On a busy machine the limit of the tests' stage can come before the first of them has ended.
+    assert written | {"tests.jsonl"} == {"results.json", "tests.jsonl", "log.txt", "summary.txt"}
 
 
 # ---------------------------------------------------------------------------------------------
