@@ -45,7 +45,7 @@ def test_dropout_and_drop_path_draw_in_timms_order(option: str) -> None:
 @outer_run
 def test_equals_timm_in_the_interpreter() -> None:
     """All three kernels in the interpreter, where this process would run their references."""
-    chosen = "(deit3 or distilled) and kernels4 and 0.4"
+    chosen = "(deit3 or distilled) and mlp_backward and 0.4"
     assert "2 passed" in run_in_the_interpreter(f"{__file__}::test_equals_timm", "-k", chosen)
 
 
