@@ -100,6 +100,6 @@ def flash_tflops(card: Card, half: str) -> float:
 
 
 def issue_us(card: Card, instructions: float) -> float:
-    """Time to issue so many instructions of warps, spread over all schedulers, microseconds."""
+    """Time to issue this number of warp instructions, spread over all schedulers, microseconds."""
     slots = card.processors * SCHEDULERS * clock_mhz(card)
     return instructions / (slots * ISSUE_SHARE)

@@ -69,7 +69,7 @@ def buckets(size: float) -> list[float]:
 
 
 def scale(one: roofline.Prediction, gpus: int, gradients: str) -> Scaled:
-    """The step on so many GPUs.
+    """The step on this number of GPUs.
 
     Args:
         gradients: dtype of the exchange, "float32" or "bfloat16".

@@ -56,7 +56,7 @@ Table = dict[str, dict[str, dict[str, dict[str, Counts]]]]
 
 
 def count_model(model: str, implementation: str, depth: int) -> dict[str, Counts]:
-    """Forward and backward of a model of so many blocks, as ``TrainStep`` runs it on a GPU."""
+    """Forward and backward of a model of ``depth`` blocks, as ``TrainStep`` runs it on a GPU."""
     import timm
     import torch
 
@@ -136,7 +136,7 @@ def unpack(packed: dict[str, dict[str, int]]) -> Counts:
 def each(
     table: Any, levels: int, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(keys, value) at so many levels of nested dictionaries."""
+    """(keys, value) at this depth of nested dictionaries."""
     if levels == 0:
         yield path, table
         return

@@ -9,26 +9,16 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.config import (
-    CodecConfig,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    ViewConfig,
-    constants,
-)
+from deit_fast.config import RunConfig, constants
 from deit_fast.errors import InputError, did_you_mean
 
-_GROUPS: dict[str, type] = {
+_GROUPS: dict[str, Any] = {
     "": RunConfig,
-    "view.": ViewConfig,
-    "data.": DataConfig,
-    "model.": ModelConfig,
-    "loss.": LossConfig,
-    "optim.": OptimConfig,
-    "codec.": CodecConfig,
+    **{
+        f"{name}.": hint
+        for name, hint in typing.get_type_hints(RunConfig).items()
+        if dataclasses.is_dataclass(hint)
+    },
 }
 
 RETIRED: dict[str, Any] = {

@@ -241,7 +241,7 @@ def sum_kernel(
 
 
 def _tile(channels: int, elements: int, per_thread: int) -> dict[str, int]:
-    """Tile and options of a launch: about so many elements a program and a thread."""
+    """Tile and options of a launch: chosen for a number of elements per program and per thread."""
     block = max(16, triton.next_power_of_2(channels))
     rows = max(1, min(elements // block, 64))
     warps = max(4, block // (32 * per_thread))
@@ -396,7 +396,7 @@ forward_op = operator(
 backward_op = operator(
     "add_layer_norm_backward(Tensor? grad_residual_out, Tensor? grad_normed, Tensor x, "
     "Tensor? branch, Tensor weight, Tensor bias, Tensor? gamma, Tensor? keep_scale, Tensor mean, "
-    "Tensor rstd, ScalarType branch_dtype, bool[] wanted, ScalarType? branch_bias_dtype) "
+    "Tensor rstd, ScalarType branch_dtype, bool[] needed, ScalarType? branch_bias_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake,
 )  # fmt: skip
 

@@ -35,8 +35,8 @@ from .attention_tiles import Tiles, choose_tiles
 from .launching import launch, operator, planned, scratch
 from .rows import launch_sum
 
-# Up to so many tokens dq and dk, dv are computed in one launch and share what they read. Beyond,
-# storing delta is worth a launch of its own, and one launch spills on sm_100.
+# Up to this number of tokens one launch computes dq, dk and dv and shares what it reads. Beyond it,
+# a separate launch that stores delta is worth its cost, and a single launch spills on sm_100.
 SHARED_TOKENS = 208
 MIN_HEADS = 1024  # of B * H for `per_head`: 2.6 times what an H100 runs at once
 QUERIES, KEYS, BOTH, HEAD = (tl.constexpr(i) for i in range(4))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deit_fast.kernels.add_layer_norm import MAX_CHANNELS, add_layer_norm
 from deit_fast.kernels.rows import PROGRAMS_PER_PROCESSOR
+from helpers import kernels
 from helpers.kernels import (
     DEVICE,
     INTERPRETED,
@@ -63,18 +64,9 @@ def normal(*shape: int, dtype: torch.dtype = FP32, offset: float = 0.0) -> Tenso
 
 
 def laid_out(form: str, x: Tensor) -> Tensor:
-    """The values of x in another memory layout; of an expanded one only the first channel's."""
-    if form == "columns":
-        return torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2]
-    if form == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if form == "expanded":
-        return x[:1, :1, :1].expand(x.shape) if x.numel() else x
-    if form == "misaligned":
-        return F.pad(x.flatten(), (1, 3), value=torch.nan)[1 : 1 + x.numel()].view(x.shape)
     if form == "slice":  # as all tokens but the first
         return F.pad(x, (0, 0, 1, 0), value=torch.nan)[:, 1:]
-    return x.clone()
+    return kernels.laid_out(form, x)
 
 
 def inputs(

@@ -687,12 +687,12 @@ def test_charts_of_the_docs_match_the_committed_results(tmp_path: Path) -> None:
     if why := plot.unordered():
         pytest.skip(why)
     folder = ROOT / "docs" / "plots"
-    wanted = set()
+    expected = set()
     for result in plot.read(plot.committed()):
         for stem, figure in plot.charts(result).items():
-            wanted.add(f"{stem}.svg")
+            expected.add(f"{stem}.svg")
             plot.save(figure, tmp_path, stem)
             here, there = ((f / f"{stem}.svg").read_text() for f in (tmp_path, folder))
             pattern = r"<text[^>]*>([^<]*)</text>"  # another matplotlib draws other paths
             assert re.findall(pattern, here) == re.findall(pattern, there), stem
-    assert wanted == {path.name for path in folder.iterdir()}
+    assert expected == {path.name for path in folder.iterdir()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deit_fast.kernels import bias_gelu
 from deit_fast.kernels.rows import max_programs
-from helpers.gelu import laid_out, normal
+from helpers.gelu import normal
 from helpers.kernels import (
     DEVICE,
     INTERPRETED,
@@ -28,6 +28,7 @@ from helpers.kernels import (
     assert_replays,
     assert_waits_for_nothing,
     interpreted,
+    laid_out,
     outer_run,
     recorded,
     run_in_the_interpreter,

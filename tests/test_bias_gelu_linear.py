@@ -29,7 +29,6 @@ from helpers.gelu import (
     NAMES,
     assert_no_worse,
     expression,
-    laid_out,
     leaves_of,
     normal,
     results,
@@ -37,6 +36,7 @@ from helpers.gelu import (
 from helpers.kernels import (
     DEVICE,
     interpreted,
+    laid_out,
     outer_run,
     recorded,
     run_in_the_interpreter,

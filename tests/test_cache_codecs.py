@@ -128,14 +128,14 @@ def test_decoding_against_the_formula_of_the_format_page(classes, k, tau):
     codec = codec_of(classes=classes, k=k, temperatures=(1.0, tau))
     raw = codec.encode(make_logits(3, 333, classes) * 2)
     ids, stored, tails, norms = split_record(raw, codec)
-    answer = codec.decode(raw, tau)
+    decoded = codec.decode(raw, tau)
     scaled = stored.astype(np.float64) / tau
     tail = tails[:, codec.temperatures.index(tau)].astype(np.float64)
     norm = np.log(np.exp(scaled).sum(1)) - np.log(-np.expm1(tail))
     assert np.allclose(norms[:, codec.temperatures.index(tau)], norm, rtol=2e-7, atol=2e-6)
-    assert np.array_equal(answer.ids.numpy(), ids)
-    assert np.array_equal(answer.log_tail.numpy(), tail.astype(np.float32))
-    error = np.abs(answer.log_probs.numpy() - (scaled - norm[:, None]))
+    assert np.array_equal(decoded.ids.numpy(), ids)
+    assert np.array_equal(decoded.log_tail.numpy(), tail.astype(np.float32))
+    error = np.abs(decoded.log_probs.numpy() - (scaled - norm[:, None]))
     assert error.max() < 3e-6 * max(1, np.abs(scaled).max() / 8)
 
 
@@ -145,11 +145,11 @@ def test_ids_and_tail_have_mass_one_at_every_size_of_tail(margin):
     logits = torch.zeros(1, 60000, dtype=torch.float64)
     logits[0, :16] = torch.linspace(0.5, 0.0, 16) + margin
     codec = codec_of(classes=60000, k=16)
-    answer = codec.decode(codec.encode(logits), 1.0)
+    decoded = codec.decode(codec.encode(logits), 1.0)
     exact = torch.log_softmax(logits.float().double(), 1)
-    inside = answer.log_probs.double().logsumexp(1).item()
+    inside = decoded.log_probs.double().logsumexp(1).item()
     assert inside == pytest.approx(exact[0, :16].logsumexp(0).item(), rel=1e-6, abs=1e-6)
-    mass = answer.log_probs.double().exp().sum() + answer.log_tail.double().exp().sum()
+    mass = decoded.log_probs.double().exp().sum() + decoded.log_tail.double().exp().sum()
     assert abs(mass.item() - 1) < 1e-6
 
 

@@ -52,9 +52,9 @@ def test_what_was_read_ahead_is_not_read_again(tmp_path):
     with cache.prefetch([(samples, views)], ahead=0) as ahead:
         assert ahead.wait() == 80
     before = bytes_read()
-    answer = cache.gather(samples, views)
+    stored = cache.gather(samples, views)
     assert bytes_read() - before < 4000  # of 640,000: only what this test itself reads
-    assert torch.equal(answer[::2], make_logits(0, 4000))
+    assert torch.equal(stored[::2], make_logits(0, 4000))
     before = bytes_read()
     LogitCache.open(tmp_path).gather(samples, views)
     assert bytes_read() - before > 640_000  # without: read to be verified
@@ -225,10 +225,10 @@ def test_opening_a_large_cache_is_quick(large_cache):
         start = time.process_time()
         cache = LogitCache.open(large_cache)
         views = cache.views
-        answer = cache.gather([0, 1_281_166], [0, 299])
+        stored = cache.gather([0, 1_281_166], [0, 299])
         seconds.append(time.process_time() - start)
         assert views == list(range(300))
-        assert answer.ids.shape == (2, 16)
+        assert stored.ids.shape == (2, 16)
     print(f"opened in {min(seconds) * 1e3:.1f} ms")
     assert min(seconds) < 0.05
 

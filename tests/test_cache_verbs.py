@@ -87,15 +87,15 @@ def test_records_made_again_are_the_stored_ones(root, capsys, codec):
 
 @pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
 def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
-    """View 1 written anew, whole and with right checksums, sample 17's answer turned round."""
+    """View 1 written again, complete and with valid checksums, the logits of sample 17 negated."""
     cache = LogitCache.open(root / codec)
-    answer = cache.gather(np.arange(60), 1)
-    if isinstance(answer, TopK):
-        logits = torch.zeros(60, 10).scatter(1, answer.ids.long(), answer.log_probs)
-    elif answer.dim() == 1:
-        logits = torch.nn.functional.one_hot(answer, 10).float()
+    stored = cache.gather(np.arange(60), 1)
+    if isinstance(stored, TopK):
+        logits = torch.zeros(60, 10).scatter(1, stored.ids.long(), stored.log_probs)
+    elif stored.dim() == 1:
+        logits = torch.nn.functional.one_hot(stored, 10).float()
     else:
-        logits = answer.float()
+        logits = stored.float()
     logits[17] = -logits[17]
     shutil.copytree(root / codec, tmp_path / "cache")
     (tmp_path / "cache/view-00001.dlc").unlink()
@@ -183,9 +183,9 @@ def test_info_shows_entropy_agreement_and_a_page(root, capsys, tmp_path):
                          "--html", tmp_path / "page.html")  # fmt: skip
     assert status == 0
     cache = LogitCache.open(root / "topk")
-    answers = draw_records(cache)
-    assert len(answers.top1) == 180
-    assert f"{answers.entropy.mean():.3f} nats of 2.303 on average" in out
+    drawn = draw_records(cache)
+    assert len(drawn.top1) == 180
+    assert f"{drawn.entropy.mean():.3f} nats of 2.303 on average" in out
     assert out.count("#") > 40 and "% of top-1 classes are the label of larger weight" in out
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page and "teacher.weights_sha256" in page and "http" not in page
@@ -205,9 +205,9 @@ def test_entropy_and_agreement_are_right(tmp_path):
                                   fingerprint={})  # fmt: skip
         with LogitCacheWriter(tmp_path / name, manifest) as writer:
             writer.write(np.arange(50), 0, logits)
-        answers = draw_records(LogitCache.open(tmp_path / name))
-        np.testing.assert_allclose(answers.entropy, exact[answers.samples], atol=tolerance)
-        assert (answers.top1[1:] == answers.samples[1:] % 12).all()
+        drawn = draw_records(LogitCache.open(tmp_path / name))
+        np.testing.assert_allclose(drawn.entropy, exact[drawn.samples], atol=tolerance)
+        assert (drawn.top1[1:] == drawn.samples[1:] % 12).all()
 
 
 def test_agreement_counts_the_larger_half(root, capsys):
@@ -241,9 +241,9 @@ def test_parquet_holds_every_record(root, capsys, tmp_path):
     table = pq.read_table(tmp_path / "a.parquet")
     assert table["sample"].to_pylist() == [*range(60)] * 2
     assert table["view"].to_pylist() == [1] * 60 + [2] * 60
-    answer = LogitCache.open(root / "topk").gather([*range(60)] * 2, np.repeat([1, 2], 60))
+    stored = LogitCache.open(root / "topk").gather([*range(60)] * 2, np.repeat([1, 2], 60))
     for name in ("ids", "log_probs", "log_tail"):
-        assert table[name].to_pylist() == getattr(answer, name).tolist()
+        assert table[name].to_pylist() == getattr(stored, name).tolist()
     manifest = json.loads(table.schema.metadata[b"deit_fast.manifest"])
     assert manifest == LogitCache.open(root / "topk").manifest
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 6
@@ -288,11 +288,11 @@ def test_tinyvits_epochs_become_views(tmp_path, capsys):
     cache = LogitCache.open(tmp_path / "c")
     big = 0
     for epoch, rows in enumerate(epochs):
-        answer = cache.gather(np.arange(30), epoch)
+        stored = cache.gather(np.arange(30), epoch)
         for sample, name in enumerate(sorted(names)):
             ids, probs = rows[name]
             probs = np.maximum(probs.astype(np.float16).astype(float), 2.0**-25)
-            stored = dict(zip(answer.ids[sample].tolist(), answer.log_probs[sample].exp().tolist(),
+            stored = dict(zip(stored.ids[sample].tolist(), stored.log_probs[sample].exp().tolist(),
                               strict=True))  # fmt: skip
             assert set(stored) == set(ids.tolist())
             for i, p in zip(ids.tolist(), probs.tolist(), strict=True):
@@ -308,10 +308,10 @@ def test_tail_of_an_import_is_what_was_not_stored(tmp_path):
     rows = {"a": ([3, 1], [0.5, 0.25]), "b": ([0, 2], [1.0, 0.0])}
     write_tinyvit(tmp_path / "t", 2, 4, [rows])
     import_tinyvit(tmp_path / "t/logits_top2_epoch4", tmp_path / "c", 9)
-    answer = LogitCache.open(tmp_path / "c").gather([0, 1], 4)
-    assert answer.log_tail[0].exp().item() == pytest.approx(0.25, rel=1e-6)
-    assert torch.isfinite(answer.log_probs).all() and answer.log_tail[1].exp() < 1e-6
-    assert answer.ids.tolist() == [[3, 1], [0, 2]]
+    stored = LogitCache.open(tmp_path / "c").gather([0, 1], 4)
+    assert stored.log_tail[0].exp().item() == pytest.approx(0.25, rel=1e-6)
+    assert torch.isfinite(stored.log_probs).all() and stored.log_tail[1].exp() < 1e-6
+    assert stored.ids.tolist() == [[3, 1], [0, 2]]
 
 
 def test_train_refuses_an_import_in_plain_words(root, tmp_path, capsys):

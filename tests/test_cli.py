@@ -1,4 +1,4 @@
-"""The command line: what it answers, how fast, and how it refuses."""
+"""The command line: its output, its start-up time and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(*args: str, **keywords) -> subprocess.Popen:
 
 
 def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
-    """The one line that a wrong command answers with."""
+    """The one line that a wrong command prints."""
     assert cli.main(list(args)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -42,7 +42,7 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
     return err.removeprefix(PREFIX).rstrip("\n")
 
 
-# ----------------------------------------------------------------------------------- quick answers
+# -------------------------------------------------------------------------------- help and settings
 
 
 def test_help_and_print_config_import_neither_torch_nor_numpy() -> None:

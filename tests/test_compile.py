@@ -175,7 +175,7 @@ def test_timms_own_blocks_are_all_compiled(counter, caplog):
 def test_a_second_batch_size_does_not_recompile_the_first(counter):
     """Shapes stay constants of the code, and a size that comes back is not compiled again.
 
-    A teacher's answer about a batch then depends on no batch before, as a cache's bytes must not.
+    A teacher's logits of a batch then depend on no earlier batch, as the bytes of a cache must not.
     """
     model = student(drop_path=0.0)
     compile_blocks(model)
@@ -244,8 +244,10 @@ def test_late_compilations_are_a_warning(counter, caplog):
         for step, size in ((1, 2), (2, 2), (3, 1)):
             model(IMAGES[:size])
             count.report(step)
-    told = [(record.levelname, record.getMessage().partition(",")[0]) for record in caplog.records]
-    assert told == [
+    messages = [
+        (record.levelname, record.getMessage().partition(",")[0]) for record in caplog.records
+    ]
+    assert messages == [
         ("INFO", "torch.compile made 3 graphs in the first steps"),
         ("WARNING", "torch.compile made 3 more graphs before step 3"),
     ]
@@ -271,8 +273,8 @@ def test_parts_draw_as_the_whole_batch(counter, mode):
         set_batch_part(model, first, 6)
         torch.manual_seed(5)
         part = forward(images[first : first + 2])
-        for got, wanted in zip(part, whole, strict=True):
-            torch.testing.assert_close(got, wanted[first : first + 2], rtol=1e-5, atol=1e-5)
+        for got, expected in zip(part, whole, strict=True):
+            torch.testing.assert_close(got, expected[first : first + 2], rtol=1e-5, atol=1e-5)
 
 
 def test_a_copy_of_a_compiled_model_uses_its_own_weights(counter):

@@ -106,9 +106,9 @@ def test_cached_answers_may_stand_for_a_teacher() -> None:
     values, ids = torch.log_softmax(logits.detach(), 1).topk(CLASSES, 1)
     everything = TopK(ids, values, torch.full((ROWS,), -math.inf))
     options = (nn.CrossEntropyLoss(), teacher)
-    for kind, answer in (("soft", everything), ("hard", everything), ("hard", logits.argmax(1))):
+    for kind, stored in (("soft", everything), ("hard", everything), ("hard", logits.argmax(1))):
         online = DistillationLoss(*options, kind, 0.5, 1.0)(x, student(x), labels)
-        cached = DistillationLoss(options[0], lambda _, a=answer: a, kind, 0.5, 1.0)
+        cached = DistillationLoss(options[0], lambda _, a=stored: a, kind, 0.5, 1.0)
         torch.testing.assert_close(cached(x, student(x), labels), online)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +59,15 @@ def dotted_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path) -> set[tuple[str, str]]:
-    """(module, name in it) that a file imports: at its top, late, and for type checkers alone."""
+def imported_names(path: Path, at_load: bool = False) -> set[tuple[str, str]]:
+    """(module, name in it) that a file imports: at its top, late, and for type checkers alone.
+
+    at_load: only at its top.
+    """
     found: set[tuple[str, str]] = set()
     package = dotted_name(path if path.name == "__init__.py" else path.parent / "__init__.py")
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -72,12 +77,12 @@ def imported_names(path: Path) -> set[tuple[str, str]]:
     return found
 
 
-def import_graph() -> dict[Path, set[Path]]:
-    """The files of this project that each file imports."""
+def import_graph(at_load: bool = False) -> dict[Path, set[Path]]:
+    """The files of this project that each file imports; ``at_load`` as in `imported_names`."""
     by_name = {dotted_name(path): path for path in python_files()}
     graph: dict[Path, set[Path]] = {}
     for path in by_name.values():
-        names = imported_names(path) - {("deit_fast", "_C")}  # the extension
+        names = imported_names(path, at_load) - {("deit_fast", "_C")}  # the extension
         modules = {f"{base}.{name}" if f"{base}.{name}" in by_name else base
                    for base, name in names}  # fmt: skip
         graph[path] = {by_name[module] for module in modules & by_name.keys()} - {path}
@@ -124,6 +129,18 @@ def test_no_file_imports_itself_through_others():
     for path in GRAPH:
         if path not in reached:
             follow(path, [])
+
+
+def test_no_chain_of_imports_is_longer_than_eleven_files():
+    """Imports at load. It keeps the way from a verb down to a kernel short enough to read."""
+    graph = import_graph(at_load=True)
+
+    @functools.cache
+    def chain(path: Path) -> list[Path]:
+        return [path, *max((chain(other) for other in graph[path]), key=len, default=[])]
+
+    longest = max(map(chain, graph), key=len)
+    assert len(longest) <= 11, " -> ".join(str(path.relative_to(ROOT)) for path in longest)
 
 
 def test_test_files_share_through_helpers_alone():

@@ -88,7 +88,7 @@ def test_committed_ranges_hold_what_is_predicted(model: str, implementation: str
 
 
 def changed(field: str, key: tuple[str, object], calls: int) -> roofline.Prediction:
-    """The prediction with so many calls more in each block's backward."""
+    """The prediction with this number of extra calls in each block's backward."""
     table = traffic.read()
     parts = table["deit_small"]["fused"]
     getattr(parts["block"]["backward"], field)[key] += calls

@@ -6,6 +6,7 @@ Records are decoded by csrc/, on the CPU and on CUDA. To add a codec follow docs
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,13 @@ from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.kernels.distillation_loss import TopK
 
 _DENSE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_MAX_TOPK_CLASSES = 2**18  # so many integers of csrc/arithmetic.h add up without overflow
+_MAX_TOPK_CLASSES = 2**18  # more integer terms of csrc/arithmetic.h could overflow their sum
 _CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/encode.cu takes
 _CUDA_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """What all codecs share. A codec defines ``name``, ``kind``, ``record_bytes`` and ``encode``;
     the other members as given here suit one that stores every logit.
 
@@ -43,9 +44,11 @@ class Codec:
     ids_per_record: ClassVar[int] = 0
 
     @property
+    @abstractmethod
     def record_bytes(self) -> int:
-        raise NotImplementedError
+        """Bytes per record."""
 
+    @abstractmethod
     def encode(self, logits: Tensor) -> Tensor:
         """Float logits [n, num_classes] to uint8 [n, record_bytes], on the device of the logits;
         the same bytes on any device.
@@ -54,7 +57,6 @@ class Codec:
             InputError: another shape or dtype.
             RowError: a logit that is not finite, or out of the codec's range.
         """
-        raise NotImplementedError
 
     def decode(self, records: Tensor, tau: float) -> Tensor | TopK:
         """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``. Every form

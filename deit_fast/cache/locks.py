@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -140,7 +141,7 @@ def _try_lock(path: Path) -> int | None:
                 if isinstance(error, (BlockingIOError, PermissionError)):
                     return None
                 raise
-            log.warning("%s: no locks here (%s): two jobs may do the same work", path, error)
+            _warn_without_locks(path.parent, str(error))
         try:
             is_current = os.stat(path).st_ino == os.fstat(descriptor).st_ino
         except FileNotFoundError:
@@ -150,6 +151,11 @@ def _try_lock(path: Path) -> int | None:
             _descriptors.add(descriptor)
             return descriptor
         os.close(descriptor)  # its last owner deleted it in between
+
+
+@functools.cache
+def _warn_without_locks(folder: Path, reason: str) -> None:
+    log.warning("%s: no locks here (%s): two jobs may do the same work", folder, reason)
 
 
 def _remove(path: Path, descriptor: int) -> None:

@@ -21,6 +21,7 @@ import secrets
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -40,7 +41,7 @@ _FLUSH_SECONDS = 60.0  # how long the end of a finished run waits for a slow net
 _FLUSH_SECONDS_INTERRUPTED = 5.0  # schedulers kill a process about ten seconds after SIGTERM
 
 
-class Tracker:
+class Tracker(ABC):
     """One tracked run. A subclass is created with (config, output, run, step): ``run`` is None for
     a new tracked run, otherwise the id of the one to continue at ``step``.
 
@@ -50,15 +51,15 @@ class Tracker:
 
     run: str
 
+    @abstractmethod
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Log values at a step; may wait for a network, may raise anything."""
-        raise NotImplementedError
 
     def roll_back(self, step: int) -> bool:
         """Delete the rows after ``step``; returns whether the tracker can."""
         return False
 
-    def close(self, finished: bool) -> None:
+    def close(self, finished: bool) -> None:  # noqa: B027 a subclass may have nothing to end
         """End the tracked run; ``finished``: the run made its last step."""
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import TopK
+from helpers import kernels
 
 TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
 TAILS = ("bucket", "uniform", "renorm", "drop")
@@ -29,16 +30,10 @@ def dense_pair(target: tuple[Tensor, Tensor, Tensor], classes: int) -> Tensor:
 
 
 def laid_out(form: str, x: Tensor) -> Tensor:
-    """The values of x in another memory layout, surrounded by NaN."""
-    rows, classes = x.shape
-    if form == "columns":
-        return torch.stack((x, torch.full_like(x, math.nan)), 2).flatten(1)[:, ::2]
-    if form == "transposed":
-        return x.t().contiguous().t()
+    """The values of x [B, C] in another memory layout, among NaN."""
+    classes = x.shape[1]
     if form == "padded rows":
         return F.pad(x, (0, 3), value=math.nan)[:, :classes]
     if form == "aligned rows":
         return F.pad(x, (0, -classes % 8), value=math.nan)[:, :classes]
-    if form == "misaligned":
-        return F.pad(x.flatten(), (1, 3), value=math.nan)[1 : 1 + x.numel()].view(rows, classes)
-    return x.clone()
+    return kernels.laid_out(form, x)

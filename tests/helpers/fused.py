@@ -52,9 +52,9 @@ def assert_same(mine: tuple, theirs: tuple, rtol: float = 1e-5) -> None:
     assert len(mine[0]) == len(theirs[0]) and mine[1].keys() == theirs[1].keys()
     pairs = [("output", *pair) for pair in zip(mine[0], theirs[0], strict=True)]
     pairs += [(name, mine[1][name], theirs[1][name]) for name in mine[1]]
-    for name, got, wanted in pairs:
-        assert wanted is not None and got is not None, name
-        error = ((got - wanted).norm() / wanted.norm()).item()
+    for name, got, expected in pairs:
+        assert expected is not None and got is not None, name
+        error = ((got - expected).norm() / expected.norm()).item()
         assert error <= rtol, f"{name}: {error:.1e}"
 
 

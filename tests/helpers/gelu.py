@@ -18,21 +18,6 @@ def normal(*shape: int, dtype: torch.dtype = FP32, scale: float = 2.0) -> Tensor
     return (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
 
 
-def laid_out(form: str, x: Tensor) -> Tensor:
-    """The values of x in another memory layout; of an expanded one only the first."""
-    if form == "columns":
-        return torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2]
-    if form == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if form == "expanded":
-        return x.flatten()[:1].expand(x.shape) if x.numel() else x
-    if form == "misaligned":
-        return F.pad(x.flatten(), (1, 3), value=torch.nan)[1 : 1 + x.numel()].view(x.shape)
-    if form == "slice":
-        return F.pad(x, (0, 8), value=torch.nan)[..., : x.shape[-1]]
-    return x.clone()
-
-
 NAMES = ("y", "dx", "dbias", "dweight", "dout_bias")
 
 

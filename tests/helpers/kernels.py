@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,21 @@ def run_in_the_interpreter(*arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def laid_out(form: str, x: Tensor) -> Tensor:
+    """The values of x in another memory layout, among NaN; "expanded" repeats the first value."""
+    if form == "columns":
+        return torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[..., ::2]
+    if form == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if form == "expanded":
+        return x.flatten()[:1].expand(x.shape) if x.numel() else x
+    if form == "misaligned":
+        return F.pad(x.flatten(), (1, 3), value=torch.nan)[1 : 1 + x.numel()].view(x.shape)
+    if form == "slice":
+        return F.pad(x, (0, 8), value=torch.nan)[..., : x.shape[-1]]
+    return x.clone()
 
 
 Call = Callable[[], Sequence[Tensor]]

@@ -32,8 +32,8 @@ class Unruly(nn.Sequential):
         if chosen and action == "drift":
             with torch.no_grad():
                 self[-1].weight *= -9
-        answer = super().forward(images)
-        return answer * float("nan") if chosen and action == "nan" else answer
+        logits = super().forward(images)
+        return logits * float("nan") if chosen and action == "nan" else logits
 
 
 def convnet(num_classes: int) -> nn.Module:
