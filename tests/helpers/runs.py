@@ -105,18 +105,20 @@ def in_a_child(config: RunConfig) -> int:
     """Exit status of a process that trains; negative: the signal that killed it.
 
     It is forked from a server that has only imported the engine. A fork of this process could not
-    run a backward pass once torch has started its own threads here.
+    run a backward pass once torch has started its own threads here. It computes with as many
+    threads as this process, because the order of sums depends on their number.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deit_fast.train.loop"])
-    child = context.Process(target=_train, args=(config, dict(os.environ)))
+    child = context.Process(target=_train, args=(config, dict(os.environ), torch.get_num_threads()))
     child.start()
     child.join()
     assert child.exitcode is not None
     return child.exitcode
 
 
-def _train(config: RunConfig, environment: dict[str, str]) -> None:
+def _train(config: RunConfig, environment: dict[str, str], threads: int) -> None:
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
     train(config)
