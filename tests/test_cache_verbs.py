@@ -292,11 +292,11 @@ def test_tinyvits_epochs_become_views(tmp_path, capsys):
         for sample, name in enumerate(sorted(names)):
             ids, probs = rows[name]
             probs = np.maximum(probs.astype(np.float16).astype(float), 2.0**-25)
-            stored = dict(zip(stored.ids[sample].tolist(), stored.log_probs[sample].exp().tolist(),
-                              strict=True))  # fmt: skip
-            assert set(stored) == set(ids.tolist())
+            decoded = dict(zip(stored.ids[sample].tolist(), stored.log_probs[sample].exp().tolist(),
+                               strict=True))  # fmt: skip
+            assert set(decoded) == set(ids.tolist())
             for i, p in zip(ids.tolist(), probs.tolist(), strict=True):
-                assert stored[i] == pytest.approx(p / max(1.0, probs.sum()), rel=2e-2, abs=1e-6)
+                assert decoded[i] == pytest.approx(p / max(1.0, probs.sum()), rel=2e-2, abs=1e-6)
             big += int((ids > 32767).sum())
     assert big > 10, "no id that int16 wraps"
     assert run(capsys, "cache", "info", tmp_path / "c")[0] == 0
