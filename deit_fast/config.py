@@ -361,7 +361,8 @@ class RunConfig:
     save_steps: int | None = None
     """Also save whenever this many steps have passed. none: do not."""
     save_minutes: float | None = None
-    """Also save when the last checkpoint is this many minutes old. none: do not."""
+    """Also save at the next logged step when the last checkpoint is this many minutes old. none: do
+    not."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """On a loss or gradient that is not finite, which never reaches the weights: stop with an
     error, or roll back to the newest checkpoint and skip that step's views."""

@@ -206,6 +206,14 @@ def test_checkpoints_by_the_clock(world, tmp_path):
     assert names == ["step-000000002.pt", "step-000000003.pt"]
 
 
+def test_the_clock_saves_at_logged_steps_alone(world, tmp_path):
+    """The ranks' clocks differ, and at other steps a save would change how many steps they poll."""
+    config = unruly(world, tmp_path, save_steps=None, save_minutes=1e-6, log_every=3, max_steps=5)
+    train(config)
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000000003.pt", "step-000000005.pt"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "blocks"])
 def test_a_compiled_run_equals_the_run(world, tmp_path, what):

@@ -45,8 +45,8 @@ from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
 
-# Batches between polls for a signal while several ranks evaluate: a few seconds, of the ten that a
-# scheduler leaves between SIGTERM and SIGKILL.
+# While several ranks evaluate, they poll for a signal every 8 batches, which take a few seconds.
+# Schedulers allow about ten seconds between SIGTERM and SIGKILL.
 STOP_POLL_EVERY = 8
 
 
@@ -70,7 +70,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         Preempted: SIGTERM or SIGUSR1; the state is saved, the same call resumes the run.
     """
     device = choose_device(config.device)
-    # The processes are joined first: a signal handler cannot run while they wait for each other.
+    # Signals() comes second: while processes wait for each other in C code no Python handler runs,
+    # and SIGTERM must still end them.
     with (
         joined_process_group(device) as group,
         Signals() as signals,
@@ -113,11 +114,6 @@ class _Run:
         self, config: RunConfig, device: torch.device, group: ProcessGroup, signals: Signals
     ) -> None:
         self.config, self.device, self.group, self.signals = config, device, group, signals
-        share = config.batch_size // group.world_size
-        if share % config.accumulate:
-            raise InputError(
-                f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
-            )
         if group.is_first:
             require_trackers(config.track)
 
@@ -127,6 +123,11 @@ class _Run:
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = _batches(config, self.source.num_samples, group)
+        share = self.batches.share
+        if share % config.accumulate:
+            raise InputError(
+                f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
+            )
         self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
 
@@ -220,7 +221,8 @@ class _Run:
                 state.step += 1
                 state.substituted.update(batch.substituted)
                 due = self._due()
-                # All steps before a checkpoint are polled: its state is finite.
+                # Before a report or a save every step is polled, so neither has one that is not
+                # finite. All ranks must agree on `keep`, so no clock decides it alone.
                 stop = self._poll_stop(keep=0 if due.report or due.save else 1)
                 progress.advance(note=self._report(meter, lr) if due.report else None)
                 if due.report:
@@ -247,16 +249,23 @@ class _Run:
         config, step, epoch = self.config, self.state.step, self._epoch
         done = step == self.total
         at_epoch_end = step % self.steps_per_epoch == 0
-        # Only the first rank saves, so only its clock matters.
+        report = done or at_epoch_end or step % config.log_every == 0
+        # Clocks differ between ranks, so they count only where all ranks poll every step anyway.
         age = time.monotonic() - self.saved_at
+        by_clock = config.save_minutes is not None and age >= 60 * config.save_minutes
         return _Due(
-            report=done or at_epoch_end or step % config.log_every == 0,
-            evaluate=done or (at_epoch_end and epoch % config.eval_every == 0),
+            report=report,
+            evaluate=done or self._is_evaluation_due(),
             save=done
             or (at_epoch_end and epoch % config.save_every == 0)
             or (config.save_steps is not None and step % config.save_steps == 0)
-            or (config.save_minutes is not None and age >= 60 * config.save_minutes),
+            or (report and by_clock),
         )
+
+    def _is_evaluation_due(self) -> bool:
+        """Whether the last step ended an epoch that is evaluated."""
+        epoch, rest = divmod(self.state.step, self.steps_per_epoch)
+        return epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -280,7 +289,7 @@ class _Run:
     def _report(self, meter: StepMeter, lr: float) -> str:
         """Write a row of metrics and return its text; all ranks must call this together."""
         state = self.state
-        if meter.steps == 0:  # all of them were left out
+        if meter.steps == 0:  # every step since the last report was left out
             return ""
         means = state.take_means()
         seconds, speed = meter.read(self.total - state.step, self.teacher.differences())
@@ -365,9 +374,7 @@ class _Run:
 
     def _make_up_evaluation(self) -> None:
         """Evaluate at the checkpoint's step if a signal interrupted the evaluation due there."""
-        epoch, rest = divmod(self.state.step, self.steps_per_epoch)
-        is_due = epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
-        if is_due and self.state.evaluated_step < self.state.step:
+        if self._is_evaluation_due() and self.state.evaluated_step < self.state.step:
             self._evaluate()
             self._save()
 
