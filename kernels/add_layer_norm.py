@@ -241,7 +241,7 @@ def sum_kernel(
 
 
 def _tile(channels: int, elements: int, per_thread: int) -> dict[str, int]:
-    """Tile and options of a launch: chosen for a number of elements per program and per thread."""
+    """Tile and options of a launch with about these elements per program and per thread."""
     block = max(16, triton.next_power_of_2(channels))
     rows = max(1, min(elements // block, 64))
     warps = max(4, block // (32 * per_thread))
@@ -249,7 +249,7 @@ def _tile(channels: int, elements: int, per_thread: int) -> dict[str, int]:
 
 
 def _forward_tile(channels: int) -> dict[str, int]:
-    """Two or more long rows per program: every program reads weight, bias and gamma."""
+    """At least two rows up to 2048 channels, so that rows share the loads of weight and bias."""
     return _tile(channels, 4096 if channels > 512 else 2048, 16)
 
 
@@ -604,7 +604,7 @@ def _check_tensor(name: str, value: Any, shape: tuple[int, ...], residual: Tenso
 
 def _check(
     residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None,
-    keep_scale: Tensor | None, eps: float, branch_bias: Tensor | None = None,
+    keep_scale: Tensor | None, eps: float, branch_bias: Tensor | None,
 ) -> None:  # fmt: skip
     if not isinstance(residual, Tensor) or not residual.is_floating_point():
         found = residual.dtype if isinstance(residual, Tensor) else type(residual).__name__
@@ -623,8 +623,8 @@ def _check(
     ):
         if value is None:
             continue
-        if branch is None:
-            raise ValueError(f"{name} of shape {tuple(value.shape)} scales branch, which is None")
         _check_tensor(name, value, shape, residual)
+        if branch is None:
+            raise ValueError(f"{name} of shape {tuple(value.shape)} needs a branch, which is None")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, but is {eps}")
