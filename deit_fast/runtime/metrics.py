@@ -1,4 +1,8 @@
-"""metrics.jsonl of a run, its rows as text, and the progress bar."""
+"""metrics.jsonl of a run, its rows as text, and the progress bar.
+
+The columns come from `train/step.py` (losses) and `runtime/profile.py` (speed); `train/loop.py`
+makes the rows.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """SIGTERM and SIGUSR1: the run saves its state and ends with exit status 75.
 
-The handler only records the signal. The loop polls it after every step, and all ranks leave after
-the same step. Before the first step there is nothing to save, so the handler ends the run at once:
-compiling takes minutes, and a scheduler kills the process about ten seconds after SIGTERM.
+The handler only records the signal. `train/loop.py` polls it after every step, and all ranks leave
+after the same step. Before the first step there is nothing to save, so the handler ends the run at
+once: compiling takes minutes, and a scheduler kills the process about ten seconds after SIGTERM.
 """
 
 from __future__ import annotations
