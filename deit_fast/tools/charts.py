@@ -1,4 +1,4 @@
-"""Charts by matplotlib: colours and axes for all of them, and line charts as inline SVG.
+"""Line charts by matplotlib, as SVG inside a page.
 
 matplotlib is imported when a chart is drawn: the import takes most of a second.
 """
@@ -42,25 +42,10 @@ class Line:
     def colour(self) -> str:
         return TEXT_COLOUR if self.index is None else COLOURS[self.index % len(COLOURS)]
 
-    @property
-    def dash(self) -> str:
-        """Lengths of dashes and gaps, pixels; empty for a solid line."""
-        return dash(self.index)
-
 
 def dash(index: int | None) -> str:
-    """See ``Line.dash``."""
+    """Lengths of a line's dashes and gaps, pixels; empty for a solid line."""
     return DASHES[1] if index is None else DASHES[index // len(COLOURS) % len(DASHES)]
-
-
-def new_axes(width: float = 6.0, height: float = 4.0) -> tuple[Any, Any]:
-    """A matplotlib figure of ``width`` by ``height`` inches, and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def line_chart(
@@ -76,6 +61,7 @@ def line_chart(
         floor: a value that the vertical axis includes; None: the axis fits the data.
     """
     import matplotlib
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
@@ -87,9 +73,10 @@ def line_chart(
         "lines.scale_dashes": False, "lines.solid_joinstyle": "round",
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure, axes = new_axes(6.0, 3.5)
+        figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+        axes = figure.add_subplot()
         for number, line in enumerate(lines):
-            dashes = tuple(float(part) for part in line.dash.split())
+            dashes = tuple(float(part) for part in dash(line.index).split())
             axes.plot(
                 *zip(*line.points, strict=True), gid=f"line-{number}", color=line.colour,
                 marker="o", clip_on=False, linestyle=(0, dashes) if dashes else "-",
@@ -99,7 +86,7 @@ def line_chart(
         rounded = y_ticks.tick_values(low if floor is None else min(low, floor), high)
         axes.set_ylim(rounded[0], rounded[-1])
         axes.margins(x=0)
-        axes.spines["left"].set_visible(False)
+        axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y", linewidth=1)
         axes.set_axisbelow(True)
         axes.set_xlabel(x_name)

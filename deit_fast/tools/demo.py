@@ -53,7 +53,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     from deit_fast.precompute import precompute
     from deit_fast.runtime.files import write_json
     from deit_fast.tools.analysis.runs import analyze
-    from deit_fast.tools.analysis.table import observed, summarise, write_summary
+    from deit_fast.tools.analysis.table import observed, write_summary
     from deit_fast.tools.report.page import write_report
     from deit_fast.train.loop import train
 
@@ -90,7 +90,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         "rows": rows,
         "mean": mean,
         "gain": 100 * (max(mean["hard"], mean["soft"]) - mean["none"]),
-        "observed": observed(summarise(analyses)),
+        "observed": observed(analyses),
         "seconds": round(time.perf_counter() - started, 1),
         "report": str(output / "report.html"),
     }

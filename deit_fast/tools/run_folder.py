@@ -20,8 +20,7 @@ class Run:
 
     Attributes:
         index: position among the runs that are shown, which decides the colour.
-        result, analysis: values by dotted key, `teacher.top1`; ``analysis`` is empty where
-            `deit-fast analyze` has not run.
+        analysis: empty where `deit-fast analyze` has not run.
         train, evaluations: rows of the log.
         samples: PNG of the first training views.
         maps: PNG files of the analysis that show attention, by name.
@@ -58,19 +57,19 @@ def read_run(path: Path, name: str, index: int) -> Run:
         raise InputError(f"run folder {path} does not exist")
     rows = _read_rows(path / "metrics.jsonl")
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
-    analysis = flatten(_read_analysis(folder / ANALYSIS_FILE))
-    pictures = [row.get("picture") for row in objects(analysis, "attention.samples")]
+    analysis = _read_analysis(folder / ANALYSIS_FILE)
+    pictures = [row["picture"] for row in analysis.get("attention", {}).get("samples", [])]
     return Run(
         index=index,
         name=name,
         config=read_object(path / "config.json"),
-        result=flatten(read_object(path / "result.json")),
+        result=read_object(path / "result.json"),
         analysis=analysis,
         train=[row for row in rows if row.get("kind") == "train"],
         evaluations=[row for row in rows if row.get("kind") == "eval"],
         samples=_read_png(samples) if samples.exists() else None,
         # only the last part of a name, so that no name leads out of the folder
-        maps={p: _read_png(folder / Path(p).name) for p in pictures if isinstance(p, str)},
+        maps={name: _read_png(folder / Path(name).name) for name in pictures},
     )
 
 
@@ -132,29 +131,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
 
 
-# ---------------------------------------------------------------------------------------------
-# Values of unknown type
-# ---------------------------------------------------------------------------------------------
-
-
 def number(values: dict[str, Any], key: str) -> float | None:
     """A finite number, or None."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def group(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The values whose dotted key begins with ``prefix``, without it."""
-    dotted = f"{prefix}."
-    return {key[len(dotted) :]: value for key, value in values.items() if key.startswith(dotted)}
-
-
-def objects(values: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The objects in a list; empty where there is no list."""
-    found = values.get(key)
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -51,12 +51,11 @@ def analyze(
         be measured is absent; `left_out` gives the reason.
 
     Raises:
-        InputError: a run, its weights or data are missing or damaged; matplotlib is missing.
+        InputError: a run, its weights or data are missing or damaged.
         OSError: a run folder cannot be written.
     """
     if read_process_group().world_size > 1:
         raise InputError("analyze runs in one process: start it without torchrun")
-    pictures.require_matplotlib()
     where = choose_device(device)
     runs = [
         open_run(
@@ -81,7 +80,6 @@ def analyze(
             found |= _attention(run, first, maps, folder, where)
         else:
             found["left_out"]["attention"] = reason
-        pictures.draw(found, folder)
         write_json(folder / ANALYSIS_FILE, found)
         results.append(found)
     return results

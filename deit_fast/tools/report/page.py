@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.tools.charts import COLOURS, PROPERTIES, Line
+from deit_fast.tools.charts import COLOURS, PROPERTIES, Line, dash
 from deit_fast.tools.report import analysis, sections
-from deit_fast.tools.report.sections import Cell, Table, draw
+from deit_fast.tools.report.sections import Table, draw
 from deit_fast.tools.run_folder import read_run, short_names
 
 
@@ -34,13 +35,17 @@ def build_report(runs: list[Path], title: str) -> str:
         raise InputError("a report needs at least one run folder")
     names = short_names(runs)
     loaded = [read_run(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
-    parts = (
+    analysed = [run for run in loaded if run.analysis]
+    of_all = (
         sections.lead, sections.results, sections.curves, sections.per_class, sections.throughput,
-        analysis.tokens, analysis.classifiers, analysis.disagreement, analysis.teachers,
-        analysis.attention, analysis.left_out, sections.samples, sections.settings,
-        sections.environment, sections.commands,
+        sections.samples, sections.settings, sections.environment, sections.commands,
     )  # fmt: skip
-    return render(title, **{part.__name__: part(loaded) for part in parts})
+    of_analysed = (
+        analysis.tokens, analysis.classifiers, analysis.disagreement, analysis.teachers,
+        analysis.attention, analysis.left_out,
+    )  # fmt: skip
+    parts = {section.__name__: section(loaded) for section in of_all}
+    return render(title, **parts, **{s.__name__: s(analysed) for s in of_analysed})
 
 
 def render(title: str, **parts: Any) -> str:
@@ -51,8 +56,9 @@ def render(title: str, **parts: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    template = environment.get_template("page.html")
-    page = template.render(title=title, colours=len(COLOURS), properties=PROPERTIES, **parts)
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    environment.globals |= {"colours": len(COLOURS), "properties": PROPERTIES, "dash": dash}
+    page = environment.get_template("page.html").render(title=title, **parts)
     return page.strip() + "\n"
 
 
@@ -68,14 +74,10 @@ def build_cache_page(
         entropy_counts: middle of each bin, nats, and its records.
         fingerprint: fields and values.
     """
-    tables: list[dict[str, Any]] = [{"heading": "Summary", "table": _pairs(rows)}]
+    tables: list[dict[str, Any]] = [{"heading": "Summary", "table": Table([], rows, "text")}]
     if entropy_counts:
         line = Line("records", 0, [(x, float(count)) for x, count in entropy_counts])
         chart = draw("Records by entropy", [line], "entropy, nats", "{:g}".format, 0.0)
         tables.append({"heading": "Entropy of the teacher's probabilities", "chart": chart})
-    tables.append({"heading": "Fingerprint", "table": _pairs(fingerprint)})
+    tables.append({"heading": "Fingerprint", "table": Table([], fingerprint, "text")})
     return render("Teacher cache", tables=tables)
-
-
-def _pairs(rows: list[tuple[str, str]]) -> Table:
-    return Table([], [[Cell(name), Cell(value)] for name, value in rows], "text")

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from markupsafe import Markup
+
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, dotted_keys, to_dict
-from deit_fast.tools.charts import Line, dash, line_chart
-from deit_fast.tools.run_folder import Run, flatten, group, number
+from deit_fast.tools.analysis.table import DASH, count, percent
+from deit_fast.tools.charts import COLOURS, Line, line_chart
+from deit_fast.tools.run_folder import Run, flatten, number
 
-DASH = "\u2013"
 SMOOTH_SHARE = 20  # a training curve is averaged over this fraction of its points: 1/20
 Show = Callable[[float], str]
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
+class Table:
+    """Rows under a head; the first cell of a row is its heading.
 
     Attributes:
-        run: position of the run whose colour key precedes the text.
-        number: whether the cell is aligned to the right.
-        share: fraction, in [0, 1], that its background shows: as a bar in the colour of the run
-            ``bar``, or else as a shade.
+        head, rows: texts, or runs that are shown by colour key and name.
+        style: classes of CSS.
     """
 
-    text: str
-    run: int | None = None
-    number: bool = False
-    strong: bool = False
-    code: bool = False
-    share: float | None = None
-    bar: int | None = None
-
-    @property
-    def dash(self) -> str:
-        return dash(self.run)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a head; the first cell of a row is its heading. ``style`` is a class of CSS."""
-
-    head: list[Cell]
-    rows: list[list[Cell]]
-    style: str = ""
+    head: list[Any]
+    rows: Sequence[Sequence[Any]]
+    style: str
 
 
 @dataclass(frozen=True)
@@ -70,10 +52,6 @@ class Picture:
     alt: str
     png: bytes
 
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.png).decode()
-
 
 def draw(
     caption: str, lines: list[Line], x_name: str, show: Show, floor: float | None = None
@@ -86,25 +64,19 @@ def draw(
     return Chart(caption, svg, lines)
 
 
+def shade(text: str, share: float, colour: int = 0) -> Markup:
+    """A cell whose background shows ``share``, in [0, 1], in one of the page's colours."""
+    style = f"--w:{100 * share:.1f}%;--c:var(--c{colour})"
+    return Markup('<span style="{}">{}</span>').format(style, text)
+
+
 # ---------------------------------------------------------------------------------------------
 # Values as text
 # ---------------------------------------------------------------------------------------------
 
 
-def percent(value: float | None) -> str:
-    return DASH if value is None else f"{100 * value:.2f} %"
-
-
 def short_percent(value: float) -> str:
     return f"{100 * value:.4g} %"
-
-
-def _count(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.0f}".replace(",", "\u202f")
-
-
-def decimal(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3f}"
 
 
 def short(value: float) -> str:
@@ -119,18 +91,6 @@ def _setting(value: Any) -> str:
     return DASH if value is None else str(value)
 
 
-def label(run: Run) -> Cell:
-    return Cell(run.name, run=run.index)
-
-
-def heads(first: str, runs: list[Run], numeric: bool = False) -> list[Cell]:
-    return [Cell(first), *(Cell(run.name, run=run.index, number=numeric) for run in runs)]
-
-
-def numbers(texts: Iterable[str]) -> list[Cell]:
-    return [Cell(text, number=True) for text in texts]
-
-
 # ---------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------
@@ -141,20 +101,19 @@ def _percents(key: str) -> Callable[[Run], str]:
 
 
 def _counts(key: str) -> Callable[[Run], str]:
-    return lambda run: _count(number(run.result, key))
+    return lambda run: count(number(run.result, key))
+
+
+def _kind(run: Run) -> str:
+    return run.result.get("distill") or run.config["loss"]["kind"]
 
 
 def _distillation(run: Run) -> str:
-    return str(run.result.get("distill") or flatten(run.config).get("loss.kind") or DASH)
-
-
-def _teacher(run: Run) -> str:
-    teacher = group(run.result, "teacher")
+    teacher = run.result.get("teacher")
     if not teacher:
-        return DASH
-    spec = teacher.get("teacher.spec") or teacher.get("teacher.name") or run.config.get("teacher")
-    source = teacher.get("from")
-    return f"{spec} (cached)" if spec and source == "cache" else str(spec or source or "yes")
+        return _kind(run)
+    cached = " (cached)" if teacher.get("from") == "cache" else ""
+    return f"{_kind(run)}, {teacher.get('teacher.spec', 'unnamed teacher')}{cached}"
 
 
 def _best_epoch(run: Run) -> str:
@@ -167,14 +126,8 @@ def _data_wait(run: Run) -> str:
     return percent(sum(shares) / len(shares) if shares else None)
 
 
-def _substituted(run: Run) -> str:
-    paths = run.result.get("substituted")
-    return str(len(paths)) if isinstance(paths, list) else DASH
-
-
 COLUMNS: dict[str, Callable[[Run], str]] = {
     "distillation": _distillation,
-    "teacher": _teacher,
     "top-1": _percents("top1"),
     "class head": _percents("top1_class"),
     "distil. head": _percents("top1_distill"),
@@ -184,7 +137,7 @@ COLUMNS: dict[str, Callable[[Run], str]] = {
     "steps": _counts("steps"),
     "img/s": _counts("images_per_s"),
     "data wait": _data_wait,
-    "substituted": _substituted,
+    "substituted": lambda run: str(len(run.result.get("substituted") or [])),
 }
 
 
@@ -196,8 +149,8 @@ def lead(runs: list[Run]) -> list[tuple[str, str, str]]:
         return figures
     top1, best = max(scored, key=lambda pair: pair[0])
     figures.append(("Highest top-1 accuracy", percent(top1), best.name))
-    plain = [value for value, run in scored if _distillation(run) == "none"]
-    if plain and _distillation(best) != "none":
+    plain = [value for value, run in scored if _kind(run) == "none"]
+    if plain and _kind(best) != "none":
         gain = f"{100 * (top1 - max(plain)):.2f} points"
         figures.append(("Gain by distillation", gain, "above the best run without distillation"))
     return figures
@@ -206,38 +159,36 @@ def lead(runs: list[Run]) -> list[tuple[str, str, str]]:
 def results(runs: list[Run]) -> Table:
     texts = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
     used = {name: column for name, column in texts.items() if set(column) != {DASH}}
-    numeric = {name: name not in ("distillation", "teacher") for name in used}
-    top = max((number(run.result, "top1") or 0 for run in runs), default=0)
-    rows = []
-    for i, run in enumerate(runs):
-        best = len(runs) > 1 and number(run.result, "top1") == top
-        cells = [
-            Cell(column[i], number=numeric[name], strong=best and name == "top-1")
-            for name, column in used.items()
+    scores = [number(run.result, "top1") for run in runs]
+    if len(runs) > 1 and "top-1" in used:
+        best = max(score for score in scores if score is not None)
+        used["top-1"] = [
+            Markup("<b>{}</b>").format(text) if score == best else text
+            for text, score in zip(used["top-1"], scores, strict=True)
         ]
-        rows.append([label(run), *cells])
-    heads = [Cell(name, number=numeric[name]) for name in used]
-    return Table([Cell("run"), *heads], rows, "cards")
+    rows = [[run, *(column[i] for column in used.values())] for i, run in enumerate(runs)]
+    return Table(["run", *used], rows, "cards")
 
 
 def per_class(runs: list[Run]) -> Table | None:
-    tables = [group(run.result, "per_class") for run in runs]
+    """Accuracies as bars, the classes with the lowest means over the runs first."""
+    tables = [run.result.get("per_class") or {} for run in runs]
     names = dict.fromkeys(name for table in tables for name in table)
 
     def mean(name: str) -> float:
-        values = [v for table in tables if (v := number(table, name)) is not None]
-        return sum(values) / len(values) if values else 2.0  # last
+        values = [table[name] for table in tables if name in table]
+        return sum(values) / len(values)
 
-    def bar(value: float | None, run: int) -> Cell:
-        if value is None:
-            return Cell(DASH)
-        return Cell(f"{100 * value:.1f} %", share=min(max(value, 0.0), 1.0), bar=run)
+    def bar(run: Run, accuracy: float | None) -> str:
+        if accuracy is None:
+            return DASH
+        return shade(f"{100 * accuracy:.1f} %", accuracy, run.index % len(COLOURS))
 
     rows = [
-        [Cell(name), *(bar(number(table, name), i) for i, table in enumerate(tables))]
+        [name, *(bar(run, table.get(name)) for run, table in zip(runs, tables, strict=True))]
         for name in sorted(names, key=mean)
     ]
-    return Table(heads("class", runs), rows, "bars") if rows else None
+    return Table(["class", *runs], rows, "bars") if rows else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,28 +292,27 @@ def settings(runs: list[Run]) -> dict[str, Any]:
         compared = [*columns, flatten(defaults)]
     keys = dict.fromkeys([*dotted_keys(), *(key for column in columns for key in column)])
     rows = [
-        [Cell(key, code=True), *(Cell(_setting(column.get(key))) for column in columns)]
+        [key, *(_setting(column.get(key)) for column in columns)]
         for key in keys
         if key != "output"
         and len({json.dumps(column.get(key, RETIRED.get(key))) for column in compared}) > 1
     ]
-    configs = [{"name": run.name, "text": json.dumps(run.config, indent=2)} for run in runs]
-    table = Table(heads("setting", runs), rows, "text")
-    return {"heading": heading, "table": table, "configs": configs}
+    configs = [(run.name, json.dumps(run.config, indent=2)) for run in runs]
+    return {"heading": heading, "table": Table(["setting", *runs], rows, "text code"),
+            "configs": configs}  # fmt: skip
 
 
 def environment(runs: list[Run]) -> Table | None:
     """One column where all runs agree."""
-    columns = [flatten(group(run.result, "environment")) for run in runs]
+    columns = [run.result.get("environment") or {} for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
-    head = heads("", runs)
-    if all(column == columns[0] for column in columns):
-        columns = columns[:1]
-        head = [Cell(""), Cell("all runs" if len(runs) > 1 else runs[0].name)]
-    rows = [[Cell(key), *(Cell(_setting(column.get(key))) for column in columns)] for key in keys]
+    head: list[Any] = ["", *runs]
+    if len(runs) > 1 and all(column == columns[0] for column in columns):
+        head, columns = ["", "all runs"], columns[:1]
+    rows = [[key, *(column.get(key, DASH) for column in columns)] for key in keys]
     return Table(head, rows, "text") if rows else None
 
 
-def commands(runs: list[Run]) -> list[dict[str, Any]]:
+def commands(runs: list[Run]) -> list[tuple[Run, str]]:
     found = [(run, run.result.get("command")) for run in runs]
-    return [{"run": label(run), "text": str(command)} for run, command in found if command]
+    return [(run, command) for run, command in found if command]
