@@ -94,7 +94,8 @@ def precompute(args: list[str]) -> str:
 
 
 def _dry_run(config: RunConfig, views: range | None) -> str:
-    from deit_fast.precompute import duration, estimate
+    from deit_fast.precompute import estimate
+    from deit_fast.runtime.metrics import duration
 
     found = estimate(config, views)
     speed = f"{found['images_per_s']:.0f} img/s a process, {found['processes']} of them"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -107,11 +106,10 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         ahead = iter(pending)
         if pending:
             writer.claim(*next(ahead))
-        pace = _Pace(total)
         sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
         with (
             translate_errors(job.device, sizes),
-            Progress("precompute", total, unit="view") as progress,
+            Progress("precompute", total, unit="image") as progress,
         ):
             for (_, start, _), (batch, logits) in zip(calls.calls, job.run(loader), strict=True):
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
@@ -120,7 +118,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
                 writer.write(batch.sample_ids, int(batch.view_ids[0]), logits)
                 substituted.update(batch.substituted)
                 images_done += len(batch.sample_ids)
-                progress.advance(len(batch.sample_ids), pace.note(images_done))
+                progress.advance(len(batch.sample_ids))
     seconds = time.perf_counter() - started
     if substituted:
         log.warning(
@@ -295,35 +293,3 @@ class _PixelRecord:
         found.update(zip(batch.sample_ids[rows].tolist(), digest_views(batch, rows), strict=True))
         if len(found) == len(sampled):
             write_pixels(self._folder, self._manifest, view, self._found.pop(view))
-
-
-class _Pace:
-    """Rate and time left, with a log line now and then where no progress bar is shown."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._started = total, time.perf_counter()
-        self._logged_at, self._logged = self._started, 0
-        self._logs = not sys.stderr.isatty()
-
-    def note(self, done: int) -> str:
-        """`1234 img/s` after ``done`` images; logs every 30 s, and every 5 % that took 1 s."""
-        now = time.perf_counter()
-        rate = done / max(now - self._started, 1e-9)
-        since, share = now - self._logged_at, (done - self._logged) / self._total
-        if self._logs and (since >= 30 or (since >= 1 and share >= 0.05)):
-            self._logged_at, self._logged = now, done
-            left = duration((self._total - done) / rate)
-            log.info(
-                "precompute: %d of %d images (%.0f %%), %.0f img/s, %s left",
-                done, self._total, 100 * done / self._total, rate, left,
-            )  # fmt: skip
-        return f"{rate:.0f} img/s"
-
-
-def duration(seconds: float) -> str:
-    """`3 h 12 min`, `4 min 5 s`, `6 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -23,8 +23,9 @@ from deit_fast.data.open import open_loader
 from deit_fast.errors import InputError
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import TeacherCalls, _Pace, _prepare, duration, estimate, precompute
+from deit_fast.precompute import TeacherCalls, _prepare, estimate, precompute
 from deit_fast.recipes import digits_student
+from deit_fast.runtime.metrics import Progress, duration
 from helpers.digits import write_few_digits
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes share two cores
@@ -249,10 +250,11 @@ def test_three_processes_killed_then_two_finish(config, reference, tmp_path):
 
 
 @pytest.mark.dist
-def test_a_second_command_by_mistake_is_refused_and_the_first_goes_on(config, reference, tmp_path):
+def test_a_second_command_is_refused_and_the_first_continues(config, reference, tmp_path):
     cache = tmp_path / "cache"
     first = subprocess.Popen(command(config, cache), env=ENVIRONMENT)
-    while first.poll() is None and not list(cache.glob(".lock-*")):
+    # The lock has its owner's name a moment after it was made.
+    while first.poll() is None and not any(p.read_bytes() for p in cache.glob(".lock-*")):
         time.sleep(0.001)
     os.kill(first.pid, signal.SIGSTOP)  # busy for as long as this test needs
     try:
@@ -297,19 +299,18 @@ def test_dry_run_says_what_comes_and_writes_nothing(config, reference, tmp_path)
         estimate(planned.replace(seed=5))
 
 
-def test_pace_logs_now_and_then(monkeypatch, caplog):
+def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr("deit_fast.precompute.time.perf_counter", lambda: now[0])
-    pace = _Pace(1000)
-    pace._logs = True
+    monkeypatch.setattr("deit_fast.runtime.metrics.time.perf_counter", lambda: now[0])
+    progress, before = Progress("precompute", 1000, unit="image"), 0
     with caplog.at_level("INFO", "deit_fast"):
         for now[0], done in [(0.5, 100), (2, 120), (3, 130), (40, 140), (41, 180), (42, 200)]:
-            note = pace.note(done)
-    assert note == "5 img/s"
+            progress.advance(done - before)
+            before = done
     assert [record.getMessage() for record in caplog.records] == [
-        "precompute: 120 of 1000 images (12 %), 60 img/s, 15 s left",
-        "precompute: 140 of 1000 images (14 %), 4 img/s, 4 min 6 s left",
-        "precompute: 200 of 1000 images (20 %), 5 img/s, 2 min 48 s left",
+        "precompute: 120 of 1000 images (12 %), 60 images/s, 15 s left",
+        "precompute: 140 of 1000 images (14 %), 4 images/s, 4 min 6 s left",
+        "precompute: 200 of 1000 images (20 %), 5 images/s, 2 min 48 s left",
     ]
     assert duration(3 * 3600 + 12 * 60 + 5) == "3 h 12 min"
 

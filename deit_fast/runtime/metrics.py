@@ -113,9 +113,22 @@ def row_text(row: dict[str, Any], total: int) -> str:
 
 
 class Progress:
-    """A rich progress bar on a terminal; elsewhere log lines alone."""
+    """A rich progress bar on a terminal, elsewhere log lines.
 
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step") -> None:
+    Args:
+        label: names the work.
+        total, done: number of units, and how many an earlier process did.
+        unit: name of a unit.
+        paced: show the rate beside the bar, and log it with the time left every 30 s, and every
+            5 % that took a second. Otherwise the caller gives notes.
+    """
+
+    def __init__(
+        self, label: str, total: int, done: int = 0, unit: str = "step", paced: bool = True
+    ) -> None:
+        self._label, self._total, self._units, self._paced = label, total, f"{unit}s", paced
+        self._done = self._logged = done
+        self._started = self._logged_at = time.perf_counter()
         self._bar = None
         if sys.stderr.isatty():
             from rich import progress
@@ -125,7 +138,7 @@ class Progress:
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
-                progress.TextColumn(unit + "s  {task.fields[note]}"),
+                progress.TextColumn(self._units + "  {task.fields[note]}"),
                 progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -142,9 +155,37 @@ class Progress:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Advance the bar. ``note`` is shown beside it; without a bar the note is logged."""
+        self._done += count
+        if self._paced:
+            note = self._pace()
         if self._bar is None and note:
             log.info("%s", note)
         if self._bar is not None:
             self._bar.advance(self._task, count)
             if note is not None:
                 self._bar.update(self._task, note=note)
+
+    def _pace(self) -> str | None:
+        """The rate for the bar; for the log a line, where one is due."""
+        now = time.perf_counter()
+        rate = self._done / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            return f"{rate:.0f} {self._units}/s"
+        since, share = now - self._logged_at, (self._done - self._logged) / self._total
+        if since < 1 or (since < 30 and share < 0.05):
+            return None
+        self._logged_at, self._logged = now, self._done
+        return (
+            f"{self._label}: {self._done} of {self._total} {self._units} "
+            f"({100 * self._done / self._total:.0f} %), {rate:.0f} {self._units}/s, "
+            f"{duration((self._total - self._done) / rate)} left"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`3 h 12 min`, `4 min 5 s`, `6 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

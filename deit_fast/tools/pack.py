@@ -19,7 +19,6 @@ import PIL
 from PIL import Image
 
 from deit_fast import _C
-from deit_fast.arguments import size_text
 from deit_fast.config import DataConfig
 from deit_fast.data.open import open_source
 from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
@@ -136,15 +135,12 @@ def _pack_split(packer: Packer, workers: int, split: str) -> tuple[dict[str, int
     log.info(
         "packing %s: %d shards to write, %d there, %d images", split, len(missing), kept, images
     )
-    written = done = 0
+    written = 0
     with Progress(f"pack {split}", images, unit="image") as progress:
         for number, (length, unreadable) in _write_shards(packer, missing, workers):
             written += length
             lost += unreadable
-            done += len(packer.shards[number])
-            progress.advance(
-                len(packer.shards[number]), f"{done} of {images} packed, {size_text(written)}"
-            )
+            progress.advance(len(packer.shards[number]))
     counts = {
         "images": packer.source.num_samples, "shards": len(missing), "kept": kept, "bytes": written
     }  # fmt: skip

@@ -205,7 +205,7 @@ class _Run:
         profiled = config.profile_steps if self.group.is_first else 0
         with (
             gc_paused() as freeze_garbage,
-            Progress("train", self.total, state.step) as progress,
+            Progress("train", self.total, state.step, paced=False) as progress,
             StepProfiler(profiled, self.output / "profile", self.device) as profiler,
             ExitStack() as first_step,
         ):

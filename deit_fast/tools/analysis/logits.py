@@ -7,13 +7,11 @@ classifiers would take 600 MB.
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +36,6 @@ from deit_fast.tools.run_folder import read_object
 
 log = logging.getLogger("deit_fast")
 
-NOTE_SECONDS = 10.0  # between lines of progress where there is no terminal
 Values = dict[str, Tensor]  # name to values of all images, on the CPU
 
 
@@ -50,7 +47,7 @@ class OpenRun:
         ids: the held-out images that are used, [N].
         no_teacher: why ``teacher`` is None.
         data_digest: of the held-out images.
-        student, taught: values per image of student and teacher, see ``predict``.
+        student, taught: values per image of student and teacher, see ``measure``.
         layers: names of the layers of the student's `cosines`.
     """
 
@@ -124,25 +121,6 @@ def open_run(
     )
 
 
-def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> None:
-    """Fill in the values per image; those of a teacher are taken from an earlier equal run."""
-    known = next((other for other in earlier if _same_teacher_and_pixels(other, run)), None)
-    cosines = TokenCosines(run.model) if why_no_cosines(run.model) is None else None
-    label = f"analyze {run.path}"
-    log.info("%s: %d held-out images", label, len(run.ids))
-    run.student, run.taught = predict(
-        run.model,
-        build_eval_loader(run.config, Subset(run.source, run.ids), device),
-        device,
-        teacher=run.teacher if known is None else None,
-        cosines=cosines,
-        label=label,
-    )
-    if known is not None:
-        run.taught = known.taught
-    run.layers = [] if cosines is None else cosines.names
-
-
 def _same_teacher_and_pixels(one: OpenRun, two: OpenRun) -> bool:
     if one.teacher is None or two.teacher is None:
         return False
@@ -203,58 +181,52 @@ def spaced_ids(total: int, limit: int | None) -> np.ndarray:
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module,
-    loader: Any,
-    device: torch.device,
-    *,
-    teacher: Teacher | None = None,
-    cosines: TokenCosines | None = None,
-    label: str = "analyze",
-) -> tuple[Values, Values]:
-    """Values per image of the student, and of the teacher where one is given.
+def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> None:
+    """Fill in ``student``, ``taught`` and ``layers`` of a run by one pass over its images.
 
-    The forward, its precision and the mean of the heads are those of ``evaluate``.
-
-    Args:
-        model: in evaluation mode, on ``device``.
-        loader: as of ``evaluate_model``, with a length.
-        cosines: observes the model.
-        label: names the progress bar.
-
-    Returns:
-        Two tables of [N] values, the second empty without a teacher. The student's: `labels`,
-        `decision.X` and `confidence.X` for its classifiers X (`class`, and with two heads
-        `distillation`, `sum_logits`, `sum_softmax`), `probability_cosine`, `cosines` [N, layers].
-        The teacher's: `decision`, `confidence`, `entropy` [N, T], `mass` [N, T, K].
+    Tables of [N] values. The student's: `labels`, `decision.X` and `confidence.X` for its
+    classifiers X (`class`, and with two heads `distillation`, `sum_logits`, `sum_softmax`),
+    `probability_cosine`, `cosines` [N, layers]. The teacher's: `decision`, `confidence`, `entropy`
+    [N, T], `mass` [N, T, K]; they are taken from an earlier run with equal teacher and images. The
+    forward, its precision and the mean of the heads are those of ``evaluate``.
 
     Raises:
         InputError: logits are not finite.
     """
-    parts: tuple[dict[str, list[Tensor]], ...] = (defaultdict(list), defaultdict(list))
-    done, last_note = 0, time.monotonic()
-    observed = cosines if cosines is not None else nullcontext()
-    with observed, Progress(label, len(loader), unit="batch") as bar:
+    known = next((other for other in earlier if _same_teacher_and_pixels(other, run)), None)
+    cosines = TokenCosines(run.model) if why_no_cosines(run.model) is None else None
+    label = f"analyze {run.path}"
+    log.info("%s: %d held-out images", label, len(run.ids))
+    student: dict[str, list[Tensor]] = defaultdict(list)
+    taught: dict[str, list[Tensor]] = defaultdict(list)
+    loader = build_eval_loader(run.config, Subset(run.source, run.ids), device)
+    with cosines or nullcontext(), Progress(label, len(run.ids), unit="image") as bar:
         for images, labels, _ in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-                student = {"labels": labels, **student_values(*forward_heads(model, images))}
+                values = {"labels": labels, **student_values(*forward_heads(run.model, images))}
             if cosines is not None:
-                student["cosines"] = cosines.take()
-            taught = {} if teacher is None else _teacher_values(teacher(images))
-            for part, values in zip(parts, (student, taught), strict=True):
-                for name, value in values.items():
-                    part[name].append(value)
-            done += len(labels)
-            note = None
-            if time.monotonic() - last_note > NOTE_SECONDS:
-                note, last_note = f"{done} images", time.monotonic()
-            bar.advance(note=note)
-    student, taught = ({name: torch.cat(v).cpu() for name, v in part.items()} for part in parts)
-    for who, table in (("student", student), ("teacher", taught)):
-        for name, value in table.items():
-            if name.startswith("confidence") and not bool(torch.isfinite(value).all()):
-                raise InputError(f"{label}: the {who}'s logits are not finite")
-    return student, taught
+                values["cosines"] = cosines.take()
+            _append(student, values)
+            if run.teacher is not None and known is None:
+                _append(taught, _teacher_values(run.teacher(images)))
+            bar.advance(len(labels))
+    run.student = _join(student, f"{label}: the student's logits")
+    run.taught = _join(taught, f"{label}: the teacher's logits") if known is None else known.taught
+    run.layers = [] if cosines is None else cosines.names
+
+
+def _append(table: dict[str, list[Tensor]], values: Values) -> None:
+    for name, value in values.items():
+        table[name].append(value)
+
+
+def _join(table: dict[str, list[Tensor]], what: str) -> Values:
+    """Values of all batches on the CPU; ``what`` is named where they are not finite."""
+    joined = {name: torch.cat(parts).cpu() for name, parts in table.items()}
+    for name, value in joined.items():
+        if name.startswith("confidence") and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{what} are not finite")
+    return joined
 
 
 def student_values(class_logits: Tensor, distill_logits: Tensor | None) -> Values:
