@@ -18,7 +18,7 @@ def info(
     *,
     data_root: str | None = None,
     train: str | None = None,
-    html: str | None = None,
+    html: Path | None = None,
 ) -> str:
     """Describe a cache: codec, views, fingerprint, and statistics of the teacher's logits.
 
@@ -65,7 +65,7 @@ def info(
         from deit_fast.runtime.files import write_atomically
         from deit_fast.tools.report.page import build_cache_page
 
-        write_atomically(Path(html), build_cache_page(rows, counts, fingerprint).encode())
+        write_atomically(html, build_cache_page(rows, counts, fingerprint).encode())
     return f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}"
 
 

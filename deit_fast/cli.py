@@ -46,26 +46,37 @@ from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 # ---------------------------------------------------------------------------------------------
 
 
-def demo(args: list[str]) -> str:
-    """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
-    from deit_fast.tools.demo import DemoConfig
+def demo(
+    *,
+    output: Path = Path("runs/demo"),
+    seeds: tuple[int, ...] = (0,),
+    workers: int = 1,
+    save: Path | None = None,
+    save_analysis: Path | None = None,
+) -> str:
+    """Distil a small transformer on a CPU in minutes, and compare it with plain training.
+
+    Args:
+        output: Folder of data, runs and report; a second call resumes what it finds there.
+        seeds: One teacher and three students are trained for each seed.
+        workers: Decoding processes.
+        save: Also write the accuracies of all seeds, with versions and command, to this JSON file.
+        save_analysis: Likewise the analysis of all students: tokens, heads, disagreement,
+            calibration.
+    """
     from deit_fast.tools.demo import demo as run
 
-    config = parse(DemoConfig, "demo", args, default=DemoConfig())
-    result = run(config)
+    result = run(output, seeds=seeds, workers=workers, save=save, save_analysis=save_analysis)
+
+    def accuracies(row: dict[str, float]) -> str:
+        return "  ".join(f"{k} {100 * v:.2f} %" for k, v in row.items() if k != "seed")
+
     rows = [
-        (
-            f"seed {row['seed']}",
-            "  ".join(f"{k} {100 * v:.2f} %" for k, v in row.items() if k != "seed"),
-        )
-        for row in result["rows"]
-    ]
-    means = "  ".join(f"{name} {100 * value:.2f} %" for name, value in result["mean"].items())
-    rows += [
-        ("mean", means),
+        *((f"seed {row['seed']}", accuracies(row)) for row in result["rows"]),
+        ("mean", accuracies(result["mean"])),
         ("gain", f"{result['gain']:+.2f} points by distillation"),
         *(("observed", line) for line in result["observed"]),
-        ("report", str(result["report"])),
+        ("report", result["report"]),
     ]
     return columns(rows)
 
@@ -141,7 +152,7 @@ def evaluate(
 
 
 def analyze(
-    runs: tuple[str, ...],
+    runs: tuple[Path, ...],
     /,
     *,
     teacher: str | None = None,
@@ -151,7 +162,7 @@ def analyze(
     sample: int | None = None,
     maps: int = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    out: str | None = None,
+    out: Path | None = None,
 ) -> str:
     """Analyse finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
 
@@ -173,26 +184,25 @@ def analyze(
     for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
         if value is not None and value < least:
             raise InputError(f"--{flag} must be at least {least}, not {value}")
-    paths = _folders("analyze", runs)
+    _require_runs("analyze", runs)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
     from deit_fast.tools.run_folder import short_names
 
     results = measure(
-        paths, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
+        list(runs), teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
         sample=sample, maps=maps, device=device,
     )  # fmt: skip
     if out is not None:
-        write_summary(results, Path(out))
-    text = render(results, short_names(paths), tty=sys.stdout.isatty())
-    written = [*(f"{path}/analysis" for path in paths), *([out] if out else [])]
-    return f"{text}\nwrote {', '.join(written)}"
+        write_summary(results, out)
+    text = render(results, short_names(runs), tty=sys.stdout.isatty())
+    written = [*(run / "analysis" for run in runs), *([out] if out else [])]
+    return f"{text}\nwrote {', '.join(map(str, written))}"
 
 
-def _folders(verb: str, runs: tuple[str, ...]) -> list[Path]:
+def _require_runs(verb: str, runs: tuple[Path, ...]) -> None:
     if not runs:
         raise InputError(f"{verb} needs the folder of a run; see `deit-fast {verb} --help`")
-    return [Path(run) for run in runs]
 
 
 def pack(
@@ -234,7 +244,11 @@ def pack(
 
 
 def report(
-    runs: tuple[str, ...], /, *, out: str = "report.html", title: str = "deit_fast runs"
+    runs: tuple[Path, ...],
+    /,
+    *,
+    out: Path = Path("report.html"),
+    title: str = "deit_fast runs",
 ) -> str:
     """Write one self-contained HTML page about one or more runs.
 
@@ -243,14 +257,14 @@ def report(
         out: File to write.
         title: Heading of the page.
     """
-    paths = _folders("report", runs)
+    _require_runs("report", runs)
     from deit_fast.tools.report.page import write_report
 
-    write_report(paths, Path(out), title)
+    write_report(runs, out, title)
     return f"wrote {out}"
 
 
-def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> str:
+def doctor(*, output: Path = Path("runs"), workers: int = 4, report: bool = False) -> str:
     """Check this machine: what it has, what is slow on it, and what to do about it.
 
     Args:
@@ -261,12 +275,12 @@ def doctor(*, output: str = "runs", workers: int = 4, report: bool = False) -> s
     """
     from deit_fast.tools.doctor import examine, has_problem, render
 
-    findings = examine(Path(output), workers)
+    findings = examine(output, workers)
     if report:
         from deit_fast.tools.bug_report import write_report
 
         path = Path("deit-fast-report.txt")
-        write_report(findings, Path(output), path)
+        write_report(findings, output, path)
         return f"wrote {path}; read it before you send it"
     text = render(findings, tty=sys.stdout.isatty())
     if has_problem(findings):
@@ -315,7 +329,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "recipes list": recipes_list,
     "recipes show": recipes_show,
 }
-_READ_THEIR_ARGUMENTS = ("demo", "train", "precompute")
+_READ_THEIR_ARGUMENTS = ("train", "precompute")
 
 # ---------------------------------------------------------------------------------------------
 # Text
@@ -353,11 +367,6 @@ def _purpose(verb: str) -> str:
 
 def _lookup(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
-
-
-def version() -> str:
-    """Version of the installed package."""
-    return package_version("deit-fast") or "(not installed, run from its source folder)"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -412,7 +421,8 @@ def _dispatch(words: list[str]) -> str:
     if not words or words[0] in HELP:
         return overview()
     if words[0] == "--version":
-        return f"deit-fast {version()}"
+        version = package_version("deit-fast")
+        return f"deit-fast {version or '(not installed, run from its source folder)'}"
     for length in (2, 1):
         verb, args = " ".join(words[:length]), words[length:]
         if verb in _READ_THEIR_ARGUMENTS:

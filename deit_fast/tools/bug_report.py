@@ -13,9 +13,9 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
+from deit_fast.runtime.environment import package_version
 from deit_fast.tools.doctor import Finding, render
 from deit_fast.tools.run_folder import flatten
 
@@ -58,16 +58,9 @@ def compose(findings: list[Finding], output: Path, environment: Mapping[str, str
 
 
 def _versions() -> list[str]:
-    lines = [
-        f"python {platform.python_version()} ({sys.implementation.name})",
-        f"{platform.system()} {platform.release()} {platform.machine()}",
-    ]
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{package}: absent")
-    return lines
+    packages = [f"{name} {package_version(name) or 'absent'}" for name in PACKAGES]
+    python = f"python {platform.python_version()} ({sys.implementation.name})"
+    return [python, f"{platform.system()} {platform.release()} {platform.machine()}", *packages]
 
 
 def _public(text: str) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.recipes import digits_student, digits_teacher
 
@@ -21,28 +20,21 @@ log = logging.getLogger("deit_fast")
 TRAIN_EVERY = 3  # every third image is for training, the others are held out
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Distil a small transformer on a CPU in minutes, and compare it with plain training."""
-
-    output: str = "runs/demo"
-    """Folder of data, runs and report; a second call resumes what it finds there."""
-    seeds: tuple[int, ...] = (0,)
-    """One teacher and three students are trained for each seed."""
-    workers: int = 1
-    """Decoding processes."""
-    save: str | None = None
-    """Also write the accuracies of all seeds, with versions and command, to this JSON file."""
-    save_analysis: str | None = None
-    """Likewise the analysis of all students: tokens, heads, disagreement, calibration."""
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise InputError("demo needs at least one seed")
-
-
-def demo(config: DemoConfig) -> dict[str, Any]:
+def demo(
+    output: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    workers: int = 1,
+    save: Path | None = None,
+    save_analysis: Path | None = None,
+) -> dict[str, Any]:
     """Train a teacher, cache its logits, train the same student three times, compare.
+
+    Args:
+        output: folder of data, runs and report; what it holds already is not computed again.
+        seeds: one teacher and three students are trained for each.
+        workers: decoding processes.
+        save, save_analysis: JSON files for the result, and for the analysis of all students.
 
     Returns:
         `rows`: per seed the teacher's and the students' top-1 accuracy; `mean`: over the seeds;
@@ -57,18 +49,20 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     from deit_fast.tools.report.page import write_report
     from deit_fast.train.loop import train
 
+    if not seeds:
+        raise InputError("demo needs at least one seed")
     started = time.perf_counter()
-    output = Path(config.output)
     write_digits(output / "data")
+    data = {"root": str(output / "data"), "workers": workers}
     rows, runs, analyses = [], [], []
-    for seed in config.seeds:
+    for seed in seeds:
         folder = output / f"seed-{seed}"
         row: dict[str, float] = {"seed": seed}
-        teacher_config = _configure(digits_teacher(), config, folder / "teacher", seed)
+        teacher = digits_teacher().replace(output=str(folder / "teacher"), seed=seed, data=data)
         log.info("seed %d: teacher", seed)
-        row["teacher"] = train(teacher_config)["top1"]
-        spec = f"{teacher_config.model.name}@{folder}/teacher/model.safetensors"
-        student = _configure(digits_student(), config, folder, seed)
+        row["teacher"] = train(teacher)["top1"]
+        spec = f"{teacher.model.name}@{folder}/teacher/model.safetensors"
+        student = digits_student().replace(output=str(folder), seed=seed, data=data)
         log.info("seed %d: teacher logits of all views", seed)
         precompute(student.replace(teacher=spec, cache=str(folder / "cache")))
         for kind in ("none", "hard", "soft"):
@@ -95,11 +89,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         "report": str(output / "report.html"),
     }
     write_report(runs, output / "report.html", "deit_fast demo: digits")
-    if config.save is not None:
-        Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.save), {"meta": analyses[0]["meta"], **result})
-    if config.save_analysis is not None:
-        write_summary(analyses, Path(config.save_analysis))
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_json(save, {"meta": analyses[0]["meta"], **result})
+    if save_analysis is not None:
+        write_summary(analyses, save_analysis)
     return result
 
 
@@ -123,9 +117,3 @@ def write_digits(root: Path) -> None:
         if not path.exists():
             grey = np.round(image * 255 / 16).astype(np.uint8)  # 17 grey levels, 0 .. 16
             Image.fromarray(grey).save(path)
-
-
-def _configure(recipe: RunConfig, config: DemoConfig, output: Path, seed: int) -> RunConfig:
-    """A recipe with the data of the demo and its own output folder."""
-    data = {"root": str(Path(config.output) / "data"), "workers": config.workers}
-    return recipe.replace(output=str(output), seed=seed, data=data)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.runtime.environment import Loaded, find_apex, load
+from deit_fast.runtime.environment import Loaded, find_apex, load, package_version
 
 State = Literal["ok", "note", "problem"]
 
@@ -64,7 +64,7 @@ def examine(output: Path = Path("runs"), workers: int = 4) -> list[Finding]:
         triton_interpret(os.environ, has_gpu),
         extension(load("deit_fast._C"), has_gpu),
         apex(),
-        cpus(_cpu_count(), workers),
+        cpus(len(os.sched_getaffinity(0)), workers),
         Finding("memory", _gib(_memory_bytes())),
         shared_memory(Path("/dev/shm"), workers),
         disk(output),
@@ -76,25 +76,15 @@ def examine(output: Path = Path("runs"), workers: int = 4) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------
 
 
-def version_of(package: str, module: Any = None) -> str:
+def _version_of(package: str, module: Any) -> str:
     """Version that a module states, or else that of the installed package."""
-    if version := getattr(module, "__version__", None):
-        return str(version)
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown version"
+    stated = getattr(module, "__version__", None) or package_version(package)
+    return str(stated or "unknown version")
 
 
 def _release(version: str) -> tuple[int, ...]:
     """(2, 14, 1) of "2.14.1+cu130"; `packaging` may be missing here."""
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
 def required(name: str, loaded: Loaded) -> Finding:
@@ -105,7 +95,7 @@ def required(name: str, loaded: Loaded) -> Finding:
         value = f"broken ({loaded.error})" if loaded.error else "missing"
         advice = f"{'Reinstall' if loaded.error else 'Install'} it: {install}."
         return Finding(name, value, "problem", advice)
-    version = version_of(name, loaded.module)
+    version = _version_of(name, loaded.module)
     release = _release(version)
     if release and release < _release(least):
         return Finding(name, version, "problem", f"Older than {least}: {install}.")
@@ -118,7 +108,7 @@ def required(name: str, loaded: Loaded) -> Finding:
 def dali(loaded: Loaded, has_gpu: bool) -> Finding:
     """NVIDIA DALI decodes on the GPU; it is optional."""
     if loaded.module is not None:
-        version = version_of("nvidia-dali", loaded.module)
+        version = _version_of("nvidia-dali", loaded.module)
         return Finding("dali", f"{version}, for data.loader=dali and dali-triton")
     install = 'pip install "deit-fast[dali]"'
     if loaded.error:
@@ -132,10 +122,7 @@ def dali(loaded: Loaded, has_gpu: bool) -> Finding:
 
 def build_tool(name: str) -> Finding:
     """A package that only building the compiled extension needs."""
-    try:
-        return Finding(name, metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return Finding(name, "absent (only building needs it)")
+    return Finding(name, package_version(name) or "absent (only building needs it)")
 
 
 def extension(loaded: Loaded, has_gpu: bool) -> Finding:
@@ -247,12 +234,6 @@ def triton_interpret(environment: Mapping[str, str], has_gpu: bool) -> Finding:
 # ---------------------------------------------------------------------------------------------
 
 
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpus(count: int, workers: int) -> Finding:
     """Number of cores, compared with the decoding processes of one GPU."""
     if count > workers:
@@ -264,10 +245,7 @@ def cpus(count: int, workers: int) -> Finding:
 
 def _memory_bytes() -> int:
     """Physical memory, or the container's limit where that is smaller."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return min(total, int(Path(limit).read_text()))
@@ -277,7 +255,7 @@ def _memory_bytes() -> int:
 
 
 def _gib(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count else "unknown"
+    return f"{count / GIB:.1f} GiB"
 
 
 def shared_memory(path: Path, workers: int) -> Finding:

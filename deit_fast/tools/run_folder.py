@@ -1,9 +1,10 @@
-"""What the tools read of a run folder, and tolerant access to values of its JSON files."""
+"""What the tools read of a run folder."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Run:
     maps: dict[str, bytes]
 
 
-def short_names(runs: list[Path]) -> list[str]:
+def short_names(runs: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that distinguish the runs."""
     parts = [path.absolute().parts for path in runs]
     for depth in range(1, max(map(len, parts)) + 1):

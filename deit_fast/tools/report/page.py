@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deit_fast.tools.report.sections import Table, draw
 from deit_fast.tools.run_folder import read_run, short_names
 
 
-def write_report(runs: list[Path], out: Path, title: str) -> None:
+def write_report(runs: Sequence[Path], out: Path, title: str) -> None:
     """Write the page about ``runs`` to ``out``.
 
     Raises:
@@ -25,7 +26,7 @@ def write_report(runs: list[Path], out: Path, title: str) -> None:
     out.write_text(page, encoding="utf-8")
 
 
-def build_report(runs: list[Path], title: str) -> str:
+def build_report(runs: Sequence[Path], title: str) -> str:
     """The page about ``runs`` as HTML.
 
     Raises:
