@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,9 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import from_dict
+from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
+from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 from deit_fast.models.student import build_model, forward_heads
 from deit_fast.models.weights import fit_weights, load_weights
@@ -137,11 +137,30 @@ def read_run_config(run: str | Path) -> RunConfig:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise InputError(f"{run} is no run folder: {path} does not exist")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    return from_dict(RunConfig, values)
+    return load_config(str(path), RunConfig())
+
+
+def load_run(
+    run: str | Path, data_root: str | None = None, ema: bool = False
+) -> tuple[RunConfig, Source, nn.Module]:
+    """Configuration, held-out images and model of a finished run.
+
+    Args:
+        run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
+        data_root: image folder; None: the run's own.
+        ema: load the moving average of the weights.
+
+    Raises:
+        InputError: no such run, weights or data, or the data has another class count.
+    """
+    config = read_run_config(run)
+    if data_root is not None:
+        config = config.replace(data={"root": data_root})
+    source = open_source(config.data, "val", config.view.image_size)
+    model = build_model(config, len(source.classes))
+    weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
+    fit_weights(model, load_weights(weights), weights)
+    return config, source, model
 
 
 def evaluate(
@@ -155,24 +174,16 @@ def evaluate(
     """Evaluate a finished run's weights on its held-out images.
 
     Args:
-        run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
-        data_root: image folder; None: the run's own.
+        run, data_root, ema: as of ``load_run``.
         batch_size: images of each forward; None: the run's.
         device: auto, cpu or cuda.
-        ema: evaluate the moving average of the weights.
 
     Raises:
-        InputError: no such run, weights or data, or the data has another class count.
+        InputError: as ``load_run``.
     """
-    config = read_run_config(run)
-    if data_root is not None:
-        config = config.replace(data={"root": data_root})
+    chosen = choose_device(device)
+    config, source, model = load_run(run, data_root, ema)
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
-    chosen = choose_device(device)
-    source = open_source(config.data, "val", config.view.image_size)
-    model = build_model(config, len(source.classes))
-    weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
-    fit_weights(model, load_weights(weights), weights)
     loader = build_eval_loader(config, source, chosen)
     return evaluate_model(model.to(chosen), loader, source.classes, chosen)

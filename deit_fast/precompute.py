@@ -25,9 +25,8 @@ from deit_fast.data.batch import ViewBatch
 from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
-from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.models.teacher import Teacher, load_class_matched_teacher
+from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.metrics import Progress
 from deit_fast.views.plan import ViewPlan
@@ -72,14 +71,12 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         OSError: the disk is full; complete blocks stay.
     """
     group = read_process_group()
-    job = _prepare(config)
+    job = _Job(config)
     requested = range(config.views_used) if views is None else views
-    assert config.cache is not None
     started = time.perf_counter()
     substituted: set[str] = set()
-    images_done = 0
     with LogitCacheWriter(
-        config.cache, job.manifest, rank=group.rank, world_size=group.world_size
+        job.folder, job.manifest, rank=group.rank, world_size=group.world_size
     ) as writer:
         writer.refuse_rivals(requested)
         blocks_per_view = writer.num_blocks
@@ -100,7 +97,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             job.manifest["record_bytes"],
         )  # fmt: skip
         loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-        pixels = _PixelRecord(Path(config.cache), job.manifest)
+        pixels = _PixelRecord(job.folder, job.manifest)
         # The next block is locked before this one is released, so that a second job of the same
         # blocks finds a lock at any time.
         ahead = iter(pending)
@@ -117,7 +114,6 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
                 pixels.add(batch)
                 writer.write(batch.sample_ids, int(batch.view_ids[0]), logits)
                 substituted.update(batch.substituted)
-                images_done += len(batch.sample_ids)
                 progress.advance(len(batch.sample_ids))
     seconds = time.perf_counter() - started
     if substituted:
@@ -130,10 +126,10 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "views": len(requested),
         "blocks": len(pending),
         "kept": len(mine) - len(pending),
-        "images": images_done,
+        "images": total,
         "seconds": round(seconds, 3),
-        "images_per_s": round(images_done / seconds, 2),
-        "bytes": images_done * job.manifest["record_bytes"],
+        "images_per_s": round(total / seconds, 2),
+        "bytes": total * job.manifest["record_bytes"],
         "substituted": sorted(substituted),
     }
 
@@ -154,9 +150,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         As ``precompute``.
     """
     processes = read_process_group().world_size
-    job = _prepare(config)
-    assert config.cache is not None
-    folder = Path(config.cache)
+    job = _Job(config)
+    folder = job.folder
     requested = range(config.views_used) if views is None else views
     missing, kept, new_bytes = planned(folder, job.manifest, requested)
     count = job.source.num_samples
@@ -199,23 +194,34 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 class _Job:
     """Source, plan, teacher and manifest, checked; nothing is written yet."""
 
-    def __init__(self, config: RunConfig, source: Source, teacher: Teacher, device: torch.device):
-        self.config, self.source, self.teacher, self.device = config, source, teacher, device
-        self.plan = ViewPlan(config.view, config.seed, source.num_samples)
+    def __init__(self, config: RunConfig) -> None:
+        if config.teacher is None or config.cache is None:
+            missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
+            raise InputError(f"precompute needs {missing}")
+        self.view, self.folder = config.view, Path(config.cache)
+        self.device = choose_device(config.device)
+        self.source = open_source(config.data, "train", config.view.image_size)
+        self.teacher = load_class_matched_teacher(config, len(self.source.classes))
+        # Not under `auto`: Inductor chooses between kernels by their measured times, so another
+        # process may get other last bits. Without it the bytes of a cache do not depend on which
+        # process wrote which block.
+        compiled = config.compile not in ("auto", "none")
+        self.teacher.to_device(self.device, compiled, fused=compiled and config.model.fused)
+        self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.manifest = build_manifest(
             config.codec,
-            num_classes=len(source.classes),
-            num_samples=source.num_samples,
+            num_classes=len(self.source.classes),
+            num_samples=self.source.num_samples,
             tau=config.loss.tau,
-            fingerprint=views_fingerprint(config, source)
-            | teacher.fingerprint()
+            fingerprint=views_fingerprint(config, self.source)
+            | self.teacher.fingerprint()
             | {
-                "teacher.dtype": "bfloat16" if has_bf16(device) else "float32",
+                "teacher.dtype": "bfloat16" if has_bf16(self.device) else "float32",
                 "teacher.batch": config.teacher_batch,
             }
             # Compiled logits differ in their last bits: a resumed job must not mix the two.
-            | ({"teacher.compiled": True} if _compiles(config) else {})
-            | ({"teacher.fused": True} if teacher.is_fused else {}),
+            | ({"teacher.compiled": True} if compiled else {})
+            | ({"teacher.fused": True} if self.teacher.is_fused else {}),
             info={"data.train": config.data.train},
         )
 
@@ -251,28 +257,7 @@ class _Job:
 
     def logits(self, batch: ViewBatch) -> torch.Tensor:
         """The teacher's logits [B, C] of a batch of views."""
-        return self.teacher(ingest_batch(batch, self.config.view, torch.float32))
-
-
-def _prepare(config: RunConfig) -> _Job:
-    if config.teacher is None or config.cache is None:
-        missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
-        raise InputError(f"precompute needs {missing}")
-    device = choose_device(config.device)
-    source = open_source(config.data, "train", config.view.image_size)
-    teacher = load_class_matched_teacher(config, len(source.classes))
-    compiled = _compiles(config)
-    teacher.to_device(device, compiled, fused=compiled and config.model.fused)
-    return _Job(config, source, teacher, device)
-
-
-def _compiles(config: RunConfig) -> bool:
-    """Whether the teacher is compiled, and a transformer fused: not under `auto`.
-
-    Inductor chooses between kernels by their measured times, so another process may get other last
-    bits; without it the bytes of a cache do not depend on which process wrote which block.
-    """
-    return config.compile not in ("auto", "none")
+        return self.teacher(ingest_batch(batch, self.view, torch.float32))
 
 
 class _PixelRecord:

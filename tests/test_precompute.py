@@ -23,7 +23,7 @@ from deit_fast.data.open import open_loader
 from deit_fast.errors import InputError
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import TeacherCalls, _prepare, estimate, precompute
+from deit_fast.precompute import TeacherCalls, _Job, estimate, precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import Progress, duration
 from helpers.digits import write_few_digits
@@ -72,7 +72,7 @@ def command(config: RunConfig, cache: Path) -> list[str]:
 
 def check_answers(config: RunConfig, device: str) -> None:
     """What comes out is each batch's own answer, and the teacher has the next batch by then."""
-    job = _prepare(config.replace(device=device))
+    job = _Job(config.replace(device=device))
     calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, job.source.num_samples, 20)
     given: list[int] = []
     job.teacher.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
@@ -93,7 +93,7 @@ def check_answers(config: RunConfig, device: str) -> None:
 def test_a_compiled_teacher_does_not_go_on_where_a_plain_one_began(config, tmp_path, first):
     plans = [config.replace(cache=str(tmp_path), num_views=3, compile=kind)
              for kind in (first, "blocks" if first == "none" else "none")]  # fmt: skip
-    with LogitCacheWriter(tmp_path, _prepare(plans[0]).manifest):
+    with LogitCacheWriter(tmp_path, _Job(plans[0]).manifest):
         pass
     with pytest.raises(CacheMismatch, match=r"teacher\.compiled"):
         precompute(plans[1])

@@ -27,6 +27,7 @@ from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import write_arrays, write_json
 from deit_fast.runtime.metrics import Progress
+from deit_fast.tools.run_folder import read_object
 
 log = logging.getLogger("deit_fast")
 
@@ -102,12 +103,7 @@ def _write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, manifest)
         return
-    try:
-        existing = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(existing, dict):
-        raise InputError(f"{path} must hold a JSON object")
+    existing = read_object(path)
     requested = json.loads(json.dumps(manifest))
     compared = requested.keys() - {"pillow", "packed_from"}
     differing = [k for k in requested if k in compared and existing.get(k) != requested[k]]

@@ -20,13 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
-from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, read_run_config
-from deit_fast.models.student import build_model, forward_heads
+from deit_fast.evaluate import build_eval_loader, load_run
+from deit_fast.models.student import forward_heads
 from deit_fast.models.teacher import Teacher
-from deit_fast.models.weights import fit_weights, load_weights
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.analysis.measures import soften
@@ -93,21 +91,14 @@ def open_run(
     Raises:
         InputError: the run, its weights or its data are missing or damaged.
     """
-    config = read_run_config(path)
-    if data_root is not None:
-        config = config.replace(data={"root": data_root})
-    source = open_source(config.data, "val", config.view.image_size)
+    config, source, model = load_run(path, data_root, ema)
     if sample is not None and not 0 <= sample < source.num_samples:
         raise InputError(
             f"--sample {sample}: held-out images of {path} are 0 to {source.num_samples - 1}"
         )
-    classes = len(source.classes)
-    model = build_model(config, classes)
-    weights = path / ("ema.safetensors" if ema else "model.safetensors")
-    fit_weights(model, load_weights(weights), weights)
     file = path / "result.json"  # a run without it can be analysed: its weights are there
     found, reason = find_teacher(
-        config, read_object(file) if file.exists() else {}, teacher, classes
+        config, read_object(file) if file.exists() else {}, teacher, len(source.classes)
     )
     return OpenRun(
         path=path,
