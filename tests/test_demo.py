@@ -31,7 +31,6 @@ def test_distilled_students_beat_their_undistilled_twin(tmp_path):
     (row,) = result["rows"]
     assert row["teacher"] > 0.97
     assert result["gain"] >= 3, row
-    assert result["seconds"] < 300
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["rows"] == result["rows"] and saved["meta"]["torch"]
     page = (tmp_path / "demo/report.html").read_text()
@@ -46,6 +45,9 @@ def test_distilled_students_beat_their_undistilled_twin(tmp_path):
     better, _, alike = analysis["observations"]
     assert better["holds"] == alike["holds"] == 2, analysis["observations"]
     assert len(result["observed"]) == 3 and "in 2 of 2 runs" in result["observed"][0]
-    again = demo(tmp_path / "demo", **files)
-    assert again["rows"] == result["rows"]
-    assert again["seconds"] < result["seconds"] / 3, "a second call did the work again"
+    logs = {path: path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
+    blocks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.dlc")}
+    assert len(logs) == 4 and blocks
+    assert demo(tmp_path / "demo", **files)["rows"] == result["rows"]
+    assert all(path.read_text() == log for path, log in logs.items()), "a step was made again"
+    assert all(path.stat().st_mtime_ns == time for path, time in blocks.items())
