@@ -67,7 +67,7 @@ def test_calibration_equals_the_formula_computed_slowly() -> None:
         bins.append((len(inside), pytest.approx(mean), pytest.approx(accuracy)))
     assert found["ece"] == pytest.approx(error, rel=1e-12)
     assert [(b["count"], b["confidence"], b["accuracy"]) for b in found["bins"]] == bins
-    # half of two sure answers is wrong
+    # one of two confident decisions is wrong
     assert measures.calibration(torch.tensor([0.9, 0.9]), torch.tensor([True, False]))[
         "ece"
     ] == pytest.approx(0.4)
@@ -92,13 +92,13 @@ def test_soften_equals_its_definition() -> None:
     entropy, mass = measures.soften(logits)
     assert measures.kept_classes(12) == (1, 5, 10) and measures.kept_classes(5) == (1,)
     for row, values in enumerate(logits.tolist()):
-        for place, temperature in enumerate(measures.TEMPERATURES):
+        for index, temperature in enumerate(measures.TEMPERATURES):
             weights = sorted((math.exp(v / temperature) for v in values), reverse=True)
-            odds = [w / sum(weights) for w in weights]
-            expected = -sum(p * math.log(p) for p in odds)
-            assert entropy[row, place].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            probs = [w / sum(weights) for w in weights]
+            expected = -sum(p * math.log(p) for p in probs)
+            assert entropy[row, index].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
             for i, k in enumerate((1, 5, 10)):
-                assert mass[row, place, i].item() == pytest.approx(sum(odds[:k]), rel=1e-5)
+                assert mass[row, index, i].item() == pytest.approx(sum(probs[:k]), rel=1e-5)
     table = measures.temperature_table(entropy, mass, 12)
     assert [row["temperature"] for row in table] == list(range(1, 11))
     assert table[2]["entropy"] == pytest.approx(entropy[:, 2].mean().item(), rel=1e-6)
@@ -156,11 +156,11 @@ def test_cosines_of_a_model_whose_tokens_are_known() -> None:
         model.cls_token.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         model.dist_token.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         model.norm.weight.fill_(1), model.norm.bias.zero_()
-    with tokens.TokenCosines(model) as watch, torch.no_grad():
+    with tokens.TokenCosines(model) as cosines, torch.no_grad():
         forward_heads(model, torch.randn(2, 3, 8, 8))
-        found = watch.take()
+        found = cosines.take()
         forward_heads(model, torch.randn(5, 3, 8, 8))
-        assert watch.take().shape == (5, 5)
+        assert cosines.take().shape == (5, 5)
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
@@ -172,7 +172,7 @@ def test_cosines_of_a_model_whose_tokens_are_known() -> None:
     one, two = np.array([1.0, 0, 3, 0]), np.array([1.0, 2, 3, 0])
     late = 10 / math.sqrt(10 * 14)
     expected = [early, early, late, late, cosine(normed(one), normed(two))]
-    assert watch.names == ["input", "block 1", "block 2", "block 3", "final norm"]
+    assert cosines.names == ["input", "block 1", "block 2", "block 3", "final norm"]
     assert found.tolist() == [pytest.approx(expected, rel=1e-4)] * 2
     assert tokens.learned_cosine(model) == pytest.approx(1 / math.sqrt(2))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -210,8 +210,8 @@ def test_attention_is_the_softmax_of_queries_and_keys(form: str) -> None:
                 q = normed @ qkv.weight[q_rows].T + qkv.bias[q_rows]
                 k = normed @ qkv.weight[k_rows].T + qkv.bias[k_rows]
                 scores = torch.einsum("bqd,bkd->bqk", q, k) / math.sqrt(2)
-                odds = scores.exp() / scores.exp().sum(-1, keepdim=True)
-                torch.testing.assert_close(weights[:, head], odds, rtol=1e-4, atol=1e-6)
+                probs = scores.exp() / scores.exp().sum(-1, keepdim=True)
+                torch.testing.assert_close(weights[:, head], probs, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
             x = block(x)
 
@@ -226,9 +226,9 @@ def test_attention_normalises_queries_and_keys_where_the_model_does() -> None:
     with torch.no_grad():
         x = block.norm1(model._pos_embed(model.patch_embed(images)))
         _, _, v = block.attn.qkv(x).view(1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        out = weights @ v  # the attention's own output, from our weights
-        mine = block.attn.proj(out.transpose(1, 2).flatten(2))
-        torch.testing.assert_close(mine, block.attn(x), rtol=1e-4, atol=1e-5)
+        out = weights @ v  # the output of the attention, from the recomputed weights
+        recomputed = block.attn.proj(out.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(recomputed, block.attn(x), rtol=1e-4, atol=1e-5)
 
 
 def test_rollout_of_two_blocks_by_hand() -> None:
@@ -283,7 +283,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(fixed_teacher(10).state_dict(), root / "fixed.safetensors")
     teacher = small_convnet(10)
     with torch.no_grad():
-        teacher[-1].weight.mul_(20)  # a teacher with opinions
+        teacher[-1].weight.mul_(20)  # so that its decisions depend on the image
         teacher[-1].bias -= teacher.eval()(held_out(root)[0]).mean(0)
     save_file(teacher.state_dict(), root / "teacher.safetensors")
     for name, kind in (("none", "none"), ("hard", "hard"), ("soft", "soft")):
@@ -310,7 +310,7 @@ def make_run(world: Path, name: str, kind: str, **changes: Any) -> Path:
     with torch.no_grad():
         logits = [z for z in forward_heads(model.eval(), held_out(world)[0]) if z is not None]
         for head, z in zip(heads, logits, strict=True):
-            head.bias -= z.mean(0)  # the decision shall depend on the image
+            head.bias -= z.mean(0)  # so that the decision depends on the image
     save_file(model.state_dict(), world / name / "model.safetensors")
     (world / name / "config.json").write_text(json.dumps(to_dict(config)))
     return world / name
@@ -374,19 +374,20 @@ def test_disagreement_counts_every_pair(world: Path, found: dict[str, dict]) -> 
     images, labels = held_out(world)
     spec = f"{CONVNET}@{world}/teacher.safetensors"
     teacher = load_teacher(spec, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
-    everyone = {"truth": labels, "teacher": teacher(images).argmax(1)}
-    everyone |= {"undistilled": decide(world, "none")["student"], **decide(world, "hard")}
+    decisions = {"truth": labels, "teacher": teacher(images).argmax(1)}
+    decisions |= {"undistilled": decide(world, "none")["student"], **decide(world, "hard")}
     table = found["hard"]["disagreement"]
     assert table["names"] == [
         "truth", "teacher", "undistilled", "class", "distillation", "both",
     ]  # fmt: skip
     for name, row in zip(table["names"], table["shares"], strict=True):
         for other, share in zip(table["names"], row, strict=True):
-            assert share == (everyone[name] != everyone[other]).sum().item() / 60, (name, other)
-    assert all(len(decision.unique()) > 2 for decision in everyone.values())  # not constant
+            assert share == (decisions[name] != decisions[other]).sum().item() / 60, (name, other)
+    # Otherwise a constant decision would pass.
+    assert all(len(decision.unique()) > 2 for decision in decisions.values())
     assert found["none"]["disagreement"]["names"] == ["truth", "teacher", "student"]
     assert found["hard"]["undistilled"]["run"] == str(world / "none")
-    agreement = (everyone["class"] == everyone["distillation"]).float().mean().item()
+    agreement = (decisions["class"] == decisions["distillation"]).float().mean().item()
     assert found["hard"]["heads"]["agreement"] == pytest.approx(agreement)
 
 
@@ -395,22 +396,23 @@ def test_teacher_temperatures_come_from_its_own_logits(world: Path, found: dict[
     spec = f"{CONVNET}@{world}/teacher.safetensors"
     teacher = load_teacher(spec, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
     logits = teacher(images).double()
-    told = found["soft"]["teacher"]
-    assert told["spec"] == CONVNET
-    assert told["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    measured = found["soft"]["teacher"]
+    assert measured["spec"] == CONVNET
+    assert measured["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     entropies = []
-    for row in told["temperatures"]:
-        odds = (logits / row["temperature"]).softmax(1)
-        entropy = torch.distributions.Categorical(odds).entropy()
+    for row in measured["temperatures"]:
+        probs = (logits / row["temperature"]).softmax(1)
+        entropy = torch.distributions.Categorical(probs).entropy()
         entropies.append(entropy)
         assert row["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
-        assert row["mass"]["5"] == pytest.approx(odds.topk(5).values.sum(1).mean().item())
+        assert row["mass"]["5"] == pytest.approx(probs.topk(5).values.sum(1).mean().item())
         assert set(row["mass"]) == {"1", "5"}
-    unsure = entropies[0].argmax().item()
-    assert told["sample"]["id"] == unsure == found["soft"]["attention"]["samples"][0]["id"]
-    assert told["sample"]["label"] == str(labels[unsure].item())
-    third = told["sample"]["temperatures"][2]["classes"]
-    best = (logits[unsure] / 3).softmax(0).topk(5)
+    least_certain = entropies[0].argmax().item()
+    assert measured["sample"]["id"] == least_certain
+    assert found["soft"]["attention"]["samples"][0]["id"] == least_certain
+    assert measured["sample"]["label"] == str(labels[least_certain].item())
+    third = measured["sample"]["temperatures"][2]["classes"]
+    best = (logits[least_certain] / 3).softmax(0).topk(5)
     assert [item["name"] for item in third] == [str(i) for i in best.indices.tolist()]
     assert [item["probability"] for item in third] == pytest.approx(best.values.tolist(), rel=1e-4)
 
@@ -432,7 +434,8 @@ def test_token_cosines_are_measured_over_all_images(world: Path, found: dict[str
     for layer, values in zip(layers, outputs, strict=True):
         assert layer["mean"] == pytest.approx(values.mean().item(), abs=1e-5)
         assert layer["std"] == pytest.approx(values.std(correction=0).item(), abs=1e-5)
-    assert layers[0]["std"] == pytest.approx(0, abs=1e-6)  # the input's tokens know no image
+    # The tokens of the input do not depend on the image.
+    assert layers[0]["std"] == pytest.approx(0, abs=1e-6)
 
 
 def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, dict]) -> None:

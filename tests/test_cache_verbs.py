@@ -77,7 +77,7 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
-def test_records_made_again_are_the_stored_ones(root, capsys, codec):
+def test_recomputed_records_equal_the_stored_ones(root, capsys, codec):
     status, out, _ = verify_teacher(
         capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4"
     )
@@ -210,7 +210,7 @@ def test_entropy_and_agreement_are_right(tmp_path):
         assert (drawn.top1[1:] == drawn.samples[1:] % 12).all()
 
 
-def test_agreement_counts_the_larger_half(root, capsys):
+def test_agreement_counts_the_label_of_larger_weight(root, capsys):
     """A cache whose teacher says just that label agrees wholly; one turned by a class, not."""
     from deit_fast.config import DataConfig
     from deit_fast.tools.verify_against_teacher import leading_labels
@@ -314,7 +314,7 @@ def test_tail_of_an_import_is_what_was_not_stored(tmp_path):
     assert stored.ids.tolist() == [[3, 1], [0, 2]]
 
 
-def test_train_refuses_an_import_in_plain_words(root, tmp_path, capsys):
+def test_train_refuses_an_imported_cache_in_one_line(root, tmp_path, capsys):
     write_tinyvit(tmp_path / "t", 3, 0, [tinyvit_rows(["a", "b"], 3, 10, 0)])
     import_tinyvit(tmp_path / "t", tmp_path / "c", 10)
     words = [*arguments(root)[:-2], "--cache", f"{tmp_path}/c", "--batch-size", "10",

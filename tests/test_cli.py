@@ -73,7 +73,7 @@ for command in {commands!r}:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train", "--print-config"]])
-def test_quick_answers_take_under_two_seconds(args: list[str]) -> None:
+def test_help_and_print_config_take_under_two_seconds(args: list[str]) -> None:
     """In processor time: what other processes do on the machine does not count."""
     seconds = []
     for _ in range(3):
@@ -261,7 +261,7 @@ def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:
         assert str(error.value) == f"unknown config key {near}"
 
 
-def test_a_process_refuses_with_status_2_and_says_its_rank() -> None:
+def test_an_error_of_another_rank_names_the_rank() -> None:
     process = start(
         "train", "--epochs", "x", stderr=subprocess.PIPE, env={"RANK": "3", "WORLD_SIZE": "4"}
     )
@@ -331,7 +331,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("args", [["recipes", "list"], ["train", "--help"]])
-def test_a_reader_that_leaves_is_no_error(args: list[str]) -> None:
+def test_a_closed_pipe_is_no_error(args: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     process = start(*args, stdout=write, stderr=subprocess.PIPE)
@@ -341,7 +341,7 @@ def test_a_reader_that_leaves_is_no_error(args: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_said_in_plain_words() -> None:
+def test_a_full_disk_is_named() -> None:
     with open("/dev/full", "w") as full:
         process = start("recipes", "list", stdout=full, stderr=subprocess.PIPE)
         assert process.communicate()[1].startswith(f"{PREFIX}no space left to write")
@@ -369,7 +369,7 @@ def test_recipe_is_documented_and_its_model_fits_its_views(name: str) -> None:
     assert config.recipe == name
     text = " ".join((RECIPES[name].__doc__ or "").split())
     assert "Command: " in text and "Time" in text and "ccuracy" in text
-    assert f"--recipe {name}" in text or name.startswith("digits_"), "the command is another's"
+    assert f"--recipe {name}" in text or name.startswith("digits_"), "another recipe's command"
     size = config.view.image_size
     with torch.device("meta"):
         outputs = build_model(config, 10)(torch.zeros(2, 3, size, size))

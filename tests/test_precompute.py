@@ -90,7 +90,7 @@ def check_answers(config: RunConfig, device: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["none", "model"])
-def test_a_compiled_teacher_does_not_go_on_where_a_plain_one_began(config, tmp_path, first):
+def test_a_compiled_teacher_does_not_resume_the_cache_of_a_plain_one(config, tmp_path, first):
     plans = [config.replace(cache=str(tmp_path), num_views=3, compile=kind)
              for kind in (first, "blocks" if first == "none" else "none")]  # fmt: skip
     with LogitCacheWriter(tmp_path, _Job(plans[0]).manifest):
@@ -104,7 +104,7 @@ def test_the_teacher_works_on_the_next_batch_while_one_is_written(config):
 
 
 @pytest.mark.gpu
-def test_answers_on_a_gpu_belong_to_their_batches(config):
+def test_logits_on_a_gpu_belong_to_their_batches(config):
     check_answers(config, "cuda")
 
 
@@ -122,7 +122,7 @@ def test_second_call_keeps_every_block(config, reference):
     assert contents(config.cache) == reference
 
 
-def test_stored_answers_are_the_teachers(config, reference):
+def test_stored_logits_are_the_teachers(config, reference):
     """Against the teacher run by hand on views made one by one."""
     from deit_fast.data.ingest import ingest_batch
     from deit_fast.data.loader import make_batch
@@ -197,7 +197,7 @@ def test_a_flipped_bit_is_found_and_redone(config, reference, tmp_path):
     assert contents(cache) == reference
 
 
-def test_another_teacher_recipe_or_data_set_is_refused(config, reference):
+def test_another_teacher_view_or_data_set_is_refused(config, reference):
     other = config.replace(seed=9, teacher_batch=16, view={"crop_scale": (0.3, 1.0)})
     with pytest.raises(CacheMismatch) as error:
         precompute(other)
@@ -217,7 +217,7 @@ def test_views_are_added_later(config, reference, tmp_path):
     assert contents(later.cache) == reference
 
 
-def test_a_killed_process_of_the_loader_is_one_line_and_goes_on(config, reference, tmp_path):
+def test_a_killed_loader_process_is_one_line_and_the_job_resumes(config, reference, tmp_path):
     config = config.replace(cache=str(tmp_path / "cache"), data={"workers": 1})
 
     def kill_one() -> None:
@@ -281,7 +281,7 @@ def start_ranks(config: RunConfig, cache: Path, world: int) -> list[subprocess.P
     ]
 
 
-def test_dry_run_says_what_comes_and_writes_nothing(config, reference, tmp_path):
+def test_dry_run_estimates_and_writes_nothing(config, reference, tmp_path):
     planned = config.replace(cache=str(tmp_path / "a" / "cache"))
     found = estimate(planned)
     views = {name: data for name, data in reference.items() if name.endswith(".dlc")}
