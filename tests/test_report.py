@@ -302,6 +302,29 @@ def test_a_damaged_analysis_is_named(
     assert str(error.value).startswith(f"{path} {message}")
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("result.json", "teacher", "timm:regnet"),
+        ("result.json", "per_class", [1]),
+        ("analysis/analysis.json", "tokens", {"layers": [1, {"mean": "x"}, 2]}),
+        ("analysis/analysis.json", "disagreement", {"names": ["a"], "shares": [["x"]]}),
+        ("analysis/analysis.json", "attention", {"tiles": 4, "samples": [{"picture": 4}]}),
+    ],
+    ids=["teacher", "per_class", "tokens", "disagreement", "attention"],
+)
+def test_values_of_a_wrong_type_name_the_run(
+    file: str, key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    add_analysis(make_run(tmp_path / "a"))
+    path = tmp_path / "a" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "out.html")]) == 2
+    line = capsys.readouterr().err
+    assert "a file of a is damaged or was edited" in line and line.count("\n") == 1
+    assert not (tmp_path / "out.html").exists()
+
+
 def test_long_training_curves_are_smoothed_and_kept_as_logged(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     rows = [

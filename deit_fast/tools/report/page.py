@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from deit_fast.errors import InputError
 from deit_fast.tools.charts import COLOURS, PROPERTIES, Line, dash
 from deit_fast.tools.report import analysis, sections
 from deit_fast.tools.report.sections import Table, draw
-from deit_fast.tools.run_folder import read_run, short_names
+from deit_fast.tools.run_folder import Run, read_run, short_names
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str) -> None:
@@ -35,8 +36,20 @@ def build_report(runs: Sequence[Path], title: str) -> str:
     if not runs:
         raise InputError("a report needs at least one run folder")
     names = short_names(runs)
-    loaded = [read_run(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
-    analysed = [run for run in loaded if run.analysis]
+    try:
+        return render(title, **_sections([read_run(*item) for item in zip(runs, names, count())]))
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"a file of {', '.join(names)} is damaged or was edited ({type(error).__name__}: "
+            f"{error}); `deit-fast analyze` writes analysis.json again, other files need a copy"
+        ) from error
+
+
+def _sections(runs: list[Run]) -> dict[str, Any]:
+    """The template's variables, by the names of the functions that make them."""
+    analysed = [run for run in runs if run.analysis]
     of_all = (
         sections.lead, sections.results, sections.curves, sections.per_class, sections.throughput,
         sections.samples, sections.settings, sections.environment, sections.commands,
@@ -45,8 +58,8 @@ def build_report(runs: Sequence[Path], title: str) -> str:
         analysis.tokens, analysis.classifiers, analysis.disagreement, analysis.teachers,
         analysis.attention, analysis.left_out,
     )  # fmt: skip
-    parts = {section.__name__: section(loaded) for section in of_all}
-    return render(title, **parts, **{s.__name__: s(analysed) for s in of_analysed})
+    parts = {section.__name__: section(runs) for section in of_all}
+    return parts | {section.__name__: section(analysed) for section in of_analysed}
 
 
 def render(title: str, **parts: Any) -> str:
