@@ -486,7 +486,8 @@ def aot_cases() -> Iterator[tuple[str, Launch, dict[str, Any]]]:
         expect["no_scalar_half"] = dtype.itemsize == 2
         yield f"forward-{name}", forward, expect
         yield f"backward-{name}", backward, expect
-        name = f"sums-C={C}-{2 + (form == 'gamma-keep')}"
+        # of weight and bias, with a branch also of its bias, with gamma also of gamma
+        name = f"sums-C={C}-{2 + (form != 'norm') + (form == 'gamma-keep')}"
         if name not in sums_seen:
             yield name, sums, {"max_regs": 128}
         sums_seen.add(name)
