@@ -229,6 +229,8 @@ def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch):
     config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
     result = train(config)
     assert result["skipped_steps"] == [7] and result["steps"] == STEPS
+    trained = 32 * (STEPS - 1)  # samples
+    assert result["images_per_s"] == pytest.approx(trained / result["train_seconds"], rel=0.02)
     rows = train_rows(read_metrics(tmp_path / "rolled/metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     monkeypatch.delenv("UNRULY")

@@ -16,11 +16,14 @@ from deit_fast.errors import InputError
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
-from deit_fast.runtime.metrics import read_metrics
-from deit_fast.runtime.profile import training_flops
+from deit_fast.runtime.distributed import ProcessGroup
+from deit_fast.runtime.metrics import MetricsFile, read_metrics
+from deit_fast.runtime.profile import StepMeter, training_flops
+from deit_fast.train import loop
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate
 from deit_fast.train.state import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.train.teacher import RunTeacher
 from helpers.runs import comparable_rows, run_config, weights_equal
 
 
@@ -36,6 +39,40 @@ def test_the_log_line_shows_the_row_of_metrics(world, tmp_path, caplog):
     assert row["images_per_s"] == pytest.approx(32e3 / row["step_ms"])
     assert row["seconds_left"] == pytest.approx(2e-3 * row["step_ms"])
     assert lines[1].endswith("0:00:00 left")
+
+
+def test_a_checkpoint_between_two_reports_holds_the_training_time(world, tmp_path):
+    train(run_config(world, tmp_path, epochs=1, log_every=100, save_steps=4))
+    newest_two = list_checkpoints(tmp_path / "checkpoints")
+    states = [torch.load(path, weights_only=True) for path in newest_two]
+    assert [state["step"] for state in states] == [4, 6]
+    assert 0 < states[0]["train_seconds"] < states[1]["train_seconds"]
+
+
+def test_time_inside_a_pause_is_not_training_time():
+    clock = iter([0.0, 2.0, 5.0, 9.0, 10.0]).__next__
+    meter = StepMeter(8, ProcessGroup(), torch.device("cpu"), None, clock)
+    meter.steps = 2
+    laps = [meter.lap()]  # at 2 s
+    with meter.paused():  # from 5 s to 9 s
+        pass
+    laps.append(meter.lap())  # at 10 s
+    assert laps == [2.0, 4.0]
+    assert meter.read(5, {})["step_ms"] == 3000
+
+
+def test_a_run_that_fails_at_its_start_closes_what_it_opened(world, tmp_path, monkeypatch):
+    closed = []
+    for opened in (RunTeacher, MetricsFile):
+        monkeypatch.setattr(opened, "close", lambda it, *_: closed.append(type(it).__name__))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no step")
+
+    monkeypatch.setattr(loop, "log_compile", fail)
+    with pytest.raises(RuntimeError, match="no step"):
+        train(run_config(world, tmp_path))
+    assert closed == ["MetricsFile", "RunTeacher"]
 
 
 def test_training_flops_agree_with_the_published_table():

@@ -84,7 +84,7 @@ class StepMeter:
     ) -> None:  # fmt: skip
         self.batch_size, self.group, self.device = batch_size, group, device
         self._utilisation, self._clock = utilisation, clock
-        self.steps, self._waited, self._since = 0, 0.0, clock()
+        self.steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, clock()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time until each one arrives counts as waiting for data."""
@@ -101,8 +101,15 @@ class StepMeter:
         yield
         self._since += self._clock() - begun
 
-    def read(self, steps_left: int, others: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """Seconds since the last reading, and the speed as columns of a row; resets both.
+    def lap(self) -> float:
+        """Seconds since the last call; call it after each step."""
+        now = self._clock()
+        seconds, self._since = now - self._since, now
+        self._seconds += seconds
+        return seconds
+
+    def read(self, steps_left: int, others: dict[str, float]) -> dict[str, float]:
+        """The speed of the laps since the last reading, as columns of a row.
 
         ``mfu`` is absent on an unknown GPU, ``peak_memory_bytes`` on a CPU.
 
@@ -111,24 +118,23 @@ class StepMeter:
             others: more columns. They and ``data_wait`` are the maximum over the ranks, so all
                 ranks must call this together, with the same names.
         """
-        seconds = self._clock() - self._since
-        largest = {"data_wait": self._waited / seconds, **others}
+        seconds, waited, steps = self._seconds, self._waited, self.steps
+        self.steps, self._seconds, self._waited = 0, 0.0, 0.0
+        largest = {"data_wait": waited / seconds, **others}
         values = torch.tensor([*largest.values()], dtype=torch.float64, device=self.device)
         self.group.maximum(values)
-        rate = self.steps * self.batch_size / seconds
+        rate = steps * self.batch_size / seconds
         speed = {
-            "step_ms": 1e3 * seconds / self.steps,
+            "step_ms": 1e3 * seconds / steps,
             "images_per_s": rate,
             "images_per_s_per_process": rate / self.group.world_size,
-            "seconds_left": steps_left * seconds / self.steps,
+            "seconds_left": steps_left * seconds / steps,
         }
         if self._utilisation is not None:
             speed["mfu"] = rate * self._utilisation
         if self.device.type == "cuda":
             speed["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        speed |= dict(zip(largest, values.tolist(), strict=True))
-        self.steps, self._waited, self._since = 0, 0.0, self._clock()
-        return seconds, speed
+        return speed | dict(zip(largest, values.tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ class Trackers:
             except Exception as error:
                 reason = first_line(error, with_type=True)
                 if run is None:
+                    self.close(finished=False)
                     raise InputError(f"track={name} cannot start: {reason}") from error
                 log.warning(_DROPPED, name, reason)
                 continue

@@ -76,6 +76,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         joined_process_group(device) as group,
         Signals() as signals,
         memory_history(config, Path(config.output), device, group),
+        ExitStack() as resources,
     ):
         processes = f" over {group.world_size} processes" if group.world_size > 1 else ""
         sizes = (
@@ -83,12 +84,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             f"a larger accumulate computes the same steps with less memory"
         )
         with translate_errors(device, sizes), signals.raising():
-            run = _Run(config, device, group, signals)
-        try:
-            with translate_errors(device, sizes):
-                return run.run()
-        finally:
-            run.close()
+            run = _Run(config, device, group, signals, resources)
+        with translate_errors(device, sizes):
+            return run.run()
 
 
 class _NotFinite(Exception):
@@ -108,12 +106,18 @@ class _Due(NamedTuple):
 
 
 class _Run:
-    """One call of ``train``."""
+    """One call of ``train``.
+
+    Args:
+        resources: closes threads and files at the end, also after an error in this constructor.
+    """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, group: ProcessGroup, signals: Signals
-    ) -> None:
+        self, config: RunConfig, device: torch.device, group: ProcessGroup, signals: Signals,
+        resources: ExitStack,
+    ) -> None:  # fmt: skip
         self.config, self.device, self.group, self.signals = config, device, group, signals
+        self.finished = False
         if group.is_first:
             require_trackers(config.track)
 
@@ -133,6 +137,7 @@ class _Run:
 
         # -- teacher ---------------------------------------------------------------------------
         self.teacher = open_teacher(config, self.source, device)
+        resources.callback(self.teacher.close)
 
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
         self.state = state = create_state(config, len(self.source.classes), device)
@@ -143,6 +148,7 @@ class _Run:
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints)
+        resources.callback(self._close_writer)
         self.saved_at = time.monotonic()
         self.metrics: MetricsFile | None = None
         if group.is_first:
@@ -162,9 +168,9 @@ class _Run:
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
         if group.is_first:
-            self.metrics = MetricsFile(config, self.output, state.step)
+            self.metrics = metrics = MetricsFile(config, self.output, state.step)
+            resources.callback(lambda: metrics.close(self.finished))
         self.rollbacks = self.batches_evaluated = 0
-        self.finished = False
         self.evaluation: dict[str, Any] | None = None
         log.info(
             "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
@@ -224,6 +230,7 @@ class _Run:
                 # Before a report or a save every step is polled, so neither has one that is not
                 # finite. All ranks must agree on `keep`, so no clock decides it alone.
                 stop = self._poll_stop(keep=0 if due.report or due.save else 1)
+                state.train_seconds += meter.lap()
                 progress.advance(note=self._report(meter, lr) if due.report else None)
                 if due.report:
                     self.compile_count.report(state.step)
@@ -292,8 +299,7 @@ class _Run:
         if meter.steps == 0:  # every step since the last report was left out
             return ""
         means = state.take_means()
-        seconds, speed = meter.read(self.total - state.step, self.teacher.differences())
-        state.train_seconds += seconds
+        speed = meter.read(self.total - state.step, self.teacher.differences())
         row = {"step": state.step, "epoch": self._epoch, **means, "lr": lr, **speed}
         if self.metrics is not None:
             self.metrics.write("train", row)
@@ -432,6 +438,7 @@ class _Run:
         substituted = {path for paths in self.group.gather(
             sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
         }  # fmt: skip
+        trained = state.step - sum(skipped < state.step for skipped in state.skipped)
         result = {
             **self.evaluation,
             "best_top1": state.best_top1,
@@ -442,7 +449,7 @@ class _Run:
             "skipped_steps": state.skipped,
             "processes": self.group.world_size,
             "train_seconds": round(state.train_seconds, 3),
-            "images_per_s": round(state.step * config.batch_size / state.train_seconds, 2),
+            "images_per_s": round(trained * config.batch_size / state.train_seconds, 2),
             "substituted": sorted(substituted),
             "distill": config.loss.kind,
             "teacher": self.teacher.describe(),
@@ -463,15 +470,11 @@ class _Run:
         self.finished = True
         return result
 
-    def close(self) -> None:
-        """End the threads after they have written what they hold; also called after an error."""
-        self.teacher.close()
+    def _close_writer(self) -> None:
         try:
             self.writer.wait()
         except OSError as error:
             log.warning("the newest checkpoint could not be written: %s", error)
-        if self.metrics is not None:
-            self.metrics.close(self.finished)
 
 
 def _batches(
