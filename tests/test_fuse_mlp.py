@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.models import fuse, unfuse
-from deit_fast.models.fused import FusedMlp, FusedMlpBackward
+from deit_fast.models.fused import FusedMlp
 from deit_fast.models.shadow import Shadows
 from helpers.fused import FEW_IMAGES, FOLDS, KERNELS, assert_same, build_wide, run, shadow_step
 from helpers.kernels import DEVICE, outer_run, run_in_the_interpreter
@@ -51,8 +51,8 @@ def half_run(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def test_mlp_backward_is_chosen_separately() -> None:
-    for kernels, kind in ((KERNELS, FusedMlpBackward), (OTHERS, FusedMlp)):
-        assert type(fuse(build_wide("plain"), kernels=kernels).blocks[0].mlp) is kind
+    for kernels, joins in ((KERNELS, True), (OTHERS, False)):
+        assert fuse(build_wide("plain"), kernels=kernels).blocks[0].mlp.joins_backward is joins
     model = fuse(build_wide("plain"), kernels=KERNELS)
     assert not any(isinstance(module, FusedMlp) for module in unfuse(model).modules())
 

@@ -39,7 +39,6 @@ from deit_fast.models.fused import (
     FusedBlock,
     FusedForward,
     FusedMlp,
-    FusedMlpBackward,
     FusedPatchEmbed,
     why_not_attention,
 )  # fmt: skip
@@ -75,7 +74,8 @@ def default_kernels() -> tuple[str, ...]:
 _FUSED: dict[type, type] = {
     Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, PatchEmbed: FusedPatchEmbed,
 }  # fmt: skip
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedMlpBackward: Mlp}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_ATTRIBUTES = (*COMPILED_METHODS, "shadows", "joins_backward", "kernels", "subset", "draws_ahead")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()} | {FusedMlpBackward: 
 
 
 def _why_not_mlp(module: nn.Module) -> str | None:
-    if type(module) not in (Mlp, FusedMlp, FusedMlpBackward):
+    if type(module) not in (Mlp, FusedMlp):
         return f"is {type(module).__name__}, not timm's Mlp"
     if not isinstance(module.act, nn.GELU) or module.act.approximate != "none":
         return f"has activation {module.act}, not the exact GELU"
@@ -221,7 +221,7 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
         else:
             reasons.append(f"{name}: {reason}")
     if "mlp_backward" in kernels and type(block.mlp) is FusedMlp:
-        block.mlp.__class__ = FusedMlpBackward
+        block.mlp.joins_backward = True
     block.__class__ = FusedBlock
     block.kernels, block.subset = kernels, subset
     # With dropout inside the branches, DropPath draws between them, in timm's order.
@@ -280,7 +280,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         if plain is None:
             continue
         module.__class__ = plain
-        for name in ("shadows", "kernels", "subset", "draws_ahead", *COMPILED_METHODS):
+        for name in _ATTRIBUTES:
             module.__dict__.pop(name, None)
     if isinstance(model, FusedForward):
         for name in ("batch_part", "residual_dtype", "reads_shadows", "embed"):

@@ -97,50 +97,44 @@ class FusedAttention(_Shadowed, Attention):
 
 
 class FusedMlp(_Shadowed, Mlp):
-    """timm's Mlp with the bias of the first layer added by the activation's kernel."""
+    """timm's Mlp with the bias of the first layer added by the activation's kernel.
+
+    Attributes:
+        joins_backward: whether the backward multiplies fc2's input gradient by GELU's slope in one
+            kernel. With dropout or a norm between the layers, or with a hook or a wrapper, it is
+            not.
+    """
 
     shadowed_layers = ("fc1", "fc2")
     fc1: nn.Linear
     fc2: nn.Linear
+    joins_backward: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_plain(self.fc1):
             return super().forward(x)
+        if self._is_joined():
+            return self.drop2(self._joined(x, False, self.fc2.bias))
         return self.drop2(self.fc2(self._hidden(x, False)))
-
-    def _hidden(self, x: Tensor, shadows: bool) -> Tensor:
-        x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
-        return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias whose gradient is the column sums of the output's gradient."""
         if _drops(self.drop2) or not is_plain(self.fc1) or not is_plain(self.fc2):
             return self(x), None
-        x = self._hidden(x, shadows)
-        return linear(x, self.fc2, self.shadow("fc2", shadows)), self.fc2.bias
-
-
-class FusedMlpBackward(FusedMlp):
-    """FusedMlp whose backward multiplies fc2's input gradient by GELU's slope in one kernel.
-
-    With dropout or a norm between the layers, or with a hook or a wrapper, it runs as FusedMlp.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._is_joined():
-            return super().forward(x)
-        return self.drop2(self._joined(x, False, self.fc2.bias))
-
-    def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
-        if _drops(self.drop2) or not self._is_joined():
-            return super().without_bias_gradient(x, shadows)
         bias = self.fc2.bias
-        return self._joined(x, shadows, None if bias is None else bias.detach()), bias
+        if self._is_joined():
+            return self._joined(x, shadows, None if bias is None else bias.detach()), bias
+        return linear(self._hidden(x, shadows), self.fc2, self.shadow("fc2", shadows)), bias
+
+    def _hidden(self, x: Tensor, shadows: bool) -> Tensor:
+        x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
+        return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
 
     def _is_joined(self) -> bool:
-        if _drops(self.drop1) or not isinstance(self.norm, nn.Identity):
+        if not self.joins_backward or _drops(self.drop1):
             return False
-        return is_plain(self.fc1) and is_plain(self.fc2)
+        is_direct = isinstance(self.norm, nn.Identity)
+        return is_direct and is_plain(self.fc1) and is_plain(self.fc2)
 
     def _joined(self, x: Tensor, shadows: bool, out_bias: Tensor | None) -> Tensor:
         x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
