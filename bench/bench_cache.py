@@ -43,7 +43,6 @@ from deit_fast import _C
 from deit_fast.cache import (
     LogitCache,
     LogitCacheWriter,
-    ResidentLogits,
     build_manifest,
     codec_from_config,
 )
@@ -107,8 +106,8 @@ def cases(device: str) -> list[Case]:
     found = [*found, encode_case(256), encode_and_write_case(16384, 256), codec_case(256)]
     if device == "cpu":
         return found
-    return [device_encode_case(256), device_decode_case(256), resident_case(256),
-            device_encode_case(4096), resident_case(4096), *found]  # fmt: skip
+    return [device_encode_case(256), device_decode_case(256),
+            device_encode_case(4096), *found]  # fmt: skip
 
 
 @cache
@@ -307,26 +306,6 @@ def cold_epoch_case(batch: int) -> Case:
 
     return Case(f"cold: epoch, known order B={batch}", build, before=forget, items=SAMPLES,
                 bytes_moved=SAMPLES * RECORD.itemsize, on_host=True)  # fmt: skip
-
-
-def resident_case(batch: int) -> Case:
-    """A batch from records in the device's memory, 92 MB of them."""
-
-    def build() -> dict[str, Callable[[], Any] | str]:
-        codec = codec_from_config(CodecConfig(k=K, temperatures=(TAU,)), CLASSES, TAU)
-        raw = random_records(np.random.default_rng(0), SAMPLES).view(np.uint8)
-        records = torch.from_numpy(raw.reshape(SAMPLES, RECORD.itemsize)).cuda()
-        resident = ResidentLogits(codec, [0], SAMPLES, records)
-        ids = torch.randint(SAMPLES, (batch,))
-        views = torch.zeros(batch, dtype=torch.int64)
-
-        def peer() -> Any:
-            return torch_decode(records.index_select(0, ids.to("cuda", non_blocking=True)))
-
-        return {"ours": lambda: resident.gather(ids, views, tau=TAU), "torch operations": peer}
-
-    moved = batch * (RECORD.itemsize + 8 * K + 4)
-    return Case(f"on the device: gather top-16 B={batch}", build, bytes_moved=moved, items=batch)
 
 
 def device_decode_case(batch: int) -> Case:

@@ -90,11 +90,12 @@ def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callabl
     root = Path(holder.name)
     write_photographs(root)
 
-    recipe = ViewConfig(mix_prob=0, augment="randaugment" if augment else "none")
+    recipe = ViewConfig(mixup_alpha=0, cutmix_alpha=0, augment="randaugment" if augment else "none")
     source = ImageFolder(str(root), "train")
     ids = np.repeat(np.arange(FILES), repeats)
     views = np.tile(np.arange(repeats), FILES)
-    data = DataConfig(root=str(root), val="train", workers=0)
+    (root / "val").symlink_to(root / "train")
+    data = DataConfig(root=str(root), workers=0)
     pack(data, str(root / "pack"))
 
     def ours(source: Source) -> Callable[[], None]:
@@ -198,7 +199,7 @@ def build_decoder(
     root = Path(holder.name)
     write_photographs(root)
     source = ImageFolder(str(root), "train")
-    plan = ViewPlan(ViewConfig(mix_prob=0), 0, FILES)
+    plan = ViewPlan(ViewConfig(mixup_alpha=0, cutmix_alpha=0), 0, FILES)
     ids, views = np.arange(FILES), np.zeros(FILES, np.int64)
     try:
         from deit_fast.data.dali import DaliLoader

@@ -358,12 +358,9 @@ def teacher_case(
 def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.Tensor) -> None:
     """A cache of view 0 that covers the batch's samples."""
     manifest = build_manifest(
-        CodecConfig(block_records=len(batch)),
-        num_classes=CLASSES,
-        num_samples=len(batch),
-        tau=config.loss.tau,
-        fingerprint={},
-    )
+        CodecConfig(), num_classes=CLASSES, num_samples=len(batch), tau=config.loss.tau,
+        fingerprint={}, block_records=len(batch),
+    )  # fmt: skip
     with LogitCacheWriter(folder, manifest) as writer:
         writer.write(batch.sample_ids, 0, logits)
 
@@ -382,7 +379,8 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
     def build() -> dict[str, Callable[[], Any] | str]:
         folder = tempfile.TemporaryDirectory()
         write_photographs(Path(folder.name), batch_size)
-        data = DataConfig(root=folder.name, val="train", workers=workers)
+        Path(folder.name, "val").symlink_to(Path(folder.name, "train"))
+        data = DataConfig(root=folder.name, workers=workers)
         if loader == "packed":
             pack(data, f"{folder.name}/pack")
             data = dataclasses.replace(data, source="packed", root=f"{folder.name}/pack")

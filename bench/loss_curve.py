@@ -33,10 +33,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hard": {"loss": {"kind": "hard"}},
     "soft": {"loss": {"kind": "soft", "tau": 3.0}},
     "bce": {"loss": {"kind": "hard", "base": "bce", "smoothing": 0.1}},
-    "fine-tune": {"loss": {"kind": "soft"}, "optim": {"lr": 1e-5, "warmup_epochs": 0.0}},
+    "fine-tune": {"loss": {"kind": "soft"}, "optim": {"lr": 8e-5, "warmup_epochs": 0.0}},
     "cached": {
         "loss": {"kind": "soft", "tau": 3.0, "tail": "uniform"},
-        "codec": {"name": "topk", "k": 4, "block_records": 64},
+        "codec": {"name": "topk", "k": 4},
+        "teacher_batch": 64,
         "accumulate": 2,
     },
 }
@@ -49,7 +50,10 @@ def config_of(family: str, folder: Path) -> RunConfig:
         output=str(folder), epochs=6, max_steps=STEPS, batch_size=16, num_views=6, teacher=TEACHER,
         log_every=1, eval_every=100, save_every=100, device="cpu",
         data={"source": "synthetic", "synthetic_samples": 160, "workers": 0},
-        model={"drop_path": 0.2, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        model={
+            "drop_path": 0.2,
+            "args": {"patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        },
         optim={"ema_decay": 0.99, "warmup_epochs": 1.0, "clip_grad": 1.0},
         view={"erase_prob": 0.25, "repeats": 3},
     )  # fmt: skip

@@ -75,9 +75,10 @@ def config_of(recipe: RunConfig, data: str, root: Path, output: Path, seed: int)
 
 
 def student_of(data: str, root: Path, folder: Path, seed: int) -> RunConfig:
-    model = {"depth": DEPTH, "drop_path": DROP_PATH, "patch_size": SIZES[data] // 4}
-    return config_of(digits_student(), data, root, folder, seed).replace(
-        num_views=min(30, EPOCHS[data]), model=model
+    config = config_of(digits_student(), data, root, folder, seed)
+    args = config.model.args | {"depth": DEPTH, "patch_size": SIZES[data] // 4}
+    return config.replace(
+        num_views=min(30, EPOCHS[data]), model={"drop_path": DROP_PATH, "args": args}
     )
 
 

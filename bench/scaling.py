@@ -25,7 +25,7 @@ from .step_parts import parameters
 GPUS_PER_HOST = 8
 BUCKET = 25 << 20  # DDP's bucket_cap_mb, in bytes of float32 gradients
 HOP_US = {"host": 2.0, "network": 5.0}  # latency of one step of an exchange
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient on its way (compress_gradients)
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient on its way
 
 
 class Scaled(NamedTuple):

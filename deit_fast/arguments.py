@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import dotted_keys, load_config
+from deit_fast.config_file import RETIRED, dotted_keys, explain_retired, load_config
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.recipes import find_recipe
 
@@ -129,6 +129,7 @@ _REWORDED = [
     (r"^Missing value for argument '(\S+)'\. Expected (\d+) values", r"\1 needs \2 value(s)"),
     (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
      r"\2 needs one of \3, not \1"),
+    (r"Failed to parse key-value pairs!", "needs pairs of a name and a whole number"),
     (r"invalid literal for int\(\) with base 10: ", "needs a whole number, not "),
     (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
@@ -152,6 +153,8 @@ def _explain(box: str, args: list[str], flags: Iterable[str]) -> str:
         return f"unexpected argument {unknown[1]!r}{after}"
     valid = [flag.replace("_", "-") for flag in flags]
     name = unknown[1].lstrip("-").replace("_", "-")
+    if (key := name.removeprefix("no-").replace("-", "_")) in RETIRED:
+        return f"{unknown[1]} {explain_retired(key)}"
     return f"unknown flag {unknown[1]}{did_you_mean(name, valid, prefix='--')}"
 
 
@@ -237,6 +240,8 @@ def columns(rows: Sequence[tuple[str, str]], indent: str = "") -> str:
 
 def plain(value: Any) -> str:
     """A value without brackets, `none` for None."""
+    if isinstance(value, dict):
+        value = [item for pair in value.items() for item in pair]
     if isinstance(value, (tuple, list)):
         return " ".join(map(plain, value))
     return "none" if value is None else str(value)

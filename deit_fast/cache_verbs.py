@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.errors import CheckFailed, InputError
@@ -17,7 +16,6 @@ def info(
     /,
     *,
     data_root: str | None = None,
-    train: str | None = None,
     html: Path | None = None,
 ) -> str:
     """Describe a cache: codec, views, fingerprint, and statistics of the teacher's logits.
@@ -27,7 +25,6 @@ def info(
     Args:
         path: Folder of the cache.
         data_root: Image folder that it was made from, to compare the logits with the labels.
-        train: Folder name of the training split; none: the manifest's, or `train`.
         html: HTML file to write as well, with a chart.
     """
     from deit_fast import cache
@@ -53,7 +50,7 @@ def info(
             rows.append((f"view {row['view']}", f"incomplete: {share}"))
     counts = None
     if facts["complete_views"] and not broken:
-        drawn, counts = _draw_records(path, codec["num_classes"], data_root, train)
+        drawn, counts = _draw_records(path, codec["num_classes"], data_root)
         rows += drawn
     elif data_root is not None or html is not None:
         raise InputError(f"cache {path} has no complete and undamaged view to draw records from")
@@ -75,7 +72,6 @@ def verify(
     *,
     teacher: str | None = None,
     data_root: str | None = None,
-    train: str | None = None,
     samples: int = 64,
     threshold: float = 1e-3,
     seed: int = 0,
@@ -90,7 +86,6 @@ def verify(
         path: Folder of the cache.
         teacher: The teacher that wrote it, with its weights; needs --data-root.
         data_root: Image folder that it was made from.
-        train: Folder name of the training split; none: the manifest's, or `train`.
         samples: Number of records to recompute.
         threshold: Allowed difference in log-probability beyond the codec's rounding, in nats.
         seed: Seed of the choice of records.
@@ -119,9 +114,8 @@ def verify(
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import verify_against_teacher
 
-        split = train or _split(cache.LogitCache.open(path).manifest)
         again = verify_against_teacher(
-            path, teacher, DataConfig(root=data_root, train=split, workers=0),
+            path, teacher, DataConfig(root=data_root, workers=0),
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
         worst = again["worst"]
@@ -178,7 +172,7 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> str:
 
 
 def _draw_records(
-    path: str, num_classes: int, data_root: str | None, train: str | None
+    path: str, num_classes: int, data_root: str | None
 ) -> tuple[list[tuple[str, str]], list[tuple[float, int]] | None]:
     """Rows about a random sample of the records, and their histogram of entropies.
 
@@ -204,16 +198,11 @@ def _draw_records(
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import leading_labels
 
-        data = DataConfig(root=data_root, train=train or _split(cache.manifest), workers=0)
+        data = DataConfig(root=data_root, workers=0)
         labels = leading_labels(cache, data, drawn.samples, drawn.views)
         share = 100 * float((drawn.top1 == labels).mean())
         rows.append(("agreement", f"{share:.2f} % of top-1 classes are the label of larger weight"))
     return rows, counts
-
-
-def _split(manifest: Mapping[str, Any]) -> str:
-    """Folder name of the training split, which a manifest's "info" may hold."""
-    return str(manifest.get("info", {}).get("data.train", "train"))
 
 
 def _histogram(counts: list[tuple[float, int]]) -> str:

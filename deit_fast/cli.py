@@ -214,8 +214,6 @@ def pack(
     short_side: int = 256,
     quality: int = 92,
     source: Literal["folder", "tar"] = "folder",
-    train: str = "train",
-    val: str = "val",
     workers: int = 4,
 ) -> str:
     """Decode each image once and write shards that load without decoding.
@@ -230,14 +228,12 @@ def pack(
         short_side: Larger images are reduced to this shorter side, in pixels.
         quality: JPEG quality, 1 to 100.
         source: What `root` holds.
-        train: Folder name of the training split.
-        val: Folder name of the held-out split.
         workers: Number of processes.
     """
     from deit_fast.config import DataConfig
     from deit_fast.tools.pack import pack as write
 
-    data = DataConfig(root=root, source=source, train=train, val=val, workers=workers)
+    data = DataConfig(root=root, source=source, workers=workers)
     result = write(data, out, form=form, short_side=short_side, quality=quality)
     unreadable = len(result.pop("unreadable"))
     return summary({**result, "unreadable": unreadable})

@@ -27,7 +27,6 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "lie in [0, 1)": lambda value: 0 <= value < 1,
     "lie in (0, 1]": lambda value: 0 < value <= 1,
     "lie in [0, 0.9]": lambda value: 0 <= value <= 0.9,
-    "lie in [0, 10]": lambda value: 0 <= value <= 10,
     "lie in [0, 2^64)": lambda value: 0 <= value < 2**64,
     "have 0 < low <= high": lambda value: 0 < value[0] <= value[1],
     "hold positive numbers": lambda value: len(value) > 0 and min(value) > 0,
@@ -70,22 +69,18 @@ class ViewConfig:
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     augment: Literal["randaugment", "three_augment", "none"] = "randaugment"
-    """`randaugment`: two of fifteen operations (timm's `rand-mM-mstd0.5-inc1`). `three_augment`
+    """`randaugment`: two of fifteen operations (timm's `rand-m9-mstd0.5-inc1`). `three_augment`
     (DeiT-III): grayscale, solarize or Gaussian blur."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation, in random order, each by a random factor between
     1 - color_jitter and 1 + color_jitter. Not with `randaugment`."""
-    randaugment_magnitude: float = 9.0
-    """RandAugment: mean strength of an operation, from 0 to 10."""
     erase_prob: float = 0.25
     """Random erasing: probability that a box of the view is replaced by N(0, 1) noise."""
     mixup_alpha: float = 0.8
     """Mixup: lambda ~ Beta(alpha, alpha). 0 turns Mixup off."""
     cutmix_alpha: float = 1.0
-    """CutMix: lambda ~ Beta(alpha, alpha). 0 turns CutMix off."""
-    mix_prob: float = 1.0
-    """Probability that a pair of samples is mixed. Where both kinds are on, half of the mixed pairs
-    get CutMix, the other half Mixup."""
+    """CutMix: lambda ~ Beta(alpha, alpha). 0 turns CutMix off. Where both kinds are on, half of the
+    pairs get CutMix, the other half Mixup."""
     repeats: int = 3
     """Repeated augmentation: number of views of each sample that an epoch shows in succession."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -95,17 +90,18 @@ class ViewConfig:
 
     # Constants, with the values of timm and of DeiT's main.py.
     crop_ratio: ClassVar[tuple[float, float]] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    randaugment_magnitude: ClassVar[float] = 9.0  # mean strength of an operation, 0 to 10
     randaugment_std: ClassVar[float] = 0.5  # standard deviation of an operation's strength
     randaugment_prob: ClassVar[float] = 0.5  # that each of the two operations is applied
     erase_scale: ClassVar[tuple[float, float]] = (0.02, 1 / 3)  # share of the view's area
     erase_ratio: ClassVar[tuple[float, float]] = (0.3, 1 / 0.3)  # height / width, log-uniform
+    mix_prob: ClassVar[float] = 1.0  # that a pair of samples is mixed
     switch_prob: ClassVar[float] = 0.5  # of CutMix rather than Mixup where both are on
 
     def __post_init__(self) -> None:
         _check(self, "view.", "be at least 1", "image_size", "repeats")
-        _check(self, "view.", "lie in [0, 1]", "flip_prob", "erase_prob", "mix_prob")
+        _check(self, "view.", "lie in [0, 1]", "flip_prob", "erase_prob")
         _check(self, "view.", "have 0 < low <= high", "crop_scale")
-        _check(self, "view.", "lie in [0, 10]", "randaugment_magnitude")
         _check(self, "view.", "not be negative", "mixup_alpha", "cutmix_alpha")
         _check(self, "view.", "hold positive numbers", "std")
         _check(self, "view.", "lie in [0, 0.9]", "color_jitter")
@@ -126,15 +122,10 @@ class DataConfig:
     """Where images come from and what decodes them."""
 
     root: str | None = None
-    """Folder of images, `root/<train>/<class>/*.jpg` and `root/<val>/<class>/*.jpg`, or of
-    shards."""
+    """Folder of images, `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`, or of shards."""
     source: Literal["folder", "tar", "packed", "synthetic"] = "folder"
-    """`tar`: WebDataset shards, `root/<train>/*.tar`. `packed`: the output of `deit-fast pack`.
+    """`tar`: WebDataset shards, `root/train/*.tar`. `packed`: the output of `deit-fast pack`.
     `synthetic`: random images without reading or decoding, an upper bound of the speed."""
-    train: str = "train"
-    """Folder name of the training split."""
-    val: str = "val"
-    """Folder name of the held-out split."""
     loader: Literal["pillow", "dali", "dali-triton"] = "pillow"
     """`pillow`: Pillow, in worker processes. `dali`: NVIDIA DALI, with slightly other pixels.
     `dali-triton`: DALI decodes, the kernel `augment` does the rest; with dali_decoder=cpu the
@@ -193,14 +184,9 @@ class ModelConfig:
     kernels: tuple[str, ...] | None = None
     """Kernels of a fused transformer: any of `attention`, `add_layer_norm`, `bias_gelu` and
     `mlp_backward`. none: those chosen for this GPU, see docs/kernels.md."""
-    patch_size: int | None = None
-    """Patch side in pixels. none: the model's."""
-    embed_dim: int | None = None
-    """Embedding width. none: the model's."""
-    depth: int | None = None
-    """Number of blocks. none: the model's."""
-    num_heads: int | None = None
-    """Number of attention heads. none: the model's."""
+    args: dict[str, int] = field(default_factory=dict)
+    """Whole-number arguments of timm's transformer, in place of the named model's, such as
+    `patch_size 4 depth 6`."""
     weights: str | None = None
     """Checkpoint to start from (.pth or .safetensors). none: random weights."""
 
@@ -214,6 +200,9 @@ class ModelConfig:
             self.kernels is None or self.fused,
             f"model.kernels={','.join(self.kernels or ())} needs model.fused",
         )
+        taken = {"num_classes", "img_size", *(item.name for item in dataclasses.fields(self))}
+        for name in taken & self.args.keys():
+            raise InputError(f"model.args {name}: another setting decides it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +215,9 @@ class LossConfig:
     """Total loss = (1 - alpha) * base + alpha * distillation."""
     tau: float = 1.0
     """Temperature of soft distillation."""
-    reduction: Literal["numel", "batchmean", "hinton"] = "numel"
-    """Soft distillation, B samples and C classes: tau^2 KL / (B C) as DeiT's code, tau^2 KL / B as
-    timm, or 2 tau^2 KL / B."""
+    reduction: Literal["numel", "batchmean"] = "numel"
+    """Soft distillation, B samples and C classes: tau^2 KL / (B C) as DeiT's code, or tau^2 KL / B
+    as timm."""
     tail: Literal["bucket", "uniform", "renorm", "drop"] = "bucket"
     """How a top-k teacher's probability outside its k classes is treated; see docs/kernels.md."""
     base: Literal["ce", "bce"] = "ce"
@@ -257,29 +246,26 @@ class OptimConfig:
     layer_decay: float | None = None
     """Fine-tuning: learning rate of a block relative to that of the next block."""
     lr: float = 5e-4
-    """Peak learning rate for `lr_batch` samples per step; scaled linearly with batch_size."""
-    lr_batch: int = 512
-    """Global batch size to which `lr` refers."""
+    """Peak learning rate for 512 samples per step; it is scaled linearly with batch_size."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine decay."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up, in epochs."""
     weight_decay: float = 0.05
     """Decoupled weight decay; biases, norms, tokens and position embeddings have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moment estimates."""
     clip_grad: float | None = None
     """Maximum norm of the gradient. none: no clipping, as in DeiT."""
     ema_decay: float = 0.99996
     """Decay of the moving average of the weights. 0 turns it off."""
 
     # Constants, with the values of DeiT's main.py.
+    lr_batch: ClassVar[int] = 512  # samples of a step, for which `lr` holds
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # decay rates of the two moment estimates
     warmup_lr: ClassVar[float] = 1e-6  # learning rate of the first step
     eps: ClassVar[float] = 1e-8  # added to the root of the second moment
 
     def __post_init__(self) -> None:
         _check(self, "optim.", "be positive", "lr", "clip_grad")
-        _check(self, "optim.", "be at least 1", "lr_batch")
         _check(self, "optim.", "not be negative", "warmup_epochs")
         _check(self, "optim.", "lie in [0, 1)", "ema_decay")
         _check(self, "optim.", "lie in (0, 1]", "layer_decay")
@@ -298,12 +284,12 @@ class CodecConfig:
     temperatures: tuple[float, ...] | None = None
     """Temperatures at which `topk` stores the exact probability of all other classes. none:
     loss.tau alone."""
+
     true_class: ClassVar[bool] = False  # the sample's own class in `topk`: read, no longer written
-    block_records: int = 4096
-    """Records per block. A block has one checksum and is written, or recovered, as a whole."""
+    block_records: ClassVar[int] = 4096  # a block has one checksum and is written as a whole
 
     def __post_init__(self) -> None:
-        _check(self, "codec.", "be at least 1", "k", "block_records")
+        _check(self, "codec.", "be at least 1", "k")
         _check(self, "codec.", "hold positive numbers", "temperatures")
 
 
@@ -340,9 +326,6 @@ class RunConfig:
     not depend on their number."""
     cache: str | None = None
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
-    cache_on_device: bool = False
-    """Keep the logits of all views in the device's memory instead of streaming each batch's from
-    the host. Size: record bytes x samples x views."""
     log_every: int = 50
     """Steps between log lines and between rows of metrics.jsonl."""
     track: tuple[str, ...] = ()
@@ -352,17 +335,12 @@ class RunConfig:
     cached logits differ. none: never."""
     profile_steps: int = 0
     """Profile this many steps on the first rank: profile/trace.json and profile/table.txt."""
-    memory_snapshot: bool = False
-    """Record the GPU's allocations and write memory.pickle at the end, or when memory runs out."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 1
     """Epochs between checkpoints; the last epoch is always saved."""
     save_steps: int | None = None
     """Also save whenever this many steps have passed. none: do not."""
-    save_minutes: float | None = None
-    """Also save at the next logged step when the last checkpoint is this many minutes old. none: do
-    not."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """On a loss or gradient that is not finite, which never reaches the weights: stop with an
     error, or roll back to the newest checkpoint and skip that step's views."""
@@ -373,8 +351,6 @@ class RunConfig:
     cuda_graphs: bool = False
     """Capture a whole step as one CUDA graph and replay it; for small models and batches, which are
     bound by kernel launches. Needs AdamW, one process, and neither accumulate nor profile_steps."""
-    compress_gradients: bool = False
-    """Send gradients between ranks as bfloat16: half the bytes, rounded sums."""
     resume: bool = True
     """Resume from the newest checkpoint in `output`. --no-resume: fail if it has one."""
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -389,7 +365,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check(self, "", "be at least 1", "epochs", "batch_size", "teacher_batch", "accumulate",
                "log_every", "eval_every", "save_every")  # fmt: skip
-        _check(self, "", "be positive", "save_steps", "save_minutes", "check_teacher_every")
+        _check(self, "", "be positive", "save_steps", "check_teacher_every")
         _check(self, "", "not be negative", "profile_steps")
         _check(self, "", "lie in [0, 2^64)", "seed")
         for name in self.track:

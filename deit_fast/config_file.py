@@ -25,8 +25,37 @@ RETIRED: dict[str, Any] = {
     prefix + name: list(value) if isinstance(value, tuple) else value
     for prefix, cls in _GROUPS.items()
     for name, value in constants(cls).items()
+} | {
+    "cache_on_device": False,
+    "compress_gradients": False,
+    "memory_snapshot": False,
+    "save_minutes": None,
+    "data.train": "train",
+    "data.val": "val",
+    "model.patch_size": None,
+    "model.embed_dim": None,
+    "model.depth": None,
+    "model.num_heads": None,
 }
 """Settings of earlier versions by dotted key, each with the only value that it has now."""
+
+_REPLACEMENTS = {
+    "save_minutes": "set save_steps",
+    "data.train": "link your folder under the name train",
+    "data.val": "link your folder under the name val",
+    "model.patch_size": "give it in model.args",
+    "model.embed_dim": "give it in model.args",
+    "model.depth": "give it in model.args",
+    "model.num_heads": "give it in model.args",
+    "optim.lr_batch": "scale optim.lr, which is for 512 samples",
+}
+
+
+def explain_retired(key: str) -> str:
+    """Why the dotted key of an earlier version is refused, and what to do instead."""
+    remedy = _REPLACEMENTS.get(key, "remove it, or use the version that had it")
+    value = "none" if RETIRED[key] is None else RETIRED[key]
+    return f"is no longer a setting: its value is always {value}; {remedy}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -71,10 +100,7 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = N
         key = prefix + name
         if key in RETIRED:
             if value != RETIRED[key]:
-                raise InputError(
-                    f"config key {key!r} is no longer a setting: its value is always "
-                    f"{RETIRED[key]}, not {value}; remove it, or use the version that wrote it"
-                )
+                raise InputError(f"config key {key!r}, here {value}, {explain_retired(key)}")
         elif name not in names:
             valid = dict.fromkeys([*(prefix + n for n in names), *dotted_keys()])
             raise InputError(f"unknown config key {key!r}{did_you_mean(key, valid)}")
@@ -105,6 +131,8 @@ def _convert(hint: Any, value: Any) -> Any:
             for item_hint, item in zip(hints, value, strict=True):
                 _convert(item_hint, item)
             return tuple(value)
+    if origin is dict and isinstance(value, dict):
+        return {name: _convert(arguments[1], item) for name, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is hint:

@@ -44,7 +44,7 @@ class DistillationLoss(nn.Module):
         distillation_type: "none", "soft" or "hard".
         alpha: weight of the distillation, in [0, 1].
         tau: temperature of "soft".
-        reduction: "numel", "batchmean" or "hinton", see ``kernels.distillation_loss``.
+        reduction: "numel" or "batchmean", see ``kernels.distillation_loss``.
 
     Raises:
         InputError: an option outside its range.

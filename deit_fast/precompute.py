@@ -222,7 +222,6 @@ class _Job:
             # Compiled logits differ in their last bits: a resumed job must not mix the two.
             | ({"teacher.compiled": True} if compiled else {})
             | ({"teacher.fused": True} if self.teacher.is_fused else {}),
-            info={"data.train": config.data.train},
         )
 
     def run(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:

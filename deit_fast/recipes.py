@@ -164,7 +164,7 @@ def deit_base_distilled_384() -> RunConfig:
 
 
 def _deit3(recipe: str, model: str, drop_path: float, lr: float) -> RunConfig:
-    """DeiT-III on ImageNet-1k: its repository's commands."""
+    """DeiT-III on ImageNet-1k: its repository's commands, whose ``lr`` is for 2048 samples."""
     return RunConfig(
         recipe=recipe,
         output=f"runs/{recipe}",
@@ -174,7 +174,7 @@ def _deit3(recipe: str, model: str, drop_path: float, lr: float) -> RunConfig:
         data=DataConfig(eval_crop=1.0),
         model=ModelConfig(name=model, drop_path=drop_path),
         loss=LossConfig(kind="none", base="bce", smoothing=0.0),
-        optim=OptimConfig(name="lamb", lr=lr, lr_batch=2048),
+        optim=OptimConfig(name="lamb", lr=lr),
     )
 
 
@@ -186,7 +186,7 @@ def deit3_small() -> RunConfig:
     Command: deit-fast train --recipe deit3_small --data.root IMAGENET
     Time: not measured yet. Accuracy: published 81.4 %; not run.
     """
-    return _deit3("deit3_small", "deit3_small_patch16_224", drop_path=0.05, lr=4e-3)
+    return _deit3("deit3_small", "deit3_small_patch16_224", drop_path=0.05, lr=1e-3)
 
 
 def deit3_base() -> RunConfig:
@@ -198,7 +198,7 @@ def deit3_base() -> RunConfig:
     Command: deit-fast train --recipe deit3_base --data.root IMAGENET
     Time: not measured yet. Accuracy: published 83.8 % (192, then 224 pixels); not run.
     """
-    return _deit3("deit3_base", "deit3_base_patch16_224", drop_path=0.2, lr=3e-3)
+    return _deit3("deit3_base", "deit3_base_patch16_224", drop_path=0.2, lr=7.5e-4)
 
 
 def funmatch_small() -> RunConfig:
@@ -274,7 +274,7 @@ def cifar_32() -> RunConfig:
             std=(0.2470, 0.2435, 0.2616),
         ),
         data=DataConfig(eval_crop=1.0),
-        model=ModelConfig(name="deit_tiny_distilled_patch16_224", patch_size=4),
+        model=ModelConfig(name="deit_tiny_distilled_patch16_224", args={"patch_size": 4}),
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="numel"),
         optim=OptimConfig(lr=1e-3, warmup_epochs=10.0, ema_decay=0.9995),
     )
@@ -293,7 +293,7 @@ def digits_teacher() -> RunConfig:
         view=_digits_view(mixup_alpha=0.0, cutmix_alpha=0.0, repeats=1),
         model=ModelConfig(name="deit_fast.models.convnet:small_convnet", drop_path=0.0),
         loss=LossConfig(kind="none", smoothing=0.1),
-        optim=OptimConfig(lr=2e-3, lr_batch=64, warmup_epochs=2.0, ema_decay=0.0),
+        optim=OptimConfig(lr=16e-3, warmup_epochs=2.0, ema_decay=0.0),
         compile="none",  # on a GPU, compilation would take longer than the training
         log_every=10,
         eval_every=10,
@@ -316,14 +316,11 @@ def digits_student() -> RunConfig:
         model=ModelConfig(
             name="deit_tiny_distilled_patch16_224",
             drop_path=0.0,
-            patch_size=4,
-            embed_dim=64,
-            depth=4,
-            num_heads=4,
+            args={"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
         ),
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
-        optim=OptimConfig(lr=1e-3, lr_batch=64, warmup_epochs=5.0, ema_decay=0.0),
-        codec=CodecConfig(name="topk", block_records=256),
+        optim=OptimConfig(lr=8e-3, warmup_epochs=5.0, ema_decay=0.0),
+        codec=CodecConfig(name="topk"),
         compile="none",  # on a GPU, compilation would take longer than the training
         log_every=10,
         eval_every=5,

@@ -40,13 +40,12 @@ def main() -> None:
     base = small_run(folder / "images", folder / "student").replace(view={"repeats": 2})
 
     factory = "custom_teacher:edges"
-    shape = {"patch_size": None, "embed_dim": None, "depth": None, "num_heads": None}
     teacher = base.replace(
         output=str(folder / "teacher"),
-        model={"name": factory, "fused": False} | shape,
+        model={"name": factory, "fused": False, "args": {}},
         # trained in the normalisation that it declares above
         view={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "mixup_alpha": 0, "cutmix_alpha": 0},
-        optim={"lr": 1e-2},
+        optim={"lr": 0.1},
         epochs=10,
     )
     print(f"teacher top-1 {100 * train(teacher)['top1']:.1f} %")

@@ -21,7 +21,7 @@ from deit_fast.kernels import TopK, distillation_loss
 def make_cache(path: str, samples: int = 100, views: int = 3, classes: int = 50) -> None:
     """Write a cache of random logits; the fingerprint names everything that they depend on."""
     manifest = build_manifest(
-        CodecConfig(name="topk", k=8, block_records=64),
+        CodecConfig(name="topk", k=8),
         num_classes=classes,
         num_samples=samples,
         tau=1.0,

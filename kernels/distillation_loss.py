@@ -7,7 +7,6 @@ probabilities at temperature T and p = softmax(z_d / T):
     soft  = f * sum over rows of KL(q || p)
             f = T^2 / (B C)  "numel", DeiT's own code     (facebookresearch/deit, losses.py)
             f = T^2 / B      "batchmean", timm and most others
-            f = 2 T^2 / B    "hinton"                     (Hinton et al. 2015 with a factor of 2)
     hard  = cross-entropy of z_d with argmax(teacher), mean over rows, no smoothing
             (Touvron et al. 2021, eq. 3)
 
@@ -113,7 +112,7 @@ def soft_distillation(
         distill_logits: float [B, C].
         teacher: logits, float [B, C], or a TopK taken at this tau. No gradient flows into it.
         tau: temperature, above 0.
-        reduction: "numel" (tau^2 / (B C)), "batchmean" (tau^2 / B) or "hinton" (2 tau^2 / B).
+        reduction: "numel" (tau^2 / (B C)) or "batchmean" (tau^2 / B).
 
     Returns:
         Scalar in float32, or float64 for float64 logits. 0 for B = 0.
@@ -171,7 +170,7 @@ def distillation_loss(
         tau: temperature of the soft distillation.
         smoothing: label smoothing of the base loss.
         base: "ce" or "bce".
-        reduction: "numel", "batchmean" or "hinton", for "soft".
+        reduction: "numel" or "batchmean", for "soft".
         return_parts: also return the base and the distillation loss, unweighted and detached,
             for the log.
 

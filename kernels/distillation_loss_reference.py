@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("none", "soft", "hard")
-REDUCTIONS = ("numel", "batchmean", "hinton")
+REDUCTIONS = ("numel", "batchmean")
 TAILS = ("bucket", "uniform", "renorm", "drop")
 BASES = ("ce", "bce")
 
@@ -45,7 +45,7 @@ Part = tuple[Tensor, Tensor | None]
 
 def soft_factor(reduction: str, tau: float, rows: int, classes: int) -> float:
     """What the sum over rows of KL is multiplied by."""
-    per_row = {"numel": 1 / classes, "batchmean": 1.0, "hinton": 2.0}[reduction]
+    per_row = {"numel": 1 / classes, "batchmean": 1.0}[reduction]
     return per_row * tau**2 / max(rows, 1)
 
 

@@ -34,6 +34,7 @@ from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.analysis.table import summarise
 from deit_fast.tools.report.page import build_report
 from helpers.digits import write_few_digits
+from helpers.runs import TWO_BLOCKS
 
 CONVNET = "deit_fast.models.convnet:small_convnet"
 
@@ -296,7 +297,7 @@ def make_run(world: Path, name: str, kind: str, **changes: Any) -> Path:
         output=str(world / name),
         data={"root": str(world / "data"), "workers": 0},
         loss={"kind": kind},
-        model={"depth": 2, "embed_dim": 32, "num_heads": 2},
+        model={"args": TWO_BLOCKS},
     )
     if kind == "none":
         config = config.replace(model={"name": "deit_tiny_patch16_224"})
@@ -443,7 +444,7 @@ def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, 
     assert found["none"]["left_out"]["tokens"] == "the student has no distillation token"
     assert "attention" in found["none"]
     run = make_run(world, "convnet", "none", model={
-        "name": CONVNET, "patch_size": None, "embed_dim": None, "depth": None, "num_heads": None,
+        "name": CONVNET, "args": {},
     })  # fmt: skip
     alone = make_run(world, "alone", "hard")
     convnet, hard = analyze([run]), analyze([alone], maps=1)

@@ -574,8 +574,6 @@ def test_what_is_not_there_is_an_error(tmp_path):
         cache.gather([0, 1], [0, 5])
     with pytest.raises(CacheError, match=r"view-00001\.dlc: view 1 is incomplete: block 1"):
         cache.gather([0], 1)  # block 0 is there; the view is not
-    with pytest.raises(CacheError, match="view 1 is incomplete"):
-        cache.to_device([0, 1], "cpu")
     for samples, views, why in [
         ([45], 0, r"sample id 45 is not in \[0, 45\)"),
         ([-1], 0, "sample id -1"),
@@ -595,42 +593,6 @@ def test_a_view_that_was_incomplete_can_be_read_once_it_is_complete(tmp_path):
             cache.gather([0], 1)
         writer.write(np.arange(16, 45), 1, make_logits(1)[16:])
     assert cache.gather([44], 1).ids[0, 0] == make_logits(1)[44].argmax()
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_resident_records_equal_the_file(tmp_path, name):
-    check_resident(tmp_path, name, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("classes", [2, 3, 4, 8, 20])  # words of 2, 4, 8 and 16 bytes
-def test_resident_records_equal_the_file_on_cuda(tmp_path, name, classes):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert _C.with_cuda
-    check_resident(tmp_path, name, "cuda", classes)
-
-
-def check_resident(path, name, device, classes=CLASSES):
-    cache = write_cache(path, make_manifest(name, classes=classes), (0, 3, 4))
-    resident = cache.to_device([4, 0, 4], device)
-    rng = np.random.default_rng(0)
-    samples, views = rng.integers(0, SAMPLES, 500), rng.choice([0, 4], 500)
-    expected = cache.gather(samples, views)
-    got = resident.gather(torch.from_numpy(samples), torch.from_numpy(views))
-    if name == "topk":
-        assert torch.equal(got.ids.cpu(), expected.ids)
-        assert torch.equal(got.log_tail.cpu(), expected.log_tail)
-        assert torch.allclose(got.log_probs.cpu(), expected.log_probs, rtol=0, atol=1e-5)
-    else:
-        assert got.device.type == device
-        assert torch.equal(got.cpu(), expected)
-    assert len(resident.gather([], [])[0] if name == "topk" else resident.gather([], [])) == 0
-    with pytest.raises(CacheError, match="view 3 was not put on"):
-        resident.gather([0, 1], [0, 3])
-    with pytest.raises(InputError, match="sample id 45"):
-        resident.gather([45], [0])
 
 
 def test_threads_gather_at_once(tmp_path):

@@ -99,8 +99,6 @@ def test_a_flipped_bit_in_the_data_is_found_and_other_blocks_stay_readable(cache
                     gather_block(cache_folder, block)
                 continue
             assert torch.equal(gather_block(cache_folder, block).log_probs, exact[block].log_probs)
-        with pytest.raises(CacheError, match=f"block {damaged} is damaged"):
-            LogitCache.open(cache_folder).to_device([0], "cpu")
         report = verify(cache_folder)
         assert not report["ok"]
         assert [(row["file"], row["block"]) for row in report["broken"]] == [(NAME, damaged)]
@@ -141,8 +139,6 @@ def test_a_file_shortened_under_the_reader_is_an_error(cache_folder):
     os.truncate(cache_folder / NAME, DATA + 100)
     with pytest.raises(CacheError, match=rf"{NAME}: has 8292 bytes"):
         cache.gather(np.arange(SAMPLES), 0)
-    with pytest.raises(CacheError, match=rf"{NAME}: has 8292 bytes"):
-        cache.to_device([0], "cpu")
 
 
 def test_a_view_under_another_name_is_refused(cache_folder):
@@ -164,8 +160,6 @@ def test_a_class_id_out_of_range_is_refused_though_its_checksum_holds(cache_fold
     with pytest.raises(CacheError, match=f"{NAME}: view 0 block 1 holds class id 20 of 20 classes"):
         LogitCache.open(cache_folder).gather([3, 17], 0)
     assert [row["block"] for row in verify(cache_folder)["broken"]] == [1]
-    with pytest.raises(CacheError, match="block 1 holds class id 20"):
-        LogitCache.open(cache_folder).to_device([0], "cpu")
 
 
 def test_random_bytes_never_give_an_answer(tmp_path):

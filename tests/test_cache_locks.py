@@ -27,8 +27,8 @@ def short_retry(monkeypatch):
 
 def manifest():
     return build_manifest(
-        CodecConfig(name="topk", k=4, block_records=BLOCK),
-        num_classes=CLASSES, num_samples=SAMPLES, tau=1.0, fingerprint={"a": 1},
+        CodecConfig(name="topk", k=4), num_classes=CLASSES, num_samples=SAMPLES, tau=1.0,
+        fingerprint={"a": 1}, block_records=BLOCK,
     )  # fmt: skip
 
 

@@ -250,11 +250,6 @@ def test_ids_in_every_form(tmp_path):
                     torch.tensor([7, 0, 3, 0])[::2], np.array([3, 7])[::-1]):  # fmt: skip
         for views in (2, np.int32(2), [2, 2], torch.tensor(2), torch.tensor([2, 2]).int()):
             assert torch.equal(cache.gather(samples, views), expected)
-            assert torch.equal(cache.to_device([2], "cpu").gather(samples, views), expected)
     for samples, views in (([[7]], 2), (7, 2), ([7, 3], [2]), ([7], [[2]]), ([7, 3], [2, 2, 2])):
         with pytest.raises(InputError, match=r"must be \[n\]"):
             cache.gather(samples, views)
-        with pytest.raises(InputError, match=r"must be \[n\]"):
-            cache.to_device([2], "cpu").gather(samples, views)
-    with pytest.raises(CacheError, match="view 0 was not put on cpu"):
-        cache.to_device([2], "cpu").gather([1], 0)

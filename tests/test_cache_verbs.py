@@ -26,6 +26,13 @@ from helpers.digits import write_few_digits
 FACTORY = "deit_fast.models.convnet:small_convnet"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodecConfig, "block_records", 25)
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Data, a teacher, and a cache of three views a codec."""
@@ -43,7 +50,6 @@ def arguments(root: Path) -> list[str]:
     return [
         "--recipe", "digits_student", "--epochs", "3", "--num-views", "3", "--data.workers", "0",
         "--data.root", f"{root}/data", "--teacher", f"{FACTORY}@{root}/teacher.safetensors",
-        "--codec.block-records", "25",
     ]  # fmt: skip
 
 
@@ -128,22 +134,6 @@ def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
     status, out, _ = verify_teacher(capsys, root, cache, "--samples", 180)
     assert status == 1
     assert "180 records recomputed, 1 differ" in out and "sample 17 view 1: 0.7" in out
-
-
-def test_the_split_may_have_another_name(root, capsys, tmp_path):
-    shutil.copytree(root / "data/train", tmp_path / "data/learn")
-    shutil.copytree(root / "hard", tmp_path / "cache")
-    words = [tmp_path / "cache", "--data-root", tmp_path / "data"]
-    assert run(capsys, "cache", "info", *words)[0] == 2
-    assert "agreement" in run(capsys, "cache", "info", *words, "--train", "learn")[1]
-    manifest = tmp_path / "cache/manifest.json"
-    values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(values | {"info": {"data.train": "learn"}}))
-    assert "agreement" in run(capsys, "cache", "info", *words)[1]
-    teacher = f"{FACTORY}@{root}/teacher.safetensors"
-    status, out, _ = run(capsys, "cache", "verify", *words, "--teacher", teacher, "--device", "cpu",
-                         "--samples", "9")  # fmt: skip
-    assert status == 0 and "9 records recomputed" in out
 
 
 def test_another_teacher_data_set_or_pixel_is_refused_first(root, capsys, tmp_path):

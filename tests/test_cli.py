@@ -20,6 +20,13 @@ from deit_fast.errors import InputError
 from deit_fast.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
+EARLIER = {
+    "cache_on_device": False, "memory_snapshot": False, "save_minutes": None,
+    "compress_gradients": False, "view": {"mix_prob": 1.0, "randaugment_magnitude": 9.0},
+    "data": {"train": "train", "val": "val"}, "codec": {"block_records": 4096},
+    "model": {"patch_size": None, "embed_dim": None, "depth": None, "num_heads": None},
+    "optim": {"lr_batch": 512, "betas": [0.9, 0.999]},
+}  # fmt: skip
 PREFIX = "deit-fast: error: "
 ALL_HELP = [[], ["--help"], ["-h"], ["--version"], ["cache", "--help"], ["recipes", "--help"]] + [
     [*verb.split(), "--help"] for verb in cli.VERBS
@@ -142,12 +149,12 @@ def test_print_config_is_a_config_file(
 
 def test_both_spellings_equals_sign_lists_and_switches(capsys: pytest.CaptureFixture) -> None:
     args = "--data.on_error fail --view.crop-scale 0.1 0.5 --optim.min_lr=1e-6 --codec.k none"
-    args += " --codec.temperatures 1 3 --no-resume --batch_size 32 --optim.betas=0.8 0.9"
+    args += " --codec.temperatures 1 3 --no-resume --batch_size 32"
     config = resolved(capsys, "train", *args.split())
     assert config == RunConfig(batch_size=32, resume=False).replace(
         data={"on_error": "fail"},
         view={"crop_scale": (0.1, 0.5)},
-        optim={"min_lr": 1e-6, "betas": (0.8, 0.9)},
+        optim={"min_lr": 1e-6},
         codec={"temperatures": (1.0, 3.0)},
     )
 
@@ -194,6 +201,18 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("train --view.crop_scale 0.1", "--view.crop-scale needs 2 value(s)"),
         ("train --codec.temperatures 1 x", "--codec.temperatures cannot be read from '1', 'x'"),
         ("train --track foo", "track must be of tensorboard, wandb, mlflow, trackio, not 'foo'"),
+        (
+            "train --save-minutes 5",
+            "--save-minutes is no longer a setting: its value is always none; "
+            "set save_steps; see `deit-fast train --help`",
+        ),
+        ("train --no-memory-snapshot", "--no-memory-snapshot is no longer a setting"),
+        (
+            "train --optim.betas 0.8 0.9",
+            "--optim.betas is no longer a setting: its value is always",
+        ),
+        ("train --model.args depth", "--model.args needs pairs of a name and a whole number"),
+        ("train --model.args fused 1", "model.args fused: another setting decides it"),
         ("train --epochs 0", "epochs must be at least 1, not 0"),
         ("train --view.repeats 0", "view.repeats must be at least 1, not 0"),
         (
@@ -242,9 +261,22 @@ def test_a_retired_setting_may_only_have_the_value_it_has_now(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"optim": {"eps": 1e-8}, "view": {"crop_ratio": [0.75, 1.3333333333333333]}}')
     assert load_config(str(file), RunConfig()) == RunConfig()
-    file.write_text('{"view": {"crop_ratio": [0.5, 2.0]}}')
-    with pytest.raises(InputError, match=r"'view\.crop_ratio' is no longer a setting: .* \[0\.5,"):
-        load_config(str(file), RunConfig())
+    for content, message in (
+        ('{"view": {"crop_ratio": [0.5, 2.0]}}', r"'view\.crop_ratio', here \[0\.5, 2\.0\], is no"),
+        (
+            '{"save_minutes": 5.0}',
+            r"'save_minutes', here 5\.0, is no longer .* none; set save_steps",
+        ),
+        ('{"model": {"depth": 2}}', r"'model\.depth', here 2, .* none; give it in model\.args"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            load_config(str(file), RunConfig())
+
+
+def test_a_config_file_of_an_earlier_version_is_read():
+    """All settings that were retired, with their defaults of then."""
+    assert from_dict(RunConfig, EARLIER) == RunConfig()
 
 
 def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:
@@ -356,7 +388,7 @@ def test_recipes_list_and_show(capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert RECIPES["digits_student"].__doc__.splitlines()[0] in out
     assert "view.image_size" in out
-    assert "optim.betas" not in out  # as in the defaults
+    assert "optim.layer_decay" not in out  # as in the defaults
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -418,10 +450,10 @@ def test_cache_info_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     from deit_fast.config import CodecConfig
 
     folder = tmp_path / "cache"
-    config = CodecConfig(name="topk", k=3, block_records=8)
     manifest = build_manifest(
-        config, num_classes=10, num_samples=16, tau=1.0, fingerprint={"teacher.spec": "timm:x"}
-    )
+        CodecConfig(name="topk", k=3), num_classes=10, num_samples=16, tau=1.0,
+        fingerprint={"teacher.spec": "timm:x"}, block_records=8,
+    )  # fmt: skip
     with LogitCacheWriter(folder, manifest) as writer:
         for view in (0, 1):
             writer.write(torch.arange(16).numpy(), view, torch.randn(16, 10))

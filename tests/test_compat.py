@@ -26,6 +26,7 @@ from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.plan import BatchMix, ViewPlan
 from deit_fast.views.rng import CUTMIX, LAM_ONE, MIXUP, NO_MIX, Purpose, draw_mix
 from helpers.images import write_split
+from helpers.plans import view_with
 from helpers.runs import comparable_rows, run_config, torchrun, weights_equal
 
 SIZE = 32
@@ -130,7 +131,7 @@ def test_distribution_of_batch_mixing():
     second = draw_mix(ViewConfig(), SEED, steps[:96], 0 * steps[:96] + 1, Purpose.BATCH_MIX)
     for (_, _, mix), kind, box, lam in zip(batches, *second, strict=True):
         assert (mix.kind, mix.box, mix.lam) == (kind, tuple(box.tolist()), lam)
-    rare = draw_mix(ViewConfig(mix_prob=0.25), SEED, steps, 0 * steps, Purpose.BATCH_MIX)[0]
+    rare = draw_mix(view_with(mix_prob=0.25)(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)[0]
     assert abs((rare == NO_MIX).mean() - 0.75) < deviation
 
 
@@ -194,7 +195,7 @@ def test_pixels_and_targets_are_timms(source, mix):
 
 def test_views_before_mixing_are_those_of_the_plan(source):
     """Crop, flip, augmentation and erasing of a view do not depend on compat, rank or batch."""
-    alone = ViewConfig(image_size=SIZE, repeats=3, erase_prob=0.5, mix_prob=0)
+    alone = view_with(mix_prob=0)(image_size=SIZE, repeats=3, erase_prob=0.5)
     plan = ViewPlan(alone, SEED, 21)
     whole = {}
     for processes in (1, 2):
@@ -306,11 +307,8 @@ def test_it_learns(world, tmp_path):
         log_every=100,
         view={"erase_prob": 0.0},
         loss={"kind": "none"},
-        model={
-            "name": "deit_fast.models.convnet:small_convnet",
-            **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads")),
-        },
-        optim={"lr": 3e-3, "lr_batch": 32, "warmup_epochs": 1.0, "ema_decay": 0.0},
+        model={"name": "deit_fast.models.convnet:small_convnet", "args": {}},
+        optim={"lr": 48e-3, "warmup_epochs": 1.0, "ema_decay": 0.0},
     )
     assert train(config)["top1"] > 0.6
 

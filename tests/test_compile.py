@@ -31,7 +31,7 @@ from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep, parallel
 from deit_fast.train.teacher import open_teacher
 from helpers.fused import KERNELS, assert_same, build, run
-from helpers.runs import comparable_rows, run_config, weights_equal
+from helpers.runs import TWO_BLOCKS, comparable_rows, run_config, weights_equal
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -220,7 +220,7 @@ def test_a_run_compiles_only_in_its_first_step_and_evaluation(
         "accumulate": 2,
         "teacher": None,
         "loss": {"kind": "none"},
-        "model": {"drop_path": 0.4, "depth": 3},
+        "model": {"drop_path": 0.4, "args": TWO_BLOCKS | {"depth": 3}},
     }
     with caplog.at_level(logging.INFO, "deit_fast"):
         _, made = compiled_run(

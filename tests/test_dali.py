@@ -27,7 +27,7 @@ from helpers.images import SEED, SIZE, encode, folder_of, odd_files, picture, wr
 
 pytestmark = pytest.mark.dali
 
-PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
 FILL = (124, 116, 104)
 
 

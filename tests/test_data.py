@@ -39,6 +39,7 @@ from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
 from deit_fast.views.rng import CUTMIX, MIXUP, philox
 from helpers.images import RECIPE, SEED, SIZE, broken_files, digests, picture, write_split
+from helpers.plans import view_with
 from helpers.timm_augment import timms
 
 BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
@@ -254,7 +255,7 @@ def damaged(tmp_path) -> ImageFolder:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
-    recipe = ViewConfig(image_size=SIZE, mix_prob=0, augment="none")
+    recipe = ViewConfig(image_size=SIZE, mixup_alpha=0, cutmix_alpha=0, augment="none")
     plan = ViewPlan(recipe, SEED, 8)
     batches = [
         (np.array([3, 2, 0]), np.array([0, 0, 0])),
@@ -415,7 +416,9 @@ def test_each_file_is_decoded_once_and_each_view_cut_once(source):
     assert batch.images.shape == (8, SIZE, SIZE, 3)
     split = make_batch(counting, plan, samples[:8:2], views[:8:2], on_error="fail")
     assert split.images.shape == (8, SIZE, SIZE, 3) and len(split) == 4  # own views and partners
-    plain = ViewPlan(ViewConfig(image_size=SIZE, mix_prob=0), SEED, source.num_samples)
+    plain = ViewPlan(
+        ViewConfig(image_size=SIZE, mixup_alpha=0, cutmix_alpha=0), SEED, source.num_samples
+    )
     assert len(make_batch(counting, plain, [0, 1], [0, 0], on_error="fail").images) == 2
 
 
@@ -479,7 +482,7 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
 
 
 def test_finished_views_equal_a_slow_model(source):
-    recipe = ViewConfig(image_size=SIZE, repeats=2, erase_prob=0.6, mix_prob=0.8)
+    recipe = view_with(mix_prob=0.8)(image_size=SIZE, repeats=2, erase_prob=0.6)
     plan = ViewPlan(recipe, SEED, source.num_samples)
     samples, views = np.arange(21), np.arange(21) // 7 * 2
     batch = make_batch(source, plan, samples, views, on_error="fail")

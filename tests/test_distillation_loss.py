@@ -67,7 +67,7 @@ def kl_by_hand(student: Tensor, teacher: Tensor, tau: float) -> float:
 def test_soft_equals_the_definition(tau: float) -> None:
     student, teacher = normal(3, 7), normal(3, 7)
     total = sum(kl_by_hand(s, t, tau) for s, t in zip(student, teacher, strict=True))
-    for reduction, factor in (("numel", 1 / 21), ("batchmean", 1 / 3), ("hinton", 2 / 3)):
+    for reduction, factor in (("numel", 1 / 21), ("batchmean", 1 / 3)):
         ours = soft_distillation(student, teacher, tau=tau, reduction=reduction)
         assert ours.item() == pytest.approx(total * factor * tau**2, rel=1e-12)
 
@@ -154,12 +154,12 @@ def test_bce_positives_are_every_class_of_the_mix() -> None:
 @pytest.mark.parametrize("kind", ("none", "soft", "hard"))
 def test_total_is_the_weighted_sum(kind: str) -> None:
     zc, zd, teacher, labels = normal(4, 6), normal(4, 6), normal(4, 6), torch.randint(6, (4,))
-    options = {"kind": kind, "alpha": 0.3, "tau": 2.0, "smoothing": 0.1, "reduction": "hinton"}
+    options = {"kind": kind, "alpha": 0.3, "tau": 2.0, "smoothing": 0.1, "reduction": "batchmean"}
     total = distillation_loss(zc, zd, labels, teacher, **options)
     base = base_loss(zc, labels, smoothing=0.1)
     term = {
         "none": base,
-        "soft": soft_distillation(zd, teacher, tau=2.0, reduction="hinton"),
+        "soft": soft_distillation(zd, teacher, tau=2.0, reduction="batchmean"),
         "hard": hard_distillation(zd, teacher),
     }[kind]
     torch.testing.assert_close(total, 0.7 * base + 0.3 * term, rtol=1e-14, atol=0)
@@ -493,7 +493,7 @@ WRONG = {
     "tau nan": (math.nan, "tau must be positive, not nan"),
     "smoothing": (1.0, "smoothing must lie in [0, 1), not 1.0"),
     "base": ("mse", "base must be one of ce, bce, not 'mse'"),
-    "reduction": ("mean", "reduction must be one of numel, batchmean, hinton, not 'mean'"),
+    "reduction": ("mean", "reduction must be one of numel, batchmean, not 'mean'"),
     "class_logits int": (LOGITS.int(), "class_logits must hold floats, not torch.int32"),
     "class_logits flat": (torch.zeros(5), "class_logits must have shape [B, C]"),
     "distill_logits classes": (torch.zeros(2, 6), "distill_logits has shape (2, 6) but the"),

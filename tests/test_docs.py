@@ -45,10 +45,7 @@ SMALL = {  # where a command does not say otherwise itself
     "--view.image-size": "32",
 }  # fmt: skip
 SMALL_TRAIN = {"--max-steps": "2", "--log-every": "1", "--optim.warmup-epochs": "0"}
-SMALL_MODEL = {
-    "--model.patch-size": "8", "--model.embed-dim": "32", "--model.depth": "2",
-    "--model.num-heads": "2",
-}  # fmt: skip
+SMALL_MODEL = {"--model.args": "patch_size 8 embed_dim 32 depth 2 num_heads 2"}
 NOT_RUN = {
     r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run has tests of its own",
     r"source ": "the tests run inside an environment",
@@ -159,7 +156,7 @@ def small(words: list[str]) -> list[str]:
     if words[:2] == ["cache", "verify"] and "--teacher" in words:
         extra = {"--device": "cpu", "--samples": "4"}
     return words + [word for flag, value in extra.items() if flag not in words
-                    for word in (flag, value)]  # fmt: skip
+                    for word in (flag, *value.split())]  # fmt: skip
 
 
 class Shell:

@@ -37,7 +37,7 @@ from helpers.images import (
 DALI = pytest.mark.dali
 LOADERS = ["pillow", pytest.param("dali", marks=DALI), pytest.param("dali-triton", marks=DALI)]
 RECIPE = ViewConfig(image_size=SIZE, repeats=2)
-PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mix_prob=0)
+PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
 
 
 @pytest.fixture(autouse=True)

@@ -126,7 +126,7 @@ def test_one_tensor_with_distillation_says_why() -> None:
         (("soft", 0.5, 0.0), "tau must be positive, not 0.0"),
         (
             ("soft", 0.5, 1.0, "mean"),
-            "reduction must be one of numel, batchmean, hinton, not 'mean'",
+            "reduction must be one of numel, batchmean, not 'mean'",
         ),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch, LogitCache, LogitCacheWriter
-from deit_fast.config import RunConfig
+from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader
 from deit_fast.errors import InputError
@@ -27,9 +27,18 @@ from deit_fast.precompute import TeacherCalls, _Job, estimate, precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import Progress, duration
 from helpers.digits import write_few_digits
+from helpers.small_blocks import BLOCK
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes share two cores
+# Several processes share two cores.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 SPEC = "deit_fast.models.convnet:small_convnet"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodecConfig, "block_records", BLOCK)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,6 @@ def config(tmp_path_factory) -> RunConfig:
         teacher_batch=32,
         cache=str(root / "cache"),
         data={"root": str(root / "data"), "workers": 0},
-        codec={"block_records": 36},
     )
 
 
@@ -63,10 +71,10 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 def command(config: RunConfig, cache: Path) -> list[str]:
     """The same job as a person would type it."""
     return [
-        sys.executable, "-m", "deit_fast", "precompute", "--recipe", "digits_student",
+        sys.executable, "-m", "helpers.small_blocks", "precompute", "--recipe", "digits_student",
         "--epochs", "6", "--num-views", "6", "--teacher", str(config.teacher),
         "--teacher-batch", "32", "--cache", str(cache), "--data.root", str(config.data.root),
-        "--data.workers", "0", "--codec.block-records", "36",
+        "--data.workers", "0",
     ]  # fmt: skip
 
 

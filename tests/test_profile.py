@@ -1,4 +1,4 @@
-"""Profile, memory history, garbage collection and device waits of a run."""
+"""Profile, exhausted memory, garbage collection and device waits of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 
 from deit_fast import cli
 from deit_fast.config_file import to_dict
-from deit_fast.errors import InputError
 from deit_fast.precompute import precompute
 from deit_fast.runtime.garbage import gc_paused
 from deit_fast.runtime.profile import WARM_UP
@@ -79,34 +78,6 @@ def test_other_errors_are_not_reported_as_out_of_memory(world, tmp_path, monkeyp
     monkeypatch.setattr(TrainStep, "__call__", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         train(run_config(world, tmp_path))
-
-
-def test_memory_snapshot_needs_a_gpu(world, tmp_path):
-    with pytest.raises(InputError, match=r"memory_snapshot records .* device is cpu"):
-        train(run_config(world, tmp_path / "run", memory_snapshot=True, device="cpu"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.gpu
-def test_memory_snapshot_on_a_gpu(world, tmp_path):
-    config = run_config(world, tmp_path, memory_snapshot=True, device="cuda", max_steps=2)
-    train(config)
-    assert (tmp_path / "memory.pickle").stat().st_size > 10_000
-
-
-@pytest.mark.gpu
-def test_out_of_memory_on_a_gpu_leaves_a_snapshot(world, tmp_path):
-    config = run_config(world, tmp_path, memory_snapshot=True, device="cuda")
-
-    def take_all() -> None:
-        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-
-    with (
-        AtStep(2, take_all),
-        pytest.raises(MemoryError, match=r"out of memory on cuda.*batch_size"),
-    ):
-        train(config)
-    assert (tmp_path / "memory.pickle").stat().st_size > 10_000
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import TrainStep
 from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
 from deit_fast.train.teacher import RunTeacher
-from helpers.runs import run_config
+from helpers.runs import TWO_BLOCKS, run_config
 from helpers.step_watch import Operators, Python, steps_of
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "labels": {"loss": {"kind": "none"}, "teacher": None},
     "cached": {"cache": "cache", "loss": {"kind": "soft"}},
     "dense": {"cache": "cache", "codec": {"name": "dense-fp32"}},
-    "not fused": {"model": {"fused": False, "drop_path": 0.3, "depth": 2}},
+    "not fused": {"model": {"fused": False, "drop_path": 0.3}},
 }
 
 
@@ -143,7 +143,7 @@ def test_the_work_does_not_wait_for_a_gpu(monkeypatch, optimizer):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     config = digits_student().replace(
         batch_size=8, loss={"kind": "soft"}, optim={"clip_grad": 1.0, "name": optimizer},
-        model={"drop_path": 0.1, "depth": 2, "embed_dim": 64, "num_heads": 1, "fused": False},
+        model={"args": TWO_BLOCKS | {"embed_dim": 64, "num_heads": 1}, "fused": False},
     )  # fmt: skip
     model = fuse(build_model(config, 10).train(), kernels=KERNELS)
 

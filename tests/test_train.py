@@ -11,7 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from deit_fast.cache import CacheMismatch, ReadAhead
-from deit_fast.config import OptimConfig
+from deit_fast.config import CodecConfig, OptimConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
@@ -85,7 +85,7 @@ def test_training_flops_agree_with_the_published_table():
 
 
 def test_learning_rate_equals_timms_cosine_schedule():
-    config = OptimConfig(lr=1e-3, lr_batch=256, min_lr=1e-5, warmup_epochs=2)
+    config = OptimConfig(lr=2e-3, min_lr=1e-5, warmup_epochs=2)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
     scheduler = CosineLRScheduler(
@@ -172,9 +172,8 @@ def test_training_reads_the_cache_ahead(world, tmp_path, monkeypatch):
     seen = []
     close = ReadAhead.close
     monkeypatch.setattr(ReadAhead, "close", lambda self: seen.append(self.wait()) or close(self))
-    config = run_config(
-        world, tmp_path / "run", cache=str(tmp_path / "cache"), codec={"block_records": 70}
-    )
+    monkeypatch.setattr(CodecConfig, "block_records", 70)
+    config = run_config(world, tmp_path / "run", cache=str(tmp_path / "cache"))
     precompute(config)
     train(config)
     assert len(seen) == 1 and seen[0] >= 9  # 3 views of 3 blocks; one may be asked for twice
@@ -191,11 +190,8 @@ def test_training_learns(world, tmp_path):
         eval_every=100,
         view={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "repeats": 1, "erase_prob": 0.0},
         loss={"kind": "none"},
-        model={
-            "name": "deit_fast.models.convnet:small_convnet",
-            **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads")),
-        },
-        optim={"lr": 3e-3, "lr_batch": 32, "warmup_epochs": 1.0},
+        model={"name": "deit_fast.models.convnet:small_convnet", "args": {}},
+        optim={"lr": 48e-3, "warmup_epochs": 1.0},
     )
     result = train(config)
     assert result["top1"] > 0.7
@@ -209,7 +205,7 @@ def test_training_learns(world, tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
     config = run_config(world, tmp_path / "run", max_steps=1)
     train(config)
-    with pytest.raises(InputError, match=r"loss\.alpha 0\.5 there, 0\.3 here; optim\.lr 0\.001"):
+    with pytest.raises(InputError, match=r"loss\.alpha 0\.5 there, 0\.3 here; optim\.lr 0\.008"):
         train(config.replace(optim={"lr": 2e-3}, loss={"alpha": 0.3}))
     with pytest.raises(InputError, match="--no-resume"):
         train(config.replace(resume=False))

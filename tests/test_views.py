@@ -34,14 +34,10 @@ from deit_fast.views.rng import (
     ratio_table,
 )
 from helpers.images import digests, write_split
+from helpers.plans import view_with
 
 DRAWS = 100_000
 SEED = 0x1234_5678_9ABC
-
-
-def view_with(constants: dict, **settings) -> ViewConfig:
-    """A recipe with other constants than timm's."""
-    return type("Changed", (ViewConfig,), constants)(**settings)
 
 
 def within(share: float, expected: float, count: int) -> bool:
@@ -223,7 +219,7 @@ def test_erasing_equals_plain_python(rows):
     ratio=st.sampled_from([(3 / 4, 4 / 3), (0.01, 0.02), (50.0, 100.0), (1.0, 1.0)]),
 )
 def test_crop_stays_inside_the_image(width, height, view, ratio):
-    plan = ViewPlan(view_with({"crop_ratio": ratio}), SEED, 64)
+    plan = ViewPlan(view_with(crop_ratio=ratio)(), SEED, 64)
     boxes = plan.crop_boxes(np.arange(64), np.full(64, view), [width] * 64, [height] * 64)
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
     assert (boxes[:, 0] + boxes[:, 2] <= width).all()
@@ -231,7 +227,7 @@ def test_crop_stays_inside_the_image(width, height, view, ratio):
 
 
 def test_fallback_takes_the_largest_centred_crop():
-    plan = ViewPlan(view_with({"crop_ratio": (0.5, 0.75)}, crop_scale=(1.0, 1.0)), SEED, 3)
+    plan = ViewPlan(view_with(crop_ratio=(0.5, 0.75))(crop_scale=(1.0, 1.0)), SEED, 3)
     boxes = plan.crop_boxes(np.arange(3), [0, 0, 0], [1000, 10, 60], [100, 1000, 100])
     assert boxes[0].tolist() == [462, 0, 75, 100]  # too wide: width 100 * 0.75
     assert boxes[1].tolist() == [0, 490, 10, 20]  # too tall: height 10 / 0.5
@@ -274,10 +270,10 @@ def test_distribution_of_flip_and_erasing(rows):
 
 def test_probabilities_zero_and_one():
     ids = np.arange(3000)
-    never = ViewPlan(ViewConfig(flip_prob=0, erase_prob=0, mix_prob=0), SEED, 3000).rows(ids, 0)
+    never = ViewPlan(view_with(mix_prob=0)(flip_prob=0, erase_prob=0), SEED, 3000).rows(ids, 0)
     assert not never["flip"].any() and not never["erase"].any() and not never["mix_kind"].any()
     assert (never["lam"] == LAM_ONE).all() and not never["box"].any()
-    always = ViewPlan(ViewConfig(flip_prob=1, erase_prob=1, mix_prob=1), SEED, 3000).rows(ids, 0)
+    always = ViewPlan(ViewConfig(flip_prob=1, erase_prob=1), SEED, 3000).rows(ids, 0)
     assert always["flip"].all() and (always["erase"][:, 2] > 0).all() and always["mix_kind"].all()
 
 
@@ -297,7 +293,7 @@ def test_distribution_of_mixing(rows):
     assert not rows["box"][rows["mix_kind"] == MIXUP].any()
     corrected = lam_of(rows, 224)[rows["mix_kind"] == CUTMIX]
     assert abs(corrected.mean() - 0.6826) < 0.005  # DeiT's form; timm's later one gives 0.6810
-    some = ViewPlan(view_with({"switch_prob": 0.9}, mix_prob=0.3), SEED, DRAWS).rows(
+    some = ViewPlan(view_with(switch_prob=0.9, mix_prob=0.3)(), SEED, DRAWS).rows(
         np.arange(DRAWS), 0
     )
     mixed = some["mix_kind"] != NO_MIX
@@ -393,7 +389,7 @@ def test_rows_do_not_depend_on_the_batch(rows):
 @pytest.mark.parametrize("augment", ["randaugment", "three_augment", "none"])
 def test_partner_lambda_and_box_depend_on_neither_batch_nor_rank(augment):
     """Walked as runs of other batch sizes, ranks and starts: a key always has the same row."""
-    recipe = ViewConfig(augment=augment, mix_prob=0.8)
+    recipe = view_with(mix_prob=0.8)(augment=augment)
     plan = ViewPlan(recipe, SEED, 301)
     order = EpochOrder(SEED, 301, 6, 3)
     seen: dict[tuple[int, int], bytes] = {}
@@ -519,7 +515,7 @@ def test_fingerprint_names_every_field_and_table():
     for changed in (
         ViewConfig(mixup_alpha=0.7),
         ViewConfig(cutmix_alpha=2.0),
-        view_with({"crop_ratio": (0.7, 1.4)}),
+        view_with(crop_ratio=(0.7, 1.4))(),
     ):
         other = fingerprint(changed, 7)
         assert other["view.tables_sha256"] != entries["view.tables_sha256"]

@@ -9,7 +9,7 @@ from deit_fast.errors import CacheError, CacheMismatch
 
 from .codecs import CODECS, Codec, codec_from_config
 from .format import build_manifest
-from .reader import LogitCache, ReadAhead, ResidentLogits
+from .reader import LogitCache, ReadAhead
 from .verify import info, verify
 from .writer import LogitCacheWriter
 
@@ -21,7 +21,6 @@ __all__ = [
     "LogitCache",
     "LogitCacheWriter",
     "ReadAhead",
-    "ResidentLogits",
     "build_manifest",
     "codec_from_config",
     "info",

@@ -62,10 +62,17 @@ class Codec(ABC):
         """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``. Every form
         but `topk` is the same at all temperatures.
 
+        Runs on the device of ``records``, on CUDA on the current stream without waiting for it. A
+        build without nvcc decodes on the CPU.
+
         Raises:
             CacheError: the records hold nothing for temperature ``tau``.
         """
-        return decode_rows(self, records, None, tau)
+        device = records.device
+        if device.type == "cuda" and not _C.with_cuda:
+            outputs = _decode(self, records.cpu(), tau)
+            return self.form(tuple(output.to(device) for output in outputs))
+        return self.form(_decode(self, records.contiguous(), tau))
 
     def manifest(self) -> dict[str, Any]:
         """name, k, temperatures, num_classes: the manifest's "codec"."""
@@ -398,28 +405,14 @@ def _is_positive(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def decode_rows(codec: Codec, records: Tensor, rows: Tensor | None, tau: float) -> Tensor | TopK:
-    """Records uint8 [m, record_bytes] at ``rows`` int64 [n] (none: all) as teacher logits.
-
-    Runs on the device of ``records``, on CUDA on the current stream without waiting for it. A row
-    out of range stops a CUDA kernel with a launch failure. A build without nvcc decodes on the CPU.
-    """
-    device = records.device
-    if device.type == "cuda" and not _C.with_cuda:
-        chosen = records if rows is None else records.index_select(0, rows)
-        outputs = _decode(codec, chosen.cpu(), None, tau)
-        return codec.form(tuple(output.to(device) for output in outputs))
-    return codec.form(_decode(codec, records.contiguous(), rows, tau))
-
-
-def _decode(codec: Codec, records: Tensor, rows: Tensor | None, tau: float) -> tuple[Tensor, ...]:
-    count = len(records) if rows is None else len(rows)
+def _decode(codec: Codec, records: Tensor, tau: float) -> tuple[Tensor, ...]:
+    count = len(records)
     outputs = codec.empty(count, records.device)
     arguments = (
         codec.layout(tau),
         records.data_ptr(),
-        len(records),
-        0 if rows is None else rows.data_ptr(),
+        count,
+        0,  # all rows
         count,
         [output.data_ptr() for output in outputs],
     )

@@ -38,7 +38,7 @@ def build_manifest(
     num_samples: int,
     tau: float,
     fingerprint: Mapping[str, Any],
-    info: Mapping[str, Any] | None = None,
+    block_records: int | None = None,
 ) -> dict[str, Any]:
     """The manifest of a new cache.
 
@@ -48,7 +48,7 @@ def build_manifest(
         num_samples: samples of the data set, which is records per view.
         tau: temperature that `topk` records where ``config.temperatures`` names none.
         fingerprint: dotted key -> JSON value; everything that decides the views and the logits.
-        info: what is worth noting but not compared, such as a date.
+        block_records: records of a block; None: as in ``config``.
 
     Raises:
         InputError: a codec setting that does not fit, a value that is not JSON.
@@ -58,10 +58,10 @@ def build_manifest(
         "format": FORMAT,
         "codec": codec.manifest(),
         "record_bytes": codec.record_bytes,
-        "block_records": config.block_records,
+        "block_records": block_records or config.block_records,
         "num_samples": num_samples,
         "fingerprint": dict(fingerprint),
-        "info": dict(info or {}),
+        "info": {},
     }
     return check_manifest(manifest, "manifest")
 

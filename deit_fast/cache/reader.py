@@ -1,8 +1,8 @@
-"""Reading teacher logits: random records of many views, from files or from a device's memory."""
+"""Reading teacher logits: random records of many views."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, codec_from_manifest, decode_rows
+from deit_fast.cache.codecs import Codec, codec_from_manifest
 from deit_fast.cache.format import (
     fields,
     format_errors,
@@ -29,7 +29,6 @@ from deit_fast.kernels.distillation_loss import TopK
 # Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
 # many others is mapped and verified again.
 _OPEN_VIEWS = 256
-_UPLOAD_BYTES = 1 << 26
 _INT64 = np.dtype(np.int64)
 
 
@@ -135,7 +134,7 @@ class LogitCache:
     ) -> Tensor | TopK:
         """Records cross the bus rather than decoded logits, which are up to four times as large."""
         records = self.gather_records(sample_ids, view_ids, pin_memory=device.type == "cuda")
-        return decode_rows(self.codec, records.to(device, non_blocking=True), None, tau)
+        return self.codec.decode(records.to(device, non_blocking=True), tau)
 
     def gather_records(self, sample_ids: Any, view_ids: Any, *, pin_memory: bool = False) -> Tensor:
         """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does."""
@@ -183,64 +182,6 @@ class LogitCache:
             ahead.ask(self._table, samples, views, self._num_samples, self._open, _OPEN_VIEWS)
         except _C.IdError as error:
             raise InputError(str(error)) from None
-
-    def to_device(self, view_ids: Iterable[int], device: torch.device | str) -> ResidentLogits:
-        """Copy whole views, verified, into a device's memory, to gather there.
-
-        Takes num_samples * record_bytes a view: 87 MB for ImageNet at top-16.
-
-        Raises:
-            CacheError: as ``gather``.
-        """
-        ids = sorted({int(view_id) for view_id in view_ids})
-        bytes_of_record = self.codec.record_bytes
-        records = torch.empty(
-            (len(ids) * self._num_samples, bytes_of_record), dtype=torch.uint8, device=device
-        )
-        step = max(1, _UPLOAD_BYTES // bytes_of_record)
-        for index, view_id in enumerate(ids):
-            reader = self._open(view_id)  # a new map: its blocks are read and verified once here
-            for start in range(0, self._num_samples, step):
-                stop = min(start + step, self._num_samples)
-                part = torch.empty((stop - start, bytes_of_record), dtype=torch.uint8)
-                with format_errors():
-                    reader.read(start, stop, part.data_ptr())
-                offset = index * self._num_samples
-                records[offset + start : offset + stop] = part.to(device)
-        return ResidentLogits(self.codec, ids, self._num_samples, records)
-
-
-class ResidentLogits:
-    """Raw records of some views in a device's memory; see ``LogitCache.to_device``."""
-
-    def __init__(
-        self, codec: Codec, view_ids: list[int], num_samples: int, records: Tensor
-    ) -> None:
-        self.codec, self.views, self._num_samples = codec, view_ids, num_samples
-        self._records = records
-        self._sorted_views = np.array(view_ids, np.int64)
-
-    def gather(self, sample_ids: Any, view_ids: Any, *, tau: float = 1.0) -> Tensor | TopK:
-        """As ``LogitCache.gather``, on the device. Ids on the host are copied there without
-        waiting for the device; for ids on a device the host waits.
-
-        Raises:
-            InputError: a sample id out of range, shapes that differ.
-            CacheError: a view that was not put on the device; a temperature not recorded.
-        """
-        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
-        if samples.ndim != 1 or views.shape not in ((), samples.shape):
-            raise InputError("sample and view ids must be [n], of the same length n")
-        outside = samples[(samples < 0) | (samples >= self._num_samples)]
-        if len(outside):
-            raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")
-        index = np.minimum(np.searchsorted(self._sorted_views, views), len(self.views) - 1)
-        unknown = np.atleast_1d(views[self._sorted_views[index] != views])
-        if unknown.size:
-            raise CacheError(f"view {unknown[0]} was not put on {self._records.device}")
-        rows = torch.from_numpy(np.asarray(index * self._num_samples + samples))
-        device = self._records.device
-        return decode_rows(self.codec, self._records, rows.to(device, non_blocking=True), tau)
 
 
 class ReadAhead:

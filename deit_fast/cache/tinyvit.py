@@ -38,7 +38,6 @@ def import_tinyvit(
     out: str | Path,
     num_classes: int,
     *,
-    block_records: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write every epoch below ``folder`` as a view of a new `topk` cache.
@@ -78,7 +77,7 @@ def import_tinyvit(
         "tinyvit.values_sha256": {str(e): t.digest() for e, t in sorted(tables.items())},
     }
     manifest = build_manifest(
-        CodecConfig(name="topk", k=k, temperatures=(1.0,), block_records=block_records),
+        CodecConfig(name="topk", k=k, temperatures=(1.0,)),
         num_classes=num_classes,
         num_samples=len(keys),
         tau=1.0,

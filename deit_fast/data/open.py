@@ -33,18 +33,17 @@ def open_source(data: DataConfig, split: str, image_size: int) -> Source:
         return Synthetic(count, data.synthetic_classes, image_size, seed=int(split == "val"))
     if data.root is None:
         raise InputError(
-            f"data.root is not set; expected a folder with {data.train}/<class>/<image> and "
-            f"{data.val}/<class>/<image>, or with shards (data.source)"
+            "data.root is not set; expected a folder with train/<class>/<image> and "
+            "val/<class>/<image>, or with shards (data.source)"
         )
-    name = data.train if split == "train" else data.val
     if data.source == "packed":
-        return PackedImages(data.root, name)
-    train = os.path.join(data.root, data.train)
+        return PackedImages(data.root, split)
+    train = os.path.join(data.root, "train")
     decides_classes = split == "train" or not os.path.isdir(train)
     if data.source == "tar":
-        classes = None if decides_classes else TarShards(data.root, data.train).classes
-        return TarShards(data.root, name, classes)
-    return ImageFolder(data.root, name, None if decides_classes else class_folders(train) or None)
+        classes = None if decides_classes else TarShards(data.root, "train").classes
+        return TarShards(data.root, split, classes)
+    return ImageFolder(data.root, split, None if decides_classes else class_folders(train) or None)
 
 
 def open_loader(

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.config import RunConfig
-from deit_fast.errors import InputError, did_you_mean
+from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
@@ -24,15 +24,12 @@ def create_student(
     drop_path: float = 0.0,
     img_size: int = 224,
     *,
-    patch_size: int | None = None,
-    embed_dim: int | None = None,
-    depth: int | None = None,
-    num_heads: int | None = None,
     fused: bool = True,
     stochastic_depth: str = "sample",
     residual: str = "float32",
     kernels: tuple[str, ...] | None = None,
     pad_head: bool = False,
+    **args: Any,
 ) -> nn.Module:
     """Build a model to train, with random weights.
 
@@ -46,27 +43,24 @@ def create_student(
         num_classes: classes of each head.
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         img_size: side of the input, pixels.
-        patch_size, embed_dim, depth, num_heads: override the named transformer's.
         fused: run a timm VisionTransformer on this package's kernels, see ``fuse``.
         stochastic_depth: "sample" or "subset", see ``fuse``; "subset" needs ``fused``.
         residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
         kernels: see ``fuse``; None: the default of this machine's GPU. Others need ``fused``.
         pad_head: align the rows of the logits to 16 bytes, see ``pad_heads``.
+        args: arguments of timm's transformer, such as ``depth``, in place of the named model's.
 
     Raises:
         InputError: unknown name, or an option that the model does not support.
     """
-    overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
-                 "num_heads": num_heads}  # fmt: skip
-    shape = {key: value for key, value in overrides.items() if value is not None}
     options = {"stochastic_depth": (stochastic_depth, "sample"), "residual": (residual, "float32"),
                "kernels": (kernels, None)}  # fmt: skip
     fuse_options: dict[str, Any] = {
         key: value for key, (value, default) in options.items() if value != default
     }
     if ":" in name:
-        if shape:
-            raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
+        if args:
+            raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
         refused = fuse_options | ({"pad_head": True} if pad_head else {})
         _refuse(refused, f"a timm model, not {name!r}")
         return build_from_factory(name, num_classes)
@@ -74,11 +68,14 @@ def create_student(
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if timm.models.is_model_in_modules(name, ("deit", "vision_transformer")):
-        arguments |= {"img_size": img_size} | shape
-        _check_shape(name, img_size, shape)
-    elif shape:
-        raise InputError(f"model {name!r} does not take overrides, got {sorted(shape)}")
-    model = timm.create_model(name, pretrained=False, **arguments)
+        arguments["img_size"] = img_size
+        _check_shape(name, img_size, args)
+    elif args:
+        raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
+    try:
+        model = timm.create_model(name, pretrained=False, **arguments, **args)
+    except TypeError as error:  # an argument that timm does not know
+        raise InputError(f"model {name!r} with args {args}: {first_line(error)}") from None
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
     if pad_head:
@@ -109,6 +106,7 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     """The student that a run's configuration names, with random weights."""
     options = dataclasses.asdict(config.model)
     del options["weights"]
+    options |= options.pop("args")
     return create_student(num_classes=num_classes, img_size=config.view.image_size, **options)
 
 

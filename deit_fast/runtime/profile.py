@@ -1,4 +1,4 @@
-"""Speed and profile of a run: rates, FLOPs, a trace of some steps, a GPU's memory history."""
+"""Speed and profile of a run: rates, FLOPs, a trace of some steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit_fast.config import RunConfig
-from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import ProcessGroup
 
 log = logging.getLogger("deit_fast")
@@ -23,7 +21,6 @@ T = TypeVar("T")
 
 WARM_UP = 5  # steps left out: compilation, allocation, the loader's first batches
 _TABLE_ROWS = 60
-_ALLOCATIONS = 200_000  # newest events of the memory history, about 100 MB of host memory
 
 PEAK_BF16 = {
     # Dense bfloat16 FLOP/s from NVIDIA's data sheets (the sparse figures are twice these).
@@ -138,7 +135,7 @@ class StepMeter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Trace and memory
+# Trace
 # ---------------------------------------------------------------------------------------------
 
 
@@ -192,38 +189,3 @@ class StepProfiler:
         self._profile.stop()
         if self._profile is not None:
             log.warning("profile_steps: fewer than %d steps, nothing was profiled", WARM_UP + 1)
-
-
-@contextmanager
-def memory_history(
-    config: RunConfig, output: Path, device: torch.device, group: ProcessGroup
-) -> Iterator[None]:
-    """Record a GPU's allocations inside the block if the configuration requests it.
-
-    The block's end writes them to a file of this rank, also after a RuntimeError or MemoryError,
-    but not after a signal, which leaves no time. https://pytorch.org/memory_viz shows the file.
-
-    Raises:
-        InputError: the device is a CPU.
-    """
-    if not config.memory_snapshot:
-        yield
-        return
-    if device.type != "cuda":
-        raise InputError(
-            f"memory_snapshot records the allocations of a GPU, and device is {device.type}"
-        )
-    torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
-    is_over = False
-    try:
-        yield
-        is_over = True
-    except (RuntimeError, MemoryError):
-        is_over = True
-        raise
-    finally:
-        if is_over:
-            output.mkdir(parents=True, exist_ok=True)
-            name = "memory.pickle" if group.is_first else f"memory-{group.rank}.pickle"
-            torch.cuda.memory._dump_snapshot(str(output / name))
-        torch.cuda.memory._record_memory_history(enabled=None)

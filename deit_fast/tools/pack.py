@@ -74,15 +74,15 @@ def pack(
     started = time.perf_counter()
     total: dict[str, Any] = {"images": 0, "shards": 0, "kept": 0, "bytes": 0}
     unreadable: list[str] = []
-    for split, name in (("train", data.train), ("val", data.val)):
+    for split in ("train", "val"):
         source = open_source(data, split, image_size=1)
         manifest = FORMAT | {
             "form": form, "short_side": short_side, "quality": quality if form == "jpeg" else None,
             "pillow": PIL.__version__, "num_samples": source.num_samples,
             "shard_samples": shard_samples, "classes": source.classes,
-            "source": source.fingerprint(), "packed_from": os.path.join(str(data.root), name),
+            "source": source.fingerprint(), "packed_from": os.path.join(str(data.root), split),
         }  # fmt: skip
-        folder = Path(out) / name
+        folder = Path(out) / split
         _write_or_compare_manifest(folder, manifest)
         done, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
         unreadable += lost

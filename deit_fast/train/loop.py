@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
 from deit_fast.runtime.profile import (
     StepMeter,
     StepProfiler,
-    memory_history,
     peak_flops,
     training_flops,
 )
@@ -55,7 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
     checkpoints/, model.safetensors, ema.safetensors and result.json; if configured, also
-    trackers.json, tensorboard/, profile/ and memory.pickle.
+    trackers.json, tensorboard/ and profile/.
 
     Returns:
         The content of result.json.
@@ -75,7 +73,6 @@ def train(config: RunConfig) -> dict[str, Any]:
     with (
         joined_process_group(device) as group,
         Signals() as signals,
-        memory_history(config, Path(config.output), device, group),
         ExitStack() as resources,
     ):
         processes = f" over {group.world_size} processes" if group.world_size > 1 else ""
@@ -149,7 +146,6 @@ class _Run:
         self.checkpoints = self.output / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints)
         resources.callback(self._close_writer)
-        self.saved_at = time.monotonic()
         self.metrics: MetricsFile | None = None
         if group.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -228,7 +224,7 @@ class _Run:
                 state.substituted.update(batch.substituted)
                 due = self._due()
                 # Before a report or a save every step is polled, so neither has one that is not
-                # finite. All ranks must agree on `keep`, so no clock decides it alone.
+                # finite. All ranks must agree on `keep`.
                 stop = self._poll_stop(keep=0 if due.report or due.save else 1)
                 state.train_seconds += meter.lap()
                 progress.advance(note=self._report(meter, lr) if due.report else None)
@@ -257,16 +253,12 @@ class _Run:
         done = step == self.total
         at_epoch_end = step % self.steps_per_epoch == 0
         report = done or at_epoch_end or step % config.log_every == 0
-        # Clocks differ between ranks, so they count only where all ranks poll every step anyway.
-        age = time.monotonic() - self.saved_at
-        by_clock = config.save_minutes is not None and age >= 60 * config.save_minutes
         return _Due(
             report=report,
             evaluate=done or self._is_evaluation_due(),
             save=done
             or (at_epoch_end and epoch % config.save_every == 0)
-            or (config.save_steps is not None and step % config.save_steps == 0)
-            or (report and by_clock),
+            or (config.save_steps is not None and step % config.save_steps == 0),
         )
 
     def _is_evaluation_due(self) -> bool:
@@ -342,7 +334,6 @@ class _Run:
         )
 
     def _save(self) -> None:
-        self.saved_at = time.monotonic()
         if self.group.is_first:
             self.writer.save(self.state.step, self.state.to_checkpoint(self.config))
 

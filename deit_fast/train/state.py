@@ -31,12 +31,13 @@ log = logging.getLogger("deit_fast")
 KEEP = 2  # checkpoints; with one, the only copy could be the one being written
 
 # Settings that may differ between a checkpoint and the command that resumes from it: those that
-# change pixels, weights and learning rates by rounding at most.
+# change pixels, weights and learning rates by rounding at most. Retired ones are in the last line.
 _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
-    "log_every", "eval_every", "save_every", "save_steps", "save_minutes", "on_nonfinite",
-    "max_rollbacks", "accumulate", "teacher", "teacher_batch", "cache", "data.root", "data.workers",
-    "track", "check_teacher_every", "profile_steps", "memory_snapshot",
+    "log_every", "eval_every", "save_every", "save_steps", "on_nonfinite", "accumulate",
+    "teacher", "teacher_batch", "cache", "data.root", "data.workers",
+    "track", "check_teacher_every", "profile_steps",
+    "max_rollbacks", "save_minutes", "memory_snapshot", "cache_on_device", "codec.block_records",
 }  # fmt: skip
 
 _COUNTS = ("step", "evaluated_step", "summed", "best_top1", "best_epoch", "train_seconds")

@@ -250,18 +250,13 @@ def parallel(
     if group.world_size == 1:
         return forward  # type: ignore[no-any-return]
     # By default buffers are copied from the first rank; transformers have none.
-    wrapped = DistributedDataParallel(
+    return DistributedDataParallel(
         forward,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         # Without a teacher the distillation head gets no gradient.
         find_unused_parameters=config.loss.kind == "none",
     )
-    if config.compress_gradients:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
 
 
 # ---------------------------------------------------------------------------------------------

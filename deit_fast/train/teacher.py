@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit_fast.cache import LogitCache, ReadAhead, ResidentLogits
+from deit_fast.cache import LogitCache, ReadAhead
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.cache.verify import compare_logits, pick_pixels
 from deit_fast.config import RunConfig
@@ -35,7 +35,6 @@ class RunTeacher:
     Args:
         config: of the run.
         network: on ``device``.
-        resident: the views of ``cache`` that the run reads, in the memory of ``device``.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class RunTeacher:
         *,
         network: Teacher | None = None,
         cache: LogitCache | None = None,
-        resident: ResidentLogits | None = None,
     ) -> None:
         self.config, self.device = config, device
-        self.network, self.cache, self.resident = network, cache, resident
+        self.network, self.cache = network, cache
         self.is_online = network is not None and cache is None
         on_cuda = self.is_online and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_cuda else None
@@ -66,8 +64,7 @@ class RunTeacher:
         steps = iter(range(start, len(batches)))
 
         def with_logits(batch: ViewBatch) -> ViewBatch:
-            if self.resident is None:
-                self._advance(batches, next(steps))
+            self._advance(batches, next(steps))
             return dataclasses.replace(batch, teacher=self.stored(batch))
 
         return with_logits
@@ -81,11 +78,10 @@ class RunTeacher:
 
     def stored(self, batch: ViewBatch) -> Tensor | TopK:
         """The cache's logits of a batch, on the run's device."""
-        ids, tau = (batch.sample_ids, batch.view_ids), self.config.loss.tau
-        if self.resident is not None:
-            return self.resident.gather(*ids, tau=tau)
         assert self.cache is not None
-        return self.cache.gather(*ids, tau=tau, device=self.device)
+        return self.cache.gather(
+            batch.sample_ids, batch.view_ids, tau=self.config.loss.tau, device=self.device
+        )
 
     # -- the network -----------------------------------------------------------------------------
 
@@ -212,9 +208,8 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         device=device,
         where=f"cache {config.cache}",
     )
-    resident = cache.to_device(range(config.views_used), device) if config.cache_on_device else None
     if teacher is None or every is None:
-        return RunTeacher(config, device, cache=cache, resident=resident)
+        return RunTeacher(config, device, cache=cache)
     # As in `precompute`: under `auto` neither compiled nor fused.
     network = teacher.to_device(device, config.compile not in ("auto", "none"))
-    return RunTeacher(config, device, network=network, cache=cache, resident=resident)
+    return RunTeacher(config, device, network=network, cache=cache)

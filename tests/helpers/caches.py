@@ -16,11 +16,12 @@ SAMPLES, CLASSES, BLOCK = 45, 20, 16  # three blocks, the last one short
 
 
 def make_manifest(name="topk", *, classes=CLASSES, samples=SAMPLES, block=BLOCK, tau=1.0, **codec):
-    config = CodecConfig(name=name, block_records=block, **codec)
+    config = CodecConfig(name=name, **codec)
     fingerprint = {"view.seed": 7, "teacher.name": "näive", "view.mean": (0.5, 1.0, 1e-05)}
     return build_manifest(
-        config, num_classes=classes, num_samples=samples, tau=tau, fingerprint=fingerprint
-    )
+        config, num_classes=classes, num_samples=samples, tau=tau, fingerprint=fingerprint,
+        block_records=block,
+    )  # fmt: skip
 
 
 def make_logits(view: int, samples=SAMPLES, classes=CLASSES) -> torch.Tensor:

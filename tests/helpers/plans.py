@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deit_fast.config import ViewConfig
+
 COLUMNS = sys.modules["deit_fast.kernels.ingest"].PLAN_COLUMNS
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 12
 PLACES = ("_top", "_left", "_height", "_width")
+
+
+def view_with(**constants: object) -> type[ViewConfig]:
+    """View settings with other constants than timm's."""
+    return type("Changed", (ViewConfig,), constants)
 
 
 def row(**values: int) -> list[int]:

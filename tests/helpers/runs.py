@@ -26,6 +26,7 @@ TESTS = Path(__file__).parent.parent
 
 TEACHER = "helpers.unruly_teacher:convnet@{}/teacher.safetensors"
 STEPS = 12
+TWO_BLOCKS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def run_config(world: Path, output: Path, **changes) -> RunConfig:
@@ -40,7 +41,7 @@ def run_config(world: Path, output: Path, **changes) -> RunConfig:
         eval_every=1,
         save_every=1,
         data={"root": str(world / "data"), "workers": 0},
-        model={"drop_path": 0.1, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        model={"drop_path": 0.1, "args": TWO_BLOCKS},
         optim={"ema_decay": 0.99},
         view={"erase_prob": 0.25},
     )

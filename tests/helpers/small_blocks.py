@@ -1,0 +1,14 @@
+"""``deit-fast`` whose caches have blocks of 36 records: ``python -m helpers.small_blocks VERB``."""
+
+from __future__ import annotations
+
+import sys
+
+from deit_fast.cli import main
+from deit_fast.config import CodecConfig
+
+BLOCK = 36
+
+if __name__ == "__main__":
+    CodecConfig.block_records = BLOCK
+    sys.exit(main())
