@@ -34,7 +34,7 @@ def transformer(num_classes: int = 10) -> nn.Module:
 @pytest.fixture
 def kernels_here(monkeypatch) -> None:
     """Use a GPU's default kernels; on a CPU their references run."""
-    monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
+    monkeypatch.setattr("deit_fast.models.teacher.default_kernels", lambda device: KERNELS)
 
 
 def blocks_of(teacher: Teacher) -> list[type]:
@@ -53,7 +53,7 @@ def test_a_fused_teacher_gives_the_same_logits(kernels_here):
 
 def test_other_teachers_and_devices_are_not_fused(monkeypatch):
     assert not Teacher(transformer(), "t").to_device(CPU, fused=True).is_fused
-    monkeypatch.setattr("deit_fast.models.teacher.kernels_on", lambda device: KERNELS)
+    monkeypatch.setattr("deit_fast.models.teacher.default_kernels", lambda device: KERNELS)
     assert not Teacher(small_convnet(10), "t").to_device(CPU, fused=True).is_fused
 
 

@@ -63,11 +63,11 @@ DEFAULT_KERNELS = {
 }
 
 
-def default_kernels() -> tuple[str, ...]:
-    """The default kernels of this machine's first GPU, or of a CPU."""
-    if not torch.cuda.is_available():
+def default_kernels(device: torch.device | None = None) -> tuple[str, ...]:
+    """The default kernels of a device; None: of this machine's first GPU, or of a CPU."""
+    if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
         return DEFAULT_KERNELS["cpu"]
-    major, _ = torch.cuda.get_device_capability()
+    major, _ = torch.cuda.get_device_capability(device)
     return DEFAULT_KERNELS.get(f"sm_{major}0", ())
 
 

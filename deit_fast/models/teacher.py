@@ -78,8 +78,9 @@ class Teacher(nn.Module):
                 Logits then differ by rounding.
         """
         self.to(device)
-        if fused and isinstance(self.model, VisionTransformer) and (names := kernels_on(device)):
-            fuse(self.model, kernels=names)
+        kernels = default_kernels(device)
+        if fused and kernels and isinstance(self.model, VisionTransformer):
+            fuse(self.model, kernels=kernels)
             self.is_fused = True
         if device.type == "cuda":
             self.memory_format = torch.channels_last
@@ -116,11 +117,6 @@ class Teacher(nn.Module):
             return declared
         with torch.no_grad():
             return int(self.model(torch.zeros(1, 3, 64, 64)).shape[-1])
-
-
-def kernels_on(device: torch.device) -> tuple[str, ...]:
-    """Kernels of a fused teacher on a device."""
-    return default_kernels() if device.type == "cuda" else ()
 
 
 def load_teacher(

@@ -264,14 +264,6 @@ def parallel(
 # ---------------------------------------------------------------------------------------------
 
 
-class Checked(NamedTuple):
-    """The result of ``FiniteCheck.check``, on the device."""
-
-    found_inf: Tensor  # float32 []: 1.0 where the update must be skipped, else 0.0
-    flags: Tensor  # float32 [ranks + 2]: loss not finite, for each rank; gradient not finite; stop
-    means: Tensor  # float32 [numbers]: over the ranks
-
-
 @dataclass(frozen=True)
 class CheckResult:
     """The result for one step, on the host; the same on every rank."""
@@ -306,13 +298,18 @@ class FiniteCheck:
         self.group, self.device, self.model = group, device, model
         self._pending: deque[_Pending] = deque()
 
-    def check(self, losses: list[Tensor], total_norm: Tensor, stop: Tensor) -> Checked:
+    def check(self, losses: list[Tensor], total_norm: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
         """Check this step and average the losses, in one all-reduce.
 
         Args:
             losses: this rank's, float []; the first one must be finite.
             total_norm: of all gradients after their all-reduce, [].
             stop: float32 [], above 0 where this rank was signalled.
+
+        Returns:
+            found_inf: float32 [], 1.0 where the update must be skipped, else 0.0.
+            flags: float32 [ranks + 2]: loss not finite, for each rank; gradient not finite; stop.
+            means: float32 [losses], over the ranks.
         """
         size = self.group.world_size
         values = torch.stack([value.float() for value in losses])
@@ -323,7 +320,7 @@ class FiniteCheck:
         message[size + 2 :] = values / size
         self.group.sum(message)
         flags, means = message[: size + 2], message[size + 2 :]
-        return Checked((flags[: size + 1] > 0).any().float(), flags, means)
+        return (flags[: size + 1] > 0).any().float(), flags, means
 
     def record(self, step: int, flags: Tensor, norms: Tensor) -> None:
         """Start the copy of a step's flags to the host.
