@@ -9,7 +9,6 @@ that is not finite and exhausted memory are status 1; a run that SIGTERM ended i
 from __future__ import annotations
 
 import errno
-import functools
 import inspect
 import json
 import logging
@@ -34,7 +33,7 @@ from deit_fast.arguments import (
     view_range,
 )
 from deit_fast.config import RunConfig
-from deit_fast.config_file import dotted_keys, to_dict
+from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
@@ -297,12 +296,9 @@ def recipes_show(name: str, /) -> str:
         name: Name of the recipe.
     """
     function = find_recipe(name)
-    config, default = function(), RunConfig()
-    rows = [
-        (key, plain(_lookup(config, key)))
-        for key in dotted_keys()
-        if _lookup(config, key) != _lookup(default, key)
-    ]
+    default = by_dotted_key(to_dict(RunConfig()))
+    settings = by_dotted_key(to_dict(function()))
+    rows = [(key, plain(value)) for key, value in settings.items() if value != default[key]]
     text = (
         f"{name}\n\n{inspect.getdoc(function) or ''}\n\nSettings that differ from the defaults:\n"
     )
@@ -359,10 +355,6 @@ def summary(result: dict[str, Any]) -> str:
 
 def _purpose(verb: str) -> str:
     return (inspect.getdoc(VERBS[verb]) or "").partition("\n")[0]
-
-
-def _lookup(config: Any, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -63,14 +63,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def by_dotted_key(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a dictionary of ``to_dict``, or of a JSON file, by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if f"{name}." in _GROUPS and isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
 def dotted_keys() -> list[str]:
     """The dotted keys of all settings."""
-    return [
-        prefix + item.name
-        for prefix, cls in _GROUPS.items()
-        for item in dataclasses.fields(cls)
-        if f"{item.name}." not in _GROUPS
-    ]
+    return list(by_dotted_key(to_dict(RunConfig())))
 
 
 def load_config(path: str, base: RunConfig) -> RunConfig:

@@ -23,12 +23,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import dotted_keys, to_dict
+from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import write_json
 from deit_fast.runtime.signals import Preempted
@@ -134,8 +133,8 @@ class _MLflow(Tracker):
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         self.run = self._client.create_run(experiment, run_name=output.name).info.run_id
-        settings = [Param(key, str(reduce(getattr, key.split("."), config))[:500])
-                    for key in dotted_keys()]  # fmt: skip
+        values = by_dotted_key(to_dict(config))
+        settings = [Param(key, str(value)[:500]) for key, value in values.items()]
         self._client.log_batch(self.run, params=settings)
         log.info("mlflow: run %s of experiment %s", self.run, name)
 

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import RETIRED, dotted_keys, to_dict
+from deit_fast.config_file import RETIRED, by_dotted_key, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
@@ -156,23 +156,13 @@ def roll_back(folder: Path, state: TrainState) -> bool:
 
 def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     """Settings that differ. One that is missing, because it is newer, counts as its default."""
-    defaults, differing = json.loads(json.dumps(to_dict(RunConfig()))), []
-    for key in [*dotted_keys(), *RETIRED]:
-        if key in _FREE_TO_CHANGE:
-            continue
-        default = RETIRED.get(key, _look_up(defaults, key))
-        old, new = (_look_up(values, key, default) for values in (saved, chosen))
-        if old != new:
-            differing.append(f"{key} {old!r} there, {new!r} here")
-    return differing
-
-
-def _look_up(values: Any, dotted: str, default: Any = None) -> Any:
-    for part in dotted.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return default
-        values = values[part]
-    return values
+    defaults = by_dotted_key(json.loads(json.dumps(to_dict(RunConfig())))) | RETIRED
+    old, new = (defaults | by_dotted_key(values) for values in (saved, chosen))
+    return [
+        f"{key} {old[key]!r} there, {new[key]!r} here"
+        for key in defaults
+        if key not in _FREE_TO_CHANGE and old[key] != new[key]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
