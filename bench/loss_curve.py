@@ -52,7 +52,7 @@ def config_of(family: str, folder: Path) -> RunConfig:
         data={"source": "synthetic", "synthetic_samples": 160, "workers": 0},
         model={
             "drop_path": 0.2,
-            "args": {"patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2},
+            "args": ("patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"),
         },
         optim={"ema_decay": 0.99, "warmup_epochs": 1.0, "clip_grad": 1.0},
         view={"erase_prob": 0.25, "repeats": 3},

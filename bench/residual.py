@@ -76,7 +76,7 @@ def config_of(recipe: RunConfig, data: str, root: Path, output: Path, seed: int)
 
 def student_of(data: str, root: Path, folder: Path, seed: int) -> RunConfig:
     config = config_of(digits_student(), data, root, folder, seed)
-    args = config.model.args | {"depth": DEPTH, "patch_size": SIZES[data] // 4}
+    args = (*config.model.args, f"depth={DEPTH}", f"patch_size={SIZES[data] // 4}")
     return config.replace(
         num_views=min(30, EPOCHS[data]), model={"drop_path": DROP_PATH, "args": args}
     )

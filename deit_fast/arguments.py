@@ -129,7 +129,6 @@ _REWORDED = [
     (r"^Missing value for argument '(\S+)'\. Expected (\d+) values", r"\1 needs \2 value(s)"),
     (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
      r"\2 needs one of \3, not \1"),
-    (r"Failed to parse key-value pairs!", "needs pairs of a name and a whole number"),
     (r"invalid literal for int\(\) with base 10: ", "needs a whole number, not "),
     (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
@@ -240,8 +239,6 @@ def columns(rows: Sequence[tuple[str, str]], indent: str = "") -> str:
 
 def plain(value: Any) -> str:
     """A value without brackets, `none` for None."""
-    if isinstance(value, dict):
-        value = [item for pair in value.items() for item in pair]
     if isinstance(value, (tuple, list)):
         return " ".join(map(plain, value))
     return "none" if value is None else str(value)

@@ -184,9 +184,9 @@ class ModelConfig:
     kernels: tuple[str, ...] | None = None
     """Kernels of a fused transformer: any of `attention`, `add_layer_norm`, `bias_gelu` and
     `mlp_backward`. none: those chosen for this GPU, see docs/kernels.md."""
-    args: dict[str, int] = field(default_factory=dict)
+    args: tuple[str, ...] = ()
     """Whole-number arguments of timm's transformer, in place of the named model's, such as
-    `patch_size 4 depth 6`."""
+    `patch_size=4 depth=6`."""
     weights: str | None = None
     """Checkpoint to start from (.pth or .safetensors). none: random weights."""
 
@@ -201,8 +201,18 @@ class ModelConfig:
             f"model.kernels={','.join(self.kernels or ())} needs model.fused",
         )
         taken = {"num_classes", "img_size", *(item.name for item in dataclasses.fields(self))}
-        for name in taken & self.args.keys():
-            raise InputError(f"model.args {name}: another setting decides it")
+        for argument in self.args:
+            name, _, number = argument.partition("=")
+            _require(
+                name.isidentifier() and number.isdecimal(),
+                f"model.args takes NAME=NUMBER, such as depth=6, not {argument!r}",
+            )
+            _require(name not in taken, f"model.args {argument}: another setting decides {name}")
+
+    def timm_arguments(self) -> dict[str, int]:
+        """``args`` by name; of two with one name the last counts."""
+        pairs = (argument.split("=") for argument in self.args)
+        return {name: int(number) for name, number in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)

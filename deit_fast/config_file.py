@@ -137,8 +137,6 @@ def _convert(hint: Any, value: Any) -> Any:
             for item_hint, item in zip(hints, value, strict=True):
                 _convert(item_hint, item)
             return tuple(value)
-    if origin is dict and isinstance(value, dict):
-        return {name: _convert(arguments[1], item) for name, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is hint:

@@ -274,7 +274,7 @@ def cifar_32() -> RunConfig:
             std=(0.2470, 0.2435, 0.2616),
         ),
         data=DataConfig(eval_crop=1.0),
-        model=ModelConfig(name="deit_tiny_distilled_patch16_224", args={"patch_size": 4}),
+        model=ModelConfig(name="deit_tiny_distilled_patch16_224", args=("patch_size=4",)),
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="numel"),
         optim=OptimConfig(lr=1e-3, warmup_epochs=10.0, ema_decay=0.9995),
     )
@@ -316,7 +316,7 @@ def digits_student() -> RunConfig:
         model=ModelConfig(
             name="deit_tiny_distilled_patch16_224",
             drop_path=0.0,
-            args={"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
+            args=("patch_size=4", "embed_dim=64", "depth=4", "num_heads=4"),
         ),
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
         optim=OptimConfig(lr=8e-3, warmup_epochs=5.0, ema_decay=0.0),

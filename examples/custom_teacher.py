@@ -42,7 +42,7 @@ def main() -> None:
     factory = "custom_teacher:edges"
     teacher = base.replace(
         output=str(folder / "teacher"),
-        model={"name": factory, "fused": False, "args": {}},
+        model={"name": factory, "fused": False, "args": ()},
         # trained in the normalisation that it declares above
         view={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "mixup_alpha": 0, "cutmix_alpha": 0},
         optim={"lr": 0.1},

@@ -53,7 +53,7 @@ def small_run(root: Path, output: Path) -> RunConfig:
         view=ViewConfig(image_size=SIZE, crop_scale=(0.7, 1.0), augment="none", erase_prob=0.0),
         model=ModelConfig(
             name="deit_tiny_patch16_224", drop_path=0.0,
-            args={"patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2},
+            args=("patch_size=4", "embed_dim=48", "depth=2", "num_heads=2"),
         ),
         loss=LossConfig(kind="none"),
         optim=OptimConfig(lr=0.02, warmup_epochs=2.0, ema_decay=0.0),

@@ -444,7 +444,7 @@ def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, 
     assert found["none"]["left_out"]["tokens"] == "the student has no distillation token"
     assert "attention" in found["none"]
     run = make_run(world, "convnet", "none", model={
-        "name": CONVNET, "args": {},
+        "name": CONVNET, "args": (),
     })  # fmt: skip
     alone = make_run(world, "alone", "hard")
     convnet, hard = analyze([run]), analyze([alone], maps=1)

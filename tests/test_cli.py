@@ -211,8 +211,8 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
             "train --optim.betas 0.8 0.9",
             "--optim.betas is no longer a setting: its value is always",
         ),
-        ("train --model.args depth", "--model.args needs pairs of a name and a whole number"),
-        ("train --model.args fused 1", "model.args fused: another setting decides it"),
+        ("train --model.args depth", "model.args takes NAME=NUMBER, such as depth=6, not 'depth'"),
+        ("train --model.args fused=1", "model.args fused=1: another setting decides fused"),
         ("train --epochs 0", "epochs must be at least 1, not 0"),
         ("train --view.repeats 0", "view.repeats must be at least 1, not 0"),
         (

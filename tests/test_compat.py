@@ -307,7 +307,7 @@ def test_it_learns(world, tmp_path):
         log_every=100,
         view={"erase_prob": 0.0},
         loss={"kind": "none"},
-        model={"name": "deit_fast.models.convnet:small_convnet", "args": {}},
+        model={"name": "deit_fast.models.convnet:small_convnet", "args": ()},
         optim={"lr": 48e-3, "warmup_epochs": 1.0, "ema_decay": 0.0},
     )
     assert train(config)["top1"] > 0.6

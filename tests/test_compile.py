@@ -220,7 +220,7 @@ def test_a_run_compiles_only_in_its_first_step_and_evaluation(
         "accumulate": 2,
         "teacher": None,
         "loss": {"kind": "none"},
-        "model": {"drop_path": 0.4, "args": TWO_BLOCKS | {"depth": 3}},
+        "model": {"drop_path": 0.4, "args": (*TWO_BLOCKS, "depth=3")},
     }
     with caplog.at_level(logging.INFO, "deit_fast"):
         _, made = compiled_run(

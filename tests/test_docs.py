@@ -45,7 +45,7 @@ SMALL = {  # where a command does not say otherwise itself
     "--view.image-size": "32",
 }  # fmt: skip
 SMALL_TRAIN = {"--max-steps": "2", "--log-every": "1", "--optim.warmup-epochs": "0"}
-SMALL_MODEL = {"--model.args": "patch_size 8 embed_dim 32 depth 2 num_heads 2"}
+SMALL_MODEL = {"--model.args": "patch_size=8 embed_dim=32 depth=2 num_heads=2"}
 NOT_RUN = {
     r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run has tests of its own",
     r"source ": "the tests run inside an environment",

@@ -182,7 +182,7 @@ def test_model_weights_initialise_a_run_at_another_size(tmp_path):
     model = ModelConfig(
         name="deit_tiny_distilled_patch16_224",
         weights=str(tmp_path / "w.safetensors"),
-        args=TINY,
+        args=tuple(f"{name}={number}" for name, number in TINY.items()),
     )
     config = RunConfig(model=model, view=ViewConfig(image_size=32))
     run = create_state(config, 10, torch.device("cpu"))

@@ -143,7 +143,7 @@ def test_the_work_does_not_wait_for_a_gpu(monkeypatch, optimizer):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     config = digits_student().replace(
         batch_size=8, loss={"kind": "soft"}, optim={"clip_grad": 1.0, "name": optimizer},
-        model={"args": TWO_BLOCKS | {"embed_dim": 64, "num_heads": 1}, "fused": False},
+        model={"args": (*TWO_BLOCKS, "embed_dim=64", "num_heads=1"), "fused": False},
     )  # fmt: skip
     model = fuse(build_model(config, 10).train(), kernels=KERNELS)
 

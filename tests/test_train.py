@@ -190,7 +190,7 @@ def test_training_learns(world, tmp_path):
         eval_every=100,
         view={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "repeats": 1, "erase_prob": 0.0},
         loss={"kind": "none"},
-        model={"name": "deit_fast.models.convnet:small_convnet", "args": {}},
+        model={"name": "deit_fast.models.convnet:small_convnet", "args": ()},
         optim={"lr": 48e-3, "warmup_epochs": 1.0},
     )
     result = train(config)

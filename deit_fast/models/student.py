@@ -105,8 +105,8 @@ def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     """The student that a run's configuration names, with random weights."""
     options = dataclasses.asdict(config.model)
-    del options["weights"]
-    options |= options.pop("args")
+    del options["weights"], options["args"]
+    options |= config.model.timm_arguments()
     return create_student(num_classes=num_classes, img_size=config.view.image_size, **options)
 
 

@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent.parent
 
 TEACHER = "helpers.unruly_teacher:convnet@{}/teacher.safetensors"
 STEPS = 12
-TWO_BLOCKS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TWO_BLOCKS = ("patch_size=4", "embed_dim=32", "depth=2", "num_heads=2")
 
 
 def run_config(world: Path, output: Path, **changes) -> RunConfig:
