@@ -70,53 +70,38 @@ class Shadows:
     """The shadow weights of a model.
 
     Args:
-        model: a fused model, on its device.
+        model: a fused model, on its device, whose layers and parameters stay the same objects.
         dtype: of the copies: autocast's.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model: Any = model
         self.dtype = dtype
-        self._modules: list[Any] = [
-            module for module in model.modules() if getattr(module, "shadowed_layers", ())
-        ]
-        self._build()
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        for module in model.modules():
+            if names := getattr(module, "shadowed_layers", ()):
+                layers = {name: getattr(module, name) for name in names}
+                module.shadows = {  # type: ignore[assignment]
+                    name: Shadow(self._copy(layer.weight), self._copy(layer.bias))
+                    for name, layer in layers.items()
+                    if type(layer) is nn.Linear
+                }
 
-    def _layers(self) -> Iterator[tuple[Any, str, nn.Linear]]:
-        for module in self._modules:
-            for name in module.shadowed_layers:
-                layer = getattr(module, name)
-                if type(layer) is nn.Linear:
-                    yield module, name, layer
-
-    def _parameters(self) -> list[Tensor]:
-        pairs = ((layer.weight, layer.bias) for _, _, layer in self._layers())
-        return [x for pair in pairs for x in pair if x is not None]
-
-    def _build(self) -> None:
-        self._sources = self._parameters()
-        self._copies = [
-            torch.empty_like(x, dtype=self.dtype, requires_grad=False) for x in self._sources
-        ]
-        copies = iter(self._copies)
-        for module in self._modules:
-            module.shadows = {}
-        for module, name, layer in self._layers():
-            weight, bias = next(copies), None if layer.bias is None else next(copies)
-            module.shadows[name] = Shadow(weight, bias)
+    def _copy(self, source: Any) -> Any:
+        """The shadow of a parameter, to be filled; None for None."""
+        if source is None:
+            return None
+        self._sources.append(source)
+        self._copies.append(torch.empty_like(source, dtype=self.dtype, requires_grad=False))
+        return self._copies[-1]
 
     def __len__(self) -> int:
         return len(self._copies)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters; a few launches for all of them.
-
-        Layers and parameters that were replaced since the last call get new shadows.
-        """
-        now = [*map(id, self._parameters())]
-        if now != [*map(id, self._sources)]:
-            self._build()
+        """Copy the parameters; a few launches for all of them."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
 
