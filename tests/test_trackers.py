@@ -77,6 +77,10 @@ def killed_and_resumed(config: RunConfig, monkeypatch) -> None:
     newest = list_checkpoints(Path(config.output) / "checkpoints")[-1]
     last = read_metrics(Path(config.output) / "metrics.jsonl")[-1]["step"]
     assert newest.name == f"step-{last - 2:09d}.pt"
+    for path in Path(config.output).glob("tensorboard/events.*"):
+        # TensorBoard sorts files by second, then by process: within a second, by luck.
+        second = path.name.split(".")[3]
+        path.rename(path.with_name(path.name.replace(second, str(int(second) - 1))))
     train(config)
 
 
