@@ -25,14 +25,12 @@ from .step_parts import parameters
 GPUS_PER_HOST = 8
 BUCKET = 25 << 20  # DDP's bucket_cap_mb, in bytes of float32 gradients
 HOP_US = {"host": 2.0, "network": 5.0}  # latency of one step of an exchange
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of a gradient on its way
 
 
 class Scaled(NamedTuple):
     """A step on several GPUs."""
 
     gpus: int
-    gradients: str  # dtype on the way
     megabytes: float  # that each GPU sends
     all_reduce_ms: float
     exposed_ms: float  # of it, not hidden by the backward
@@ -68,22 +66,17 @@ def buckets(size: float) -> list[float]:
     return [float(BUCKET)] * int(full) + ([last] if last else [])
 
 
-def scale(one: roofline.Prediction, gpus: int, gradients: str) -> Scaled:
-    """The step on this number of GPUs.
-
-    Args:
-        gradients: dtype of the exchange, "float32" or "bfloat16".
-    """
+def scale(one: roofline.Prediction, gpus: int) -> Scaled:
+    """The step on this number of GPUs."""
     card, weights = one.step.card, parameters(one.step.model)
-    share = WEIGHT_BYTES[gradients] / 4
-    times = [all_reduce_us(card, share * size, gpus) for size in buckets(4 * weights)]
+    times = [all_reduce_us(card, size, gpus) for size in buckets(4 * weights)]
     total = sum(times)
     backward = sum(part.us for part in one.device if part.phase == "backward")
     exposed = max(times[-1], total - backward)
     step_us = max(one.device_ms * 1e3 + exposed, one.host_ms * 1e3)
     rate = gpus * one.step.batch / step_us * 1e6
     return Scaled(
-        gpus, gradients, sent_bytes(share * 4 * weights, gpus) / 1e6, total / 1e3,
+        gpus, sent_bytes(4 * weights, gpus) / 1e6, total / 1e3,
         exposed / 1e3, step_us / 1e3, rate, rate / gpus / one.images_per_s,
         rate / gpus * min(gpus, GPUS_PER_HOST),
     )  # fmt: skip
@@ -94,24 +87,19 @@ def predict(one: roofline.Prediction, counts: Sequence[int]) -> list[Scaled]:
     Raises:
         SystemExit: more than a host's GPUs that do not fill hosts.
     """
-    rows = []
     for gpus in counts:
         if gpus < 1 or (gpus > GPUS_PER_HOST and gpus % GPUS_PER_HOST):
             raise SystemExit(f"--gpus {gpus}: up to {GPUS_PER_HOST}, or whole hosts of as many")
-        if gpus == 1:
-            rows.append(scale(one, 1, "float32"))
-            continue
-        rows += [scale(one, gpus, dtype) for dtype in WEIGHT_BYTES]
-    return rows
+    return [scale(one, gpus) for gpus in counts]
 
 
-HEAD = ("GPUs", "gradients", "sent by a GPU, MB", "all-reduce, ms", "not hidden",
+HEAD = ("GPUs", "sent by a GPU, MB", "all-reduce, ms", "not hidden",
         "step, ms", "images/s", "of linear", "images/s a host must load")  # fmt: skip
 
 
 def cells(row: Scaled) -> tuple[str, ...]:
     return (
-        str(row.gpus), "" if row.gpus == 1 else row.gradients,
+        str(row.gpus),
         f"{row.megabytes:.0f}", f"{row.all_reduce_ms:.2f}", f"{row.exposed_ms:.2f}",
         f"{row.step_ms:.2f}", f"{row.images_per_s:,.0f}", f"{row.efficiency:.1%}",
         f"{row.loader_images_per_s:,.0f}",

@@ -202,6 +202,22 @@ def test_training_learns(world, tmp_path):
     assert saved == result
 
 
+def test_a_checkpoint_of_an_earlier_version_is_resumed(world, tmp_path):
+    """One with settings that are retired, without those that are newer."""
+    config = run_config(world, tmp_path, max_steps=1)
+    train(config)
+    path = list_checkpoints(tmp_path / "checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    saved = json.loads(state["config"]) | {"save_minutes": 5.0, "compress_gradients": False}
+    del saved["track"]
+    torch.save(state | {"config": json.dumps(saved)}, path)
+    assert train(config.replace(max_steps=2))["steps"] == 2
+    path = list_checkpoints(tmp_path / "checkpoints")[-1]
+    torch.save(state | {"config": json.dumps(saved | {"compress_gradients": True})}, path)
+    with pytest.raises(InputError, match="compress_gradients True there, False here"):
+        train(config.replace(max_steps=3))
+
+
 def test_checkpoint_of_another_configuration_is_refused(world, tmp_path):
     config = run_config(world, tmp_path / "run", max_steps=1)
     train(config)
