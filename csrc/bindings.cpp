@@ -54,25 +54,6 @@ void raise_os_error(const IoError& error) {
   PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
 }
 
-// The first block that is not complete, or None; throws where the table itself is damaged.
-py::object first_incomplete(const ViewFile& file) {
-  std::vector<BlockState> states;
-  {
-    py::gil_scoped_release release;
-    states = file.table_states();
-  }
-  py::object first = py::none();
-  for (size_t block = 0; block < states.size(); ++block) {
-    if (states[block] == BlockState::broken) {
-      std::string why;
-      file.check_block(block, &why);
-      throw FormatError(why);
-    }
-    if (states[block] == BlockState::pending && first.is_none()) first = py::int_(block);
-  }
-  return first;
-}
-
 // Ids out of range in a call: the caller's error, not the file's.
 struct IdError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
@@ -95,10 +76,10 @@ void check_ids(const Ids& ids, int64_t limit, const char* what) {
   }
 }
 
-// The views of a batch. `open` (Python, by view id) opens those that are not open yet. Ids are in
-// range. view_ids: one for each sample, or a single one.
+// The views of a batch. `open` (Python, by view id) opens those that are not open yet; `limit` stay
+// open afterwards. view_ids: one for each sample, or a single one.
 Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
-               const py::object& open) {
+               const py::object& open, size_t limit) {
   check_ids(samples, num_samples, "sample id");
   check_ids(view_ids, int64_t{1} << 31, "view id");
   const bool single = view_ids.ndim() == 0;
@@ -110,16 +91,12 @@ Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_
   const auto count = static_cast<size_t>(samples.size());
   while (true) {
     const int64_t missing = table.locate(view_ids.data(), count, single ? 0 : 1, &located);
-    if (missing < 0) return located;
-    table.add(open(missing).cast<std::shared_ptr<ViewReader>>());
+    if (missing < 0) break;
+    table.add(open(missing).cast<View>());
   }
+  table.trim(limit);
+  return located;
 }
-
-struct DeleteInOwner {
-  void operator()(ReadAhead* ahead) const {
-    if (ahead->is_mine()) delete ahead;
-  }
-};
 
 Decoded outputs(const std::vector<uintptr_t>& addresses) {
   if (addresses.size() != 1 && addresses.size() != 3) throw py::value_error("1 or 3 outputs");
@@ -133,26 +110,17 @@ Decoded outputs(const std::vector<uintptr_t>& addresses) {
 }
 
 TopKShape topk_shape(uint32_t num_classes, uint32_t k, uint32_t id_bytes,
-                     const std::vector<double>& inverse_temperatures, bool true_class) {
+                     const std::vector<double>& inverse_temperatures) {
   if (k < 1 || k > num_classes || (id_bytes != 2 && id_bytes != 4) || num_classes > (1u << 18)) {
     throw py::value_error("k classes of at most 2^18");
   }
   return {num_classes, k, id_bytes, static_cast<uint32_t>(inverse_temperatures.size()),
-          inverse_temperatures.data(), true_class};
-}
-
-py::tuple check_block(const ViewFile& file, uint64_t block) {
-  std::string why;
-  BlockState state;
-  {
-    py::gil_scoped_release release;
-    state = file.check_block(block, &why);
-  }
-  return py::make_tuple(state, why);
+          inverse_temperatures.data()};
 }
 
 }  // namespace
 
+// Names of arguments are in deit_fast/_C.pyi.
 PYBIND11_MODULE(_C, module) {
   module.doc() = "File format of the teacher-logit cache; use it through deit_fast.cache.";
 
@@ -199,31 +167,31 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init([](const std::string& path, const ViewSpec& spec) {
              return std::make_shared<ViewFile>(path, spec, false);
            }),
-           py::arg("path"), py::arg("spec"), Release())
+           Release())
       .def("table_states", &ViewFile::table_states, Release())
-      .def("first_incomplete", &first_incomplete)
-      .def("check_block", &check_block, py::arg("block"));
+      .def("first_incomplete", &ViewFile::first_incomplete, Release())
+      .def("check_block", &ViewFile::check_block, Release());
 
   py::class_<ViewWriter, ViewFile, std::shared_ptr<ViewWriter>>(module, "ViewWriter")
-      .def(py::init<const std::string&, const std::string&, const ViewSpec&>(), py::arg("path"),
-           py::arg("temporary"), py::arg("spec"), Release())
+      .def(py::init<const std::string&, const std::string&, const ViewSpec&>(), Release())
       .def(
           "commit",
           [](ViewWriter& writer, uint64_t block, uintptr_t data, size_t size) {
             writer.commit(block, at<const void>(data), size);
           },
-          py::arg("block"), py::arg("data"), py::arg("size"), Release())
+          Release())
       .def("sync", &ViewWriter::sync, Release());
 
   py::class_<ViewReader, ViewFile, std::shared_ptr<ViewReader>>(module, "ViewReader")
-      .def(py::init<const std::string&, const ViewSpec&>(), py::arg("path"), py::arg("spec"),
-           Release())
+      .def(py::init<const std::string&, const ViewSpec&>(), Release())
+      .def("will_need", &ViewReader::will_need, Release())
       .def(
-          "read",
-          [](const ViewReader& reader, uint64_t start, uint64_t stop, uintptr_t out) {
-            reader.read(start, stop, at<void>(out));
+          "read_block",
+          [](const ViewReader& reader, uint64_t block) {
+            reader.require_block(block);
+            reader.map_pages(block);
           },
-          py::arg("start"), py::arg("stop"), py::arg("out"), Release());
+          Release());
 
   py::enum_<RecordKind>(module, "RecordKind")
       .value("copy", RecordKind::copy)
@@ -243,106 +211,69 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<ViewTable>(module, "ViewTable")
       .def(py::init<>())
-      .def(
-          "gather",
-          [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
-             const py::object& open, size_t limit, const RecordLayout& layout,
-             const std::vector<uintptr_t>& addresses) {
-            const Located located = locate(table, samples, view_ids, num_samples, open);
-            table.trim(limit);
-            const Decoded out = outputs(addresses);
-            py::gil_scoped_release release;
-            gather(located, samples.data(), static_cast<size_t>(samples.size()), layout, out);
-          },
-          py::arg("samples"), py::arg("view_ids"), py::arg("num_samples"), py::arg("open"),
-          py::arg("limit"), py::arg("layout"), py::arg("outputs"));
-
-  py::class_<ReadAhead, std::unique_ptr<ReadAhead, DeleteInOwner>>(module, "ReadAhead")
-      .def(py::init([](size_t threads) {
-             return std::unique_ptr<ReadAhead, DeleteInOwner>(new ReadAhead(threads));
-           }),
-           py::arg("threads"))
-      .def(
-          "ask",
-          [](ReadAhead& ahead, ViewTable& table, const Ids& samples, const Ids& view_ids,
-             int64_t num_samples, const py::object& open, size_t limit) {
-            const Located located = locate(table, samples, view_ids, num_samples, open);
-            table.trim(limit);
-            py::gil_scoped_release release;
-            ahead.ask(located, samples.data(), static_cast<size_t>(samples.size()));
-          },
-          py::arg("table"), py::arg("samples"), py::arg("view_ids"), py::arg("num_samples"),
-          py::arg("open"), py::arg("limit"))
-      .def("wait", &ReadAhead::wait, Release())
-      .def("stop", &ReadAhead::stop, Release())
-      .def_property_readonly("blocks_read", &ReadAhead::blocks_read);
+      .def("gather",
+           [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
+              const py::object& open, size_t limit, const RecordLayout& layout,
+              const std::vector<uintptr_t>& addresses) {
+             const Located located = locate(table, samples, view_ids, num_samples, open, limit);
+             const Decoded out = outputs(addresses);
+             py::gil_scoped_release release;
+             gather(located, samples.data(), static_cast<size_t>(samples.size()), layout, out);
+           })
+      .def("unread_blocks",
+           [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
+              const py::object& open, size_t limit) {
+             const Located located = locate(table, samples, view_ids, num_samples, open, limit);
+             return unread_blocks(located, samples.data(), static_cast<size_t>(samples.size()));
+           });
 
   module.def(
-      "decode_rows",
-      [](const RecordLayout& layout, uintptr_t table, int64_t num_records, uintptr_t rows,
-         int64_t count, const std::vector<uintptr_t>& addresses) {
-        const Decoded out = outputs(addresses);
-        py::gil_scoped_release release;
-        const int64_t bad = decode_rows(layout, at<const unsigned char>(table), num_records,
-                                        at<const int64_t>(rows), count, out);
-        if (bad >= 0) throw IdError("row " + std::to_string(bad) + " is not in the table");
+      "decode_records",
+      [](const RecordLayout& layout, uintptr_t records, size_t count,
+         const std::vector<uintptr_t>& addresses) {
+        decode_records(layout, at<const unsigned char>(records), count, outputs(addresses));
       },
-      py::arg("layout"), py::arg("table"), py::arg("num_records"), py::arg("rows"),
-      py::arg("count"), py::arg("outputs"));
+      Release());
   module.def(
       "encode_topk",
       [](uint32_t num_classes, uint32_t k, uint32_t id_bytes,
          const std::vector<double>& inverse_temperatures, uintptr_t logits, int64_t count,
-         uintptr_t labels, uintptr_t records) {
-        const TopKShape shape =
-            topk_shape(num_classes, k, id_bytes, inverse_temperatures, labels != 0);
-        py::gil_scoped_release release;
-        return encode_topk(shape, at<const float>(logits), count, at<const int64_t>(labels),
-                           at<unsigned char>(records));
+         uintptr_t records) {
+        const TopKShape shape = topk_shape(num_classes, k, id_bytes, inverse_temperatures);
+        return encode_topk(shape, at<const float>(logits), count, at<unsigned char>(records));
       },
-      py::arg("num_classes"), py::arg("k"), py::arg("id_bytes"), py::arg("inverse_temperatures"),
-      py::arg("logits"), py::arg("count"), py::arg("labels"), py::arg("records"));
+      Release());
 
   module.def(
       "crop_resize",
       [](uintptr_t pixels, int64_t row_bytes, const std::array<int64_t, 4>& box, int64_t out_width,
          int64_t out_height, uintptr_t out) {
-        py::gil_scoped_release release;
         crop_resize(at<const uint8_t>(pixels), row_bytes, box[0], box[1], box[2], box[3],
                     out_width, out_height, at<uint8_t>(out));
       },
-      py::arg("pixels"), py::arg("row_bytes"), py::arg("box"), py::arg("out_width"),
-      py::arg("out_height"), py::arg("out"));
+      Release());
 
 #ifdef DEIT_FAST_WITH_CUDA
   module.attr("with_cuda") = true;
   module.def(
-      "decode_rows_cuda",
-      [](const RecordLayout& layout, uintptr_t table, int64_t num_records, uintptr_t rows,
-         int64_t count, const std::vector<uintptr_t>& addresses, int device, uintptr_t stream) {
-        const Decoded out = outputs(addresses);
-        py::gil_scoped_release release;
-        cuda_decode_rows(layout, at<const unsigned char>(table), num_records,
-                         at<const int64_t>(rows), count, out, device, at<void>(stream));
+      "decode_records_cuda",
+      [](const RecordLayout& layout, uintptr_t records, int64_t count,
+         const std::vector<uintptr_t>& addresses, int device, uintptr_t stream) {
+        cuda_decode_records(layout, at<const unsigned char>(records), count, outputs(addresses),
+                            device, at<void>(stream));
       },
-      py::arg("layout"), py::arg("table"), py::arg("num_records"), py::arg("rows"),
-      py::arg("count"), py::arg("outputs"), py::arg("device"), py::arg("stream"));
+      Release());
   module.def(
       "encode_topk_cuda",
       [](uint32_t num_classes, uint32_t k, uint32_t id_bytes,
          const std::vector<double>& inverse_temperatures, uintptr_t logits, int dtype,
-         int64_t count, uintptr_t labels, uintptr_t records, uintptr_t first_bad, int device,
-         uintptr_t stream) {
-        const TopKShape shape =
-            topk_shape(num_classes, k, id_bytes, inverse_temperatures, labels != 0);
-        py::gil_scoped_release release;
+         int64_t count, uintptr_t records, uintptr_t first_bad, int device, uintptr_t stream) {
+        const TopKShape shape = topk_shape(num_classes, k, id_bytes, inverse_temperatures);
         cuda_encode_topk(shape, at<const void>(logits), static_cast<FloatType>(dtype), count,
-                         at<const int64_t>(labels), at<unsigned char>(records),
-                         at<int64_t>(first_bad), device, at<void>(stream));
+                         at<unsigned char>(records), at<int64_t>(first_bad), device,
+                         at<void>(stream));
       },
-      py::arg("num_classes"), py::arg("k"), py::arg("id_bytes"), py::arg("inverse_temperatures"),
-      py::arg("logits"), py::arg("dtype"), py::arg("count"), py::arg("labels"), py::arg("records"),
-      py::arg("first_bad"), py::arg("device"), py::arg("stream"));
+      Release());
 #else
   module.attr("with_cuda") = false;
 #endif

@@ -132,25 +132,19 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
   }
 }
 
-// The first class id that is not below the limit, or -1. Finds the largest id of a record first, in
-// a loop without an early exit, which vectorises: every block of an epoch is checked here.
+// The largest class id of some records, in a loop without a branch, which vectorises: every block
+// of an epoch is checked here.
 template <typename Id>
-int64_t first_beyond(const ViewSpec& spec, const unsigned char* records, size_t count) {
+Id largest_of(const ViewSpec& spec, const unsigned char* records, size_t count) {
+  Id largest = 0;
   for (size_t record = 0; record < count; ++record, records += spec.record_bytes) {
-    Id largest = 0;
     for (uint32_t i = 0; i < spec.ids_per_record; ++i) {
       Id id;
       std::memcpy(&id, records + i * sizeof(Id), sizeof(Id));
       largest = std::max(largest, id);
     }
-    if (spec.ids_per_record == 0 || largest < spec.id_limit) continue;
-    for (uint32_t i = 0; i < spec.ids_per_record; ++i) {
-      Id id;
-      std::memcpy(&id, records + i * sizeof(Id), sizeof(Id));
-      if (id >= spec.id_limit) return id;
-    }
   }
-  return -1;
+  return largest;
 }
 
 // Makes the name of a new file survive a power failure. Some file systems cannot sync a folder.
@@ -301,13 +295,23 @@ std::vector<BlockState> ViewFile::table_states() const {
   return states;
 }
 
-BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
+std::optional<uint64_t> ViewFile::first_incomplete() const {
+  const std::vector<BlockState> states = table_states();
+  const auto broken = std::find(states.begin(), states.end(), BlockState::broken);
+  if (broken != states.end()) {
+    throw FormatError(check_block(static_cast<uint64_t>(broken - states.begin())).second);
+  }
+  const auto pending = std::find(states.begin(), states.end(), BlockState::pending);
+  if (pending == states.end()) return std::nullopt;
+  return static_cast<uint64_t>(pending - states.begin());
+}
+
+std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
   const Entry entry = read_entry(block);
   const BlockState state = state_of(entry.state);
-  if (state == BlockState::pending) return state;
+  if (state == BlockState::pending) return {state, ""};
   if (state == BlockState::broken) {
-    *why = name(block) + " has the invalid state " + hex(entry.state);
-    return state;
+    return {state, name(block) + " has the invalid state " + hex(entry.state)};
   }
   // Reads the file rather than the map: a bad sector or a truncated file is an error here, and
   // would be a signal there. Reads chunks that fit into the core's own cache and need no new pages.
@@ -316,31 +320,29 @@ BlockState ViewFile::check_block(uint64_t block, std::string* why) const {
   std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
   uint64_t offset = spec_.block_offset(block);
   uint64_t left = spec_.block_bytes(block);
-  uint32_t crc = 0;
-  int64_t bad_id = -1;
+  uint32_t crc = 0, largest = 0;
   while (left > 0) {
     const size_t size = std::min<uint64_t>(left, buffer.size());
     read_exact(fd_, path_, buffer.data(), size, offset);
     crc = crc32c(buffer.data(), size, crc);
-    if (bad_id < 0) bad_id = first_bad_id(buffer.data(), size / record_bytes);
+    largest = std::max(largest, largest_id(buffer.data(), size / record_bytes));
     offset += size;
     left -= size;
   }
   if (crc != entry.crc) {
-    *why = name(block) + " is damaged (checksum " + hex(crc) + ", stored " + hex(entry.crc) + ")";
-    return BlockState::broken;
+    return {BlockState::broken, name(block) + " is damaged (checksum " + hex(crc) + ", stored " +
+                                    hex(entry.crc) + ")"};
   }
-  if (bad_id >= 0) {
-    *why = name(block) + " holds class id " + std::to_string(bad_id) + " of " +
-           std::to_string(spec_.id_limit) + " classes";
-    return BlockState::broken;
+  if (spec_.ids_per_record > 0 && largest >= spec_.id_limit) {
+    return {BlockState::broken, name(block) + " holds class id " + std::to_string(largest) +
+                                    " of " + std::to_string(spec_.id_limit) + " classes"};
   }
-  return BlockState::complete;
+  return {BlockState::complete, ""};
 }
 
-int64_t ViewFile::first_bad_id(const unsigned char* records, size_t count) const {
-  if (spec_.id_bytes == 2) return first_beyond<uint16_t>(spec_, records, count);
-  return first_beyond<uint32_t>(spec_, records, count);
+uint32_t ViewFile::largest_id(const unsigned char* records, size_t count) const {
+  if (spec_.id_bytes == 2) return largest_of<uint16_t>(spec_, records, count);
+  return largest_of<uint32_t>(spec_, records, count);
 }
 
 ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec)
@@ -387,8 +389,7 @@ void ViewReader::require_block(uint64_t block) const {
 
 void ViewReader::check_and_mark(uint64_t block) const {
   // Two threads may check the same block at once, with the same result.
-  std::string why;
-  const BlockState state = check_block(block, &why);
+  const auto [state, why] = check_block(block);
   if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");
   if (state == BlockState::broken) throw FormatError(why);
   verified_[block].store(true, std::memory_order_release);
@@ -409,19 +410,6 @@ void ViewReader::map_pages(uint64_t block) const {
 void ViewReader::will_need(uint64_t block) const {
   ::posix_fadvise(fd_, static_cast<off_t>(spec_.block_offset(block)),
                   static_cast<off_t>(spec_.block_bytes(block)), POSIX_FADV_WILLNEED);
-}
-
-void ViewReader::read(uint64_t start, uint64_t stop, void* out) const {
-  if (start > stop || stop > spec_.num_records) {
-    throw FormatError(path_ + ": records [" + std::to_string(start) + ", " + std::to_string(stop) +
-                      ") of " + std::to_string(spec_.num_records));
-  }
-  if (start == stop) return;
-  check_size();
-  for (uint64_t block = start / spec_.block_records; block * spec_.block_records < stop; ++block) {
-    require_block(block);
-  }
-  std::memcpy(out, data_ + start * spec_.record_bytes, (stop - start) * spec_.record_bytes);
 }
 
 }  // namespace deit_fast

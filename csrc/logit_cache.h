@@ -7,8 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace deit_fast {
@@ -62,8 +64,13 @@ class ViewFile {
   // State of every block from the table alone; `broken`: a state word that no writer stores.
   std::vector<BlockState> table_states() const;
   // State after reading the block and checking its checksum and every class id: an id beyond the
-  // limit would index past a student's logits. `why` describes the fault of a broken block.
-  BlockState check_block(uint64_t block, std::string* why) const;
+  // limit would index past a student's logits. The text describes the fault of a broken block.
+  std::pair<BlockState, std::string> check_block(uint64_t block) const;
+  // The first block that is not complete, by the table. Throws FormatError for a broken state.
+  std::optional<uint64_t> first_incomplete() const;
+
+  // Throws FormatError if the file does not have its spec's size, or no longer.
+  void check_size() const;
 
  protected:
   struct Entry {
@@ -71,9 +78,8 @@ class ViewFile {
     uint32_t state;
   };
   Entry read_entry(uint64_t block) const;
-  void check_size() const;
   std::string name(uint64_t block) const;
-  int64_t first_bad_id(const unsigned char* records, size_t count) const;
+  uint32_t largest_id(const unsigned char* records, size_t count) const;
 
   std::string path_;
   ViewSpec spec_;
@@ -100,9 +106,6 @@ class ViewReader : public ViewFile {
   ViewReader(const std::string& path, const ViewSpec& spec);
   ~ViewReader();
 
-  // Copies records [start, stop) to `out`.
-  void read(uint64_t start, uint64_t stop, void* out) const;
-
   // Address of the record in the map, after its block was verified.
   const unsigned char* record(int64_t row) const {
     const auto index = static_cast<uint64_t>(row);
@@ -119,8 +122,6 @@ class ViewReader : public ViewFile {
   void will_need(uint64_t block) const;
   // Maps the pages of a block that is in memory, which saves its readers the page faults.
   void map_pages(uint64_t block) const;
-  // Throws FormatError if the file's size has changed since it was opened.
-  void check_unchanged() const { check_size(); }
 
   uint64_t block_of(uint64_t row) const {
     return shift_ >= 0 ? row >> shift_ : row / spec_.block_records;

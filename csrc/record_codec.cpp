@@ -59,11 +59,11 @@ struct SerialBlock {
   }
 };
 
-DF_WIDE bool encode_row(const TopKShape& shape, const float* row, uint32_t label, uint32_t room,
+DF_WIDE bool encode_row(const TopKShape& shape, const float* row, uint32_t room,
                         EncodeShared& shared, unsigned char* record) {
   SerialBlock block;
   return encode_topk_row(
-      block, shape, [row](uint32_t i) { return row[i]; }, label, room, shared, record);
+      block, shape, [row](uint32_t i) { return row[i]; }, room, shared, record);
 }
 
 // Entry i of a record is stored[i] / T - shift. The product with 1 / T has one rounding more than
@@ -154,7 +154,7 @@ DF_WIDE void decode_fp8(const unsigned char* from, uint32_t classes, float* to) 
 }  // namespace
 
 void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
-                    const Decoded& out, size_t begin) {
+                  const Decoded& out, size_t begin) {
   switch (layout.kind) {
     case RecordKind::copy: {
       auto* to = static_cast<unsigned char*>(out.first) + begin * layout.record_bytes;
@@ -187,24 +187,18 @@ void decode_batch(const RecordLayout& layout, const unsigned char* const* record
   }
 }
 
-int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
-                    const int64_t* rows, int64_t count, const Decoded& out) {
-  const unsigned char* records[kDecodeBatch];
-  for (int64_t begin = 0; begin < count; begin += kDecodeBatch) {
-    const auto size = static_cast<size_t>(std::min<int64_t>(kDecodeBatch, count - begin));
-    for (size_t i = 0; i < size; ++i) {
-      const int64_t index = begin + static_cast<int64_t>(i);
-      const int64_t row = rows == nullptr ? index : rows[index];
-      if (row < 0 || row >= num_records) return index;
-      records[i] = table + static_cast<size_t>(row) * layout.record_bytes;
-    }
-    decode_batch(layout, records, size, out, static_cast<size_t>(begin));
+void decode_records(const RecordLayout& layout, const unsigned char* records, size_t count,
+                    const Decoded& out) {
+  const unsigned char* batch[kDecodeBatch];
+  for (size_t begin = 0; begin < count; begin += kDecodeBatch) {
+    const size_t size = std::min(kDecodeBatch, count - begin);
+    for (size_t i = 0; i < size; ++i) batch[i] = records + (begin + i) * layout.record_bytes;
+    decode_batch(layout, batch, size, out, begin);
   }
-  return -1;
 }
 
 int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
-                    const int64_t* labels, unsigned char* records) {
+                    unsigned char* records) {
   const uint32_t room = std::max(kEncodeKeys, shape.k + 1);
   std::vector<uint64_t> keys(size_t{2} * room);
   EncodeShared shared{};
@@ -212,8 +206,7 @@ int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
   shared.sorted = keys.data() + room;
   for (int64_t i = 0; i < count; ++i) {
     const float* row = logits + i * shape.num_classes;
-    const uint32_t label = labels == nullptr ? 0 : static_cast<uint32_t>(labels[i]);
-    if (!encode_row(shape, row, label, room, shared, records + i * shape.record_bytes())) return i;
+    if (!encode_row(shape, row, room, shared, records + i * shape.record_bytes())) return i;
   }
   return -1;
 }

@@ -39,16 +39,15 @@ constexpr size_t kDecodeBatch = 16;
 
 // Decodes count <= kDecodeBatch records to rows [begin, begin + count) of `out`.
 void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
-                    const Decoded& out, size_t begin);
+                  const Decoded& out, size_t begin);
 
-// Decodes records rows[i] (i if rows is null) of a table of `num_records`. Returns the first i
-// whose row is outside the table, or -1.
-int64_t decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
-                    const int64_t* rows, int64_t count, const Decoded& out);
+// Decodes `count` adjacent records.
+void decode_records(const RecordLayout& layout, const unsigned char* records, size_t count,
+                    const Decoded& out);
 
-// Encodes float32 logits [count, num_classes]; labels (null without shape.true_class) are in
-// range. Returns the first row with a value that is not finite, or -1.
+// Encodes float32 logits [count, num_classes]. Returns the first row with a value that is not
+// finite, or -1.
 int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
-                    const int64_t* labels, unsigned char* records);
+                    unsigned char* records);
 
 }  // namespace deit_fast

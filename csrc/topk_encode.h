@@ -13,12 +13,10 @@ struct TopKShape {
   uint32_t id_bytes;  // 2 or 4
   uint32_t temperatures;
   const double* inverse_temperatures;  // at which tail and normaliser are stored
-  bool true_class;                     // the record ends with the label's log-probability
 
   HOST_DEVICE uint32_t probs_offset() const { return k * id_bytes; }
   HOST_DEVICE uint32_t tail_offset() const { return probs_offset() + 2 * k; }
-  HOST_DEVICE uint32_t true_class_offset() const { return tail_offset() + 8 * temperatures; }
-  HOST_DEVICE uint32_t record_bytes() const { return true_class_offset() + (true_class ? 4 : 0); }
+  HOST_DEVICE uint32_t record_bytes() const { return tail_offset() + 8 * temperatures; }
 };
 
 constexpr uint32_t kEncodeThreads = 128;
@@ -124,10 +122,9 @@ HOST_DEVICE bool select_largest(Block& block, Row row, uint32_t count, uint32_t 
 }
 
 // Writes the record of a row; returns false and writes nothing if a value of it is not finite.
-// label: the row's true class, used with shape.true_class.
 template <typename Block, typename Row>
-HOST_DEVICE bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint32_t label,
-                             uint32_t room, EncodeShared& shared, unsigned char* record) {
+HOST_DEVICE bool encode_topk_row(Block& block, const TopKShape& shape, Row row, uint32_t room,
+                                 EncodeShared& shared, unsigned char* record) {
   const uint32_t count = shape.num_classes, k = shape.k;
   const bool whole = k == count;
   if (!select_largest(block, row, count, whole ? k : k + 1, room, shared)) return false;
@@ -182,10 +179,6 @@ HOST_DEVICE bool encode_topk_row(Block& block, const TopKShape& shape, Row row, 
       }
       const uint16_t half = stored(i);
       memcpy(record + shape.probs_offset() + 2 * i, &half, 2);
-    }
-    if (thread == 0 && shape.true_class) {
-      const double log_prob = row(label) - at_one.log_sum;
-      put_float(record + shape.true_class_offset(), static_cast<float>(log_prob));
     }
   });
   return true;

@@ -1,8 +1,5 @@
 #include "view_table.h"
 
-#include <pthread.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 namespace deit_fast {
@@ -55,7 +52,7 @@ void ViewTable::trim(size_t limit) {
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out) {
   for (const View& view : located.views) {
-    view->check_unchanged();  // a file truncated since it was opened: an error, not a SIGBUS
+    view->check_size();  // a file truncated since it was opened: an error, not a SIGBUS
   }
   // Random records miss every cache. find prefetches one batch of records while the batch before it
   // is decoded.
@@ -81,88 +78,19 @@ void gather(const Located& located, const int64_t* rows, size_t count, const Rec
   }
 }
 
-ReadAhead::ReadAhead(size_t threads) : pid_(::getpid()) {
-  for (size_t i = 0; i < threads; ++i) {
-    threads_.emplace_back([this] { work(); });
-#ifdef __linux__
-    pthread_setname_np(threads_.back().native_handle(), "dlc-read-ahead");  // for top and gdb
-#endif
-  }
-}
-
-bool ReadAhead::is_mine() const { return ::getpid() == pid_; }
-
-void ReadAhead::stop() {
-  if (!is_mine()) return;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    queue_.clear();
-    advised_ = 0;
-  }
-  more_.notify_all();
-  idle_.notify_all();
-  for (std::thread& thread : threads_) {
-    if (thread.joinable()) thread.join();
-  }
-}
-
-void ReadAhead::ask(const Located& located, const int64_t* rows, size_t count) {
-  std::vector<std::pair<uint32_t, uint64_t>> blocks;
+std::vector<std::pair<View, uint64_t>> unread_blocks(const Located& located, const int64_t* rows,
+                                                     size_t count) {
+  std::vector<std::pair<uint32_t, uint64_t>> found;
   for (size_t i = 0; i < count; ++i) {
-    const uint32_t view_index = located.which[i];
-    const ViewReader& view = *located.views[view_index];
+    const ViewReader& view = *located.views[located.which[i]];
     const uint64_t block = view.block_of(static_cast<uint64_t>(rows[i]));
-    if (!view.is_verified(block)) blocks.emplace_back(view_index, block);
+    if (!view.is_verified(block)) found.emplace_back(located.which[i], block);
   }
-  std::sort(blocks.begin(), blocks.end());
-  blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [view_index, block] : blocks) {
-      const View& view = located.views[view_index];
-      if (asked_.emplace(view.get(), block).second) queue_.emplace_back(view, block);
-    }
-  }
-  more_.notify_all();
-}
-
-void ReadAhead::wait() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  idle_.wait(lock, [this] { return asked_.empty() || stop_; });
-}
-
-uint64_t ReadAhead::blocks_read() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return blocks_read_;
-}
-
-void ReadAhead::work() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (true) {
-    more_.wait(lock, [this] { return stop_ || !queue_.empty(); });
-    if (stop_) return;
-    const Block mine = std::move(queue_.front());
-    queue_.pop_front();
-    if (advised_ > 0) --advised_;
-    std::vector<Block> next;  // the disk reads these while this thread checks its block
-    for (; advised_ < std::min(kAdvised, queue_.size()); ++advised_) {
-      next.push_back(queue_[advised_]);
-    }
-    lock.unlock();
-    for (const auto& [view, block] : next) view->will_need(block);
-    bool read = true;
-    try {
-      mine.first->require_block(mine.second);
-      mine.first->map_pages(mine.second);
-    } catch (const std::exception&) {
-      read = false;  // the reader of one of its records raises the same error
-    }
-    lock.lock();
-    blocks_read_ += read;
-    asked_.erase({mine.first.get(), mine.second});
-    if (asked_.empty()) idle_.notify_all();
-  }
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  std::vector<std::pair<View, uint64_t>> blocks;
+  for (const auto& [view, block] : found) blocks.emplace_back(located.views[view], block);
+  return blocks;
 }
 
 }  // namespace deit_fast

@@ -1,13 +1,8 @@
-// Gathering records of many open views, and reading their blocks ahead of time.
+// Gathering records of many open views.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
-#include <set>
-#include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -17,7 +12,7 @@
 
 namespace deit_fast {
 
-using View = std::shared_ptr<const ViewReader>;
+using View = std::shared_ptr<ViewReader>;
 
 // The open views of a batch, and the view of each of its records.
 struct Located {
@@ -48,40 +43,8 @@ class ViewTable {
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out);
 
-// Threads that read and verify blocks ahead of their use, in the order of the requests. The data
-// stays in the system's page cache, which processes share. A damaged block is reported by its
-// reader.
-class ReadAhead {
- public:
-  explicit ReadAhead(size_t threads);
-  ~ReadAhead() { stop(); }
-  ReadAhead(const ReadAhead&) = delete;
-  ReadAhead& operator=(const ReadAhead&) = delete;
-
-  // Queues the blocks of these rows that are neither verified nor queued, in the files' order.
-  void ask(const Located& located, const int64_t* rows, size_t count);
-  void wait();  // until no block is queued or being read
-  void stop();  // drops the queue and waits for the blocks being read
-  // False in a forked child, which has none of the threads: a destructor would wait for them
-  // forever.
-  bool is_mine() const;
-  uint64_t blocks_read() const;
-
- private:
-  using Block = std::pair<View, uint64_t>;
-  void work();
-
-  mutable std::mutex mutex_;
-  std::condition_variable more_, idle_;
-  // Number of queued blocks that the system is asked to read in advance: 5 MB of usual blocks.
-  static constexpr size_t kAdvised = 16;
-  std::deque<Block> queue_;
-  size_t advised_ = 0;  // of the first blocks in the queue
-  std::set<std::pair<const ViewReader*, uint64_t>> asked_;  // queued or being read
-  uint64_t blocks_read_ = 0;
-  bool stop_ = false;
-  int pid_;
-  std::vector<std::thread> threads_;
-};
+// The blocks of these rows that are not verified yet, each once, in the files' order.
+std::vector<std::pair<View, uint64_t>> unread_blocks(const Located& located, const int64_t* rows,
+                                                     size_t count);
 
 }  // namespace deit_fast

@@ -47,7 +47,8 @@ class ViewWriter(ViewFile):
     def sync(self) -> None: ...
 
 class ViewReader(ViewFile):
-    def read(self, start: int, stop: int, out: int) -> None: ...
+    def will_need(self, block: int) -> None: ...
+    def read_block(self, block: int) -> None: ...
 
 def crc32c(data: bytes, crc: int = 0) -> int: ...
 def crc32c_table(data: bytes, crc: int = 0) -> int: ...
@@ -85,26 +86,16 @@ class ViewTable:
         layout: RecordLayout,
         outputs: list[int],
     ) -> None: ...
-
-class ReadAhead:
-    def __init__(self, threads: int) -> None: ...
-    def ask(
+    def unread_blocks(
         self,
-        table: ViewTable,
         samples: np.ndarray,
         view_ids: np.ndarray,
         num_samples: int,
         open: Callable[[int], ViewReader],
         limit: int,
-    ) -> None: ...
-    def wait(self) -> None: ...
-    def stop(self) -> None: ...
-    @property
-    def blocks_read(self) -> int: ...
+    ) -> list[tuple[ViewReader, int]]: ...
 
-def decode_rows(
-    layout: RecordLayout, table: int, num_records: int, rows: int, count: int, outputs: list[int]
-) -> None: ...
+def decode_records(layout: RecordLayout, records: int, count: int, outputs: list[int]) -> None: ...
 def encode_topk(
     num_classes: int,
     k: int,
@@ -112,7 +103,6 @@ def encode_topk(
     inverse_temperatures: list[float],
     logits: int,
     count: int,
-    labels: int,
     records: int,
 ) -> int: ...
 def crop_resize(
@@ -123,15 +113,8 @@ def crop_resize(
     out_height: int,
     out: int,
 ) -> None: ...
-def decode_rows_cuda(
-    layout: RecordLayout,
-    table: int,
-    num_records: int,
-    rows: int,
-    count: int,
-    outputs: list[int],
-    device: int,
-    stream: int,
+def decode_records_cuda(
+    layout: RecordLayout, records: int, count: int, outputs: list[int], device: int, stream: int
 ) -> None: ...
 def encode_topk_cuda(
     num_classes: int,
@@ -141,7 +124,6 @@ def encode_topk_cuda(
     logits: int,
     dtype: int,
     count: int,
-    labels: int,
     records: int,
     first_bad: int,
     device: int,

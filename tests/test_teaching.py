@@ -56,7 +56,7 @@ def test_batches_get_the_logits_of_their_views_from_any_step_on(cached):
         for step in range(start, start + 3):
             batch = attach(batch_of(order[step]))
             assert equal(batch.teacher, expected(cache, order[step]))
-        assert reading_threads() > 0
+        assert start or reading_threads() > 0  # the second pass finds all blocks verified
     teacher.close()
     assert reading_threads() == 0
 

@@ -1,4 +1,4 @@
-// Gather and decode in one kernel, so that raw records are not written back to memory.
+// Decodes records. Those of class ids or plain logits need no kernel: torch reads them as they are.
 #include <algorithm>
 
 #include "launch.h"
@@ -10,69 +10,21 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 65536;  // loops stride over the rest
 constexpr uint32_t kLanes = 32;
-constexpr const char* kWhat = "gather of cached records";
-
-struct Table {
-  const unsigned char* __restrict__ records;
-  int64_t num_records;
-  const int64_t* __restrict__ rows;
-
-  __device__ const unsigned char* record(int64_t i, uint32_t record_bytes) const {
-    const int64_t row = rows == nullptr ? i : rows[i];
-    if (row < 0 || row >= num_records) __trap();
-    return records + row * record_bytes;
-  }
-};
-
-// Adjacent threads move adjacent words, so that loads of a record and all stores coalesce. A thread
-// has four words in flight.
-template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    copy_records(Table table, uint32_t record_bytes, uint32_t words, int64_t total,
-                 Word* __restrict__ out) {
-  constexpr int kInFlight = 4;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t base = first; base < total; base += stride * kInFlight) {
-    Word held[kInFlight];
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t i = base + j * stride;
-      if (i >= total) continue;
-      const int64_t record = i / words;
-      const auto* from = reinterpret_cast<const Word*>(table.record(record, record_bytes));
-      held[j] = from[i - record * words];
-    }
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t i = base + j * stride;
-      if (i < total) out[i] = held[j];
-    }
-  }
-}
-
-template <typename Id>
-__global__ void __launch_bounds__(kThreads)
-    decode_hard(Table table, int64_t count, int64_t* __restrict__ out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    out[i] = *reinterpret_cast<const Id*>(table.record(i, sizeof(Id)));
-  }
-}
+constexpr const char* kWhat = "decoding of cached records";
 
 // Group lanes share a record: 16 if k <= 16, else 32, each taking every 32nd entry.
 template <typename Id, uint32_t Group>
 __global__ void __launch_bounds__(kThreads)
-    decode_topk(RecordLayout layout, Table table, int64_t count, int32_t* __restrict__ ids,
-                float* __restrict__ log_probs, float* __restrict__ log_tails) {
+    decode_topk(RecordLayout layout, const unsigned char* __restrict__ records, int64_t count,
+                int32_t* __restrict__ ids, float* __restrict__ log_probs,
+                float* __restrict__ log_tails) {
   const uint32_t lane = threadIdx.x % Group;
   const uint32_t k = layout.k;
   const float inverse = 1.0f / layout.tau;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / Group);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads / Group);
   for (int64_t i = begin + threadIdx.x / Group; i < count; i += stride) {
-    const unsigned char* record = table.record(i, layout.record_bytes);
+    const unsigned char* record = records + i * layout.record_bytes;
     const auto* from = reinterpret_cast<const uint16_t*>(record + k * sizeof(Id));
     const auto* tail = reinterpret_cast<const uint16_t*>(record + layout.tail_offset);
     const float log_tail = bits_as<float>(tail[0] | (static_cast<uint32_t>(tail[1]) << 16));
@@ -94,13 +46,14 @@ struct alignas(16) Float4 {
 // A block decodes a record. Wide: four codes at a time, if record and output are aligned to that.
 template <RecordKind Kind, bool Wide>
 __global__ void __launch_bounds__(kThreads)
-    decode_bytes(RecordLayout layout, Table table, int64_t count, float* __restrict__ out) {
+    decode_bytes(RecordLayout layout, const unsigned char* __restrict__ records, int64_t count,
+                 float* __restrict__ out) {
   const auto value = [](uint32_t code) {
     return Kind == RecordKind::int8 ? static_cast<float>(code)
                                     : fp8_value(static_cast<uint8_t>(code));
   };
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const unsigned char* record = table.record(i, layout.record_bytes);
+    const unsigned char* record = records + i * layout.record_bytes;
     uint32_t words[2] = {0, 0};
     for (int byte = 0; byte < 8; ++byte) {
       words[byte / 4] |= static_cast<uint32_t>(record[byte]) << (8 * (byte % 4));
@@ -130,85 +83,46 @@ unsigned blocks_for(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(std::min((work + per_block - 1) / per_block, kMaxBlocks));
 }
 
-template <typename Word>
-void launch_copy(const RecordLayout& layout, const Table& table, int64_t count, void* out,
-                 cudaStream_t stream) {
-  const uint32_t words = layout.record_bytes / sizeof(Word);
-  const int64_t total = count * words;
-  launch(kWhat, stream, blocks_for(total, kThreads * 4), kThreads, 0, copy_records<Word>, table,
-         layout.record_bytes, words, total, static_cast<Word*>(out));
-}
-
-void copy(const RecordLayout& layout, const Table& table, int64_t count, void* out,
-          cudaStream_t stream) {
-  // The widest word that divides the record and both addresses.
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(table.records) |
-                         reinterpret_cast<uintptr_t>(out) | layout.record_bytes;
-  if (bits % 16 == 0) return launch_copy<uint4>(layout, table, count, out, stream);
-  if (bits % 8 == 0) return launch_copy<uint2>(layout, table, count, out, stream);
-  if (bits % 4 == 0) return launch_copy<uint32_t>(layout, table, count, out, stream);
-  if (bits % 2 == 0) return launch_copy<uint16_t>(layout, table, count, out, stream);
-  launch_copy<uint8_t>(layout, table, count, out, stream);
-}
-
 template <typename Id>
-void launch_topk(const RecordLayout& layout, const Table& table, int64_t count, const Decoded& out,
-                 cudaStream_t stream) {
+void launch_topk(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                 const Decoded& out, cudaStream_t stream) {
   auto* ids = static_cast<int32_t*>(out.first);
   const uint32_t group = layout.k <= 16 ? 16 : kLanes;
   const unsigned blocks = blocks_for(count, kThreads / group);
   const auto kernel = group == 16 ? decode_topk<Id, 16> : decode_topk<Id, kLanes>;
-  launch(kWhat, stream, blocks, kThreads, 0, kernel, layout, table, count, ids, out.second,
+  launch(kWhat, stream, blocks, kThreads, 0, kernel, layout, records, count, ids, out.second,
          out.third);
 }
 
 template <RecordKind Kind>
-void launch_bytes(const RecordLayout& layout, const Table& table, int64_t count, float* out,
-                  cudaStream_t stream) {
+void launch_bytes(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                  const Decoded& decoded, cudaStream_t stream) {
+  auto* out = static_cast<float*>(decoded.first);
   const uintptr_t addresses =
-      reinterpret_cast<uintptr_t>(table.records) | reinterpret_cast<uintptr_t>(out);
+      reinterpret_cast<uintptr_t>(records) | reinterpret_cast<uintptr_t>(out);
   const bool wide = layout.num_classes % 4 == 0 && addresses % 16 == 0;
   const auto kernel = wide ? decode_bytes<Kind, true> : decode_bytes<Kind, false>;
-  launch(kWhat, stream, blocks_for(count, 1), kThreads, 0, kernel, layout, table, count, out);
+  launch(kWhat, stream, blocks_for(count, 1), kThreads, 0, kernel, layout, records, count, out);
 }
 
 }  // namespace
 
-void cuda_decode_rows(const RecordLayout& layout, const unsigned char* records, int64_t num_records,
-                      const int64_t* rows, int64_t count, const Decoded& out, int device,
-                      void* stream_address) {
+void cuda_decode_records(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                         const Decoded& out, int device, void* stream_address) {
   if (count == 0) return;
   // The CUDA runtime is linked statically, so it does not share torch's current device.
   check_cuda(cudaSetDevice(device), kWhat);
   const auto stream = static_cast<cudaStream_t>(stream_address);
-  const Table table{records, num_records, rows};
   switch (layout.kind) {
-    case RecordKind::copy:
-      copy(layout, table, count, out.first, stream);
-      break;
-    case RecordKind::hard: {
-      auto* to = static_cast<int64_t*>(out.first);
-      const unsigned blocks = blocks_for(count, kThreads);
-      if (layout.id_bytes == 2) {
-        launch(kWhat, stream, blocks, kThreads, 0, decode_hard<uint16_t>, table, count, to);
-      } else {
-        launch(kWhat, stream, blocks, kThreads, 0, decode_hard<uint32_t>, table, count, to);
-      }
-      break;
-    }
     case RecordKind::topk:
-      if (layout.id_bytes == 2) {
-        launch_topk<uint16_t>(layout, table, count, out, stream);
-      } else {
-        launch_topk<uint32_t>(layout, table, count, out, stream);
-      }
-      break;
+      if (layout.id_bytes == 2) return launch_topk<uint16_t>(layout, records, count, out, stream);
+      return launch_topk<uint32_t>(layout, records, count, out, stream);
     case RecordKind::int8:
-      launch_bytes<RecordKind::int8>(layout, table, count, static_cast<float*>(out.first), stream);
-      break;
+      return launch_bytes<RecordKind::int8>(layout, records, count, out, stream);
     case RecordKind::fp8:
-      launch_bytes<RecordKind::fp8>(layout, table, count, static_cast<float*>(out.first), stream);
-      break;
+      return launch_bytes<RecordKind::fp8>(layout, records, count, out, stream);
+    default:
+      throw std::runtime_error(std::string(kWhat) + ": no kernel for this kind of record");
   }
 }
 

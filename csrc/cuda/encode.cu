@@ -85,8 +85,8 @@ __device__ __forceinline__ float widen(__half value) { return __half2float(value
 template <typename Float, bool Staged>
 __global__ void __launch_bounds__(kEncodeThreads)
     encode_rows(TopKShape shape, Temperatures temperatures, const Float* __restrict__ logits,
-                int64_t count, const int64_t* __restrict__ labels,
-                unsigned char* __restrict__ records, int64_t* __restrict__ first_bad) {
+                int64_t count, unsigned char* __restrict__ records,
+                int64_t* __restrict__ first_bad) {
   __shared__ EncodeShared shared;
   __shared__ uint64_t keys[kEncodeKeys];
   __shared__ uint64_t sorted[kEncodeKeys];
@@ -102,19 +102,17 @@ __global__ void __launch_bounds__(kEncodeThreads)
   CudaBlock block{partial};
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
     const Float* row = logits + i * shape.num_classes;
-    const uint32_t label = labels == nullptr ? 0 : static_cast<uint32_t>(labels[i]);
     unsigned char* record = records + i * shape.record_bytes();
     bool good = false;
     if (Staged) {
       auto* staged = reinterpret_cast<Float*>(dynamic_shared());
       stage(row, shape.num_classes, staged);
       good = encode_topk_row(
-          block, shape, [staged](uint32_t j) { return widen(staged[j]); }, label, kEncodeKeys,
-          shared, record);
+          block, shape, [staged](uint32_t j) { return widen(staged[j]); }, kEncodeKeys, shared,
+          record);
     } else {
       good = encode_topk_row(
-          block, shape, [row](uint32_t j) { return widen(row[j]); }, label, kEncodeKeys, shared,
-          record);
+          block, shape, [row](uint32_t j) { return widen(row[j]); }, kEncodeKeys, shared, record);
     }
     if (!good && threadIdx.x == 0) {
       atomicMin(reinterpret_cast<long long*>(first_bad), static_cast<long long>(i));
@@ -125,8 +123,8 @@ __global__ void __launch_bounds__(kEncodeThreads)
 
 template <typename Float>
 void encode(const TopKShape& shape, const Temperatures& temperatures, const void* logits,
-            int64_t count, const int64_t* labels, unsigned char* records, int64_t* first_bad,
-            int device, cudaStream_t stream) {
+            int64_t count, unsigned char* records, int64_t* first_bad, int device,
+            cudaStream_t stream) {
   constexpr size_t kStatic = sizeof(EncodeShared) + 2 * 8 * kEncodeKeys + 1024;
   int limit = 0;
   check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
@@ -142,13 +140,13 @@ void encode(const TopKShape& shape, const Temperatures& temperatures, const void
   }
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(count, 65536));
   launch(kWhat, stream, blocks, kEncodeThreads, dynamic, kernel, shape, temperatures,
-         static_cast<const Float*>(logits), count, labels, records, first_bad);
+         static_cast<const Float*>(logits), count, records, first_bad);
 }
 
 }  // namespace
 
 void cuda_encode_topk(const TopKShape& shape, const void* logits, FloatType type, int64_t count,
-                      const int64_t* labels, unsigned char* records, int64_t* first_bad, int device,
+                      unsigned char* records, int64_t* first_bad, int device,
                       void* stream_address) {
   if (count == 0) return;
   if (shape.k >= kEncodeKeys || shape.temperatures > kEncodeTemperatures) {
@@ -160,8 +158,8 @@ void cuda_encode_topk(const TopKShape& shape, const void* logits, FloatType type
             temperatures.inverse);
   const auto stream = static_cast<cudaStream_t>(stream_address);
   const auto run = [&](auto example) {
-    encode<decltype(example)>(shape, temperatures, logits, count, labels, records, first_bad,
-                              device, stream);
+    encode<decltype(example)>(shape, temperatures, logits, count, records, first_bad, device,
+                              stream);
   };
   switch (type) {
     case FloatType::float32:

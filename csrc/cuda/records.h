@@ -11,10 +11,9 @@ namespace deit_fast {
 
 enum class FloatType : int { float32, bfloat16, float16 };
 
-// As decode_rows. A row outside the table ends the kernel with a launch failure.
-void cuda_decode_rows(const RecordLayout& layout, const unsigned char* table, int64_t num_records,
-                      const int64_t* rows, int64_t count, const Decoded& out, int device,
-                      void* stream);
+// As decode_records, for topk, int8 and fp8.
+void cuda_decode_records(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                         const Decoded& out, int device, void* stream);
 
 // Limits: k + 1 <= kEncodeKeys, kEncodeTemperatures temperatures, 2^18 classes.
 constexpr uint32_t kEncodeTemperatures = 8;
@@ -22,7 +21,6 @@ constexpr uint32_t kEncodeTemperatures = 8;
 // As encode_topk. *first_bad, set by the caller to a larger number, becomes the first row with a
 // value that is not finite; records of such rows are not written.
 void cuda_encode_topk(const TopKShape& shape, const void* logits, FloatType type, int64_t count,
-                      const int64_t* labels, unsigned char* records, int64_t* first_bad,
-                      int device, void* stream);
+                      unsigned char* records, int64_t* first_bad, int device, void* stream);
 
 }  // namespace deit_fast

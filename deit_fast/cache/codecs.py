@@ -69,10 +69,18 @@ class Codec(ABC):
             CacheError: the records hold nothing for temperature ``tau``.
         """
         device = records.device
-        if device.type == "cuda" and not _C.with_cuda:
-            outputs = _decode(self, records.cpu(), tau)
-            return self.form(tuple(output.to(device) for output in outputs))
-        return self.form(_decode(self, records.contiguous(), tau))
+        on_cuda = records.is_cuda and _C.with_cuda
+        stored = records.contiguous() if on_cuda else records.cpu().contiguous()
+        outputs = self.empty(len(stored), stored.device)
+        addresses = [output.data_ptr() for output in outputs]
+        arguments = self.layout(tau), stored.data_ptr(), len(stored), addresses
+        if on_cuda:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            with torch.cuda.device(device):
+                _C.decode_records_cuda(*arguments, stored.get_device(), stream)
+        else:
+            _C.decode_records(*arguments)
+        return self.form(tuple(output.to(device) for output in outputs))
 
     def manifest(self) -> dict[str, Any]:
         """name, k, temperatures, num_classes: the manifest's "codec"."""
@@ -108,6 +116,11 @@ class HardCodec(Codec):
     def encode(self, logits: Tensor) -> Tensor:
         largest = _finite_float32(logits, self.num_classes).argmax(1)
         return _bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
+
+    def decode(self, records: Tensor, tau: float) -> Tensor:
+        dtype = torch.int16 if self.record_bytes == 2 else torch.int32
+        ids = records.contiguous().view(dtype)[:, 0].long()
+        return ids & (2 ** (8 * self.record_bytes) - 1)  # the stored ids have no sign
 
     def layout(self, tau: float) -> _C.RecordLayout:
         return _C.RecordLayout(
@@ -196,19 +209,18 @@ class TopKCodec(Codec):
             [1.0 / tau for tau in self.temperatures],
             z.data_ptr(),
         )
-        addresses = (0, records.data_ptr())  # of labels: none
         if on_cuda:
             first = torch.full((1,), len(z), dtype=torch.int64, device=z.device)
             stream = torch.cuda.current_stream(z.device).cuda_stream
             with torch.cuda.device(z.device):
                 _C.encode_topk_cuda(
-                    *arguments, _CUDA_FLOATS[z.dtype], len(z), *addresses, first.data_ptr(),
-                    z.get_device(), stream,
+                    *arguments, _CUDA_FLOATS[z.dtype], len(z), records.data_ptr(),
+                    first.data_ptr(), z.get_device(), stream,
                 )  # fmt: skip
             found = int(first)
             bad = found if found < len(z) else -1
         else:
-            bad = _C.encode_topk(*arguments, len(z), *addresses)
+            bad = _C.encode_topk(*arguments, len(z), records.data_ptr())
         if bad >= 0:
             value = logits[bad][~torch.isfinite(z[bad]).to(logits.device)][0].item()
             raise RowError(bad, f"teacher logit {value:g} is not finite")
@@ -272,6 +284,10 @@ class DenseCodec(Codec):
         stored = z.to(_DENSE_DTYPES[self.format])
         _refuse_rows(~torch.isfinite(stored), z, f"does not fit {self.format}")
         return _bytes_of(stored)
+
+    def decode(self, records: Tensor, tau: float) -> Tensor:
+        """The records' own memory."""
+        return records.contiguous().view(_DENSE_DTYPES[self.format])
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """Logits [n, C] in the stored dtype."""
@@ -403,26 +419,6 @@ def _is_positive(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------
-
-
-def _decode(codec: Codec, records: Tensor, tau: float) -> tuple[Tensor, ...]:
-    count = len(records)
-    outputs = codec.empty(count, records.device)
-    arguments = (
-        codec.layout(tau),
-        records.data_ptr(),
-        count,
-        0,  # all rows
-        count,
-        [output.data_ptr() for output in outputs],
-    )
-    if records.is_cuda:
-        stream = torch.cuda.current_stream(records.device).cuda_stream
-        with torch.cuda.device(records.device):
-            _C.decode_rows_cuda(*arguments, records.get_device(), stream)
-    else:
-        _C.decode_rows(*arguments)
-    return outputs
 
 
 def id_bytes(num_classes: int) -> int:

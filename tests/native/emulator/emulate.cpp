@@ -88,12 +88,10 @@ void encode(FloatType type, TopKShape shape, int64_t rows, bool staged, Random& 
   const size_t count = static_cast<size_t>(rows), bytes = shape.record_bytes();
   Buffer logits(count * classes * size, size * random.below(16 / size), random);
   std::vector<float> widened(count * classes);
-  std::vector<int64_t> labels(count);
   std::vector<bool> bad(count);
   int64_t expected = rows;
   for (size_t row = 0; row < count; ++row) {
     const int pattern = static_cast<int>(random.below(kPatterns));
-    labels[row] = static_cast<int64_t>(random.below(classes));
     bad[row] = random.below(8) == 0;
     const uint64_t first = bad[row] ? random.below(classes) : classes, step = 1 + random.below(classes);
     if (bad[row]) expected = std::min(expected, static_cast<int64_t>(row));
@@ -106,16 +104,14 @@ void encode(FloatType type, TopKShape shape, int64_t rows, bool staged, Random& 
   Buffer records(count * bytes, 2 * random.below(8), random);
   std::vector<unsigned char> host(records.data(), records.data() + count * bytes);
   for (size_t row = 0; row < count; ++row) {
-    const int64_t found = encode_topk(shape, &widened[row * classes], 1,
-                                      shape.true_class ? &labels[row] : nullptr, &host[row * bytes]);
+    const int64_t found = encode_topk(shape, &widened[row * classes], 1, &host[row * bytes]);
     require((found == 0) == bad[row], "a row that is finite or not");
     ++(bad[row] ? refused : encoded);
   }
   shuffle_threads(random);
   emulator::settings.shared_limit = staged ? 232448 : 1024;
   int64_t first_bad = rows;
-  cuda_encode_topk(shape, logits.data(), type, rows, shape.true_class ? labels.data() : nullptr,
-                   records.data(), &first_bad, 0, nullptr);
+  cuda_encode_topk(shape, logits.data(), type, rows, records.data(), &first_bad, 0, nullptr);
   require(first_bad == expected, "the first row that is not finite");
   require(std::memcmp(records.data(), host.data(), host.size()) == 0, "encoded records");
 }
@@ -130,15 +126,15 @@ void encode_all(Random& random) {
         if (random.below(kShare) != 0) continue;
         const auto temperatures = static_cast<uint32_t>(1 + random.below(random.below(4) ? 2 : 8));
         const uint32_t id_bytes = random.below(2) ? 2 : 4;
-        const TopKShape shape{classes, k, id_bytes, temperatures, inverse, random.below(2) == 0};
+        const TopKShape shape{classes, k, id_bytes, temperatures, inverse};
         const int64_t rows = classes > 2000 ? 2 : 1 + static_cast<int64_t>(random.below(5));
         encode(type, shape, rows, random.below(2) == 0, random);
       }
     }
   }
   try {
-    cuda_encode_topk({2000, kEncodeKeys, 2, 1, inverse, false}, nullptr, FloatType::float32, 1, nullptr,
-                     nullptr, nullptr, 0, nullptr);
+    cuda_encode_topk({2000, kEncodeKeys, 2, 1, inverse}, nullptr, FloatType::float32, 1, nullptr,
+                     nullptr, 0, nullptr);
     fail("a larger k than there is room for was taken");
   } catch (const std::runtime_error&) {
     ++refused;
@@ -154,60 +150,36 @@ void require_equal(const std::vector<float>& a, const std::vector<float>& b, con
 
 void decode(RecordLayout layout, size_t askew, Random& random) {
   if (random.below(kShare) != 0) return;
-  const size_t num_records = 1 + random.below(40), bytes = layout.record_bytes;
-  const bool straight = random.below(4) == 0;
+  const size_t bytes = layout.record_bytes;
   const size_t most = bytes > 100 ? 60 : layout.kind == RecordKind::topk ? 300 : 3000;
-  const size_t count = straight ? num_records : 1 + random.below(most / kShare);
-  Buffer table(num_records * bytes, askew, random);
+  const size_t count = 1 + random.below(most / kShare);
+  Buffer table(count * bytes, askew, random);
   if (layout.kind == RecordKind::topk) {  // finite float16, as in every record
-    for (size_t i = 0; i < num_records * layout.k; ++i) {
+    for (size_t i = 0; i < count * layout.k; ++i) {
       unsigned char* halves = table.data() + i / layout.k * bytes + layout.k * layout.id_bytes;
       unsigned char& high = halves[i % layout.k * 2 + 1];
       if ((high & 0x7C) == 0x7C) high &= 0xBF;
     }
   }
-  std::vector<int64_t> rows(count);
-  for (int64_t& row : rows) row = static_cast<int64_t>(random.below(num_records));
-  const auto records = static_cast<int64_t>(num_records), rows_read = static_cast<int64_t>(count);
-  const int64_t* which = straight ? nullptr : rows.data();
   DecodedRecords host(layout, count), device(layout, count);
   device.mark();
-  // A kernel that chooses its words by the output's address also gets an unaligned output.
-  const bool copied = layout.kind == RecordKind::copy;
-  const bool chooses = copied || layout.kind == RecordKind::int8 || layout.kind == RecordKind::fp8;
-  const size_t size = copied ? device.bytes.size() : 4 * device.numbers.size();
-  Buffer skewed(size, (copied ? 1 : 4) * random.below(random.below(2) ? 4 : 1), random);
+  // Kernels that choose their words by the output's address also get an unaligned output.
+  const bool chooses = layout.kind != RecordKind::topk;
+  const size_t size = 4 * device.numbers.size();
+  Buffer skewed(size, 4 * random.below(random.below(2) ? 4 : 1), random);
   if (chooses) device.out.first = skewed.data();
-  decode_rows(layout, table.data(), records, which, rows_read, host.out);
+  decode_records(layout, table.data(), count, host.out);
   shuffle_threads(random);
-  cuda_decode_rows(layout, table.data(), records, which, rows_read, device.out, 0, nullptr);
-  if (copied) std::memcpy(device.bytes.data(), skewed.data(), size);
-  if (chooses && !copied) std::memcpy(device.numbers.data(), skewed.data(), size);
-  require(device.bytes == host.bytes, "copied records");
-  require(device.labels == host.labels, "decoded labels");
+  cuda_decode_records(layout, table.data(), static_cast<int64_t>(count), device.out, 0, nullptr);
+  if (chooses) std::memcpy(device.numbers.data(), skewed.data(), size);
   require(device.ids == host.ids, "decoded ids");
   require_equal(device.numbers, host.numbers, "decoded numbers");
   require_equal(device.tails, host.tails, "decoded tails");
   decoded += count;
-
-  rows[random.below(count)] = random.below(2) ? records : -1;
-  ++launches;
-  try {
-    cuda_decode_rows(layout, table.data(), records, rows.data(), rows_read, device.out, 0, nullptr);
-    fail("a row outside the table was read");
-  } catch (const std::runtime_error& error) {
-    require(std::string(error.what()) == "gather of cached records: a thread trapped", "the error");
-    ++refused;
-  }
 }
 
 void decode_all(Random& random) {
-  for (const uint32_t bytes : {1u, 2u, 3u, 4u, 6u, 8u, 12u, 16u, 24u, 48u, 2000u}) {
-    decode({RecordKind::copy, bytes, 0}, 0, random);
-    decode({RecordKind::copy, bytes, 0}, size_t{1} << random.below(4), random);
-  }
   for (const uint32_t id_bytes : {2u, 4u}) {
-    decode({RecordKind::hard, id_bytes, 1000, id_bytes}, id_bytes * random.below(3), random);
     for (const uint32_t k : {1u, 7u, 15u, 16u, 17u, 33u, 130u}) {
       const uint32_t probs = k * (id_bytes + 2), temperatures = 1 + static_cast<uint32_t>(random.below(2));
       const uint32_t record_bytes = probs + 8 * temperatures + 4 * static_cast<uint32_t>(random.below(2));

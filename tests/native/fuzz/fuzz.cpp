@@ -86,13 +86,11 @@ void encode_bits(const Shape& shape, Random& random) {
   }
   const auto count = static_cast<int64_t>(shape.spec.num_records);
   Bytes records(static_cast<size_t>(count) * shape.layout.record_bytes);
-  const std::vector<int64_t> labels(static_cast<size_t>(count));
-  const int64_t bad = encode_topk(shape.topk, logits.data(), count,
-                                  shape.topk.true_class ? labels.data() : nullptr, records.data());
+  const int64_t bad = encode_topk(shape.topk, logits.data(), count, records.data());
   require(bad == expected, "the first row that is not finite");
   if (bad >= 0) return;
   DecodedRecords decoded_records(shape.layout, static_cast<size_t>(count));
-  decode_rows(shape.layout, records.data(), count, nullptr, count, decoded_records.out);
+  decode_records(shape.layout, records.data(), static_cast<size_t>(count), decoded_records.out);
   decoded_records.require_ids_below(shape.layout.num_classes);
   for (const float value : decoded_records.numbers) require(value <= 1e-5f, "a probability above one");
   for (const float value : decoded_records.tails) require(value <= 0.0f, "a tail above one");

@@ -44,14 +44,14 @@ inline Shape make_shape(int kind, uint64_t records, uint32_t block_records) {
     layout.num_classes = classes;
     layout.k = k;
     layout.id_bytes = classes > 65536 ? 4 : 2;
-    shape.topk = {classes, k, layout.id_bytes, 2, kInverseTemperatures, kind % 2 == 1};
+    shape.topk = {classes, k, layout.id_bytes, 2, kInverseTemperatures};
     layout.record_bytes = shape.topk.record_bytes();
     layout.tail_offset = shape.topk.tail_offset() + 8;
     layout.tau = 2.0f;
   };
   switch (kind) {
     case 0: topk(40, 16); break;      // the path with F16C
-    case 1: topk(37, 7); break;       // odd sizes, true class
+    case 1: topk(37, 7); break;       // odd sizes
     case kWideKind: topk(65600, 5); break;  // four-byte ids
     case 2:
       layout.kind = RecordKind::hard;
@@ -88,10 +88,8 @@ inline std::vector<unsigned char> make_records(const Shape& shape, Random& rando
   const size_t count = shape.spec.num_records;
   std::vector<unsigned char> records(count * layout.record_bytes);
   if (layout.kind == RecordKind::topk) {
-    std::vector<int64_t> labels(count);
-    for (int64_t& label : labels) label = static_cast<int64_t>(random.below(layout.num_classes));
-    const int64_t bad = encode_topk(shape.topk, logits.data(), static_cast<int64_t>(count),
-                                    shape.topk.true_class ? labels.data() : nullptr, records.data());
+    const int64_t bad =
+        encode_topk(shape.topk, logits.data(), static_cast<int64_t>(count), records.data());
     require(bad < 0, "finite logits were refused");
     return records;
   }
