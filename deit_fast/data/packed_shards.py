@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from deit_fast import _C
-from deit_fast.data.sources import PackedPaths, Source, UnreadableImage, decode
+from deit_fast.data.sources import Paths, Source, UnreadableImage, decode, packed_path
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import read_arrays
 
@@ -56,7 +57,8 @@ class PackedImages(Source):
         ]
         self.labels = np.concatenate([index["labels"] for index in self._indices])
         names = np.concatenate([index["names"] for index in self._indices])
-        self.paths = PackedPaths(str(self.folder), names, np.flatnonzero(names == 0), gap=1)
+        ends = np.flatnonzero(names == 0)
+        self.paths = Paths(count, partial(packed_path, str(self.folder), names, ends, 1))
         self._data: dict[int, np.ndarray] = {}  # mapped when a process first needs them
         self._is_verified = np.zeros(count, bool)
 

@@ -6,7 +6,8 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,38 +97,33 @@ class Paths(Sequence[str]):
 
     A list of 1.28 M strings takes 200 MB, and every worker process would copy it page by page as
     reference counts change.
+
+    Args:
+        path_of: the path of an index in [0, count); can be pickled.
     """
 
-    @abstractmethod
-    def _path(self, index: int) -> str: ...
+    def __init__(self, count: int, path_of: Callable[[int], str]) -> None:
+        self._count, self._path_of = count, path_of
+
+    def __len__(self) -> int:
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self._path(item) for item in range(*index.indices(len(self)))]
-        return self._path(range(len(self))[index])  # IndexError and negatives as in a list
+            return [self._path_of(item) for item in range(*index.indices(self._count))]
+        return self._path_of(range(self._count)[index])  # IndexError and negatives as in a list
 
 
-class PackedPaths(Paths):
-    """Paths below a folder, whose names are in one buffer.
+def packed_path(folder: str, names: np.ndarray, ends: np.ndarray, gap: int, index: int) -> str:
+    """A path below a folder whose names are in one buffer.
 
     Args:
-        buffer: uint8, the names one after another.
+        names: uint8, one name after another.
         ends: integers [n], where each name ends.
         gap: bytes between two names.
     """
-
-    def __init__(self, folder: str, buffer: np.ndarray, ends: np.ndarray, gap: int = 0) -> None:
-        self.folder, self._buffer, self._ends, self._gap = folder, buffer, ends, gap
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def _name(self, index: int) -> str:
-        start = self._ends[index - 1] + self._gap if index else 0
-        return os.fsdecode(self._buffer[start : self._ends[index]].tobytes())
-
-    def _path(self, index: int) -> str:
-        return os.path.join(self.folder, self._name(index))
+    start = ends[index - 1] + gap if index else 0
+    return os.path.join(folder, os.fsdecode(names[start : ends[index]].tobytes()))
 
 
 class ImageFolder(Source):
@@ -172,8 +168,8 @@ class ImageFolder(Source):
                 f"expected {', '.join(EXTENSIONS)}"
             )
         self.labels = np.array(labels, np.int64)
-        buffer = np.frombuffer(b"".join(names), np.uint8)
-        self.paths = PackedPaths(self.folder, buffer, np.cumsum([len(name) for name in names]))
+        buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
+        self.paths = Paths(len(names), partial(packed_path, self.folder, buffer, ends, 0))
 
     def read(self, index: int) -> bytes:
         path = self.paths[index]
@@ -245,7 +241,7 @@ class Synthetic(Source):
         self.image_size, self.seed = image_size, seed
         self.classes = [f"class-{label}" for label in range(num_classes)]
         self.labels = np.arange(num_samples, dtype=np.int64) % num_classes
-        self.paths = _SyntheticPaths(num_samples)
+        self.paths = Paths(num_samples, "synthetic/{}".format)
         patterns = philox(np.arange(num_classes), 0, 0, 0, (0, 0))  # the same for every seed
         self._patterns = np.stack(patterns, axis=1)
         variations = philox(np.arange(num_samples), 0, 0, 1, (seed, 0))[:2]
@@ -272,14 +268,3 @@ class Synthetic(Source):
         values = (self.num_samples, len(self.classes), self.image_size, self.seed)
         text = "synthetic-1 " + " ".join(map(str, values))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _SyntheticPaths(Paths):
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _path(self, index: int) -> str:
-        return f"synthetic/{index}"

@@ -19,12 +19,13 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deit_fast.data.sources import EXTENSIONS, PackedPaths, Source, UnreadableImage
+from deit_fast.data.sources import EXTENSIONS, Paths, Source, UnreadableImage, packed_path
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
 
@@ -59,7 +60,7 @@ class TarShards(Source):
         index = _open_index(self.folder, self.shards)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         self.labels = index["label"]
-        self.paths = _Members(self.folder, self.shards, index)
+        self.paths = Paths(len(self.labels), partial(_member_path, self.folder, self.shards, index))
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
         highest = int(self.labels.max())
@@ -107,15 +108,10 @@ class TarShards(Source):
         return digest.hexdigest()
 
 
-class _Members(PackedPaths):
-    """`FOLDER/SHARD.tar/MEMBER` of every sample."""
-
-    def __init__(self, folder: str, shards: list[str], index: dict[str, np.ndarray]) -> None:
-        super().__init__(folder, index["names"], index["name_end"])
-        self._shards, self._shard = shards, index["shard"]
-
-    def _path(self, index: int) -> str:
-        return os.path.join(self.folder, self._shards[self._shard[index]], self._name(index))
+def _member_path(folder: str, shards: list[str], index: dict[str, np.ndarray], number: int) -> str:
+    """`FOLDER/SHARD.tar/MEMBER`."""
+    shard = os.path.join(folder, shards[index["shard"][number]])
+    return packed_path(shard, index["names"], index["name_end"], 0, number)
 
 
 def _class_names(root: str, highest: int) -> list[str]:
