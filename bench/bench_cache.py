@@ -46,9 +46,10 @@ from deit_fast.cache import (
     build_manifest,
     codec_from_config,
 )
-from deit_fast.cache.format import temporary_path, view_path, view_spec
+from deit_fast.cache.format import view_path, view_specs
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
+from deit_fast.runtime.files import temporary_path
 
 from .cache_stores import STORES, TINYVIT, Store, drop_from_memory, write_stores
 from .common import Case, Row
@@ -79,13 +80,13 @@ def imagenet_view() -> tuple[tempfile.TemporaryDirectory[str], LogitCache]:
     rng = np.random.default_rng(0)
     with LogitCacheWriter(path, manifest) as writer:  # publishes the manifest
         name = view_path(path, 0)
-        file = _C.ViewWriter(str(name), str(temporary_path(name)), view_spec(manifest, 0))
+        file = _C.ViewWriter(str(name), str(temporary_path(name)), view_specs(manifest)(view_id=0))
         for block in range(writer.num_blocks):
             start, stop = writer.block_range(block)
             records = random_records(rng, stop - start)
             file.commit(block, records.ctypes.data, records.nbytes)
     opened = LogitCache.open(path)
-    offset = view_spec(manifest, 0).data_offset
+    offset = view_specs(manifest)(view_id=0).data_offset
     mapped = np.memmap(name, np.uint8, "r", offset, (SAMPLES, RECORD.itemsize))
     write_stores(path, np.array(mapped), offset)
     for start in range(0, SAMPLES, 4096):  # warm: checksums compared, pages in memory

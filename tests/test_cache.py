@@ -413,7 +413,8 @@ def test_an_orphan_of_a_killed_process_is_removed(tmp_path):
     worker.start()
     worker.join()
     with LogitCacheWriter(tmp_path, make_manifest()):
-        from deit_fast.cache.format import temporary_path, view_path
+        from deit_fast.cache.format import view_path
+        from deit_fast.runtime.files import temporary_path
 
         mine = temporary_path(view_path(tmp_path, 0))
         space, pid, started = mine.name.split("-")[1:4]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.cache.format import temporary_path
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels.distillation_loss import TopK
+from deit_fast.runtime.files import temporary_path
 
 FORMATS = (".parquet", ".safetensors", ".pt")
 Progress = Callable[[int, int], None]

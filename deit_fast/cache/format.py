@@ -7,10 +7,8 @@ view that strays into another cache, or a manifest edited afterwards, is refused
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,14 +19,13 @@ from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, CacheMismatch
-from deit_fast.runtime.environment import pid_namespace, process_start
+from deit_fast.runtime.files import temporary_path
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
 _COMPARED = ("format", "codec", "record_bytes", "block_records", "num_samples", "fingerprint")
 _LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**21}
 _MAX_FILE_BYTES = 1 << 24
-_temporary_numbers = itertools.count()
 
 
 def build_manifest(
@@ -104,11 +101,11 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(compared, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def view_specs(manifest: Mapping[str, Any]) -> Callable[[int], _C.ViewSpec]:
-    """By view id: sizes of the file, expected header, and position of class ids in a record."""
+def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
+    """By ``view_id``: sizes of the file, expected header, and position of class ids in a record."""
     codec = codec_from_manifest(manifest["codec"], "manifest")
     return partial(
-        _spec,
+        _C.ViewSpec,
         num_records=manifest["num_samples"],
         record_bytes=manifest["record_bytes"],
         block_records=manifest["block_records"],
@@ -117,15 +114,6 @@ def view_specs(manifest: Mapping[str, Any]) -> Callable[[int], _C.ViewSpec]:
         id_limit=codec.num_classes,
         manifest_sha256=hashlib.sha256(canonical(manifest)).digest(),
     )
-
-
-def _spec(view_id: int, **values: Any) -> _C.ViewSpec:
-    return _C.ViewSpec(view_id=view_id, **values)
-
-
-def view_spec(manifest: Mapping[str, Any], view_id: int) -> _C.ViewSpec:
-    """``view_specs`` of one view."""
-    return view_specs(manifest)(view_id)
 
 
 def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,28 +252,3 @@ def format_errors() -> Iterator[None]:
         yield
     except _C.FormatError as error:
         raise CacheError(str(error)) from None
-
-
-def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` that no other process and no other call of this one uses."""
-    pid = os.getpid()
-    owner = f"{_namespace_digest()}-{pid}-{process_start(pid) or 0}-{next(_temporary_numbers)}"
-    return path.with_name(f".tmp-{owner}-{path.name}")
-
-
-def remove_orphans(folder: Path) -> None:
-    """Delete temporary files of killed processes; they may be as large as a view.
-
-    Files of another boot, host or container stay: their process may be alive.
-    """
-    if not pid_namespace():
-        return
-    pattern = re.compile(rf"\.tmp-{_namespace_digest()}-(\d+)-(\d+)-")
-    for path in folder.glob(".tmp-*"):
-        owner = pattern.match(path.name)
-        if owner and process_start(int(owner[1])) != int(owner[2]):
-            path.unlink(missing_ok=True)
-
-
-def _namespace_digest() -> str:
-    return hashlib.sha256(pid_namespace().encode()).hexdigest()[:12]

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from deit_fast.cache.format import build_manifest, temporary_path
+from deit_fast.cache.format import build_manifest
 from deit_fast.cache.writer import LogitCacheWriter
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError
+from deit_fast.runtime.files import write_atomically
 
 KEYS_FILE = "keys.txt"  # line i is the key of sample i
 _LEAST = 2.0**-25  # for a probability that float16 rounded to zero: half its least step
@@ -85,7 +86,7 @@ def import_tinyvit(
     )
     done = 0
     with LogitCacheWriter(out, manifest) as writer:
-        _write_whole(Path(out) / KEYS_FILE, text)
+        write_atomically(Path(out) / KEYS_FILE, text)
         for epoch, table in sorted(tables.items()):
             for start in range(0, len(keys), _CHUNK):
                 part = keys[start : start + _CHUNK]
@@ -190,12 +191,3 @@ def _rank(path: Path) -> int:
     if not digits.isdecimal():
         raise InputError(f"{path}: expected rank{{r}}-values.bin")
     return int(digits)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = temporary_path(path)
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ from deit_fast.cache.format import (
     format_errors,
     read_manifest,
     require_same_manifest,
-    temporary_path,
     view_path,
-    view_spec,
+    view_specs,
     views_on_disk,
 )
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError
 from deit_fast.kernels.distillation_loss import TopK
+from deit_fast.runtime.files import write_atomically
 
 PIXEL_SAMPLES = 64  # samples a view whose pixels are recorded
 THRESHOLD = 1e-3  # nats, for arithmetic: other batch sizes, another device
@@ -138,8 +137,9 @@ def planned(
     if (folder / FILE_NAME).exists():
         require_same_manifest(folder, read_manifest(folder), checked)
     missing, kept, new_bytes = [], 0, 0
+    specs = view_specs(checked)
     for view_id in view_ids:
-        spec = view_spec(checked, view_id)
+        spec = specs(view_id=view_id)
         states = [_C.BlockState.pending] * spec.blocks
         if view_path(folder, view_id).exists():
             with format_errors():
@@ -156,7 +156,7 @@ def _open(
     folder: Path, manifest: dict[str, Any], view_id: int
 ) -> tuple[dict[str, Any], _C.ViewFile | None]:
     name = view_path(folder, view_id)
-    spec = view_spec(manifest, view_id)
+    spec = view_specs(manifest)(view_id=view_id)
     row: dict[str, Any] = {"view": view_id, "file": name.name, "blocks": spec.blocks}
     try:
         with format_errors():
@@ -196,29 +196,13 @@ def write_pixels(
     They are on the disk before the block of these samples is committed, and whoever writes that
     block writes them: they do not depend on process count or interruptions.
     """
-    path = pixels_path(folder, view_id)
     content = {
         "view": view_id,
         "manifest_sha256": hashlib.sha256(canonical(manifest)).hexdigest(),
         "samples": sorted(digests),
         "digests": [digests[sample] for sample in sorted(digests)],
     }
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "x") as file:
-            json.dump(content, file, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # a block must not outlive its digests in a power cut
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(pixels_path(folder, view_id), json.dumps(content, sort_keys=True).encode())
 
 
 def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict[int, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,13 +17,12 @@ from deit_fast.cache.codecs import codec_from_manifest
 from deit_fast.cache.format import (
     format_errors,
     publish_manifest,
-    remove_orphans,
-    temporary_path,
     view_path,
-    view_spec,
+    view_specs,
 )
 from deit_fast.cache.locks import BlockLocks
 from deit_fast.errors import CacheError, InputError, RowError
+from deit_fast.runtime.files import remove_orphans, temporary_path
 
 log = logging.getLogger("deit_fast")
 
@@ -77,15 +76,9 @@ class LogitCacheWriter:
         self._warned: set[tuple[int, int]] = set()
         self._buffers: dict[tuple[int, int], _Buffer] = {}
         self._touched: set[int] = set()
-        folder, values = self.path, self.manifest
-
-        def open_view(view_id: int) -> _C.ViewWriter:
-            name = view_path(folder, view_id)
-            with format_errors():
-                spec = view_spec(values, view_id)
-                return _C.ViewWriter(str(name), str(temporary_path(name)), spec)
-
-        self._open = lru_cache(_OPEN_VIEWS)(open_view)
+        self._open = lru_cache(_OPEN_VIEWS)(
+            partial(_open_view, self.path, view_specs(self.manifest))
+        )
         self._closed = False
 
     @property
@@ -256,6 +249,12 @@ class LogitCacheWriter:
         self._done.add(key)
         self._committed.add(key)
         self._locks.release(view_id, block)
+
+
+def _open_view(folder: Path, specs: Callable[..., _C.ViewSpec], view_id: int) -> _C.ViewWriter:
+    name = view_path(folder, view_id)
+    with format_errors():
+        return _C.ViewWriter(str(name), str(temporary_path(name)), specs(view_id=view_id))
 
 
 def _checked_view(view_id: int) -> int:

@@ -5,9 +5,7 @@ Imports only the standard library, so that `doctor` works where a package is mis
 
 from __future__ import annotations
 
-import functools
 import importlib
-import os
 import platform
 import shlex
 import sys
@@ -110,27 +108,3 @@ def find_apex() -> Apex:
     if kernels.module is None:
         return Apex("no CUDA code", kernels.error or "amp_C is missing")
     return Apex("real", optimizers=optimizers.module)
-
-
-# ---------------------------------------------------------------------------------------------
-# Processes of this machine
-# ---------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def pid_namespace() -> str:
-    """Identifies the processes whose pids this process can see; empty if the system hides it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (proc(5), stat); None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

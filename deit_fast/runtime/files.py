@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_temporary_numbers = itertools.count()
+
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file. A crash or a full disk leaves the old file, or none.
@@ -20,19 +26,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     Raises:
         OSError: names the file; no part of the new content remains.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the rename itself must survive a power cut
@@ -76,3 +80,47 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
         if arrays[name].dtype != dtype:
             raise ValueError(f"{path}: {name} must be {np.dtype(dtype)}, not {arrays[name].dtype}")
     return arrays
+
+
+# ---------------------------------------------------------------------------------------------
+# Temporary names
+# ---------------------------------------------------------------------------------------------
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process and no other call of this one uses."""
+    pid = os.getpid()
+    owner = f"{_namespace_digest()}-{pid}-{_process_start(pid) or 0}-{next(_temporary_numbers)}"
+    return path.with_name(f".tmp-{owner}-{path.name}")
+
+
+def remove_orphans(folder: Path) -> None:
+    """Delete temporary files of killed processes; they may be as large as a view of a cache.
+
+    Files of another boot, host or container stay: their process may be alive.
+    """
+    pattern = re.compile(rf"\.tmp-{_namespace_digest()}-(\d+)-(\d+)-")
+    for path in folder.glob(".tmp-*"):
+        owner = pattern.match(path.name)
+        if owner and (_process_start(int(owner[1])) or 0) != int(owner[2]):
+            path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _namespace_digest() -> str:
+    """Identifies the processes whose pids this process can see; random if the system hides it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        space = os.urandom(16).hex()
+    return hashlib.sha256(space.encode()).hexdigest()[:12]
+
+
+def _process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot (proc(5), stat); None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
