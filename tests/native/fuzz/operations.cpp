@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 
 #include "harness.h"
 
@@ -102,6 +103,11 @@ void run(const std::string& folder, int kind) {
   }
   for (std::thread& thread : threads) thread.join();
   table.trim(1);
+  for (uint64_t row = 0; row < count; ++row) {
+    const unsigned char* written = records[1].data() + row * shape.spec.record_bytes;
+    require(std::memcmp(views[1]->record(static_cast<int64_t>(row)), written, shape.spec.record_bytes) == 0,
+            "what was written");
+  }
 }
 
 }  // namespace
