@@ -76,7 +76,11 @@ def operated() -> dict[tuple[str, int, bool], np.ndarray]:
     rows["flip"] = np.tile([0, 1], len(rows) // 2)
     box = np.tile(np.array([0, 0, 96, 96], np.int32), (len(rows), 1))
     inputs = file_inputs([image], len(rows)) + view_inputs(rows, box, np.zeros(len(rows)), 96)
-    (output,) = view_graph(lambda: inputs, len(rows), 1, None, 2, 0.0, 96, 2, FILL).run()
+    pipeline = view_graph(
+        lambda: inputs, 0.0, 96, 2, FILL,
+        batch_size=len(rows), num_threads=1, device_id=None, prefetch_queue_depth=2,
+    )  # fmt: skip
+    (output,) = pipeline.run()
     views = np.array(output.as_tensor())
     return {
         (OPERATIONS[row["operations"][1]], int(row["levels"][1]), bool(row["flip"])): view
@@ -378,8 +382,8 @@ from deit_fast.data import dali_graph
 gc.disable()
 pixel = np.zeros((1, 1, 3), np.uint8)
 pipeline = dali_graph.decoding_graph(
-    lambda: dali_graph.file_inputs([pixel], 1), batch=1, threads=1, device_id=None, depth=2,
-    hw_decoder_load=0.0,
+    lambda: dali_graph.file_inputs([pixel], 1), 0.0,
+    batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=2,
 )
 pipeline.run()
 pipeline.itself = pipeline  # only the collector can free it

@@ -159,13 +159,17 @@ class DaliLoader:
         if self._on_gpu:
             ordinal = self.device.index
             ordinal = torch.cuda.current_device() if ordinal is None else ordinal
-        shared = (
-            feed, CHUNK, self._threads, ordinal, self._depth, self._data.dali_hw_decoder_load,
-        )  # fmt: skip
+        load, view = self._data.dali_hw_decoder_load, self.plan.view
+        arguments = {
+            "batch_size": CHUNK,
+            "num_threads": self._threads,
+            "device_id": ordinal,
+            "prefetch_queue_depth": self._depth,
+        }
         if not self._augments:
-            return decoding_graph(*shared)
-        view = self.plan.view
-        return view_graph(*shared, view.image_size, self.plan.layers, fill_color(view))
+            return decoding_graph(feed, load, **arguments)
+        fill = fill_color(view)
+        return view_graph(feed, load, view.image_size, self.plan.layers, fill, **arguments)
 
     def _next_output(self, pipeline: Any, feed: _Feed, job: _Job) -> Any:
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None

@@ -29,16 +29,16 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow
 _CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)
 
 
-def decoding_graph(
-    feed: Callable[[], tuple],
-    batch: int,
-    threads: int,
-    device_id: int | None,
-    depth: int,
-    hw_decoder_load: float,
-):
-    """A pipeline whose output is a batch of whole images, uint8 HWC; the input is `file_inputs`."""
+def decoding_graph(feed: Callable[[], tuple], hw_decoder_load: float, **arguments: Any):
+    """A pipeline whose output is a batch of whole images, uint8 HWC; the input is `file_inputs`.
+
+    Args:
+        arguments: DALI's `batch_size`, `num_threads`, `device_id` (None: the CPU) and
+            `prefetch_queue_depth`.
+    """
     from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu = arguments["device_id"] is not None
 
     @pipeline_def(enable_conditionals=True)
     def graph():
@@ -46,25 +46,22 @@ def decoding_graph(
             feed, num_outputs=3, dtype=[types.UINT8, types.UINT8, types.INT32], ndim=[1, 3, 0],
             layout=["", "HWC", ""],
         )  # fmt: skip
-        return _decode(encoded, raw, is_encoded, device_id, hw_decoder_load)
+        return _decode(encoded, raw, is_encoded, on_gpu, hw_decoder_load)
 
-    return _build(graph, batch, threads, device_id, depth)
+    return _build(graph, arguments)
 
 
 def view_graph(
     feed: Callable[[], tuple],
-    batch: int,
-    threads: int,
-    device_id: int | None,
-    depth: int,
     hw_decoder_load: float,
     size: int,
     layers: int,
     fill: tuple[int, int, int],
+    **arguments: Any,
 ):
     """A pipeline whose output is a batch of views, uint8 [size, size, 3], not flipped or mixed.
 
-    Its input is `file_inputs` followed by `view_inputs`.
+    Its input is `file_inputs` followed by `view_inputs`. ``arguments``: as `decoding_graph`.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -73,13 +70,14 @@ def view_graph(
     dtype = [types.UINT8, types.UINT8, *[integer] * 4, *[integer, real, real] * layers]
     ndim = [1, 3, 0, 0, 1, 1, *[0, 2, 0] * layers]
     layout = ["", "HWC", *[""] * (len(ndim) - 2)]
+    on_gpu = arguments["device_id"] is not None
 
     @pipeline_def(enable_conditionals=True)
     def graph():
         inputs = fn.external_source(
             feed, num_outputs=len(ndim), dtype=dtype, ndim=ndim, layout=layout
         )
-        image = _decode(*inputs[:3], device_id, hw_decoder_load)
+        image = _decode(*inputs[:3], on_gpu, hw_decoder_load)
         file, start, shape = inputs[3:6]
         image = fn.permute_batch(image, indices=file)
         # Slice first: a resize with a region of interest reads pixels outside of it.
@@ -87,16 +85,14 @@ def view_graph(
         image = fn.resize(image, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
         for layer in range(layers):
             operation, matrix, value = inputs[6 + 3 * layer : 9 + 3 * layer]
-            image = _augment(image, operation, matrix, value, fill, device_id is not None)
+            image = _augment(image, operation, matrix, value, fill, on_gpu)
         return image
 
-    return _build(graph, batch, threads, device_id, depth)
+    return _build(graph, arguments)
 
 
-def _build(graph: Any, batch: int, threads: int, device_id: int | None, depth: int):
-    pipeline = graph(
-        batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
-    )
+def _build(graph: Any, arguments: dict[str, Any]):
+    pipeline = graph(**arguments)
     pipeline.build()
     _pipelines.add(pipeline)
     return pipeline
@@ -110,10 +106,9 @@ _kept: list[Any] = []
 os.register_at_fork(before=lambda: _kept.extend(_pipelines), after_in_parent=_kept.clear)
 
 
-def _decode(encoded, raw, is_encoded, device_id, hw_decoder_load):
+def _decode(encoded, raw, is_encoded, on_gpu, hw_decoder_load):
     from nvidia.dali import fn, types
 
-    on_gpu = device_id is not None
     if is_encoded == 1:
         image = fn.decoders.image(
             encoded,
