@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from deit_fast.data.loader import Failure, batch_loader, load_readable, unwrap
+from deit_fast.data.loader import batch_loader, load_readable, unwrap
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
@@ -63,7 +62,7 @@ class EvalLoader:
         self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
         self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1).to(device)
         self._loader = batch_loader(
-            _Batches(source, image_size, crop, batches, on_error),
+            partial(_make_batch, source, image_size, crop, batches, on_error),
             range(len(batches)),
             workers,
             pin_memory=self.device.type == "cuda",
@@ -80,36 +79,25 @@ class EvalLoader:
             yield images.contiguous(), labels.to(self.device, non_blocking=True), ids
 
 
-@dataclass(frozen=True)
-class _Batches(Dataset):
-    """Batch index -> (uint8 [B, S, S, 3], labels, ids, substituted paths); runs in a worker."""
-
-    source: Source
-    image_size: int
-    crop: float
-    batches: list[np.ndarray]
-    on_error: str
-
-    def __getitem__(self, index: int) -> Any:
-        source, ids = self.source, self.batches[index]
-        pixels = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
-        substituted: list[str] = []
-        taken = []
-        try:
-            for row, sample in enumerate(ids.tolist()):
-                image, found = load_readable(
-                    source.load, source.paths, sample, self.on_error, substituted
-                )
-                taken.append(found)
-                pixels[row] = (
-                    np.asarray(image)
-                    if source.finished
-                    else eval_pixels(image, self.image_size, self.crop)
-                )
-        except InputError as error:
-            return Failure(str(error))
-        arrays = (pixels, source.labels[taken], ids)
-        return *map(torch.from_numpy, arrays), substituted
+def _make_batch(
+    source: Source,
+    image_size: int,
+    crop: float,
+    batches: list[np.ndarray],
+    on_error: str,
+    index: int,
+) -> tuple[Any, ...]:
+    """uint8 [B, S, S, 3], labels, ids, substituted paths."""
+    ids = batches[index]
+    pixels = np.empty((len(ids), image_size, image_size, 3), np.uint8)
+    substituted: list[str] = []
+    taken = []
+    for row, sample in enumerate(ids.tolist()):
+        image, found = load_readable(source.load, source.paths, sample, on_error, substituted)
+        taken.append(found)
+        whole = source.finished
+        pixels[row] = np.asarray(image) if whole else eval_pixels(image, image_size, crop)
+    return *map(torch.from_numpy, (pixels, source.labels[taken], ids)), substituted
 
 
 def eval_pixels(image: Image.Image | np.ndarray, size: int, crop: float) -> np.ndarray:

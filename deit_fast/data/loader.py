@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,9 +63,8 @@ class ViewLoader:
         pin_memory: bool = False,
     ) -> None:
         self.steps = steps_of(source, plan, batches, start, stop)
-        self._loader = batch_loader(
-            _Batches(source, plan, batches, on_error), self.steps, workers, pin_memory
-        )
+        make = partial(_make_step, source, plan, batches, on_error)
+        self._loader = batch_loader(make, self.steps, workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -90,19 +90,10 @@ def steps_of(
     return range(start, len(batches) if stop is None else min(stop, len(batches)))
 
 
-class _Batches(Dataset):
-    """Step -> ViewBatch; runs in a worker."""
-
-    def __init__(
-        self, source: Source, plan: ViewPlan, batches: Sequence[tuple[Any, ...]], on_error: str
-    ) -> None:
-        self.source, self.plan, self.batches, self.on_error = source, plan, batches, on_error
-
-    def __getitem__(self, step: int) -> ViewBatch | Failure:
-        try:
-            return make_batch(self.source, self.plan, *self.batches[step], on_error=self.on_error)
-        except InputError as error:
-            return Failure(str(error))
+def _make_step(
+    source: Source, plan: ViewPlan, batches: Sequence[tuple[Any, ...]], on_error: str, step: int
+) -> ViewBatch:
+    return make_batch(source, plan, *batches[step], on_error=on_error)
 
 
 def make_batch(
@@ -223,23 +214,35 @@ def load_readable(
 
 
 @dataclass(frozen=True)
-class Failure:
+class _Failure:
     """A user error on its way out of a worker; raised there, a traceback would wrap it."""
 
     message: str
 
 
+@dataclass(frozen=True)
+class _Items(Dataset):
+    make: Callable[[int], Any]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.make(index)
+        except InputError as error:
+            return _Failure(str(error))
+
+
 def batch_loader(
-    dataset: Dataset, order: Sequence[int], workers: int, pin_memory: bool = False
+    make: Callable[[int], Any], order: Sequence[int], workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """torch's DataLoader over a data set whose items are whole batches, in order.
+    """torch's DataLoader of whole batches in order, each made by ``make``, in a worker if there
+    are any; iterate over it by `unwrap`.
 
     Workers live as long as one pass: a run is one pass of its `ViewLoader`, and evaluation's
     workers hold no memory while training goes on. Nothing but the pass refers to them, so an error
     or a break ends them at once; persistent ones, left to the garbage collector, take 5 s each.
     """
     return DataLoader(
-        dataset,
+        _Items(make),
         batch_size=None,
         sampler=order,
         num_workers=workers,
@@ -252,9 +255,13 @@ def batch_loader(
 
 
 def unwrap(loader: DataLoader) -> Iterator[Any]:
-    """Items of the loader; a `Failure` among them is raised here, as its one line."""
+    """Items of a `batch_loader`.
+
+    Raises:
+        InputError: as ``make`` raised it.
+    """
     for item in loader:
-        if isinstance(item, Failure):
+        if isinstance(item, _Failure):
             raise InputError(item.message)
         yield item
 
