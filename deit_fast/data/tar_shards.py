@@ -17,7 +17,6 @@ import logging
 import os
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 from deit_fast.data.sources import EXTENSIONS, Paths, Source, UnreadableImage, packed_path
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
+from deit_fast.runtime.metrics import Progress
 
 log = logging.getLogger("deit_fast")
 
@@ -36,7 +36,6 @@ _INDEX = ".deit-fast-index.npz"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
             "name_end": np.int64}  # fmt: skip
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class TarShards(Source):
@@ -196,19 +195,17 @@ def _join(names: list[str]) -> np.ndarray:
 
 
 def _scan(folder: str, shards: list[str]) -> dict[str, np.ndarray]:
-    """Read every shard's headers, with a log line now and then: a large set takes minutes."""
+    """Read every shard's headers: minutes for a large set."""
     parts = []
     names = bytearray()
-    last_line = time.monotonic()
-    for number, name in enumerate(shards):
-        rows = []
-        for member, offset, size, label in _samples(os.path.join(folder, name)):
-            names += os.fsencode(member)
-            rows.append((number, offset, size, label, len(names)))
-        parts.append(np.array(rows, np.int64).reshape(-1, len(_COLUMNS)))
-        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            log.info("indexing %s: %d of %d shards", folder, number + 1, len(shards))
+    with Progress(f"indexing {folder}", len(shards), unit="shard") as progress:
+        for number, name in enumerate(shards):
+            rows = []
+            for member, offset, size, label in _samples(os.path.join(folder, name)):
+                names += os.fsencode(member)
+                rows.append((number, offset, size, label, len(names)))
+            parts.append(np.array(rows, np.int64).reshape(-1, len(_COLUMNS)))
+            progress.advance()
     columns = zip(_COLUMNS.items(), np.concatenate(parts).T, strict=True)
     index = {name: column.astype(dtype) for (name, dtype), column in columns}
     return index | {"names": np.frombuffer(bytes(names), np.uint8)}
