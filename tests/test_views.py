@@ -21,6 +21,7 @@ from deit_fast.config import ViewConfig, constants
 from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.errors import InputError
 from deit_fast.views import order as order_module
+from deit_fast.views import plan as plan_module
 from deit_fast.views.order import EpochOrder, TrainBatches, pairing
 from deit_fast.views.plan import ViewPlan, fingerprint, lam_of
 from deit_fast.views.rng import (
@@ -618,7 +619,7 @@ def test_two_readers_near_a_border_compute_each_table_once(monkeypatch):
     permutation = order_module.permutation
     monkeypatch.setattr(order_module, "permutation", counted)
     for table in (order_module._epoch_tables, order_module._pair_order, order_module.pairing,
-                  order_module.partner_table):  # fmt: skip
+                  plan_module.partner_table):  # fmt: skip
         table.cache_clear()
 
     plan = ViewPlan(ViewConfig(repeats=3), SEED, 2000)
@@ -628,7 +629,7 @@ def test_two_readers_near_a_border_compute_each_table_once(monkeypatch):
         batches[min(step + 16, len(batches) - 1)]
     epochs = order_module._epoch_tables.cache_info()
     assert (epochs.misses, epochs.currsize) == (6, 2)
-    assert order_module.partner_table.cache_info().misses == 2
+    assert plan_module.partner_table.cache_info().misses == 2
     assert sorted(permutations) == [
         (Purpose.PAIRING, 0), (Purpose.PAIRING, 1), (Purpose.ORDER, 0), (Purpose.ORDER, 1),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which views an epoch visits, in which order, and which samples are mixed; numpy only.
+"""Which views an epoch visits, and in which order; numpy only.
 
 The data set is divided into pairs, anew for every `repeats` views. The members of a pair are
 adjacent in the order, so one decoded file serves its repeats and its partner. Order and pairs are
@@ -21,10 +21,10 @@ from deit_fast.views.rng import Array, Purpose, frozen, permutation
 # Tables are kept for two readers, the loader and the reader of the teacher cache some steps ahead:
 # near the end of an epoch each of them needs another epoch's tables. At 1.28 M samples an epoch's
 # order has 15 MB and each other table at most 10 MB.
-_READERS = 2
+READERS = 2
 
 
-@functools.lru_cache(maxsize=_READERS)
+@functools.lru_cache(maxsize=READERS)
 def pairing(seed: int, num_samples: int, group: int) -> Array:
     """Pairs of a group of views: entries 2k and 2k + 1 are partners; an odd last one has none.
 
@@ -35,17 +35,6 @@ def pairing(seed: int, num_samples: int, group: int) -> Array:
         int64 [num_samples], a permutation, read-only.
     """
     return permutation(seed, num_samples, group, Purpose.PAIRING)
-
-
-@functools.lru_cache(maxsize=_READERS)
-def partner_table(seed: int, num_samples: int, group: int) -> Array:
-    """Partner of every sample, int64 [num_samples]: an involution with at most one fixed point."""
-    order = pairing(seed, num_samples, group)
-    partner = np.arange(num_samples)
-    even = num_samples // 2 * 2
-    partner[order[0:even:2]] = order[1:even:2]
-    partner[order[1:even:2]] = order[0:even:2]
-    return frozen(partner)
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class EpochOrder:
         return _epoch_tables(self, epoch)
 
 
-@functools.lru_cache(maxsize=_READERS)
+@functools.lru_cache(maxsize=READERS)
 def _epoch_tables(order: EpochOrder, epoch: int) -> tuple[Array, Array]:
     count, repeats = order.num_samples, order.repeats
     cycle, part = divmod(epoch, repeats)
@@ -103,7 +92,7 @@ def _epoch_tables(order: EpochOrder, epoch: int) -> tuple[Array, Array]:
     return frozen(samples), frozen(views[exists].astype(np.int32))
 
 
-@functools.lru_cache(maxsize=_READERS)
+@functools.lru_cache(maxsize=READERS)
 def _pair_order(seed: int, pairs: int, cycle: int) -> Array:
     return permutation(seed, pairs, cycle, Purpose.ORDER)
 

@@ -12,6 +12,7 @@ batch with its reverse (`views.deit_order`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from deit_fast.config import ViewConfig, constants
 from deit_fast.errors import InputError
-from deit_fast.views.order import partner_table
+from deit_fast.views.order import READERS, pairing
 from deit_fast.views.rng import (
     CUTMIX,
     LAM_ONE,
@@ -35,6 +36,7 @@ from deit_fast.views.rng import (
     beta_table,
     draw_level,
     draw_mix,
+    frozen,
     happens,
     key,
     level_table,
@@ -368,6 +370,17 @@ class ViewPlan:
         if len(views) and not (views.min() >= 0 and views.max() < 2**31):
             raise IndexError(f"view ids {views.min()}..{views.max()} leave [0, 2^31)")
         return samples, views
+
+
+@functools.lru_cache(maxsize=READERS)
+def partner_table(seed: int, num_samples: int, group: int) -> Array:
+    """Partner of every sample, int64 [num_samples]: an involution with at most one fixed point."""
+    order = pairing(seed, num_samples, group)
+    partner = np.arange(num_samples)
+    even = num_samples // 2 * 2
+    partner[order[0:even:2]] = order[1:even:2]
+    partner[order[1:even:2]] = order[0:even:2]
+    return frozen(partner)
 
 
 def shorter_side_to(size: int, width: Array, height: Array) -> tuple[Array, Array]:
