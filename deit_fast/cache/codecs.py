@@ -35,6 +35,7 @@ class Codec(ABC):
         kind: how csrc/ decodes a record.
         ids_per_record: class ids that a record starts with. A reader refuses ids outside
             [0, num_classes).
+        first_temperature: the first that records hold; 1 where they suit every temperature.
     """
 
     num_classes: int
@@ -42,6 +43,7 @@ class Codec(ABC):
     name: ClassVar[str]
     kind: ClassVar[_C.RecordKind]
     ids_per_record: ClassVar[int] = 0
+    first_temperature: ClassVar[float] = 1.0
 
     @property
     @abstractmethod
@@ -89,7 +91,10 @@ class Codec(ABC):
     def layout(self, tau: float) -> _C.RecordLayout:
         """How csrc/ decodes a record at ``tau``."""
         return _C.RecordLayout(
-            self.kind, record_bytes=self.record_bytes, num_classes=self.num_classes
+            self.kind,
+            record_bytes=self.record_bytes,
+            num_classes=self.num_classes,
+            id_bytes=id_bytes(self.num_classes),
         )
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
@@ -121,12 +126,6 @@ class HardCodec(Codec):
         dtype = torch.int16 if self.record_bytes == 2 else torch.int32
         ids = records.contiguous().view(dtype)[:, 0].long()
         return ids & (2 ** (8 * self.record_bytes) - 1)  # the stored ids have no sign
-
-    def layout(self, tau: float) -> _C.RecordLayout:
-        return _C.RecordLayout(
-            self.kind, record_bytes=self.record_bytes, num_classes=self.num_classes,
-            id_bytes=self.record_bytes,
-        )  # fmt: skip
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """int64 [n] class ids."""
@@ -175,6 +174,10 @@ class TopKCodec(Codec):
     @property
     def ids_per_record(self) -> int:  # type: ignore[override]
         return self.k
+
+    @property
+    def first_temperature(self) -> float:  # type: ignore[override]
+        return self.temperatures[0]
 
     @property
     def _tail_offset(self) -> int:

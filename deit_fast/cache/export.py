@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +70,29 @@ def export(
     }
 
 
-def _tau(cache: LogitCache) -> float:
-    return float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
-
-
 def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:
-    logits = cache.gather(samples, view, tau=_tau(cache))
+    logits = cache.gather(samples, view, tau=cache.codec.first_temperature)
     if isinstance(logits, TopK):
         return {"ids": logits.ids, "log_probs": logits.log_probs, "log_tail": logits.log_tail}
     return {"label" if logits.dim() == 1 else "logits": logits}
 
 
+def _blocks(
+    cache: LogitCache, views: list[int], progress: Progress
+) -> Iterator[tuple[int, np.ndarray, dict[str, Tensor]]]:
+    """Index of the view in ``views``, sample ids and columns of one block after another."""
+    count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
+    for index, view in enumerate(views):
+        for start in range(0, count, size):
+            samples = np.arange(start, min(start + size, count))
+            yield index, samples, _decode(cache, samples, view)
+            progress(index * count + start + len(samples), len(views) * count)
+
+
 def _metadata(cache: LogitCache) -> dict[str, str]:
     return {
         "deit_fast.manifest": json.dumps(cache.manifest, sort_keys=True),
-        "deit_fast.tau": repr(_tau(cache)),
+        "deit_fast.tau": repr(cache.codec.first_temperature),
     }
 
 
@@ -105,21 +113,17 @@ def _write_parquet(
             return pa.array(array)
         return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
 
-    count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
     writer = None
     try:
-        for index, view in enumerate(views):
-            for start in range(0, count, size):
-                samples = np.arange(start, min(start + size, count))
-                columns = {
-                    "sample": pa.array(samples),
-                    "view": pa.array(np.full(len(samples), view, np.int32)),
-                } | {name: column(value) for name, value in _decode(cache, samples, view).items()}
-                table = pa.table(columns).replace_schema_metadata(_metadata(cache))
-                if writer is None:
-                    writer = pq.ParquetWriter(path, table.schema, compression="zstd")
-                writer.write_table(table)
-                progress(index * count + int(samples[-1]) + 1, len(views) * count)
+        for index, samples, values in _blocks(cache, views, progress):
+            columns = {
+                "sample": pa.array(samples),
+                "view": pa.array(np.full(len(samples), views[index], np.int32)),
+            } | {name: column(value) for name, value in values.items()}
+            table = pa.table(columns).replace_schema_metadata(_metadata(cache))
+            if writer is None:
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table)
     finally:
         if writer is not None:
             writer.close()
@@ -130,7 +134,7 @@ def _write_tensors(
 ) -> None:
     from safetensors.torch import save_file
 
-    count, step = cache.manifest["num_samples"], 4096
+    count = cache.manifest["num_samples"]
     needed = len(views) * sum(
         value.nbytes for value in _decode(cache, np.arange(1), views[0]).values()
     )
@@ -141,15 +145,12 @@ def _write_tensors(
             f"({memory / 2**30:.1f} GiB): export fewer --views, or to .parquet"
         )
     tensors: dict[str, Tensor] = {}
-    for index, view in enumerate(views):
-        for start in range(0, count, step):
-            samples = np.arange(start, min(start + step, count))
-            for name, value in _decode(cache, samples, view).items():
-                if name not in tensors:
-                    shape = (count, len(views), *value.shape[1:])
-                    tensors[name] = torch.empty(shape, dtype=value.dtype)
-                tensors[name][start : start + len(samples), index] = value
-            progress(index * count + start + len(samples), len(views) * count)
+    for index, samples, values in _blocks(cache, views, progress):
+        for name, value in values.items():
+            if name not in tensors:
+                shape = (count, len(views), *value.shape[1:])
+                tensors[name] = torch.empty(shape, dtype=value.dtype)
+            tensors[name][samples[0] : samples[-1] + 1, index] = value
     tensors["views"] = torch.tensor(views)
     if suffix == ".pt":
         torch.save(tensors, path)

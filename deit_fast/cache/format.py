@@ -140,10 +140,11 @@ def require_equal(
     Raises:
         CacheMismatch: names every differing field with both values.
     """
+    plain = json.loads(json.dumps(expected))
     differing = [
-        f"{name} is {_show(found, name)}, expected {_show(expected, name)}"
+        f"{name} is {_show(found, name)}, expected {_show(plain, name)}"
         for name in sorted(expected if names is None else names)
-        if _show(found, name) != _show(expected, name)
+        if (name in found) != (name in plain) or found.get(name) != plain.get(name)
     ]
     if differing:
         noun = "one field" if len(differing) == 1 else f"{len(differing)} fields"
@@ -151,18 +152,7 @@ def require_equal(
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:
-    """A value as JSON in which 1 and 1.0 are the same."""
-    return json.dumps(_merge_numbers(values[name]), sort_keys=True) if name in values else "absent"
-
-
-def _merge_numbers(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, (list, tuple)):
-        return [_merge_numbers(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _merge_numbers(item) for key, item in value.items()}
-    return value
+    return json.dumps(values[name], sort_keys=True) if name in values else "absent"
 
 
 # ---------------------------------------------------------------------------------------------

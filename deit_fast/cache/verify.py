@@ -336,7 +336,7 @@ def draw_records(cache: LogitCache, seed: int = 0) -> RecordSample:
         CacheError: no view is complete, or a block is damaged.
     """
     samples, views = _draw_ids(cache, DRAWN_BLOCKS, DRAWN_RECORDS, seed)
-    tau = float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
+    tau = cache.codec.first_temperature
     logits = cache.gather(samples, views, tau=tau)
     if isinstance(logits, TopK):
         top1 = logits.ids[:, 0]

@@ -104,7 +104,7 @@ def verify_against_teacher(
     require_same_pixels(digests, source, plan, data=data, device=chosen, where=f"cache {path}")
 
     ids, views = _draw(cache, samples, seed)
-    tau = float((cache.manifest["codec"]["temperatures"] or [1.0])[0])
+    tau = cache.codec.first_temperature
     parts = [slice(first, first + _BATCH) for first in range(0, len(ids), _BATCH)]
     batches = [(ids[part], views[part]) for part in parts]
     data = dataclasses.replace(data, workers=0)
