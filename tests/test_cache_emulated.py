@@ -47,7 +47,7 @@ def test_kernels_give_the_bytes_of_the_host(output):
         output,
     )
     assert len(found) == 2, output  # the second is ThreadSanitizer's, with a third of the encoding
-    least = [(200, 200, 20000, 70), (60, 60, 3000, 30)]
+    least = [(120, 200, 20000, 30), (40, 80, 2500, 12)]
     for counts, limits in zip(found, least, strict=True):
         assert all(int(count) >= limit for count, limit in zip(counts, limits, strict=True)), counts
 
