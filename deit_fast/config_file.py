@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast.config import RunConfig, constants
+from deit_fast.config import OptimConfig, RunConfig, constants
 from deit_fast.errors import InputError, did_you_mean
 
 _GROUPS: dict[str, Any] = {
@@ -20,6 +20,9 @@ _GROUPS: dict[str, Any] = {
         if dataclasses.is_dataclass(hint)
     },
 }
+
+# Settings of earlier versions that model.args has replaced.
+_SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
 
 RETIRED: dict[str, Any] = {
     prefix + name: list(value) if isinstance(value, tuple) else value
@@ -32,10 +35,7 @@ RETIRED: dict[str, Any] = {
     "save_minutes": None,
     "data.train": "train",
     "data.val": "val",
-    "model.patch_size": None,
-    "model.embed_dim": None,
-    "model.depth": None,
-    "model.num_heads": None,
+    **{f"model.{name}": None for name in _SHAPE},
 }
 """Settings of earlier versions by dotted key, each with the only value that it has now."""
 
@@ -43,10 +43,7 @@ _REPLACEMENTS = {
     "save_minutes": "set save_steps",
     "data.train": "link your folder under the name train",
     "data.val": "link your folder under the name val",
-    "model.patch_size": "give it in model.args",
-    "model.embed_dim": "give it in model.args",
-    "model.depth": "give it in model.args",
-    "model.num_heads": "give it in model.args",
+    **{f"model.{name}": "give it in model.args" for name in _SHAPE},
     "optim.lr_batch": "scale optim.lr, which is for 512 samples",
 }
 
@@ -61,6 +58,22 @@ def explain_retired(key: str) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dictionary of a config, ready for JSON (tuples become lists there)."""
     return dataclasses.asdict(config)
+
+
+def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings from JSON, those of earlier versions under the names of this one."""
+    values = dict(values)
+    model, optim = values.get("model"), values.get("optim")
+    if isinstance(model, dict) and "args" not in model:
+        shape = [f"{name}={model[name]}" for name in _SHAPE if model.get(name) is not None]
+        rest = {name: value for name, value in model.items() if name not in _SHAPE}
+        values["model"] = rest | ({"args": shape} if shape else {})
+    if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
+        lr, samples = optim["lr"], optim["lr_batch"]
+        if isinstance(lr, (int, float)) and isinstance(samples, int) and samples > 0:
+            current = OptimConfig.lr_batch
+            values["optim"] = optim | {"lr": lr * current / samples, "lr_batch": current}
+    return values
 
 
 def by_dotted_key(values: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +102,7 @@ def load_config(path: str, base: RunConfig) -> RunConfig:
         raise InputError(f"config file {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold a JSON object")
-    return from_dict(RunConfig, values, base=base)
+    return from_dict(RunConfig, from_earlier(values), base=base)
 
 
 def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:

@@ -267,7 +267,7 @@ def test_a_retired_setting_may_only_have_the_value_it_has_now(tmp_path):
             '{"save_minutes": 5.0}',
             r"'save_minutes', here 5\.0, is no longer .* none; set save_steps",
         ),
-        ('{"model": {"depth": 2}}', r"'model\.depth', here 2, .* none; give it in model\.args"),
+        ('{"optim": {"lr_batch": 64}}', r"'optim\.lr_batch', here 64, .* 512; scale optim\.lr"),
     ):
         file.write_text(content)
         with pytest.raises(InputError, match=message):
@@ -277,6 +277,15 @@ def test_a_retired_setting_may_only_have_the_value_it_has_now(tmp_path):
 def test_a_config_file_of_an_earlier_version_is_read():
     """All settings that were retired, with their defaults of then."""
     assert from_dict(RunConfig, EARLIER) == RunConfig()
+
+
+def test_settings_that_have_another_name_now_are_read(tmp_path):
+    file = tmp_path / "config.json"
+    model = {"patch_size": None, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    file.write_text(json.dumps({"model": model, "optim": {"lr": 4e-3, "lr_batch": 2048}}))
+    config = load_config(str(file), RunConfig())
+    assert config.model.args == ("embed_dim=64", "depth=4", "num_heads=2")
+    assert config.optim.lr == 1e-3
 
 
 def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:

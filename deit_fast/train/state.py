@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import RETIRED, by_dotted_key, to_dict
+from deit_fast.config_file import RETIRED, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
@@ -137,7 +137,8 @@ def resume(config: RunConfig, state: TrainState) -> None:
     if found is None:
         return
     path, saved = found
-    differing = _differences(json.loads(saved["config"]), json.loads(json.dumps(to_dict(config))))
+    earlier = from_earlier(json.loads(saved["config"]))
+    differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
     if differing:
         raise InputError(
             f"{path} is of another configuration ({'; '.join(differing)}): choose another --output"
