@@ -63,11 +63,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
     """A run's settings from JSON, those of earlier versions under the names of this one."""
     values = dict(values)
-    model, optim = values.get("model"), values.get("optim")
+    model, optim, codec = (values.get(group) for group in ("model", "optim", "codec"))
     if isinstance(model, dict) and "args" not in model:
         shape = [f"{name}={model[name]}" for name in _SHAPE if model.get(name) is not None]
         rest = {name: value for name, value in model.items() if name not in _SHAPE}
         values["model"] = rest | ({"args": shape} if shape else {})
+    if isinstance(codec, dict):  # the blocks of a cache have no influence on what is read from it
+        values["codec"] = {name: codec[name] for name in codec if name != "block_records"}
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
         lr, samples = optim["lr"], optim["lr_batch"]
         if isinstance(lr, (int, float)) and isinstance(samples, int) and samples > 0:

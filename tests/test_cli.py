@@ -279,10 +279,11 @@ def test_a_config_file_of_an_earlier_version_is_read():
     assert from_dict(RunConfig, EARLIER) == RunConfig()
 
 
-def test_settings_that_have_another_name_now_are_read(tmp_path):
+def test_settings_of_an_earlier_run_are_converted(tmp_path):
     file = tmp_path / "config.json"
     model = {"patch_size": None, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    file.write_text(json.dumps({"model": model, "optim": {"lr": 4e-3, "lr_batch": 2048}}))
+    optim, codec = {"lr": 4e-3, "lr_batch": 2048}, {"block_records": 256}
+    file.write_text(json.dumps({"model": model, "optim": optim, "codec": codec}))
     config = load_config(str(file), RunConfig())
     assert config.model.args == ("embed_dim=64", "depth=4", "num_heads=2")
     assert config.optim.lr == 1e-3
