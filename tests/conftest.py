@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -24,6 +25,11 @@ import torch
 from bench.common import is_gpu_lost
 
 pytest.register_assert_rewrite("helpers")
+
+# Processes that a test starts are forked from one that has imported what they need.
+multiprocessing.set_forkserver_preload(
+    ["deit_fast.train.loop", "deit_fast.precompute", "timm", "torch.distributed.launcher.api"]
+)
 
 # Two cores shared by test processes and loader workers: a second thread mostly waits for the first.
 torch.set_num_threads(1)

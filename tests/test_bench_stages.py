@@ -250,9 +250,10 @@ def test_an_endless_compilation_loses_one_row_and_no_other_stage(
     environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     record.ResultFile.create(tmp_path / "results.json", META)
 
-    def measure(name: str, only: str) -> Command:
+    def measure(name: str, only: str, seconds: str = "{seconds}") -> Command:
         command = gpu.bench(tmp_path, "cpu", name, "--only", only)
-        return Command(name, command.arguments, environment)
+        arguments = (text.replace("{seconds}", seconds) for text in command.arguments)
+        return Command(name, tuple(arguments), environment)
 
     share, calls = 400.0, tmp_path / "slow-g++.calls"
 
@@ -264,7 +265,7 @@ def test_an_endless_compilation_loses_one_row_and_no_other_stage(
     monkeypatch.setattr(stages, "sleep", sleep)
     plan = [
         Stage("slow", share, "", (measure("bias_gelu", r",768\] float32 fwd$"),)),
-        Stage("quick", share, "", (measure("ingest", "B=32"),)),
+        Stage("quick", share, "", (measure("ingest", "B=32", "5"),)),
     ]
     (slow, quick), log = run(plan, 2 * share, tmp_path)
     assert calls.exists(), log

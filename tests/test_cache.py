@@ -330,7 +330,6 @@ def write_share(path: str, manifest: dict, rank: int, world: int, seed: int) -> 
 def test_bytes_do_not_depend_on_world_size_or_order(tmp_path):
     manifest = make_manifest(k=6, block=4)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deit_fast.cache"])
     results = []
     for world in (1, 2, 3, 4):
         path = tmp_path / str(world)

@@ -311,7 +311,6 @@ def test_a_killed_writer_leaves_nothing_that_another_does_not_finish(tmp_path):
     write_slowly(str(tmp_path / "whole"), 0)
     expected = file_bytes(tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deit_fast.cache"])
     rng = np.random.default_rng()  # moments differ from run to run; the result must not
     blocks = KILL_SAMPLES // KILL_BLOCK
     interrupted = 0

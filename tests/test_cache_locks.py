@@ -60,7 +60,6 @@ def locks_in(path: Path) -> list[Path]:
 
 def fork(function, *args):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deit_fast.cache"])
     worker = context.Process(target=function, args=args)
     worker.start()
     return worker

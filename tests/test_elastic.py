@@ -36,8 +36,8 @@ def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[l
     if processes == 1:
         train(config)
     else:
-        done = torchrun(config, WITNESS=str(seen))
-        assert done.returncode == 0, done.stderr[-3000:]
+        status, stderr = torchrun(config, WITNESS=str(seen))
+        assert status == 0, stderr[-3000:]
         assert len(list(seen.glob("*.txt"))) == processes
     return sequence(seen)
 

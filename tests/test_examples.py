@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import run_script
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *args],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    done = run_script(EXAMPLES / name, *args, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

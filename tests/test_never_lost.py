@@ -372,8 +372,8 @@ def test_cache_removed_during_a_run(world, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def whole_of_two(world, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("two") / "whole"
-    done = torchrun(unruly(world, output))
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, stderr = torchrun(unruly(world, output))
+    assert status == 0, stderr[-3000:]
     return output
 
 
@@ -389,8 +389,8 @@ def test_two_processes_equal_one(whole, whole_of_two):
 def test_two_processes_without_a_teacher(world, tmp_path):
     """The distillation head then has no gradient, which DDP must allow."""
     config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1)
-    done = torchrun(config.replace(accumulate=2))
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, stderr = torchrun(config.replace(accumulate=2))
+    assert status == 0, stderr[-3000:]
     train(config.replace(output=str(tmp_path / "one")))
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
@@ -398,19 +398,19 @@ def test_two_processes_without_a_teacher(world, tmp_path):
 @pytest.mark.dist
 def test_a_signal_to_one_rank_stops_both_and_they_resume(world, whole_of_two, tmp_path):
     config = unruly(world, tmp_path / "run", save_steps=None)
-    done = torchrun(config, UNRULY="SIGTERM:3:1")
-    assert done.returncode != 0 and f"exitcode  : {EXIT_STATUS}" in done.stderr, done.stderr[-3000:]
-    assert "saved step" in done.stderr
+    status, stderr = torchrun(config, UNRULY="SIGTERM:3:1")
+    assert status != 0 and f"exitcode  : {EXIT_STATUS}" in stderr, stderr[-3000:]
+    assert "saved step" in stderr
     assert 4 <= last_state(tmp_path / "run")["step"] <= 7
-    assert torchrun(config).returncode == 0
+    assert torchrun(config)[0] == 0
     assert_arrived(tmp_path / "run", whole_of_two)
 
 
 @pytest.mark.dist
 def test_nan_in_one_rank_stops_both(world, tmp_path):
-    done = torchrun(unruly(world, tmp_path / "run"), UNRULY="nan:5:1")
-    assert done.returncode != 0
-    assert "step 6: the loss of rank 1 is not finite" in done.stderr
+    status, stderr = torchrun(unruly(world, tmp_path / "run"), UNRULY="nan:5:1")
+    assert status != 0
+    assert "step 6: the loss of rank 1 is not finite" in stderr
     state = last_state(tmp_path / "run")
     assert state["step"] == 5
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -420,6 +420,6 @@ def test_nan_in_one_rank_stops_both(world, tmp_path):
 def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):
     """Killed at its fifth batch; the restart begins after it and is not killed."""
     config = unruly(world, tmp_path / "run")
-    done = torchrun(config, "--max-restarts", "3", UNRULY="SIGKILL:4:1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, stderr = torchrun(config, restarts=3, UNRULY="SIGKILL:4:1")
+    assert status == 0, stderr[-3000:]
     assert_arrived(tmp_path / "run", whole_of_two)

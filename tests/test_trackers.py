@@ -114,8 +114,8 @@ def test_tensorboard_of_a_rolled_back_run_has_each_row_once(world, tmp_path, mon
 @pytest.mark.dist
 def test_only_the_first_of_two_processes_tracks(world, tmp_path):
     config = unruly(world, tmp_path / "run", track=("tensorboard",), max_steps=2)
-    done = torchrun(config)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, stderr = torchrun(config)
+    assert status == 0, stderr[-3000:]
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
     assert_same(in_tensorboard(tmp_path / "run"), rows_of(tmp_path / "run"), rel=1e-6)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,28 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 outer_run = pytest.mark.skipif(INTERPRETED, reason="is the inner run")
+
+
+def keep_triton_patched() -> None:
+    """Let the interpreter patch triton.language once for each function, and keep it patched.
+
+    It does so again at every call of a function inside a kernel, which takes half of a test's time.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def patch_once(function: Callable[..., Any]) -> SimpleNamespace:
+        patch(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+
+if INTERPRETED:
+    keep_triton_patched()
 
 
 def run_in_the_interpreter(*arguments: str) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.models import load_weights
@@ -21,8 +22,7 @@ from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.train.loop import train
 from deit_fast.train.state import list_checkpoints
-
-TESTS = Path(__file__).parent.parent
+from helpers.processes import forked, redirect
 
 TEACHER = "helpers.unruly_teacher:convnet@{}/teacher.safetensors"
 STEPS = 12
@@ -103,25 +103,11 @@ def train_rows(rows: list[dict]) -> list[dict]:
 
 
 def in_a_child(config: RunConfig) -> int:
-    """Exit status of a process that trains; negative: the signal that killed it.
-
-    It is forked from a server that has only imported the engine. A fork of this process could not
-    run a backward pass once torch has started its own threads here. It computes with as many
-    threads as this process, because the order of sums depends on their number.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deit_fast.train.loop"])
-    child = context.Process(target=_train, args=(config, dict(os.environ), torch.get_num_threads()))
-    child.start()
-    child.join()
-    assert child.exitcode is not None
-    return child.exitcode
+    """Exit status of a process that trains; negative: the signal that killed it."""
+    return forked(_train, config)
 
 
-def _train(config: RunConfig, environment: dict[str, str], threads: int) -> None:
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
+def _train(config: RunConfig) -> None:
     train(config)
 
 
@@ -134,13 +120,30 @@ def assert_close_runs(run: Path, undisturbed: Path) -> None:
             assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
 
 
-def torchrun(config: RunConfig, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    path = Path(config.output).with_suffix(".json")
-    values = to_dict(config)
-    path.write_text(json.dumps(values))
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         *options, "-m", "deit_fast", "train", "--config", str(path)],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, text=True, timeout=500,
+def torchrun(config: RunConfig, restarts: int = 0, **environment: str) -> tuple[int, str]:
+    """Exit status and stderr of `torchrun -m deit_fast train` with two processes.
+
+    torchrun's agent forks them instead of starting Python, whose imports take most of a short run.
+    """
+    path, stderr = Path(config.output).with_suffix(".json"), config.output + ".stderr"
+    path.write_text(json.dumps(to_dict(config)))
+    status = forked(_launch, str(path), restarts, environment, stderr)
+    return status, Path(stderr).read_text()
+
+
+def _launch(path: str, restarts: int, environment: dict[str, str], stderr: str) -> None:
+    redirect(2, stderr)
+    os.environ |= environment
+    standalone = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=path,
+        max_restarts=restarts, start_method="fork",
     )  # fmt: skip
+    try:
+        elastic_launch(standalone, _main)("train", "--config", path)
+    except ChildFailedError as error:
+        sys.exit(str(error))
+
+
+def _main(*arguments: str) -> None:
+    torch.set_num_threads(1)  # as torchrun's OMP_NUM_THREADS=1
+    sys.exit(cli.main(list(arguments)))
