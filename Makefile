@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A module is compiled when it is first imported, which most of the 20,000 never are.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 
 # The machine code of the kernels is checked with the triton version of the GPU machines and the newest.
@@ -19,7 +21,7 @@ TORCH_OLDEST := $(VENV)/torch-2.11.0
 TORCH_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm==1.0.31
 TRAFFIC := $(TORCH_OLDEST)/bin/python -m bench traffic
 
-.PHONY: install demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden traffic traffic-golden fuzz sanitize emulate compare clean
+.PHONY: install environments demo test lint format docs plots bench bench-gpu profile-gpu aot aot-golden traffic traffic-golden fuzz sanitize emulate compare clean
 
 install: $(INSTALLED)
 
@@ -29,23 +31,26 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo 'python3-venv is missing: apt-get install python3-venv'; exit 1; }
 
 $(INSTALLED): $(BIN)/python pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/deit-fast demo
 
-test: $(INSTALLED) $(TRITON_OLDEST)/.installed $(TORCH_OLDEST)/.installed
+# Of tests that need another triton or torch.
+environments: $(TRITON_OLDEST)/.installed $(TORCH_OLDEST)/.installed
+
+test: $(INSTALLED) environments
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 $(VENV)/triton-%/.installed: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --upgrade \
 	  --target $(@D) triton==$*
 	@touch $@
 
 $(TORCH_OLDEST)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_PACKAGES)
+	$(@D)/bin/python -m pip install $(PIP_OPTIONS) $(TORCH_PACKAGES)
 	@touch $@
 
 # Counts the launches of a compiled block and its memory traffic on an H100; needs no GPU.
