@@ -81,7 +81,7 @@ def test_read_ahead_ends_its_threads(tmp_path):
     cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
     assert reading_threads() == 0
     for _ in range(20):
-        ahead = cache.prefetch([(np.arange(5000), 0)], threads=3)
+        ahead = LogitCache.open(tmp_path).prefetch([(np.arange(5000), 0)], threads=3)
         assert 1 <= reading_threads() <= 3
         ahead.close()  # with most of 1,000 blocks still to come
         assert reading_threads() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +31,8 @@ from deit_fast.kernels.distillation_loss import TopK
 # Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
 # many others is mapped and verified again.
 _OPEN_VIEWS = 256
-# Blocks of a batch that the system is asked to read before a thread comes to them: 5 MB at 4096
-# records of 72 bytes.
-_ADVISED = 16
+# Blocks that the system is asked to read at once: 5 MB at 4096 records of 72 bytes.
+_READ_TOGETHER = 16
 _INT64 = np.dtype(np.int64)
 
 _Block: TypeAlias = tuple[_C.ViewReader, int]
@@ -208,7 +208,7 @@ class ReadAhead:
         self._cache, self._batches, self._ahead = cache, batches, ahead
         self._next = self._start = start
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "dlc-read-ahead")
-        self._reading: dict[_Block, Future[int]] = {}  # queued or being read
+        self._tasks: dict[Future[int], list[_Block]] = {}  # queued or running
         self._blocks_read = 0
         self.advance(start)
 
@@ -219,19 +219,19 @@ class ReadAhead:
         self._drop_finished()
         stop = min(step + self._ahead + 1, len(self._batches))
         for upcoming in range(max(self._next, step), stop):
+            requested = {block for blocks in self._tasks.values() for block in blocks}
             unread = self._cache.unread_blocks(*self._batches[upcoming])
-            blocks = [block for block in unread if block not in self._reading]
-            for reader, number in blocks[:_ADVISED]:
-                reader.will_need(number)
-            for index, block in enumerate(blocks):
-                self._reading[block] = self._pool.submit(_read, blocks, index)
+            unread = [block for block in unread if block not in requested]
+            for first in range(0, len(unread), _READ_TOGETHER):
+                blocks = unread[first : first + _READ_TOGETHER]
+                self._tasks[self._pool.submit(_read, blocks)] = blocks
         self._next = max(self._next, stop)
 
     def wait(self) -> int:
         """Wait until all requested blocks have been read; returns their number since the start."""
         if self._pool is None:
             return 0
-        wait(self._reading.values())
+        wait(self._tasks)
         self._drop_finished()
         return self._blocks_read
 
@@ -240,11 +240,12 @@ class ReadAhead:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-            self._reading.clear()
+            self._tasks.clear()
 
     def _drop_finished(self) -> None:
-        finished = [block for block, future in self._reading.items() if future.done()]
-        self._blocks_read += sum(self._reading.pop(block).result() for block in finished)
+        for task in [task for task in self._tasks if task.done()]:
+            del self._tasks[task]
+            self._blocks_read += task.result()
 
     def __iter__(self) -> Iterator[Any]:
         for step in range(self._start, len(self._batches)):
@@ -263,17 +264,16 @@ class ReadAhead:
         self.close()
 
 
-def _read(blocks: list[_Block], index: int) -> int:
-    """Read and verify a block; returns 1, or 0 where it is damaged: `gather` names it then."""
-    if index + _ADVISED < len(blocks):
-        reader, number = blocks[index + _ADVISED]
-        reader.will_need(number)
-    reader, number = blocks[index]
-    try:
-        reader.read_block(number)
-    except (_C.FormatError, OSError):
-        return 0
-    return 1
+def _read(blocks: list[_Block]) -> int:
+    """Read and verify blocks; returns their number without damaged ones, which `gather` names."""
+    for reader, block in blocks:
+        reader.will_need(block)  # the disk reads the next ones while one is verified
+    count = 0
+    for reader, block in blocks:
+        with suppress(_C.FormatError, OSError):
+            reader.read_block(block)
+            count += 1
+    return count
 
 
 def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
