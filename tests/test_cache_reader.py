@@ -78,7 +78,7 @@ def test_read_ahead_goes_no_further_than_asked(tmp_path):
 
 
 def test_read_ahead_ends_its_threads(tmp_path):
-    cache = write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
+    write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
     assert reading_threads() == 0
     for _ in range(20):
         ahead = LogitCache.open(tmp_path).prefetch([(np.arange(5000), 0)], threads=3)
