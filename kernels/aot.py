@@ -22,9 +22,11 @@ Triton's own wheel. Exits with 1 and prints one line per broken rule where a ker
 Without a golden file for the installed triton all but the last are checked. To run another triton
 than the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
 
-The golden file also has a checksum of each kernel's intermediate representation as made by Triton's
-front end, which takes a sixteenth of the time. One triton compiles one IR to one machine code, so
-``--changed`` takes the figures of the file where the checksum is the same, and checks these.
+The golden file also has a checksum of each kernel's intermediate representation after Triton's first
+passes, which takes a sixteenth of the time. They inline functions and merge equal expressions, so
+that the checksum does not depend on how a kernel is divided into functions. One triton compiles one
+IR to one machine code: where the checksum is the same, ``--changed`` takes the figures of the file,
+and checks these.
 """
 
 from __future__ import annotations
@@ -181,7 +183,10 @@ def compile_case(case: Case, arch: str) -> Any:
 
 
 def ir_checksum(case: Case, arch: str) -> int:
-    """48 bits of SHA-256 over options and IR, without names and positions in the source."""
+    """48 bits of SHA-256 over options and the IR after Triton's first passes (``make_ttir``).
+
+    Without names and positions in the source.
+    """
     source, target, options = as_source(case, arch)
     backend = make_backend(target)
     parsed = backend.parse_options(options)
@@ -189,7 +194,10 @@ def ir_checksum(case: Case, arch: str) -> int:
     ir.load_dialects(context)
     backend.load_dialects(context)
     functions = backend.get_codegen_implementation(parsed)
-    text = str(source.make_ir(target, parsed, functions, backend.get_module_map(), context))
+    module = source.make_ir(target, parsed, functions, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    text = str(stages["ttir"](module, {}))
     text = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", "", text, flags=re.MULTILINE)
     text = without_names(text)
     return int(hashlib.sha256(f"{sorted(options.items())}\n{text}".encode()).hexdigest()[:12], 16)
