@@ -36,6 +36,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -204,18 +205,26 @@ def ir_checksum(case: Case, arch: str) -> int:
 
 
 def without_names(text: str) -> str:
-    """IR with functions and values numbered in their order. Values are local to a function."""
-    numbers: dict[tuple[int, str], int] = {}
+    """IR with values numbered in the order of their definitions, and constants instead of names.
 
-    def number(function: int, name: str) -> str:
-        key = (-1 if name.startswith("@") else function, name)
-        return f"{name[0]}{numbers.setdefault(key, len(numbers))}"
+    MLIR uses a name again in another region, so that a definition gets a new number.
+    """
+    names: dict[str, str] = {}
+    numbers = itertools.count()
 
-    functions = re.split(r"^(?=\s*tt\.func)", text, flags=re.MULTILINE)
-    return "".join(
-        re.sub(r'@"[^"]*"|[@%][\w.$-]+', lambda name, i=i: number(i, name[0]), function)  # type: ignore[misc]
-        for i, function in enumerate(functions)
-    )
+    def renamed(found: re.Match[str]) -> str:
+        name, definition = found.groups(default="")
+        if definition or name not in names:
+            names[name] = f"{name[0]}{next(numbers)}"
+        return names[name] + definition
+
+    lines = []
+    for line in text.splitlines():
+        if constant := re.match(r"\s*(%[\w.$-]+) = (arith\.constant .*)", line):
+            names[constant[1]] = constant[2]
+        else:
+            lines.append(re.sub(r'(@"[^"]*"|[@%][\w.$-]+)((?::\d+)? = |: )?', renamed, line))
+    return "\n".join(lines)
 
 
 def compile_logged(case: Case, arch: str) -> tuple[Any, str]:

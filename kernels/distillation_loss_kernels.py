@@ -114,8 +114,11 @@ def load(row, at, classes, fill, BLOCK: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def store(row, at, classes, value, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Write a block of a gradient, if one is requested."""
     cols = at + tl.arange(0, BLOCK)
-    if FULL:
+    if row.pointer is None:
+        pass
+    elif FULL:
         tl.store(row.pointer + (row.start + at) + tl.arange(0, BLOCK), value)
     elif row.VEC == 1:
         tl.store(row.pointer + row.start + cols, value, mask=cols < classes)
@@ -176,18 +179,13 @@ def over_lanes(maximum, total, scale):
 
 
 @triton.jit
-def gather_block(maximum, total, row, at, classes, scale, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    z = load(row, at, classes, NEG_INF, BLOCK, FULL)
-    return gather_in(maximum, total, z, scale, row.VEC)
-
-
-@triton.jit
 def long_maximum_and_total(row, classes, scale, BLOCK: tl.constexpr):
     last = last_block(classes, BLOCK)
     maximum, total = no_lanes(BLOCK, row.VEC)
     for FULL in tl.static_range(2):
         for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-            maximum, total = gather_block(maximum, total, row, at, classes, scale, BLOCK, FULL == 1)
+            z = load(row, at, classes, NEG_INF, BLOCK, FULL == 1)
+            maximum, total = gather_in(maximum, total, z, scale, row.VEC)
     return over_lanes(maximum, total, scale)
 
 
@@ -238,78 +236,31 @@ def cross_entropy_row(
         if target.FORM == DENSE:
             mass = tl.sum(t, 0)
         loss, g = cross_entropy_block(z, t, mass, maximum, tl.log2(total), LOG2E)
-        if gradient.pointer is not None:
-            store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
+        store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
         return tl.sum(loss, 0)
     if target.FORM == DENSE:
-        return long_dense_row(
-            logits, gradient, classes, gradient_scale,
-            target.soft, target.keep, target.spread, target.SMOOTH, BLOCK,
-        )  # fmt: skip
-    return long_label_row(
-        logits, gradient, classes, gradient_scale, target.first, target.second,
-        target.first_weight, target.second_weight, target.spread, target.FORM, target.SMOOTH, BLOCK,
-    )  # fmt: skip
+        return long_dense_row(logits, gradient, classes, gradient_scale, target, BLOCK)
+    return long_label_row(logits, gradient, classes, gradient_scale, target, BLOCK)
 
 
 @triton.jit
-def long_dense_block(
-    losses, logits, gradient, at, classes, gradient_scale, soft, keep, spread,
-    mass, maximum, log2_total,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    z = load(logits, at, classes, NEG_INF, BLOCK, FULL)
-    t = target_block(
-        at, classes, Target(0, 0, 0.0, 0.0, soft, keep, spread, DENSE, SMOOTH), BLOCK, FULL
-    )
-    loss, g = cross_entropy_block(z, t, mass, maximum, log2_total, LOG2E)
-    if gradient.pointer is not None:
-        store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
-    return losses + loss
-
-
-@triton.jit
-def long_dense_row(
-    logits, gradient, classes, gradient_scale, soft, keep, spread,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def long_dense_row(logits, gradient, classes, gradient_scale, target, BLOCK: tl.constexpr):
     maximum, total = long_maximum_and_total(logits, classes, LOG2E, BLOCK)
     log2_total = tl.log2(total)
     last = last_block(classes, BLOCK)
-    masses = target_block(
-        last, classes, Target(0, 0, 0.0, 0.0, soft, keep, spread, DENSE, SMOOTH), BLOCK, False
-    )
+    masses = target_block(last, classes, target, BLOCK, False)
     for at in range(0, last, BLOCK):
-        masses += target_block(
-            at, classes, Target(0, 0, 0.0, 0.0, soft, keep, spread, DENSE, SMOOTH), BLOCK, True
-        )
+        masses += target_block(at, classes, target, BLOCK, True)
     mass = tl.sum(masses, 0)
     losses = tl.zeros([BLOCK], tl.float32)
     for FULL in tl.static_range(2):
         for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-            losses = long_dense_block(
-                losses, logits, gradient, at, classes, gradient_scale, soft, keep, spread,
-                mass, maximum, log2_total, SMOOTH, BLOCK, FULL == 1,
-            )  # fmt: skip
+            z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+            t = target_block(at, classes, target, BLOCK, FULL == 1)
+            loss, g = cross_entropy_block(z, t, mass, maximum, log2_total, LOG2E)
+            store(gradient, at, classes, g * gradient_scale, BLOCK, FULL == 1)
+            losses += loss
     return tl.sum(losses, 0)
-
-
-@triton.jit
-def long_label_block(
-    sums, logits, gradient, at, classes, gradient_scale, spread, maximum, log2_total,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Adds log2 p of a block to ``sums`` and stores the gradient of classes without a label."""
-    cols = at + tl.arange(0, BLOCK)
-    z = load(logits, at, classes, NEG_INF, BLOCK, FULL)
-    log2_p = (z - maximum) * LOG2E - log2_total
-    g = tl.exp2(log2_p)
-    if SMOOTH:
-        g -= spread
-        sums += log2_p if FULL else tl.where(cols < classes, log2_p, 0.0)
-    if gradient.pointer is not None:
-        store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
-    return sums
 
 
 @triton.jit
@@ -323,33 +274,34 @@ def label_entry(z, exists, t, gradient, label, gradient_scale, spread, maximum, 
 
 
 @triton.jit
-def long_label_row(
-    logits, gradient, classes, gradient_scale, first, second, first_weight, second_weight, spread,
-    FORM: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def long_label_row(logits, gradient, classes, gradient_scale, target, BLOCK: tl.constexpr):
     """One or two labels; their classes come last, so that no block is compared with the labels."""
-    if not SMOOTH:
-        spread = 0.0
+    first, second, first_weight = target.first, target.second, target.first_weight
+    spread = target.spread if target.SMOOTH else 0.0
     has_first = (first >= 0) & (first < classes)
     p = logits.pointer + logits.start + first
     z_first = tl.load(p, mask=has_first, other=0.0).to(tl.float32)
-    if FORM == PAIR:
-        first_weight += tl.where(second == first, second_weight, 0.0)
+    if target.FORM == PAIR:
+        first_weight += tl.where(second == first, target.second_weight, 0.0)
         has_second = (second >= 0) & (second < classes) & (second != first)
         p = logits.pointer + logits.start + second
         z_second = tl.load(p, mask=has_second, other=0.0).to(tl.float32)
     maximum, total = long_maximum_and_total(logits, classes, LOG2E, BLOCK)
     log2_total = tl.log2(total)
     loss = 0.0
-    if SMOOTH or gradient.pointer is not None:
+    if target.SMOOTH or gradient.pointer is not None:
         last = last_block(classes, BLOCK)
-        sums = tl.zeros([BLOCK], tl.float32)
+        sums = tl.zeros([BLOCK], tl.float32)  # of log2 p
         for FULL in tl.static_range(2):
             for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-                sums = long_label_block(
-                    sums, logits, gradient, at, classes, gradient_scale, spread,
-                    maximum, log2_total, SMOOTH, BLOCK, FULL == 1,
-                )  # fmt: skip
+                cols = at + tl.arange(0, BLOCK)
+                z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+                log2_p = (z - maximum) * LOG2E - log2_total
+                g = tl.exp2(log2_p)
+                if target.SMOOTH:
+                    g -= spread
+                    sums += log2_p if FULL else tl.where(cols < classes, log2_p, 0.0)
+                store(gradient, at, classes, g * gradient_scale, BLOCK, FULL == 1)
         loss = tl.sum(sums, 0) * (-spread * LN2)
     if gradient.pointer is not None:
         tl.debug_barrier()  # other threads wrote the labels' entries with those of their blocks
@@ -357,9 +309,9 @@ def long_label_row(
         z_first, has_first, first_weight, gradient, first, gradient_scale, spread,
         maximum, log2_total,
     )  # fmt: skip
-    if FORM == PAIR:
+    if target.FORM == PAIR:
         loss += label_entry(
-            z_second, has_second, second_weight, gradient, second, gradient_scale, spread,
+            z_second, has_second, target.second_weight, gradient, second, gradient_scale, spread,
             maximum, log2_total,
         )  # fmt: skip
     return loss
@@ -371,8 +323,14 @@ def long_label_row(
 
 
 @triton.jit
-def binary_block(z, positive, smoothing, inverse_classes, SMOOTH: tl.constexpr):
-    """Losses softplus(-z or z) of a block and their gradients; smoothing adds a linear term."""
+def add_binary_block(
+    losses, logits, gradient, at, classes, gradient_scale, target, smoothing, inverse_classes,
+    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Adds losses softplus(-z or z) of a block; smoothing adds a term linear in z."""
+    cols = at + tl.arange(0, BLOCK)
+    z = load(logits, at, classes, 0.0, BLOCK, FULL)
+    positive = target_block(at, classes, target, BLOCK, FULL) > 0
     y = tl.where(positive, -z, z)
     small = tl.exp2(-tl.abs(y) * LOG2E)
     one = 1.0 + small
@@ -387,20 +345,7 @@ def binary_block(z, positive, smoothing, inverse_classes, SMOOTH: tl.constexpr):
         shift = smoothing * (tl.where(positive, 1.0, 0.0) - inverse_classes)
         loss += shift * z
         g += shift
-    return loss, g
-
-
-@triton.jit
-def add_binary_block(
-    losses, logits, gradient, at, classes, gradient_scale, target, smoothing, inverse_classes,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    cols = at + tl.arange(0, BLOCK)
-    z = load(logits, at, classes, 0.0, BLOCK, FULL)
-    t = target_block(at, classes, target, BLOCK, FULL)
-    loss, g = binary_block(z, t > 0, smoothing, inverse_classes, SMOOTH)
-    if gradient.pointer is not None:
-        store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
+    store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
     return losses + (loss if FULL else tl.where(cols < classes, loss, 0.0))
 
 
@@ -447,19 +392,6 @@ def divergence_block(z, x, maximum, log2_total, t_maximum, t_log2_total, scale):
 
 
 @triton.jit
-def long_divergence_block(
-    losses, logits, gradient, teacher, at, classes, scale, gradient_scale,
-    maximum, log2_total, t_maximum, t_log2_total, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    z = load(logits, at, classes, NEG_INF, BLOCK, FULL)
-    x = load(teacher, at, classes, NEG_INF, BLOCK, FULL)
-    loss, g = divergence_block(z, x, maximum, log2_total, t_maximum, t_log2_total, scale)
-    if gradient.pointer is not None:
-        store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
-    return losses + loss
-
-
-@triton.jit
 def divergence_row(
     logits, gradient, teacher, classes, scale, gradient_scale,
     BLOCK: tl.constexpr, SINGLE: tl.constexpr,
@@ -472,30 +404,28 @@ def divergence_row(
         loss, g = divergence_block(
             z, x, maximum, tl.log2(total), t_maximum, tl.log2(t_total), scale
         )
-        if gradient.pointer is not None:
-            store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
+        store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
         return tl.sum(loss, 0)
     last = last_block(classes, BLOCK)
     maximum, total = no_lanes(BLOCK, logits.VEC)
     t_maximum, t_total = no_lanes(BLOCK, teacher.VEC)
     for FULL in tl.static_range(2):
         for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-            maximum, total = gather_block(
-                maximum, total, logits, at, classes, scale, BLOCK, FULL == 1
-            )
-            t_maximum, t_total = gather_block(
-                t_maximum, t_total, teacher, at, classes, scale, BLOCK, FULL == 1
-            )
+            z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+            maximum, total = gather_in(maximum, total, z, scale, logits.VEC)
+            x = load(teacher, at, classes, NEG_INF, BLOCK, FULL == 1)
+            t_maximum, t_total = gather_in(t_maximum, t_total, x, scale, teacher.VEC)
     maximum, total = over_lanes(maximum, total, scale)
     t_maximum, t_total = over_lanes(t_maximum, t_total, scale)
     log2_total, t_log2_total = tl.log2(total), tl.log2(t_total)
     losses = tl.zeros([BLOCK], tl.float32)
     for FULL in tl.static_range(2):
         for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-            losses = long_divergence_block(
-                losses, logits, gradient, teacher, at, classes, scale, gradient_scale,
-                maximum, log2_total, t_maximum, t_log2_total, BLOCK, FULL == 1,
-            )  # fmt: skip
+            z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+            x = load(teacher, at, classes, NEG_INF, BLOCK, FULL == 1)
+            loss, g = divergence_block(z, x, maximum, log2_total, t_maximum, t_log2_total, scale)
+            store(gradient, at, classes, g * gradient_scale, BLOCK, FULL == 1)
+            losses += loss
     return tl.sum(losses, 0)
 
 
@@ -540,38 +470,6 @@ def topk_block(z, member, valid, student, scale, inverse_tau, teacher, TAIL: tl.
 
 
 @triton.jit
-def gather_topk_block(
-    lanes, totals, out_lanes, out_totals, logits, ids, at, classes, kept, scale,
-    TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Maximum and sum of each lane, over all classes and over those outside the ids."""
-    z = load(logits, at, classes, NEG_INF, BLOCK, FULL)
-    lanes, totals = gather_in(lanes, totals, z, scale, logits.VEC)
-    if TAIL == BUCKET:
-        member = members(ids, kept, at, BLOCK, IDS)
-        z = tl.where(member, NEG_INF, z)
-        out_lanes, out_totals = gather_in(out_lanes, out_totals, z, scale, logits.VEC)
-    return lanes, totals, out_lanes, out_totals
-
-
-@triton.jit
-def long_topk_block(
-    outsides, logits, gradient, ids, at, classes, kept, student, scale, inverse_tau,
-    gradient_scale, teacher,
-    TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    cols = at + tl.arange(0, BLOCK)
-    z = load(logits, at, classes, NEG_INF, BLOCK, FULL)
-    member = cols < 0
-    if TAIL >= UNIFORM:
-        member = members(ids, kept, at, BLOCK, IDS)
-    outside, g = topk_block(z, member, cols < classes, student, scale, inverse_tau, teacher, TAIL)
-    if gradient.pointer is not None:
-        store(gradient, at, classes, g * gradient_scale, BLOCK, FULL)
-    return outsides + outside
-
-
-@triton.jit
 def topk_row(
     logits, gradient, ids, log_probs, log_rest, classes, kept, scale, inverse_tau, gradient_scale,
     TAIL: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
@@ -610,8 +508,7 @@ def topk_row(
             z, member, cols < classes, Softmax(maximum, total, out_maximum, inverse(out_total)),
             scale, inverse_tau, teacher, TAIL,
         )  # fmt: skip
-        if gradient.pointer is not None:
-            store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
+        store(gradient, 0, classes, g * gradient_scale, BLOCK, False)
         log_p_outside = tl.sum(outside, 0)
     else:
         lanes, totals = no_lanes(BLOCK, logits.VEC)
@@ -619,10 +516,11 @@ def topk_row(
         last = last_block(classes, BLOCK)
         for FULL in tl.static_range(2):
             for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-                lanes, totals, out_lanes, out_totals = gather_topk_block(
-                    lanes, totals, out_lanes, out_totals, logits, ids, at, classes, kept, scale,
-                    TAIL, IDS, BLOCK, FULL == 1,
-                )  # fmt: skip
+                z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+                lanes, totals = gather_in(lanes, totals, z, scale, logits.VEC)
+                if TAIL == BUCKET:
+                    z = tl.where(members(ids, kept, at, BLOCK, IDS), NEG_INF, z)
+                    out_lanes, out_totals = gather_in(out_lanes, out_totals, z, scale, logits.VEC)
         maximum, total = over_lanes(lanes, totals, scale)
         if TAIL == BUCKET:
             out_maximum, out_total = over_lanes(out_lanes, out_totals, scale)
@@ -630,10 +528,16 @@ def topk_row(
         outsides = tl.zeros([BLOCK], tl.float32)
         for FULL in tl.static_range(2):
             for at in range(0 if FULL else last, last if FULL else classes, BLOCK):
-                outsides = long_topk_block(
-                    outsides, logits, gradient, ids, at, classes, kept, student,
-                    scale, inverse_tau, gradient_scale, teacher, TAIL, IDS, BLOCK, FULL == 1,
-                )  # fmt: skip
+                cols = at + tl.arange(0, BLOCK)
+                z = load(logits, at, classes, NEG_INF, BLOCK, FULL == 1)
+                member = cols < 0
+                if TAIL >= UNIFORM:
+                    member = members(ids, kept, at, BLOCK, IDS)
+                outside, g = topk_block(
+                    z, member, cols < classes, student, scale, inverse_tau, teacher, TAIL
+                )
+                store(gradient, at, classes, g * gradient_scale, BLOCK, FULL == 1)
+                outsides += outside
         log_p_outside = tl.sum(outsides, 0)
 
     # Natural logarithms, as the teacher's: two roundings fewer than through base 2.
@@ -662,14 +566,6 @@ def topk_row(
 
 
 @triton.jit
-def decision_block(best, where, teacher, at, classes, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """The highest logit of each lane so far, and the first block that has it."""
-    x = load(teacher, at, classes, NEG_INF, BLOCK, FULL)
-    highest = tl.max(by_lane(x, teacher.VEC), 1)
-    return tl.maximum(best, highest), tl.where(highest > best, at, where)
-
-
-@triton.jit
 def dense_decision(teacher, classes, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
     if SINGLE:
         highest = NEG_INF
@@ -683,12 +579,14 @@ def dense_decision(teacher, classes, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
             highest = tl.maximum(highest, top)
         return decision
     last = last_block(classes, BLOCK)
-    best, _ = no_lanes(BLOCK, teacher.VEC)
+    best, _ = no_lanes(BLOCK, teacher.VEC)  # the highest logit of each lane
     best += NEG_INF
-    where = tl.zeros_like(best).to(tl.int32)
+    where = tl.zeros_like(best).to(tl.int32)  # and the first block that has it
     for PARTIAL in tl.static_range(2):  # in order: of equal logits the first counts
         for at in range(last if PARTIAL else 0, classes if PARTIAL else last, BLOCK):
-            best, where = decision_block(best, where, teacher, at, classes, BLOCK, PARTIAL == 0)
+            x = load(teacher, at, classes, NEG_INF, BLOCK, PARTIAL == 0)
+            tops = tl.max(by_lane(x, teacher.VEC), 1)
+            best, where = tl.maximum(best, tops), tl.where(tops > best, at, where)
     top = tl.max(best, 0)
     at = tl.min(tl.where(best == top, where, classes), 0)  # the first block that has it
     x = load(teacher, at, classes, NEG_INF, BLOCK, False)
