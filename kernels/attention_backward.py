@@ -57,15 +57,6 @@ def _store_rows(
 
 
 @triton.jit
-def _store_column_sums(
-    pointer, parts, factor, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Sums over the rows of one program. Rows past the last token are zeros, because P is 0."""
-    for i in tl.static_range(PARTS):
-        tl.store(pointer + i * WIDTH + tl.arange(0, WIDTH), tl.sum(parts[i], 0) * factor)
-
-
-@triton.jit
 def _row_products(a, b, PARTS: tl.constexpr):
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     for i in tl.static_range(1, PARTS):
@@ -74,45 +65,19 @@ def _row_products(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _query_gradient(
-    q, do, lse, delta, k, v, dq, start, tokens, scale2, PARTS: tl.constexpr,
-    KEYS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dq plus what one block of keys adds to it, without the factor scale."""
-    p = tl.exp2(over_columns(q, k, PARTS, PRECISION, UPCAST) * scale2 - lse[:, None])
-    p = only_keys(p, start, tokens, 0.0, KEYS, RAGGED)
-    dp = over_columns(do, v, PARTS, PRECISION, UPCAST)
-    ds = (p * (dp - delta[:, None])).to(k[0].dtype)
-    return add_products(dq, ds, k, PARTS, PRECISION, UPCAST)
-
-
-@triton.jit
-def _key_gradients(
-    k, v, q, do, lse, delta, dk, dv, scale2, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dk (without the factor scale) and dv plus what one block of queries adds to them.
-
-    All matrices are transposed, [keys, queries], so that P and dS are left operands as computed.
-    """
-    p = tl.exp2(over_columns(k, q, PARTS, PRECISION, UPCAST) * scale2 - lse[None, :])
-    dv = add_products(dv, p.to(do[0].dtype), do, PARTS, PRECISION, UPCAST)
-    dp = over_columns(v, do, PARTS, PRECISION, UPCAST)
-    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
-    return add_products(dk, ds, q, PARTS, PRECISION, UPCAST), dv
-
-
-@triton.jit
 def _query_step(
     q, do, lse, delta, k_at, v_at, start, tokens, stride_n, dq, scale2, WIDTH: tl.constexpr,
     PARTS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dq plus what one block of keys adds to it, without the factor scale."""
     k = load_rows(k_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
     v = load_rows(v_at, start, tokens, stride_n, KEYS, WIDTH, PARTS, RAGGED)
-    return _query_gradient(
-        q, do, lse, delta, k, v, dq, start, tokens, scale2, PARTS, KEYS, RAGGED, PRECISION, UPCAST
-    )
+    p = tl.exp2(over_columns(q, k, PARTS, PRECISION, UPCAST) * scale2 - lse[:, None])
+    p = only_keys(p, start, tokens, 0.0, KEYS, RAGGED)
+    dp = over_columns(do, v, PARTS, PRECISION, UPCAST)
+    ds = (p * (dp - delta[:, None])).to(k[0].dtype)
+    return add_products(dq, ds, k, PARTS, PRECISION, UPCAST)
 
 
 @triton.jit
@@ -145,7 +110,8 @@ def _query_role(
         )  # fmt: skip
     if sums_at is not None:  # before the rows, because otherwise ptxas spills on sm_100
         sums_at += start // ROWS * out_stride
-        _store_column_sums(sums_at, dq, scale, WIDTH, PARTS)
+        for i in tl.static_range(PARTS):  # rows past the last token are zeros, because P is 0
+            tl.store(sums_at + i * WIDTH + tl.arange(0, WIDTH), tl.sum(dq[i], 0) * scale)
     _store_rows(dq_at, start, tokens, 3 * out_stride, dq, scale, ROWS, WIDTH, PARTS)
 
 
@@ -155,6 +121,10 @@ def _key_step(
     dk, dv, scale2, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dk (without the factor scale) and dv plus what one block of queries adds to them.
+
+    All matrices are transposed, [keys, queries], so that P and dS are left operands as computed.
+    """
     q = load_rows(q_at, start, tokens, stride_n, ROWS, WIDTH, PARTS, RAGGED)
     do = load_rows(do_at, start, tokens, grad_stride_n, ROWS, WIDTH, PARTS, RAGGED)
     lse = load_row_values(lse_at, start, tokens, float("inf"), ROWS, RAGGED)
@@ -163,7 +133,11 @@ def _key_step(
         delta = _row_products(do, o, PARTS)
     else:
         delta = load_row_values(delta_at, start, tokens, 0.0, ROWS, RAGGED)
-    return _key_gradients(k, v, q, do, lse, delta, dk, dv, scale2, PARTS, PRECISION, UPCAST)
+    p = tl.exp2(over_columns(k, q, PARTS, PRECISION, UPCAST) * scale2 - lse[None, :])
+    dv = add_products(dv, p.to(do[0].dtype), do, PARTS, PRECISION, UPCAST)
+    dp = over_columns(v, do, PARTS, PRECISION, UPCAST)
+    ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+    return add_products(dk, ds, q, PARTS, PRECISION, UPCAST), dv
 
 
 @triton.jit
