@@ -22,11 +22,11 @@ Triton's own wheel. Exits with 1 and prints one line per broken rule where a ker
 Without a golden file for the installed triton all but the last are checked. To run another triton
 than the installed one: PYTHONPATH=<folder with it> python -m deit_fast.kernels.aot.
 
-The golden file also has a checksum of each kernel's intermediate representation after Triton's first
-passes, which takes a sixteenth of the time. They inline functions and merge equal expressions, so
-that the checksum does not depend on how a kernel is divided into functions. One triton compiles one
-IR to one machine code: where the checksum is the same, ``--changed`` takes the figures of the file,
-and checks these.
+The golden file also has a checksum of each kernel's intermediate representation after Triton's
+first passes, which takes a sixteenth of the time. They inline functions and merge equal
+expressions, so that the checksum does not depend on how a kernel is divided into functions. One
+triton compiles one IR to one machine code: where the checksum is the same, ``--changed`` takes the
+figures of the file, and checks these.
 """
 
 from __future__ import annotations
