@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError
-from deit_fast.kernels.distillation_loss import (
-    KINDS,
-    REDUCTIONS,
-    distillation_loss,
-    hard_distillation,
-    soft_distillation,
-)
+from deit_fast.kernels.distillation_loss import KINDS, REDUCTIONS, distillation_loss
 
 
 def fusible_smoothing(criterion: Callable[[Tensor, Tensor], Tensor]) -> float | None:
@@ -117,25 +111,19 @@ class DistillationLoss(nn.Module):
         assert self.teacher_model is not None
         with torch.no_grad():
             teacher = self.teacher_model(inputs)
-        if self.smoothing is not None:
-            loss = distillation_loss(
-                class_logits,
-                distill_logits,
-                labels,
-                teacher,
-                kind=self.distillation_type,
-                alpha=self.alpha,
-                tau=self.tau,
-                smoothing=self.smoothing,
-                reduction=self.reduction,
-            )
-            assert isinstance(loss, Tensor)  # without return_parts
+        is_fusible = self.smoothing is not None
+        loss = distillation_loss(
+            class_logits if is_fusible else None,
+            distill_logits,
+            labels,
+            teacher,
+            kind=self.distillation_type,
+            alpha=self.alpha,
+            tau=self.tau,
+            smoothing=self.smoothing or 0.0,
+            reduction=self.reduction,
+        )
+        assert isinstance(loss, Tensor)  # without return_parts
+        if is_fusible:
             return loss
-        base = self.base_criterion(class_logits, labels)
-        if self.distillation_type == "hard":
-            distillation = hard_distillation(distill_logits, teacher)
-        else:
-            distillation = soft_distillation(
-                distill_logits, teacher, tau=self.tau, reduction=self.reduction
-            )
-        return (1 - self.alpha) * base + self.alpha * distillation
+        return (1 - self.alpha) * self.base_criterion(class_logits, labels) + self.alpha * loss

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_tensor
 from .launching import TYPE_NAMES, Launch, can_run, launch, operator, planned, recording, scratch
 from .rows import SUM_COLS, SUM_ROWS, add_up, as_rows, common_vector, max_programs, row_tile
 
@@ -589,42 +590,27 @@ def _normed_dtype(residual: Tensor, branch: Tensor | None) -> torch.dtype:
     return residual.dtype if branch is None else branch.dtype
 
 
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...], residual: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} but a residual of {tuple(residual.shape)} "
-            f"needs {tuple(shape)}"
-        )
-    if not value.is_floating_point():
-        raise ValueError(f"{name} must hold floats, not {value.dtype}")
-    if value.device != residual.device:
-        raise ValueError(f"{name} is on {value.device} but residual is on {residual.device}")
-
-
 def _check(
     residual: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None,
     keep_scale: Tensor | None, eps: float, branch_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    if not isinstance(residual, Tensor) or not residual.is_floating_point():
-        found = residual.dtype if isinstance(residual, Tensor) else type(residual).__name__
-        raise ValueError(f"residual must be a tensor of floats, not {found}")
+    check_tensor("residual", residual, "floats")
     if residual.dim() < 2 or residual.shape[-1] == 0:
-        raise ValueError(f"residual must be [B, ..., C] with C > 0, not {tuple(residual.shape)}")
-    channels = residual.shape[-1:]
+        raise ValueError(
+            f"residual must have shape [B, ..., C] with C > 0, not {tuple(residual.shape)}"
+        )
+    samples, channels = residual.shape[:1], residual.shape[-1:]
+    check_tensor("weight", weight, "floats", channels, residual, "residual")
+    check_tensor("bias", bias, "floats", channels, residual, "residual")
     if branch is not None:
-        _check_tensor("branch", branch, residual.shape, residual)
-    _check_tensor("weight", weight, channels, residual)
-    _check_tensor("bias", bias, channels, residual)
+        check_tensor("branch", branch, "floats", residual.shape, residual, "residual")
     for name, value, shape in (
-        ("gamma", gamma, channels),
-        ("keep_scale", keep_scale, residual.shape[:1]),
+        ("gamma", gamma, channels), ("keep_scale", keep_scale, samples),
         ("branch_bias", branch_bias, channels),
-    ):
+    ):  # fmt: skip
         if value is None:
             continue
-        _check_tensor(name, value, shape, residual)
+        check_tensor(name, value, "floats", shape, residual, "residual")
         if branch is None:
             raise ValueError(f"{name} of shape {tuple(value.shape)} needs a branch, which is None")
     if not eps >= 0:

@@ -50,7 +50,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +62,7 @@ from . import attention_tiles
 from .attention_backward import attention_op, backward_kinds, launch_backward
 from .attention_forward import forward_kind, forward_results, launch_forward
 from .attention_tiles import PER_HEAD, TILES_FILE, Key, Tiles, key_of, tiles_of
+from .checks import check_tensor
 from .launching import TYPE_NAMES, Launch, can_run
 
 __all__ = ["attention_qkvpacked"]
@@ -89,11 +89,6 @@ def uses_kernels(x: Tensor, width: int) -> bool:
     return width in WIDTHS and can_run(x)
 
 
-@functools.cache
-def _say_once(device: str, dtype: torch.dtype, width: int) -> None:
-    logging.getLogger(__name__).debug("%s, D=%d on %s takes the reference", dtype, width, device)
-
-
 def attention_qkvpacked(
     qkv: Tensor, scale: float | None = None, *, query_bias: Tensor | None = None
 ) -> Tensor:
@@ -117,21 +112,17 @@ def attention_qkvpacked(
     Raises:
         ValueError: a shape, dtype or scale that does not fit, by name and value.
     """
-    if not isinstance(qkv, Tensor):
-        raise ValueError(f"qkv must be a tensor, not {type(qkv).__name__}")
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
+    check_tensor("qkv", qkv, "floats", ("B", "N", 3, "H", "D"))
+    if 0 in qkv.shape[1:]:
         raise ValueError(
             f"qkv must have shape [B, N, 3, H, D] with N, H, D > 0, not {tuple(qkv.shape)}"
         )
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv must hold floats, not {qkv.dtype}")
     if scale is None:
         scale = 1 / math.sqrt(qkv.shape[-1])
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, not {scale}")
-    if query_bias is not None and query_bias.shape != (qkv.shape[3:].numel(),):
-        expected = (qkv.shape[3:].numel(),)
-        raise ValueError(f"query_bias has shape {tuple(query_bias.shape)}, not {expected}")
+    if query_bias is not None:
+        check_tensor("query_bias", query_bias, "floats", (qkv.shape[3:].numel(),), qkv, "qkv")
     device = qkv.device.type
     if qkv.dtype != torch.float64 and torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
@@ -141,8 +132,6 @@ def attention_qkvpacked(
     if query_bias is not None:  # zeros, through which the gradient flows
         zero = (query_bias - query_bias.detach()).to(qkv.dtype).view(qkv.shape[3:])
         qkv = torch.cat((qkv[:, :, :1] + zero, qkv[:, :, 1:]), 2)
-    if not torch.compiler.is_compiling():
-        _say_once(device, qkv.dtype, qkv.shape[-1])
     return reference(qkv, scale)
 
 

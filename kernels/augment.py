@@ -31,7 +31,6 @@ Pillow; with TRITON_INTERPRET=1 a CPU runs the kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,6 +42,7 @@ from torch import Tensor
 from .augment_reference import HALF as _HALF
 from .augment_reference import KINDS, TABLE_COLUMNS, AugmentTable, reference, resize_columns
 from .augment_reference import WEIGHT_BITS as _WEIGHT_BITS
+from .checks import can_check_values, check_tensor, check_values
 from .launching import INTERPRETED, Launch, launch, on_gpu, operator, recording
 
 __all__ = ["KINDS", "TABLE_COLUMNS", "AugmentTable", "augment", "resize_columns"]
@@ -406,8 +406,7 @@ def _launch(
 def _augment(
     pixels: Tensor, images: Tensor, rows: Tensor, weights: Tensor, size: int, fill: Sequence[int]
 ) -> Tensor:
-    # Reading values on a GPU waits for it.
-    if not pixels.is_cuda or os.environ.get("DEIT_FAST_DEBUG") == "1":
+    if can_check_values(pixels):
         _check_values(pixels, images, rows, weights, size)
     pixels, images, rows, weights = (x.contiguous() for x in (pixels, images, rows, weights))
     if not (INTERPRETED or on_gpu(pixels)):
@@ -474,34 +473,17 @@ def augment(
 
 
 def _check(pixels: Any, images: Any, table: Any, size: Any, fill: Any) -> None:
-    _require(
-        isinstance(table, tuple) and len(table) == 2,
-        f"table must be an AugmentTable, not {type(table).__name__}",
-    )
-    columns = len(TABLE_COLUMNS)
-    for name, value, dtype, shape in (
-        ("pixels", pixels, torch.uint8, ("P",)),
-        ("images", images, torch.int64, ("N", 3)),
-        ("table.rows", table[0], torch.int64, ("B", columns)),
-        ("table.weights", table[1], torch.int32, ("W",)),
-    ):
-        _require(isinstance(value, Tensor), f"{name} must be a tensor, not {type(value).__name__}")
-        _require(value.dtype == dtype, f"{name} must be {dtype}, not {value.dtype}")
-        fits = value.dim() == len(shape) and shape[1:] in ((), tuple(value.shape[1:]))
-        expected = ", ".join(map(str, shape))
-        _require(fits, f"{name} must have shape [{expected}], not {tuple(value.shape)}")
-        _require(
-            value.device == pixels.device,
-            f"{name} is on {value.device} but pixels is on {pixels.device}",
-        )
-    _require(
-        isinstance(size, int) and 1 <= size <= _LARGEST,
-        f"size must be an integer in [1, {_LARGEST}], not {size}",
-    )
-    _require(
-        len(fill) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in fill),
-        f"fill must hold 3 integers in [0, 255], not {fill}",
-    )
+    if not isinstance(table, tuple) or len(table) != 2:
+        raise ValueError(f"table must be an AugmentTable, not {type(table).__name__}")
+    rows, weights = table
+    check_tensor("pixels", pixels, torch.uint8, ("P",))
+    check_tensor("images", images, torch.int64, ("N", 3), pixels, "pixels")
+    check_tensor("table.rows", rows, torch.int64, ("B", len(TABLE_COLUMNS)), pixels, "pixels")
+    check_tensor("table.weights", weights, torch.int32, ("W",), pixels, "pixels")
+    if not isinstance(size, int) or not 1 <= size <= _LARGEST:
+        raise ValueError(f"size must be an integer in [1, {_LARGEST}], not {size}")
+    if len(fill) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in fill):
+        raise ValueError(f"fill must hold 3 integers in [0, 255], not {fill}")
 
 
 def _check_values(pixels: Tensor, images: Tensor, rows: Tensor, weights: Tensor, size: int) -> None:
@@ -511,14 +493,15 @@ def _check_values(pixels: Tensor, images: Tensor, rows: Tensor, weights: Tensor,
         ValueError: names argument, column and value.
     """
     start, width, height = images.unbind(1)
-    _check_column("images", "width", width, 1, 1 << 30)
-    _check_column("images", "height", height, 1, 1 << 30)
-    _check_column("images", "start", start, 0, len(pixels))
-    _check_column("images", "start + 3 width height", start + 3 * width * height, 0, len(pixels))
+    check_values("images: width", width, 1, 1 << 30)
+    check_values("images: height", height, 1, 1 << 30)
+    check_values("images: start", start, 0, len(pixels))
+    end = start + 3 * width * height
+    check_values("images: start + 3 width height", end, 0, len(pixels))
     columns = dict(zip(TABLE_COLUMNS, rows.unbind(1), strict=True))
 
     def check(name: str, values: Tensor, low: int, high: int | Tensor) -> None:
-        _check_column("table.rows", name, values, low, high)
+        check_values(f"table.rows: {name}", values, low, high)
 
     image = columns["image"]
     check("image", image, 0, len(images) - 1)
@@ -535,19 +518,3 @@ def _check_values(pixels: Tensor, images: Tensor, rows: Tensor, weights: Tensor,
     check("flip", columns["flip"], 0, 1)
     for layer in ("first", "second"):
         check(f"{layer}_kind", columns[f"{layer}_kind"], 0, len(KINDS) - 1)
-
-
-def _check_column(argument: str, name: str, values: Tensor, low: int, high: int | Tensor) -> None:
-    wrong = ((values < low) | (values > high)).nonzero().flatten()
-    if len(wrong) == 0:
-        return
-    at = int(wrong[0])
-    limit = int(high[at]) if isinstance(high, Tensor) else high
-    raise ValueError(
-        f"{argument}: {name} must lie in [{low}, {limit}], found {int(values[at])} in row {at}"
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

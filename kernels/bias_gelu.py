@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_tensor
 from .launching import TYPE_NAMES, Launch, can_run, launch, operator, planned, recording, scratch
 from .rows import as_rows, common_vector, launch_sum, max_programs, row_tile
 
@@ -264,15 +265,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 def check(x: Any, bias: Any) -> None:
     """Raise the ValueError of `bias_gelu` for arguments that do not fit."""
-    for name, value in (("x", x), ("bias", bias)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of floats, not {found}")
+    check_tensor("x", x, "floats")
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be [..., C] with C > 0, not {tuple(x.shape)}")
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)} but x of {tuple(x.shape)} needs ({x.shape[-1]},)"
-        )
-    if bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+        raise ValueError(f"x must have shape [..., C] with C > 0, not {tuple(x.shape)}")
+    check_tensor("bias", bias, "floats", x.shape[-1:], x, "x")

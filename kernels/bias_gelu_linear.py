@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bias_gelu import backward_op, bias_gelu, forward_op, gelu_slope
 from .bias_gelu import check as check_bias_gelu
+from .checks import check_option, check_tensor
 from .launching import (
     INTERPRETED,
     TYPE_NAMES,
@@ -195,15 +196,8 @@ def separate(
 CHOICES = ("measure", "fused", "separate")
 
 
-def choice_of(text: str) -> str:
-    """The value of DEIT_FAST_MLP_BACKWARD, checked."""
-    if text not in CHOICES:
-        expected = ", ".join(CHOICES)
-        raise ValueError(f"DEIT_FAST_MLP_BACKWARD must be one of {expected}, not {text!r}")
-    return text
-
-
-CHOICE = choice_of(os.environ.get("DEIT_FAST_MLP_BACKWARD", "measure"))
+CHOICE = os.environ.get("DEIT_FAST_MLP_BACKWARD", "measure")
+check_option("DEIT_FAST_MLP_BACKWARD", CHOICE, CHOICES)
 
 Variant = Tiles | None  # tiles of the fused kernel; None: separate
 Key = tuple[torch.device, torch.dtype, int, int, int]
@@ -385,25 +379,8 @@ def bias_gelu_linear(
 
 def _check(x: Any, bias: Any, weight: Any, out_bias: Any, weight_copy: Any) -> None:
     check_bias_gelu(x, bias)
-    given = {"weight": weight, "out_bias": out_bias, "weight_copy": weight_copy}
-    for name, value in given.items():
-        if value is None and name != "weight":
-            continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of floats, not {found}")
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device} but x is on {x.device}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        _refuse("weight", weight, "x", x, (-1, x.shape[-1]))
-    if out_bias is not None and out_bias.shape != weight.shape[:1]:
-        _refuse("out_bias", out_bias, "weight", weight, weight.shape[:1])
-    if weight_copy is not None and weight_copy.shape != weight.shape:
-        _refuse("weight_copy", weight_copy, "weight", weight, weight.shape)
-
-
-def _refuse(name: str, value: Tensor, other: str, beside: Tensor, needed: Iterable[int]) -> None:
-    raise ValueError(
-        f"{name} has shape {tuple(value.shape)} but {other} of {tuple(beside.shape)} needs "
-        f"{tuple(needed)}"
-    )
+    check_tensor("weight", weight, "floats", ("C", x.shape[-1]), x, "x")
+    if out_bias is not None:
+        check_tensor("out_bias", out_bias, "floats", weight.shape[:1], weight, "weight")
+    if weight_copy is not None:
+        check_tensor("weight_copy", weight_copy, "floats", weight.shape, weight, "weight")

@@ -45,14 +45,11 @@ teacher's whole row.
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .checks import can_check_values, check_option, check_tensor, check_values
 from .distillation_loss_launch import MAX_TOPK, loss_op
 from .distillation_loss_reference import (
     BASES,
@@ -66,88 +63,13 @@ from .distillation_loss_reference import (
 )
 from .launching import can_run
 
-__all__ = [
-    "BASES",
-    "KINDS",
-    "REDUCTIONS",
-    "TAILS",
-    "TopK",
-    "base_loss",
-    "distillation_loss",
-    "hard_distillation",
-    "soft_distillation",
-]
-
-
-def base_loss(
-    class_logits: Tensor, target: Target, *, smoothing: float = 0.0, base: str = "ce"
-) -> Tensor:
-    """Loss of the class head, mean over rows ("ce") or over rows and classes ("bce").
-
-    Args:
-        class_logits: float [B, C].
-        target: int labels [B]; a soft target float [B, C]; or a mixed pair (y_a, y_b, lam) of int
-            [B], int [B] and float [B], lam the weight of y_a. The pair's [B, C] is never built.
-        smoothing: eps; the target t becomes t (1 - eps) + eps / C, as DeiT's and timm's code.
-        base: "ce", or "bce": every class with a target above 0 is a positive (DeiT-III). The
-            threshold comes before the smoothing: pass dense targets unsmoothed, because a smoothed
-            one is above 0 in every class.
-
-    Returns:
-        Scalar in float32, or float64 for float64 logits. 0 for B = 0.
-
-    Raises:
-        ValueError: shapes, dtypes, devices, labels or options that do not fit, by name and value.
-    """
-    _check_base(class_logits, target, smoothing, base)
-    return _losses(class_logits, None, target, None, kind="none", base=base, smoothing=smoothing)[0]
-
-
-def soft_distillation(
-    distill_logits: Tensor, teacher: Tensor | TopK, *, tau: float, reduction: str
-) -> Tensor:
-    """f * sum over rows of KL(teacher at tau || student at tau); f and tail modes: see the module.
-
-    Args:
-        distill_logits: float [B, C].
-        teacher: logits, float [B, C], or a TopK taken at this tau. No gradient flows into it.
-        tau: temperature, above 0.
-        reduction: "numel" (tau^2 / (B C)) or "batchmean" (tau^2 / B).
-
-    Returns:
-        Scalar in float32, or float64 for float64 logits. 0 for B = 0.
-
-    Raises:
-        ValueError: shapes, dtypes, devices, ids or options that do not fit, by name and value.
-    """
-    _check_soft(distill_logits, teacher, tau, reduction)
-    return _losses(
-        None, distill_logits, None, teacher, kind="soft", base="", reduction=reduction, tau=tau
-    )[0]
-
-
-def hard_distillation(distill_logits: Tensor, teacher: Tensor | TopK) -> Tensor:
-    """Cross-entropy of the distillation head with the teacher's top class, mean over rows.
-
-    Args:
-        distill_logits: float [B, C].
-        teacher: int labels [B]; logits, float [B, C]; or a TopK. Of equal logits the first wins.
-
-    Returns:
-        Scalar in float32, or float64 for float64 logits. 0 for B = 0.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or labels that do not fit, by name and value.
-    """
-    _check_logits("distill_logits", distill_logits)
-    _check_hard_teacher(teacher, distill_logits)
-    return _losses(None, distill_logits, None, teacher, kind="hard", base="")[0]
+__all__ = ["KINDS", "REDUCTIONS", "TopK", "distillation_loss"]
 
 
 def distillation_loss(
-    class_logits: Tensor,
+    class_logits: Tensor | None,
     distill_logits: Tensor | None,
-    target: Target,
+    target: Target | None,
     teacher: Teacher,
     *,
     kind: str,
@@ -158,148 +80,109 @@ def distillation_loss(
     reduction: str,
     return_parts: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """(1 - alpha) * base_loss + alpha * distillation; the base loss alone for kind "none".
+    """(1 - alpha) * base loss + alpha * distillation; one of them alone without the other's logits.
+
+    The base loss is a mean over rows ("ce") or over rows and classes ("bce"). The module's
+    docstring has the formulas. Only the logits get a gradient.
 
     Args:
-        class_logits: float [B, C], of the class head.
+        class_logits: float [B, C], of the class head; None: no base loss.
         distill_logits: float [B, C], of the distillation head; unused for kind "none".
-        target: labels, soft target or mixed pair, see ``base_loss``.
-        teacher: logits or TopK for "soft"; these or int labels [B] for "hard"; unused for "none".
+        target: int labels [B]; a soft target float [B, C]; or a mixed pair (y_a, y_b, lam) of int
+            [B], int [B] and float [B], lam the weight of y_a. The pair's [B, C] is never built.
+        teacher: logits, float [B, C], or a TopK taken at this tau; for "hard" also int labels [B].
+            Of equal logits the first wins. Unused for "none".
         kind: "none", "soft" or "hard".
         alpha: weight of the distillation, in [0, 1].
-        tau: temperature of the soft distillation.
-        smoothing: label smoothing of the base loss.
-        base: "ce" or "bce".
-        reduction: "numel" or "batchmean", for "soft".
+        tau: temperature of the soft distillation, above 0.
+        smoothing: eps of the base loss; the target t becomes t (1 - eps) + eps / C, as in DeiT's
+            and timm's code.
+        base: "ce", or "bce": every class with a target above 0 is a positive (DeiT-III). The
+            threshold comes before the smoothing: pass dense targets unsmoothed, because a smoothed
+            one is above 0 in every class.
+        reduction: "numel" (tau^2 / (B C)) or "batchmean" (tau^2 / B), for "soft".
         return_parts: also return the base and the distillation loss, unweighted and detached,
             for the log.
 
     Returns:
         Scalar in float32, or float64 for float64 logits. 0 for B = 0. With ``return_parts`` three
-        of them: total, base, distillation (0 for kind "none").
+        of them: total, base, distillation; a loss that is not computed is 0.
 
     Raises:
-        ValueError: anything that does not fit, by name and value.
+        ValueError: shapes, dtypes, devices, labels or options that do not fit, by name and value.
     """
-    _check_option("kind", kind, KINDS)
+    check_option("kind", kind, KINDS)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-    _check_base(class_logits, target, smoothing, base)
+    if class_logits is None:
+        if kind == "none":
+            raise ValueError("class_logits must not be None for kind 'none'")
+        target, base = None, ""
+    else:
+        _check_logits("class_logits", class_logits)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
+        check_option("base", base, BASES)
+        _check_target(target, class_logits)
     if kind == "none":
         distill_logits = teacher = None
     else:
         if distill_logits is None or teacher is None:
             missing = "teacher" if teacher is None else "distill_logits"
             raise ValueError(f"{missing} must not be None for kind {kind!r}")
-        _check_floats("distill_logits", distill_logits, class_logits.shape, class_logits)
-        if kind == "soft":
-            _check_soft(distill_logits, teacher, tau, reduction)
+        if class_logits is None:
+            _check_logits("distill_logits", distill_logits)
         else:
-            _check_hard_teacher(teacher, distill_logits)
-    losses = _losses(
-        class_logits, distill_logits, target, teacher, kind=kind, base=base,
-        reduction=reduction, alpha=alpha, tau=tau, smoothing=smoothing,
-    )  # fmt: skip
+            shape = class_logits.shape
+            check_tensor(
+                "distill_logits", distill_logits, "floats", shape, class_logits, "class_logits"
+            )
+        if kind == "soft":
+            check_option("reduction", reduction, REDUCTIONS)
+            if not tau > 0:
+                raise ValueError(f"tau must be positive, not {tau}")
+        _check_teacher(teacher, distill_logits, kind)
+
+    options = kind, base, reduction, float(alpha), float(tau), float(smoothing)
+    heads = [head for head in (class_logits, distill_logits) if head is not None]
+    topk: Any = teacher if isinstance(teacher, TopK) else (None, None, None, "drop")
+    fits = not isinstance(teacher, TopK) or teacher.ids.shape[1] <= MAX_TOPK
+    if not fits or not can_run(*heads):
+        losses = reference(class_logits, distill_logits, target, teacher, *options)
+    else:
+        parts = target if isinstance(target, (tuple, list)) else (target, None, None)
+        tensors = (*parts, None if topk is teacher else teacher, *topk[:3])
+        tensors = tuple(x.detach() if x is not None and x.requires_grad else x for x in tensors)
+        losses = loss_op(class_logits, distill_logits, *tensors, topk[3], *options)
     return losses if return_parts else losses[0]
 
 
-@functools.cache
-def _log_reference_once(device: str, dtype: torch.dtype) -> None:
-    logging.getLogger(__name__).debug("%s tensors on %s use the reference", dtype, device)
-
-
-def _losses(
-    class_logits: Tensor | None, distill_logits: Tensor | None, target: Target | None,
-    teacher: Teacher, *, kind: str, base: str, reduction: str = "numel", alpha: float = 1.0,
-    tau: float = 1.0, smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
-
-    Only the total has a gradient, and only for the logits.
-    """
-    heads = [head for head in (class_logits, distill_logits) if head is not None]
-    options: dict[str, Any] = {
-        "kind": kind, "base": base, "reduction": reduction,
-        "alpha": float(alpha), "tau": float(tau), "smoothing": float(smoothing),
-    }  # fmt: skip
-    fits = not isinstance(teacher, TopK) or teacher.ids.shape[1] <= MAX_TOPK
-    if not fits or not can_run(*heads):
-        if not torch.compiler.is_compiling():
-            _log_reference_once(heads[0].device.type, heads[0].dtype)
-        return reference(class_logits, distill_logits, target, teacher, **options)
-    parts = target if isinstance(target, (tuple, list)) else (target, None, None)
-    topk: Any = teacher if isinstance(teacher, TopK) else (None, None, None, "drop")
-    tensors = (*parts, None if isinstance(teacher, TopK) else teacher, *topk[:3])
-    tensors = tuple(x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
-    return loss_op(class_logits, distill_logits, *tensors, topk[3], *options.values())
-
-
 # ---------------------------------------------------------------------------------------------
-# Checks. Messages are built only when they are raised: formatting costs more than the test.
+# Checks
 # ---------------------------------------------------------------------------------------------
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16)
-
-
-def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}, not {value!r}")
-
-
-def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
-    """low <= values <= high. On a GPU, where reading values waits, only with DEIT_FAST_DEBUG=1."""
-    if torch.compiler.is_compiling() or values.numel() == 0:
-        return
-    if values.is_cuda and os.environ.get("DEIT_FAST_DEBUG") != "1":
-        return
-    if values.dtype == torch.uint16:  # PyTorch lacks its minimum
-        values = values.int()
-    smallest, largest = (value.item() for value in torch.aminmax(values))
-    if not (low <= smallest and largest <= high):
-        raise ValueError(
-            f"{name} must lie in [{low}, {high}], found values from {smallest} to {largest}"
-        )
-
-
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} but the logits {tuple(logits.shape)} "
-            f"need {shape}"
-        )
-    if value.device != logits.device:
-        raise ValueError(f"{name} is on {value.device} but the logits are on {logits.device}")
-
-
-def _check_floats(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
-    _check_tensor(name, value, shape, logits)
-    if not value.is_floating_point():
-        raise ValueError(f"{name} must hold floats, not {value.dtype}")
-
-
-def _check_labels(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
-    _check_tensor(name, value, shape, logits)
-    if value.dtype not in _INTEGERS:
-        raise ValueError(f"{name} must hold integers, not {value.dtype}")
-    _check_range(name, value, 0, logits.shape[1] - 1)
 
 
 def _check_logits(name: str, logits: Any) -> None:
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[1] == 0:
+    check_tensor(name, logits, "floats", ("B", "C"))
+    if logits.shape[1] == 0:
         raise ValueError(f"{name} must have shape [B, C] with C > 0, not {tuple(logits.shape)}")
-    if not logits.is_floating_point():
-        raise ValueError(f"{name} must hold floats, not {logits.dtype}")
+
+
+def _check_values(name: str, values: Tensor, high: int) -> None:
+    if can_check_values(values):
+        check_values(name, values, 0, high)
+
+
+def _check_labels(name: str, value: Any, shape: tuple[int, ...], logits: Tensor) -> None:
+    check_tensor(name, value, "integers", shape, logits, "logits")
+    _check_values(name, value, logits.shape[1] - 1)
 
 
 def _check_target(target: Any, logits: Tensor) -> None:
     rows = logits.shape[:1]
     if isinstance(target, Tensor):
         if target.is_floating_point():
-            _check_floats("target", target, logits.shape, logits)
+            check_tensor("target", target, "floats", logits.shape, logits, "logits")
         else:
             _check_labels("target", target, rows, logits)
         return
@@ -308,46 +191,25 @@ def _check_target(target: Any, logits: Tensor) -> None:
             "target must be labels [B], a float tensor [B, C] or (y_a, y_b, lam), "
             f"not {type(target).__name__}"
         )
-    _check_labels("target y_a", target[0], rows, logits)
-    _check_labels("target y_b", target[1], rows, logits)
-    _check_floats("target lam", target[2], rows, logits)
-    _check_range("target lam", target[2], 0, 1)
+    first, second, lam = target
+    _check_labels("target y_a", first, rows, logits)
+    _check_labels("target y_b", second, rows, logits)
+    check_tensor("target lam", lam, "floats", rows, logits, "logits")
+    _check_values("target lam", lam, 1)
 
 
-def _check_topk(teacher: TopK, logits: Tensor) -> None:
+def _check_teacher(teacher: Any, logits: Tensor, kind: str) -> None:
     rows, classes = logits.shape
-    _check_option("teacher tail", teacher.tail, TAILS)
+    if not isinstance(teacher, TopK):
+        if kind == "hard" and isinstance(teacher, Tensor) and not teacher.is_floating_point():
+            _check_labels("teacher", teacher, (rows,), logits)
+        else:
+            check_tensor("teacher", teacher, "floats", logits.shape, logits, "logits")
+        return
+    check_option("teacher tail", teacher.tail, TAILS)
     width = teacher.ids.shape[-1] if isinstance(teacher.ids, Tensor) and teacher.ids.dim() else 0
     if not 1 <= width <= classes:
         raise ValueError(f"teacher ids must hold 1 to {classes} classes per row, not {width}")
     _check_labels("teacher ids", teacher.ids, (rows, width), logits)
-    _check_floats("teacher log_probs", teacher.log_probs, (rows, width), logits)
-    _check_floats("teacher log_tail", teacher.log_tail, (rows,), logits)
-
-
-def _check_base(logits: Tensor, target: Target, smoothing: float, base: str) -> None:
-    _check_logits("class_logits", logits)
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must lie in [0, 1), not {smoothing}")
-    _check_option("base", base, BASES)
-    _check_target(target, logits)
-
-
-def _check_soft(logits: Tensor, teacher: Teacher, tau: float, reduction: str) -> None:
-    _check_logits("distill_logits", logits)
-    _check_option("reduction", reduction, REDUCTIONS)
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, not {tau}")
-    if isinstance(teacher, TopK):
-        _check_topk(teacher, logits)
-    else:
-        _check_floats("teacher", teacher, logits.shape, logits)
-
-
-def _check_hard_teacher(teacher: Teacher, logits: Tensor) -> None:
-    if isinstance(teacher, TopK):
-        _check_topk(teacher, logits)
-    elif isinstance(teacher, Tensor) and teacher.is_floating_point():
-        _check_floats("teacher", teacher, logits.shape, logits)
-    else:
-        _check_labels("teacher", teacher, logits.shape[:1], logits)
+    check_tensor("teacher log_probs", teacher.log_probs, "floats", (rows, width), logits, "logits")
+    check_tensor("teacher log_tail", teacher.log_tail, "floats", (rows,), logits, "logits")

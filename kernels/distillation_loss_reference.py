@@ -311,13 +311,13 @@ class _Losses(torch.autograd.Function):
 
 
 def reference(
-    class_logits: Tensor | None, distill_logits: Tensor | None, target: Any, teacher: Any, *,
+    class_logits: Tensor | None, distill_logits: Tensor | None, target: Any, teacher: Any,
     kind: str, base: str, reduction: str = "numel", alpha: float = 1.0, tau: float = 1.0,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Total, base and distillation loss of checked arguments; base "" or kind "none" is left out.
 
-    Only the total has a gradient, and only to the logits.
+    Only the total has a gradient, and only for the logits.
     """
     return _Losses.apply(
         class_logits, distill_logits, target, teacher, kind, base, reduction, alpha, tau, smoothing

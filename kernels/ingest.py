@@ -24,7 +24,6 @@ counter (y S + x, 0, 0, 0).
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -34,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import can_check_values, check_option, check_tensor, check_values
 from .launching import (
     DTYPES,
     INTERPRETED,
@@ -406,67 +406,37 @@ def ingest(
 def _check(
     images_u8: Any, plan_rows: Any, mean: Any, std: Any, dtype: Any, layout: str, patch: int
 ) -> None:
-    for name, value, expected in (
-        ("images_u8", images_u8, torch.uint8),
-        ("plan_rows", plan_rows, torch.int32),
-    ):
-        _require(isinstance(value, Tensor), f"{name} must be a tensor, not {type(value).__name__}")
-        _require(value.dtype == expected, f"{name} must be {expected}, not {value.dtype}")
-    shape = tuple(images_u8.shape)
-    _require(
-        len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3,
-        f"images_u8 must have shape [M, S, S, 3], not {shape}",
-    )
-    _require(
-        shape[1] <= _LARGEST,
-        f"images_u8 must have at most {_LARGEST} pixels a side, not {shape[1]}",
-    )
-    _require(
-        plan_rows.dim() == 2 and plan_rows.shape[1] == len(PLAN_COLUMNS),
-        f"plan_rows must have shape [B, {len(PLAN_COLUMNS)}], not {tuple(plan_rows.shape)}",
-    )
-    _require(
-        images_u8.device == plan_rows.device,
-        f"plan_rows is on {plan_rows.device} but images_u8 is on {images_u8.device}",
-    )
-    _require(len(mean) == 3, f"mean must hold 3 floats, not {mean}")
-    _require(len(std) == 3 and min(std) > 0, f"std must hold 3 positive floats, not {std}")
-    _require(
-        isinstance(dtype, torch.dtype) and dtype.is_floating_point,
-        f"dtype must be a floating-point dtype, not {dtype}",
-    )
-    _require(layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    _require(
-        layout != "patches" or (patch > 0 and shape[1] % patch == 0),
-        f"patch must divide the image size {shape[1]}, but is {patch}",
-    )
-    # Reading values on a GPU waits for it.
-    if not plan_rows.is_cuda or os.environ.get("DEIT_FAST_DEBUG") == "1":
-        _check_values(plan_rows, images=shape[0], size=shape[1])
+    check_tensor("images_u8", images_u8, torch.uint8, ("M", "S", "S", 3))
+    images, size, width, _ = images_u8.shape
+    if size != width or size > _LARGEST:
+        raise ValueError(
+            f"images_u8 must be square, of at most {_LARGEST} pixels a side, not {size} x {width}"
+        )
+    shape = ("B", len(PLAN_COLUMNS))
+    check_tensor("plan_rows", plan_rows, torch.int32, shape, images_u8, "images_u8")
+    if len(mean) != 3:
+        raise ValueError(f"mean must hold 3 floats, not {mean}")
+    if len(std) != 3 or not min(std) > 0:
+        raise ValueError(f"std must hold 3 positive floats, not {std}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype, not {dtype}")
+    check_option("layout", layout, LAYOUTS)
+    if layout == "patches" and (patch <= 0 or size % patch):
+        raise ValueError(f"patch must divide the image size {size}, but is {patch}")
+    if can_check_values(plan_rows):
+        _check_plan(plan_rows, images, size)
 
 
-def _check_values(plan_rows: Tensor, images: int, size: int) -> None:
+def _check_plan(plan_rows: Tensor, images: int, size: int) -> None:
     columns = dict(zip(PLAN_COLUMNS, plan_rows.long().unbind(1), strict=True))
     bounds = {"mix_kind": CUTMIX, "lam": LAM_ONE}
     for prefix in ("", "partner_"):
         bounds |= {f"{prefix}image": images - 1, f"{prefix}flip": 1}
-    for name, last in bounds.items():
-        _check_column(name, columns[name], last)
     for box in ("erase", "partner_erase", "box"):
         for start, extent in (("top", "height"), ("left", "width")):
-            begin, length = columns[f"{box}_{start}"], columns[f"{box}_{extent}"]
-            _check_column(f"{box}_{start}", begin, size)
-            _check_column(f"{box}_{extent}", length, size)
-            _check_column(f"{box}_{start} + {box}_{extent}", begin + length, size)
-
-
-def _check_column(name: str, values: Tensor, last: int) -> None:
-    wrong = values[(values < 0) | (values > last)]
-    _require(
-        len(wrong) == 0, f"plan_rows: {name} must lie in [0, {last}], found {wrong[:1].tolist()}"
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+            begin, length = f"{box}_{start}", f"{box}_{extent}"
+            end = f"{begin} + {length}"
+            columns[end] = columns[begin] + columns[length]
+            bounds |= dict.fromkeys((begin, length, end), size)
+    for name, last in bounds.items():
+        check_values(f"plan_rows: {name}", columns[name], 0, last)

@@ -607,8 +607,8 @@ def test_other_widths_take_the_reference() -> None:
     ("arguments", "words"),
     [
         ((None,), "qkv must be a tensor, not NoneType"),
-        ((torch.zeros(2, 5, 3, 32),), r"\[B, N, 3, H, D\] .* not \(2, 5, 3, 32\)"),
-        ((torch.zeros(2, 5, 2, 1, 32),), r"\[B, N, 3, H, D\] .* not \(2, 5, 2, 1, 32\)"),
+        ((torch.zeros(2, 5, 3, 32),), r"\[B, N, 3, H, D\], not \(2, 5, 3, 32\)"),
+        ((torch.zeros(2, 5, 2, 1, 32),), r"\[B, N, 3, H, D\], not \(2, 5, 2, 1, 32\)"),
         ((torch.zeros(2, 0, 3, 1, 32),), r"N, H, D > 0, not \(2, 0, 3, 1, 32\)"),
         ((torch.zeros(2, 5, 3, 1, 32).int(),), r"qkv must hold floats, not torch.int32"),
         ((torch.zeros(2, 5, 3, 1, 32), -1.0), r"scale must be finite and not negative, not -1.0"),

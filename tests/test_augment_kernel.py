@@ -314,7 +314,7 @@ def test_waits_for_nothing_and_can_be_captured() -> None:
 
 PIXELS, IMAGES, TABLE = workload(3)
 WRONG = {
-    "pixels": (PIXELS.int(), "pixels must be torch.uint8, not torch.int32"),
+    "pixels": (PIXELS.int(), "pixels must hold torch.uint8, not torch.int32"),
     "pixels shape": (PIXELS.view(1, -1), f"pixels must have shape [P], not (1, {len(PIXELS)})"),
     "images": (IMAGES.numpy(), "images must be a tensor, not ndarray"),
     "images shape": (IMAGES[:, :2], "images must have shape [N, 3], not (3, 2)"),
@@ -326,7 +326,7 @@ WRONG = {
     ),
     "table weights": (
         AugmentTable(TABLE.rows, TABLE.weights.float()),
-        "table.weights must be torch.int32, not torch.float32",
+        "table.weights must hold torch.int32, not torch.float32",
     ),
     "size": (0, "size must be an integer in [1, 8192], not 0"),
     "fill": ((1, 2, 256), "fill must hold 3 integers in [0, 255], not (1, 2, 256)"),

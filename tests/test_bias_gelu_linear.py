@@ -296,14 +296,14 @@ def test_equal_in_every_run(tiles: Tiles) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     (
-        ({"bias": torch.zeros(4)}, r"bias has shape \(4,\) but x of \(2, 3\) needs \(3,\)"),
-        ({"weight": torch.zeros(5, 4)}, r"weight has shape \(5, 4\) but x of \(2, 3\) needs"),
-        ({"weight": torch.zeros(3)}, r"weight has shape \(3,\) but x of \(2, 3\) needs \(-1, 3\)"),
-        ({"weight": torch.zeros(5, 3).int()}, "weight must be a tensor of floats, not torch.int32"),
-        ({"out_bias": torch.zeros(3)}, r"out_bias has shape \(3,\) but weight of \(5, 3\) needs"),
-        ({"out_bias": 1.0}, "out_bias must be a tensor of floats, not float"),
+        ({"bias": torch.zeros(4)}, r"bias must have shape \[3\] beside x \(2, 3\), not \(4,\)"),
+        ({"weight": torch.zeros(5, 4)}, r"weight must have shape \[C, 3\], not \(5, 4\)"),
+        ({"weight": torch.zeros(3)}, r"weight must have shape \[C, 3\], not \(3,\)"),
+        ({"weight": torch.zeros(5, 3).int()}, "weight must hold floats, not torch.int32"),
+        ({"out_bias": torch.zeros(3)}, r"out_bias must have shape \[5\] beside weight \(5, 3\)"),
+        ({"out_bias": 1.0}, "out_bias must be a tensor, not float"),
         ({"weight": torch.zeros(5, 3, device="meta")}, "weight is on meta but x is on cpu"),
-        ({"weight_copy": torch.zeros(5, 4)}, r"weight_copy has shape \(5, 4\) but weight of"),
+        ({"weight_copy": torch.zeros(5, 4)}, r"weight_copy must have shape \[5, 3\] beside weight"),
     ),
 )
 def test_bad_input_is_named(changed: dict[str, Tensor], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deit_fast.kernels import TopK, distillation_loss
-from helpers.distillation import TAILS, TEMPERATURES, dense_pair, laid_out
+from helpers.distillation import (
+    TAILS,
+    TEMPERATURES,
+    base_loss,
+    dense_pair,
+    hard_distillation,
+    laid_out,
+    soft_distillation,
+)
 from helpers.distillation import exact_top_k as top_k
-
-loss_module = sys.modules["deit_fast.kernels.distillation_loss"]
-base_loss = loss_module.base_loss
-soft_distillation = loss_module.soft_distillation
-hard_distillation = loss_module.hard_distillation
 
 
 def normal(
@@ -496,29 +498,32 @@ WRONG = {
     "reduction": ("mean", "reduction must be one of numel, batchmean, not 'mean'"),
     "class_logits int": (LOGITS.int(), "class_logits must hold floats, not torch.int32"),
     "class_logits flat": (torch.zeros(5), "class_logits must have shape [B, C]"),
-    "distill_logits classes": (torch.zeros(2, 6), "distill_logits has shape (2, 6) but the"),
+    "distill_logits classes": (torch.zeros(2, 6), "distill_logits must have shape [2, 5] beside"),
     "distill_logits missing": (None, "distill_logits must not be None for kind 'soft'"),
     "teacher missing": (None, "teacher must not be None for kind 'soft'"),
-    "teacher classes": (torch.zeros(2, 4), "teacher has shape (2, 4)"),
-    "teacher rows": (torch.zeros(3, 5), "teacher has shape (3, 5)"),
-    "teacher labels": (LABELS, "teacher has shape (2,) but the logits (2, 5)"),
-    "teacher device": (torch.zeros(2, 5, device="meta"), "teacher is on meta but the logits are"),
+    "teacher classes": (
+        torch.zeros(2, 4),
+        "teacher must have shape [2, 5] beside logits (2, 5), not (2, 4)",
+    ),
+    "teacher rows": (torch.zeros(3, 5), "teacher must have shape [2, 5]"),
+    "teacher labels": (LABELS, "teacher must hold floats, not torch.int64"),
+    "teacher device": (torch.zeros(2, 5, device="meta"), "teacher is on meta but logits is on cpu"),
     "teacher tail": (TEACHER._replace(tail="ghost"), "bucket, uniform, renorm, drop, not 'ghost'"),
     "teacher ids": (TEACHER._replace(ids=TEACHER.ids + 3), "teacher ids must lie in [0, 4]"),
     "teacher ids float": (TEACHER._replace(ids=torch.zeros(2, 3)), "ids must hold integers"),
     "teacher too wide": (top_k(torch.zeros(2, 6), 6, 1.0), "1 to 5 classes per row, not 6"),
     "teacher log_probs": (
         TEACHER._replace(log_probs=torch.zeros(2, 2)),
-        "teacher log_probs has shape (2, 2)",
+        "teacher log_probs must have shape [2, 3]",
     ),
     "teacher log_tail": (
         TEACHER._replace(log_tail=torch.zeros(2, 1)),
-        "teacher log_tail has shape (2, 1)",
+        "teacher log_tail must have shape [2]",
     ),
-    "target range": (torch.tensor([0, 5]), "target must lie in [0, 4], found values from 0 to 5"),
-    "target ignored": (torch.tensor([0, -100]), "found values from -100 to 0"),
-    "target shape": (torch.zeros(2, 4), "target has shape (2, 4)"),
-    "target length": (torch.tensor([0]), "target has shape (1,)"),
+    "target range": (torch.tensor([0, 5]), "target must lie in [0, 4], found 5 in row 1"),
+    "target ignored": (torch.tensor([0, -100]), "found -100 in row 1"),
+    "target shape": (torch.zeros(2, 4), "target must have shape [2, 5]"),
+    "target length": (torch.tensor([0]), "target must have shape [2]"),
     "target pair": ((LABELS, LABELS), "or (y_a, y_b, lam), not tuple"),
     "target lam": ((LABELS, LABELS, torch.tensor([0.5, 1.5])), "target lam must lie in [0, 1]"),
     "target lam int": ((LABELS, LABELS, LABELS), "target lam must hold floats"),
@@ -542,3 +547,10 @@ def test_wrong_input_is_named(what: str) -> None:
     with pytest.raises(ValueError) as caught:
         distillation_loss(**(options | {what.split()[0]: value}))
     assert message in str(caught.value)
+
+
+def test_neither_loss_is_named() -> None:
+    with pytest.raises(ValueError, match="class_logits must not be None for kind 'none'"):
+        distillation_loss(
+            None, LOGITS, None, TEACHER, kind="none", alpha=0.5, tau=1.0, reduction="numel"
+        )

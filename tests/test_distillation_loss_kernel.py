@@ -24,12 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit_fast.kernels import TopK, distillation_loss
-from deit_fast.kernels.distillation_loss import base_loss, hard_distillation, soft_distillation
 from deit_fast.kernels.distillation_loss_reference import (
     reference,
     soft_factor,
 )
-from helpers.distillation import TAILS, TEMPERATURES, dense_pair, exact_top_k, laid_out
+from helpers.distillation import (
+    TAILS,
+    TEMPERATURES,
+    base_loss,
+    dense_pair,
+    exact_top_k,
+    hard_distillation,
+    laid_out,
+    soft_distillation,
+)
 from helpers.kernels import (
     DEVICE,
     INTERPRETED,

@@ -264,16 +264,16 @@ def test_empty_batch(dtype: torch.dtype) -> None:
 
 
 WRONG_ROWS = {
-    "image": ({"image": 2}, "image must lie in [0, 1], found [2]"),
-    "partner_image": ({"partner_image": -1}, "partner_image must lie in [0, 1], found [-1]"),
-    "flip": ({"flip": 2}, "flip must lie in [0, 1], found [2]"),
-    "mix_kind": ({"mix_kind": 3}, "mix_kind must lie in [0, 2], found [3]"),
-    "lam": ({"lam": 65537}, "lam must lie in [0, 65536], found [65537]"),
+    "image": ({"image": 2}, "image must lie in [0, 1], found 2 in row 1"),
+    "partner_image": ({"partner_image": -1}, "partner_image must lie in [0, 1], found -1 in row 1"),
+    "flip": ({"flip": 2}, "flip must lie in [0, 1], found 2 in row 1"),
+    "mix_kind": ({"mix_kind": 3}, "mix_kind must lie in [0, 2], found 3 in row 1"),
+    "lam": ({"lam": 65537}, "lam must lie in [0, 65536], found 65537 in row 1"),
     "box": (
         {"box_left": 6, "box_width": 7},
-        "box_left + box_width must lie in [0, 12], found [13]",
+        "box_left + box_width must lie in [0, 12], found 13 in row 1",
     ),
-    "erase": ({"erase_height": -1}, "erase_height must lie in [0, 12], found [-1]"),
+    "erase": ({"erase_height": -1}, "erase_height must lie in [0, 12], found -1 in row 1"),
 }
 
 
@@ -286,16 +286,16 @@ def test_wrong_plan_is_named(what: str) -> None:
 
 
 WRONG = {
-    "images_u8": (torch.zeros(1, 4, 4, 3), "images_u8 must be torch.uint8, not torch.float32"),
+    "images_u8": (torch.zeros(1, 4, 4, 3), "images_u8 must hold torch.uint8, not torch.float32"),
     "images_u8 shape": (
         torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         "images_u8 must have shape [M, S, S, 3], not (1, 3, 4, 4)",
     ),
     "images_u8 size": (
         torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 16385, 16385, 3),
-        "images_u8 must have at most 16384 pixels a side, not 16385",
+        "images_u8 must be square, of at most 16384 pixels a side, not 16385 x 16385",
     ),
-    "plan_rows": (torch.zeros(1, 22), "plan_rows must be torch.int32, not torch.float32"),
+    "plan_rows": (torch.zeros(1, 22), "plan_rows must hold torch.int32, not torch.float32"),
     "plan_rows shape": (
         torch.zeros(1, 21, dtype=torch.int32),
         "plan_rows must have shape [B, 22], not (1, 21)",

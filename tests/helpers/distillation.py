@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_fast.kernels import TopK
+from deit_fast.kernels import TopK, distillation_loss
 from helpers import kernels
 
 TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
 TAILS = ("bucket", "uniform", "renorm", "drop")
+
+
+def base_loss(logits: Tensor, target: Any, **options: Any) -> Tensor:
+    return distillation_loss(
+        logits, None, target, None, kind="none", alpha=0.0, tau=1.0, reduction="numel", **options
+    )
+
+
+def soft_distillation(logits: Tensor, teacher: Any, *, tau: float, reduction: str) -> Tensor:
+    return distillation_loss(
+        None, logits, None, teacher, kind="soft", alpha=1.0, tau=tau, reduction=reduction
+    )
+
+
+def hard_distillation(logits: Tensor, teacher: Any) -> Tensor:
+    return distillation_loss(
+        None, logits, None, teacher, kind="hard", alpha=1.0, tau=1.0, reduction="numel"
+    )
 
 
 def exact_top_k(logits: Tensor, k: int, tau: float, tail: str = "bucket") -> TopK:
