@@ -87,6 +87,7 @@ def test_close_numbers_of_rows_share_a_measurement() -> None:
     assert key(1100) != key(1100, hidden=128) and key(1100) != key(1100, dtype=FP16)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEIT_FAST_MLP_BACKWARD", "fast")
     message = "DEIT_FAST_MLP_BACKWARD must be one of measure, fused, separate, not 'fast'"
