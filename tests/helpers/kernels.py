@@ -39,7 +39,14 @@ def keep_triton_patched() -> None:
         return SimpleNamespace(restore=lambda: None)
 
     interpreter._patch_lang = patch_once
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    np_dtype_of, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype: Any) -> Any:
+        if dtype.name not in known:  # types of blocks and pointers have no hash
+            known[dtype.name] = np_dtype_of(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype
 
 
 if INTERPRETED:
