@@ -481,8 +481,7 @@ print(setup.find_nvcc() and ninja)
     ("source", "wide"),
     [
         # parts of kernels' names, and the 16-byte accesses that each must have
-        ("decode", {("copy_records", "uint4"): ("wide_loads", "wide_stores"),
-                    ("decode_bytes",): ("wide_stores",)}),
+        ("decode", {("decode_bytes",): ("wide_stores",)}),
         ("encode", {("encode_rows",): ("wide_loads",)}),
     ],
 )  # fmt: skip
