@@ -37,7 +37,6 @@ from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
-from deit_fast.runtime.environment import package_version
 from deit_fast.runtime.signals import EXIT_STATUS, Preempted
 
 # ---------------------------------------------------------------------------------------------
@@ -409,6 +408,8 @@ def _dispatch(words: list[str]) -> str:
     if not words or words[0] in HELP:
         return overview()
     if words[0] == "--version":
+        from deit_fast.runtime.environment import package_version
+
         version = package_version("deit-fast")
         return f"deit-fast {version or '(not installed, run from its source folder)'}"
     for length in (2, 1):
