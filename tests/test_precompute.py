@@ -320,6 +320,14 @@ def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):
         "precompute: 140 of 1000 images (14 %), 4 images/s, 4 min 6 s left",
         "precompute: 200 of 1000 images (20 %), 5 images/s, 2 min 48 s left",
     ]
+    caplog.clear()
+    now[0] = 0.0
+    progress, now[0] = Progress("precompute", 1000, done=800, unit="image"), 10.0
+    with caplog.at_level("INFO", "deit_fast"):
+        progress.advance(100)
+    assert caplog.messages == [  # the rate is this process's
+        "precompute: 900 of 1000 images (90 %), 10 images/s, 10 s left"
+    ]
     assert duration(3 * 3600 + 12 * 60 + 5) == "3 h 12 min"
 
 

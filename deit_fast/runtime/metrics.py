@@ -127,7 +127,7 @@ class Progress:
         self, label: str, total: int, done: int = 0, unit: str = "step", paced: bool = True
     ) -> None:
         self._label, self._total, self._units, self._paced = label, total, f"{unit}s", paced
-        self._done = self._logged = done
+        self._done = self._earlier = self._logged = done
         self._started = self._logged_at = time.perf_counter()
         self._bar = None
         if sys.stderr.isatty():
@@ -168,7 +168,7 @@ class Progress:
     def _pace(self) -> str | None:
         """The rate for the bar; for the log a line, where one is due."""
         now = time.perf_counter()
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._earlier) / max(now - self._started, 1e-9)
         if self._bar is not None:
             return f"{rate:.0f} {self._units}/s"
         since, share = now - self._logged_at, (self._done - self._logged) / self._total
