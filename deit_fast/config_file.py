@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import types
 import typing
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 from deit_fast.config import OptimConfig, RunConfig, constants
 from deit_fast.errors import InputError, did_you_mean
+
+log = logging.getLogger("deit_fast")
 
 _GROUPS: dict[str, Any] = {
     "": RunConfig,
@@ -39,6 +42,11 @@ RETIRED: dict[str, Any] = {
 }
 """Settings of earlier versions by dotted key, each with the only value that it has now."""
 
+# Retired settings that never changed a result: another value is ignored with a warning.
+WITHOUT_INFLUENCE = frozenset(
+    {"max_rollbacks", "save_minutes", "memory_snapshot", "cache_on_device", "codec.block_records"}
+)
+
 _REPLACEMENTS = {
     "save_minutes": "set save_steps",
     "data.train": "link your folder under the name train",
@@ -63,13 +71,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
     """A run's settings from JSON, those of earlier versions under the names of this one."""
     values = dict(values)
-    model, optim, codec = (values.get(group) for group in ("model", "optim", "codec"))
+    model, optim = values.get("model"), values.get("optim")
     if isinstance(model, dict) and "args" not in model:
         shape = [f"{name}={model[name]}" for name in _SHAPE if model.get(name) is not None]
         rest = {name: value for name, value in model.items() if name not in _SHAPE}
         values["model"] = rest | ({"args": shape} if shape else {})
-    if isinstance(codec, dict):  # the blocks of a cache have no influence on what is read from it
-        values["codec"] = {name: codec[name] for name in codec if name != "block_records"}
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
         lr, samples = optim["lr"], optim["lr_batch"]
         if isinstance(lr, (int, float)) and isinstance(samples, int) and samples > 0:
@@ -112,7 +118,8 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = N
 
     Raises:
         InputError: an unknown key (the message names the nearest valid one), a value of the wrong
-            type, or another value of a retired setting than this version has.
+            type, or another value of a retired setting than this version has, unless it has no
+            influence on results: that gives a warning.
     """
     hints = typing.get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]
@@ -121,7 +128,10 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = N
         key = prefix + name
         if key in RETIRED:
             if value != RETIRED[key]:
-                raise InputError(f"config key {key!r}, here {value}, {explain_retired(key)}")
+                message = f"config key {key!r}, here {value}, {explain_retired(key)}"
+                if key not in WITHOUT_INFLUENCE:
+                    raise InputError(message)
+                log.warning("%s", message)
         elif name not in names:
             valid = dict.fromkeys([*(prefix + n for n in names), *dotted_keys()])
             raise InputError(f"unknown config key {key!r}{did_you_mean(key, valid)}")

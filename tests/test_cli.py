@@ -265,10 +265,6 @@ def test_a_retired_setting_may_only_have_the_value_it_has_now(tmp_path):
     assert load_config(str(file), RunConfig()) == RunConfig()
     for content, message in (
         ('{"view": {"crop_ratio": [0.5, 2.0]}}', r"'view\.crop_ratio', here \[0\.5, 2\.0\], is no"),
-        (
-            '{"save_minutes": 5.0}',
-            r"'save_minutes', here 5\.0, is no longer .* none; set save_steps",
-        ),
         ('{"optim": {"lr_batch": 64}}', r"'optim\.lr_batch', here 64, .* 512; scale optim\.lr"),
     ):
         file.write_text(content)
@@ -284,11 +280,19 @@ def test_a_config_file_of_an_earlier_version_is_read():
 def test_settings_of_an_earlier_run_are_converted(tmp_path):
     file = tmp_path / "config.json"
     model = {"patch_size": None, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    optim, codec = {"lr": 4e-3, "lr_batch": 2048}, {"block_records": 256}
-    file.write_text(json.dumps({"model": model, "optim": optim, "codec": codec}))
+    file.write_text(json.dumps({"model": model, "optim": {"lr": 4e-3, "lr_batch": 2048}}))
     config = load_config(str(file), RunConfig())
     assert config.model.args == ("embed_dim=64", "depth=4", "num_heads=2")
     assert config.optim.lr == 1e-3
+
+
+def test_a_retired_setting_without_influence_is_ignored_with_a_warning(tmp_path, caplog):
+    file = tmp_path / "config.json"
+    file.write_text('{"save_minutes": 5.0, "codec": {"block_records": 256}}')
+    assert load_config(str(file), RunConfig()) == RunConfig()
+    clock, block = caplog.messages
+    assert "'save_minutes', here 5.0, is no longer a setting" in clock and "save_steps" in clock
+    assert "'codec.block_records', here 256, is no longer a setting" in block
 
 
 def test_unknown_config_keys_name_the_nearest(tmp_path: Path) -> None:

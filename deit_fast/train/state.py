@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import RETIRED, by_dotted_key, from_earlier, to_dict
+from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
@@ -31,14 +31,13 @@ log = logging.getLogger("deit_fast")
 KEEP = 2  # checkpoints; with one, the only copy could be the one being written
 
 # Settings that may differ between a checkpoint and the command that resumes from it: those that
-# change pixels, weights and learning rates by rounding at most. Retired ones are in the last line.
+# change pixels, weights and learning rates by rounding at most.
 _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
     "log_every", "eval_every", "save_every", "save_steps", "on_nonfinite", "accumulate",
     "teacher", "teacher_batch", "cache", "data.root", "data.workers",
     "track", "check_teacher_every", "profile_steps",
-    "max_rollbacks", "save_minutes", "memory_snapshot", "cache_on_device", "codec.block_records",
-}  # fmt: skip
+} | WITHOUT_INFLUENCE  # fmt: skip
 
 _COUNTS = ("step", "evaluated_step", "summed", "best_top1", "best_epoch", "train_seconds")
 
