@@ -33,17 +33,22 @@ class Codec(ABC):
 
     Attributes:
         kind: how csrc/ decodes a record.
-        ids_per_record: class ids that a record starts with. A reader refuses ids outside
-            [0, num_classes).
-        first_temperature: the first that records hold; 1 where they suit every temperature.
     """
 
     num_classes: int
 
     name: ClassVar[str]
     kind: ClassVar[_C.RecordKind]
-    ids_per_record: ClassVar[int] = 0
-    first_temperature: ClassVar[float] = 1.0
+
+    @property
+    def ids_per_record(self) -> int:
+        """Class ids that a record starts with; a reader refuses ids outside [0, num_classes)."""
+        return 0
+
+    @property
+    def first_temperature(self) -> float:
+        """The first that records hold; 1 where they suit every temperature."""
+        return 1.0
 
     @property
     @abstractmethod
@@ -112,7 +117,10 @@ class HardCodec(Codec):
 
     name = "hard"
     kind = _C.RecordKind.hard
-    ids_per_record = 1
+
+    @property
+    def ids_per_record(self) -> int:
+        return 1
 
     @property
     def record_bytes(self) -> int:
@@ -172,11 +180,11 @@ class TopKCodec(Codec):
         return self._tail_offset + 8 * len(self.temperatures) + 4 * self.true_class
 
     @property
-    def ids_per_record(self) -> int:  # type: ignore[override]
+    def ids_per_record(self) -> int:
         return self.k
 
     @property
-    def first_temperature(self) -> float:  # type: ignore[override]
+    def first_temperature(self) -> float:
         return self.temperatures[0]
 
     @property

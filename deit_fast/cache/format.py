@@ -55,7 +55,7 @@ def build_manifest(
         "format": FORMAT,
         "codec": codec.manifest(),
         "record_bytes": codec.record_bytes,
-        "block_records": block_records or config.block_records,
+        "block_records": config.block_records if block_records is None else block_records,
         "num_samples": num_samples,
         "fingerprint": dict(fingerprint),
         "info": {},

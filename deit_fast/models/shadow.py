@@ -79,10 +79,11 @@ class Shadows:
         self.dtype = dtype
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
+        module: Any
         for module in model.modules():
             if names := getattr(module, "shadowed_layers", ()):
                 layers = {name: getattr(module, name) for name in names}
-                module.shadows = {  # type: ignore[assignment]
+                module.shadows = {
                     name: Shadow(self._copy(layer.weight), self._copy(layer.bias))
                     for name, layer in layers.items()
                     if type(layer) is nn.Linear
