@@ -34,7 +34,16 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .launching import TYPE_NAMES, Launch, can_run, launch, operator, planned, recording, scratch
-from .rows import SUM_COLS, SUM_ROWS, add_up, as_rows, common_vector, max_programs, row_tile
+from .rows import (
+    SUM_COLS,
+    SUM_ROWS,
+    add_up,
+    as_rows,
+    common_vector,
+    contiguous,
+    max_programs,
+    row_tile,
+)
 
 __all__ = ["add_layer_norm"]
 
@@ -268,10 +277,6 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_rows(x)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
@@ -302,7 +307,7 @@ def _forward(
     launch(
         forward_kernel, (triton.cdiv(rows, tile["ROWS"]),),
         residual=x, branch=added, weight=weight.contiguous(), bias=bias.contiguous(),
-        gamma=_contiguous(gamma), keep_scale=_contiguous(keep_scale),
+        gamma=contiguous(gamma), keep_scale=contiguous(keep_scale),
         residual_out=None if branch is None else residual_out, normed=normed,
         mean=mean if statistics else None, rstd=rstd if statistics else None,
         rows=rows, rows_per_sample=rows // len(residual), residual_stride=x.stride(0),
@@ -357,7 +362,7 @@ def _backward(
         backward_kernel, (programs,),
         grad_residual_out=grad_residual_out, grad_normed=grad_normed,
         x=None if grad_normed is None else x, branch=branch, weight=weight.contiguous(),
-        gamma=_contiguous(gamma), keep_scale=_contiguous(keep_scale), mean=mean, rstd=rstd,
+        gamma=contiguous(gamma), keep_scale=contiguous(keep_scale), mean=mean, rstd=rstd,
         grad_residual=grad_residual, grad_branch=grad_branch, weight_sums=weight_sums,
         bias_sums=bias_sums, gamma_sums=gamma_sums, branch_bias_sums=branch_bias_sums,
         rows=rows, rows_per_sample=rows // samples, tiles=tiles,

@@ -45,6 +45,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from operator import gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ class Case(NamedTuple):
     fn: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    attrs: dict[Any, Any]
+    attrs: dict[str, int]
     options: dict[str, int]
     expect: dict[str, Any]
 
@@ -167,10 +168,7 @@ def as_source(case: Case, arch: str) -> tuple[ASTSource, GPUTarget, dict[str, An
     names = case.fn.arg_names
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     attrs = {
-        ((names.index(key),) if isinstance(key, str) else key): (
-            [["tt.divisibility", value]] if isinstance(value, int) else value
-        )
-        for key, value in case.attrs.items()
+        (names.index(name),): [["tt.divisibility", value]] for name, value in case.attrs.items()
     }
     source = ASTSource(case.fn, signature, case.constexprs, attrs)
     # Set explicitly, because triton 3.10 changes the default.
@@ -312,30 +310,22 @@ def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
         yield f"expectation {name!r} is not known"
 
 
-def _more(new: int, old: int) -> bool:
-    return new > old
-
-
-def _fewer(new: int, old: int) -> bool:
-    return new < old
-
-
 # What counts as worse than the golden file: (label, figure, whether new is worse than old). Where
 # one more unit of registers costs a resident block, blocks_per_sm shows it.
 WORSE: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
     ("registers", "registers", lambda new, old: new > old + REGISTER_SLACK),
-    ("blocks per multiprocessor", "blocks_per_sm", _fewer),
-    ("wgmma waits", "wgmma_waits", _more),
+    ("blocks per multiprocessor", "blocks_per_sm", lt),
+    ("wgmma waits", "wgmma_waits", gt),
     ("instructions", "instructions", lambda new, old: new > INSTRUCTION_SLACK * old),
     ("longest loop", "longest_loop", lambda new, old: new > INSTRUCTION_SLACK * old),
-    ("i64 rows", "i64_muls", _fewer),
-    ("bytes of shared memory", "shared", _more),
-    ("wide loads", "wide_loads", _fewer),
-    ("wide stores", "wide_stores", _fewer),
-    ("2-byte loads", "half_loads", _more),
-    ("2-byte stores", "half_stores", _more),
-    ("4-byte loads", "scalar_loads", _more),
-    ("4-byte stores", "scalar_stores", _more),
+    ("i64 rows", "i64_muls", lt),
+    ("bytes of shared memory", "shared", gt),
+    ("wide loads", "wide_loads", lt),
+    ("wide stores", "wide_stores", lt),
+    ("2-byte loads", "half_loads", gt),
+    ("2-byte stores", "half_stores", gt),
+    ("4-byte loads", "scalar_loads", gt),
+    ("4-byte stores", "scalar_stores", gt),
 )
 
 
@@ -410,6 +400,7 @@ def write_table(path: Path, table: Table) -> None:
     path.write_text("{\n" + ",\n".join(cases) + "\n}\n")
 
 
+# Heading of a printed column: figure.
 COLUMNS = {
     "regs": "registers", "blocks": "blocks_per_sm", "stack": "stack", "shared": "shared",
     "ld128": "wide_loads", "st128": "wide_stores", "ld16": "half_loads", "st16": "half_stores",
@@ -484,25 +475,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(ARCHITECTURES))
     parser.add_argument("--kernel", default="", help="only cases whose name contains this")
-    parser.add_argument(
-        "--changed",
-        action="store_true",
-        help="compile only kernels whose IR is not in the golden file",
-    )
+    parser.add_argument("--changed", action="store_true", help="compile only what has a new IR")
     parser.add_argument("--write", action="store_true", help="write the golden file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE, too")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        metavar="FILE",
-        help="only write the golden files as a table into FILE",
-    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="only write FILE's table")
     options = parser.parse_args(arguments)
     if options.markdown:
         write_markdown(options.markdown)
         return 0
-    part = options.kernel != "" or options.arch != list(ARCHITECTURES)
-    if options.write and options.arch != list(ARCHITECTURES):
+    some_archs = options.arch != list(ARCHITECTURES)
+    if options.write and some_archs:
         parser.error("--write covers all architectures: leave --arch out")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
@@ -514,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
     version = triton.__version__
     golden = None if options.write else read_golden(version)
     table, broken = gate(cases, options.arch, golden, options.changed)
-    if golden is not None and not part:
+    if golden is not None and not (options.kernel or some_archs):
         broken += [f"{name}: in the golden file only" for name in golden.keys() - table.keys()]
     print(f"triton {version}")
     print(as_text(table))

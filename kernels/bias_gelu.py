@@ -161,7 +161,7 @@ def _forward(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _gradients(
+def empty_gradients(
     _: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """dx and dbias without values; one that is not needed has no elements."""
@@ -172,7 +172,7 @@ def _gradients(
 def _backward(
     grad: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _gradients(grad, x, bias, for_x, for_bias)
+    grad_x, grad_bias = empty_gradients(grad, x, bias, for_x, for_bias)
     if x.numel() == 0:
         return grad_x, grad_bias.zero_()
     grad, x = as_rows(grad), as_rows(x)
@@ -197,7 +197,7 @@ forward_op = operator(
 )  # fmt: skip
 backward_op = operator(
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, bool for_x, bool for_bias) "
-    "-> (Tensor, Tensor)", _backward, _gradients,
+    "-> (Tensor, Tensor)", _backward, empty_gradients,
 )  # fmt: skip
 
 

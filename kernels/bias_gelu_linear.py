@@ -35,7 +35,7 @@ import triton.testing
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .bias_gelu import backward_op, bias_gelu, forward_op, gelu_slope
+from .bias_gelu import backward_op, bias_gelu, empty_gradients, forward_op, gelu_slope
 from .bias_gelu import check as check_bias_gelu
 from .checks import check_option, check_tensor
 from .launching import (
@@ -151,18 +151,11 @@ def _descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [rows, cols])
 
 
-def _gradients(
-    _: Tensor, weight: Tensor, x: Tensor, bias: Tensor, for_x: bool, for_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """dx and dbias without values; one that is not needed has no elements."""
-    return x.new_empty(x.shape if for_x else (0,)), bias.new_empty(bias.shape if for_bias else (0,))
-
-
 @planned
 def fused(
     grad: Tensor, weight: Tensor, x: Tensor, bias: Tensor, for_bias: bool, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _gradients(grad, weight, x, bias, True, for_bias)
+    grad_x, grad_bias = empty_gradients(grad, x, bias, True, for_bias)
     grad, x, out = as_rows(grad), as_rows(x), grad_x.view(-1, x.shape[-1])
     (M, C), H, half = grad.shape, x.shape[1], tiles.cols // 2
     row_tiles = triton.cdiv(M, tiles.rows)
@@ -270,7 +263,8 @@ def _forward(
 
 linear_backward_op = operator(
     "bias_gelu_linear_backward(Tensor grad, Tensor weight, Tensor x, Tensor bias, bool for_x, "
-    "bool for_bias) -> (Tensor, Tensor)", _backward, _gradients,
+    "bool for_bias) -> (Tensor, Tensor)", _backward,
+    lambda grad, weight, *rest: empty_gradients(grad, *rest),
 )  # fmt: skip
 
 

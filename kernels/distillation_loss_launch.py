@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from . import distillation_loss_kernels as kernels
 from .distillation_loss_reference import TAILS, factors
 from .launching import DTYPES, TYPE_NAMES, Launch, launch, operator, planned, recording, scratch
+from .rows import contiguous
 
 MAX_TOPK = 2048  # ids of a row, which the kernel keeps in registers
 FP16_UNIT = 1024.0  # a power of two; room for gradients up to 63, probabilities need 1
@@ -46,10 +47,6 @@ def _readable(x: Tensor | None) -> Tensor | None:
         return None
     x = x if x.dtype in DTYPES else x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _stride(x: Tensor | None) -> int:
@@ -113,26 +110,20 @@ class _Arguments(NamedTuple):
     tau: float
     smoothing: float
 
-    @property
-    def head(self) -> Tensor:
-        logits = self.distill_logits if self.class_logits is None else self.class_logits
-        assert logits is not None
-        return logits
 
-    def factors(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Of both losses: what their sums over rows are multiplied by, and their weights."""
-        rows, classes = self.head.shape
-        return factors(rows, classes, self.kind, self.base, self.reduction, self.alpha, self.tau)
+def _head(arguments: Sequence[Any]) -> Tensor:
+    """The logits, of the class head if there are any, which determine sizes, dtype and device."""
+    return arguments[1] if arguments[0] is None else arguments[0]
 
 
 def _gradient_factors(
-    rows: int, classes: int, is_half: bool, kind: str, base: str, reduction: str,
-    alpha: float, tau: float,
-) -> tuple[tuple[float, float], tuple[float, float]]:  # fmt: skip
+    head: Tensor, kind: str, base: str, reduction: str, alpha: float, tau: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """What the forward and the backward multiply p - q by, for each head."""
+    rows, classes = head.shape
     means, weights = factors(rows, classes, kind, base, reduction, alpha, tau)
     scales = weights[0] * means[0], weights[1] * means[1] / (tau if kind == "soft" else 1.0)
-    if is_half:
+    if head.dtype == torch.float16:
         return (FP16_UNIT, FP16_UNIT), (scales[0] / FP16_UNIT, scales[1] / FP16_UNIT)
     return scales, (1.0, 1.0)
 
@@ -182,7 +173,7 @@ def _launch_loss(
     """Losses and gradients, these with their padding. ``_padded`` is here for the plan's key."""
     call = _Arguments(*tensors, *options)
     total, base, distill, *gradients = _results(*call, for_class, for_distill)
-    head, form = call.head, _teacher_form(call)
+    head, form = _head(call), _teacher_form(call)
     rows, classes = head.shape
     kept = 0 if call.ids is None else call.ids.shape[1]
     z_c = _readable(call.class_logits) if call.base else None
@@ -194,23 +185,23 @@ def _launch_loss(
         if call.target.dim() == 2:
             soft = _readable(call.target)
         else:
-            first, second = call.target.contiguous(), _contiguous(call.partner)
-            lam = _contiguous(_readable(call.lam))
+            first, second = call.target.contiguous(), contiguous(call.partner)
+            lam = contiguous(_readable(call.lam))
     target = "dense" if soft is not None else "label" if second is None else "pair"
 
     logits = labels = None  # of the teacher
     if call.teacher is not None and call.teacher.is_floating_point():
         logits = _readable(call.teacher)
     else:
-        labels = _contiguous(call.teacher)
-    ids, log_probs = _contiguous(call.ids), _readable(call.log_probs)
+        labels = contiguous(call.teacher)
+    ids, log_probs = contiguous(call.ids), _readable(call.log_probs)
     tail = "drop"
     if form == kernels.SOFT_TOPK.value and (kept < classes or call.tail == "renorm"):
         tail = call.tail
-    log_rest = _contiguous(_readable(call.log_tail)) if tail in ("uniform", "bucket") else None
+    log_rest = contiguous(_readable(call.log_tail)) if tail in ("uniform", "bucket") else None
 
-    means, weights = call.factors()
-    scales, _ = _gradient_factors(rows, classes, head.dtype == torch.float16, *options[1:6])
+    means, weights = factors(rows, classes, *options[1:6])
+    scales, _ = _gradient_factors(head, *options[1:6])
     (z_c_vec, z_c_padded), (z_d_vec, z_d_padded) = _access(z_c), _access(z_d)
     (soft_vec, soft_padded), (logits_vec, logits_padded) = _access(soft), _access(logits)
     is_wide = all(x is None or _access(x)[0] > 1 for x in (z_c, z_d, soft, logits))
@@ -242,9 +233,8 @@ def _launch_loss(
 
 def _results(*arguments: Any) -> tuple[Tensor, ...]:
     """Losses and gradients without values, the gradients with their padding."""
-    *inputs, for_class, for_distill = arguments
-    z_c, z_d = inputs[:2]
-    head = z_d if z_c is None else z_c
+    z_c, z_d, *_, for_class, for_distill = arguments
+    head = _head(arguments)
     total, base, distill = (head.new_empty((), dtype=torch.float32) for _ in range(3))
     g_c, g_d = _empty_gradient(z_c, for_class, head), _empty_gradient(z_d, for_distill, head)
     return total, base, distill, g_c, g_d
@@ -278,7 +268,7 @@ def _arrival_counter(like: Tensor) -> Tensor:
 def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     z_c, z_d, target, _, _, teacher = arguments[:6]
     for_class, for_distill = arguments[16:]
-    head = z_d if z_c is None else z_c
+    head = _head(arguments)
     rows, classes = head.shape
     if rows == 0:
         results = _results(*arguments)
@@ -297,8 +287,7 @@ def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss_and_gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    head = arguments[1] if arguments[0] is None else arguments[0]
-    return _without_padding(_results(*arguments), head.shape[1])
+    return _without_padding(_results(*arguments), _head(arguments).shape[1])
 
 
 @planned
@@ -345,10 +334,7 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.save_for_backward(g_c, g_d)
-        head = arguments[1] if arguments[0] is None else arguments[0]
-        rows, classes = head.shape
-        is_half = head.dtype == torch.float16
-        ctx.factors = _gradient_factors(rows, classes, is_half, *arguments[10:15])[1]
+        ctx.factors = _gradient_factors(_head(arguments), *arguments[10:15])[1]
         ctx.used = False
         return tuple(losses)
 

@@ -197,7 +197,6 @@ _COLUMNS = tl.constexpr(len(PLAN_COLUMNS))
 _PARTNER, _MIX_KIND = tl.constexpr(len(_IMAGE)), tl.constexpr(2 * len(_IMAGE))
 _IS_MIXUP, _IS_CUTMIX = tl.constexpr(MIXUP), tl.constexpr(CUTMIX)
 _LAM_SCALE = tl.constexpr(1 / LAM_ONE)  # a power of two: the product is exact
-_PATCHES = tl.constexpr(LAYOUTS.index("patches"))
 
 
 @triton.jit

@@ -71,6 +71,10 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def common_vector(channels: int, *rows: Tensor | None) -> int:
     """Largest power of two up to 16 that divides the offset of every row, in elements.
 
