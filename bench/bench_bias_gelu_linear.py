@@ -1,9 +1,9 @@
-"""The linear layer behind a biased GELU, second half of an MLP: its backward, and all of it.
+"""The linear layer after a biased GELU in an MLP: its backward alone, and forward with backward.
 
-Shapes are those of DeiT-S, Ti and B: 256 images, 198 tokens, 4 C hidden channels and C behind them,
-bfloat16 x and gradients, float32 parameters under autocast.
+Shapes are those of DeiT-S, Ti and B: 256 images, 198 tokens, 4 C hidden channels, C after the
+layer, bfloat16 x and gradients, float32 parameters under autocast.
 
-"dx": from the gradient behind the layer to that of x and the bias in front of the GELU. "ours,
+"dx": the gradients of x and of the bias, from the gradient of the layer's result. "ours,
 fused" is the kernel with the slope as its epilogue, in tiles of 128 x 128 and 128 x 64; "ours,
 separate" is cuBLAS and then the backward of bias_gelu, one of which the operator takes by its own
 measurement. Bytes: read x and the gradient, write the gradient of x; the weight is small.

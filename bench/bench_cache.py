@@ -127,8 +127,8 @@ def store(name: str) -> Store | str:
 
 
 def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
-    """A peer of milliseconds leaves cold caches to the one that comes after it, always the same:
-    each implementation therefore reads another batch, not timed, before the one that is."""
+    """A slow implementation leaves cold CPU caches to the next one, which is always the same one:
+    each implementation therefore reads another batch, not timed, before its timed batch."""
     ready: dict[str, Callable[[], Any] | str] = {}
 
     def before(name: str) -> None:
@@ -156,7 +156,9 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
             found = store(name)
             if isinstance(found, str):
                 return found
-            if kind == "records" or name == "numpy take":  # raw in both: the least there is to do
+            if (
+                kind == "records" or name == "numpy take"
+            ):  # both sides return undecoded bytes, the least work
                 return lambda: found.read(next_ids(name))
             decode = decode_tinyvit if name == "TinyViT layout" else decode_ours
             return lambda: decode(found.read(next_ids(name)))
@@ -206,7 +208,7 @@ def open_store(name: str, folder: Path) -> Store:
 
 
 def close_stores() -> None:
-    """LMDB refuses a second opening, and a file that is mapped does not leave the memory."""
+    """LMDB cannot be opened twice, and a mapped file stays in the page cache."""
     _, opened = imagenet_view()
     opened._table = _C.ViewTable()
     for name in STORES:
@@ -217,7 +219,7 @@ def close_stores() -> None:
 
 
 def open_and_read(ids: np.ndarray) -> dict[str, Callable[[], Any] | str]:
-    """By name of every store: opening it, reading these samples, closing it."""
+    """For each store, by name: a function that opens it, reads these samples and closes it."""
     folder, _ = imagenet_view()
 
     def call(name: str) -> None:
@@ -253,7 +255,7 @@ print(own_megabytes() - before)
 
 
 def open_case(batch: int) -> Case:
-    """Opening, warm, with one batch; and what the process holds afterwards that no file backs."""
+    """Open a warm store and read one batch; also the process's anonymous memory afterwards."""
 
     def facts(name: str) -> Row:
         folder, _ = imagenet_view()
@@ -266,7 +268,7 @@ def open_case(batch: int) -> Case:
 
 
 def forget(name: str) -> None:
-    """Drop a store's files from memory."""
+    """Drop a store's files from the page cache."""
     folder, _ = imagenet_view()
     files = STORES[name][2] if name in STORES else ("view-00000.dlc",)
     drop_from_memory([Path(folder.name) / file for file in files])
@@ -339,7 +341,7 @@ def device_encode_case(batch: int) -> Case:
 
 
 def torch_decode(raw: torch.Tensor) -> TopK:
-    """Records [n, 72] to the values that ours gives."""
+    """Decode records [n, 72] to the same values as ours."""
     ids = raw[:, : 2 * K].contiguous().view(torch.int16).int() & 0xFFFF
     stored = raw[:, 2 * K : 4 * K].contiguous().view(torch.float16).float()
     tail, norm = raw[:, 4 * K :].contiguous().view(torch.float32).unbind(1)
@@ -347,7 +349,7 @@ def torch_decode(raw: torch.Tensor) -> TopK:
 
 
 def torch_encode(logits: torch.Tensor) -> torch.Tensor:
-    """Nearly the same records: float32 sums, ties in any order."""
+    """Records like ours, but with float32 sums and with ties in any order."""
     values, ids = logits.topk(K, 1)
     stored = (values - logits.logsumexp(1, keepdim=True)).half()
     scaled = logits / TAU

@@ -1,7 +1,7 @@
 """Distillation loss of both heads, forward and backward, under mixed targets.
 
 Bytes: the logits of both heads and of the teacher read once, two gradients written; at 21841
-classes ours reads logits twice, which the figure does not excuse. On a CPU ours is the reference in
+classes ours reads logits twice, but the bytes count one read. On a CPU ours is the reference in
 plain PyTorch. All start from the mixed labels (y_a, y_b, lam), as every step of training does: the
 peers build the dense target from them, by the operations of timm's Mixup, which torch.compile
 may fuse.

@@ -193,8 +193,8 @@ class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
 def build_decoder(
     decoder: Literal["cpu", "gpu"], device: str, load: float, threads: int
 ) -> tuple[Callable[[], Any], Callable[[], float]] | str:
-    """Making a batch of FILES views, DALI working ahead; and the share of views that stay the same
-    in batches of half the size, percent. Or why it cannot be."""
+    """A function that makes a batch of FILES views while DALI prefetches, and the percentage of
+    views that stay the same in batches of half the size; or the reason why DALI cannot run."""
     holder = tempfile.TemporaryDirectory()
     root = Path(holder.name)
     write_photographs(root)

@@ -237,7 +237,7 @@ def host_ms(step: Step) -> float:
 
 
 def split(events: Sequence[Any], whole: float, cuda: bool) -> dict[str, float]:
-    """Share of each phase in the time of our step, percent; "other" is what no phase holds.
+    """Share of each phase in the time of our step, percent; "other" is outside all phases.
 
     On a GPU the device's time, so that "other" is idling, zeroing and the guard.
     """
@@ -249,10 +249,10 @@ def split(events: Sequence[Any], whole: float, cuda: bool) -> dict[str, float]:
 
 
 def phase_times(events: Sequence[Any], cuda: bool) -> dict[str, float]:
-    """Microseconds of each phase that there is; on CUDA those of the kernels launched in it.
+    """Microseconds of each phase that occurs; on CUDA those of the kernels launched in it.
 
-    By the time of their launch, as backward launches them from a thread of autograd's own, and they
-    do not count among what the phase itself calls.
+    A kernel belongs to the phase in which it is launched: the backward launches kernels from
+    autograd's thread, so the profiler does not attribute them to the phase.
 
     Args:
         events: of the host: name, time_range, kernels.
@@ -368,8 +368,8 @@ def write_cache(folder: str, config: RunConfig, batch: ViewBatch, logits: torch.
 def fed_case(student: str, size: int, batch_size: int, device: str, loader: str) -> Case:
     """The step with a loader in its steady state, compared with the step on a batch in memory.
 
-    What a loader has made beforehand is taken from it, not timed, before each of its calls. The
-    data wait is what is missing to a ratio of 1.
+    Before each timed call the batches that the loader has prefetched are taken from it. The data
+    wait is 1 minus the ratio.
     """
     target = torch.device(device)
     steps = 10 if device == "cuda" else 4

@@ -25,7 +25,7 @@ class Store(Protocol):
 
 
 class Memmap:
-    """The data of a view file, by numpy: no checks, no views, the least that a reader can do."""
+    """The data of a view file through numpy.memmap, without any check."""
 
     def __init__(self, folder: Path) -> None:
         layout = [int(word) for word in (folder / "layout.txt").read_text().split()]
@@ -81,7 +81,7 @@ class TinyVit:
     """TinyViT's layout: a text file of keys, which every reader parses, and the values' file.
 
     A loader knows an image by its key: that look-up is part of a read. Records are then taken from
-    a memory map, which is kinder than a seek and a read for each.
+    a memory map, which is faster than a seek and a read for each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,7 +185,7 @@ def resident_share(file: int) -> float:
 
 
 def own_megabytes() -> float:
-    """Memory of this process that no file backs."""
+    """Anonymous memory of this process, in megabytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024

@@ -24,7 +24,7 @@ from typing import Any
 
 from .record import ROOT, ResultFile, find_tool
 
-# (bench, case as a regex, implementation): the kernels whose predictions decide, first things first
+# (bench, case as a regex, implementation): the kernels whose predictions matter most come first
 TARGETS = (
     ("attention", r"H=6 N=198 .*forward\+backward", "ours"),
     ("add_layer_norm", r",384\] keep bfloat16 float32 stream fwd\+bwd", "ours"),

@@ -31,7 +31,7 @@ Calls = Counter[tuple[str, int]]
 
 
 class Counts(NamedTuple):
-    """What one half (forward or backward) launches; the differences of two are Counts again."""
+    """Launches of a forward or a backward; the difference of two Counts is again a Counts."""
 
     kernels: Calls  # Inductor's: (name, bytes) to launches
     gemms: Counter[tuple[str, tuple[int, ...]]]  # (call, (m, n, k)) to calls; a batch comes first
@@ -166,7 +166,7 @@ class _Shapes:
                 self.known[ast.unparse(statement.targets[0])] = shape
 
     def of(self, value: ast.expr) -> tuple[int, ...] | None:
-        """None: not known."""
+        """None: the shape is unknown."""
         if isinstance(value, ast.Name):
             return self.known.get(value.id)
         if not isinstance(value, ast.Call):
@@ -239,7 +239,7 @@ def attention_shape(name: str, call: ast.Call, shapes: _Shapes) -> tuple[int, ..
 
 
 def count_pass(graph: Any, code: str) -> Counts:
-    """What the code of one half launches.
+    """Launches of the code of a forward or a backward.
 
     Args:
         graph: that the code was written for; gives the bytes of operators.

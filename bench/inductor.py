@@ -44,7 +44,7 @@ MEMORY = {
 
 
 class Compiled(NamedTuple):
-    """One half of a compiled model."""
+    """The forward or the backward of a compiled model."""
 
     graph: fx.GraphModule  # on fake CUDA tensors: node.meta["val"]
     code: str  # of Inductor's output module
@@ -65,7 +65,7 @@ class _GraphsAreCompiled(BaseException):
 
 
 def believe_in_h100() -> None:
-    """Let this process take an H100 for present. It cannot compute on one, nor undo this."""
+    """Make PyTorch and Triton in this process report an H100. This cannot be undone."""
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     import torch._inductor.scheduler as scheduler
@@ -123,7 +123,7 @@ def believe_in_h100() -> None:
 
 
 def _choose_kernels() -> None:
-    """Let all code of ours take a tensor for one on a GPU that runs the kernels."""
+    """Make our own code choose the kernels for every tensor."""
     import deit_fast.kernels
     import deit_fast.models.fuse  # noqa: F401
 

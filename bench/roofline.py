@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
 
     @property
     def ms(self) -> float:
-        """The longer of both: one runs ahead of the other, never the other way round."""
+        """Time of a step: the longer of device and host, which overlap."""
         return max(self.device_ms, self.host_ms)
 
     @property

@@ -5,11 +5,11 @@ GPU sends 2 (n - 1) / n of the gradients' bytes (Patarasu and Yuan 2009). Within
 NVLink; between hosts every ring leaves through another GPU's adapter, so all adapters of a host
 share the bytes. The slower of the two links determines the time.
 
-DDP sends a bucket as soon as its gradients exist, which overlaps with the backward pass. Exposed
-are the last bucket and what the backward pass is too short to hide. This holds for every setting
-of ``compile``: compiled blocks are separate graphs, and torch splits the graph of a whole model
-where a bucket ends (tests/test_compile_ddp.py). Not counted: multiprocessors and memory bandwidth
-that the exchange takes from the backward pass, and waiting for a slower GPU.
+DDP sends a bucket as soon as its gradients exist, which overlaps with the backward pass. The
+last bucket, and what the backward pass is too short to hide, are exposed. This holds for every
+setting of ``compile``: compiled blocks are separate graphs, and torch splits the graph of a whole
+model where a bucket ends (tests/test_compile_ddp.py). Not counted: multiprocessors and memory
+bandwidth that the exchange takes from the backward pass, and waiting for a slower GPU.
 """
 
 from __future__ import annotations

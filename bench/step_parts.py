@@ -78,7 +78,7 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is predicted."""
+    """The step that is predicted."""
 
     card: Card
     model: str
@@ -117,7 +117,7 @@ def parameters(model: str) -> int:
 
 
 def moved(group: str, phase: str, name: str, size: float, card: Card) -> Part:
-    """A part that is bound by its bytes."""
+    """A part that is limited by memory bandwidth."""
     rate = cards.bytes_per_us(card)
     return Part(group, phase, name, f"{size / 1e9:.3f} GB", f"{rate / 1e6:.2f} TB/s", size / rate)
 
@@ -168,7 +168,7 @@ def elementwise_parts(step: Step, phase: str, counts: Counts) -> Iterator[Part]:
 
 
 def attention_parts(step: Step, phase: str, counts: Counts) -> Iterator[Part]:
-    """Ours by bytes or by instructions, whatever takes longer; PyTorch's by its FLOPs."""
+    """Ours by bytes or by instructions, whichever takes longer; PyTorch's by its FLOPs."""
     for name, (calls, size) in by_name(counts.operators).items():
         if name not in INSTRUCTIONS:
             continue

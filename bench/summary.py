@@ -49,7 +49,7 @@ def factor(row: Row) -> str:
 
 
 def expected(row: Row) -> str:
-    """The predicted range, and how the measurement lies to it."""
+    """The predicted range, and whether the measurement is below, inside or above it."""
     if "predicted" not in row:
         return ""
     low, high = row["predicted"]
