@@ -13,7 +13,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 // The blocks of one processor use the same shared memory one after another. A single processor needs
 // no thread_local, around which AddressSanitizer has no red zones.
