@@ -7,10 +7,9 @@ ingest, timm: its PrefetchLoader). The cases "to float32" also flip, normalise a
 core. Mixing is left out. The files are crops of scikit-learn's two photographs, 500 x 375 pixels,
 JPEG quality 94, which take about as much work as ImageNet's files.
 
-`ours dali` is our loader with NVIDIA DALI, if that is installed: one thread of DALI on the CPU,
-without prefetching. (A second thread reads the files and draws the plan, a tenth of the work.)
-`ours dali-triton`: DALI decodes, and our own functions crop, resize and augment on this host, to
-the same bytes as Pillow.
+`ours dali-cpu` is our loader with NVIDIA DALI, if that is installed, without prefetching: one
+thread of DALI decodes, and our own functions crop, resize and augment, to the bytes of Pillow. (A
+second thread reads the files and draws the plan, a tenth of the work.)
 
 `ours packed` reads the same images from packed shards (`deit-fast pack`): decoded once, shorter
 side 256, uint8.
@@ -138,16 +137,12 @@ def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callabl
     return {
         "ours": one_core(ours(source)),
         "ours packed": one_core(ours(PackedImages(str(root / "pack"), "train"))),
-        **{
-            name: build_dali(name, source, recipe, ids, views, root, whole)
-            for name in ("ours dali", "ours dali-triton")
-        },
+        "ours dali-cpu": build_dali(source, recipe, ids, views, root, whole),
         "timm": one_core(run_timm),
     }
 
 
 def build_dali(
-    name: str,
     source: ImageFolder,
     recipe: ViewConfig,
     ids: np.ndarray,
@@ -163,9 +158,7 @@ def build_dali(
         return str(error)
     plan = ViewPlan(recipe, 0, FILES)
     batches = Endless((ids, views))
-    data = DataConfig(
-        loader="dali" if name == "ours dali" else "dali-triton", workers=1, on_error="fail"
-    )
+    data = DataConfig(loader="dali-cpu", workers=1, on_error="fail")
     loader = DaliLoader(source, plan, batches, data, depth=1, index=index)
     passed = iter(loader)
 
@@ -191,7 +184,7 @@ class Endless(Sequence[tuple[np.ndarray, np.ndarray]]):
 
 
 def build_decoder(
-    decoder: Literal["cpu", "gpu"], device: str, load: float, threads: int
+    kind: Literal["dali-cpu", "dali-gpu"], device: str, load: float, threads: int
 ) -> tuple[Callable[[], Any], Callable[[], float]] | str:
     """A function that makes a batch of FILES views while DALI prefetches, and the percentage of
     views that stay the same in batches of half the size; or the reason why DALI cannot run."""
@@ -211,7 +204,7 @@ def build_decoder(
     class Data(DataConfig):
         dali_hw_decoder_load = load  # a constant of every run
 
-    data = Data(loader="dali", workers=threads, on_error="fail", dali_decoder=decoder)
+    data = Data(loader=kind, workers=threads, on_error="fail")
 
     def loader(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> DaliLoader:
         return DaliLoader(source, plan, batches, data, device, depth=4, index=index)
@@ -232,11 +225,11 @@ def build_decoder(
 
 
 def decoder_case(load: float, threads: int) -> Case:
-    impl = "ours dali, GPU decoder"
+    impl = "ours dali-gpu"
     found: list[Callable[[], float]] = []
 
     def build() -> dict[str, Callable[[], Any] | str]:
-        built = build_decoder("gpu", "cuda", load, threads)
+        built = build_decoder("dali-gpu", "cuda", load, threads)
         if isinstance(built, str):
             return {impl: built}
         found[:] = built[1:]

@@ -440,6 +440,6 @@ def cases(device: str) -> list[Case]:
         *(
             fed_case(student, 224, 256, device, loader)
             for student in (SMALL, TINY)
-            for loader in ("packed", "dali-triton", "pillow")
+            for loader in ("packed", "dali-cpu", "pillow")
         ),
     ]

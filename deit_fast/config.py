@@ -126,12 +126,10 @@ class DataConfig:
     source: Literal["folder", "tar", "packed", "synthetic"] = "folder"
     """`tar`: WebDataset shards, `root/train/*.tar`. `packed`: the output of `deit-fast pack`.
     `synthetic`: random images without reading or decoding, an upper bound of the speed."""
-    loader: Literal["pillow", "dali", "dali-triton"] = "pillow"
-    """`pillow`: Pillow, in worker processes. `dali`: NVIDIA DALI, with slightly other pixels.
-    `dali-triton`: DALI decodes, the kernel `augment` does the rest; with dali_decoder=cpu the
-    pixels are those of `pillow`. A cache serves only loaders that make its pixels."""
-    dali_decoder: Literal["cpu", "gpu"] = "cpu"
-    """Device on which DALI decodes. The pixels of the two differ slightly."""
+    loader: Literal["pillow", "dali-cpu", "dali-gpu"] = "pillow"
+    """`pillow`: Pillow, in worker processes. `dali-cpu`: NVIDIA DALI decodes in threads, the kernel
+    `augment` does the rest, to the pixels of `pillow`. `dali-gpu`: DALI decodes on the GPU, to
+    slightly other pixels. A cache serves only loaders that make its pixels."""
     workers: int = 4
     """Decoding processes per rank, or threads with DALI. 0: the main process decodes."""
     on_error: Literal["substitute", "fail"] = "substitute"
@@ -150,10 +148,6 @@ class DataConfig:
         _require(
             self.loader == "pillow" or self.source != "synthetic",
             f"data.loader={self.loader} decodes files, and data.source=synthetic has none",
-        )
-        _require(
-            self.loader != "pillow" or self.dali_decoder == "cpu",
-            f"data.dali_decoder={self.dali_decoder} needs data.loader=dali or dali-triton",
         )
         _require(
             self.synthetic_samples >= 4,

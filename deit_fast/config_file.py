@@ -38,6 +38,7 @@ RETIRED: dict[str, Any] = {
     "save_minutes": None,
     "data.train": "train",
     "data.val": "val",
+    "data.dali_decoder": "cpu",
     **{f"model.{name}": None for name in _SHAPE},
 }
 """Settings of earlier versions by dotted key, each with the only value that it has now."""
@@ -51,6 +52,7 @@ _REPLACEMENTS = {
     "save_minutes": "set save_steps",
     "data.train": "link your folder under the name train",
     "data.val": "link your folder under the name val",
+    "data.dali_decoder": "set data.loader=dali-gpu",
     **{f"model.{name}": "give it in model.args" for name in _SHAPE},
     "optim.lr_batch": "scale optim.lr, which is for 512 samples",
 }
@@ -71,11 +73,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
     """A run's settings from JSON, those of earlier versions under the names of this one."""
     values = dict(values)
-    model, optim = values.get("model"), values.get("optim")
+    model, data, optim = values.get("model"), values.get("data"), values.get("optim")
     if isinstance(model, dict) and "args" not in model:
         shape = [f"{name}={model[name]}" for name in _SHAPE if model.get(name) is not None]
         rest = {name: value for name, value in model.items() if name not in _SHAPE}
         values["model"] = rest | ({"args": shape} if shape else {})
+    if isinstance(data, dict) and data.get("loader") in ("dali", "dali-triton"):
+        rest = {name: value for name, value in data.items() if name != "dali_decoder"}
+        loader = f"dali-{data.get('dali_decoder', 'cpu')}"
+        if data["loader"] == "dali":
+            log.warning(
+                "data.loader=dali, which augmented by DALI, is no longer a setting: read as %s, "
+                "whose pixels differ slightly",
+                loader,
+            )
+        values["data"] = rest | {"loader": loader}
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
         lr, samples = optim["lr"], optim["lr_batch"]
         if isinstance(lr, (int, float)) and isinstance(samples, int) and samples > 0:

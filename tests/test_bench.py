@@ -124,7 +124,7 @@ def test_cases_that_run_on_the_host_are_marked_on_host() -> None:
 def test_views_of_one_decoder_do_not_depend_on_their_batch() -> None:
     from bench import bench_loader
 
-    built = bench_loader.build_decoder("cpu", "cpu", 0.0, 2)
+    built = bench_loader.build_decoder("dali-cpu", "cpu", 0.0, 2)
     assert not isinstance(built, str), built
     run, identical_pct = built
     run()

@@ -286,6 +286,23 @@ def test_settings_of_an_earlier_run_are_converted(tmp_path):
     assert config.optim.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("earlier", "decoder", "now", "warnings"),
+    [
+        ("pillow", "cpu", "pillow", 0),
+        ("dali-triton", "cpu", "dali-cpu", 0),
+        ("dali-triton", "gpu", "dali-gpu", 0),
+        ("dali", "gpu", "dali-gpu", 1),
+    ],
+)
+def test_a_loader_of_an_earlier_run_is_converted(tmp_path, caplog, earlier, decoder, now, warnings):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"data": {"loader": earlier, "dali_decoder": decoder}}))
+    assert load_config(str(file), RunConfig()).data.loader == now
+    assert len(caplog.messages) == warnings
+    assert all("read as dali-gpu, whose pixels differ" in line for line in caplog.messages)
+
+
 def test_a_retired_setting_without_influence_is_ignored_with_a_warning(tmp_path, caplog):
     file = tmp_path / "config.json"
     file.write_text('{"save_minutes": 5.0, "codec": {"block_records": 256}}')

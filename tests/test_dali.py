@@ -20,15 +20,13 @@ from safetensors.torch import save_file
 from deit_fast.cache import CacheMismatch
 from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import ImageFolder, open_loader
-from deit_fast.data.augment import augment
 from deit_fast.errors import InputError
-from deit_fast.views.plan import OPERATIONS, ViewPlan, plan_dtype
+from deit_fast.views.plan import ViewPlan
 from helpers.images import SEED, SIZE, encode, folder_of, odd_files, picture, write_split
 
 pytestmark = pytest.mark.dali
 
 PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
-FILL = (124, 116, 104)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +44,7 @@ def source(tmp_path) -> ImageFolder:
 
 
 def loaded(source, batches, recipe=PLAIN, **settings):
-    data = DataConfig(**{"loader": "dali", "workers": 1, "on_error": "fail"} | settings)
+    data = DataConfig(**{"loader": "dali-cpu", "workers": 1, "on_error": "fail"} | settings)
     plan = ViewPlan(recipe, SEED, source.num_samples)
     return open_loader(data, source, plan, batches, device="cpu")
 
@@ -54,67 +52,6 @@ def loaded(source, batches, recipe=PLAIN, **settings):
 # ---------------------------------------------------------------------------------------------
 # Pixels
 # ---------------------------------------------------------------------------------------------
-
-# Largest mean distance to Pillow's pixels, of 255: a linear for a cubic warp, another equalize.
-NEAR = dict.fromkeys(OPERATIONS, 0.8) | {
-    "none": 0, "invert": 0, "posterize": 0, "solarize": 0, "solarize_add": 0, "equalize": 2,
-    "rotate": 3, "shear_x": 3, "shear_y": 3, "translate_x": 3, "translate_y": 3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def operated() -> dict[tuple[str, int, bool], np.ndarray]:
-    """Each operation, at two levels, of views that will be flipped and of others: by DALI."""
-    from deit_fast.data.dali_graph import file_inputs, view_graph, view_inputs
-
-    image = np.asarray(picture(1, 96, 96))
-    rows = np.zeros(4 * len(OPERATIONS), plan_dtype(2))
-    rows["operations"][:, 1] = np.repeat(np.arange(len(OPERATIONS)), 4)
-    rows["levels"][:, 1] = np.tile([9300, 9300, -4100, -4100], len(OPERATIONS))
-    blurs = rows["operations"][:, 1] == OPERATIONS.index("gaussian_blur")
-    rows["levels"][blurs, 1] = [1000, 1000, 1900, 1900]
-    rows["flip"] = np.tile([0, 1], len(rows) // 2)
-    box = np.tile(np.array([0, 0, 96, 96], np.int32), (len(rows), 1))
-    inputs = file_inputs([image], len(rows)) + view_inputs(rows, box, np.zeros(len(rows)), 96)
-    pipeline = view_graph(
-        lambda: inputs, 0.0, 96, 2, FILL,
-        batch_size=len(rows), num_threads=1, device_id=None, prefetch_queue_depth=2,
-    )  # fmt: skip
-    (output,) = pipeline.run()
-    views = np.array(output.as_tensor())
-    return {
-        (OPERATIONS[row["operations"][1]], int(row["levels"][1]), bool(row["flip"])): view
-        for row, view in zip(rows, views, strict=True)
-    }
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_close_to_pillows(operated, name):
-    image = picture(1, 96, 96)
-    found = {key: view for key, view in operated.items() if key[0] == name}
-    assert len(found) == 4
-    for (_, level, flip), view in found.items():
-        expected = augment(image, [OPERATIONS.index(name)], [level], flip, FILL)
-        distance = np.abs(np.asarray(expected).astype(int) - view)
-        assert distance.mean() <= NEAR[name], (name, level, flip)
-        if name != "none":  # and it does something: the view's own pixels are farther away
-            assert np.abs(np.asarray(image).astype(int) - view).mean() > 1.5 * distance.mean()
-
-
-def test_views_are_close_to_pillows(tmp_path):
-    """Crops, files and levels reach the right view: any mix-up gives other pictures."""
-    folder = tmp_path / "train" / "class0"
-    folder.mkdir(parents=True)
-    for number in range(12):
-        picture(number, 200 + 10 * number, 150).save(folder / f"{number:02d}.jpg", quality=95)
-    source = ImageFolder(str(tmp_path), "train")
-    recipe = ViewConfig(image_size=64, repeats=2)
-    batches = [(np.repeat(np.arange(12), 2), np.tile([0, 1], 12))]
-    near = next(iter(loaded(source, batches, recipe)))
-    exact = next(iter(loaded(source, batches, recipe, loader="pillow", workers=0)))
-    assert torch.equal(near.plan, exact.plan) and torch.equal(near.labels, exact.labels)
-    distance = (near.images.int() - exact.images.int()).abs().float().mean((1, 2, 3))
-    assert distance.max() < 5 and distance.median() < 1.5
 
 
 def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
@@ -129,16 +66,12 @@ def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
 
 
 def test_unknown_recipes_are_refused(source):
-    simple = ViewConfig(image_size=SIZE, crop="simple")
-    for loader in ("dali", "dali-triton"):
-        with pytest.raises(InputError, match=r"view\.crop=resized"):
-            loaded(source, [], simple, loader=loader)
-    three = ViewConfig(image_size=SIZE, augment="three_augment")
-    with pytest.raises(InputError, match="three_augment"):
-        loaded(source, [], three, loader="dali-triton")
-    assert len(next(iter(loaded(source, [([0, 1], [0, 0])], three)))) == 2
-    with pytest.raises(InputError, match=r"data\.dali_decoder=gpu needs a CUDA device"):
-        loaded(source, [], dali_decoder="gpu")
+    for name, value in (("crop", "simple"), ("augment", "three_augment"), ("color_jitter", 0.3)):
+        augment = {"augment": "none"} | {name: value}
+        with pytest.raises(InputError, match=rf"view\.{name}=.*, not {value}"):
+            loaded(source, [], ViewConfig(image_size=SIZE, **augment))
+    with pytest.raises(InputError, match=r"data\.loader=dali-gpu needs a CUDA device"):
+        loaded(source, [], loader="dali-gpu")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,20 +82,20 @@ def test_unknown_recipes_are_refused(source):
 def test_each_file_is_given_to_dali_once(source, monkeypatch):
     import deit_fast.data.dali as dali
 
-    given: list[tuple[int, int]] = []
-    inputs = dali.file_inputs
+    given: list[int] = []
+    inputs = dali.decoder_inputs
 
-    def count(files, places):
-        given.append((sum(file.ndim == 1 for file in files), places))
-        return inputs(files, places)
+    def count(files):
+        given.append(sum(file.ndim == 1 for file in files))
+        return inputs(files)
 
-    monkeypatch.setattr(dali, "file_inputs", count)
+    monkeypatch.setattr(dali, "decoder_inputs", count)
     recipe = ViewConfig(image_size=SIZE, repeats=3)
     partner = int(ViewPlan(recipe, SEED, 8).rows([0], [0])["partner"][0])
     samples, views = np.repeat([0, partner], 3), np.tile(np.arange(3), 2)
     next(iter(loaded(source, [(samples, views)], recipe)))
-    assert given[0] == (0, 1)  # what follows the last batch
-    assert given[1:] == [(2, 6)]  # six views, partners of each other, from two files
+    assert given[0] == 2  # six views, partners of each other, from two files
+    assert not any(given[1:])  # what follows the last batch
 
 
 def test_only_plain_jpegs_pass(tmp_path):
@@ -307,38 +240,36 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
-def test_a_decompression_bomb_takes_no_memory(tmp_path, loader):
+def test_a_decompression_bomb_takes_no_memory(tmp_path):
     """In the data set from the start, and replacing another file while the loader runs."""
     jpegs = {f"{n}.jpg": encode(picture(n, 40, 30), "JPEG") for n in range(6)}
     source = folder_of(tmp_path, jpegs | {"1.jpg": bomb(jpegs["1.jpg"])})
     source.labels = np.arange(6)  # tells who was taken
     batches = [(np.arange(6), np.full(6, view)) for view in range(6)]
-    next(iter(loaded(folder_of(tmp_path / "warm", jpegs), batches, loader=loader)))
+    next(iter(loaded(folder_of(tmp_path / "warm", jpegs), batches)))
     before = peak()
-    passed = iter(loaded(source, batches, loader=loader, on_error="substitute"))
+    passed = iter(loaded(source, batches, on_error="substitute"))
     first = next(passed)
     assert first.labels.tolist() == [0, 2, 2, 3, 4, 5] and first.substituted == [source.paths[1]]
     replace(source.paths[4], bomb(jpegs["4.jpg"]))  # as long as before
     *_, last = passed
     assert last.labels.tolist() == [0, 2, 2, 3, 5, 5] and last.substituted == source.paths[1:5:3]
     with pytest.raises(InputError, match="DecompressionBombError"):
-        list(loaded(source, batches, loader=loader))
+        list(loaded(source, batches))
     assert peak() - before < 400e6
 
 
-@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
-def test_another_image_of_the_same_length_is_cut_by_its_own_size(tmp_path, loader):
+def test_another_image_of_the_same_length_is_cut_by_its_own_size(tmp_path):
     wide = encode(picture(1, 60, 20), "JPEG")
     high = encode(picture(2, 20, 60), "JPEG")
     longer = max(len(wide), len(high))
     source = folder_of(tmp_path, {"a.jpg": wide.ljust(longer, b"\0")})
     batches = [([0], [view]) for view in range(8)]
-    passed = iter(loaded(source, batches, loader=loader))
+    passed = iter(loaded(source, batches))
     next(passed)
     replace(source.paths[0], high.ljust(longer, b"\0"))
     *_, last = passed
-    (fresh,) = loaded(source, batches[-1:], loader=loader)
+    (fresh,) = loaded(source, batches[-1:])
     assert torch.equal(last.images, fresh.images)
 
 
@@ -377,12 +308,12 @@ DEAD_PIPELINE = """
 import gc, os
 os.register_at_fork(after_in_child=gc.collect)  # runs before the hooks of modules imported below
 import numpy as np
-from deit_fast.data import dali_graph
+from deit_fast.data import dali
 
 gc.disable()
 pixel = np.zeros((1, 1, 3), np.uint8)
-pipeline = dali_graph.decoding_graph(
-    lambda: dali_graph.file_inputs([pixel], 1), 0.0,
+pipeline = dali.decoder(
+    lambda: dali.decoder_inputs([pixel]), 0.0,
     batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=2,
 )
 pipeline.run()
@@ -408,7 +339,7 @@ def test_a_child_that_collects_garbage_at_once_does_not_wait_for_a_dead_pipeline
 # ---------------------------------------------------------------------------------------------
 
 
-def test_a_cache_serves_the_loader_that_made_it(tmp_path):
+def test_a_cache_serves_the_loaders_of_its_pixels(tmp_path):
     from deit_fast.models.convnet import small_convnet
     from deit_fast.precompute import estimate, precompute
     from deit_fast.recipes import digits_student
@@ -420,31 +351,21 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     spec = f"deit_fast.models.convnet:small_convnet@{tmp_path}/teacher.safetensors"
     config = digits_student().replace(
         epochs=2, num_views=None, teacher=spec, teacher_batch=8, cache=str(tmp_path / "dali"),
-        device="cpu", data={"root": str(tmp_path), "workers": 1, "loader": "dali"},
+        device="cpu", data={"root": str(tmp_path), "workers": 1, "loader": "dali-cpu"},
         view={"repeats": 1},
     )  # fmt: skip
     assert estimate(config)["images"] == 40
     assert precompute(config)["images"] == 40
-    pillow = config.replace(cache=str(tmp_path / "pillow"), data={"loader": "pillow"})
-    precompute(pillow)
     source = ImageFolder(str(tmp_path), "train")
-
-    def opens(config, cache: str) -> None:
-        open_teacher(config.replace(cache=str(tmp_path / cache)), source, torch.device("cpu"))
-
-    opens(config, "dali")
-    opens(pillow, "pillow")
-    opens(config.replace(data={"loader": "dali-triton"}), "pillow")  # the same pixels
-    with pytest.raises(CacheMismatch, match=r"contract\.pixels.*pillow/11-12.*"):
-        opens(config, "pillow")
-    with pytest.raises(CacheMismatch, match=r"contract\.pixels.*dali/cpu"):
-        opens(pillow, "dali")
-    assert (
-        verify_against_teacher(config.cache, spec, config.data, samples=10, device="cpu")["failed"]
-        == 0
-    )
+    pillow, on_gpu = (config.replace(data={"loader": name}) for name in ("pillow", "dali-gpu"))
+    for same in (config, pillow):
+        open_teacher(same, source, torch.device("cpu"))
+        checked = verify_against_teacher(config.cache, spec, same.data, samples=10, device="cpu")
+        assert checked["failed"] == 0
+    with pytest.raises(CacheMismatch, match=r"contract\.pixels.*pillow/11-12"):
+        open_teacher(on_gpu, source, torch.device("cpu"))
     with pytest.raises(CacheMismatch, match=r"contract\.pixels"):
-        verify_against_teacher(config.cache, spec, pillow.data, samples=10, device="cpu")
+        verify_against_teacher(config.cache, spec, on_gpu.data, samples=10, device="cpu")
     # Another picture in a file of the same name and size, which the fingerprint cannot see.
     path = Path(source.paths[3])
     picture(99, 20, 20).save(path.with_suffix(".new"), "JPEG", quality=30)
@@ -452,7 +373,7 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
     assert len(content) < path.stat().st_size
     path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
     with pytest.raises(InputError, match="saw other pixels of sample"):
-        opens(config, "dali")
+        open_teacher(config, source, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -461,8 +382,7 @@ def test_a_cache_serves_the_loader_that_made_it(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loader", ["dali", "dali-triton"])
-def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path, loader):
+def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path):
     """250 batches of several sizes; the decoder on the GPU, near Pillow's pixels."""
     folder = tmp_path / "train" / "class0"
     folder.mkdir(parents=True)
@@ -471,7 +391,7 @@ def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path, loader):
     source = ImageFolder(str(tmp_path), "train")
     recipe = ViewConfig(image_size=64, repeats=2)
     plan = ViewPlan(recipe, SEED, 16)
-    data = DataConfig(loader=loader, dali_decoder="gpu", workers=4)
+    data = DataConfig(loader="dali-gpu", workers=4)
     keys = np.array([(sample, view) for sample in range(16) for view in range(4)])
     rng = np.random.default_rng(0)
     batches = [(keys[:, 0], keys[:, 1])]

@@ -57,7 +57,7 @@ NOT_RUN = {
     r"python -m deit_fast\.kernels\.aot": "minutes; tests/test_aot.py",
     r"python -m pytest": "is the test suite",
 }
-NEEDS = {"--track tensorboard": "tensorboard", "--data.loader dali": "nvidia.dali"}
+NEEDS = {"--track tensorboard": "tensorboard", "--data.loader dali-cpu": "nvidia.dali"}
 STATUS = {"doctor": (0, 1)}  # 1: this machine has a problem
 
 

@@ -35,7 +35,7 @@ from helpers.images import (
 )
 
 DALI = pytest.mark.dali
-LOADERS = ["pillow", pytest.param("dali", marks=DALI), pytest.param("dali-triton", marks=DALI)]
+LOADERS = ["pillow", pytest.param("dali-cpu", marks=DALI)]
 RECIPE = ViewConfig(image_size=SIZE, repeats=2)
 PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
 
@@ -123,7 +123,7 @@ def test_dali_with_our_kernel_makes_pillows_pixels(source):
     plan = ViewPlan(RECIPE, SEED, 12)
     batches = [(np.arange(12), np.full(12, view)) for view in range(2)]
     ours = opened("pillow", source, plan, batches)
-    for mine, theirs in zip(ours, opened("dali-triton", source, plan, batches), strict=True):
+    for mine, theirs in zip(ours, opened("dali-cpu", source, plan, batches), strict=True):
         for name in ("images", "plan", "labels", "partner_labels", "lam", "sample_ids", "view_ids"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
         assert len(torch.unique(mine.images)) > 200
@@ -143,12 +143,9 @@ def test_odd_files_look_alike_in_all_loaders(tmp_path):
     batches = [(np.arange(count), np.zeros(count, int))]
     found = {
         loader: next(iter(opened(loader, source, plan, batches))).images.int()
-        for loader in ("pillow", "dali", "dali-triton")
+        for loader in ("pillow", "dali-cpu")
     }
-    assert torch.equal(found["pillow"], found["dali-triton"])
-    # Resized by another implementation; anything else (turned, another frame, inverted) is far off.
-    distance = (found["pillow"] - found["dali"]).abs().float().mean((1, 2, 3))
-    assert distance.max() < 1.5, dict(zip(source.paths, distance.tolist(), strict=True))
+    assert torch.equal(found["pillow"], found["dali-cpu"])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -262,8 +259,7 @@ def test_sigterm_ends_a_pass(root, loader):
     [
         ("pillow", 0),
         ("pillow", 1),
-        pytest.param("dali", 1, marks=DALI),
-        pytest.param("dali-triton", 1, marks=DALI),
+        pytest.param("dali-cpu", 1, marks=DALI),
     ],
 )
 def test_fifty_passes_leak_neither_memory_nor_files(source, loader, workers):
@@ -294,27 +290,15 @@ def test_fifty_passes_leak_neither_memory_nor_files(source, loader, workers):
 def test_contracts_differ_where_pixels_do():
     pillow = pixel_contract(DataConfig())
     assert pillow == {"contract.pixels": "pillow/11-12"}
-    assert pixel_contract(DataConfig(loader="dali-triton")) == pillow
-    others = [
-        pixel_contract(DataConfig(loader=loader, dali_decoder=decoder))
-        for loader, decoder in (("dali", "cpu"), ("dali", "gpu"), ("dali-triton", "gpu"))
-    ]
-    names = {contract["contract.pixels"] for contract in [pillow, *others]}
-    assert names == {"pillow/11-12", "dali/cpu", "dali/gpu", "dali-decoded/gpu"}
-    for contract in others:
-        assert contract["contract.hw_decoder_load"] == 0.0 and contract["contract.dali"] >= "2"
+    assert pixel_contract(DataConfig(loader="dali-cpu")) == pillow
+    on_gpu = pixel_contract(DataConfig(loader="dali-gpu"))
+    assert on_gpu["contract.pixels"] == "dali-decoded/gpu"
+    assert on_gpu["contract.hw_decoder_load"] == 0.0 and on_gpu["contract.dali"] >= "2"
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"loader": "dali", "source": "synthetic"}, "data.source=synthetic"),
-        ({"dali_decoder": "gpu"}, "data.dali_decoder=gpu"),
-    ],
-)
-def test_settings_that_do_not_go_together(settings, words):
-    with pytest.raises(InputError, match=words):
-        DataConfig(**settings)
+def test_a_decoder_needs_a_source_of_files():
+    with pytest.raises(InputError, match=r"data\.source=synthetic"):
+        DataConfig(loader="dali-cpu", source="synthetic")
 
 
 def test_without_dali_one_line_names_the_extra(root):
@@ -323,8 +307,8 @@ def test_without_dali_one_line_names_the_extra(root):
         "sys.modules['nvidia.dali'] = None\n"
         "import test_loaders as t\n"
         "source = t.ImageFolder(sys.argv[1], 'train')\n"
-        "for make in (lambda: t.pixel_contract(t.DataConfig(loader='dali-triton')),\n"
-        "             lambda: t.opened('dali', source, t.ViewPlan(t.PLAIN, 0, 12), [])):\n"
+        "for make in (lambda: t.pixel_contract(t.DataConfig(loader='dali-gpu')),\n"
+        "             lambda: t.opened('dali-cpu', source, t.ViewPlan(t.PLAIN, 0, 12), [])):\n"
         "    try: make()\n"
         "    except t.InputError as error: print(error)\n"
     )

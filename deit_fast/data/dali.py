@@ -1,16 +1,16 @@
 """The loader whose decoder is DALI: the views and the interface of `ViewLoader`, in C++ threads.
 
-DALI's own random numbers depend on the batch, so it draws none: every choice of the plan is an
-input. The input never ends, because an exhausted one ends the pipeline; the loader counts batches.
+DALI decodes whole files, on the CPU or a GPU. `kernels.augment` crops, resizes and augments them
+with Pillow's arithmetic; without a GPU the Pillow loader's own functions do. DALI's own operators
+have other pixels, and its random numbers depend on the batch.
 
-`data.loader=dali`: DALI crops, resizes and augments, to pixels of its own. `dali-triton`: it
-decodes whole files, and `kernels.augment` makes Pillow's pixels of them; without a GPU the Pillow
-loader's own functions do.
+DALI's input never ends, because an exhausted one ends the pipeline; the loader counts batches.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,13 +24,6 @@ from torch import Tensor
 from deit_fast.config import DataConfig
 from deit_fast.data.augment import augment_table, fill_color, render_views
 from deit_fast.data.batch import ViewBatch
-from deit_fast.data.dali_graph import (
-    GRAPH_VERSION,
-    decoding_graph,
-    file_inputs,
-    view_graph,
-    view_inputs,
-)
 from deit_fast.data.jpeg_index import (
     FileIndex,
     decodes_like_pillow,
@@ -44,27 +37,7 @@ from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
 from deit_fast.views.plan import ViewPlan
 
-CHUNK = 256  # views that DALI makes at once: bounds its memory for any batch size
-
-
-def dali_contract(data: DataConfig) -> dict[str, Any]:
-    """What decides DALI's pixels, for a cache's fingerprint.
-
-    Raises:
-        InputError: DALI is not installed.
-    """
-    require_dali()
-    import nvidia.dali
-    from nvidia import nvimgcodec
-
-    kind = "dali" if data.loader == "dali" else "dali-decoded"
-    contract = {
-        "contract.pixels": f"{kind}/{data.dali_decoder}",
-        "contract.dali": nvidia.dali.__version__,
-        "contract.nvimgcodec": nvimgcodec.__version__,
-        "contract.hw_decoder_load": data.dali_hw_decoder_load,
-    }
-    return contract | ({"contract.dali_graph": GRAPH_VERSION} if data.loader == "dali" else {})
+CHUNK = 256  # views that are made at once: bounds DALI's memory for any batch size
 
 
 class DaliLoader:
@@ -75,8 +48,8 @@ class DaliLoader:
 
     Args:
         source, plan, batches, start, stop: as `ViewLoader`.
-        data: `loader`, `dali_decoder`, `dali_hw_decoder_load`, `on_error`, and `workers`, the
-            number of reading threads and of DALI's threads, at least 1.
+        data: `loader`, `dali_hw_decoder_load`, `on_error`, and `workers`, the number of reading
+            threads and of DALI's threads, at least 1.
         device: where `kernels.augment` and a GPU decoder run.
         depth: chunks that DALI works on; 1: nothing is made ahead, for timing.
         index: which files DALI may decode; none: checks those that no earlier loader has checked.
@@ -103,27 +76,23 @@ class DaliLoader:
         self.steps = steps_of(source, plan, batches, start, stop)
         self.plan, self.device = plan, torch.device(device)
         self._batches, self._data, self._depth = batches, data, depth
-        self._on_gpu = data.dali_decoder == "gpu"
+        self._on_gpu = data.loader == "dali-gpu"
         if self._on_gpu and self.device.type != "cuda":
-            raise InputError(f"data.dali_decoder=gpu needs a CUDA device, not {self.device}")
-        if plan.view.crop != "resized":
-            raise InputError(f"the DALI loaders know view.crop=resized, not {plan.view.crop}")
-        self._augments = data.loader == "dali"
-        if not self._augments:
-            augment_table(plan.view, plan.rows([], []), [], [])  # refuses unsupported settings
+            raise InputError(f"data.loader=dali-gpu needs a CUDA device, not {self.device}")
+        augment_table(plan.view, plan.rows([], []), [], [])  # refuses unsupported settings
         self._threads = max(1, data.workers)
         index = index_files(source, self._threads) if index is None else index
         self._files = _Files(source, index)
         # Without a GPU this host's own functions make the kernel's bytes, and are faster.
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self._on_host = not self._augments and self.device.type == "cpu" and not interpreted
+        self._on_host = self.device.type == "cpu" and not interpreted
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[ViewBatch]:
         with ThreadPoolExecutor(self._threads, "dali-read") as readers:
-            feed = _Feed(lambda step: self._prepare(step, readers), self.steps, self._filler())
+            feed = _Feed(lambda step: self._prepare(step, readers), self.steps)
             try:
                 yield from self._run(feed, readers)
             finally:
@@ -132,17 +101,14 @@ class DaliLoader:
     def _run(self, feed: _Feed, readers: ThreadPoolExecutor) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
         size = self.plan.view.image_size
-        device = "cpu" if self._augments and not self._on_gpu else self.device
         for _ in self.steps:
             job = feed.next_job()
             shape = (len(job.operands.needed), size, size, 3)
-            images = torch.empty(shape, dtype=torch.uint8, device=device)
+            images = torch.empty(shape, dtype=torch.uint8, device=self.device)
             for chunk in job.chunks:
                 (output,) = self._next_output(pipeline, feed, job)
                 part = images[chunk.rows]
-                if self._augments:  # copied: DALI reuses its memory in a later run
-                    part[:] = torch.from_dlpack(output.as_tensor())
-                elif self._on_host:
+                if self._on_host:
                     pixels = [np.asarray(image) for image in output]
                     rows, view = job.operands.needed[chunk.rows], self.plan.view
                     render_views(
@@ -159,17 +125,10 @@ class DaliLoader:
         if self._on_gpu:
             ordinal = self.device.index
             ordinal = torch.cuda.current_device() if ordinal is None else ordinal
-        load, view = self._data.dali_hw_decoder_load, self.plan.view
-        arguments = {
-            "batch_size": CHUNK,
-            "num_threads": self._threads,
-            "device_id": ordinal,
-            "prefetch_queue_depth": self._depth,
-        }
-        if not self._augments:
-            return decoding_graph(feed, load, **arguments)
-        fill = fill_color(view)
-        return view_graph(feed, load, view.image_size, self.plan.layers, fill, **arguments)
+        return decoder(
+            feed, self._data.dali_hw_decoder_load, batch_size=CHUNK, num_threads=self._threads,
+            device_id=ordinal, prefetch_queue_depth=self._depth,
+        )  # fmt: skip
 
     def _next_output(self, pipeline: Any, feed: _Feed, job: _Job) -> Any:
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
@@ -229,9 +188,8 @@ class DaliLoader:
             part = slice(start, start + CHUNK)
             first, last = file_of[part][0], file_of[part][-1]  # rows are sorted by sample
             crops = rows[part], boxes[part], file_of[part] - first
-            inputs = self._inputs(files[first : last + 1], *crops)
-            by_kernel = not self._augments and not self._on_host
-            table = augment_table(self.plan.view, *crops) if by_kernel else None
+            inputs = decoder_inputs(files[first : last + 1])
+            table = None if self._on_host else augment_table(self.plan.view, *crops)
             chunks.append(_Chunk(part, *crops[1:], inputs, table))
         return _Job(
             operands=operands,
@@ -240,19 +198,6 @@ class DaliLoader:
             taken=taken,
             chunks=chunks,
         )
-
-    def _inputs(
-        self, files: list[np.ndarray], rows: np.ndarray, boxes: np.ndarray, file_of: np.ndarray
-    ) -> tuple:
-        if not self._augments:
-            return file_inputs(files, len(files))
-        inputs = view_inputs(rows, boxes, file_of, self.plan.view.image_size)
-        return file_inputs(files, len(rows)) + inputs
-
-    def _filler(self) -> tuple:
-        """Inputs of one view, for DALI's requests after the last step."""
-        pixel, box = np.zeros((1, 1, 3), np.uint8), np.array([[0, 0, 1, 1]], np.int32)
-        return self._inputs([pixel], self.plan.rows([0], [0]), box, np.zeros(1, np.int64))
 
 
 @dataclass(frozen=True)
@@ -289,15 +234,15 @@ class _Feed:
 
     DALI asks for inputs up to two chunks before it returns the views of the first. The error of a
     step is therefore raised when the consumer reaches that step. After an error and after the last
-    step, DALI is given `filler`.
+    step, DALI is given one pixel.
 
     Attributes:
         begun: steps whose inputs DALI was given and whose views it has not returned.
     """
 
-    def __init__(self, prepare: Callable[[int], _Job], steps: Iterable[int], filler: tuple) -> None:
+    def __init__(self, prepare: Callable[[int], _Job], steps: Iterable[int]) -> None:
         self.begun: deque[_Job | InputError] = deque()
-        self._prepare, self._steps, self._filler = prepare, iter(steps), filler
+        self._prepare, self._steps = prepare, iter(steps)
         self._inputs: deque[tuple] = deque()
         self._thread = ThreadPoolExecutor(1, "dali-feed")
         self._pending = self._submit()
@@ -305,7 +250,7 @@ class _Feed:
     def __call__(self) -> tuple:
         while not self._inputs and self._pending is not None:
             self._advance()
-        return self._inputs.popleft() if self._inputs else self._filler
+        return self._inputs.popleft() if self._inputs else decoder_inputs([_PIXEL])
 
     def next_job(self) -> _Job:
         """The next step.
@@ -377,3 +322,61 @@ class _Files:
             if header_size(encoded) != size or not decodes_like_pillow(encoded, path):
                 return path
         return None
+
+
+# ---------------------------------------------------------------------------------------------
+# DALI's pipeline
+# ---------------------------------------------------------------------------------------------
+
+_PIXEL = np.zeros((1, 1, 3), np.uint8)
+
+# A forked process, such as a worker of evaluation, has a pipeline's memory but not its threads.
+# Freeing the pipeline there would wait for them for ever, so the child keeps a reference. It is
+# taken before the fork: the child may collect garbage before a hook of its own runs.
+_pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: list[Any] = []
+os.register_at_fork(before=lambda: _kept.extend(_pipelines), after_in_parent=_kept.clear)
+
+
+def decoder(feed: Callable[[], tuple], hw_decoder_load: float, **arguments: Any) -> Any:
+    """A pipeline whose input is `decoder_inputs`, and whose output the images, uint8 [H, W, 3].
+
+    Args:
+        arguments: DALI's `batch_size`, `num_threads`, `device_id` (None: the CPU) and
+            `prefetch_queue_depth`.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu = arguments["device_id"] is not None
+
+    @pipeline_def(enable_conditionals=True)
+    def graph():
+        encoded, raw, is_encoded = fn.external_source(
+            feed, num_outputs=3, dtype=[types.UINT8, types.UINT8, types.INT32], ndim=[1, 3, 0],
+            layout=["", "HWC", ""],
+        )  # fmt: skip
+        if is_encoded == 1:
+            image = fn.decoders.image(
+                encoded,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+                hw_decoder_load=hw_decoder_load,
+            )
+        else:
+            image = raw.gpu() if on_gpu else raw
+        return image
+
+    pipeline = graph(**arguments)
+    pipeline.build()
+    _pipelines.add(pipeline)
+    return pipeline
+
+
+def decoder_inputs(files: list[np.ndarray]) -> tuple:
+    """Files, each the bytes of a JPEG, uint8 [n], or decoded pixels, uint8 [H, W, 3]."""
+    nothing = np.zeros(1, np.uint8)
+    encoded = [file if file.ndim == 1 else nothing for file in files]
+    decoded = [file if file.ndim == 3 else _PIXEL for file in files]
+    return encoded, decoded, np.array([file.ndim == 1 for file in files], np.int32)

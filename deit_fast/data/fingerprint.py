@@ -16,6 +16,7 @@ from PIL import Image
 
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
+from deit_fast.data.jpeg_index import require_dali
 from deit_fast.data.open import open_loader
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
@@ -53,14 +54,21 @@ def pixel_contract(data: DataConfig) -> dict[str, Any]:
         InputError: a Pillow with other pixels, or no DALI where it is needed.
     """
     pillow = _pillow_contract()  # with DALI too, Pillow decodes all files but plain JPEGs
-    if data.loader == "pillow":
-        return pillow
-    from deit_fast.data.dali import dali_contract
+    if data.loader != "pillow":
+        require_dali()
+    return _dali_contract(data) if data.loader == "dali-gpu" else pillow
 
-    dali = dali_contract(data)
-    if data.loader == "dali-triton" and data.dali_decoder == "cpu":
-        return pillow  # DALI is given only files on which both decoders agree
-    return dali
+
+def _dali_contract(data: DataConfig) -> dict[str, Any]:
+    import nvidia.dali
+    from nvidia import nvimgcodec
+
+    return {
+        "contract.pixels": "dali-decoded/gpu",
+        "contract.dali": nvidia.dali.__version__,
+        "contract.nvimgcodec": nvimgcodec.__version__,
+        "contract.hw_decoder_load": data.dali_hw_decoder_load,
+    }
 
 
 def _pillow_contract() -> dict[str, str]:

@@ -48,7 +48,7 @@ def require_dali() -> None:
         import nvidia.nvimgcodec  # noqa: F401
     except ModuleNotFoundError:
         raise InputError(
-            "data.loader=dali and dali-triton need NVIDIA DALI: pip install deit-fast[dali], or "
+            "data.loader=dali-cpu and dali-gpu need NVIDIA DALI: pip install deit-fast[dali], or "
             "choose data.loader=pillow"
         ) from None
     except (ImportError, OSError) as error:

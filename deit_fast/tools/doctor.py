@@ -109,14 +109,14 @@ def dali(loaded: Loaded, has_gpu: bool) -> Finding:
     """NVIDIA DALI decodes on the GPU; it is optional."""
     if loaded.module is not None:
         version = _version_of("nvidia-dali", loaded.module)
-        return Finding("dali", f"{version}, for data.loader=dali and dali-triton")
+        return Finding("dali", f"{version}, for data.loader=dali-cpu and dali-gpu")
     install = 'pip install "deit-fast[dali]"'
     if loaded.error:
         advice = f"Reinstall it or remove it: {install}."
         return Finding("dali", f"broken ({loaded.error})", "note", advice)
     if not has_gpu:
         return Finding("dali", "absent")
-    advice = f"Images are decoded on the CPU; for data.loader=dali: {install}."
+    advice = f"Images are decoded on the CPU; for data.loader=dali-gpu: {install}."
     return Finding("dali", "absent", "note", advice)
 
 
