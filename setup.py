@@ -1,7 +1,7 @@
 """Builds `deit_fast._C`: the teacher-logit cache and the resize of the Pillow loader (C++17) and,
 where nvcc is found, the CUDA part of the cache.
 
-Everything else stands in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
+Everything else is in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
 torch. DEIT_FAST_CUDA=0 leaves CUDA out, DEIT_FAST_CUDA=1 insists on it; CXX names the compiler.
 DEIT_FAST_CUDA_ARCHITECTURES=90 compiles for one architecture alone (80, 90 and 100 otherwise).
 Objects stay in build/native-*, so a second build does only what changed.

@@ -4,7 +4,7 @@
 
 Gather: warm top-16 records (72 bytes) of one view of 1,281,167 samples in an epoch's order, so that
 each comes once and the 92 MB of a view pass through the CPU's caches. "records" is the bytes alone;
-"answers" decodes them to a TopK at T=2, ours against numpy's raw copy, undecoded, of the same
+"logits" decodes them to a TopK at T=2, ours against numpy's raw copy, undecoded, of the same
 records from a memory map, and against the stores of cache_stores.py, decoded. Ours also finds the
 views, checks ids and file size, and has compared every block's checksum. Bytes: each record read
 once, written once.
@@ -101,7 +101,7 @@ def cases(device: str) -> list[Case]:
         gather_case(batch, kind, peers)
         for peers in (fast, slow)
         for batch in batches
-        for kind in ("records", "answers")
+        for kind in ("records", "logits")
     ]
     found += [open_case(256), cold_batch_case(256), cold_epoch_case(4096)]
     found = [*found, encode_case(256), encode_and_write_case(16384, 256), codec_case(256)]
@@ -168,7 +168,7 @@ def gather_case(batch: int, kind: str, names: tuple[str, ...]) -> Case:
                                        .view(raw.shape), TAU)  # fmt: skip
 
         peers = {
-            f"{name}, raw" if name == "numpy take" and kind == "answers" else name: peer(name)
+            f"{name}, raw" if name == "numpy take" and kind == "logits" else name: peer(name)
             for name in names
         }
         if kind == "records":

@@ -59,12 +59,12 @@ def check_topk(logits: torch.Tensor, codec) -> None:
     assert (np.abs(fields[1].astype(np.float64) - clamped) <= 0.5001 * step).all()
     assert (fields[1] == half).mean() > 0.999
     # The normaliser gives the stored values, not the true ones, the mass that the ids have.
-    for place, tau in enumerate(codec.temperatures):
+    for index, tau in enumerate(codec.temperatures):
         scaled = torch.from_numpy(fields[1].astype(np.float64)) / tau
         exact = torch.log_softmax(logits.cpu().float().double() / tau, 1)
         mass = exact.gather(1, torch.from_numpy(ids)).logsumexp(1)
         norm = (scaled.logsumexp(1) - mass).numpy()
-        error = np.abs(fields[-1][:, place] - norm)
+        error = np.abs(fields[-1][:, index] - norm)
         assert (error <= 1e-7 * np.maximum(1, np.abs(norm))).all(), error.max()
     if codec.k == codec.num_classes:
         assert np.isneginf(fields[2]).all()

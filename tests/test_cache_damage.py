@@ -66,13 +66,13 @@ def test_a_header_with_something_where_zeros_belong_is_refused(cache_folder):
 
     file = cache_folder / NAME
     raw = bytearray(file.read_bytes())
-    for place in (80, 2000, 4091):
-        raw[place] = 1
+    for offset in (80, 2000, 4091):
+        raw[offset] = 1
         struct.pack_into("<I", raw, 4092, _C.crc32c(bytes(raw[:4092])))
         file.write_bytes(raw)
         with pytest.raises(CacheError, match=rf"{NAME}: header is damaged \(bytes that must be"):
             gather_block(cache_folder, 0)
-        raw[place] = 0
+        raw[offset] = 0
 
 
 def test_every_bit_of_the_block_table_matters(cache_folder):
@@ -320,9 +320,9 @@ def test_a_killed_writer_leaves_nothing_that_another_does_not_finish(tmp_path):
             shutil.rmtree(path, ignore_errors=True)
         worker = context.Process(target=write_slowly, args=(str(path), round_))
         worker.start()
-        wanted = (round_ % 3) * 80 + int(rng.integers(0, 80))
+        target = (round_ % 3) * 80 + int(rng.integers(0, 80))
         deadline = time.monotonic() + 60
-        while count_done(path / NAME) < wanted and worker.is_alive():
+        while count_done(path / NAME) < target and worker.is_alive():
             assert time.monotonic() < deadline
         time.sleep(rng.uniform(0, 0.003))
         os.kill(worker.pid, signal.SIGKILL)

@@ -126,9 +126,9 @@ def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
     file = cache / "view-00001.dlc"
     raw = bytearray(file.read_bytes())
     size, per_block, data = 4 * 4 + 8, 25, 8192
-    place = data + 17 * size + 16
-    (tail,) = struct.unpack_from("<f", raw, place)
-    struct.pack_into("<f", raw, place, tail - 0.7)
+    offset = data + 17 * size + 16
+    (tail,) = struct.unpack_from("<f", raw, offset)
+    struct.pack_into("<f", raw, offset, tail - 0.7)
     struct.pack_into("<I", raw, 4096, _C.crc32c(bytes(raw[data : data + per_block * size])))
     file.write_bytes(raw)
     status, out, _ = verify_teacher(capsys, root, cache, "--samples", 180)
@@ -214,8 +214,8 @@ def test_agreement_counts_the_label_of_larger_weight(root, capsys):
         folder = root / f"labels-{shift}"
         with LogitCacheWriter(folder, cache.manifest) as writer:
             for view in (0, 1):
-                told = torch.from_numpy((labels[view] + shift) % 10)
-                writer.write(np.arange(60), view, torch.nn.functional.one_hot(told, 10).float())
+                shifted = torch.from_numpy((labels[view] + shift) % 10)
+                writer.write(np.arange(60), view, torch.nn.functional.one_hot(shifted, 10).float())
         _, out, _ = run(capsys, "cache", "info", folder, "--data-root", root / "data")
         assert f"agreement  {text}" in out
 

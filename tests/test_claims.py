@@ -1,11 +1,11 @@
-"""A figure of speed or accuracy in README or docs is one that somebody can look up.
+"""A reader can look up every figure of speed or accuracy in README and docs.
 
 A block (paragraph, list, table) with such a figure says where it comes from, by a comment in it or
 by a link to the result file:
 
-    <!-- measured: FILE -->   each figure stands in FILE, under bench/results/, in its unit's field
+    <!-- measured: FILE -->   FILE, under bench/results/, has each figure, in the field of its unit
     <!-- computed: FROM -->   arithmetic
-    <!-- published: WHERE --> another's
+    <!-- published: WHERE --> somebody else's result
     <!-- setting: WHAT -->    not a result: a setting, a share by definition
 
 Figures in code are not claims. A column of a table whose head is a unit holds figures of it.
@@ -82,12 +82,12 @@ def figures(block: str) -> Iterator[tuple[str, str]]:
     if len(lines) < 3:
         return
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    for place, head in enumerate(rows[0]):
+    for column, head in enumerate(rows[0]):
         if head not in HEADS:
             continue
         unit = next(u for u in UNITS if re.match(u, HEADS[head]))
         for row in rows[2:]:
-            for number in re.findall(NUMBER, row[place] if place < len(row) else ""):
+            for number in re.findall(NUMBER, row[column] if column < len(row) else ""):
                 yield number, unit
 
 

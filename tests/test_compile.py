@@ -1,6 +1,6 @@
 """torch.compile in a run: what `auto` means, how often a model is compiled, and its results.
 
-`CompileCounter` stands in for Inductor: it counts the graphs and runs their operations as they are.
+`CompileCounter` replaces Inductor: it counts the graphs and runs their operations unchanged.
 """
 
 from __future__ import annotations

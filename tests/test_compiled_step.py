@@ -53,7 +53,7 @@ def test_a_process_group_of_one_rank_changes_no_number(
             step.forward = DistributedDataParallel(
                 step.forward, device_ids=ids, gradient_as_bucket_view=True
             )
-        return [step(batch, place, 1e-3)["loss"].cpu() for place, batch in enumerate(batches)]
+        return [step(batch, index, 1e-3)["loss"].cpu() for index, batch in enumerate(batches)]
 
     alone = losses(wrapped=False)
     with alone_in_a_group(backend, tmp_path / "store"):
@@ -70,14 +70,14 @@ def test_20_compiled_steps_do_not_wait_for_the_gpu(world, tmp_path, name):
         config = config.replace(cache=str(tmp_path / "cache"))
         precompute(config)
     step, batches = steps_of(config, WARM_UP + STEPS, "cuda")
-    for place in range(WARM_UP):  # compiles, allocates
-        step(batches[place], place, 1e-3)
+    for index in range(WARM_UP):  # compiles, allocates
+        step(batches[index], index, 1e-3)
         step.finite.poll(keep=1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for place in range(WARM_UP, WARM_UP + STEPS):
-            step(batches[place], place, 1e-3)
+        for index in range(WARM_UP, WARM_UP + STEPS):
+            step(batches[index], index, 1e-3)
             step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

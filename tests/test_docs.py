@@ -1,8 +1,8 @@
-"""What README and docs tell people to type is typed here, on a few small images.
+"""The commands of README and docs run here, on a few small images.
 
 Every fenced block of README.md, CONTRIBUTING.md and docs/*.md is run, page by page, in one folder.
-What stands in for a name, which settings make it small, and what is not run, each with its reason,
-are the tables below; a command that is in none of them fails.
+The tables below say which file replaces a name, which settings make a command small, and which
+commands do not run, each with its reason. A command that no table covers fails.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Block:
     text: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
@@ -97,7 +97,7 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with everything that the pages speak of; the working folder of all commands."""
     from safetensors.torch import save_file
 
@@ -224,19 +224,19 @@ def bare(command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(page, place, monkeypatch, capsys):
+def test_commands_run(page, folder, monkeypatch, capsys):
     shell = Shell(monkeypatch, capsys)
     for block in blocks(page):
-        assert block.language in RUN + SHOWN, f"{block.place}: language {block.language!r}"
+        assert block.language in RUN + SHOWN, f"{block.location}: language {block.language!r}"
         if block.language == "python":
-            exec(compile(block.text, block.place, "exec"), shell.names)
+            exec(compile(block.text, block.location, "exec"), shell.names)
         elif block.language == "sh":
             for command in commands(block.text):
                 failed = shell.run(command)
-                assert not failed, f"{block.place}: {command}\n{failed}"
+                assert not failed, f"{block.location}: {command}\n{failed}"
 
 
-def test_a_wrong_command_is_noticed(place, monkeypatch, capsys):
+def test_a_wrong_command_is_noticed(folder, monkeypatch, capsys):
     shell = Shell(monkeypatch, capsys)
     assert "NOT_RUN" in shell.run("rm -r IMAGENET")
     wrong = shell.run("deit-fast train --recipe deit_small --data.rot DIR")
@@ -248,7 +248,7 @@ def test_a_wrong_command_is_noticed(place, monkeypatch, capsys):
 
 
 def all_commands() -> list[tuple[str, str]]:
-    return [(block.place, command) for page in PAGES for block in blocks(page)
+    return [(block.location, command) for page in PAGES for block in blocks(page)
             if block.language == "sh" for command in commands(block.text)]  # fmt: skip
 
 

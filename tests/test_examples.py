@@ -1,4 +1,4 @@
-"""What stands in examples/ runs as it is, and says what its text promises."""
+"""The programs of examples/ run unchanged, and print what their text promises."""
 
 from __future__ import annotations
 

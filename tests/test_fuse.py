@@ -107,11 +107,11 @@ def test_bf16_errors_are_no_larger_than_timms_on_a_gpu(size: str, compiled: bool
 def test_evaluation_has_the_structure_and_values_of_timm(kind: str) -> None:
     model = build(kind).eval()
     with torch.no_grad():
-        wanted = model(IMAGES), model.forward_features(IMAGES)
+        expected = model(IMAGES), model.forward_features(IMAGES)
         fuse(model, kernels=KERNELS)
         got = model(IMAGES), model.forward_features(IMAGES)
         depth = len(model.forward_intermediates(IMAGES, intermediates_only=True))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert depth == 3
 
 
@@ -137,13 +137,13 @@ def test_unfuse_restores_the_classes() -> None:
 
 def test_fused_models_are_copied_and_compiled() -> None:
     model = fuse(build("deit3", drop_path_rate=0.0), kernels=KERNELS)
-    wanted = run(model, IMAGES)
-    assert_same(run(copy.deepcopy(model), IMAGES), wanted, rtol=0)
+    expected = run(model, IMAGES)
+    assert_same(run(copy.deepcopy(model), IMAGES), expected, rtol=0)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     outputs, gradients = run(compiled, IMAGES)
     names = {name.removeprefix("_orig_mod."): value for name, value in gradients.items()}
-    assert_same((outputs, names), wanted)
+    assert_same((outputs, names), expected)
 
 
 @pytest.mark.parametrize("kind", ["distilled", "average"])
@@ -151,11 +151,11 @@ def test_checkpointing_and_masks_still_work(kind: str) -> None:
     model = build(kind).train()
     tokens = model.pos_embed.shape[1]
     mask = torch.rand(tokens, tokens, device=DEVICE).tril() > 0
-    wanted, masked = run(model, IMAGES), model.forward_features(IMAGES, attn_mask=mask)
+    expected, masked = run(model, IMAGES), model.forward_features(IMAGES, attn_mask=mask)
     fuse(model, kernels=KERNELS)
     torch.testing.assert_close(model.forward_features(IMAGES, attn_mask=mask), masked)
     model.set_grad_checkpointing(True)
-    assert_same(run(model, IMAGES), wanted)
+    assert_same(run(model, IMAGES), expected)
 
 
 def test_the_last_block_computes_only_what_the_heads_read() -> None:
@@ -201,8 +201,8 @@ def test_subset_keeps_a_fixed_number_and_the_mean() -> None:
 
 def test_subset_without_dropping_keeps_every_sample() -> None:
     model = build("distilled", drop_path_rate=0.0)
-    wanted = run(model, IMAGES)
-    assert_same(run(fuse(model, kernels=KERNELS, stochastic_depth="subset"), IMAGES), wanted)
+    expected = run(model, IMAGES)
+    assert_same(run(fuse(model, kernels=KERNELS, stochastic_depth="subset"), IMAGES), expected)
 
 
 @pytest.mark.parametrize("kernels", [(), KERNELS])
@@ -257,13 +257,13 @@ def test_a_part_that_cannot_be_fused_is_named_and_stays(
 ) -> None:
     model = build("plain")
     change(model)
-    wanted = run(model, IMAGES)
+    expected = run(model, IMAGES)
     with caplog.at_level(logging.WARNING, "deit_fast"):
         fuse(model, kernels=KERNELS)
     assert [record.message for record in caplog.records if reason in record.message]
     assert len(caplog.records) == 1
     assert type(model.blocks[0]) is fusing.FusedBlock
-    assert_same(run(model, IMAGES), wanted)
+    assert_same(run(model, IMAGES), expected)
 
 
 def test_a_model_with_another_forward_keeps_it() -> None:
@@ -273,10 +273,10 @@ def test_a_model_with_another_forward_keeps_it() -> None:
 
     model = Doubled(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
     model.to(DEVICE)
-    wanted = run(model, IMAGES)
+    expected = run(model, IMAGES)
     assert type(fuse(model, kernels=KERNELS)) is Doubled
     assert type(model.blocks[0]) is fusing.FusedBlock
-    assert_same(run(model, IMAGES), wanted)
+    assert_same(run(model, IMAGES), expected)
 
 
 def test_bad_input_is_named() -> None:

@@ -41,9 +41,9 @@ PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cu
 
 
 @pytest.fixture(autouse=True)
-def verdicts(tmp_path_factory, monkeypatch):
-    """DALI's verdicts on files go to a folder of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("verdicts")))
+def index_folder(tmp_path_factory, monkeypatch):
+    """A folder for DALI's index of files, for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("index")))
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +164,11 @@ def test_broken_files_give_way_to_their_next_neighbour(tmp_path, loader):
     assert first.labels.tolist() == taken
     assert sorted(map(os.path.basename, first.substituted)) == sorted(broken)
     assert second.labels.tolist() == taken[:2]  # the loader lives
-    # Pixels of the neighbour, at the place that the plan gives the sample itself.
+    # Pixels of the neighbour, where the plan puts the sample itself.
     healed = folder_of(
         tmp_path / "healed",
-        {name: Path(source.paths[place]).read_bytes()
-         for name, place in zip(names, taken, strict=True)},
+        {name: Path(source.paths[index]).read_bytes()
+         for name, index in zip(names, taken, strict=True)},
     )  # fmt: skip
     expected = next(iter(opened(loader, healed, plan, batches)))
     assert torch.equal(first.images, expected.images) and expected.substituted == []

@@ -347,8 +347,8 @@ def test_data_removed_during_a_run(world, whole, tmp_path, capsys):
 
 
 def test_cache_removed_during_a_run(world, tmp_path, capsys):
-    """Views in use stay readable; those of the second cycle, from step 37 on, are gone: they come
-    into sight 16 steps before they are due, and two more for the answers that are under way."""
+    """Views in use stay readable. Those of the second cycle, from step 37 on, are gone: they are
+    read 16 steps ahead, and up to two steps more for logits that are being gathered."""
     cache = tmp_path / "cache"
     config = unruly(world, tmp_path / "run", cache=str(cache), epochs=4, num_views=6,
                     batch_size=16)  # fmt: skip

@@ -191,7 +191,7 @@ def test_public_surface():
 
 
 def test_readme_tree_matches_the_disk():
-    """Each path of the annotated tree exists, and each room on the disk stands in it."""
+    """Each path of the annotated tree exists, and each folder of the project is in it."""
     text = (ROOT / "README.md").read_text()
     tree = text.split("```tree\n")[1].split("```")[0]
     named, stack = set(), []

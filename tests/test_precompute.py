@@ -78,23 +78,23 @@ def command(config: RunConfig, cache: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def check_answers(config: RunConfig, device: str) -> None:
-    """What comes out is each batch's own answer, and the teacher has the next batch by then."""
+def check_logits(config: RunConfig, device: str) -> None:
+    """Each batch gets the logits of its own images, and the teacher has the next batch by then."""
     job = _Job(config.replace(device=device))
     calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, job.source.num_samples, 20)
     given: list[int] = []
     job.teacher.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
     loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-    for place, (batch, logits) in enumerate(job.run(loader)):
-        assert len(given) == min(place + 2, len(calls))
+    for index, (batch, logits) in enumerate(job.run(loader)):
+        assert len(given) == min(index + 2, len(calls))
         kept = logits.cpu()  # as the writer does, which waits
-        samples, views = calls[place]
+        samples, views = calls[index]
         assert batch.sample_ids.tolist() == samples.tolist()
         assert batch.view_ids.tolist() == views.tolist()
         again = job.teacher(ingest_batch(batch, config.view, torch.float32)).cpu()
         given.pop()
         assert torch.equal(kept, again)
-    assert place + 1 == len(calls) == len(given) == 6
+    assert index + 1 == len(calls) == len(given) == 6
 
 
 @pytest.mark.parametrize("first", ["none", "model"])
@@ -108,12 +108,12 @@ def test_a_compiled_teacher_does_not_resume_the_cache_of_a_plain_one(config, tmp
 
 
 def test_the_teacher_works_on_the_next_batch_while_one_is_written(config):
-    check_answers(config, "cpu")
+    check_logits(config, "cpu")
 
 
 @pytest.mark.gpu
 def test_logits_on_a_gpu_belong_to_their_batches(config):
-    check_answers(config, "cuda")
+    check_logits(config, "cuda")
 
 
 def test_calls_cover_each_view_once_and_never_cross_blocks():

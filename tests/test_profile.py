@@ -33,7 +33,7 @@ def test_the_profile_contains_the_steps_after_warm_up(world, tmp_path):
     trace = json.loads((tmp_path / "profiled/profile/trace.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     steps = {name for name in names if name.startswith("ProfilerStep#")}
-    assert steps == {f"ProfilerStep#{WARM_UP + place}" for place in range(3)}
+    assert steps == {f"ProfilerStep#{WARM_UP + index}" for index in range(3)}
     assert names.count("_LossesBackward") == 3  # of kernels.distillation_loss
     table = (tmp_path / "profiled/profile/table.txt").read_text()
     assert "Self CPU" in table and "aten::addmm" in table
@@ -174,11 +174,11 @@ def test_a_step_reads_nothing_back(world, tmp_path, name):
         precompute(config)
     step, batches = steps_of(config, 3, "cpu")
     step(batches[0], 0, 1e-3)
-    for place in (1, 2):
-        batch = batches[place]
+    for index in (1, 2):
+        batch = batches[index]
         ids = {t.data_ptr() for t in (batch.sample_ids, batch.view_ids)}
         with Python(ids) as python, Operators() as operators:
-            step(batch, place, 1e-3)
+            step(batch, index, 1e-3)
         assert python.seen == [] and operators.seen == []
 
 
@@ -205,13 +205,13 @@ def test_a_step_does_not_wait_for_the_gpu(world, tmp_path, name):
         config = config.replace(cache=str(tmp_path / "cache"))
         precompute(config)
     step, batches = steps_of(config, 6, "cuda")
-    for place in range(3):  # compiles kernels, allocates
-        step(batches[place], place, 1e-3)
+    for index in range(3):  # compiles kernels, allocates
+        step(batches[index], index, 1e-3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for place in range(3, 6):
-            step(batches[place], place, 1e-3)
+        for index in range(3, 6):
+            step(batches[index], index, 1e-3)
             step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

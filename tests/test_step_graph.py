@@ -51,8 +51,8 @@ def config(world, tmp_path, request) -> RunConfig:
     return config
 
 
-def rate(place: int) -> float:
-    return 1e-3 * (1 + place)
+def rate(index: int) -> float:
+    return 1e-3 * (1 + index)
 
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -61,8 +61,8 @@ def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
     if step.average is not None:
         averages = step.average.ema.module.state_dict()
         found |= {f"average.{name}": value for name, value in averages.items()}
-    for place, state in enumerate(step.optimizer.state_dict()["state"].values()):
-        found |= {f"optimizer.{place}.{name}": value for name, value in state.items()}
+    for index, state in enumerate(step.optimizer.state_dict()["state"].values()):
+        found |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     return found
 
 
@@ -96,12 +96,12 @@ class Allocations(TorchDispatchMode):
 
 def test_the_work_of_a_step_reads_and_pins_no_memory(config):
     step, batches = steps_of(config, 3, "cpu")
-    for place, batch in enumerate(batches):
-        parts = step.prepare(batch, place, rate(place), stop=False)
+    for index, batch in enumerate(batches):
+        parts = step.prepare(batch, index, rate(index), stop=False)
         with Python(set()) as python, Operators() as operators, Allocations() as allocations:
             outcome = step.work(parts)
-        step.finish(place, outcome)
-        if place > 0:  # the first makes the optimiser's state
+        step.finish(index, outcome)
+        if index > 0:  # the first makes the optimiser's state
             assert python.seen == [] and operators.seen == [] and allocations.seen == []
     assert step.finite.poll(keep=0).is_finite
 
@@ -111,16 +111,16 @@ def test_work_on_a_static_part_equals_work_on_the_part(config):
     step, batches = steps_of(config, 4, "cpu")
     other, _ = steps_of(config, 4, "cpu")  # initial weights follow from the seed
     static, counts = None, set()
-    for place, batch in enumerate(batches):
-        given = widened(batch, more=place % 3)
+    for index, batch in enumerate(batches):
+        given = widened(batch, more=index % 3)
         counts.add(len(given.images))
-        expected = step(batch, place, rate(place))
-        parts = other.prepare(given, place, rate(place), stop=False)
+        expected = step(batch, index, rate(index))
+        parts = other.prepare(given, index, rate(index), stop=False)
         static = static or StaticPart(parts[0])
         address = static.part.batch.images.data_ptr()
         assert static.fill(parts[0])
         parts[0].batch.images.zero_()  # is not read any more
-        found = other.finish(place, other.work([static.part]))
+        found = other.finish(index, other.work([static.part]))
         assert static.part.batch.images.data_ptr() == address
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(counts) > 1
@@ -217,13 +217,13 @@ def test_rates_on_the_device_give_the_same_update():
         optimizer = create_optimizer(model, OptimConfig())
         pair.append((model, optimizer, Rates(optimizer, CPU)))
     before = first.weight.detach().clone()
-    for place in range(5):
+    for index in range(5):
         for on_device, (model, optimizer, rates) in enumerate(pair):
             model.zero_grad()
             model(images).square().sum().backward()
             for group in optimizer.param_groups:
-                group["lr"] = rate(place)
-            rates.fill(rate(place))
+                group["lr"] = rate(index)
+            rates.fill(rate(index))
             if on_device:
                 with rates.in_use():
                     optimizer.step()
@@ -278,15 +278,15 @@ def test_replays_equal_the_steps(config, exact, compiled):
     plain = on_gpu(config, compile=compiled)
     step, batches = steps_of(plain, count, "cuda")
     graphed, _ = steps_of(plain.replace(cuda_graphs=True), count, "cuda")
-    for place, batch in enumerate(batches):
-        given = widened(batch, more=place % 3)
-        expected = step(given, place, rate(place))
-        found = graphed(given, place, rate(place))
+    for index, batch in enumerate(batches):
+        given = widened(batch, more=index % 3)
+        expected = step(given, index, rate(index))
+        found = graphed(given, index, rate(index))
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
         assert step.finite.poll(keep=0) == graphed.finite.poll(keep=0)
         is_captured = graphed.graph is not None and graphed.graph.is_captured
-        assert is_captured == (place >= WARM_UP)
+        assert is_captured == (index >= WARM_UP)
     mine, theirs = state_of(graphed), state_of(step)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -300,8 +300,8 @@ def poisoned(batch: ViewBatch) -> ViewBatch:
 def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True, optim={"ema_decay": 0}))
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
-    for place in range(WARM_UP + 1):
-        step(batches[place], place, 1e-3)
+    for index in range(WARM_UP + 1):
+        step(batches[index], index, 1e-3)
         assert step.finite.poll(keep=0).is_finite
     before = {name: value.clone() for name, value in state_of(step).items()}
     step(poisoned(batches[WARM_UP + 1]), WARM_UP + 1, 1e-3)
@@ -319,8 +319,8 @@ def test_a_batch_that_is_not_finite_changes_no_weight(world, tmp_path):
 def test_a_learning_rate_of_zero_reaches_the_graph(world, tmp_path):
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 3, "cuda")
-    for place in range(WARM_UP + 1):
-        step(batches[place], place, 1e-3)
+    for index in range(WARM_UP + 1):
+        step(batches[index], index, 1e-3)
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     step(batches[WARM_UP + 1], WARM_UP + 1, 0.0)
     assert all(torch.equal(value, before[n]) for n, value in step.model.state_dict().items())
@@ -331,14 +331,14 @@ def test_a_learning_rate_of_zero_reaches_the_graph(world, tmp_path):
 @pytest.mark.gpu
 def test_replays_do_not_wait_for_the_gpu(config):
     step, batches = steps_of(on_gpu(config, cuda_graphs=True), WARM_UP + 4, "cuda")
-    for place in range(WARM_UP + 1):
-        step(batches[place], place, 1e-3)
+    for index in range(WARM_UP + 1):
+        step(batches[index], index, 1e-3)
         step.finite.poll(keep=1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for place in range(WARM_UP + 1, WARM_UP + 4):
-            step(batches[place], place, 1e-3)
+        for index in range(WARM_UP + 1, WARM_UP + 4):
+            step(batches[index], index, 1e-3)
             step.finite.poll(keep=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -371,8 +371,8 @@ def test_a_restored_state_is_captured_again(world, tmp_path):
     """Loading replaces the optimiser's moments, whose addresses the graph contains."""
     config = on_gpu(run_config(world, tmp_path / "run", cuda_graphs=True))
     step, batches = steps_of(config, WARM_UP + 2, "cuda")
-    for place in range(WARM_UP + 1):
-        step(batches[place], place, 1e-3)
+    for index in range(WARM_UP + 1):
+        step(batches[index], index, 1e-3)
     step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
     step.reset()
     before = copy.deepcopy(step.optimizer.state_dict()["state"])
@@ -396,5 +396,5 @@ def test_a_teacher_that_waits_is_named(world, tmp_path):
     step, batches = steps_of(config, WARM_UP + 1, "cuda")
     step.teacher.network = Teacher(Asking(), "asking").to_device(torch.device("cuda"))
     with pytest.raises(InputError, match=r"the step cannot be captured .*--no-cuda-graphs"):
-        for place, batch in enumerate(batches):
-            step(batch, place, 1e-3)
+        for index, batch in enumerate(batches):
+            step(batch, index, 1e-3)

@@ -247,16 +247,19 @@ def leveldb_records(content: bytes) -> list[bytes]:
 
     https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
-    records, place, block = [b""], 7, 32768
-    while place + 7 <= len(content):
-        if block - place % block < 7:  # no header fits into the rest of the block
-            place += block - place % block
+    records, position, block = [b""], 7, 32768
+    while position + 7 <= len(content):
+        if block - position % block < 7:  # no header fits into the rest of the block
+            position += block - position % block
             continue
-        size, part = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        records[-1] += content[place + 7 : place + 7 + size]
+        size, part = (
+            int.from_bytes(content[position + 4 : position + 6], "little"),
+            content[position + 6],
+        )
+        records[-1] += content[position + 7 : position + 7 + size]
         if part in (1, 4):  # whole, or last
             records.append(b"")
-        place += 7 + size
+        position += 7 + size
     return records[:-1]
 
 

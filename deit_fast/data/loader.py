@@ -238,7 +238,7 @@ def batch_loader(
     are any; iterate over it by `unwrap`.
 
     Workers live as long as one pass: a run is one pass of its `ViewLoader`, and evaluation's
-    workers hold no memory while training goes on. Nothing but the pass refers to them, so an error
+    workers hold no memory during training. Nothing but the pass refers to them, so an error
     or a break ends them at once; persistent ones, left to the garbage collector, take 5 s each.
     """
     return DataLoader(

@@ -13,7 +13,7 @@ from deit_fast.config import ViewConfig
 COLUMNS = sys.modules["deit_fast.kernels.ingest"].PLAN_COLUMNS
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE = 12
-PLACES = ("_top", "_left", "_height", "_width")
+BOX_FIELDS = ("_top", "_left", "_height", "_width")
 
 
 def view_with(**constants: object) -> type[ViewConfig]:
@@ -64,8 +64,8 @@ def random_rows(count: int, images: int, scale: int = 1) -> Tensor:
         own, partner = (int(v) for v in draw.integers(0, images, 2))
         rows.append(row(**half("", own, draw), **half("partner_", partner, draw), **mix))
     table = plan(*rows)
-    places = [i for i, name in enumerate(COLUMNS) if name.endswith(PLACES)]
-    table[:, places] *= scale
+    boxes = [i for i, name in enumerate(COLUMNS) if name.endswith(BOX_FIELDS)]
+    table[:, boxes] *= scale
     return table
 
 

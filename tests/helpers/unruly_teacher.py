@@ -1,7 +1,7 @@
 """A teacher that does harm at a chosen call: `helpers.unruly_teacher:convnet@weights`.
 
-UNRULY="SIGTERM:5" signals this process at its sixth batch, "SIGKILL:5" kills it, "nan:5" answers
-that batch with NaN, "oom:5" asks for more memory than there is, "drift:5" changes its own weights
+UNRULY="SIGTERM:5" signals this process at its sixth batch, "SIGKILL:5" kills it, "nan:5" returns
+NaN for that batch, "oom:5" asks for more memory than there is, "drift:5" changes its own weights
 from then on; "nan:5:1" does so in rank 1 alone.
 """
 

@@ -103,21 +103,21 @@ def small_teacher() -> Teacher:
 
 
 def test_channels_innermost_are_the_same_teacher():
-    """Its digest names the weights, in whatever order they lie; its answers move by rounding."""
+    """The digest does not depend on the memory format; the logits differ by rounding alone."""
     teacher, images = small_teacher(), torch.randn(4, 3, 64, 64)
-    digest, answer = digest_weights(teacher.model), teacher(images)
-    teacher.memory_format = torch.channels_last  # as `place` does for CUDA
+    digest, logits = digest_weights(teacher.model), teacher(images)
+    teacher.memory_format = torch.channels_last  # as `to_device` does for CUDA
     teacher.to(memory_format=torch.channels_last)
     seen = []
     teacher.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
-    torch.testing.assert_close(teacher(images), answer, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher(images), logits, rtol=1e-5, atol=1e-5)
     assert digest_weights(teacher.model) == digest
     assert seen == [(3 * 64 * 64, 1, 3 * 64, 3)]
 
 
 def test_a_compiled_teacher_is_compiled_once_and_keeps_its_name():
     teacher, images = small_teacher(), torch.randn(4, 3, 64, 64)
-    digest, answer = teacher.fingerprint(), teacher(images)
+    digest, logits = teacher.fingerprint(), teacher(images)
     torch._dynamo.reset()
     counter = CompileCounter()
     teacher.to_device(CPU)
@@ -125,7 +125,7 @@ def test_a_compiled_teacher_is_compiled_once_and_keeps_its_name():
     assert counter.frame_count == 0
     teacher.model.compile(backend=counter)
     for _ in range(3):
-        assert torch.equal(teacher(images), answer)
+        assert torch.equal(teacher(images), logits)
     assert counter.frame_count == 1
     assert teacher.fingerprint() == digest
 
