@@ -49,7 +49,7 @@ from deit_fast.models import Teacher, create_student
 from deit_fast.models.fuse import KERNELS
 from deit_fast.models.student import build_model
 from deit_fast.runtime.distributed import has_bf16
-from deit_fast.runtime.profile import training_flops
+from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.pack import pack
 from deit_fast.train.optim import create_optimizer
 from deit_fast.train.step import PHASES, TrainStep

@@ -15,8 +15,7 @@ import torch
 from deit_fast import cli
 from deit_fast.config_file import to_dict
 from deit_fast.precompute import precompute
-from deit_fast.runtime.garbage import gc_paused
-from deit_fast.runtime.profile import WARM_UP
+from deit_fast.runtime.speed import WARM_UP, gc_paused
 from deit_fast.train.loop import train
 from deit_fast.train.step import TrainStep
 from helpers.runs import AtStep, comparable_rows, last_state, run_config, unruly, weights_equal

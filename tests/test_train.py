@@ -18,7 +18,7 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
-from deit_fast.runtime.profile import StepMeter, training_flops
+from deit_fast.runtime.speed import StepMeter, training_flops
 from deit_fast.train import loop
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate

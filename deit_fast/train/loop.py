@@ -22,15 +22,9 @@ from deit_fast.models.fuse import unfuse
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_atomically, write_json
-from deit_fast.runtime.garbage import gc_paused
 from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
-from deit_fast.runtime.profile import (
-    StepMeter,
-    StepProfiler,
-    peak_flops,
-    training_flops,
-)
 from deit_fast.runtime.signals import Preempted, Signals
+from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.optim import learning_rate
