@@ -10,9 +10,10 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +21,17 @@ import numpy.typing as npt
 _temporary_numbers = itertools.count()
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file. A crash or a full disk leaves the old file, or none.
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which replaces ``path`` when the block ends.
 
     Raises:
-        OSError: names the file; no part of the new content remains.
+        OSError: names ``path``; the old file, or none, is there, and no part of the new one.
     """
     temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -42,6 +44,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.fsync(descriptor)  # the rename itself must survive a power cut
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file; raises as ``open_atomically``."""
+    with open_atomically(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:

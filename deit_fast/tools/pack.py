@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import write_arrays, write_json
+from deit_fast.runtime.files import open_atomically, write_arrays, write_json
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.run_folder import read_object
 
@@ -72,7 +73,7 @@ def pack(
     if data.source in ("packed", "synthetic"):
         raise InputError(f"data.source={data.source} cannot be packed: use folder or tar")
     started = time.perf_counter()
-    total: dict[str, Any] = {"images": 0, "shards": 0, "kept": 0, "bytes": 0}
+    total: Counter[str] = Counter()
     unreadable: list[str] = []
     for split in ("train", "val"):
         source = open_source(data, split, image_size=1)
@@ -84,10 +85,9 @@ def pack(
         }  # fmt: skip
         folder = Path(out) / split
         _write_or_compare_manifest(folder, manifest)
-        done, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
+        counts, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
+        total.update(counts)
         unreadable += lost
-        for key, value in done.items():
-            total[key] += value
     if unreadable:
         log.warning(
             "%d unreadable images were packed as such, the first is %s",
@@ -194,35 +194,26 @@ class Packer:
         """Write a shard and its index."""
         samples = self.shards[number]
         path = self.folder / f"{shard_name(number)}.bin"
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         offsets = np.zeros(len(samples) + 1, np.int64)
         sizes = np.zeros((len(samples), 2), np.int32)
         checksums = np.zeros(len(samples), np.uint32)
         unreadable = []
-        try:
-            with open(temporary, "wb") as file:
-                for row, index in enumerate(samples):
-                    content = b""
-                    try:
-                        pixels = np.ascontiguousarray(self.source.load(index))
-                    except UnreadableImage as error:
-                        log.warning("%s", error)
-                        unreadable.append(index)
-                    else:
-                        if min(pixels.shape[:2]) > self.manifest["short_side"]:
-                            pixels = resize_shorter_side(pixels, self.manifest["short_side"])
-                        sizes[row] = pixels.shape[1], pixels.shape[0]
-                        content = self._encode(pixels)
-                    file.write(content)
-                    offsets[row + 1] = offsets[row] + len(content)
-                    checksums[row] = _C.crc32c(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_atomically(path) as file:
+            for row, index in enumerate(samples):
+                content = b""
+                try:
+                    pixels = np.ascontiguousarray(self.source.load(index))
+                except UnreadableImage as error:
+                    log.warning("%s", error)
+                    unreadable.append(index)
+                else:
+                    if min(pixels.shape[:2]) > self.manifest["short_side"]:
+                        pixels = resize_shorter_side(pixels, self.manifest["short_side"])
+                    sizes[row] = pixels.shape[1], pixels.shape[0]
+                    content = self._encode(pixels)
+                file.write(content)
+                offsets[row + 1] = offsets[row] + len(content)
+                checksums[row] = _C.crc32c(content)
         base, paths = self.manifest["packed_from"], self.source.paths
         names = b"".join(os.fsencode(os.path.relpath(paths[i], base)) + b"\0" for i in samples)
         labels = self.source.labels[samples.start : samples.stop].astype(np.int64)
