@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def row_text(row: dict[str, Any], total: int) -> str:
     """A training row as text for the terminal and the log; ``total``: steps of the run."""
-    minutes, seconds = divmod(round(row["seconds_left"]), 60)
-    hours, minutes = divmod(minutes, 60)
     parts = [
         f"step {row['step']}/{total}",
         f"loss {row['loss']:.4f} (base {row['base_loss']:.4f}, "
@@ -107,7 +106,7 @@ def row_text(row: dict[str, Any], total: int) -> str:
         f"data wait {100 * row['data_wait']:.0f} %",
         f"MFU {100 * row['mfu']:.0f} %" if "mfu" in row else "MFU n/a",
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in row else "",
-        f"{hours}:{minutes:02}:{seconds:02} left",
+        f"{timedelta(seconds=round(row['seconds_left']))} left",
     ]
     return "  ".join(part for part in parts if part)
 
