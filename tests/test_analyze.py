@@ -28,8 +28,9 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.models.student import build_model
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.environment import describe_command
-from deit_fast.tools.analysis import logits, measures, pictures, tokens
+from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.measures import soften_sample
+from deit_fast.tools.analysis.one_run import spaced_ids, student_values, undistilled
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.analysis.table import summarise
 from deit_fast.tools.report.page import build_report
@@ -119,7 +120,7 @@ def test_a_high_temperature_makes_the_probabilities_of_a_sample_uniform() -> Non
 
 def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
     one, two = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[-30.0, 1.0, 0.9]])
-    found = logits.student_values(one, two)
+    found = student_values(one, two)
     decisions = {k.split(".")[1]: v.item() for k, v in found.items() if k.startswith("decision")}
     assert decisions == {"class": 0, "distillation": 1, "sum_logits": 1, "sum_softmax": 0}
     p = one.softmax(1)[0].tolist(), two.softmax(1)[0].tolist()
@@ -129,8 +130,8 @@ def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
 
 
 def test_image_ids_are_evenly_spaced_over_the_classes() -> None:
-    assert logits.spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
-    assert logits.spaced_ids(3, 9).tolist() == logits.spaced_ids(3, None).tolist() == [0, 1, 2]
+    assert spaced_ids(10, 4).tolist() == [0, 2, 5, 7]
+    assert spaced_ids(3, 9).tolist() == spaced_ids(3, None).tolist() == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------ tokens
@@ -157,11 +158,12 @@ def test_cosines_of_a_model_whose_tokens_are_known() -> None:
         model.cls_token.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
         model.dist_token.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         model.norm.weight.fill_(1), model.norm.bias.zero_()
-    with tokens.TokenCosines(model) as cosines, torch.no_grad():
+    with tokens.recorded_cosines(model) as cosines, torch.no_grad():
         forward_heads(model, torch.randn(2, 3, 8, 8))
-        found = cosines.take()
+        found = torch.stack(cosines, 1)
+        cosines.clear()
         forward_heads(model, torch.randn(5, 3, 8, 8))
-        assert cosines.take().shape == (5, 5)
+        assert torch.stack(cosines, 1).shape == (5, 5)
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
@@ -173,7 +175,7 @@ def test_cosines_of_a_model_whose_tokens_are_known() -> None:
     one, two = np.array([1.0, 0, 3, 0]), np.array([1.0, 2, 3, 0])
     late = 10 / math.sqrt(10 * 14)
     expected = [early, early, late, late, cosine(normed(one), normed(two))]
-    assert cosines.names == ["input", "block 1", "block 2", "block 3", "final norm"]
+    assert tokens.layer_names(model) == ["input", "block 1", "block 2", "block 3", "final norm"]
     assert found.tolist() == [pytest.approx(expected, rel=1e-4)] * 2
     assert tokens.learned_cosine(model) == pytest.approx(1 / math.sqrt(2))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -258,18 +260,18 @@ def test_token_maps_are_the_attention_of_each_token_to_the_patches() -> None:
 def test_a_strip_shows_the_pixels_and_the_brightest_patch(tmp_path: Path) -> None:
     pixels = torch.rand(3, 8, 8)
     maps = torch.tensor([[[0.1, 0.2], [0.4, 0.0]]])
-    name = pictures.draw_strip(
+    name = tokens.draw_strip(
         tmp_path, 5, (pixels - 0.5) / 0.25, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), maps
     )
     strip = np.asarray(Image.open(tmp_path / name))
-    assert name == "attention-5.png" and strip.shape == (160, 2 * 160 + pictures.GAP, 4)
+    assert name == "attention-5.png" and strip.shape == (160, 2 * 160 + tokens.GAP, 4)
     middles = strip[10::20, 10:160:20, :3]  # of each of 8 x 8 pixels
     assert np.array_equal(middles, (pixels * 255).round().byte().permute(1, 2, 0).numpy())
-    tile = strip[:, 160 + pictures.GAP :, :3].astype(int)
+    tile = strip[:, 160 + tokens.GAP :, :3].astype(int)
     corners = tile[40, 40], tile[40, 120], tile[120, 40], tile[120, 120]
     assert corners[2].tolist() == [253, 231, 36]  # viridis' end
     assert corners[3].tolist() == [68, 1, 84]  # and its start
-    assert strip[0, 160 + pictures.GAP // 2, 3] == 0  # nothing between the tiles
+    assert strip[0, 160 + tokens.GAP // 2, 3] == 0  # nothing between the tiles
 
 
 # ---------------------------------------------------------------------------------------- the verb
@@ -500,10 +502,10 @@ def test_the_undistilled_run_has_the_same_model_and_seed_if_possible() -> None:
         one("x:convnet", "none", 4),
         one("deit_tiny_patch16_224", "none", 4, "other"),
     )
-    assert logits.undistilled(mine, [data, model, seed, same, mine]) is same
-    assert logits.undistilled(mine, [data, model, seed, mine]) is seed
-    assert logits.undistilled(mine, [data, mine]) is None
-    assert logits.undistilled(same, [seed, same]) is None
+    assert undistilled(mine, [data, model, seed, same, mine]) is same
+    assert undistilled(mine, [data, model, seed, mine]) is seed
+    assert undistilled(mine, [data, mine]) is None
+    assert undistilled(same, [seed, same]) is None
 
 
 def test_max_images_and_sample_select_images(world: Path, found: dict[str, dict]) -> None:

@@ -16,8 +16,8 @@ from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_json
-from deit_fast.tools.analysis import measures, pictures, tokens
-from deit_fast.tools.analysis.logits import OpenRun, measure, open_run, spaced_ids, undistilled
+from deit_fast.tools.analysis import measures, tokens
+from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, spaced_ids, undistilled
 from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER, ANALYSIS_FORMAT
 
 CLASSIFIERS = ("class", "distillation", "sum_logits", "sum_softmax")
@@ -115,11 +115,10 @@ def describe(
         },
         "main": run.main,
     }
-    reason = tokens.why_no_cosines(run.model)
-    if reason is None:
+    if "cosines" in student:
         found |= _tokens_and_heads(run)
     else:
-        left_out["tokens"] = left_out["heads"] = reason
+        left_out["tokens"] = left_out["heads"] = "the student has no distillation token"
     if run.teacher is not None:
         right = run.taught["decision"] == student["labels"]
         found["teacher"] = {
@@ -147,7 +146,8 @@ def _mean(flags: Tensor) -> float:
 
 def _tokens_and_heads(run: OpenRun) -> dict[str, Any]:
     student = run.student
-    layers = zip(run.layers, student["cosines"].unbind(1), strict=True)
+    names = tokens.layer_names(run.model)
+    layers = zip(names, student["cosines"].unbind(1), strict=True)
     return {
         "tokens": {
             "learned": tokens.learned_cosine(run.model),
@@ -203,7 +203,8 @@ def _attention(
     ids = spaced_ids(run.source.num_samples, count).tolist() if count else []
     if first is not None and count:
         ids = [first, *(i for i in ids if i != first)][:count]
-    pictures.remove_strips(folder)
+    for path in folder.glob("attention-*.png"):
+        path.unlink()  # of an earlier analysis, which may have shown other images
     if not ids:
         return {}
     images = run.images(ids, device)
@@ -219,7 +220,7 @@ def _attention(
             {
                 **_identity(run, index),
                 "on_patches": dict(zip(names, last[row].sum((1, 2)).tolist(), strict=True)),
-                "picture": pictures.draw_strip(folder, index, images[row], mean, std, maps),
+                "picture": tokens.draw_strip(folder, index, images[row], mean, std, maps),
             }
         )
     tiles = ["image", *(f"{name} token" for name in names), *(f"{n} rollout" for n in names)]

@@ -2,62 +2,55 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.models.fuse import FusedAttention
+from deit_fast.runtime.files import write_atomically
+
+TILE, GAP = 160, 8  # of a strip: least side of a tile, and distance of two tiles, pixels
 
 
-def why_no_cosines(model: nn.Module) -> str | None:
-    """Why a model has no pair of tokens to compare; None where it has one."""
-    if not isinstance(model, VisionTransformerDistilled):
-        return "the student has no distillation token"
-    return None
+def layer_names(model: Any) -> list[str]:
+    """Names of the layers of ``recorded_cosines``.
 
-
-class TokenCosines:
-    """Within its context: cosine of class and distillation token in each layer of each forward.
-
-    Attributes:
-        names: `input` (tokens with position embedding, the input of the first block), `block 1`
-            and so on (after each block), `final norm` (the input of the heads).
+    `input` (tokens with position embedding, the input of the first block), `block 1` and so on
+    (after each block), `final norm` (the input of the heads).
     """
+    return ["input", *(f"block {i + 1}" for i in range(len(model.blocks))), "final norm"]
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.names = ["input", *(f"block {i + 1}" for i in range(len(model.blocks))), "final norm"]
-        self._found: list[Tensor] = []
-        self._hooks: list[Any] = []
 
-    def __enter__(self) -> TokenCosines:
-        blocks = self.model.blocks
-        self._hooks = [
-            blocks[0].register_forward_pre_hook(lambda _, inputs: self._record(inputs[0])),
-            *(
-                layer.register_forward_hook(lambda *call: self._record(call[2]))
-                for layer in (*blocks, self.model.norm)
-            ),
-        ]
-        return self
+@contextmanager
+def recorded_cosines(model: Any) -> Iterator[list[Tensor]]:
+    """Inside the block, each forward appends a tensor for each of ``layer_names``.
 
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    The tensor holds the cosine of class and distillation token, float [B]. A model without a
+    distillation token appends none.
+    """
+    found: list[Tensor] = []
 
-    def take(self) -> Tensor:
-        """Cosines of the last forward, float [B, layers]."""
-        cosines, self._found = torch.stack(self._found, dim=1), []
-        assert cosines.shape[1] == len(self.names), "a layer did not run, or ran twice"
-        return cosines
+    def record(tokens: Tensor) -> None:
+        found.append(F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float(), dim=1))
 
-    def _record(self, tokens: Tensor) -> None:
-        self._found.append(F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float(), dim=1))
+    with ExitStack() as hooks:
+        if isinstance(model, VisionTransformerDistilled):
+            first = model.blocks[0]
+            hooks.enter_context(first.register_forward_pre_hook(lambda *call: record(call[1][0])))
+            for layer in (*model.blocks, model.norm):
+                hooks.enter_context(layer.register_forward_hook(lambda *call: record(call[2])))
+        yield found
 
 
 def learned_cosine(model: Any) -> float:
@@ -102,16 +95,12 @@ def attention_weights(model: Any, images: Tensor) -> list[Tensor]:
         images: [B, 3, S, S], normalised.
     """
     packed: list[Tensor] = []
-    hooks = [
-        block.attn.qkv.register_forward_hook(lambda *call: packed.append(call[2]))
-        for block in model.blocks
-    ]
-    try:
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            qkv = block.attn.qkv
+            hooks.enter_context(qkv.register_forward_hook(lambda *call: packed.append(call[2])))
         # not model(images): a fused stream computes the last block's queries for few tokens only
         model.forward_features(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     weights = []
     for block, qkv in zip(model.blocks, packed, strict=True):
         heads = block.attn.num_heads
@@ -141,3 +130,46 @@ def token_maps(model: Any, rows: Tensor) -> Tensor:
     height, width = model.patch_embed.grid_size
     patches = rows[:, : len(token_names(model)), model.num_prefix_tokens :]
     return patches.unflatten(2, (height, width))
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention maps as strips of PNG tiles
+# ---------------------------------------------------------------------------------------------
+
+
+def draw_strip(
+    folder: Path,
+    index: int,
+    image: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    maps: Tensor,
+) -> str:
+    """Write an image and its maps side by side; without text, which the page adds.
+
+    Args:
+        index: id of the image, part of the file's name.
+        image: [3, S, S], normalised by ``mean`` and ``std``.
+        maps: [n, h, w]; each is scaled to its own maximum.
+
+    Returns:
+        The file's name.
+    """
+    import matplotlib
+
+    scale, shift = (np.array(values, np.float32)[:, None, None] for values in (std, mean))
+    channels = (image.float().cpu().numpy() * scale + shift).clip(0, 1)
+    tiles = [(channels * 255).round().astype(np.uint8).transpose(1, 2, 0)]
+    colours = matplotlib.colormaps["viridis"]
+    for values in maps.float().cpu().numpy():
+        tiles.append(colours(values / max(values.max(), 1e-30), bytes=True)[..., :3])
+    side = -(-TILE // len(tiles[0])) * len(tiles[0])  # a multiple, so that pixels stay square
+    strip = Image.new("RGBA", (len(tiles) * (side + GAP) - GAP, side))
+    for number, pixels in enumerate(tiles):
+        tile = Image.fromarray(np.ascontiguousarray(pixels))
+        strip.paste(tile.resize((side, side), Image.Resampling.NEAREST), (number * (side + GAP), 0))
+    content = io.BytesIO()
+    strip.save(content, format="png", optimize=True)
+    name = f"attention-{index}.png"
+    write_atomically(folder / name, content.getvalue())
+    return name

@@ -1,4 +1,4 @@
-"""Open a run, and pass its held-out images through student and teacher once.
+"""One run: its weights, held-out images and teacher, and a pass through student and teacher.
 
 Logits are reduced to a few values per image: those of 50,000 images, 1,000 classes and three
 classifiers would take 600 MB.
@@ -7,11 +7,10 @@ classifiers would take 600 MB.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.data.sources import Source
-from deit_fast.errors import InputError
+from deit_fast.errors import CacheError, InputError
 from deit_fast.evaluate import build_eval_loader, load_run
 from deit_fast.models.student import forward_heads
-from deit_fast.models.teacher import Teacher
+from deit_fast.models.teacher import Teacher, load_class_matched_teacher
+from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.analysis.measures import soften
-from deit_fast.tools.analysis.teachers import find_teacher
-from deit_fast.tools.analysis.tokens import TokenCosines, why_no_cosines
+from deit_fast.tools.analysis.tokens import recorded_cosines
 from deit_fast.tools.run_folder import read_object
 
 log = logging.getLogger("deit_fast")
@@ -46,7 +46,6 @@ class OpenRun:
         no_teacher: why ``teacher`` is None.
         data_digest: of the held-out images.
         student, taught: values per image of student and teacher, see ``measure``.
-        layers: names of the layers of the student's `cosines`.
     """
 
     path: Path
@@ -59,7 +58,6 @@ class OpenRun:
     data_digest: str
     student: Values = field(default_factory=dict)
     taught: Values = field(default_factory=dict)
-    layers: list[str] = field(default_factory=list)
 
     @property
     def main(self) -> str:
@@ -112,40 +110,6 @@ def open_run(
     )
 
 
-def _same_teacher_and_pixels(one: OpenRun, two: OpenRun) -> bool:
-    if one.teacher is None or two.teacher is None:
-        return False
-    views = [
-        (r.config.view.image_size, r.config.view.mean, r.config.view.std, r.config.data.eval_crop)
-        for r in (one, two)
-    ]
-    same_images = views[0] == views[1] and one.data_digest == two.data_digest
-    return same_images and one.teacher.fingerprint() == two.teacher.fingerprint()
-
-
-def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
-    """The run without distillation on the same images to compare a distilled run with.
-
-    Of several, the most similar one: first by model apart from the distillation token, then by
-    seed.
-    """
-    if run.config.loss.kind == "none":
-        return None
-
-    def differs(other: OpenRun) -> tuple[bool, bool]:
-        names = {r.config.model.name.replace("distilled_", "") for r in (run, other)}
-        return len(names) > 1, other.config.seed != run.config.seed
-
-    plain = [
-        other
-        for other in runs
-        if other.config.loss.kind == "none"
-        and other.data_digest == run.data_digest
-        and np.array_equal(other.ids, run.ids)
-    ]
-    return min(plain, key=differs, default=None)
-
-
 class Subset:
     """Some images of a source, as a source."""
 
@@ -171,9 +135,94 @@ def spaced_ids(total: int, limit: int | None) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * total // count
 
 
+def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
+    """The run without distillation on the same images to compare a distilled run with.
+
+    Of several, the most similar one: first by model apart from the distillation token, then by
+    seed.
+    """
+    if run.config.loss.kind == "none":
+        return None
+
+    def differs(other: OpenRun) -> tuple[bool, bool]:
+        names = {r.config.model.name.replace("distilled_", "") for r in (run, other)}
+        return len(names) > 1, other.config.seed != run.config.seed
+
+    plain = [
+        other
+        for other in runs
+        if other.config.loss.kind == "none"
+        and other.data_digest == run.data_digest
+        and np.array_equal(other.ids, run.ids)
+    ]
+    return min(plain, key=differs, default=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# The teacher
+# ---------------------------------------------------------------------------------------------
+
+
+def find_teacher(
+    config: RunConfig, result: dict[str, Any], spec: str | None, num_classes: int
+) -> tuple[Teacher | None, str]:
+    """The teacher of a run, or the reason why there is none.
+
+    It is named by ``spec``, or else by the run's configuration, or else by the run's cache; the
+    last only if the weights that the name gives have the digest that the cache recorded.
+
+    Args:
+        result: content of the run's result.json, or empty.
+        num_classes: of the data.
+
+    Raises:
+        InputError: ``spec`` cannot be loaded or has another class count.
+    """
+    recorded = _recorded_by_cache(config, result)
+    digest = recorded.get("teacher.weights_sha256")
+    if spec is not None:
+        teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
+        if digest is not None and digest != digest_weights(teacher.model):
+            log.warning("%s is not the teacher that the run was trained with", spec)
+        return teacher, ""
+    if config.loss.kind == "none":
+        return None, "the run was trained without a teacher; --teacher SPEC adds one"
+    spec = config.teacher or recorded.get("teacher.spec")
+    if not isinstance(spec, str):
+        return None, "neither the run nor its cache names a teacher; name it by --teacher SPEC"
+    try:
+        teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
+    except InputError as error:
+        return None, f"{error}; name it by --teacher SPEC"
+    if config.teacher is None and digest != digest_weights(teacher.model):
+        return None, (
+            f"the cache names {spec} but not the file of its weights; name it by "
+            f"--teacher {spec}@FILE"
+        )
+    return teacher, ""
+
+
+def _recorded_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Fields `teacher.*` of the cache's fingerprint, from the run or from the cache's manifest."""
+    recorded = result.get("teacher")
+    if isinstance(recorded, dict) and "teacher.weights_sha256" in recorded:
+        return recorded
+    if config.cache is None:
+        return {}
+    try:
+        return read_manifest(Path(config.cache))["fingerprint"]
+    except (CacheError, OSError):
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------
+# One pass over the images
+# ---------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> None:
-    """Fill in ``student``, ``taught`` and ``layers`` of a run by one pass over its images.
+    """Fill in ``student`` and ``taught`` of a run by one pass over its images.
 
     Tables of [N] values. The student's: `labels`, `decision.X` and `confidence.X` for its
     classifiers X (`class`, and with two heads `distillation`, `sum_logits`, `sum_softmax`),
@@ -185,35 +234,42 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
         InputError: logits are not finite.
     """
     known = next((other for other in earlier if _same_teacher_and_pixels(other, run)), None)
-    cosines = TokenCosines(run.model) if why_no_cosines(run.model) is None else None
     label = f"analyze {run.path}"
     log.info("%s: %d held-out images", label, len(run.ids))
-    student: dict[str, list[Tensor]] = defaultdict(list)
-    taught: dict[str, list[Tensor]] = defaultdict(list)
+    student: list[Values] = []
+    taught: list[Values] = []
     loader = build_eval_loader(run.config, Subset(run.source, run.ids), device)
-    with cosines or nullcontext(), Progress(label, len(run.ids), unit="image") as bar:
+    bar = Progress(label, len(run.ids), unit="image")
+    with recorded_cosines(run.model) as cosines, bar:
         for images, labels, _ in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
                 values = {"labels": labels, **student_values(*forward_heads(run.model, images))}
-            if cosines is not None:
-                values["cosines"] = cosines.take()
-            _append(student, values)
+            if cosines:
+                values["cosines"] = torch.stack(cosines, dim=1)
+                cosines.clear()
+            student.append(values)
             if run.teacher is not None and known is None:
-                _append(taught, _teacher_values(run.teacher(images)))
+                taught.append(_teacher_values(run.teacher(images)))
             bar.advance(len(labels))
     run.student = _join(student, f"{label}: the student's logits")
     run.taught = _join(taught, f"{label}: the teacher's logits") if known is None else known.taught
-    run.layers = [] if cosines is None else cosines.names
 
 
-def _append(table: dict[str, list[Tensor]], values: Values) -> None:
-    for name, value in values.items():
-        table[name].append(value)
+def _same_teacher_and_pixels(one: OpenRun, two: OpenRun) -> bool:
+    if one.teacher is None or two.teacher is None:
+        return False
+    views = [
+        (r.config.view.image_size, r.config.view.mean, r.config.view.std, r.config.data.eval_crop)
+        for r in (one, two)
+    ]
+    same_images = views[0] == views[1] and one.data_digest == two.data_digest
+    return same_images and one.teacher.fingerprint() == two.teacher.fingerprint()
 
 
-def _join(table: dict[str, list[Tensor]], what: str) -> Values:
+def _join(batches: list[Values], what: str) -> Values:
     """Values of all batches on the CPU; ``what`` is named where they are not finite."""
-    joined = {name: torch.cat(parts).cpu() for name, parts in table.items()}
+    names = batches[0] if batches else ()
+    joined = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in names}
     for name, value in joined.items():
         if name.startswith("confidence") and not bool(torch.isfinite(value).all()):
             raise InputError(f"{what} are not finite")
