@@ -11,8 +11,8 @@ from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
-from deit_fast.models.factory import build_from_factory
 from deit_fast.models.fuse import default_kernels, fuse
+from deit_fast.models.student import build_from_factory
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights
 from deit_fast.runtime.distributed import has_bf16
 
