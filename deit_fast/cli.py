@@ -267,14 +267,12 @@ def doctor(*, output: Path = Path("runs"), workers: int = 4, report: bool = Fals
         report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
             run's settings and last log rows. Variables that may hold a secret are left out.
     """
-    from deit_fast.tools.doctor import examine, has_problem, render
+    from deit_fast.tools.doctor import bug_report, examine, has_problem, render
 
     findings = examine(output, workers)
     if report:
-        from deit_fast.tools.bug_report import write_report
-
         path = Path("deit-fast-report.txt")
-        write_report(findings, output, path)
+        path.write_text(bug_report(findings, output, os.environ))
         return f"wrote {path}; read it before you send it"
     text = render(findings, tty=sys.stdout.isatty())
     if has_problem(findings):

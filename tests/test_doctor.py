@@ -16,7 +16,7 @@ import pytest
 
 from deit_fast.cli import main
 from deit_fast.runtime.environment import Loaded
-from deit_fast.tools import bug_report, doctor
+from deit_fast.tools import doctor
 from deit_fast.tools.doctor import Finding
 
 ROOT = Path(__file__).parent.parent
@@ -265,23 +265,23 @@ def test_report_describes_the_newest_run_and_omits_secrets(tmp_path: Path, monke
         "HOME": "/hunter2",
         "PATH": "/hunter2/bin",
     }
-    text = bug_report.compose(FINDINGS, runs, environment)
+    text = doctor.bug_report(FINDINGS, runs, environment)
     assert "hunter2" not in text and "WANDB" not in text and str(tmp_path) not in text
     assert "OMP_NUM_THREADS=3\n" in text and "NCCL_DEBUG=INFO\n" in text
     assert "TORCH_LOGS=(left out" in text
     assert '"new_recipe"' in text and "old_recipe" not in text
     assert 'data.root = "~/images"' in text and "~/runs/deep/new" in text
     steps = [json.loads(line)["step"] for line in text.splitlines() if line.startswith("{")]
-    assert steps == list(range(31 - bug_report.LOG_ROWS, 31))
+    assert steps == list(range(31 - doctor.LOG_ROWS, 31))
     assert "problem  torch: Install it." in text
     assert f"torch {importlib.metadata.version('torch')}\n" in text
 
 
 @pytest.mark.parametrize("config", ["{", "[1]", ""])
 def test_report_of_a_broken_or_missing_run(config: str, tmp_path: Path) -> None:
-    assert f"no run in {tmp_path}" in bug_report.compose(FINDINGS, tmp_path, {})
+    assert f"no run in {tmp_path}" in doctor.bug_report(FINDINGS, tmp_path, {})
     (tmp_path / "config.json").write_text(config)
-    text = bug_report.compose(FINDINGS, tmp_path, {})
+    text = doctor.bug_report(FINDINGS, tmp_path, {})
     assert "== newest run ==" in text and "No such file" in text
 
 

@@ -21,8 +21,7 @@ from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
-from deit_fast.tools import charts
-from deit_fast.tools.report import sections
+from deit_fast.tools.report import charts
 from deit_fast.tools.report.page import build_report, write_report
 from deit_fast.tools.run_folder import PNG_SIGNATURE, short_names
 
@@ -343,15 +342,15 @@ def test_long_training_curves_are_smoothed_and_kept_as_logged(tmp_path: Path) ->
 
 def test_smoothing_is_the_mean_of_neighbours_and_keeps_straight_lines() -> None:
     slope = [(float(x), 3.0 * x) for x in range(200)]
-    smoothed, width = sections.smooth(slope)
+    smoothed, width = charts.smooth(slope)
     assert width == 11
     assert [y for _, y in smoothed] == pytest.approx([y for _, y in slope])
     assert [x for x, _ in smoothed] == [x for x, _ in slope]
     noisy = [(float(x), float(x * x % 7)) for x in range(200)]
-    assert sections.smooth(noisy)[0][50][1] == pytest.approx(
+    assert charts.smooth(noisy)[0][50][1] == pytest.approx(
         sum(noisy[x][1] for x in range(45, 56)) / 11
     )
-    assert sections.smooth(noisy[:39]) == (noisy[:39], 1)
+    assert charts.smooth(noisy[:39]) == (noisy[:39], 1)
 
 
 @pytest.mark.parametrize(
@@ -500,6 +499,12 @@ def test_a_browser_prints_the_page(whole_page: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ charts
 
 
+def drawn(caption: str, lines: list[charts.Line], show: charts.Show, **options: float) -> str:
+    chart = charts.line_chart(caption, lines, "epoch", show, **options)
+    assert chart is not None
+    return chart.svg
+
+
 def test_long_lines_are_thinned_to_means_that_end_at_the_last_point() -> None:
     points = [(float(i), float(i % 2)) for i in range(100_000)]
     thin = charts.thin(points)
@@ -511,7 +516,7 @@ def test_long_lines_are_thinned_to_means_that_end_at_the_last_point() -> None:
 
 def test_one_point_and_many_lines_still_make_a_chart() -> None:
     lines = [charts.Line(f"run {i}", i, [(1.0, 0.5)]) for i in range(20)]
-    chart = charts.line_chart(lines, title="t", x_name="epoch", show=str, floor=None)
+    chart = drawn("t", lines, str)
     check(chart)
     numbers = [float(n) for n in re.findall(r'(?:cx|cy|x|y)="([-\d.]+)"', chart)]
     assert numbers and all(map(math.isfinite, numbers))
@@ -520,7 +525,7 @@ def test_one_point_and_many_lines_still_make_a_chart() -> None:
 
 def test_a_chart_takes_its_colours_from_the_page_and_its_axis_includes_the_floor() -> None:
     lines = [charts.Line("<b>$x$", 1, [(1.0, 5.0), (2.0, 6.0)])]
-    chart = charts.line_chart(lines, title='"t"', x_name="epoch", show="{:g} v".format, floor=0.0)
+    chart = drawn('"t"', lines, "{:g} v".format, floor=0.0)
     assert "var(--c1)" in chart and "var(--dim)" in chart and "var(--rule)" in chart
     assert not re.search(r"#[0-9a-f]{6}|\bid=|url\(|font-family", chart)
     assert 'aria-label="&quot;t&quot;"' in chart and "&lt;b&gt;$x$: 5 v at epoch 1" in chart

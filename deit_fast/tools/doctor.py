@@ -1,21 +1,27 @@
 """`doctor`: what this machine has, what is slow on it, and what to do about it.
 
 A missing or broken package is a finding, never a crash; only the standard library is needed.
+`doctor --report` writes the findings and more as the content of a bug report, without secrets.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deit_fast.config_file import by_dotted_key
 from deit_fast.runtime.environment import Loaded, find_apex, load, package_version
+from deit_fast.tools.run_folder import read_object
 
 State = Literal["ok", "note", "problem"]
 
@@ -58,7 +64,10 @@ def examine(output: Path = Path("runs"), workers: int = 4) -> list[Finding]:
         Finding("python", platform.python_version()),
         *[required(name, load({"pillow": "PIL"}.get(name, name))) for name in REQUIRED],
         dali(load("nvidia.dali"), has_gpu),
-        *[build_tool(name) for name in ("pybind11", "ninja")],
+        *[
+            Finding(name, package_version(name) or "absent (only building needs it)")
+            for name in ("pybind11", "ninja")
+        ],
         *gpus(torch, driver_version()),
         bf16(torch),
         triton_interpret(os.environ, has_gpu),
@@ -118,11 +127,6 @@ def dali(loaded: Loaded, has_gpu: bool) -> Finding:
         return Finding("dali", "absent")
     advice = f"Images are decoded on the CPU; for data.loader=dali-gpu: {install}."
     return Finding("dali", "absent", "note", advice)
-
-
-def build_tool(name: str) -> Finding:
-    """A package that only building the compiled extension needs."""
-    return Finding(name, package_version(name) or "absent (only building needs it)")
 
 
 def extension(loaded: Loaded, has_gpu: bool) -> Finding:
@@ -316,3 +320,88 @@ def render(findings: list[Finding], tty: bool = False) -> str:
     return "\n".join(
         [*lines, "", verdict, *(f"{paint(f.state)}  {f.name}: {f.advice}" for f in advised)]
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Bug report
+# ---------------------------------------------------------------------------------------------
+
+PACKAGES = (
+    "deit-fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow", "safetensors", "tyro",
+    "rich", "matplotlib", "nvidia-dali-cuda130", "apex", "pyarrow", "liger-kernel",
+)  # fmt: skip
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE",
+    "NCCL_P2P_DISABLE", "NCCL_ALGO", "NCCL_PROTO", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_LOGS",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "TRITON_INTERPRET", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NNODES",
+    "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT",
+)  # fmt: skip
+LOG_ROWS = 20
+_SECRET = re.compile(r"(?i)(token|secret|passw|api[_-]?key|credential)|://[^/\s]*@")
+
+
+def bug_report(findings: list[Finding], output: Path, environment: Mapping[str, str]) -> str:
+    """The content of a bug report, without secrets.
+
+    Of the environment only ``VARIABLES`` are shown, without values that look like a key; the home
+    folder is written as `~`. Of the newest run in or below ``output``, the configuration and the
+    end of the log are shown.
+    """
+    variables = [
+        f"{name}={_public(environment[name])}" for name in VARIABLES if name in environment
+    ]
+    versions = [
+        f"python {platform.python_version()} ({sys.implementation.name})",
+        f"{platform.system()} {platform.release()} {platform.machine()}",
+        *(f"{name} {package_version(name) or 'absent'}" for name in PACKAGES),
+    ]
+    sections = {
+        "machine": render(findings),
+        "versions": "\n".join(versions),
+        "environment": "\n".join(variables) or "none of the relevant variables is set",
+        **_newest_run(output),
+    }
+    head = f"deit_fast bug report, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+    text = "\n\n".join([head, *(f"== {name} ==\n{body}" for name, body in sections.items())])
+    home = str(Path.home())
+    return (text.replace(home, "~") if len(home) > 1 else text) + "\n"
+
+
+def _public(text: str) -> str:
+    return "(left out: may be secret)" if _SECRET.search(text) else text
+
+
+def _newest_run(output: Path) -> dict[str, str]:
+    """Configuration and last log rows of the run in or below ``output`` that changed last."""
+    runs = [path.parent for path in output.glob("**/config.json") if path.is_file()]
+    if not runs:
+        return {"newest run": f"no run in {output}"}
+
+    def changed(run: Path) -> float:
+        files = (run / "config.json", run / "metrics.jsonl")
+        return max(file.stat().st_mtime for file in files if file.exists())
+
+    run = max(runs, key=changed)
+    return {
+        "newest run": str(run),
+        "its configuration": _read_config(run / "config.json"),
+        f"last {LOG_ROWS} rows of its log": _last_rows(run / "metrics.jsonl"),
+    }
+
+
+def _read_config(path: Path) -> str:
+    try:
+        values = by_dotted_key(read_object(path))
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
+    return "\n".join(_public(f"{key} = {json.dumps(value)}") for key, value in values.items())
+
+
+def _last_rows(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "\n".join(_public(line) for line in lines[-LOG_ROWS:]) or "empty"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,19 +129,3 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     text = _read_text(path)
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
-
-
-def number(values: dict[str, Any], key: str) -> float | None:
-    """A finite number, or None."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and values of a nested object."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    dotted = prefix and f"{prefix}."
-    return {k: v for key, value in values.items() for k, v in flatten(value, dotted + key).items()}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.tools.charts import COLOURS, PROPERTIES, Line, dash
-from deit_fast.tools.report import analysis, sections
-from deit_fast.tools.report.sections import Table, draw
+from deit_fast.tools.report import sections
+from deit_fast.tools.report.charts import COLOURS, PROPERTIES, Line, dash, line_chart
+from deit_fast.tools.report.sections import Table
 from deit_fast.tools.run_folder import Run, read_run, short_names
 
 
@@ -55,8 +55,8 @@ def _sections(runs: list[Run]) -> dict[str, Any]:
         sections.samples, sections.settings, sections.environment, sections.commands,
     )  # fmt: skip
     of_analysed = (
-        analysis.tokens, analysis.classifiers, analysis.disagreement, analysis.teachers,
-        analysis.attention, analysis.left_out,
+        sections.tokens, sections.classifiers, sections.disagreement, sections.teachers,
+        sections.attention, sections.left_out,
     )  # fmt: skip
     parts = {section.__name__: section(runs) for section in of_all}
     return parts | {section.__name__: section(analysed) for section in of_analysed}
@@ -91,7 +91,7 @@ def build_cache_page(
     tables: list[dict[str, Any]] = [{"heading": "Summary", "table": Table([], rows, "text")}]
     if entropy_counts:
         line = Line("records", 0, [(x, float(count)) for x, count in entropy_counts])
-        chart = draw("Records by entropy", [line], "entropy, nats", "{:g}".format, 0.0)
+        chart = line_chart("Records by entropy", [line], "entropy, nats", "{:g}".format, 0.0)
         tables.append({"heading": "Entropy of the teacher's probabilities", "chart": chart})
     tables.append({"heading": "Fingerprint", "table": Table([], fingerprint, "text")})
     return render("Teacher cache", tables=tables)

@@ -1,23 +1,37 @@
-"""The data of the report's sections: results, curves, settings; tables and charts for all."""
+"""The data of the report's sections, each a function of the runs that are shown.
+
+The sections of an analysis get only the runs that `deit-fast analyze` has measured.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from deit_fast.config import RunConfig
-from deit_fast.config_file import RETIRED, dotted_keys, to_dict
+from deit_fast.config_file import RETIRED, by_dotted_key, dotted_keys, to_dict
+from deit_fast.tools.analysis import table
 from deit_fast.tools.analysis.table import DASH, count, percent
-from deit_fast.tools.charts import COLOURS, Line, line_chart
-from deit_fast.tools.run_folder import Run, flatten, number
+from deit_fast.tools.report.charts import (
+    COLOURS,
+    Chart,
+    Line,
+    Points,
+    Show,
+    line_chart,
+    short,
+    short_percent,
+    smooth,
+)  # fmt: skip
+from deit_fast.tools.run_folder import Run
 
-SMOOTH_SHARE = 20  # a training curve is averaged over this fraction of its points: 1/20
-Show = Callable[[float], str]
-Points = list[tuple[float, float]]
+RELIABILITY_CURVES = {"class": "class", "distillation": "distillation", "sum_logits": "sum"}
 
 
 @dataclass(frozen=True)
@@ -35,33 +49,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A drawn chart and its legend; ``raw`` is the same chart without smoothing."""
-
-    caption: str
-    svg: str
-    lines: list[Line]
-    raw: str | None = None
-
-
-@dataclass(frozen=True)
 class Picture:
     """A PNG inside the page."""
 
     caption: str
     alt: str
     png: bytes
-
-
-def draw(
-    caption: str, lines: list[Line], x_name: str, show: Show, floor: float | None = None
-) -> Chart | None:
-    """A chart; None where no line has a point."""
-    lines = [line for line in lines if line.points]
-    if not lines:
-        return None
-    svg = line_chart(lines, title=caption, x_name=x_name, show=show, floor=floor)
-    return Chart(caption, svg, lines)
 
 
 def shade(text: str, share: float, colour: int = 0) -> Markup:
@@ -71,37 +64,20 @@ def shade(text: str, share: float, colour: int = 0) -> Markup:
 
 
 # ---------------------------------------------------------------------------------------------
-# Values as text
-# ---------------------------------------------------------------------------------------------
-
-
-def short_percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
-
-
-def short(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_setting, value))
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return DASH if value is None else str(value)
-
-
-# ---------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------
 
 
-def _percents(key: str) -> Callable[[Run], str]:
-    return lambda run: percent(number(run.result, key))
+def _number(values: dict[str, Any], key: str) -> float | None:
+    """A finite number, or None."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
-def _counts(key: str) -> Callable[[Run], str]:
-    return lambda run: count(number(run.result, key))
+def _result(key: str, show: Callable[[float | None], str]) -> Callable[[Run], str]:
+    return lambda run: show(_number(run.result, key))
 
 
 def _kind(run: Run) -> str:
@@ -117,25 +93,25 @@ def _distillation(run: Run) -> str:
 
 
 def _best_epoch(run: Run) -> str:
-    top1, epoch = number(run.result, "best_top1"), number(run.result, "best_epoch")
+    top1, epoch = _number(run.result, "best_top1"), _number(run.result, "best_epoch")
     return DASH if top1 is None or epoch is None else f"{epoch:.0f} ({percent(top1)})"
 
 
 def _data_wait(run: Run) -> str:
-    shares = [share for row in run.train if (share := number(row, "data_wait")) is not None]
-    return percent(sum(shares) / len(shares) if shares else None)
+    shares = [share for row in run.train if (share := _number(row, "data_wait")) is not None]
+    return percent(fmean(shares) if shares else None)
 
 
 COLUMNS: dict[str, Callable[[Run], str]] = {
     "distillation": _distillation,
-    "top-1": _percents("top1"),
-    "class head": _percents("top1_class"),
-    "distil. head": _percents("top1_distill"),
-    "average (EMA)": _percents("ema_top1"),
+    "top-1": _result("top1", percent),
+    "class head": _result("top1_class", percent),
+    "distil. head": _result("top1_distill", percent),
+    "average (EMA)": _result("ema_top1", percent),
     "best epoch": _best_epoch,
-    "epochs": _counts("epochs"),
-    "steps": _counts("steps"),
-    "img/s": _counts("images_per_s"),
+    "epochs": _result("epochs", count),
+    "steps": _result("steps", count),
+    "img/s": _result("images_per_s", count),
     "data wait": _data_wait,
     "substituted": lambda run: str(len(run.result.get("substituted") or [])),
 }
@@ -144,7 +120,7 @@ COLUMNS: dict[str, Callable[[Run], str]] = {
 def lead(runs: list[Run]) -> list[tuple[str, str, str]]:
     """Name, value and detail of the figures at the top of the page."""
     figures = [("Runs", str(len(runs)), "")]
-    scored = [(top1, run) for run in runs if (top1 := number(run.result, "top1")) is not None]
+    scored = [(top1, run) for run in runs if (top1 := _number(run.result, "top1")) is not None]
     if not scored:
         return figures
     top1, best = max(scored, key=lambda pair: pair[0])
@@ -159,7 +135,7 @@ def lead(runs: list[Run]) -> list[tuple[str, str, str]]:
 def results(runs: list[Run]) -> Table:
     texts = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
     used = {name: column for name, column in texts.items() if set(column) != {DASH}}
-    scores = [number(run.result, "top1") for run in runs]
+    scores = [_number(run.result, "top1") for run in runs]
     if len(runs) > 1 and "top-1" in used:
         best = max(score for score in scores if score is not None)
         used["top-1"] = [
@@ -173,11 +149,10 @@ def results(runs: list[Run]) -> Table:
 def per_class(runs: list[Run]) -> Table | None:
     """Accuracies as bars, the classes with the lowest means over the runs first."""
     tables = [run.result.get("per_class") or {} for run in runs]
-    names = dict.fromkeys(name for table in tables for name in table)
+    names = dict.fromkeys(name for accuracies in tables for name in accuracies)
 
     def mean(name: str) -> float:
-        values = [table[name] for table in tables if name in table]
-        return sum(values) / len(values)
+        return fmean(accuracies[name] for accuracies in tables if name in accuracies)
 
     def bar(run: Run, accuracy: float | None) -> str:
         if accuracy is None:
@@ -185,7 +160,7 @@ def per_class(runs: list[Run]) -> Table | None:
         return shade(f"{100 * accuracy:.1f} %", accuracy, run.index % len(COLOURS))
 
     rows = [
-        [name, *(bar(run, table.get(name)) for run, table in zip(runs, tables, strict=True))]
+        [name, *(bar(run, of_run.get(name)) for run, of_run in zip(runs, tables, strict=True))]
         for name in sorted(names, key=mean)
     ]
     return Table(["class", *runs], rows, "bars") if rows else None
@@ -197,74 +172,57 @@ def per_class(runs: list[Run]) -> Table | None:
 
 
 def curves(runs: list[Run]) -> list[Chart]:
-    held_out = "on held-out images"
-    return [
-        *_curve(runs, "top1", f"Top-1 accuracy {held_out}", short_percent),
-        *_curve(runs, "ema_top1", "Top-1 accuracy of the averaged weights", short_percent),
-        *_curve(runs, "loss", f"Cross-entropy {held_out}", short),
-        *_training_curve(runs, "loss", "Training loss", short, None),
+    charts = [
+        _curve(runs, "top1", "Top-1 accuracy on held-out images", short_percent),
+        _curve(runs, "ema_top1", "Top-1 accuracy of the averaged weights", short_percent),
+        _curve(runs, "loss", "Cross-entropy on held-out images", short),
+        _training_curve(runs, "loss", "Training loss", short, None),
     ]
+    return [chart for chart in charts if chart]
 
 
 def throughput(runs: list[Run]) -> list[Chart]:
-    return [
-        *_training_curve(runs, "images_per_s", "Images per second", short, 0.0),
-        *_training_curve(
-            runs, "data_wait", "Share of time spent waiting for images", short_percent, 0.0
-        ),
+    waiting = "Share of time spent waiting for images"
+    charts = [
+        _training_curve(runs, "images_per_s", "Images per second", short, 0.0),
+        _training_curve(runs, "data_wait", waiting, short_percent, 0.0),
     ]
+    return [chart for chart in charts if chart]
 
 
-def _curve(runs: list[Run], key: str, caption: str, show: Show) -> list[Chart]:
+def _curve(runs: list[Run], key: str, caption: str, show: Show) -> Chart | None:
     lines = [Line(run.name, run.index, _points(run, run.evaluations, key)) for run in runs]
-    chart = draw(caption, lines, "epoch", show)
-    return [chart] if chart else []
+    return line_chart(caption, lines, "epoch", show)
 
 
 def _training_curve(
     runs: list[Run], key: str, caption: str, show: Show, floor: float | None
-) -> list[Chart]:
+) -> Chart | None:
     """The smoothed curve; where smoothing changes it, with the logged one."""
     logged = [Line(run.name, run.index, _points(run, run.train, key)) for run in runs]
     smoothed = [smooth(line.points) for line in logged]
     width = max(width for _, width in smoothed)
-    raw = draw(caption, logged, "epoch", show, floor)
-    if width == 1:
-        return [raw] if raw else []
+    raw = line_chart(caption, logged, "epoch", show, floor)
+    if raw is None or width == 1:
+        return raw
     means = [replace(line, points=mean) for line, (mean, _) in zip(logged, smoothed, strict=True)]
     title = f"{caption}, mean of {width} neighbouring values"
-    chart = draw(title, means, "epoch", show, floor)
-    return [replace(chart, raw=raw.svg)] if chart and raw else []
+    chart = line_chart(title, means, "epoch", show, floor)
+    return chart and replace(chart, raw=raw.svg)
 
 
 def _points(run: Run, rows: list[dict[str, Any]], key: str) -> Points:
     """(epoch, value) of the rows that have both; the step gives fractions of an epoch."""
-    last = max(run.evaluations, key=lambda row: number(row, "step") or 0, default={})
-    steps, epochs = number(last, "step"), number(last, "epoch")
+    last = max(run.evaluations, key=lambda row: _number(row, "step") or 0, default={})
+    steps, epochs = _number(last, "step"), _number(last, "epoch")
     scale = epochs / steps if steps and epochs else None
     points = []
     for row in rows:
-        value, step = number(row, key), number(row, "step")
-        x = step * scale if step is not None and scale is not None else number(row, "epoch")
+        value, step = _number(row, key), _number(row, "step")
+        x = step * scale if step is not None and scale is not None else _number(row, "epoch")
         if x is not None and value is not None:
             points.append((x, value))
     return sorted(points)
-
-
-def smooth(points: Points) -> tuple[Points, int]:
-    """Centred means over an odd number of neighbours, fewer near the ends; and that number.
-
-    Curves of fewer than 2 * SMOOTH_SHARE points are returned unchanged.
-    """
-    reach = len(points) // SMOOTH_SHARE // 2
-    if reach == 0:
-        return points, 1
-    smoothed = []
-    for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)  # symmetric: a straight line stays straight
-        window = points[i - near : i + near + 1]
-        smoothed.append((x, sum(y for _, y in window) / len(window)))
-    return smoothed, 2 * reach + 1
 
 
 def samples(runs: list[Run]) -> list[Picture]:
@@ -278,18 +236,127 @@ def samples(runs: list[Run]) -> list[Picture]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Analysis: tokens, calibration, teacher, attention
+# ---------------------------------------------------------------------------------------------
+
+
+def _figures(runs: list[Run], figures: list[table.Figure]) -> Table:
+    rows = table.compare([run.analysis for run in runs], figures)
+    return Table(["", *runs], rows, "numbers")
+
+
+def tokens(runs: list[Run]) -> dict[str, Any] | None:
+    """Cosine of the two tokens by layer, and similarity of the heads."""
+    lines = []
+    for run in runs:
+        layers = table.look_up(run.analysis, "tokens.layers") or []
+        points = [(float(x), layer["mean"]) for x, layer in enumerate(layers[:-1])]  # no norm
+        lines.append(Line(run.name, run.index, points))
+    caption = "Cosine of class and distillation token after each block"
+    chart = line_chart(caption, lines, "block (0: input)", short)
+    return {"chart": chart, "table": _figures(runs, table.TOKEN_FIGURES)} if chart else None
+
+
+def classifiers(runs: list[Run]) -> dict[str, Any] | None:
+    """Accuracy and calibration of heads, their sums and the teacher; reliability curves."""
+    if not runs:
+        return None
+    charts = [_reliability(run) for run in runs]
+    return {"table": _figures(runs, table.CLASSIFIER_FIGURES), "charts": charts}
+
+
+def _reliability(run: Run) -> Chart | None:
+    keys = {name: f"calibration.{key}.bins" for key, name in RELIABILITY_CURVES.items()}
+    keys["teacher"] = "teacher.calibration.bins"
+    lines = []
+    for index, (name, key) in enumerate(keys.items()):
+        bins = table.look_up(run.analysis, key) or []
+        lines.append(Line(name, index, [(row["confidence"], row["accuracy"]) for row in bins]))
+    lines.append(Line("ideal", None, [(0.0, 0.0), (1.0, 1.0)]))
+    return line_chart(
+        f"Accuracy by confidence: {run.name}", lines, "confidence", short_percent, 0.0
+    )
+
+
+def disagreement(runs: list[Run]) -> list[tuple[Run, Table]]:
+    """Share of different decisions for each pair of classifiers (DeiT, table 4)."""
+    items = []
+    for run in runs:
+        head, rows = table.disagreement(run.analysis)
+        shaded = [[name, *(shade(text, float(text)) for text in texts)] for name, *texts in rows]
+        items.append((run, Table(head, shaded, "numbers shades")))
+    return items
+
+
+def teachers(runs: list[Run]) -> list[dict[str, Any]]:
+    """Each teacher at several temperatures; equal ones once, with all their runs."""
+    items = []
+    for teacher, owners in table.teachers([run.analysis for run in runs], runs):
+        title, head, rows = table.temperatures(teacher)
+        chart = _temperature_chart(teacher["temperatures"])
+        values = Table(head, rows, "numbers")
+        items.append({"runs": owners, "title": title, "table": values, "chart": chart})
+    return items
+
+
+def _temperature_chart(rows: list[dict[str, Any]]) -> Chart | None:
+    keys = {"entropy / log C": "uniform_share"}
+    keys |= {f"probability of the top {k}": f"mass.{k}" for k in rows[0]["mass"]}
+    lines = [
+        Line(name, index, [(row["temperature"], table.look_up(row, key)) for row in rows])
+        for index, (name, key) in enumerate(keys.items())
+    ]
+    caption = "Entropy and probability by temperature"
+    return line_chart(caption, lines, "temperature", short_percent, 0.0)
+
+
+def attention(runs: list[Run]) -> list[dict[str, Any]]:
+    """Strips of attention maps: of the last block, and through all blocks."""
+    items = []
+    for run in runs:
+        samples = table.look_up(run.analysis, "attention.samples")
+        if not samples:
+            continue
+        order = ", ".join(run.analysis["attention"]["tiles"])
+        pictures = [
+            Picture(
+                f"image {row['id']}, label {row['label']}",
+                f"{order} of image {row['id']}, {run.name}",
+                run.maps[row["picture"]],
+            )
+            for row in samples
+        ]
+        items.append({"run": run, "order": order, "pictures": pictures})
+    return items
+
+
+def left_out(runs: list[Run]) -> list[tuple[Run, str]]:
+    """The parts of each analysis that are missing, by reason."""
+    return [(run, text) for run in runs for text in table.left_out(run.analysis)]
+
+
+# ---------------------------------------------------------------------------------------------
 # Settings, environment, commands
 # ---------------------------------------------------------------------------------------------
 
 
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_setting, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return DASH if value is None else str(value)
+
+
 def settings(runs: list[Run]) -> dict[str, Any]:
     """Settings that differ between the runs; those of one run that differ from the defaults."""
-    heading, columns = "Settings that differ between the runs", [flatten(r.config) for r in runs]
+    heading = "Settings that differ between the runs"
+    columns = [by_dotted_key(run.config) for run in runs]
     compared = columns
     if len(runs) == 1:
         heading = "Settings that differ from the defaults"
         defaults = json.loads(json.dumps(to_dict(RunConfig())))  # tuples to lists, as in the file
-        compared = [*columns, flatten(defaults)]
+        compared = [*columns, by_dotted_key(defaults)]
     keys = dict.fromkeys([*dotted_keys(), *(key for column in columns for key in column)])
     rows = [
         [key, *(_setting(column.get(key)) for column in columns)]
@@ -314,5 +381,4 @@ def environment(runs: list[Run]) -> Table | None:
 
 
 def commands(runs: list[Run]) -> list[tuple[Run, str]]:
-    found = [(run, run.result.get("command")) for run in runs]
-    return [(run, command) for run, command in found if command]
+    return [(run, command) for run in runs if (command := run.result.get("command"))]

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,6 +24,11 @@ PROPERTIES = {f"--c{index}": colour for index, colour in enumerate(COLOURS)} | {
 }
 DASHES = ("", "7 3", "2 2.5", "10 3 2 3")  # of the lines 0 to 7, 8 to 15, ...
 MAX_POINTS = 240  # of a line; a screen cannot show more
+SMOOTH_SHARE = 20  # a training curve is averaged over this fraction of its points: 1/20
+
+
+Show = Callable[[float], str]
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,29 @@ class Line:
 
     name: str
     index: int | None
-    points: list[tuple[float, float]]
+    points: Points
 
     @property
     def colour(self) -> str:
         return TEXT_COLOUR if self.index is None else COLOURS[self.index % len(COLOURS)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart and its legend; ``raw`` is the same chart without smoothing."""
+
+    caption: str
+    svg: str
+    lines: list[Line]
+    raw: str | None = None
+
+
+def short_percent(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def short(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def dash(index: int | None) -> str:
@@ -49,22 +73,24 @@ def dash(index: int | None) -> str:
 
 
 def line_chart(
-    lines: list[Line], *, title: str, x_name: str, show: Callable[[float], str], floor: float | None
-) -> str:
-    """An SVG element that needs no identifiers, so that a page can hold many.
+    caption: str, lines: list[Line], x_name: str, show: Show, floor: float | None = None
+) -> Chart | None:
+    """A chart as an SVG element without identifiers, so that a page can hold many.
 
     Args:
-        lines: those without points are left out.
-        title: what the vertical axis shows, for readers who cannot see it.
+        caption: what the vertical axis shows, also for readers who cannot see it.
+        lines: those without points are left out; without any line there is no chart.
         x_name: name of the horizontal axis.
         show: formats a value for ticks and hover titles.
         floor: a value that the vertical axis includes; None: the axis fits the data.
     """
+    lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
+    if not lines:
+        return None
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
     style: Any = {
         "svg.fonttype": "none", "font.size": 11, "axes.edgecolor": TEXT_COLOUR,
         "text.color": TEXT_COLOUR, "axes.labelcolor": TEXT_COLOUR, "xtick.color": TEXT_COLOUR,
@@ -101,7 +127,7 @@ def line_chart(
     for number, line in enumerate(lines):
         titles = [f"{line.name}: {show(y)} at {x_name} {x:.4g}" for x, y in line.points]
         _add_titles(root, f"line-{number}", line.colour, titles)
-    return _inline(root, title)
+    return Chart(caption, _inline(root, caption), lines)
 
 
 def _add_titles(root: ElementTree.Element, gid: str, colour: str, titles: list[str]) -> None:
@@ -140,11 +166,31 @@ def _inline(root: ElementTree.Element, title: str) -> str:
     return re.sub(r"\s*\n\s*", " ", text)
 
 
-def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+# ---------------------------------------------------------------------------------------------
+# Points
+# ---------------------------------------------------------------------------------------------
+
+
+def thin(points: Points) -> Points:
     """At most MAX_POINTS points, each the mean of its neighbours; the last one is kept."""
     size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return points
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]
-    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-    return [*means, points[-1]]
+    return [*((fmean(x for x, _ in g), fmean(y for _, y in g)) for g in groups), points[-1]]
+
+
+def smooth(points: Points) -> tuple[Points, int]:
+    """Centred means over an odd number of neighbours, fewer near the ends; and that number.
+
+    Curves of fewer than 2 * SMOOTH_SHARE points are returned unchanged.
+    """
+    reach = len(points) // SMOOTH_SHARE // 2
+    if reach == 0:
+        return points, 1
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)  # symmetric: a straight line stays straight
+        window = points[i - near : i + near + 1]
+        smoothed.append((x, fmean(y for _, y in window)))
+    return smoothed, 2 * reach + 1
