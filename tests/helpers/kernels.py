@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -24,11 +25,13 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_th
 outer_run = pytest.mark.skipif(INTERPRETED, reason="is the inner run")
 
 
-def keep_triton_patched() -> None:
-    """Let the interpreter patch triton.language once for each function, and keep it patched.
+def speed_the_interpreter() -> None:
+    """Let Triton's interpreter do once what it does at every call or operation, with equal results.
 
-    It does so again at every call of a function inside a kernel, which takes half of a test's time.
+    Of a test's time three quarters went into patching triton.language at every call of a function
+    inside a kernel, into making types, and into an overflow check whose result nothing reads.
     """
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang
@@ -47,10 +50,36 @@ def keep_triton_patched() -> None:
         return known[dtype.name]
 
     interpreter._get_np_dtype = np_dtype
+    # Shape and element type are all that a block type depends on; all but the handle of a tensor
+    # depends on its type.
+    share_attributes(tl.block_type, lambda element, shape: (element.name, *map(int, shape)))
+    share_attributes(tl.tensor, lambda handle, type: type.name, own="handle")
+    # Only an assertion in debug mode reads it.
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def share_attributes(kind: Any, key: Callable[..., Any], own: str = "") -> None:
+    """Let objects that are made with arguments of the same key share the values of all attributes
+    but ``own``, which is the first argument.
+    """
+    make, known = kind.__init__, {}
+
+    def init(self: Any, *arguments: Any) -> None:
+        name = key(*arguments)
+        if name not in known:
+            make(self, *arguments)
+            known[name] = {k: value for k, value in vars(self).items() if k != own}
+        vars(self).update(known[name])
+        if own:
+            setattr(self, own, arguments[0])
+
+    kind.__init__ = init
 
 
 if INTERPRETED:
-    keep_triton_patched()
+    speed_the_interpreter()
 
 
 def run_in_the_interpreter(*arguments: str) -> str:
