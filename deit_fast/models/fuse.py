@@ -170,13 +170,12 @@ def fuse(
         raise InputError(f"unknown kernel {unknown[0]!r}: choose from {', '.join(KERNELS)}")
     if "mlp_backward" in names and "bias_gelu" not in names:
         raise InputError("kernel 'mlp_backward' needs 'bias_gelu' beside it")
-    if stochastic_depth not in STOCHASTIC_DEPTH:
-        raise InputError(
-            f"stochastic_depth must be one of {', '.join(STOCHASTIC_DEPTH)}, "
-            f"not {stochastic_depth!r}"
-        )
-    if residual not in RESIDUALS:
-        raise InputError(f"residual must be one of {', '.join(RESIDUALS)}, not {residual!r}")
+    for name, value, known in (
+        ("stochastic_depth", stochastic_depth, STOCHASTIC_DEPTH),
+        ("residual", residual, RESIDUALS),
+    ):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if not isinstance(model, VisionTransformer):
         raise InputError(f"fuse takes a timm VisionTransformer, not {type(model).__name__}")
     unfuse(model)

@@ -54,25 +54,24 @@ def create_student(
     Raises:
         InputError: unknown name, or an option that the model does not support.
     """
-    options = {"stochastic_depth": (stochastic_depth, "sample"), "residual": (residual, "float32"),
-               "kernels": (kernels, None)}  # fmt: skip
     fuse_options: dict[str, Any] = {
-        key: value for key, (value, default) in options.items() if value != default
-    }
-    if ":" in name:
-        if args:
-            raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
-        refused = fuse_options | ({"pad_head": True} if pad_head else {})
-        _refuse(refused, f"a timm model, not {name!r}")
-        return build_from_factory(name, num_classes)
-    if not timm.is_model(name):
+        "stochastic_depth": stochastic_depth, "residual": residual, "kernels": kernels
+    }  # fmt: skip
+    is_factory = ":" in name
+    if not is_factory and not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
+    is_transformer = not is_factory and timm.models.is_model_in_modules(
+        name, ("deit", "vision_transformer")
+    )
+    if args and not is_transformer:
+        raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
+    if is_factory:
+        _refuse({**fuse_options, "pad_head": pad_head}, f"a timm model, not {name!r}")
+        return build_from_factory(name, num_classes)
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
-    if timm.models.is_model_in_modules(name, ("deit", "vision_transformer")):
+    if is_transformer:
         arguments["img_size"] = img_size
         _check_shape(name, img_size, args)
-    elif args:
-        raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
     try:
         model = timm.create_model(name, pretrained=False, **arguments, **args)
     except TypeError as error:  # an argument that timm does not know
@@ -112,8 +111,10 @@ def build_from_factory(spec: str, num_classes: int | None) -> nn.Module:
 
 
 def _refuse(options: dict[str, Any], needed: str) -> None:
+    """Raise for an option that does not have its default."""
     for name, value in options.items():
-        raise InputError(f"{name}={value!r} needs {needed}")
+        if value != inspect.signature(create_student).parameters[name].default:
+            raise InputError(f"{name}={value!r} needs {needed}")
 
 
 def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:

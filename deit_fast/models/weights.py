@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ log = logging.getLogger("deit_fast")
 _WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a `.safetensors` file or a torch checkpoint.
 
     Weights wrapped in a dictionary (`model` in facebookresearch/deit, `state_dict` in timm) are
@@ -39,13 +40,13 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"weights file {path} does not exist")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"weights file {path} holds no tensors")
     return tensors
 
 
-def fit_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load ``state`` into ``model``; every name and shape must fit.
 
     Raises:
@@ -66,7 +67,7 @@ def fit_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Pa
     model.load_state_dict(state)
 
 
-def start_from(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+def start_from(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load ``state`` into a model for fine-tuning, adapting what fine-tuning changes.
 
     For timm's vision transformers, with one log line for each adaptation:
@@ -84,68 +85,60 @@ def start_from(model: nn.Module, state: dict[str, torch.Tensor], path: str | Pat
     """
     notes: list[str] = []
     if isinstance(model, VisionTransformer):
-        state = _with_heads(model, state, notes)
-        state = _with_distillation(model, state, notes)
-        state = _with_positions(model, state, notes)
+        state = dict(state)
+        notes += _adapt_heads(model, state)
+        notes += _adapt_distillation(model, state)
+        notes += _adapt_positions(model, state)
     fit_weights(model, state, path)
     for note in notes:
         log.info("weights file %s: %s", path, note)
 
 
-def _with_heads(
-    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
-) -> dict[str, Tensor]:
+# Each of these changes ``state`` in place and yields the log lines. Where the weights differ in
+# another way it changes nothing, and fit_weights refuses them.
+
+
+def _adapt_heads(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
     own = model.state_dict()
-    names = [name for name in ("head", "head_dist") if f"{name}.weight" in state]
-    fresh: dict[str, Tensor] = {}
-    for name in names:
-        theirs, ours = state[f"{name}.weight"], own.get(f"{name}.weight")
-        bias = state.get(f"{name}.bias")
-        if ours is None or bias is None or theirs.shape[1:] != ours.shape[1:]:
-            continue  # fit_weights reports it
-        if len(theirs) != len(ours) and bias.shape == theirs.shape[:1]:
-            there, here = len(theirs), len(ours)
-            notes.append(
-                f"{name} has {there} classes there, {here} here: it keeps its initial values"
-            )
-            fresh |= {key: own[key] for key in (f"{name}.weight", f"{name}.bias")}
-    return state | fresh
+    for name in ("head", "head_dist"):
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if not {weight, bias} <= state.keys() & own.keys():
+            continue
+        theirs, ours = state[weight].shape, own[weight].shape
+        is_head = theirs[1:] == ours[1:] and state[bias].shape == theirs[:1]
+        if is_head and theirs != ours:
+            state |= {weight: own[weight], bias: own[bias]}
+            counts = f"{theirs[0]} classes there, {ours[0]} here"
+            yield f"{name} has {counts}: it keeps its initial values"
 
 
-def _with_distillation(
-    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
-) -> dict[str, Tensor]:
+def _adapt_distillation(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
     new = ("dist_token", "head_dist.weight", "head_dist.bias")
     if not isinstance(model, VisionTransformerDistilled) or any(name in state for name in new):
-        return state
+        return
     own = model.state_dict()
-    state = state | {name: own[name] for name in new}
+    state |= {name: own[name] for name in new}
     positions, text = state.get("pos_embed"), ""
     if positions is not None and positions.dim() == 3 and not model.no_embed_class:
         state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
         text = "; the token gets the class token's position"
-    notes.append(f"no distillation token: dist_token and head_dist keep their initial values{text}")
-    return state
+    yield f"no distillation token: dist_token and head_dist keep their initial values{text}"
 
 
-def _with_positions(
-    model: VisionTransformer, state: dict[str, Tensor], notes: list[str]
-) -> dict[str, Tensor]:
+def _adapt_positions(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
     theirs, ours = state.get("pos_embed"), model.pos_embed
     if theirs is None or ours is None or theirs.dim() != 3 or theirs.shape[2] != ours.shape[2]:
-        return state
+        return
     if ("dist_token" in state) != isinstance(model, VisionTransformerDistilled):
-        return state  # the prefix tokens differ; fit_weights refuses it
+        return  # the prefix tokens differ
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     patches = theirs.shape[1] - prefix
     side = math.isqrt(max(patches, 0))
     rows, columns = model.patch_embed.grid_size
     if patches < 1 or side * side != patches or theirs.shape[1] == ours.shape[1]:
-        return state
-    notes.append(f"position embedding interpolated from {side} x {side} to {rows} x {columns}")
-    return state | {
-        "pos_embed": resample_abs_pos_embed(theirs, [rows, columns], num_prefix_tokens=prefix)
-    }
+        return
+    state["pos_embed"] = resample_abs_pos_embed(theirs, [rows, columns], num_prefix_tokens=prefix)
+    yield f"position embedding interpolated from {side} x {side} to {rows} x {columns}"
 
 
 def digest_weights(model: nn.Module) -> str:
@@ -158,7 +151,7 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -168,7 +161,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"weights file {path} is not a safetensors file: {error}") from None
 
 
-def _read_torch(path: Path) -> dict[str, torch.Tensor]:
+def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         # facebookresearch/deit and timm keep their arguments beside the weights: a plain namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):

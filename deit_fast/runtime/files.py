@@ -59,8 +59,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def cache_folder() -> Path:
     """The user's folder for data that can be recomputed: $XDG_CACHE_HOME/deit-fast."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "deit-fast"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit-fast"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

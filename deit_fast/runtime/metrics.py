@@ -38,9 +38,7 @@ class MetricsFile:
     def __init__(self, config: RunConfig, output: Path, step: int) -> None:
         self.path = output / METRICS
         rows = read_metrics(self.path)
-        logged: dict[str, int] = {}  # newest step of each kind of row
-        for row in rows:
-            logged[row["kind"]] = max(logged.get(row["kind"], 0), row["step"])
+        logged = {row["kind"]: row["step"] for row in rows}  # the newest step of each kind of row
         self.trackers = Trackers(config, output, step, logged)
         self._rewrite(rows, step)
 

@@ -219,11 +219,10 @@ class Trackers:
             entry = known.get(name)
             if entry is not None and step == 0 and entry["config"] != digest:
                 entry = None  # another run in this folder, whose checkpoints were removed
-            run, last = None, {}
-            if entry is not None:
-                run, sent = entry["run"], entry["last"]
-                last = {kind: max(sent.get(kind, 0), logged.get(kind, 0))
-                        for kind in {*sent, *logged}}  # fmt: skip
+            run, last = (entry["run"], dict(entry["last"])) if entry else (None, {})
+            if run is not None:
+                for kind, newest in logged.items():
+                    last[kind] = max(newest, last.get(kind, 0))
             try:
                 tracker: Tracker = _CLASSES[name](config, output, run, step)
             except Preempted:

@@ -89,7 +89,7 @@ def line_chart(
         return None
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     style: Any = {
         "svg.fonttype": "none", "font.size": 11, "axes.edgecolor": TEXT_COLOUR,
@@ -118,8 +118,8 @@ def line_chart(
         axes.set_xlabel(x_name)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(y_ticks)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: show(y)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(lambda y, _: show(y))
         content = io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(content, format="svg", transparent=True, metadata=metadata)
@@ -153,8 +153,6 @@ def _inline(root: ElementTree.Element, title: str) -> str:
         element.tag = element.tag.rpartition("}")[2]
         for name in ("id", "clip-path"):
             element.attrib.pop(name, None)
-        if element.get("transform", "").startswith("rotate(-0 "):
-            del element.attrib["transform"]
         if "style" in element.attrib:
             element.set("style", re.sub(r"font-family: [^;]*;? ?", "", element.attrib["style"]))
         for name in {"d", "x", "y", "cx", "cy"}.intersection(element.attrib):  # tenths suffice
