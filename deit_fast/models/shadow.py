@@ -97,9 +97,6 @@ class Shadows:
         self._copies.append(torch.empty_like(source, dtype=self.dtype, requires_grad=False))
         return self._copies[-1]
 
-    def __len__(self) -> int:
-        return len(self._copies)
-
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters; a few launches for all of them."""

@@ -18,9 +18,8 @@ from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_json
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, spaced_ids, undistilled
+from deit_fast.tools.analysis.table import CLASSIFIERS
 from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER, ANALYSIS_FORMAT
-
-CLASSIFIERS = ("class", "distillation", "sum_logits", "sum_softmax")
 
 
 def analyze(
