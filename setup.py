@@ -28,7 +28,7 @@ SOURCES = [
     "csrc/resize.cpp",
     "csrc/view_table.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/decode.cu", "csrc/cuda/encode.cu"]
+CUDA_SOURCES = ["csrc/cuda/records.cu"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 # No contraction: host and device round alike (csrc/arithmetic.h). No trapping: loops vectorise.
 CXX_FLAGS = (
@@ -117,11 +117,6 @@ def quote(path: str | Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
-
 def build_native(folder: Path, library: Path) -> None:
     """Compile and link ``library`` in ``folder`` with ninja."""
     try:
@@ -156,7 +151,7 @@ def build_native(folder: Path, library: Path) -> None:
         link=link,
         edges="\n".join(edges),
     )
-    write_if_changed(folder / "build.ninja", text)
+    (folder / "build.ninja").write_text(text)
     if subprocess.run([find_ninja(), "-C", str(folder)]).returncode != 0:
         raise CompileError("the extension deit_fast._C did not compile; see the messages above")
 

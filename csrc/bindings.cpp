@@ -47,13 +47,6 @@ ViewSpec make_spec(uint64_t num_records, uint32_t record_bytes, uint32_t block_r
   return spec;
 }
 
-// OSError(errno, text, file name): Python selects the subclass, such as FileNotFoundError, by
-// errno.
-void raise_os_error(const IoError& error) {
-  const std::string text = std::string(std::strerror(error.code)) + " (" + error.note + ")";
-  PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
-}
-
 // Ids out of range in a call: the caller's error, not the file's.
 struct IdError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
@@ -129,7 +122,9 @@ PYBIND11_MODULE(_C, module) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const IoError& error) {
-      raise_os_error(error);
+      // OSError(errno, text, file name) becomes its subclass for errno, such as FileNotFoundError.
+      const std::string text = std::string(std::strerror(error.code)) + " (" + error.note + ")";
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
     }
   });
 

@@ -135,7 +135,7 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
 // The largest class id of some records, in a loop without a branch, which vectorises: every block
 // of an epoch is checked here.
 template <typename Id>
-Id largest_of(const ViewSpec& spec, const unsigned char* records, size_t count) {
+uint32_t largest_id(const ViewSpec& spec, const unsigned char* records, size_t count) {
   Id largest = 0;
   for (size_t record = 0; record < count; ++record, records += spec.record_bytes) {
     Id of_record = 0;  // a local per record: a block of 4096 takes 72 us, else 102
@@ -159,52 +159,36 @@ void sync_folder_of(const std::string& path) {
   ::close(fd);
 }
 
-// A complete empty view file under a temporary name, removed when this goes out of scope.
-class TemporaryFile {
- public:
-  TemporaryFile(const std::string& temporary, const std::string& path, const ViewSpec& spec)
-      : name_(temporary) {
-    fd_ = ::open(name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd_ < 0) fail_io(path, "creating a temporary file beside it");
-    try {
-      fill(path, spec);
-    } catch (...) {
-      remove();
-      throw;
-    }
-  }
-  ~TemporaryFile() { remove(); }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
+// Removes a temporary file at the end of a scope.
+struct TemporaryFile {
+  int fd;
+  const std::string& name;
 
- private:
-  void fill(const std::string& path, const ViewSpec& spec) {
-    int code = 0;
-    do {
-      code = ::posix_fallocate(fd_, 0, static_cast<off_t>(spec.file_bytes()));
-    } while (code == EINTR);
-    if (code != 0) {
-      fail_io(path, "a view needs " + std::to_string(spec.file_bytes()) + " bytes", code);
-    }
-    const Header header = make_header(spec);
-    write_exact(fd_, path, &header, sizeof header, 0);
-    if (::fsync(fd_) != 0) fail_io(path, "syncing");
+  ~TemporaryFile() {
+    ::close(fd);
+    ::unlink(name.c_str());
   }
-
-  void remove() {
-    ::close(fd_);
-    ::unlink(name_.c_str());
-  }
-
-  std::string name_;
-  int fd_ = -1;
 };
 
+// Creates a view without complete blocks under the unused name `temporary` and links it to `path`,
+// unless a file is there already. Returns `path`.
 const std::string& create_or_keep(const std::string& path, const std::string& temporary,
                                   const ViewSpec& spec) {
   spec.check();
   if (::access(path.c_str(), F_OK) == 0) return path;
-  const TemporaryFile file(temporary, path, spec);
+  const int fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) fail_io(path, "creating a temporary file beside it");
+  const TemporaryFile file{fd, temporary};
+  int code = 0;
+  do {
+    code = ::posix_fallocate(fd, 0, static_cast<off_t>(spec.file_bytes()));
+  } while (code == EINTR);
+  if (code != 0) {
+    fail_io(path, "a view needs " + std::to_string(spec.file_bytes()) + " bytes", code);
+  }
+  const Header header = make_header(spec);
+  write_exact(fd, path, &header, sizeof header, 0);
+  if (::fsync(fd) != 0) fail_io(path, "syncing");
   if (::link(temporary.c_str(), path.c_str()) != 0 && errno != EEXIST) fail_io(path, "linking");
   sync_folder_of(path);
   return path;
@@ -322,12 +306,13 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
   std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
   uint64_t offset = spec_.block_offset(block);
   uint64_t left = spec_.block_bytes(block);
+  const auto largest_of = spec_.id_bytes == 2 ? largest_id<uint16_t> : largest_id<uint32_t>;
   uint32_t crc = 0, largest = 0;
   while (left > 0) {
     const size_t size = std::min<uint64_t>(left, buffer.size());
     read_exact(fd_, path_, buffer.data(), size, offset);
     crc = crc32c(buffer.data(), size, crc);
-    largest = std::max(largest, largest_id(buffer.data(), size / record_bytes));
+    largest = std::max(largest, largest_of(spec_, buffer.data(), size / record_bytes));
     offset += size;
     left -= size;
   }
@@ -340,11 +325,6 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
                                     " of " + std::to_string(spec_.id_limit) + " classes"};
   }
   return {BlockState::complete, ""};
-}
-
-uint32_t ViewFile::largest_id(const unsigned char* records, size_t count) const {
-  if (spec_.id_bytes == 2) return largest_of<uint16_t>(spec_, records, count);
-  return largest_of<uint32_t>(spec_, records, count);
 }
 
 ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec)
@@ -373,23 +353,17 @@ void ViewWriter::sync() const {
 
 ViewReader::ViewReader(const std::string& path, const ViewSpec& spec)
     : ViewFile(path, spec, false), verified_(new std::atomic<bool>[spec.blocks()]()) {
-  void* map = ::mmap(nullptr, spec_.file_bytes(), PROT_READ, MAP_SHARED, fd_, 0);
-  if (map == MAP_FAILED) fail_io(path_, "mapping");
-  map_ = map;
-  data_ = static_cast<const unsigned char*>(map) + spec_.data_offset();
+  map_ = ::mmap(nullptr, spec_.file_bytes(), PROT_READ, MAP_SHARED, fd_, 0);
+  if (map_ == MAP_FAILED) fail_io(path_, "mapping");
+  data_ = static_cast<const unsigned char*>(map_) + spec_.data_offset();
   const uint32_t records = spec_.block_records;
   if ((records & (records - 1)) == 0) shift_ = __builtin_ctz(records);
 }
 
-ViewReader::~ViewReader() {
-  if (map_ != nullptr) ::munmap(map_, spec_.file_bytes());
-}
+ViewReader::~ViewReader() { ::munmap(map_, spec_.file_bytes()); }
 
 void ViewReader::require_block(uint64_t block) const {
-  if (!is_verified(block)) check_and_mark(block);
-}
-
-void ViewReader::check_and_mark(uint64_t block) const {
+  if (is_verified(block)) return;
   // Two threads may check the same block at once, with the same result.
   const auto [state, why] = check_block(block);
   if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");

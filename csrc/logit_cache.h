@@ -79,7 +79,6 @@ class ViewFile {
   };
   Entry read_entry(uint64_t block) const;
   std::string name(uint64_t block) const;
-  uint32_t largest_id(const unsigned char* records, size_t count) const;
 
   std::string path_;
   ViewSpec spec_;
@@ -128,8 +127,6 @@ class ViewReader : public ViewFile {
   }
 
  private:
-  void check_and_mark(uint64_t block) const;
-
   // log2 of block_records if that is a power of two: a division costs as much as a copy.
   int shift_ = -1;
   const unsigned char* data_ = nullptr;

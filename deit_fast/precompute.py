@@ -78,7 +78,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     with LogitCacheWriter(
         job.folder, job.manifest, rank=group.rank, world_size=group.world_size
     ) as writer:
-        writer.refuse_rivals(requested)
+        writer.locks.refuse_rivals(requested)
         blocks_per_view = writer.num_blocks
         mine = {
             (view, block)
@@ -102,7 +102,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         # blocks finds a lock at any time.
         ahead = iter(pending)
         if pending:
-            writer.claim(*next(ahead))
+            writer.locks.acquire(*next(ahead))
         sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
         with (
             translate_errors(job.device, sizes),
@@ -110,7 +110,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         ):
             for (_, start, _), (batch, logits) in zip(calls.calls, job.run(loader), strict=True):
                 if start % job.manifest["block_records"] == 0 and (block := next(ahead, None)):
-                    writer.claim(*block)
+                    writer.locks.acquire(*block)
                 pixels.add(batch)
                 writer.write(batch.sample_ids, int(batch.view_ids[0]), logits)
                 substituted.update(batch.substituted)

@@ -43,7 +43,7 @@ def write_all(path, rank: int = 0, world: int = 1, seconds: float = 0.0) -> None
         mine = [key for key in pending if (key[0] * writer.num_blocks + key[1]) % world == rank]
         for index, (view, block) in enumerate(mine):
             if index + 1 < len(mine):
-                writer.claim(*mine[index + 1])
+                writer.locks.acquire(*mine[index + 1])
             start, stop = writer.block_range(block)
             for ids in np.array_split(np.arange(start, stop), 2):
                 writer.write(ids, view, logits_of(view)[ids])
@@ -85,8 +85,8 @@ def test_a_locked_block_is_refused_and_its_owner_named(tmp_path):
 
 def test_locks_go_with_the_writer_and_with_an_exception(tmp_path):
     with pytest.raises(KeyError), LogitCacheWriter(tmp_path, manifest()) as writer:
-        writer.claim(0, 1)
-        writer.claim(2, 0)
+        writer.locks.acquire(0, 1)
+        writer.locks.acquire(2, 0)
         assert len(locks_in(tmp_path)) == 2
         raise KeyError
     assert locks_in(tmp_path) == []
@@ -97,16 +97,16 @@ def test_rivals_are_found_at_the_start_and_ranks_of_one_job_are_none(tmp_path):
         return LogitCacheWriter(tmp_path, manifest(), rank=rank, world_size=world)
 
     with start(0, 3) as running:
-        running.claim(1, 0)
+        running.locks.acquire(1, 0)
         for rank in (1, 2):
             with start(rank, 3) as sibling:
-                sibling.refuse_rivals(range(VIEWS))
+                sibling.locks.refuse_rivals(range(VIEWS))
         for rank, world in [(0, 3), (1, 2), (0, 1)]:
             with start(rank, world) as rival:
-                rival.refuse_rivals([0, 2])
+                rival.locks.refuse_rivals([0, 2])
                 with pytest.raises(CacheError, match=r"pid \d+ on host .* \(rank 0 of 3\)"):
-                    rival.refuse_rivals(range(VIEWS))
-        running.refuse_rivals(range(VIEWS))  # its own lock is no rival
+                    rival.locks.refuse_rivals(range(VIEWS))
+        running.locks.refuse_rivals(range(VIEWS))  # its own lock is no rival
 
 
 def test_a_killed_writer_loses_its_lock_at_once(tmp_path):
@@ -123,7 +123,7 @@ def test_a_killed_writer_loses_its_lock_at_once(tmp_path):
 def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
     """A loader's process lives for some seconds after its parent was killed."""
     writer = LogitCacheWriter(tmp_path, manifest())
-    writer.claim(0, 0)
+    writer.locks.acquire(0, 0)
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
     time.sleep(0.2)
@@ -131,7 +131,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
         os.close(descriptor)  # as the kernel does when it kills the parent
     locks._descriptors.clear()
     with LogitCacheWriter(tmp_path, manifest()) as second:
-        second.claim(0, 0)
+        second.locks.acquire(0, 0)
     child.kill()
     child.join()
 
@@ -146,13 +146,13 @@ def test_files_of_dead_writers_are_deleted_whatever_they_hold(tmp_path):
 
 def test_a_torn_file_of_a_live_writer_is_refused_too(tmp_path):
     with LogitCacheWriter(tmp_path, manifest()) as first:
-        first.claim(0, 0)
+        first.locks.acquire(0, 0)
         locks_in(tmp_path)[0].write_text('{"host": 5, "pid": 1, "rank": 0, "world_size": 1}')
         with (
             LogitCacheWriter(tmp_path, manifest()) as second,
             pytest.raises(CacheError, match="is being written by another process; wait for it"),
         ):
-            second.claim(0, 0)
+            second.locks.acquire(0, 0)
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, caplog):

@@ -72,7 +72,7 @@ def test_read_ahead_goes_no_further_than_asked(tmp_path):
         assert ahead.wait() == 5
         ahead.advance(39)
         assert ahead.wait() == 6  # the steps between were passed over
-    assert ahead.wait() == 0  # closed
+    assert ahead.wait() == 6  # closed: nothing to wait for
     seen = [samples[0] for samples, _ in cache.prefetch(batches, start=38)]
     assert seen == [380, 390]
 
@@ -81,8 +81,8 @@ def test_read_ahead_ends_its_threads(tmp_path):
     write_cache(tmp_path, make_manifest("dense-fp32", samples=5000, block=5))
     assert reading_threads() == 0
     for _ in range(20):
-        ahead = LogitCache.open(tmp_path).prefetch([(np.arange(5000), 0)], threads=3)
-        assert 1 <= reading_threads() <= 3
+        ahead = LogitCache.open(tmp_path).prefetch([(np.arange(5000), 0)])
+        assert 1 <= reading_threads() <= 2
         ahead.close()  # with most of 1,000 blocks still to come
         assert reading_threads() == 0
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deit_fast.cache.reader import LogitCache
@@ -18,15 +19,9 @@ from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.runtime.files import temporary_path
 
 FORMATS = (".parquet", ".safetensors", ".pt")
-Progress = Callable[[int, int], None]
 
 
-def export(
-    path: str | Path,
-    out: str | Path,
-    views: range | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def export(path: str | Path, out: str | Path, views: range | None = None) -> dict[str, Any]:
     """Write complete views of a cache into one file; whole or not at all.
 
     Parquet: a row a record with `sample`, `view` and what the codec stored: `label` (hard), `ids`,
@@ -37,7 +32,6 @@ def export(
 
     Args:
         views: none: all complete ones.
-        progress: called with (records done, records in all).
 
     Returns:
         `out`, `format`, `records`, `bytes`.
@@ -55,10 +49,14 @@ def export(
     if missing or not ids:
         what = f"view {missing[0]}" if missing else "any view"
         raise CacheError(f"cache {path} does not have {what} complete")
-    write = _write_parquet if target.suffix == ".parquet" else _write_tensors
     temporary = temporary_path(target)
     try:
-        write(cache, ids, temporary, progress or (lambda done, total: None), target.suffix)
+        if target.suffix == ".parquet":
+            _write_parquet(cache, ids, temporary)
+        elif target.suffix == ".pt":
+            torch.save(_tensors(cache, ids), temporary)
+        else:
+            save_file(_tensors(cache, ids), temporary, metadata=_metadata(cache))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,7 +76,7 @@ def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tens
 
 
 def _blocks(
-    cache: LogitCache, views: list[int], progress: Progress
+    cache: LogitCache, views: list[int]
 ) -> Iterator[tuple[int, np.ndarray, dict[str, Tensor]]]:
     """Index of the view in ``views``, sample ids and columns of one block after another."""
     count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
@@ -86,7 +84,6 @@ def _blocks(
         for start in range(0, count, size):
             samples = np.arange(start, min(start + size, count))
             yield index, samples, _decode(cache, samples, view)
-            progress(index * count + start + len(samples), len(views) * count)
 
 
 def _metadata(cache: LogitCache) -> dict[str, str]:
@@ -96,9 +93,7 @@ def _metadata(cache: LogitCache) -> dict[str, str]:
     }
 
 
-def _write_parquet(
-    cache: LogitCache, views: list[int], path: Path, progress: Progress, suffix: str
-) -> None:
+def _write_parquet(cache: LogitCache, views: list[int], path: Path) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -115,7 +110,7 @@ def _write_parquet(
 
     writer = None
     try:
-        for index, samples, values in _blocks(cache, views, progress):
+        for index, samples, values in _blocks(cache, views):
             columns = {
                 "sample": pa.array(samples),
                 "view": pa.array(np.full(len(samples), views[index], np.int32)),
@@ -129,11 +124,12 @@ def _write_parquet(
             writer.close()
 
 
-def _write_tensors(
-    cache: LogitCache, views: list[int], path: Path, progress: Progress, suffix: str
-) -> None:
-    from safetensors.torch import save_file
+def _tensors(cache: LogitCache, views: list[int]) -> dict[str, Tensor]:
+    """All records as tensors [N, V, ...].
 
+    Raises:
+        InputError: they do not fit half of the memory.
+    """
     count = cache.manifest["num_samples"]
     needed = len(views) * sum(
         value.nbytes for value in _decode(cache, np.arange(1), views[0]).values()
@@ -145,14 +141,11 @@ def _write_tensors(
             f"({memory / 2**30:.1f} GiB): export fewer --views, or to .parquet"
         )
     tensors: dict[str, Tensor] = {}
-    for index, samples, values in _blocks(cache, views, progress):
+    for index, samples, values in _blocks(cache, views):
         for name, value in values.items():
             if name not in tensors:
                 shape = (count, len(views), *value.shape[1:])
                 tensors[name] = torch.empty(shape, dtype=value.dtype)
             tensors[name][samples[0] : samples[-1] + 1, index] = value
     tensors["views"] = torch.tensor(views)
-    if suffix == ".pt":
-        torch.save(tensors, path)
-    else:
-        save_file(tensors, path, metadata=_metadata(cache))
+    return tensors

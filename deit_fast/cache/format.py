@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -130,20 +130,20 @@ def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_equal(
-    folder: Path,
-    found: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    names: Collection[str] | None = None,
+    folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any], only: bool = True
 ) -> None:
-    """Compare fields by dotted name with a cache's: those in ``names``, or all of ``expected``.
+    """Compare a cache's manifest with the fields in ``expected``, which is nested or flat.
+
+    Args:
+        only: the cache may have other fields; False: it may not.
 
     Raises:
         CacheMismatch: names every differing field with both values.
     """
-    plain = json.loads(json.dumps(expected))
+    found, plain = fields(manifest), json.loads(json.dumps(fields(expected)))
     differing = [
         f"{name} is {_show(found, name)}, expected {_show(plain, name)}"
-        for name in sorted(expected if names is None else names)
+        for name in sorted(plain if only else plain.keys() | found.keys())
         if (name in found) != (name in plain) or found.get(name) != plain.get(name)
     ]
     if differing:
@@ -219,20 +219,8 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
         finally:
             temporary.unlink(missing_ok=True)
     present = read_manifest(folder)
-    require_same_manifest(folder, present, checked)
+    require_equal(folder, present, checked, only=False)
     return present
-
-
-def require_same_manifest(
-    folder: Path, present: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-    """Compare all fields of two manifests.
-
-    Raises:
-        CacheMismatch: names every differing field.
-    """
-    found, given = fields(present), fields(expected)
-    require_equal(folder, found, given, names=found.keys() | given.keys())
 
 
 @contextmanager

@@ -77,10 +77,11 @@ class BlockLocks:
             _remove(self._path(view_id, block), descriptor)
 
     def refuse_rivals(self, view_ids: Iterable[int]) -> None:
-        """Look for writers of these views that may need this writer's blocks.
+        """Stop before any work where another job is writing these views.
 
         Raises:
-            CacheError: there is one; names its pid and host, and the file.
+            CacheError: a writer of another ``world_size``, or of the same rank, has locked a block
+                of one of the views; names its pid and host, and the file.
         """
         requested = set(view_ids)
         for (view_id, _), path in self._unheld_files():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -17,7 +17,6 @@ from torch import Tensor
 from deit_fast import _C
 from deit_fast.cache.codecs import Codec, codec_from_manifest
 from deit_fast.cache.format import (
-    fields,
     format_errors,
     read_manifest,
     require_equal,
@@ -52,7 +51,7 @@ class LogitCache:
         self._spec = view_specs(manifest)
         self._open = partial(_open_view, path, self._spec)
         self._table = _C.ViewTable()
-        self._layouts: dict[float, _C.RecordLayout] = {}
+        self._layout = cache(self.codec.layout)  # by temperature
         self._raw = _C.RecordLayout(
             _C.RecordKind.copy,
             record_bytes=self.codec.record_bytes,
@@ -94,7 +93,7 @@ class LogitCache:
         Raises:
             CacheMismatch: names every field that differs or is absent, with both values.
         """
-        require_equal(self.path, fields(self.manifest), fields(expected))
+        require_equal(self.path, self.manifest, expected)
 
     def gather(
         self,
@@ -122,11 +121,11 @@ class LogitCache:
                 a temperature that was not recorded.
         """
         if (device := torch.device(device)).type != "cpu":
-            return self._gather_to(device, sample_ids, view_ids, tau)
+            # Records cross the bus rather than decoded logits, which are up to four times as large.
+            records = self.gather_records(sample_ids, view_ids, pin_memory=device.type == "cuda")
+            return self.codec.decode(records.to(device, non_blocking=True), tau)
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
-        layout = self._layouts.get(tau)
-        if layout is None:
-            layout = self._layouts.setdefault(tau, self.codec.layout(tau))
+        layout = self._layout(tau)
         known, like = self._like
         if known != samples.size:
             like = self.codec.empty(samples.size, None)
@@ -134,13 +133,6 @@ class LogitCache:
         outputs = tuple(map(torch.empty_like, like))  # takes half as long as `empty`
         self._gather(samples, views, layout, outputs)
         return self.codec.form(outputs)
-
-    def _gather_to(
-        self, device: torch.device, sample_ids: Any, view_ids: Any, tau: float
-    ) -> Tensor | TopK:
-        """Records cross the bus rather than decoded logits, which are up to four times as large."""
-        records = self.gather_records(sample_ids, view_ids, pin_memory=device.type == "cuda")
-        return self.codec.decode(records.to(device, non_blocking=True), tau)
 
     def gather_records(self, sample_ids: Any, view_ids: Any, *, pin_memory: bool = False) -> Tensor:
         """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does."""
@@ -150,9 +142,7 @@ class LogitCache:
         self._gather(samples, views, self._raw, (records,))
         return records
 
-    def prefetch(
-        self, batches: Sequence, *, ahead: int = 16, start: int = 0, threads: int = 2
-    ) -> ReadAhead:
+    def prefetch(self, batches: Sequence, *, ahead: int = 16, start: int = 0) -> ReadAhead:
         """Read and verify the blocks of the coming batches in background threads.
 
         Args:
@@ -163,7 +153,7 @@ class LogitCache:
         Raises:
             InputError, CacheError: as ``gather``, when a batch is requested.
         """
-        return ReadAhead(self, batches, ahead=ahead, start=start, threads=threads)
+        return ReadAhead(self, batches, ahead, start)
 
     def _gather(
         self,
@@ -202,20 +192,16 @@ class ReadAhead:
     Close it, or use it as a context manager.
     """
 
-    def __init__(
-        self, cache: LogitCache, batches: Sequence, *, ahead: int, start: int, threads: int
-    ) -> None:
+    def __init__(self, cache: LogitCache, batches: Sequence, ahead: int, start: int) -> None:
         self._cache, self._batches, self._ahead = cache, batches, ahead
         self._next = self._start = start
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "dlc-read-ahead")
+        self._pool = ThreadPoolExecutor(2, "dlc-read-ahead")
         self._tasks: dict[Future[int], list[_Block]] = {}  # queued or running
         self._blocks_read = 0
         self.advance(start)
 
     def advance(self, step: int) -> None:
         """The consumer is at ``step``: request the batches up to ``step + ahead``."""
-        if self._pool is None:
-            return
         self._drop_finished()
         stop = min(step + self._ahead + 1, len(self._batches))
         for upcoming in range(max(self._next, step), stop):
@@ -229,18 +215,14 @@ class ReadAhead:
 
     def wait(self) -> int:
         """Wait until all requested blocks have been read; returns their number since the start."""
-        if self._pool is None:
-            return 0
         wait(self._tasks)
         self._drop_finished()
         return self._blocks_read
 
     def close(self) -> None:
         """Drop requests that have not been read yet and end the threads."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-            self._tasks.clear()
+        self._pool.shutdown(cancel_futures=True)
+        self._tasks.clear()
 
     def _drop_finished(self) -> None:
         for task in [task for task in self._tasks if task.done()]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,7 @@ def is_tinyvit(manifest: Mapping[str, Any]) -> bool:
     return manifest["fingerprint"].get("source") == "tinyvit"
 
 
-def import_tinyvit(
-    folder: str | Path,
-    out: str | Path,
-    num_classes: int,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+def import_tinyvit(folder: str | Path, out: str | Path, num_classes: int) -> dict[str, Any]:
     """Write every epoch below ``folder`` as a view of a new `topk` cache.
 
     View e is epoch e; sample i is the i-th of the sorted keys that all epochs have, written to
@@ -51,7 +45,6 @@ def import_tinyvit(
     Args:
         folder: holds folders `logits_top{K}_epoch{e}`, or is one.
         num_classes: of the teacher; TinyViT does not store it.
-        progress: called with (records done, records in all).
 
     Returns:
         `views`, `samples`, `dropped` (keys that not every epoch has), `k`.
@@ -84,7 +77,6 @@ def import_tinyvit(
         tau=1.0,
         fingerprint=fingerprint,
     )
-    done = 0
     with LogitCacheWriter(out, manifest) as writer:
         write_atomically(Path(out) / KEYS_FILE, text)
         for epoch, table in sorted(tables.items()):
@@ -92,9 +84,6 @@ def import_tinyvit(
                 part = keys[start : start + _CHUNK]
                 logits = table.logits([table.index_of[key] for key in part], num_classes)
                 writer.write(np.arange(start, start + len(part)), epoch, logits)
-                done += len(part)
-                if progress is not None:
-                    progress(done, len(keys) * len(tables))
     return {
         "views": len(tables),
         "samples": len(keys),
@@ -130,9 +119,7 @@ class _Epoch:
             if keys:
                 parts.append(np.memmap(path, self.dtype, mode="r"))
             for index, key in enumerate(keys, count):
-                self.index_of.setdefault(
-                    key.strip(), index
-                )  # a padded key repeats; the first counts
+                self.index_of.setdefault(key.strip(), index)  # a padded key repeats; first counts
             count += len(keys)
         self.parts = parts
         self.starts = np.cumsum([0, *(len(part) for part in parts)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from deit_fast.cache.format import (
     check_manifest,
     format_errors,
     read_manifest,
-    require_same_manifest,
+    require_equal,
     view_path,
     view_specs,
     views_on_disk,
@@ -81,7 +82,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     Returns:
         `path`, `ok` (nothing is damaged; pending blocks are not damage), `blocks`, `complete`,
         `pending` (counts), `broken` (one dict each: `file`, `view`, `block`, `why`; `block` is None
-        where the whole file is damaged), `views` (as ``info``, after reading).
+        where the whole file is damaged).
 
     Raises:
         CacheError: no manifest, or a damaged one.
@@ -90,33 +91,32 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     manifest = read_manifest(folder)
     ids = views_on_disk(folder)
     per_view = -(-manifest["num_samples"] // manifest["block_records"])
-    views, broken = [], []
+    counts: Counter[str] = Counter()
+    broken = []
     for index, view_id in enumerate(ids):
         row, file = _open(folder, manifest, view_id)
-        views.append(row)
+        where = {"file": row["file"], "view": view_id}
         if file is None:
-            broken.append(_damage(row, None, row["error"]))
+            broken.append({**where, "block": None, "why": row["error"]})
             continue
-        row.update(complete=0, pending=0, broken=0)
         for block in range(per_view):
             try:
                 with format_errors():
                     state, why = file.check_block(block)
             except (CacheError, OSError) as error:
                 state, why = _C.BlockState.broken, str(error)
-            row[state.name] += 1
+            counts[state.name] += 1
             if state == _C.BlockState.broken:
-                broken.append(_damage(row, block, why))
+                broken.append({**where, "block": block, "why": why})
             if progress is not None:
                 progress(index * per_view + block + 1, len(ids) * per_view)
     return {
         "path": str(folder),
         "ok": not broken,
         "blocks": len(ids) * per_view,
-        "complete": sum(row.get("complete", 0) for row in views),
-        "pending": sum(row.get("pending", 0) for row in views),
+        "complete": counts["complete"],
+        "pending": counts["pending"],
         "broken": broken,
-        "views": views,
     }
 
 
@@ -135,7 +135,7 @@ def planned(
     """
     checked = check_manifest(manifest, "manifest")
     if (folder / FILE_NAME).exists():
-        require_same_manifest(folder, read_manifest(folder), checked)
+        require_equal(folder, read_manifest(folder), checked, only=False)
     missing, kept, new_bytes = [], 0, 0
     specs = view_specs(checked)
     for view_id in view_ids:
@@ -163,10 +163,6 @@ def _open(
             return row, _C.ViewFile(str(name), spec)
     except (CacheError, OSError) as error:
         return {**row, "error": str(error)}, None
-
-
-def _damage(row: dict[str, Any], block: int | None, why: str) -> dict[str, Any]:
-    return {"file": row["file"], "view": row["view"], "block": block, "why": why}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,13 +325,13 @@ class RecordSample:
     tau: float
 
 
-def draw_records(cache: LogitCache, seed: int = 0) -> RecordSample:
-    """Records of up to 64 random blocks of the complete views.
+def draw_records(cache: LogitCache) -> RecordSample:
+    """Records of up to 64 random blocks of the complete views, the same at every call.
 
     Raises:
         CacheError: no view is complete, or a block is damaged.
     """
-    samples, views = _draw_ids(cache, DRAWN_BLOCKS, DRAWN_RECORDS, seed)
+    samples, views = _draw_ids(cache)
     tau = cache.codec.first_temperature
     logits = cache.gather(samples, views, tau=tau)
     if isinstance(logits, TopK):
@@ -350,11 +346,9 @@ def draw_records(cache: LogitCache, seed: int = 0) -> RecordSample:
     return RecordSample(samples, views, top1.long().numpy(), entropy.numpy(), tau)
 
 
-def _draw_ids(
-    cache: LogitCache, blocks: int, records: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sample and view ids, int64 [n], of up to ``records`` records of each of up to ``blocks``
-    blocks, drawn without replacement from the complete views.
+def _draw_ids(cache: LogitCache) -> tuple[np.ndarray, np.ndarray]:
+    """Sample and view ids, int64 [n], of up to 128 records of each of up to 64 blocks, drawn
+    without replacement from the complete views.
 
     Raises:
         CacheError: no view is complete.
@@ -364,13 +358,14 @@ def _draw_ids(
         raise CacheError(f"cache {cache.path} has no complete view")
     count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
     per_view = -(-count // size)
-    draw = np.random.default_rng(seed)
-    chosen = draw.choice(len(complete) * per_view, min(blocks, len(complete) * per_view), False)
+    blocks = len(complete) * per_view
+    draw = np.random.default_rng(0)
+    chosen = draw.choice(blocks, min(DRAWN_BLOCKS, blocks), False)
     samples, views = [], []
     for index in np.sort(chosen).tolist():
         view, block = complete[index // per_view], index % per_view
         start, stop = block * size, min((block + 1) * size, count)
-        ids = start + np.sort(draw.choice(stop - start, min(records, stop - start), False))
+        ids = start + np.sort(draw.choice(stop - start, min(DRAWN_RECORDS, stop - start), False))
         samples.append(ids)
         views.append(np.full(len(ids), view))
     return np.concatenate(samples), np.concatenate(views)

@@ -14,13 +14,9 @@ from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
-from deit_fast.cache.format import (
-    format_errors,
-    publish_manifest,
-    view_path,
-    view_specs,
-)
+from deit_fast.cache.format import format_errors, publish_manifest, view_path, view_specs
 from deit_fast.cache.locks import BlockLocks
+from deit_fast.cache.reader import host_ids
 from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.runtime.files import remove_orphans, temporary_path
 
@@ -51,7 +47,11 @@ class LogitCacheWriter:
         path: folder of the cache.
         manifest: as ``build_manifest`` makes it.
         rank, world_size: this writer's share of the blocks, where several divide them. Writers of
-            one ``world_size`` do not refuse one another in ``refuse_rivals``.
+            one ``world_size`` do not refuse one another in ``locks.refuse_rivals``.
+
+    Attributes:
+        locks: ``acquire`` locks a block before its first sample comes, until the block is committed
+            or the writer closes; ``refuse_rivals`` finds another job that writes the same views.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
@@ -67,15 +67,14 @@ class LogitCacheWriter:
         self.manifest = publish_manifest(self.path, manifest)
         self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
         remove_orphans(self.path)
-        self._locks = BlockLocks(self.path, rank, world_size)
-        self._locks.remove_dead()
+        self.locks = BlockLocks(self.path, rank, world_size)
+        self.locks.remove_dead()
         self._block_records: int = self.manifest["block_records"]
         self._num_samples: int = self.manifest["num_samples"]
         self._done: set[tuple[int, int]] = set()  # verified or committed
         self._committed: set[tuple[int, int]] = set()  # by this object
         self._warned: set[tuple[int, int]] = set()
         self._buffers: dict[tuple[int, int], _Buffer] = {}
-        self._touched: set[int] = set()
         self._open = lru_cache(_OPEN_VIEWS)(
             partial(_open_view, self.path, view_specs(self.manifest))
         )
@@ -122,24 +121,6 @@ class LogitCacheWriter:
             if not self.is_done(view_id, block)
         ]
 
-    def refuse_rivals(self, view_ids: Iterable[int]) -> None:
-        """Stop before any work where another job is writing these views.
-
-        Raises:
-            CacheError: a writer of another ``world_size``, or of the same rank, has locked a block
-                of one of the views; names its pid, host and lock file.
-        """
-        self._locks.refuse_rivals(map(_checked_view, view_ids))
-
-    def claim(self, view_id: int, block: int) -> None:
-        """Lock a block before its first sample comes; until it is committed or the writer closes.
-
-        Raises:
-            CacheError: another process has locked it; names its pid, host and lock file.
-        """
-        self.block_range(block)
-        self._locks.acquire(_checked_view(view_id), block)
-
     def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
         """Take the teacher's logits of one view of some samples.
 
@@ -174,11 +155,11 @@ class LogitCacheWriter:
         if self._closed:
             return
         self._closed = True
-        self._locks.close()
+        self.locks.close()
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
             self._buffers.clear()
-        for view_id in sorted(self._touched):
+        for view_id in sorted({view_id for view_id, _ in self._committed}):
             self._open(view_id).sync()
         self._open.cache_clear()
 
@@ -194,10 +175,9 @@ class LogitCacheWriter:
         self.close()
 
     def _checked_samples(self, sample_ids: Any, view_id: int) -> np.ndarray:
-        ids = np.asarray(sample_ids.cpu() if isinstance(sample_ids, Tensor) else sample_ids)
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise InputError(f"sample ids must be integers [n], not {ids.dtype} {list(ids.shape)}")
-        ids = ids.astype(np.int64)
+        ids = host_ids(sample_ids, "sample")
+        if ids.ndim != 1:
+            raise InputError(f"sample ids must be integers [n], not {list(ids.shape)}")
         outside = ids[(ids < 0) | (ids >= self._num_samples)]
         if len(outside):
             raise InputError(f"sample id {outside[0]} is not in [0, {self._num_samples})")
@@ -230,9 +210,9 @@ class LogitCacheWriter:
     def _fill(self, view_id: int, block: int, ids: np.ndarray, records: np.ndarray) -> None:
         key = (view_id, block)
         if key not in self._buffers:
-            self._locks.acquire(view_id, block)
+            self.locks.acquire(view_id, block)
             if self.is_done(view_id, block):  # by another process, since this one looked
-                self._locks.release(view_id, block)
+                self.locks.release(view_id, block)
                 return
             self._open(view_id)  # finds a full disk before the work of a whole block
             start, stop = self.block_range(block)
@@ -243,12 +223,11 @@ class LogitCacheWriter:
         if not buffer.filled.all():
             return
         del self._buffers[key]
-        self._touched.add(view_id)
         with format_errors():
             self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
         self._done.add(key)
         self._committed.add(key)
-        self._locks.release(view_id, block)
+        self.locks.release(view_id, block)
 
 
 def _open_view(folder: Path, specs: Callable[..., _C.ViewSpec], view_id: int) -> _C.ViewWriter:
