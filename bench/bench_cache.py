@@ -200,7 +200,7 @@ class Ours:
         return self.cache.gather_records(ids, np.zeros(len(ids), np.int64))
 
     def close(self) -> None:
-        self.cache._table = _C.ViewTable()
+        del self.cache
 
 
 def open_store(name: str, folder: Path) -> Store:
@@ -210,7 +210,7 @@ def open_store(name: str, folder: Path) -> Store:
 def close_stores() -> None:
     """LMDB cannot be opened twice, and a mapped file stays in the page cache."""
     _, opened = imagenet_view()
-    opened._table = _C.ViewTable()
+    opened._open_views = LogitCache.open(opened.path)._open_views
     for name in STORES:
         found = store(name)
         if not isinstance(found, str):

@@ -69,27 +69,33 @@ void check_ids(const Ids& ids, int64_t limit, const char* what) {
   }
 }
 
-// The views of a batch. `open` (Python, by view id) opens those that are not open yet; `limit` stay
-// open afterwards. view_ids: one for each sample, or a single one.
-Located locate(ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
-               const py::object& open, size_t limit) {
-  check_ids(samples, num_samples, "sample id");
-  check_ids(view_ids, int64_t{1} << 31, "view id");
-  const bool single = view_ids.ndim() == 0;
-  const bool paired = view_ids.ndim() == 1 && view_ids.size() == samples.size();
-  if (samples.ndim() != 1 || !(single || paired)) {
-    throw IdError("sample and view ids must be [n], of the same length n");
+// The views of one cache.
+struct CacheViews {
+  int64_t num_samples;
+  py::object open;  // Python, by view id: opens a view that is not in the table
+  size_t limit;     // views that stay open after a call
+  ViewTable table;
+
+  // The views of a batch. view_ids: one for each sample, or a single one.
+  Located locate(const Ids& samples, const Ids& view_ids) {
+    check_ids(samples, num_samples, "sample id");
+    check_ids(view_ids, int64_t{1} << 31, "view id");
+    const bool single = view_ids.ndim() == 0;
+    const bool paired = view_ids.ndim() == 1 && view_ids.size() == samples.size();
+    if (samples.ndim() != 1 || !(single || paired)) {
+      throw IdError("sample and view ids must be [n], of the same length n");
+    }
+    Located located;
+    const auto count = static_cast<size_t>(samples.size());
+    while (true) {
+      const int64_t missing = table.locate(view_ids.data(), count, single ? 0 : 1, &located);
+      if (missing < 0) break;
+      table.add(open(missing).cast<View>());
+    }
+    table.trim(limit);
+    return located;
   }
-  Located located;
-  const auto count = static_cast<size_t>(samples.size());
-  while (true) {
-    const int64_t missing = table.locate(view_ids.data(), count, single ? 0 : 1, &located);
-    if (missing < 0) break;
-    table.add(open(missing).cast<View>());
-  }
-  table.trim(limit);
-  return located;
-}
+};
 
 Decoded outputs(const std::vector<uintptr_t>& addresses) {
   if (addresses.size() != 1 && addresses.size() != 3) throw py::value_error("1 or 3 outputs");
@@ -204,21 +210,21 @@ PYBIND11_MODULE(_C, module) {
            py::arg("id_bytes") = 2, py::arg("k") = 0, py::arg("tail_offset") = 0,
            py::arg("tau") = 1.0f);
 
-  py::class_<ViewTable>(module, "ViewTable")
-      .def(py::init<>())
+  py::class_<CacheViews>(module, "CacheViews")
+      .def(py::init([](int64_t num_samples, py::object open, size_t limit) {
+        return CacheViews{num_samples, std::move(open), limit, {}};
+      }))
       .def("gather",
-           [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
-              const py::object& open, size_t limit, const RecordLayout& layout,
-              const std::vector<uintptr_t>& addresses) {
-             const Located located = locate(table, samples, view_ids, num_samples, open, limit);
+           [](CacheViews& views, const Ids& samples, const Ids& view_ids,
+              const RecordLayout& layout, const std::vector<uintptr_t>& addresses) {
+             const Located located = views.locate(samples, view_ids);
              const Decoded out = outputs(addresses);
              py::gil_scoped_release release;
              gather(located, samples.data(), static_cast<size_t>(samples.size()), layout, out);
            })
       .def("unread_blocks",
-           [](ViewTable& table, const Ids& samples, const Ids& view_ids, int64_t num_samples,
-              const py::object& open, size_t limit) {
-             const Located located = locate(table, samples, view_ids, num_samples, open, limit);
+           [](CacheViews& views, const Ids& samples, const Ids& view_ids) {
+             const Located located = views.locate(samples, view_ids);
              return unread_blocks(located, samples.data(), static_cast<size_t>(samples.size()));
            });
 

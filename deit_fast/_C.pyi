@@ -75,24 +75,17 @@ class RecordLayout:
         tau: float = 1.0,
     ) -> None: ...
 
-class ViewTable:
+class CacheViews:
+    def __init__(self, num_samples: int, open: Callable[[int], ViewReader], limit: int) -> None: ...
     def gather(
         self,
         samples: np.ndarray,
         view_ids: np.ndarray,
-        num_samples: int,
-        open: Callable[[int], ViewReader],
-        limit: int,
         layout: RecordLayout,
         outputs: list[int],
     ) -> None: ...
     def unread_blocks(
-        self,
-        samples: np.ndarray,
-        view_ids: np.ndarray,
-        num_samples: int,
-        open: Callable[[int], ViewReader],
-        limit: int,
+        self, samples: np.ndarray, view_ids: np.ndarray
     ) -> list[tuple[ViewReader, int]]: ...
 
 def decode_records(layout: RecordLayout, records: int, count: int, outputs: list[int]) -> None: ...

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,10 +46,10 @@ class LogitCache:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
         self.codec: Codec = codec_from_manifest(manifest["codec"], str(path))
-        self._num_samples: int = manifest["num_samples"]
         self._spec = view_specs(manifest)
-        self._open = partial(_open_view, path, self._spec)
-        self._table = _C.ViewTable()
+        self._open_views = _C.CacheViews(
+            manifest["num_samples"], partial(_open_view, path, self._spec), _OPEN_VIEWS
+        )
         self._layout = cache(self.codec.layout)  # by temperature
         self._raw = _C.RecordLayout(
             _C.RecordKind.copy,
@@ -164,9 +163,7 @@ class LogitCache:
     ) -> None:
         addresses = [output.data_ptr() for output in outputs]
         try:
-            self._table.gather(
-                samples, views, self._num_samples, self._open, _OPEN_VIEWS, layout, addresses
-            )
+            self._open_views.gather(samples, views, layout, addresses)
         except _C.IdError as error:
             raise InputError(str(error)) from None
         except _C.FormatError as error:
@@ -177,9 +174,7 @@ class LogitCache:
         ``gather``."""
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
         try:
-            return self._table.unread_blocks(
-                samples, views, self._num_samples, self._open, _OPEN_VIEWS
-            )
+            return self._open_views.unread_blocks(samples, views)
         except _C.IdError as error:
             raise InputError(str(error)) from None
 
@@ -237,12 +232,7 @@ class ReadAhead:
     def __enter__(self) -> ReadAhead:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
