@@ -122,19 +122,19 @@ def load_config(path: str, base: RunConfig) -> RunConfig:
         raise InputError(f"config file {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold a JSON object")
-    return from_dict(RunConfig, from_earlier(values), base=base)
+    return from_dict(base, from_earlier(values))
 
 
-def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:
-    """Build a config from a nested dictionary, on top of ``base`` where given.
+def from_dict(base: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """The config ``base`` with the values of a nested dictionary, whose keys start with ``prefix``.
 
     Raises:
         InputError: an unknown key (the message names the nearest valid one), a value of the wrong
             type, or another value of a retired setting than this version has, unless it has no
             influence on results: that gives a warning.
     """
-    hints = typing.get_type_hints(cls)
-    names = [item.name for item in dataclasses.fields(cls)]
+    hints = typing.get_type_hints(type(base))
+    names = [item.name for item in dataclasses.fields(base)]
     changes = {}
     for name, value in values.items():
         key = prefix + name
@@ -150,15 +150,14 @@ def from_dict(cls: type, values: dict[str, Any], prefix: str = "", base: Any = N
         elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise InputError(f"config key {key!r} is a group, not {value!r}")
-            inner = getattr(base, name) if base is not None else None
-            changes[name] = from_dict(hints[name], value, f"{key}.", inner)
+            changes[name] = from_dict(getattr(base, name), value, f"{key}.")
         else:
             try:
                 changes[name] = _convert(hints[name], value)
             except TypeError:
                 what = _type_name(hints[name])
                 raise InputError(f"config key {key!r} needs {what}, not {value!r}") from None
-    return dataclasses.replace(base, **changes) if base is not None else cls(**changes)
+    return dataclasses.replace(base, **changes)
 
 
 def _convert(hint: Any, value: Any) -> Any:

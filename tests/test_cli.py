@@ -125,7 +125,7 @@ def resolved(capsys: pytest.CaptureFixture, *args: str) -> RunConfig:
     assert cli.main([*args, "--print-config"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    return from_dict(RunConfig, json.loads(out))
+    return from_dict(RunConfig(), json.loads(out))
 
 
 def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_retired_setting_may_only_have_the_value_it_has_now(tmp_path):
 
 def test_a_config_file_of_an_earlier_version_is_read():
     """All settings that were retired, with their defaults of then."""
-    assert from_dict(RunConfig, EARLIER) == RunConfig()
+    assert from_dict(RunConfig(), EARLIER) == RunConfig()
 
 
 def test_settings_of_an_earlier_run_are_converted(tmp_path):
@@ -450,10 +450,7 @@ def test_fine_tuning_at_384_has_the_published_schedule() -> None:
     config = RECIPES["deit_base_distilled_384"]()
     assert config.batch_size == 2 * 8 * 32 and config.optim.weight_decay == 1e-8
     assert config.epochs == 30
-    rates = [
-        learning_rate(step, config=config.optim, batch_size=512, steps_per_epoch=10, steps=300)
-        for step in range(300)
-    ]
+    rates = [learning_rate(step, config, steps_per_epoch=10, steps=300) for step in range(300)]
     assert rates[0] == 1e-6 and rates[25] == pytest.approx(3e-6)
     assert rates[50:] == pytest.approx([5e-6] * 250)
 

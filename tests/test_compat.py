@@ -258,7 +258,7 @@ def test_caches_and_counted_views_are_refused():
         assert "\n" not in message and all(word in message for word in words)
     saved = to_dict(RunConfig(compat="deit")) | {"cache": "somewhere"}
     with pytest.raises(InputError, match="no cache can hold it"):
-        from_dict(RunConfig, saved)
+        from_dict(RunConfig(), saved)
     with pytest.raises(InputError, match="cache"):
         precompute(RunConfig(compat="deit", teacher="timm:resnet18"))
 

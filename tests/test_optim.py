@@ -48,14 +48,11 @@ def names_by_group(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 def test_compat_gives_the_learning_rates_of_deits_code():
     """Printed by facebookresearch/deit with timm 0.3.2 at batch 1024: one epoch late."""
-    config = OptimConfig()  # DeiT's defaults
+    config = RunConfig(batch_size=1024, compat="deit")  # else DeiT's defaults
     rates = [
-        learning_rate(
-            epoch * 10 + 7, config=config, batch_size=1024, steps_per_epoch=10, steps=3000,
-            compat="deit",
-        )
+        learning_rate(epoch * 10 + 7, config, steps_per_epoch=10, steps=3000)
         for epoch in range(300)
-    ]  # fmt: skip
+    ]
     published = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4]
     assert rates[:8] == pytest.approx(published, rel=5e-5)
     assert rates[299] == pytest.approx(1.0109e-5, rel=5e-5)
@@ -298,13 +295,11 @@ def test_conflicting_settings_are_named():
 
 
 def test_the_schedule_changes_at_every_step():
-    config = OptimConfig(warmup_epochs=2)
-    rates = [
-        learning_rate(step, config=config, batch_size=512, steps_per_epoch=10, steps=100)
-        for step in range(100)
-    ]
+    optim = OptimConfig(warmup_epochs=2)
+    config = RunConfig(batch_size=512, optim=optim)
+    rates = [learning_rate(step, config, steps_per_epoch=10, steps=100) for step in range(100)]
     assert len(set(rates)) == 100
-    assert rates[0] == config.warmup_lr
-    assert rates[19] == pytest.approx(config.warmup_lr + (config.lr - config.warmup_lr) * 19 / 20)
+    assert rates[0] == optim.warmup_lr
+    assert rates[19] == pytest.approx(optim.warmup_lr + (optim.lr - optim.warmup_lr) * 19 / 20)
     cosine = (1 + math.cos(math.pi * 0.2)) / 2
-    assert rates[20] == pytest.approx(config.min_lr + (config.lr - config.min_lr) * cosine)
+    assert rates[20] == pytest.approx(optim.min_lr + (optim.lr - optim.min_lr) * cosine)

@@ -11,7 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from deit_fast.cache import CacheMismatch, ReadAhead
-from deit_fast.config import CodecConfig, OptimConfig
+from deit_fast.config import CodecConfig, OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
@@ -85,7 +85,7 @@ def test_training_flops_agree_with_the_published_table():
 
 
 def test_learning_rate_equals_timms_cosine_schedule():
-    config = OptimConfig(lr=2e-3, min_lr=1e-5, warmup_epochs=2)
+    config = RunConfig(batch_size=512, optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_epochs=2))
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
     scheduler = CosineLRScheduler(
@@ -93,7 +93,7 @@ def test_learning_rate_equals_timms_cosine_schedule():
     )
     for step in range(100):
         scheduler.step_update(step)
-        ours = learning_rate(step, config=config, batch_size=512, steps_per_epoch=10, steps=100)
+        ours = learning_rate(step, config, steps_per_epoch=10, steps=100)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
 
 

@@ -40,7 +40,7 @@ def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
         )
     values = {name: found[f"view.{name}"] for name in names}
     try:
-        return from_dict(ViewConfig, values, "view."), int(found["view.seed"])
+        return from_dict(ViewConfig(), values, "view."), int(found["view.seed"])
     except (InputError, TypeError, ValueError) as error:
         raise CacheError(f"cache {cache.path}: fingerprint: {error}") from None
 

@@ -210,7 +210,12 @@ class _Run:
             for batch in meter.timed(loader):
                 if state.step == 0 and self.group.is_first:
                     save_views(batch, config.view, self.output / "samples.png")
-                lr = self._learning_rate(state.step)
+                lr = learning_rate(
+                    state.step,
+                    config,
+                    steps_per_epoch=self.steps_per_epoch,
+                    steps=len(self.batches),
+                )
                 if state.step not in state.skipped:
                     state.add(self.step_once(batch, state.step, lr, self._stop_requested()))
                     meter.steps += 1
@@ -259,16 +264,6 @@ class _Run:
         """Whether the last step ended an epoch that is evaluated."""
         epoch, rest = divmod(self.state.step, self.steps_per_epoch)
         return epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            config=self.config.optim,
-            batch_size=self.config.batch_size,
-            steps_per_epoch=self.steps_per_epoch,
-            steps=len(self.batches),
-            compat=self.config.compat,
-        )
 
     def _utilisation(self) -> float | None:
         """Model FLOPs utilisation at one image a second; None on a CPU or an unknown GPU."""

@@ -21,7 +21,7 @@ from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_fast.config import OptimConfig
+from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.runtime.environment import find_apex
 
 log = logging.getLogger("deit_fast")
@@ -132,20 +132,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def learning_rate(
-    step: int, *, config: OptimConfig, batch_size: int, steps_per_epoch: int, steps: int,
-    compat: str = "none",
-) -> float:  # fmt: skip
+def learning_rate(step: int, config: RunConfig, *, steps_per_epoch: int, steps: int) -> float:
     """Learning rate of ``step`` (0-based): linear warm-up, then a cosine down to ``min_lr``.
 
     The peak is ``lr * batch_size / lr_batch`` (Goyal et al. 2017; DeiT, section 6). As in DeiT's
     recipe the cosine spans the whole run, warm-up included. With ``compat="deit"`` it changes as in
     DeiT's code: once an epoch and one epoch late, so the first two epochs run at ``warmup_lr``.
     """
-    peak = config.lr * batch_size / config.lr_batch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if compat == "deit":
+    optim = config.optim
+    peak = optim.lr * config.batch_size / optim.lr_batch
+    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    if config.compat == "deit":
         step = max(step // steps_per_epoch - 1, 0) * steps_per_epoch
     if step < warmup:
-        return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
-    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
+        return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
+    return optim.min_lr + (peak - optim.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
@@ -202,8 +203,9 @@ class CheckpointWriter:
             OSError: the checkpoint before could not be written.
         """
         self.wait()
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
         executor = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = executor.submit(save_checkpoint, self.folder, step, _copy_to_host(state))
+        self._pending = executor.submit(save_checkpoint, self.folder, step, copy)
         executor.shutdown(wait=False)  # the thread ends with the task
 
     def wait(self) -> None:
@@ -215,16 +217,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def _copy_to_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return type(value)((key, _copy_to_host(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_copy_to_host, value))
-    return value
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

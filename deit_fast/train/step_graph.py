@@ -156,11 +156,6 @@ class StepGraph:
         self._graph.replay()
         return StepOutput(*(value.clone() for value in self._output))
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether the next step of the same shape is a replay."""
-        return self._graph is not None
-
     def reset(self) -> None:
         """Drop the graph, which holds addresses of an optimiser state that was replaced."""
         self._graph = self._output = None

@@ -61,20 +61,16 @@ class RunTeacher:
         self.close()
         if self.cache is None:
             return None
-        steps = iter(range(start, len(batches)))
+        cache, steps = self.cache, iter(range(start, len(batches)))
 
         def with_logits(batch: ViewBatch) -> ViewBatch:
-            self._advance(batches, next(steps))
+            step = next(steps)
+            if self._read_ahead is None:  # only now: the loader's processes have been forked
+                self._read_ahead = cache.prefetch(batches, start=step)
+            self._read_ahead.advance(step)
             return dataclasses.replace(batch, teacher=self.stored(batch))
 
         return with_logits
-
-    def _advance(self, batches: Sequence, step: int) -> None:
-        """Read the blocks of the steps that follow; they may not be in the page cache yet."""
-        assert self.cache is not None
-        if self._read_ahead is None:  # at the first batch: the loader's processes are forked by now
-            self._read_ahead = self.cache.prefetch(batches, start=step)
-        self._read_ahead.advance(step)
 
     def stored(self, batch: ViewBatch) -> Tensor | TopK:
         """The cache's logits of a batch, on the run's device."""
