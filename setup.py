@@ -28,7 +28,7 @@ SOURCES = [
     "csrc/resize.cpp",
     "csrc/view_table.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/records.cu"]
+CUDA_SOURCES = ["csrc/cuda/record_codec.cu"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 # No contraction: host and device round alike (csrc/arithmetic.h). No trapping: loops vectorise.
 CXX_FLAGS = (

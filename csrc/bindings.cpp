@@ -13,10 +13,6 @@
 #include "resize.h"
 #include "view_table.h"
 
-#ifdef DEIT_FAST_WITH_CUDA
-#include "cuda/records.h"
-#endif
-
 namespace py = pybind11;
 using namespace deit_fast;
 

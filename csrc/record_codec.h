@@ -1,5 +1,5 @@
-// Records on the host: encodes logits as top-k records and decodes records of every codec.
-// csrc/cuda does the same on the device; both use the arithmetic of the shared headers.
+// Encodes logits as top-k records and decodes records of every codec, on the host (record_codec.cpp)
+// and on the device (cuda/record_codec.cu); both use the arithmetic of the shared headers.
 #pragma once
 
 #include <cstddef>
@@ -49,5 +49,23 @@ void decode_records(const RecordLayout& layout, const unsigned char* records, si
 // finite, or -1.
 int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
                     unsigned char* records);
+
+// The same for records in a GPU's memory, in builds with CUDA. All pointers are device memory. Work
+// is queued on `stream`; nothing waits for it. Throws std::runtime_error with CUDA's message if a
+// launch fails.
+
+enum class FloatType : int { float32, bfloat16, float16 };
+
+// As decode_records, for topk, int8 and fp8.
+void cuda_decode_records(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                         const Decoded& out, int device, void* stream);
+
+// Limits: k + 1 <= kEncodeKeys, kEncodeTemperatures temperatures, 2^18 classes.
+constexpr uint32_t kEncodeTemperatures = 8;
+
+// As encode_topk. *first_bad, set by the caller to a larger number, becomes the first row with a
+// value that is not finite; records of such rows are not written.
+void cuda_encode_topk(const TopKShape& shape, const void* logits, FloatType type, int64_t count,
+                      unsigned char* records, int64_t* first_bad, int device, void* stream);
 
 }  // namespace deit_fast

@@ -80,13 +80,13 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     ) as writer:
         writer.locks.refuse_rivals(requested)
         blocks_per_view = writer.num_blocks
-        mine = {
+        mine = [
             (view, block)
             for index, view in enumerate(requested)
             for block in range(blocks_per_view)
             if (index * blocks_per_view + block) % group.world_size == group.rank
-        }
-        pending = [item for item in writer.pending(requested) if item in mine]
+        ]
+        pending = [item for item in mine if not writer.is_done(*item)]
         calls = TeacherCalls(
             pending, job.manifest["block_records"], job.source.num_samples, config.teacher_batch
         )
@@ -154,11 +154,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     folder = job.folder
     requested = range(config.views_used) if views is None else views
     missing, kept, new_bytes = planned(folder, job.manifest, requested)
-    count = job.source.num_samples
-    sizes = np.minimum(
-        job.manifest["block_records"], count - np.arange(0, count, job.manifest["block_records"])
-    )
-    images = int(sum(sizes[block] for _, block in missing))
+    count, size = job.source.num_samples, job.manifest["block_records"]
+    images = sum(min(size, count - block * size) for _, block in missing)
 
     batch_size = min(config.teacher_batch, count)
     ids = np.arange(batch_size), np.full(batch_size, requested[0], np.int32)

@@ -455,7 +455,7 @@ def test_wrong_calls_end_with_one_clear_line(arguments, variables, words):
 
 
 def build_cuda_object(folder: Path) -> Path:
-    """csrc/cuda/records.cu compiled with the flags that setup.py gives."""
+    """csrc/cuda/record_codec.cu compiled with the flags that setup.py gives."""
     script = f"""
 import shutil, setuptools
 from pathlib import Path
@@ -471,7 +471,7 @@ print(setup.find_nvcc() and ninja)
     ninja = written.stdout.splitlines()[-1]
     if ninja == "None":
         pytest.skip("no nvcc")
-    target = folder / "csrc_cuda_records.cu.o"
+    target = folder / "csrc_cuda_record_codec.cu.o"
     done = subprocess.run([ninja, "-C", folder, target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return target

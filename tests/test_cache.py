@@ -33,6 +33,7 @@ from helpers.caches import (
     file_bytes,
     make_logits,
     make_manifest,
+    pending_blocks,
     true_log_probs,
     write_cache,
 )
@@ -361,12 +362,12 @@ def test_pending_and_incomplete_blocks(tmp_path):
     with LogitCacheWriter(tmp_path, manifest) as writer:
         assert writer.num_blocks == 3
         assert [writer.block_range(b) for b in range(3)] == [(0, 16), (16, 32), (32, 45)]
-        assert writer.pending([0, 9]) == [(v, b) for v in (0, 9) for b in range(3)]
+        assert pending_blocks(writer, [0, 9]) == [(v, b) for v in (0, 9) for b in range(3)]
         writer.write(np.arange(20), 0, logits[:20])  # block 1 stays incomplete
         assert writer.is_done(0, 0)
-        assert writer.pending([0]) == [(0, 1), (0, 2)]
+        assert pending_blocks(writer, [0]) == [(0, 1), (0, 2)]
     with LogitCacheWriter(tmp_path, manifest) as writer:
-        assert writer.pending(range(1)) == [(0, 1), (0, 2)]
+        assert pending_blocks(writer, range(1)) == [(0, 1), (0, 2)]
         before = file_bytes(tmp_path)
         writer.write(np.arange(16), 0, -logits[:16])  # done before: skipped
         assert file_bytes(tmp_path) == before
@@ -465,7 +466,7 @@ def test_info_is_not_compared_and_numbers_by_value(tmp_path):
     same = make_manifest() | {"info": {"date": "today"}}
     same["fingerprint"]["view.seed"] = 7.0
     with LogitCacheWriter(tmp_path, same) as writer:
-        assert writer.pending([0]) == []
+        assert pending_blocks(writer, [0]) == []
     true = make_manifest()
     true["fingerprint"]["view.seed"] = True
     with pytest.raises(CacheMismatch, match=r"one field: view\.seed is 7, expected true"):

@@ -20,7 +20,15 @@ import pytest
 import torch
 
 from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter, info, verify
-from helpers.caches import BLOCK, SAMPLES, file_bytes, make_logits, make_manifest, write_cache
+from helpers.caches import (
+    BLOCK,
+    SAMPLES,
+    file_bytes,
+    make_logits,
+    make_manifest,
+    pending_blocks,
+    write_cache,
+)
 
 TABLE, DATA, RECORD, BLOCKS = 4096, 8192, 72, 3
 NAME = "view-00000.dlc"
@@ -124,7 +132,7 @@ def test_truncated_and_lengthened_files_are_refused(cache_folder):
         with pytest.raises(CacheError, match=NAME):
             LogitCache.open(cache_folder).gather([0], 0)
         with pytest.raises(CacheError, match=NAME):
-            LogitCacheWriter(cache_folder, make_manifest()).pending([0])
+            pending_blocks(LogitCacheWriter(cache_folder, make_manifest()), [0])
         report = verify(cache_folder)
         assert [(row["file"], row["block"]) for row in report["broken"]] == [(NAME, None)]
         assert NAME in info(cache_folder)["views"][0]["error"]
@@ -274,10 +282,10 @@ def test_a_torn_block_is_written_again_with_a_warning(cache_folder, caplog, tear
         caplog.at_level(logging.WARNING, "deit_fast"),
         LogitCacheWriter(cache_folder, make_manifest()) as writer,
     ):
-        assert writer.pending([0]) == [(0, 1)]
-        assert writer.pending([0]) == [(0, 1)]
+        assert pending_blocks(writer, [0]) == [(0, 1)]
+        assert pending_blocks(writer, [0]) == [(0, 1)]
         writer.write(np.arange(SAMPLES), 0, make_logits(0))
-        assert writer.pending([0]) == []
+        assert pending_blocks(writer, [0]) == []
     assert file.read_bytes() == whole
     warnings = [record.getMessage() for record in caplog.records]
     if tear == "crc only":

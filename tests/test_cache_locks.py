@@ -16,6 +16,7 @@ import torch
 
 from deit_fast.cache import CacheError, LogitCacheWriter, build_manifest, locks, verify
 from deit_fast.config import CodecConfig
+from helpers.caches import pending_blocks
 
 SAMPLES, CLASSES, BLOCK, VIEWS = 200, 20, 16, 3
 
@@ -39,7 +40,7 @@ def logits_of(view: int) -> torch.Tensor:
 def write_all(path, rank: int = 0, world: int = 1, seconds: float = 0.0) -> None:
     """As precompute: this rank's blocks, in two calls each, the next claimed ahead."""
     with LogitCacheWriter(path, manifest(), rank=rank, world_size=world) as writer:
-        pending = writer.pending(range(VIEWS))
+        pending = pending_blocks(writer, range(VIEWS))
         mine = [key for key in pending if (key[0] * writer.num_blocks + key[1]) % world == rank]
         for index, (view, block) in enumerate(mine):
             if index + 1 < len(mine):

@@ -22,7 +22,7 @@ from deit_fast.kernels.distillation_loss import TopK
 
 _DENSE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MAX_TOPK_CLASSES = 2**18  # more integer terms of csrc/arithmetic.h could overflow their sum
-_CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/records.cu takes
+_CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/record_codec.cu takes
 _CUDA_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda
 
 

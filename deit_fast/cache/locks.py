@@ -84,7 +84,7 @@ class BlockLocks:
                 of one of the views; names its pid and host, and the file.
         """
         requested = set(view_ids)
-        for (view_id, _), path in self._unheld_files():
+        for view_id, path in self._unheld_files():
             other = _read(path)
             sibling = other.world_size == self._owner.world_size and other.rank != self._owner.rank
             if view_id in requested and not sibling and path.exists():
@@ -105,14 +105,11 @@ class BlockLocks:
     def _path(self, view_id: int, block: int) -> Path:
         return self._folder / f".lock-view-{view_id:05d}-block-{block:07d}"
 
-    def _unheld_files(self) -> list[tuple[tuple[int, int], Path]]:
-        found = []
-        for path in sorted(self._folder.glob(".lock-view-*-block-*")):
-            numbers = path.name.split("-")[2::2]
-            if all(number.isdecimal() for number in numbers):
-                view_id, block = map(int, numbers)
-                found.append(((view_id, block), path))
-        return [item for item in found if item[0] not in self._held]
+    def _unheld_files(self) -> list[tuple[int, Path]]:
+        """(view, path) of the locks of other writers, alive or not."""
+        held = {self._path(*key) for key in self._held}
+        paths = sorted(self._folder.glob(".lock-view-*-block-*"))
+        return [(int(path.name.split("-")[2]), path) for path in paths if path not in held]
 
 
 def _lock(path: Path, what: str) -> int:

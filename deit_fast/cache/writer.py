@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -93,8 +92,8 @@ class LogitCacheWriter:
         return start, min(start + self._block_records, self._num_samples)
 
     def is_done(self, view_id: int, block: int) -> bool:
-        """Whether the block is on the disk and its checksum is right. A damaged block counts as
-        pending; the log has a warning."""
+        """Whether the block is on the disk and its checksum is right: reads and verifies it once. A
+        damaged block counts as pending; the log has a warning."""
         self.block_range(block)
         key = (_checked_view(view_id), block)
         if key in self._done:
@@ -110,16 +109,6 @@ class LogitCacheWriter:
             self._warned.add(key)
             log.warning("%s; it will be written again", why)
         return False
-
-    def pending(self, view_ids: Iterable[int]) -> list[tuple[int, int]]:
-        """(view, block) of every block of these views that is not written yet. Reads and verifies
-        the others."""
-        return [
-            (view_id, block)
-            for view_id in map(int, view_ids)
-            for block in range(self.num_blocks)
-            if not self.is_done(view_id, block)
-        ]
 
     def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
         """Take the teacher's logits of one view of some samples.
@@ -166,12 +155,7 @@ class LogitCacheWriter:
     def __enter__(self) -> LogitCacheWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _checked_samples(self, sample_ids: Any, view_id: int) -> np.ndarray:

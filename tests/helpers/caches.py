@@ -37,6 +37,12 @@ def write_cache(path, manifest, views=(0,)) -> LogitCache:
     return LogitCache.open(path)
 
 
+def pending_blocks(writer: LogitCacheWriter, views) -> list[tuple[int, int]]:
+    """(view, block) of every block of these views that is not written yet."""
+    blocks = range(writer.num_blocks)
+    return [(view, block) for view in views for block in blocks if not writer.is_done(view, block)]
+
+
 def file_bytes(path: Path) -> dict[str, bytes]:
     return {item.name: item.read_bytes() for item in sorted(path.iterdir())}
 

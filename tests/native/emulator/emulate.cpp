@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../../../csrc/cuda/records.h"
+#include "../../../csrc/record_codec.h"
 #include "../fuzz/harness.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"

@@ -1,12 +1,12 @@
-// Records on the device. Those of class ids or plain logits need no kernel to decode them: torch reads
-// them as they are.
+// Records on the device. Those of class ids or plain logits need no kernel: torch reads them as they
+// are.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
+#include "../record_codec.h"
 #include "launch.h"
-#include "records.h"
 
 namespace deit_fast {
 namespace {
