@@ -264,14 +264,12 @@ class FusedForward(VisionTransformer):
         scales: list[KeepScales | None] = [None] * len(blocks)
         if all(block.draws_ahead for block in blocks):
             scales[:] = draw_keep_scales(blocks, x, part)
-        for block, keep_scales in zip(blocks[:-1], scales[:-1], strict=True):
+        for block, keep_scales in zip(blocks, scales, strict=True):
             stream.keep_scales = keep_scales
-            block.run(stream)
-        stream.keep_scales = scales[-1]
-        if self.global_pool == "token":
-            last.run_last(stream, self.num_prefix_tokens)
-        else:
-            last.run(stream)
+            if block is last and self.global_pool == "token":
+                block.run_last(stream, self.num_prefix_tokens)
+            else:
+                block.run(stream)
         normed = stream.add_norm(self.norm)
         if isinstance(self.norm, nn.Identity) and normed.dtype == self.residual_dtype:
             normed = normed.to(last.norm2.weight.dtype)  # mean pooling and its norm run in float32
