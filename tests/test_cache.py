@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -611,11 +612,8 @@ def test_threads_gather_at_once(tmp_path):
             if not torch.equal(cache.gather(samples, which), expected[which, samples]):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert wrong == []
 
 

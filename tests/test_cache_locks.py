@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from deit_fast.cache import CacheError, LogitCacheWriter, build_manifest, locks, verify
 from deit_fast.config import CodecConfig
-from helpers.caches import pending_blocks
+from helpers.caches import file_bytes, pending_blocks
 
 SAMPLES, CLASSES, BLOCK, VIEWS = 200, 20, 16, 3
 
@@ -49,10 +50,6 @@ def write_all(path, rank: int = 0, world: int = 1, seconds: float = 0.0) -> None
             for ids in np.array_split(np.arange(start, stop), 2):
                 writer.write(ids, view, logits_of(view)[ids])
                 time.sleep(seconds)
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {item.name: item.read_bytes() for item in sorted(path.iterdir())}
 
 
 def locks_in(path: Path) -> list[Path]:
@@ -118,7 +115,7 @@ def test_a_killed_writer_loses_its_lock_at_once(tmp_path):
     worker.join()
     write_all(tmp_path)
     write_all(tmp_path.with_name("whole"))
-    assert content(tmp_path) == content(tmp_path.with_name("whole"))
+    assert file_bytes(tmp_path) == file_bytes(tmp_path.with_name("whole"))
 
 
 def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
@@ -182,11 +179,8 @@ def test_of_many_that_lock_one_block_one_wins(tmp_path):
             except CacheError:
                 pass
 
-        threads = [threading.Thread(target=take, args=(one,)) for one in found]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(take, found))
         assert [pid for _, pid in won] == [os.getpid()]
         won[0][0].close()
     assert list(tmp_path.iterdir()) == []
@@ -220,4 +214,4 @@ def test_killed_at_20_random_moments_under_changing_world_sizes(tmp_path):
     assert left >= 3, "no kill met a writer at work"
     write_all(torn, 0, 2)
     write_all(torn, 1, 2)
-    assert content(torn) == content(whole)
+    assert file_bytes(torn) == file_bytes(whole)

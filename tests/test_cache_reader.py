@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
 import struct
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from deit_fast import _C
 from deit_fast.cache import CODECS, CacheError, LogitCache
-from deit_fast.cache.format import canonical, view_path
+from deit_fast.cache.format import manifest_sha256, view_path
 from deit_fast.data.batch import map_teacher, teacher_tensors
 from deit_fast.errors import InputError
 from helpers.caches import SAMPLES, equal, make_logits, make_manifest, reading_threads, write_cache
@@ -130,11 +129,8 @@ def test_gather_lets_other_threads_run(tmp_path):
                 if not torch.equal(cache.gather(samples, views), expected[views, samples]):
                     wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert wrong == []
 
 
@@ -174,7 +170,7 @@ def write_sparse(folder: Path, views: int) -> None:
     manifest = make_manifest(**LARGE)
     folder.mkdir()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    digest = hashlib.sha256(canonical(manifest)).digest()
+    digest = manifest_sha256(manifest)
     count, size, per_block = (manifest[k] for k in ("num_samples", "record_bytes", "block_records"))
     blocks = -(-count // per_block)
     data = -(-(4096 + 8 * blocks) // 4096) * 4096

@@ -95,10 +95,11 @@ def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
     return plain
 
 
-def canonical(manifest: Mapping[str, Any]) -> bytes:
-    """The compared part as sorted, compact, ASCII JSON: what the view headers hash."""
+def manifest_sha256(manifest: Mapping[str, Any]) -> bytes:
+    """Of the compared part as sorted, compact, ASCII JSON; view headers and pixel files hold it."""
     compared = {name: value for name, value in manifest.items() if name != "info"}
-    return json.dumps(compared, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    text = json.dumps(compared, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
@@ -112,7 +113,7 @@ def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
         ids_per_record=codec.ids_per_record,
         id_bytes=id_bytes(codec.num_classes),
         id_limit=codec.num_classes,
-        manifest_sha256=hashlib.sha256(canonical(manifest)).digest(),
+        manifest_sha256=manifest_sha256(manifest),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,9 +17,9 @@ from deit_fast import _C
 from deit_fast.cache.codecs import Codec
 from deit_fast.cache.format import (
     FILE_NAME,
-    canonical,
     check_manifest,
     format_errors,
+    manifest_sha256,
     read_manifest,
     require_equal,
     view_path,
@@ -139,14 +138,14 @@ def planned(
     missing, kept, new_bytes = [], 0, 0
     specs = view_specs(checked)
     for view_id in view_ids:
-        spec = specs(view_id=view_id)
-        states = [_C.BlockState.pending] * spec.blocks
-        if view_path(folder, view_id).exists():
+        spec, path = specs(view_id=view_id), view_path(folder, view_id)
+        blocks = list(range(spec.blocks))
+        if path.exists():
             with format_errors():
-                states = _C.ViewFile(str(view_path(folder, view_id)), spec).table_states()
+                states = _C.ViewFile(str(path), spec).table_states()
+            blocks = [block for block in blocks if states[block] != _C.BlockState.complete]
         else:
             new_bytes += spec.file_bytes
-        blocks = [b for b, state in enumerate(states) if state != _C.BlockState.complete]
         missing += [(view_id, block) for block in blocks]
         kept += spec.blocks - len(blocks)
     return missing, kept, new_bytes
@@ -194,7 +193,7 @@ def write_pixels(
     """
     content = {
         "view": view_id,
-        "manifest_sha256": hashlib.sha256(canonical(manifest)).hexdigest(),
+        "manifest_sha256": manifest_sha256(manifest).hex(),
         "samples": sorted(digests),
         "digests": [digests[sample] for sample in sorted(digests)],
     }
@@ -229,7 +228,7 @@ def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict
         right = False
     if not right:
         raise CacheError(f"{path}: damaged: these are not the pixel digests of view {view_id}")
-    if content.get("manifest_sha256") != hashlib.sha256(canonical(manifest)).hexdigest():
+    if content.get("manifest_sha256") != manifest_sha256(manifest).hex():
         raise CacheError(f"{path}: was written under another manifest (SHA-256 differs)")
     return dict(zip(samples, digests, strict=True))
 
