@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 import deit_fast
 
@@ -147,11 +148,8 @@ def compile_for_h100(
     Raises:
         RuntimeError: the model was compiled in more or fewer than these two graphs.
     """
-    from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     graphs: list[Compiled] = []
 
@@ -169,6 +167,59 @@ def compile_for_h100(
         options.setdefault("compiler", "inductor")
         return min_cut_rematerialization_partition(graph, *arguments, **options)
 
+    _trace(model, inputs, surroundings, compile_half, partition)
+    if len(graphs) != 2:
+        raise RuntimeError(f"compiled in {len(graphs)} graphs, not in a forward and a backward")
+    return graphs[0], graphs[1]
+
+
+def joint_graph(
+    model: nn.Module, inputs: Sequence[Tensor], surroundings: Surroundings = nullcontext
+) -> str:
+    """What ``compile_for_h100`` would give Inductor, as text: the graph of forward and backward.
+
+    A line for each node with its operator, arguments, shape, strides and dtype, and one for the
+    schema of each of our operators. The arguments are those of ``compile_for_h100``.
+    """
+    from torch._ops import OpOverload
+
+    lines: list[str] = []
+
+    def end_with_text(graph: fx.GraphModule, *_: Any, num_fwd_outputs: int, **__: Any) -> NoReturn:
+        lines.append(f"outputs of the forward: {num_fwd_outputs}")
+        for part in graph.modules():
+            for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+                values = tree_leaves(node.meta.get("val"))
+                lines.append(f"{node.format_node()} {[*map(_described, values)]}")
+                if isinstance(node.target, OpOverload) and node.target.namespace == "deit_fast":
+                    lines.append(f"{node.target._schema} {sorted(map(str, node.target.tags))}")
+        raise _GraphsAreCompiled
+
+    _trace(model, inputs, surroundings, lambda graph, _: graph, end_with_text)
+    return "\n".join(lines)
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"{tuple(value.shape)} {value.stride()} {value.dtype}"
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    surroundings: Surroundings,
+    compile_half: Callable[..., Any],
+    partition: Callable[..., Any],
+) -> None:
+    """Trace a model on fake tensors and hand its graph to ``partition``, then to ``compile_half``.
+
+    One of the two ends the call by ``_GraphsAreCompiled``.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     backend = aot_autograd(
         fw_compiler=compile_half,
         bw_compiler=compile_half,
@@ -184,9 +235,6 @@ def compile_for_h100(
                 torch.compile(model, backend=backend, fullgraph=True)(*faked)
         except _GraphsAreCompiled:
             pass
-    if len(graphs) != 2:
-        raise RuntimeError(f"compiled in {len(graphs)} graphs, not in a forward and a backward")
-    return graphs[0], graphs[1]
 
 
 def _make_fake(model: nn.Module) -> None:

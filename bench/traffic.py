@@ -10,12 +10,16 @@ block's kernels are fused with both neighbours, as in a deep model. bench/counts
 counted.
 
 --write replaces tests/golden/traffic.json; --check compares with it and fails with one line for
-each figure that is higher.
+each figure that is higher. --changed takes the counts of a model from there if the graph that
+Inductor would compile has the digest in tests/golden/traffic-graphs.json: one release of Inductor
+makes the same code of the same graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import math
 import sys
@@ -28,6 +32,7 @@ from . import record
 from .counts import Counts, count_pass
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "traffic.json"
+GRAPHS = GOLDEN.with_name("traffic-graphs.json")  # "model implementation" to its digest
 TORCH, TIMM = "2.11.0", "1.0.31"
 BATCH, TOKENS, DEPTH = 256, 198, 3
 DROP_PATH = 0.1
@@ -46,8 +51,10 @@ IMPLEMENTATIONS: dict[str, dict[str, Any] | None] = {
 }
 PASSES = ("forward", "backward")
 
-Table = dict[str, dict[str, dict[str, dict[str, Counts]]]]
-"""Model, implementation, "block" or "depth_3", "forward" or "backward"."""
+Parts = dict[str, dict[str, Counts]]
+"""Of a model: "block" or "depth_3", then "forward" or "backward"."""
+Table = dict[str, dict[str, Parts]]
+"""Of models, then implementations."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -55,15 +62,13 @@ Table = dict[str, dict[str, dict[str, dict[str, Counts]]]]
 # ---------------------------------------------------------------------------------------------
 
 
-def count_model(model: str, implementation: str, depth: int) -> dict[str, Counts]:
-    """Forward and backward of a model of ``depth`` blocks, as ``TrainStep`` runs it on a GPU."""
+def made_model(model: str, implementation: str, depth: int) -> tuple[Any, ...]:
+    """Arguments of ``compile_for_h100`` for ``depth`` blocks, to be run as by ``TrainStep``."""
     import timm
     import torch
 
     from deit_fast.models.fuse import DEFAULT_KERNELS, fuse, patch_side
     from deit_fast.models.shadow import Shadows
-
-    from .inductor import compile_for_h100
 
     made: Any = timm.create_model(MODELS[model], depth=depth, drop_path_rate=DROP_PATH)
     made.set_distilled_training(True)
@@ -71,30 +76,65 @@ def count_model(model: str, implementation: str, depth: int) -> dict[str, Counts
     inputs = torch.empty(BATCH, 3, 224, 224, device="meta")
     options = IMPLEMENTATIONS[implementation]
     if options is None:
-        passes = compile_for_h100(made, [inputs])
-    else:
-        fuse(made, **{"kernels": DEFAULT_KERNELS["sm_90"]} | options)
-        if side := patch_side(made):
-            patches = (224 // side) ** 2
-            inputs = torch.empty(BATCH, patches, 3 * side**2, dtype=torch.bfloat16, device="meta")
-        passes = compile_for_h100(
-            made, [inputs], lambda fake: Shadows(fake, torch.bfloat16).current()
-        )
+        return made, [inputs]
+    fuse(made, **{"kernels": DEFAULT_KERNELS["sm_90"]} | options)
+    if side := patch_side(made):
+        patches = (224 // side) ** 2
+        inputs = torch.empty(BATCH, patches, 3 * side**2, dtype=torch.bfloat16, device="meta")
+    return made, [inputs], lambda fake: Shadows(fake, torch.bfloat16).current()
+
+
+def count_model(model: str, implementation: str, depth: int) -> dict[str, Counts]:
+    """Of forward and backward."""
+    from .inductor import compile_for_h100
+
+    passes = compile_for_h100(*made_model(model, implementation, depth))
     return {name: count_pass(*phase) for name, phase in zip(PASSES, passes, strict=True)}
 
 
-def count(models: Sequence[str], implementations: Sequence[str]) -> Table:
-    from .inductor import believe_in_h100
+def digest(model: str, implementation: str, parts: Parts) -> str:
+    """Of counts and of all that they depend on beside the releases of torch and timm.
 
-    believe_in_h100()
-    table: Table = {}
+    That is the graph that Inductor compiles, and how it is called and its code counted. The deeper
+    of the two models has every part of the other.
+    """
+    from .inductor import joint_graph
+
+    graph = joint_graph(*made_model(model, implementation, DEPTH + 1))
+    made = hashlib.sha256(f"{graph}\n{mapped(parts, pack, 2)}".encode())
+    for name in ("inductor.py", "counts.py"):
+        made.update(Path(__file__).with_name(name).read_bytes())
+    return made.hexdigest()
+
+
+def unchanged(models: Sequence[str], implementations: Sequence[str]) -> Table:
+    """The golden counts whose digest is still the same."""
+    golden, digests = read(), json.loads(GRAPHS.read_text())
+    found: Table = {model: {} for model in models}
+    for model, implementation in itertools.product(models, implementations):
+        parts = golden[model][implementation]
+        if digest(model, implementation, parts) == digests[f"{model} {implementation}"]:
+            found[model][implementation] = parts
+    return found
+
+
+def count(models: Sequence[str], implementations: Sequence[str], known: Table) -> Table:
+    """Counts of all models.
+
+    Args:
+        known: counts of those that are not compiled.
+    """
+    table: Table = {model: {} for model in models}
     for model in models:
         for implementation in implementations:
+            if found := known.get(model, {}).get(implementation):
+                table[model][implementation] = found
+                continue
             shallow = count_model(model, implementation, DEPTH)
             deep = count_model(model, implementation, DEPTH + 1)
             block = {phase: deep[phase].plus(shallow[phase], -1) for phase in PASSES}
             found = {"block": block, f"depth_{DEPTH}": shallow}
-            table.setdefault(model, {})[implementation] = found
+            table[model][implementation] = found
             print(f"{model} {implementation}: compiled", file=sys.stderr, flush=True)
     return table
 
@@ -251,6 +291,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     parser.add_argument("--write", action="store_true", help="replace the golden table")
     parser.add_argument("--check", action="store_true", help="fail where a figure is higher")
+    parser.add_argument("--changed", action="store_true", help="compile only what has a new graph")
     options = parser.parse_args(arguments[1:])
     if why := refusal():
         raise SystemExit(f"python -m bench traffic {why}")
@@ -259,11 +300,18 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("--write counts everything: leave --model and --impl out")
     record.require_folder(options.json)
     golden = read() if options.check else None
-    table = count(options.model, options.impl)
+
+    from .inductor import believe_in_h100  # after the arguments: --help must not wait for torch
+
+    believe_in_h100()
+    known = unchanged(options.model, options.impl) if options.changed else {}
+    table = count(options.model, options.impl, known)
     print(as_text(table))
     if options.json:
         options.json.write_text(as_json(table))
     if options.write:
         GOLDEN.write_text(as_json(table))
+        digests = {" ".join(path): digest(*path, parts) for path, parts in each(table, 2)}
+        GRAPHS.write_text(json.dumps(digests, indent=1) + "\n")
     if golden is not None and (lines := added(table, golden)):
         raise SystemExit("\n".join(lines))
