@@ -74,35 +74,33 @@ class StepMeter:
     Args:
         batch_size: samples of a step over all ranks.
         utilisation: model FLOPs utilisation at one image a second over all ranks; None: unknown.
-        clock: seconds, from any start.
     """
 
     def __init__(
-        self, batch_size: int, group: ProcessGroup, device: torch.device,
-        utilisation: float | None, clock: Callable[[], float] = time.perf_counter,
-    ) -> None:  # fmt: skip
+        self, batch_size: int, group: ProcessGroup, device: torch.device, utilisation: float | None
+    ) -> None:
         self.batch_size, self.group, self.device = batch_size, group, device
-        self._utilisation, self._clock = utilisation, clock
-        self.steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, clock()
+        self._utilisation = utilisation
+        self.steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, time.perf_counter()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time until each one arrives counts as waiting for data."""
-        asked = self._clock()
+        asked = time.perf_counter()
         for batch in batches:
-            self._waited += self._clock() - asked
+            self._waited += time.perf_counter() - asked
             yield batch
-            asked = self._clock()
+            asked = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the block's time, such as an evaluation's, out of the rates."""
-        begun = self._clock()
+        begun = time.perf_counter()
         yield
-        self._since += self._clock() - begun
+        self._since += time.perf_counter() - begun
 
     def lap(self) -> float:
         """Seconds since the last call; call it after each step."""
-        now = self._clock()
+        now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._seconds += seconds
         return seconds

@@ -103,10 +103,9 @@ def _write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, manifest)
         return
-    existing = read_object(path)
-    requested = json.loads(json.dumps(manifest))
-    compared = requested.keys() - {"pillow", "packed_from"}
-    differing = [k for k in requested if k in compared and existing.get(k) != requested[k]]
+    existing, requested = read_object(path), json.loads(json.dumps(manifest))
+    may_differ = ("pillow", "packed_from")
+    differing = [k for k, v in requested.items() if k not in may_differ and existing.get(k) != v]
     if differing:
         key, shown = differing[0], ""
         if not isinstance(requested[key], (dict, list)):

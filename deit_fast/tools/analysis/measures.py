@@ -26,7 +26,7 @@ def spread(values: Tensor) -> dict[str, float]:
     }
 
 
-def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict[str, Any]:
+def calibration(confidence: Tensor, right: Tensor) -> dict[str, Any]:
     """Expected calibration error and the reliability curve behind it.
 
     ECE = sum over bins of (images in the bin / all) * |accuracy - mean confidence| in the bin; bins
@@ -40,15 +40,15 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> dict[str
         `ece`; `bins`: those with images, each `low`, `high`, `count`, `confidence`, `accuracy`.
     """
     confidence = confidence.double()
-    index = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
-    count = torch.bincount(index, minlength=bins)
-    confident = torch.bincount(index, weights=confidence, minlength=bins)
-    hits = torch.bincount(index, weights=right.double(), minlength=bins)
+    index = (torch.ceil(confidence * BINS).long() - 1).clamp(0, BINS - 1)
+    count = torch.bincount(index, minlength=BINS)
+    confident = torch.bincount(index, weights=confidence, minlength=BINS)
+    hits = torch.bincount(index, weights=right.double(), minlength=BINS)
     error = (hits - confident).abs().sum().item() / len(confidence)
     rows = [
         {
-            "low": number / bins,
-            "high": (number + 1) / bins,
+            "low": number / BINS,
+            "high": (number + 1) / BINS,
             "count": total,
             "confidence": confident[number].item() / total,
             "accuracy": hits[number].item() / total,
