@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,16 @@ from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import TeacherCalls, _Job, estimate, precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import Progress, duration
+from helpers import small_blocks
 from helpers.digits import write_few_digits
+from helpers.processes import start_forked
 from helpers.small_blocks import BLOCK
 
-# Several processes share two cores.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 SPEC = "deit_fast.models.convnet:small_convnet"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_blocks():
+def blocks_are_small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CodecConfig, "block_records", BLOCK)
         yield
@@ -71,11 +72,19 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 def command(config: RunConfig, cache: Path) -> list[str]:
     """The same job as a person would type it."""
     return [
-        sys.executable, "-m", "helpers.small_blocks", "precompute", "--recipe", "digits_student",
-        "--epochs", "6", "--num-views", "6", "--teacher", str(config.teacher),
-        "--teacher-batch", "32", "--cache", str(cache), "--data.root", str(config.data.root),
-        "--data.workers", "0",
+        "precompute", "--recipe", "digits_student", "--epochs", "6", "--num-views", "6",
+        "--teacher", str(config.teacher), "--teacher-batch", "32", "--cache", str(cache),
+        "--data.root", str(config.data.root), "--data.workers", "0",
     ]  # fmt: skip
+
+
+def start(config: RunConfig, cache: Path, **variables: str) -> BaseProcess:
+    return start_forked(small_blocks.run, command(config, cache), **variables)
+
+
+def status(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
 
 
 def check_logits(config: RunConfig, device: str) -> None:
@@ -158,7 +167,7 @@ def test_stored_logits_are_the_teachers(config, reference):
 def test_bytes_do_not_depend_on_process_count(config, reference, tmp_path, world):
     cache = tmp_path / "cache"
     processes = start_ranks(config, cache, world)
-    assert [process.wait(120) for process in processes] == [0] * world
+    assert [status(process) for process in processes] == [0] * world
     assert contents(cache) == reference
 
 
@@ -168,15 +177,15 @@ def test_killed_at_any_moment_then_finished_gives_the_same_bytes(config, referen
     cache = tmp_path / "cache"
     kills = 0
     for blocks_before_kill in (0, 5, 20):
-        process = subprocess.Popen(command(config, cache), env=ENVIRONMENT)
-        while process.poll() is None and blocks_done(cache) < blocks_before_kill:
+        process = start(config, cache)
+        while process.is_alive() and blocks_done(cache) < blocks_before_kill:
             time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills += 1
-        process.wait()
+        process.join()
     assert kills >= 2
-    assert subprocess.run(command(config, cache), env=ENVIRONMENT, timeout=500).returncode == 0
+    assert status(start(config, cache)) == 0
     assert contents(cache) == reference
 
 
@@ -251,40 +260,40 @@ def test_three_processes_killed_then_two_finish(config, reference, tmp_path):
         time.sleep(0.002)
     for process in first:
         process.kill()
-        process.wait()
+        process.join()
     assert blocks_done(cache) < 36
-    assert [process.wait(120) for process in start_ranks(config, cache, 2)] == [0, 0]
+    assert [status(process) for process in start_ranks(config, cache, 2)] == [0, 0]
     assert contents(cache) == reference
 
 
 @pytest.mark.dist
 def test_a_second_command_is_refused_and_the_first_continues(config, reference, tmp_path):
     cache = tmp_path / "cache"
-    first = subprocess.Popen(command(config, cache), env=ENVIRONMENT)
+    first = start(config, cache)
     # The lock has its owner's name a moment after it was made.
-    while first.poll() is None and not any(p.read_bytes() for p in cache.glob(".lock-*")):
+    while first.is_alive() and not any(p.read_bytes() for p in cache.glob(".lock-*")):
         time.sleep(0.001)
     os.kill(first.pid, signal.SIGSTOP)  # busy for as long as this test needs
     try:
         second = subprocess.run(
-            command(config, cache), env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+            [sys.executable, "-m", "helpers.small_blocks", *command(config, cache)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
     finally:
         os.kill(first.pid, signal.SIGCONT)
     assert second.returncode == 2
     line = second.stderr.splitlines()[-1]
     assert f"is being written by pid {first.pid} on host" in line and ".lock-view-0000" in line
-    assert first.wait(120) == 0
+    assert status(first) == 0
     assert contents(cache) == reference
 
 
-def start_ranks(config: RunConfig, cache: Path, world: int) -> list[subprocess.Popen]:
+def start_ranks(config: RunConfig, cache: Path, world: int) -> list[BaseProcess]:
     return [
-        subprocess.Popen(
-            command(config, cache),
-            env=ENVIRONMENT
-            | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
-        )
+        start(config, cache, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         for rank in range(world)
     ]
 

@@ -18,17 +18,25 @@ import torch
 
 
 def forked(target: Callable[..., object], *arguments: object) -> int:
-    """Exit status of a process that calls the target; negative: the signal that killed it.
-
-    It has this environment, and as many threads as this process: the order of sums depends on it.
-    """
-    context = multiprocessing.get_context("forkserver")
-    given = (target, arguments, dict(os.environ), torch.get_num_threads())
-    child = context.Process(target=_call, args=given)
-    child.start()
+    """Exit status of a process that calls the target; negative: the signal that killed it."""
+    child = start_forked(target, *arguments)
     child.join()
     assert child.exitcode is not None
     return child.exitcode
+
+
+def start_forked(
+    target: Callable[..., object], *arguments: object, **variables: str
+) -> multiprocessing.process.BaseProcess:
+    """A process that calls the target, in this environment with the variables.
+
+    It has as many threads as this process: the order of sums depends on it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    given = (target, arguments, os.environ | variables, torch.get_num_threads())
+    child = context.Process(target=_call, args=given)
+    child.start()
+    return child
 
 
 def _call(

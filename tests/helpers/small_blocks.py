@@ -9,6 +9,11 @@ from deit_fast.config import CodecConfig
 
 BLOCK = 36
 
-if __name__ == "__main__":
+
+def run(arguments: list[str]) -> None:
     CodecConfig.block_records = BLOCK
-    sys.exit(main())
+    sys.exit(main(arguments))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
