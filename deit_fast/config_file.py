@@ -75,22 +75,24 @@ def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     model, data, optim = values.get("model"), values.get("data"), values.get("optim")
     if isinstance(model, dict) and "args" not in model:
-        shape = [f"{name}={model[name]}" for name in _SHAPE if model.get(name) is not None]
-        rest = {name: value for name, value in model.items() if name not in _SHAPE}
-        values["model"] = rest | ({"args": shape} if shape else {})
+        shape = {name: model[name] for name in _SHAPE if type(model.get(name)) is int}
+        rest = {name: value for name, value in model.items() if name not in shape}
+        args = [f"{name}={value}" for name, value in shape.items()]
+        values["model"] = rest | ({"args": args} if args else {})
     if isinstance(data, dict) and data.get("loader") in ("dali", "dali-triton"):
-        rest = {name: value for name, value in data.items() if name != "dali_decoder"}
-        loader = f"dali-{data.get('dali_decoder', 'cpu')}"
+        loader = "dali-gpu" if data.get("dali_decoder") == "gpu" else "dali-cpu"
         if data["loader"] == "dali":
             log.warning(
                 "data.loader=dali, which augmented by DALI, is no longer a setting: read as %s, "
                 "whose pixels differ slightly",
                 loader,
             )
-        values["data"] = rest | {"loader": loader}
+        values["data"] = data | {"loader": loader}
+        if loader == "dali-gpu":
+            values["data"].pop("dali_decoder")
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
         lr, samples = optim["lr"], optim["lr_batch"]
-        if isinstance(lr, (int, float)) and isinstance(samples, int) and samples > 0:
+        if type(lr) is float and type(samples) is int and 0 < samples < 2**31:
             current = OptimConfig.lr_batch
             values["optim"] = optim | {"lr": lr * current / samples, "lr_batch": current}
     return values
@@ -173,7 +175,7 @@ def _convert(hint: Any, value: Any) -> Any:
             for item_hint, item in zip(hints, value, strict=True):
                 _convert(item_hint, item)
             return tuple(value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is hint:
         return value

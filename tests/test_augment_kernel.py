@@ -21,7 +21,7 @@ from deit_fast.config import ViewConfig
 from deit_fast.data.augment import apply_operation, augment_table, operation_at
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
-from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan
+from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan, plan_dtype
 from deit_fast.views.rng import LEVEL_ONE
 from helpers.kernels import (
     INTERPRETED,
@@ -383,3 +383,8 @@ def test_recipes_that_the_kernel_does_not_know_are_refused(name: str, value: obj
     recipe = ViewConfig(**(options | {name: value}))
     with pytest.raises(InputError, match=f"view.{name}=.*, not {value}"):
         augment_table(recipe, plan_rows([]), [], [])
+
+
+def test_more_layers_than_the_kernel_has_are_refused() -> None:
+    with pytest.raises(InputError, match="knows 2 operations of a view, not 3"):
+        augment_table(ViewConfig(), np.zeros(1, plan_dtype(3)), [[0, 0, 9, 9]], [0])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import numpy as np
 import pytest
 import torch
 
 from deit_fast import _C
-from deit_fast.cache import CacheError
+from deit_fast.cache import CODECS, CacheError
 from deit_fast.cache.codecs import codec_from_manifest
+from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from helpers.caches import (
     codec_of,
@@ -20,6 +22,14 @@ from helpers.caches import (
     true_log_probs,
     write_cache,
 )
+
+EIGHT_BITS = ("dense-int8", "dense-fp8")
+EXACT = ("dense-fp16", "dense-bf16", "dense-fp32")  # torch's own conversion: test_cache.py
+
+
+def test_every_codec_is_a_setting_and_has_a_test_of_its_error():
+    settings = typing.get_args(typing.get_type_hints(CodecConfig)["name"])
+    assert set(CODECS) == set(settings) == {"hard", "topk", *EIGHT_BITS, *EXACT}
 
 
 def reference_topk(logits: torch.Tensor, codec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +186,7 @@ def test_a_hostile_record_decodes_alike_everywhere():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1, 3, 20, 1000])
-@pytest.mark.parametrize("name", ["dense-int8", "dense-fp8"])
+@pytest.mark.parametrize("name", EIGHT_BITS)
 def test_eight_bits_stay_within_their_bound(name, classes, dtype):
     logits = make_logits(1, 60, classes) * torch.logspace(-42, 37, 60)[:, None]
     logits[::7] += 1000  # far from zero
@@ -213,7 +223,7 @@ def test_kl_of_int8_stays_below_the_stated_one(tau):
 
 def test_a_row_of_eight_bits_does_not_depend_on_its_batch():
     logits = make_logits(3, 40, 1000)
-    for name in ("dense-int8", "dense-fp8", "hard"):
+    for name in (*EIGHT_BITS, "hard"):
         codec = codec_of(name, 1000)
         apart = torch.cat([codec.encode(row[None]) for row in logits])
         assert torch.equal(codec.encode(logits), apart)

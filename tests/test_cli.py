@@ -287,6 +287,24 @@ def test_settings_of_an_earlier_run_are_converted(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": {"depth": "six"}}, "'model.depth', here six, is no longer a setting"),
+        ({"model": {"depth": True}}, "'model.depth', here True, is no longer a setting"),
+        ({"optim": {"lr": True, "lr_batch": 1024}}, "'optim.lr' needs float, not True"),
+        ({"optim": {"lr": 1e-3, "lr_batch": 10**400}}, "'optim.lr_batch', here 1000"),
+        ({"optim": {"lr": 10**400}}, "'optim.lr' needs float, not 1000"),
+        ({"data": {"loader": "dali-triton", "dali_decoder": "both"}}, "'data.dali_decoder', here"),
+    ],
+)
+def test_damaged_settings_of_an_earlier_run_are_refused_by_name(tmp_path, values, words):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_config(str(file), RunConfig())
+
+
+@pytest.mark.parametrize(
     ("earlier", "decoder", "now", "warnings"),
     [
         ("pillow", "cpu", "pillow", 0),

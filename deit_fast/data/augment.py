@@ -219,7 +219,7 @@ def augment_table(
         image_of: integers [B], each view's row in the kernel's `images`.
 
     Raises:
-        InputError: another crop, or other augmentations than RandAugment.
+        InputError: another crop, other augmentations than RandAugment, or more than two layers.
     """
     for name, known in _KERNEL_KNOWS.items():
         if getattr(view, name) not in known:
@@ -227,6 +227,8 @@ def augment_table(
                 f"the augment kernel knows view.{name}={' or '.join(map(str, known))}, "
                 f"not {getattr(view, name)}"
             )
+    if (layers := rows["operations"].shape[1]) != 2:
+        raise InputError(f"the augment kernel knows 2 operations of a view, not {layers}")
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
     table = np.zeros((len(rows), len(TABLE_COLUMNS)), np.int64)
     table[:, 0] = image_of
