@@ -464,13 +464,11 @@ def codec_case(batch: int) -> Case:
 
     def build() -> dict[str, Callable[[], Any] | str]:
         raw = {name: codec.encode(digits_logits()[:batch]) for name, codec in codecs.items()}
-        return {
-            name: partial(codec.decode, raw[name], 1.0, "uniform") for name, codec in codecs.items()
-        }
+        return {name: partial(codec.decode, raw[name], 1.0) for name, codec in codecs.items()}
 
     def facts(name: str) -> Row:
         codec, logits = codecs[name], digits_logits()
-        error = kl_error(codec.decode(codec.encode(logits), 1.0, "uniform"), logits)
+        error = kl_error(codec.decode(codec.encode(logits), 1.0), logits)
         return {"bytes_per_view": codec.record_bytes, "kl_error": error}
 
     name = f"decode, digits teacher C=10 B={batch}"

@@ -696,3 +696,13 @@ def test_charts_of_the_docs_match_the_committed_results(tmp_path: Path) -> None:
             pattern = r"<text[^>]*>([^<]*)</text>"  # another matplotlib draws other paths
             assert re.findall(pattern, here) == re.findall(pattern, there), stem
     assert expected == {path.name for path in folder.iterdir()}
+
+
+def test_every_codec_decodes_in_its_bench() -> None:
+    from bench import bench_cache
+
+    case = bench_cache.codec_case(8)
+    for name, call in case.build().items():
+        assert callable(call)
+        call()
+        assert case.facts is not None and case.facts(name)["kl_error"] >= -1e-9
