@@ -1,6 +1,7 @@
 #include "logit_cache.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -179,6 +180,7 @@ const std::string& create_or_keep(const std::string& path, const std::string& te
   const int fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd < 0) fail_io(path, "creating a temporary file beside it");
   const TemporaryFile file{fd, temporary};
+  ::flock(fd, LOCK_EX | LOCK_NB);  // remove_orphans of another process leaves a locked file
   int code = 0;
   do {
     code = ::posix_fallocate(fd, 0, static_cast<off_t>(spec.file_bytes()));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from deit_fast.config import OptimConfig, RunConfig, constants
 from deit_fast.errors import InputError, did_you_mean
+from deit_fast.runtime.files import read_json
 
 log = logging.getLogger("deit_fast")
 
@@ -117,13 +117,9 @@ def dotted_keys() -> list[str]:
 def load_config(path: str, base: RunConfig) -> RunConfig:
     """Read a JSON config file over ``base``; the file that every run writes is one."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = read_json(Path(path))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"config file {path} must hold a JSON object")
     return from_dict(base, from_earlier(values))
 
 

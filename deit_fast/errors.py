@@ -45,6 +45,14 @@ def first_line(error: BaseException, limit: int = 200, with_type: bool = False) 
     return f"{name}: {text}" if with_type and text else text or name
 
 
+def printable(value: object) -> str:
+    """Text for a terminal: control characters, escape sequences and lone surrogates are escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in str(value)
+    )
+
+
 def did_you_mean(name: str, valid: Iterable[str], prefix: str = "") -> str:
     """End of a message about an unknown name: ` (did you mean X?)`, or nothing.
 

@@ -227,7 +227,7 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ),
         ("train --recipe", "--recipe needs 1 value(s)"),
         ("train --config missing.json", "config file missing.json does not exist"),
-        ("train --config tests", "tests: Is a directory"),
+        ("train --config tests", "tests is a folder"),
         ("precompute --views 3:2", "--views needs A:B, two whole numbers with A < B, not '3:2'"),
         ("precompute --views 3", "--views needs A:B, two whole numbers with A < B, not '3'"),
         ("train --views 0:2", "unknown flag --views"),

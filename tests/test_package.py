@@ -28,7 +28,12 @@ LATE = {
 # Layers from the bottom up, by path; for each path the longest entry that it begins with. A file
 # imports from its own layer and from those below.
 LAYERS = [
-    {"deit_fast/errors.py", "deit_fast/config.py", "deit_fast/config_file.py"},
+    {
+        "deit_fast/errors.py",
+        "deit_fast/runtime/files.py",
+        "deit_fast/config.py",
+        "deit_fast/config_file.py",
+    },
     {
         "deit_fast/recipes.py",
         "deit_fast/runtime",

@@ -24,6 +24,7 @@ from deit_fast.data import EvalLoader, UnreadableImage, ViewLoader, open_loader,
 from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
+from deit_fast.runtime.files import read_json, write_json
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
 
@@ -382,7 +383,7 @@ def change_table(folder: Path, change: Callable[[dict], dict]) -> None:
 
 def change_manifest(folder: Path, **changes: int) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_json(path, read_json(path) | changes)
 
 
 def shorten(path: Path, length: int) -> None:

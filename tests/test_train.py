@@ -18,6 +18,7 @@ from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precompute import precompute
 from deit_fast.runtime.distributed import ProcessGroup
+from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.speed import StepMeter, training_flops
 from deit_fast.train import loop
@@ -200,8 +201,7 @@ def test_training_learns(world, tmp_path):
     assert "top1_distill" not in result
     assert set(result["per_class"]) == {str(digit) for digit in range(10)}
     assert result["teacher"] is None
-    saved = json.loads((tmp_path / "run/result.json").read_text())
-    assert saved == result
+    assert read_json(tmp_path / "run/result.json") == result
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(world, tmp_path):

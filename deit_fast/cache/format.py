@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, CacheMismatch
-from deit_fast.runtime.files import temporary_path
+from deit_fast.runtime.files import create_atomically
 
 FORMAT = 2
 FILE_NAME = "manifest.json"
@@ -208,17 +207,7 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     if not path.exists():
-        temporary = temporary_path(path)
-        try:
-            with open(temporary, "x") as file:
-                json.dump(checked, file, indent=1, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink(missing_ok=True)
+        create_atomically(path, json.dumps(checked, indent=1, sort_keys=True).encode())
     present = read_manifest(folder)
     require_equal(folder, present, checked, only=False)
     return present

@@ -25,7 +25,7 @@ from PIL import Image
 from deit_fast import _C
 from deit_fast.data.sources import Paths, Source, UnreadableImage, decode, packed_path
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import read_arrays
+from deit_fast.runtime.files import read_arrays, read_json
 
 FORMAT = {"format": "deit-fast-packed", "version": 1}
 FORMS = ("uint8", "jpeg")
@@ -123,13 +123,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no packed images: it has no manifest.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} must hold a JSON object")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     for name, value in FORMAT.items():
         if manifest.get(name) != value:
             raise InputError(f"{path}: {name} must be {value!r}, not {manifest.get(name)!r}")

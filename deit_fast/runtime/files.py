@@ -1,24 +1,82 @@
-"""Files that are complete or absent (a temporary name, a sync, a rename), and arrays in them."""
+"""The home of reading and writing files.
+
+A written file is complete or absent: a locked temporary file, a sync, a rename. A file that is
+written and read again carries a checksum of all its bytes, its seal. A reader opens regular files
+only, so that a FIFO or a device in place of a file cannot make it wait.
+
+numpy and the extension are imported late: `doctor` runs without them.
+"""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import errno
+import fcntl
 import io
-import itertools
 import json
 import os
 import re
+import secrets
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
+from deit_fast.errors import InputError, printable
 
-_temporary_numbers = itertools.count()
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading without waiting.
+
+    Raises:
+        InputError: the path is not a regular file but a folder, FIFO, socket or device.
+        OSError: names the path.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+    except InputError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _require_regular(path: str | Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise InputError(f"{printable(path)} is {kind}, not a file: choose another path or remove it")
+
+
+def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        InputError: as ``open_regular``, or the file has more than ``limit`` bytes.
+        OSError: names the path.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{printable(path)} has more than {limit} bytes")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -26,24 +84,25 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A new file, which replaces ``path`` when the block ends.
 
     Raises:
+        InputError: ``path`` is there and is not a regular file.
         OSError: names ``path``; the old file, or none, is there, and no part of the new one.
     """
-    temporary = temporary_path(path)
+    if path.exists():
+        _require_regular(path, path.stat().st_mode)
+    temporary = None
     try:
-        with open(temporary, "xb") as file:
+        temporary, descriptor = _create_temporary(path)
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # before the file is closed, which would release its lock
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself must survive a power cut
-    finally:
-        os.close(descriptor)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -52,9 +111,37 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+def create_atomically(path: Path, content: bytes) -> None:
+    """Write a file unless there is one; of several processes that do so at once, one writes.
+
+    Raises:
+        OSError: names ``path``.
+    """
+    temporary = None
+    try:
+        temporary, descriptor = _create_temporary(path)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder() -> Path:
@@ -62,8 +149,99 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit-fast"
 
 
+# ---------------------------------------------------------------------------------------------
+# Seals
+# ---------------------------------------------------------------------------------------------
+
+SEAL = b'"crc32c": "00000000"'  # in place of the zeros: CRC32C of the content with the zeros
+_SEAL_PATTERN = re.compile(SEAL.replace(b"00000000", b"([0-9a-f]{8})"))
+
+
+def seal(content: bytes) -> bytes:
+    """The content with the checksum written into its last ``SEAL``."""
+    start = content.rindex(SEAL)
+    digits = SEAL.replace(b"00000000", b"%08x" % _crc32c(content))
+    return content[:start] + digits + content[start + len(SEAL) :]
+
+
+def is_intact(content: bytes) -> bool | None:
+    """Whether the checksum in the last seal is right; None where there is no seal."""
+    start = content.rfind(SEAL[:-9])
+    match = _SEAL_PATTERN.match(content, start) if start >= 0 else None
+    if match is None:
+        return None
+    unsealed = content[:start] + SEAL + content[match.end() :]
+    return _crc32c(unsealed) == int(match[1], 16)
+
+
+def _crc32c(content: bytes) -> int:
+    from deit_fast import _C
+
+    return _C.crc32c(content)
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON and arrays
+# ---------------------------------------------------------------------------------------------
+
+_MAX_JSON_BYTES = 1 << 28
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an indented JSON object atomically; its last key is the seal."""
+    text = json.dumps({**content, "crc32c": "00000000"}, indent=2) + "\n"
+    write_atomically(path, seal(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, without its seal. A file without a seal is accepted.
+
+    Raises:
+        InputError: the file is damaged, or holds something else; names it and the remedy.
+        OSError: names the path.
+    """
+    content = read_file(path, _MAX_JSON_BYTES)
+    values = parse_object(content, str(path))
+    if "crc32c" in values and not is_intact(content):
+        raise InputError(
+            f"{printable(path)} is damaged or was edited: its checksum differs; to use it as it "
+            f"is, remove its line crc32c"
+        )
+    values.pop("crc32c", None)
+    return values
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``content``; ``where`` starts the message of what is wrong with it.
+
+    Raises:
+        InputError: not UTF-8, not JSON, not an object, or a key twice.
+    """
+    where = printable(where)
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is damaged: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is damaged: {printable(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is damaged: not a JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is there twice")
+    return values
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file atomically; the zip format has a checksum for each array."""
+    import numpy as np
+
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_atomically(path, content.getbuffer())
@@ -74,15 +252,17 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
 
     Raises:
         FileNotFoundError: there is no such file.
+        InputError: as ``open_regular``.
         ValueError: it is damaged, or an array is missing or has another dtype.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in dtypes}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    import numpy as np
+
+    with open_regular(path) as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in dtypes}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
     for name, dtype in dtypes.items():
         if arrays[name].dtype != dtype:
             raise ValueError(f"{path}: {name} must be {np.dtype(dtype)}, not {arrays[name].dtype}")
@@ -90,44 +270,50 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
 
 
 # ---------------------------------------------------------------------------------------------
-# Temporary names
+# Temporary files
 # ---------------------------------------------------------------------------------------------
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` that no other process and no other call of this one uses."""
-    pid = os.getpid()
-    owner = f"{_namespace_digest()}-{pid}-{_process_start(pid) or 0}-{next(_temporary_numbers)}"
-    return path.with_name(f".tmp-{owner}-{path.name}")
+    """An unused name beside ``path`` that nobody can predict."""
+    return path.with_name(f".tmp-{secrets.token_hex(8)}")
 
 
 def remove_orphans(folder: Path) -> None:
     """Delete temporary files of killed processes; they may be as large as a view of a cache.
 
-    Files of another boot, host or container stay: their process may be alive.
+    A process holds a lock on its temporary file while it writes. The system releases the lock when
+    the process ends, on this host and over NFS. Without such locks nothing is deleted.
     """
-    pattern = re.compile(rf"\.tmp-{_namespace_digest()}-(\d+)-(\d+)-")
     for path in folder.glob(".tmp-*"):
-        owner = pattern.match(path.name)
-        if owner and (_process_start(int(owner[1])) or 0) != int(owner[2]):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
+        except OSError:
+            pass  # somebody writes it, or it cannot be deleted
+        finally:
+            os.close(descriptor)
 
 
-@functools.cache
-def _namespace_digest() -> str:
-    """Identifies the processes whose pids this process can see; random if the system hides it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        space = os.urandom(16).hex()
-    return hashlib.sha256(space.encode()).hexdigest()[:12]
-
-
-def _process_start(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot (proc(5), stat); None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """Name and descriptor of a new, locked file beside ``path``."""
+    while True:
+        temporary = temporary_path(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process checks whether it is an orphan
+            os.close(descriptor)
+            continue
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                os.close(descriptor)
+                raise
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # it was deleted as an orphan before it was locked

@@ -29,7 +29,7 @@ from typing import Any
 from deit_fast.config import RunConfig
 from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import InputError, first_line
-from deit_fast.runtime.files import write_json
+from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.signals import Preempted
 
 log = logging.getLogger("deit_fast")
@@ -213,7 +213,7 @@ class Trackers:
         if not config.track:
             return
         path = output / "trackers.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:12]
         for name in config.track:
             entry = known.get(name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
+from deit_fast.runtime.files import parse_object, read_json
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANALYSIS_FOLDER, ANALYSIS_FILE, ANALYSIS_FORMAT = "analysis", "analysis.json", 1
@@ -77,9 +77,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InputError: the file is missing or holds something else.
+        InputError: the file is missing or damaged, or holds something else.
     """
-    return _parse_object(_read_text(path), str(path))
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist{_unfinished(path)}") from None
 
 
 def _read_analysis(path: Path) -> dict[str, Any]:
@@ -104,28 +107,21 @@ def _read_png(path: Path) -> bytes:
     return image
 
 
+def _unfinished(path: Path) -> str:
+    return ": the run has not finished" if path.name == "result.json" else ""
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        unfinished = ": the run has not finished" if path.name == "result.json" else ""
-        raise InputError(f"{path} does not exist{unfinished}") from None
+        raise InputError(f"{path} does not exist{_unfinished(path)}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is damaged: not UTF-8 text") from None
 
 
-def _parse_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where} is damaged: not a JSON object")
-    return value
-
-
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """All rows; a last line without a line feed was cut off by a crash and is ignored."""
-    text = _read_text(path)
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [_parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
+    content = _read_text(path).encode()
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
