@@ -33,6 +33,7 @@ from deit_fast.data import (
 )
 from deit_fast.data.eval import eval_pixels
 from deit_fast.data.loader import make_batch
+from deit_fast.data.open import require_trained_classes
 from deit_fast.data.resize import crop_and_resize
 from deit_fast.errors import InputError
 from deit_fast.views.order import EpochOrder, TrainBatches
@@ -132,9 +133,47 @@ def test_held_out_labels_follow_the_training_classes(tmp_path):
     (tmp_path / "val" / "class1").rmdir()
     data = DataConfig(root=str(tmp_path))
     assert open_source(data, "val", SIZE).labels.tolist() == [0, 2]
-    (tmp_path / "val" / "stranger").mkdir()
-    with pytest.raises(InputError, match="stranger"):
+    write_split(tmp_path / "more", 1, 1)
+    (tmp_path / "more" / "class0").rename(tmp_path / "val" / "stranger")
+    with pytest.raises(InputError, match="has class 'stranger', which the training split lacks"):
         open_source(data, "val", SIZE)
+
+
+def test_labels_follow_the_names_of_a_runs_classes(tmp_path):
+    write_split(tmp_path / "val", 3, 1)
+    data, run = DataConfig(root=str(tmp_path)), ["new", "class2", "class1", "class0"]
+    source = open_source(data, "val", SIZE, run)
+    assert source.labels.tolist() == [3, 2, 1] and source.classes == run
+    plain = open_source(data, "val", SIZE)
+    assert source.fingerprint()["dataset.sha256"] == plain.fingerprint()["dataset.sha256"]
+    with pytest.raises(InputError, match="has class 'class1', which the run lacks"):
+        open_source(data, "val", SIZE, ["class0", "class2"])
+    with pytest.raises(InputError, match="class name 'class1' stands for two labels"):
+        open_source(data, "val", SIZE, ["class0", "class1", "class1", "class2"])
+
+
+def test_a_split_without_images_of_a_class(tmp_path, caplog):
+    write_split(tmp_path / "train", 3, 1)
+    write_split(tmp_path / "val", 3, 1)
+    data = DataConfig(root=str(tmp_path))
+    (image,) = (tmp_path / "train" / "class1").iterdir()
+    image.rename(image.with_suffix(".heic"))
+    train = open_source(data, "train", SIZE)
+    assert train.classes == ["class0", "class1", "class2"] and train.labels.tolist() == [0, 2]
+    assert "no image of 1 of its classes, the first is 'class1': it holds files" in caplog.text
+    with pytest.raises(InputError, match="1 of the held-out classes, such as 'class1'"):
+        require_trained_classes(train, open_source(data, "val", SIZE))
+    image.with_suffix(".heic").unlink()
+    train = open_source(data, "train", SIZE)
+    assert "'class1': its folder is empty" in caplog.text
+    shutil.rmtree(tmp_path / "val" / "class1")
+    require_trained_classes(train, open_source(data, "val", SIZE))
+
+
+def test_one_class_is_refused(tmp_path):
+    write_split(tmp_path / "train", 1, 2)
+    with pytest.raises(InputError, match="has one class, 'class0'"):
+        open_source(DataConfig(root=str(tmp_path)), "train", SIZE)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,20 @@ def test_tar_shards_give_the_views_of_the_files_in_them(
         assert evaluation(shards) == evaluation(files)
 
 
+def test_labels_of_shards_follow_the_names_in_classes_txt(folder: Path, tmp_path: Path) -> None:
+    write_tars(folder, tmp_path / "tars")
+    pack(DataConfig(root=str(tmp_path / "tars"), source="tar", workers=0), str(tmp_path / "pack"))
+    run = ["cat", "ant", "new", "bee"]
+    for data in (packed(tmp_path / "pack"), DataConfig(root=str(tmp_path / "tars"), source="tar")):
+        plain, mapped = open_source(data, "val", 24), open_source(data, "val", 24, run)
+        assert [run[label] for label in mapped.labels] == [CLASSES[label] for label in plain.labels]
+        sums = {source.fingerprint()["dataset.sha256"] for source in (plain, mapped)}
+        assert len(sums) == 1
+    (tmp_path / "tars/classes.txt").unlink()
+    with pytest.raises(InputError, match="has class '0' and 2 more, which the run lacks"):
+        open_source(data, "val", 24, run)
+
+
 def test_the_index_is_kept_and_notices_a_changed_shard(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

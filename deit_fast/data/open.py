@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deit_fast.config import DataConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.loader import ViewLoader
-from deit_fast.data.packed_shards import PackedImages
+from deit_fast.data.packed_shards import PackedImages, read_manifest
 from deit_fast.data.sources import ImageFolder, Source, Synthetic, class_folders
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.views.plan import ViewPlan
 
 
-def open_source(data: DataConfig, split: str, image_size: int) -> Source:
+def open_source(
+    data: DataConfig, split: str, image_size: int, classes: list[str] | None = None
+) -> Source:
     """The training or held-out images of a configuration.
 
-    Held-out labels follow the training split's classes if that split exists, so a class without
-    held-out images shifts no label.
+    Held-out labels follow the names of the training split's classes if that split exists, so a
+    class without held-out images shifts no label.
 
     Args:
         split: "train" or "val".
         image_size: side of synthetic images, pixels.
+        classes: of a run; held-out labels then follow these names.
+
+    Raises:
+        InputError: no images; one class in all; a class with held-out images that the training
+            split, or ``classes``, lacks.
     """
+    source = _open_split(data, split, image_size)
+    if split == "train" and len(source.classes) == 1:
+        raise InputError(
+            f"{source.folder} has one class, {source.classes[0]!r}: a classifier needs two or more"
+        )
+    if split != "train":
+        owner = "the training split" if classes is None else "the run"
+        source.follow(classes or _training_classes(data) or source.classes, owner)
+    return source
+
+
+def _open_split(data: DataConfig, split: str, image_size: int) -> Source:
     if data.source == "synthetic":
         count = data.synthetic_samples if split == "train" else data.synthetic_samples // 4
         return Synthetic(count, data.synthetic_classes, image_size, seed=int(split == "val"))
@@ -38,12 +59,34 @@ def open_source(data: DataConfig, split: str, image_size: int) -> Source:
         )
     if data.source == "packed":
         return PackedImages(data.root, split)
-    train = os.path.join(data.root, "train")
-    decides_classes = split == "train" or not os.path.isdir(train)
+    return TarShards(data.root, split) if data.source == "tar" else ImageFolder(data.root, split)
+
+
+def _training_classes(data: DataConfig) -> list[str] | None:
+    """Names by label; None where there is no training split."""
+    train = os.path.join(data.root or "", "train")
+    if data.source == "synthetic" or not os.path.isdir(train):
+        return None
+    if data.source == "packed":
+        return read_manifest(Path(train))["classes"]
     if data.source == "tar":
-        classes = None if decides_classes else TarShards(data.root, "train").classes
-        return TarShards(data.root, split, classes)
-    return ImageFolder(data.root, split, None if decides_classes else class_folders(train) or None)
+        return TarShards(str(data.root), "train").classes
+    return class_folders(train)
+
+
+def require_trained_classes(train: Source, held_out: Source) -> None:
+    """
+    Raises:
+        InputError: a class has held-out images and no training images; names it.
+    """
+    counts = [np.bincount(s.labels, minlength=len(train.classes)) for s in (train, held_out)]
+    untrained = np.flatnonzero((counts[0] == 0) & (counts[1] > 0)).tolist()
+    if untrained:
+        names = ", ".join(repr(train.classes[label]) for label in untrained[:3])
+        raise InputError(
+            f"{train.folder} has no image of {len(untrained)} of the held-out classes, such as "
+            f"{names}: add some, or remove these classes from {held_out.folder}"
+        )
 
 
 def open_loader(

@@ -46,10 +46,10 @@ class PackedImages(Source):
     """
 
     def __init__(self, root: str, split: str) -> None:
-        self.folder = Path(root) / split
+        self.folder: Path = Path(root) / split
         manifest = read_manifest(self.folder)
         count, self._per_shard = manifest["num_samples"], manifest["shard_samples"]
-        self.classes = manifest["classes"]
+        self.classes = self._own_classes = manifest["classes"]
         self._is_jpeg = manifest["form"] == "jpeg"
         self._indices = [
             read_index(self.folder, number, min(self._per_shard, count - first), manifest)
@@ -108,7 +108,7 @@ class PackedImages(Source):
 
     def _sha256(self) -> str:
         """Over every image's size, checksum and class; reads no pixel."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest = hashlib.sha256(json.dumps(self._own_classes).encode())
         for index in self._indices:
             for name in ("sizes", "crc32c", "labels"):
                 values = index[name]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 
 from deit_fast.errors import InputError
 from deit_fast.views.rng import philox
+
+log = logging.getLogger("deit_fast")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -51,6 +55,7 @@ class Source(ABC):
         classes: names in the order of the labels.
         labels: int64 [num_samples].
         paths: where each image comes from, for messages.
+        folder: of the split, for messages.
         finished: whether `load` returns whole views. The plan's crop and augmentation are then not
             applied; flip, erasing and mixing are.
     """
@@ -58,6 +63,7 @@ class Source(ABC):
     classes: list[str]
     labels: np.ndarray
     paths: Sequence[str]
+    folder: str | Path = "the data set"
     finished = False
 
     @property
@@ -79,6 +85,34 @@ class Source(ABC):
             UnreadableImage: it cannot be read or decoded.
         """
         return decode(self.read(index), self.paths[index])
+
+    def follow(self, classes: Sequence[str], owner: str) -> None:
+        """Number the labels by the positions of their classes' names in ``classes``.
+
+        Args:
+            owner: what decides the classes, for the message.
+
+        Raises:
+            InputError: a class with images has a name that is not in ``classes``, or is there
+                twice.
+        """
+        if list(classes) == self.classes:
+            return
+        position = {name: label for label, name in enumerate(classes)}
+        used = [self.classes[label] for label in np.unique(self.labels).tolist()]
+        unknown = [name for name in used if name not in position]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise InputError(f"{self.folder} has class {unknown[0]!r}{more}, which {owner} lacks")
+        for names in (classes, self.classes):
+            twice = [name for name in used if list(names).count(name) > 1]
+            if twice:
+                raise InputError(
+                    f"{self.folder}: the class name {twice[0]!r} stands for two labels, and the "
+                    f"classes are not those of {owner}"
+                )
+        self.labels = np.array([position.get(name, -1) for name in self.classes])[self.labels]
+        self.classes = list(classes)
 
     def fingerprint(self) -> dict[str, Any]:
         """What two users of a cache must agree on about the data set; decodes no image."""
@@ -132,44 +166,48 @@ class ImageFolder(Source):
     Classes are the folder names, sorted. Folders and files whose name starts with a dot are left
     out. EXIF orientation is ignored as in torchvision, since teachers were trained on such pixels.
 
-    Args:
-        classes: names in the order of their labels, if another split decides it; none: the folders
-            of this split.
-
     Raises:
-        InputError: no root, split, class folder or image, or a class that is not in `classes`.
+        InputError: no root, split, class folder or image.
     """
 
-    def __init__(self, root: str, split: str, classes: list[str] | None = None) -> None:
+    def __init__(self, root: str, split: str) -> None:
         expected = f"expected {os.path.join(root, split, '<class>', '<image>')}"
         if not os.path.isdir(root):
             raise InputError(f"image folder {root} does not exist; {expected}")
         self.folder = os.path.join(root, split)
         if not os.path.isdir(self.folder):
             raise InputError(f"image folder {root} has no split {split!r}; {expected}")
-        found = class_folders(self.folder)
-        if not found:
+        self.classes = class_folders(self.folder)
+        if not self.classes:
             raise InputError(f"{self.folder} has no class folders; {expected}")
-        self.classes = classes or found
-        label_of = {name: label for label, name in enumerate(self.classes)}
         labels: list[int] = []
         names: list[bytes] = []
-        for name in found:
-            if name not in label_of:
-                raise InputError(
-                    f"{self.folder} has class {name!r}, which the training split lacks"
-                )
+        for label, name in enumerate(self.classes):
             files = _image_files(self.folder, name)
             names += files
-            labels += [label_of[name]] * len(files)
+            labels += [label] * len(files)
         if not names:
             raise InputError(
-                f"{self.folder} has no images in its {len(found)} class folders; "
+                f"{self.folder} has no images in its {len(self.classes)} class folders; "
                 f"expected {', '.join(EXTENSIONS)}"
             )
         self.labels = np.array(labels, np.int64)
+        self._warn_of_empty_classes()
         buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
         self.paths = Paths(len(names), partial(packed_path, self.folder, buffer, ends, 0))
+
+    def _warn_of_empty_classes(self) -> None:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        empty = [self.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
+        if empty:
+            walk = os.walk(os.path.join(self.folder, empty[0]), followlinks=True)
+            file = next((name for _, _, names in walk for name in sorted(names)), None)
+            log.warning(
+                "%s has no image of %d of its classes, the first is %r: %s",
+                self.folder, len(empty), empty[0],
+                "its folder is empty" if file is None
+                else f"it holds files such as {file!r}, expected {', '.join(EXTENSIONS)}",
+            )  # fmt: skip
 
     def read(self, index: int) -> bytes:
         path = self.paths[index]

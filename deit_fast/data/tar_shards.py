@@ -41,15 +41,12 @@ _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwis
 class TarShards(Source):
     """Reads samples of tar shards by number.
 
-    Args:
-        classes: names in the order of their labels, if another split decides it.
-
     Raises:
         InputError: no shards, a broken archive, an image without a label, a label out of range;
             names the shard and the member.
     """
 
-    def __init__(self, root: str, split: str, classes: list[str] | None = None) -> None:
+    def __init__(self, root: str, split: str) -> None:
         self.folder = os.path.join(root, split)
         if not os.path.isdir(self.folder):
             raise InputError(f"{root} has no folder {split!r} of tar shards")
@@ -63,7 +60,7 @@ class TarShards(Source):
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
         highest = int(self.labels.max())
-        self.classes = classes or _class_names(root, highest)
+        self.classes = _class_names(root, highest)
         if highest >= len(self.classes):
             where = self.paths[int(self.labels.argmax())]
             raise InputError(f"{where} is of class {highest}, but there are {len(self.classes)}")

@@ -15,7 +15,7 @@ import torch
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.data.ingest import save_views
-from deit_fast.data.open import open_loader, open_source
+from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model
 from deit_fast.models.fuse import unfuse
@@ -115,6 +115,7 @@ class _Run:
         # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
         held_out = open_source(config.data, "val", config.view.image_size)
+        require_trained_classes(self.source, held_out)
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = _batches(config, self.source.num_samples, group)
