@@ -135,10 +135,17 @@ PYBIND11_MODULE(_C, module) {
   const auto bind_crc = [&](const char* name, uint32_t (*function)(const void*, size_t, uint32_t)) {
     module.def(
         name,
-        [function](const py::bytes& data, uint32_t crc) {
-          const std::string_view view = data;
-          py::gil_scoped_release release;
-          return function(view.data(), view.size(), crc);
+        [function](const py::object& data, uint32_t crc) {
+          Py_buffer view;  // PyBUF_SIMPLE: contiguous bytes
+          if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) {
+            throw py::error_already_set();
+          }
+          {
+            py::gil_scoped_release release;
+            crc = function(view.buf, static_cast<size_t>(view.len), crc);
+          }
+          PyBuffer_Release(&view);
+          return crc;
         },
         py::arg("data"), py::arg("crc") = 0);
   };

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deit_fast.cache import LogitCache, LogitCacheWriter
     from deit_fast.losses import DistillationLoss
-    from deit_fast.models import create_student, fuse, load_teacher, unfuse
+    from deit_fast.models import create_student, load_teacher
+    from deit_fast.models.fuse import fuse, unfuse
     from deit_fast.views.plan import ViewPlan
 
 __version__ = "0.1.0"

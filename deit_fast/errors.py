@@ -91,7 +91,7 @@ def translate_errors(device: torch.device, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise MemoryError(
                 f"out of memory on {device}: peak {_peak_memory(device) / 2**30:.2f} GiB "
                 f"({_relevant_sentence(error)}); {remedy}"
@@ -105,7 +105,8 @@ def translate_errors(device: torch.device, remedy: str) -> Iterator[None]:
         raise
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator of torch or Python raised it."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

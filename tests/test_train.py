@@ -22,9 +22,9 @@ from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.speed import StepMeter, training_flops
 from deit_fast.train import loop
+from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate
-from deit_fast.train.state import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.teacher import RunTeacher
 from helpers.runs import comparable_rows, run_config, weights_equal
 
@@ -205,11 +205,11 @@ def test_training_learns(world, tmp_path):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(world, tmp_path):
-    """One with settings that are retired, without those that are newer."""
+    """One without a checksum, with settings that are retired, without those that are newer."""
     config = run_config(world, tmp_path, max_steps=1)
     train(config)
     path = list_checkpoints(tmp_path / "checkpoints")[-1]
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True) | {"format": 1}
     saved = json.loads(state["config"]) | {"save_minutes": 5.0, "compress_gradients": False}
     del saved["track"]
     torch.save(state | {"config": json.dumps(saved)}, path)
@@ -265,7 +265,7 @@ def test_not_finite_loss_stops_and_keeps_the_checkpoints(world, tmp_path):
     kept = list_checkpoints(tmp_path / "run/checkpoints")
     saved = torch.load(kept[-1], weights_only=True)
     saved["model"]["head.weight"][0, 0] = float("nan")
-    torch.save(saved, kept[-1])
+    save_checkpoint(kept[-1].parent, saved["step"], saved)
     with pytest.raises(FloatingPointError, match="step 2: the loss of rank 0 is not finite"):
         train(config.replace(max_steps=5))
     assert list_checkpoints(tmp_path / "run/checkpoints") == kept

@@ -1,4 +1,7 @@
-"""Weights files: safetensors, or torch checkpoints read with ``weights_only=True``."""
+"""Weights files: safetensors, or torch checkpoints read with ``weights_only=True``.
+
+The safetensors files that this package writes carry a checksum of all bytes in `__metadata__`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +18,17 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from deit_fast.errors import InputError, first_line
+from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.runtime.files import (
+    SEAL_KEY,
+    SEAL_ZEROS,
+    is_intact,
+    open_atomically,
+    open_regular,
+    parse_object,
+    seal,
+)
+from deit_fast.runtime.torch_files import load_torch
 
 log = logging.getLogger("deit_fast")
 
@@ -33,17 +46,44 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         Name to tensor, on the CPU.
 
     Raises:
-        InputError: the file is missing, is not a weights file, or holds no tensors.
+        InputError: the file is missing or damaged, is not a weights file, or holds no tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"weights file {path} does not exist")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    try:
+        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except FileNotFoundError:
+        raise InputError(f"weights file {path} does not exist") from None
     state = {name.removeprefix("module."): value for name, value in state.items()}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"weights file {path} holds no tensors")
     return tensors
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state dict and texts about it as safetensors, atomically and with a checksum.
+
+    Raises:
+        OSError: names ``path``, where the old file stays.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    content = save(tensors, {**metadata, SEAL_KEY: SEAL_ZEROS})
+    with open_atomically(path) as file:
+        file.writelines(seal(content, _header_end(content)))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts of a safetensors file beside its tensors, empty in files of other programs.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        return _read_header(Path(path))[1]
+    except FileNotFoundError:
+        raise InputError(f"weights file {path} does not exist") from None
 
 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -151,23 +191,51 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _header_end(content: bytes) -> int:
+    """The header follows its length: uint64, little endian."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _read_header(path: Path) -> tuple[bytes, dict[str, str]]:
+    """Content and metadata of a safetensors file, checked by its checksum if it has one."""
+    with open_regular(path) as file:
+        content = file.read()
+    end = _header_end(content)
+    try:
+        metadata = parse_object(content[8:end], "its header").get("__metadata__")
+    except InputError as error:
+        raise _not_safetensors(path, error) from None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if SEAL_KEY in metadata and not is_intact(content, end):
+        raise InputError(f"weights file {printable(path)} is damaged: its checksum differs")
+    return content, {key: value for key, value in metadata.items() if key != SEAL_KEY}
+
+
+def _not_safetensors(path: Path, why: Exception) -> InputError:
+    return InputError(f"weights file {printable(path)} is not a safetensors file: {why}")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        return load_file(path)
+        return load(_read_header(path)[0])
     except SafetensorError as error:
-        raise InputError(f"weights file {path} is not a safetensors file: {error}") from None
+        raise _not_safetensors(path, error) from None
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         # facebookresearch/deit and timm keep their arguments beside the weights: a plain namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), open_regular(path) as file:
+            state, _ = load_torch(file)
+    except (FileNotFoundError, InputError):
+        raise
     except Exception as error:  # torch raises half a dozen types for a bad file
-        reason = first_line(error)
+        if is_out_of_memory(error):
+            raise
+        reason = printable(first_line(error))
         raise InputError(f"weights file {path} cannot be read safely: {reason}") from None
     for key in _WEIGHT_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):

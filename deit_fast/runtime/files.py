@@ -40,10 +40,17 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading without waiting.
 
     Raises:
-        InputError: the path is not a regular file but a folder, FIFO, socket or device.
+        InputError: the path is not a regular file but a folder, FIFO, socket, device or a link to
+            nothing.
         OSError: names the path.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            _require_regular(path, os.stat(path).st_mode)
+        _require_no_dangling_link(path)
+        raise
     try:
         _require_regular(path, os.fstat(descriptor).st_mode)
     except InputError:
@@ -60,6 +67,12 @@ def _require_regular(path: str | Path, mode: int) -> None:
     raise InputError(f"{printable(path)} is {kind}, not a file: choose another path or remove it")
 
 
+def _require_no_dangling_link(path: str | Path) -> None:
+    if os.path.islink(path) and not os.path.exists(path):
+        target = printable(os.readlink(path))
+        raise InputError(f"{printable(path)} is a link to {target}, which does not exist")
+
+
 def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
     """The content of a regular file.
 
@@ -68,10 +81,9 @@ def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
         OSError: names the path.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise InputError(f"{printable(path)} has more than {limit} bytes")
-    return content
+        if os.fstat(file.fileno()).st_size > limit:
+            raise InputError(f"{printable(path)} has more than {limit} bytes")
+        return file.read()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,9 +96,10 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A new file, which replaces ``path`` when the block ends.
 
     Raises:
-        InputError: ``path`` is there and is not a regular file.
+        InputError: ``path`` is there and is not a regular file, or is a link to nothing.
         OSError: names ``path``; the old file, or none, is there, and no part of the new one.
     """
+    _require_no_dangling_link(path)
     if path.exists():
         _require_regular(path, path.stat().st_mode)
     temporary = None
@@ -153,31 +166,64 @@ def cache_folder() -> Path:
 # Seals
 # ---------------------------------------------------------------------------------------------
 
-SEAL = b'"crc32c": "00000000"'  # in place of the zeros: CRC32C of the content with the zeros
-_SEAL_PATTERN = re.compile(SEAL.replace(b"00000000", b"([0-9a-f]{8})"))
+SEAL_KEY, SEAL_ZEROS = "crc32c", "00000000"
+# The seal, of which the digits become the CRC32C of the content with zeros in their place.
+SEAL = f'"{SEAL_KEY}": "{SEAL_ZEROS}"'.encode()
+_SEAL = re.compile(rb'"crc32c": ?"([0-9a-f]{8})"')
+_CHUNK_BYTES = 1 << 22
 
 
-def seal(content: bytes) -> bytes:
-    """The content with the checksum written into its last ``SEAL``."""
-    start = content.rindex(SEAL)
-    digits = SEAL.replace(b"00000000", b"%08x" % _crc32c(content))
-    return content[:start] + digits + content[start + len(SEAL) :]
+def seal(content: bytes, end: int | None = None, crc: int = 0) -> list[bytes | memoryview]:
+    """The content in parts, with the checksum in the digits of its last seal.
+
+    Args:
+        end: the seal is before this position.
+        crc: of what stands before the content in the file.
+    """
+    match = _find_seal(content, end)
+    assert match is not None
+    start, stop = match.span(1)
+    view = memoryview(content)
+    return [view[:start], b"%08x" % crc32c(content, crc), view[stop:]]
 
 
-def is_intact(content: bytes) -> bool | None:
-    """Whether the checksum in the last seal is right; None where there is no seal."""
-    start = content.rfind(SEAL[:-9])
-    match = _SEAL_PATTERN.match(content, start) if start >= 0 else None
+def is_intact(content: bytes, end: int | None = None) -> bool | None:
+    """Whether the checksum in the last seal before ``end`` is right; None where there is none."""
+    match = _find_seal(content, end)
     if match is None:
         return None
-    unsealed = content[:start] + SEAL + content[match.end() :]
-    return _crc32c(unsealed) == int(match[1], 16)
+    start, stop = match.span(1)
+    view = memoryview(content)
+    crc = crc32c(SEAL_ZEROS.encode(), crc32c(view[:start]))
+    return crc32c(view[stop:], crc) == int(match[1], 16)
 
 
-def _crc32c(content: bytes) -> int:
-    from deit_fast import _C
+def is_end_intact(file: BinaryIO) -> bool | None:
+    """As ``is_intact`` of a file that ends with its seal; needs little memory."""
+    size = max(0, file.seek(0, os.SEEK_END) - len(SEAL))
+    file.seek(size)
+    match = _SEAL.fullmatch(file.read())
+    if match is None:
+        return None
+    file.seek(0)
+    crc, chunk = 0, memoryview(bytearray(_CHUNK_BYTES))
+    while size > 0 and (count := file.readinto(chunk[:size])):  # type: ignore[attr-defined]
+        crc, size = crc32c(chunk[:count], crc), size - count
+    return size == 0 and crc32c(SEAL, crc) == int(match[1], 16)
 
-    return _C.crc32c(content)
+
+def _find_seal(content: bytes, end: int | None) -> re.Match[bytes] | None:
+    match = None
+    for match in _SEAL.finditer(content, 0, len(content) if end is None else end):  # noqa: B007
+        pass
+    return match
+
+
+def crc32c(content: bytes | memoryview, crc: int = 0) -> int:
+    """CRC32C of the content, or of more content whose first part has ``crc``."""
+    from deit_fast._C import crc32c
+
+    return crc32c(content, crc)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,8 +235,8 @@ _MAX_JSON_BYTES = 1 << 28
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an indented JSON object atomically; its last key is the seal."""
-    text = json.dumps({**content, "crc32c": "00000000"}, indent=2) + "\n"
-    write_atomically(path, seal(text.encode()))
+    text = json.dumps({**content, SEAL_KEY: SEAL_ZEROS}, indent=2) + "\n"
+    write_atomically(path, b"".join(seal(text.encode())))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,12 +248,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = read_file(path, _MAX_JSON_BYTES)
     values = parse_object(content, str(path))
-    if "crc32c" in values and not is_intact(content):
+    if SEAL_KEY in values and not is_intact(content):
         raise InputError(
             f"{printable(path)} is damaged or was edited: its checksum differs; to use it as it "
             f"is, remove its line crc32c"
         )
-    values.pop("crc32c", None)
+    values.pop(SEAL_KEY, None)
     return values
 
 

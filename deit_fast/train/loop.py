@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 
 from deit_fast.config import RunConfig
@@ -19,16 +18,18 @@ from deit_fast.data.open import open_loader, open_source, require_trained_classe
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model
 from deit_fast.models.fuse import unfuse
+from deit_fast.models.weights import save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
-from deit_fast.runtime.files import write_atomically, write_json
+from deit_fast.runtime.files import write_json
 from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
+from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.optim import learning_rate
-from deit_fast.train.state import CheckpointWriter, create_state, resume, roll_back
+from deit_fast.train.state import create_state, resume, roll_back
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
 from deit_fast.views.deit_order import DeitBatches
@@ -439,9 +440,10 @@ class _Run:
             "command": describe_command(),
         }
         if self.group.is_first:
-            _save_weights(self.output / "model.safetensors", state.model)
+            save_weights(self.output / "model.safetensors", state.model.state_dict(), {})
             if state.ema is not None:
-                _save_weights(self.output / "ema.safetensors", state.ema.module)
+                average = state.ema.module.state_dict()
+                save_weights(self.output / "ema.safetensors", average, {})
             write_json(self.output / "result.json", result)
         if result["substituted"]:
             log.warning(
@@ -467,8 +469,3 @@ def _batches(
         return DeitBatches(config.view, config.seed, num_samples, *sizes)
     order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
     return TrainBatches(order, *sizes)
-
-
-def _save_weights(path: Path, model: torch.nn.Module) -> None:
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state))

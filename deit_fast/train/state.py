@@ -1,4 +1,4 @@
-"""The state of a training run and its checkpoints.
+"""The state of a training run.
 
 To restore is to load a saved state. A new process resumes a run from its newest checkpoint. A run
 rolls back to it after a step that was not finite.
@@ -6,10 +6,8 @@ rolls back to it after a step that was not finite.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,16 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
-from deit_fast.errors import InputError, first_line
+from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import load_weights, start_from
-from deit_fast.runtime.files import write_atomically
+from deit_fast.train.checkpoints import list_checkpoints, load_newest
 from deit_fast.train.optim import create_optimizer
 
 log = logging.getLogger("deit_fast")
-
-KEEP = 2  # checkpoints; with one, the only copy could be the one being written
 
 # Settings that may differ between a checkpoint and the command that resumes from it: those that
 # change pixels, weights and learning rates by rounding at most.
@@ -79,7 +74,6 @@ class TrainState:
     def to_checkpoint(self, config: RunConfig) -> dict[str, Any]:
         """Tensors and plain values only, so that ``weights_only=True`` can load them."""
         return {
-            "format": 1,
             "config": json.dumps(to_dict(config)),
             **{name: getattr(self, name) for name in _COUNTS},
             "skipped": list(self.skipped),
@@ -137,13 +131,22 @@ def resume(config: RunConfig, state: TrainState) -> None:
     if found is None:
         return
     path, saved = found
-    earlier = from_earlier(json.loads(saved["config"]))
-    differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
-    if differing:
-        raise InputError(
-            f"{path} is of another configuration ({'; '.join(differing)}): choose another --output"
-        )
-    state.restore(saved)
+    try:
+        earlier = from_earlier(json.loads(saved["config"]))
+        differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
+        if differing:
+            raise InputError(
+                f"{path} is of another configuration ({'; '.join(differing)}): choose another "
+                f"--output"
+            )
+        state.restore(saved)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = printable(first_line(error, with_type=True))
+        raise InputError(f"{path} is no checkpoint of a run ({reason}): remove it") from None
     log.info("resuming from %s, step %d", path, state.step)
 
 
@@ -164,83 +167,3 @@ def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
         for key in defaults
         if key not in _FREE_TO_CHANGE and old[key] != new[key]
     ]
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoint files
-# ---------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
-
-    Keeps the newest ``KEEP`` checkpoints.
-
-    Raises:
-        OSError: the disk is full or not writable; the older checkpoints stay.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:09d}.pt"
-    buffer = io.BytesIO()  # torch.save into a file would hide the reason of a full disk
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
-    for old in list_checkpoints(folder)[:-KEEP]:
-        old.unlink()
-    return path
-
-
-class CheckpointWriter:
-    """Writes checkpoints on a thread; training continues after a copy into host memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._pending: Future[Path] | None = None
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Wait for the checkpoint before, copy ``state`` and start to write it.
-
-        Raises:
-            OSError: the checkpoint before could not be written.
-        """
-        self.wait()
-        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
-        executor = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = executor.submit(save_checkpoint, self.folder, step, copy)
-        executor.shutdown(wait=False)  # the thread ends with the task
-
-    def wait(self) -> None:
-        """Return when the last state is on the disk.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
-
-
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Path and state of the newest readable checkpoint; None where the folder has none.
-
-    A broken checkpoint is skipped with a warning that names it.
-
-    Raises:
-        InputError: all checkpoints are broken. Whether to start again is the user's decision.
-    """
-    paths = list_checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for a broken file
-            reason = first_line(error, 80)
-            log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
-    if paths:
-        raise InputError(
-            f"all {len(paths)} checkpoints in {folder} are broken: remove them to start again"
-        )
-    return None

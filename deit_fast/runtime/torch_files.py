@@ -1,0 +1,99 @@
+"""Files of torch.save that carry a checksum of all their bytes.
+
+torch.save writes a zip archive. Its comment, which ends the file, is the seal; torch.load ignores
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from deit_fast.runtime.files import SEAL, crc32c, is_end_intact, open_atomically, seal
+
+log = logging.getLogger("deit_fast")
+
+_END_BYTES = 22  # end of central directory, whose last two bytes are the length of the comment
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """Write ``value`` (tensors and plain values) with a checksum, atomically.
+
+    Raises:
+        OSError: the disk is full or not writable; names ``path``, where the old file stays.
+    """
+    with open_atomically(path) as file:
+        archive = _SealedArchive(file)
+        try:
+            torch.save(value, archive)  # type: ignore[arg-type]
+        except RuntimeError:
+            if archive.error is not None:  # torch hides the reason of a full disk
+                raise archive.error from None
+            raise
+        archive.seal()
+
+
+def load_torch(file: BinaryIO) -> tuple[Any, bool]:
+    """What torch.save wrote, on the CPU, and whether all bytes were checked by a seal.
+
+    Files without one are checked by the checksums of the archive's members, or, where they are no
+    archives, not at all.
+
+    Args:
+        file: of ``open_regular``.
+
+    Raises:
+        ValueError: a checksum differs.
+        Exception: whatever torch raises for a file that it cannot read, or that holds objects of
+            unsafe types.
+    """
+    intact = is_end_intact(file)
+    if intact is False:
+        raise ValueError("its checksum differs")
+    if intact is None and zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of its part {damaged} differs")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True), bool(intact)
+
+
+class _SealedArchive:
+    """A file for torch.save that computes the checksum and holds the end of the archive back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._crc, self._held = file, 0, b""
+        self.error: OSError | None = None
+
+    def write(self, content: memoryview) -> int:
+        size = len(content)
+        if size < _END_BYTES:
+            joined = self._held + content
+            self._put(joined[:-_END_BYTES])
+            self._held = joined[-_END_BYTES:]
+        else:
+            self._put(self._held)
+            self._put(content[:-_END_BYTES])
+            self._held = bytes(content[-_END_BYTES:])
+        return size
+
+    def flush(self) -> None:
+        """torch.save calls it."""
+
+    def seal(self) -> None:
+        """Write the end of the archive, with the seal as its comment."""
+        self._put(self._held[:-2] + len(SEAL).to_bytes(2, "little"))
+        self._file.writelines(seal(SEAL, crc=self._crc))
+
+    def _put(self, content: bytes | memoryview) -> None:
+        self._crc = crc32c(content, self._crc)
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise

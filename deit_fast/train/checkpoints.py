@@ -1,0 +1,120 @@
+"""The checkpoint files of a run: step-NNNNNNNNN.pt, each complete and with a checksum."""
+
+from __future__ import annotations
+
+import logging
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.torch_files import load_torch, save_torch
+
+log = logging.getLogger("deit_fast")
+
+KEEP = 2  # checkpoints; with one, the only copy could be the one being written
+FORMAT = 2  # since 2 a checkpoint carries a checksum of all its bytes
+_FORMATS = (1, FORMAT)
+_NAME = re.compile(r"step-(\d{9,})\.pt")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
+
+    Keeps the newest ``KEEP`` checkpoints.
+
+    Raises:
+        OSError: the disk is full or not writable; the older checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:09d}.pt"
+    save_torch(path, {"format": FORMAT, **state})
+    for old in list_checkpoints(folder)[:-KEEP]:
+        old.unlink()
+    return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread; training continues after a copy into host memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending: Future[Path] | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Wait for the checkpoint before, copy ``state`` and start to write it.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = executor.submit(save_checkpoint, self.folder, step, copy)
+        executor.shutdown(wait=False)  # the thread ends with the task
+
+    def wait(self) -> None:
+        """Return when the last state is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first. Files with other names are none."""
+    steps = {path: match for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and state of the newest readable checkpoint; None where the folder has none.
+
+    A broken checkpoint is skipped with a warning that names it.
+
+    Raises:
+        InputError: all checkpoints are broken: whether to start again is the user's decision. Or
+            the newest is of another version.
+        MemoryError, RuntimeError: the memory ran out.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            state = _read(path)
+        except Exception as error:  # torch raises half a dozen types for a broken file
+            if is_out_of_memory(error):
+                raise
+            reason = printable(first_line(error, 80))
+            log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
+            continue
+        if state["format"] not in _FORMATS:
+            raise InputError(
+                f"checkpoint {path} has format {state['format']!r}, this version reads "
+                f"{' and '.join(map(str, _FORMATS))}: use the version that wrote it"
+            )
+        if state["format"] != FORMAT:
+            log.info("%s is of an earlier version: it has checksums of its parts only", path)
+        return path, state
+    if paths:
+        raise InputError(
+            f"all {len(paths)} checkpoints in {folder} are broken: remove them to start again"
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        state, is_sealed = load_torch(file)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"it holds a {type(state).__name__}, not the state of a run")
+    if state["format"] == FORMAT and not is_sealed:
+        raise ValueError("its checksum is missing")
+    return state
