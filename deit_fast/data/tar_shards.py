@@ -16,15 +16,14 @@ import json
 import logging
 import os
 import tarfile
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from deit_fast.data.sources import EXTENSIONS, Paths, Source, UnreadableImage, packed_path
+from deit_fast.data.shard_files import ShardFiles, stamps_of
+from deit_fast.data.sources import EXTENSIONS, Paths, Source, packed_path
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
 from deit_fast.runtime.metrics import Progress
@@ -53,7 +52,9 @@ class TarShards(Source):
         self.shards = sorted(name for name in os.listdir(self.folder) if name.endswith(".tar"))
         if not self.shards:
             raise InputError(f"{self.folder} holds no .tar files")
-        index = _open_index(self.folder, self.shards)
+        files = [os.path.join(self.folder, name) for name in self.shards]
+        stamps = stamps_of(files)
+        index = _open_index(self.folder, self.shards, stamps)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         self.labels = index["label"]
         self.paths = Paths(len(self.labels), partial(_member_path, self.folder, self.shards, index))
@@ -64,35 +65,17 @@ class TarShards(Source):
         if highest >= len(self.classes):
             where = self.paths[int(self.labels.argmax())]
             raise InputError(f"{where} is of class {highest}, but there are {len(self.classes)}")
-        self._files: dict[int, int] = {}  # descriptors; forked processes may share them
-        self._opening = threading.Lock()
+        self._files = ShardFiles(files, stamps)
 
     def read(self, index: int) -> bytes:
-        number, size = int(self._shard[index]), int(self._size[index])
-        try:
-            if number not in self._files:
-                with self._opening:
-                    if number not in self._files:
-                        path = os.path.join(self.folder, self.shards[number])
-                        self._files[number] = os.open(path, os.O_RDONLY)
-            content = os.pread(self._files[number], size, int(self._offset[index]))
-        except OSError as error:
-            raise UnreadableImage(self.paths[index], f"{type(error).__name__}: {error}") from None
-        if len(content) != size:
-            raise UnreadableImage(self.paths[index], "its shard has become shorter")
-        return content
+        """The encoded image.
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_files": {}}  # a spawned process opens its own
-        del state["_opening"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opening=threading.Lock())
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        Raises:
+            InputError: its shard was changed or replaced.
+            OSError: its shard cannot be read.
+        """
+        number, offset = int(self._shard[index]), int(self._offset[index])
+        return self._files.read(number, offset, int(self._size[index]))
 
     def _sha256(self) -> str:
         """Over shard, member, byte size and class of every image; reads no image."""
@@ -126,12 +109,8 @@ def _class_names(root: str, highest: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _open_index(folder: str, shards: list[str]) -> dict[str, np.ndarray]:
+def _open_index(folder: str, shards: list[str], stamps: np.ndarray) -> dict[str, np.ndarray]:
     """The stored index of a split if it is current, else a new one."""
-    stamps = np.array(
-        [[(info := os.stat(os.path.join(folder, name))).st_size, info.st_mtime_ns]
-         for name in shards], np.int64,
-    )  # fmt: skip
     name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
     candidates = Path(folder) / _INDEX, cache_folder() / "tar" / f"{name}.npz"
     for path in candidates:
