@@ -340,7 +340,7 @@ def test_data_removed_during_a_run(world, whole, tmp_path, capsys):
     config = unruly(world, tmp_path / "run", data={"root": str(tmp_path / "data")})
     with AtStep(4, lambda: (tmp_path / "data").rename(tmp_path / "away")):
         status, line = ends_in_one_line(config, capsys)
-    assert status == 2 and "no image of the data set is readable" in line
+    assert status == 2 and "No such file or directory" in line
     assert str(tmp_path / "data") in line
     (tmp_path / "away").rename(tmp_path / "data")
     assert_goes_on(config, whole, step=4)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deit_fast.data.loader import batch_loader, load_readable, unwrap
+from deit_fast.data.loader import Batches, load_readable
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
@@ -61,8 +61,9 @@ class EvalLoader:
         self.device = torch.device(device)
         self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
         self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1).to(device)
-        self._loader = batch_loader(
+        self._loader = Batches(
             partial(_make_batch, source, image_size, crop, batches, on_error),
+            source.paths,
             range(len(batches)),
             workers,
             pin_memory=self.device.type == "cuda",
@@ -72,7 +73,7 @@ class EvalLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for pixels, labels, ids, substituted in unwrap(self._loader):
+        for pixels, labels, ids, substituted in self._loader:
             self.substituted += [path for path in substituted if path not in self.substituted]
             channels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             images = (channels.to(torch.float32) / 255 - self._mean) / self._std

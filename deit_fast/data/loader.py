@@ -7,7 +7,12 @@ mixing follow in ingest, on the accelerator if there is one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +27,8 @@ from deit_fast.data.augment import render_views
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Source, UnreadableImage
-from deit_fast.errors import InputError
+from deit_fast.data.watch import POLL_SECONDS, Watch, note_sample
+from deit_fast.errors import InputError, first_line
 from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
 
 T = TypeVar("T")
@@ -64,13 +70,13 @@ class ViewLoader:
     ) -> None:
         self.steps = steps_of(source, plan, batches, start, stop)
         make = partial(_make_step, source, plan, batches, on_error)
-        self._loader = batch_loader(make, self.steps, workers, pin_memory)
+        self._batches = Batches(make, source.paths, self.steps, workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        return unwrap(self._loader)
+        return iter(self._batches)
 
 
 def steps_of(
@@ -196,6 +202,7 @@ def load_readable(
     """
     for offset in range(len(paths)):
         taken = (index + offset) % len(paths)
+        note_sample(taken)
         try:
             image = load(taken)
         except UnreadableImage as error:
@@ -213,11 +220,104 @@ def load_readable(
 # ---------------------------------------------------------------------------------------------
 
 
+class Batches:
+    """Batches in order, each made by a worker process if there are any.
+
+    Workers live as long as one pass: a run is one pass of its `ViewLoader`, and evaluation's
+    workers hold no memory during training. Nothing but the pass refers to them, so an error
+    or a break ends them at once; persistent ones, left to the garbage collector, take 5 s each.
+
+    Args:
+        make: a `ViewBatch`, or a tuple with tensors, of a step.
+        paths: of the source, for messages.
+        order: the steps.
+
+    Raises:
+        InputError, OSError, MemoryError: while iterating, as ``make`` raised it.
+        ChildProcessError: while iterating, no batch will come (`Watch.waited`).
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        paths: Sequence[str],
+        order: Sequence[int],
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._make, self._paths, self._order = make, paths, order
+        self._workers, self._pin_memory = workers, pin_memory
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        watch = Watch("process", self._workers, self._paths.__getitem__)
+        passed: Any = iter(self._loader(watch))
+        try:
+            while True:
+                try:
+                    item = next(passed, _END)
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader timed out"):
+                        raise
+                    item = _TIMED_OUT
+                if item is _TIMED_OUT:
+                    watch.waited()
+                elif item is _END:
+                    return
+                elif isinstance(item, _Failure):
+                    raise item.error
+                else:
+                    yield item
+        except ChildProcessError:
+            with _killed(watch.stuck()):
+                passed = None
+            raise
+        finally:
+            passed = None
+
+    def _loader(self, watch: Watch) -> DataLoader:
+        return DataLoader(
+            _Items(self._make),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=self._workers,
+            prefetch_factor=2 if self._workers else None,
+            pin_memory=self._pin_memory,
+            collate_fn=_unchanged,
+            timeout=POLL_SECONDS if self._workers else 0,
+            worker_init_fn=partial(_begin_worker, watch),
+            generator=torch.Generator(),  # else every pass would draw from torch's global generator
+        )
+
+
+_END, _TIMED_OUT = object(), object()
+
+
+@contextlib.contextmanager
+def _killed(processes: Sequence[int]) -> Iterator[None]:
+    """Kill workers that do not end by themselves; in the block torch's handler, which would raise
+    another error, does not hear of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 @dataclass(frozen=True)
 class _Failure:
-    """A user error on its way out of a worker; raised there, a traceback would wrap it."""
+    """A user's or the machine's error on its way out; raised in a worker, a traceback would wrap
+    it."""
 
-    message: str
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -226,48 +326,48 @@ class _Items(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.make(index)
+            item = self.make(index)
+            if torch.utils.data.get_worker_info() is not None:
+                _share(item)
         except InputError as error:
-            return _Failure(str(error))
+            return _Failure(InputError(str(error)))
+        except MemoryError as error:
+            return _Failure(MemoryError(str(error)))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _Failure(error)
+        finally:
+            note_sample(-1)
+        return item
 
 
-def batch_loader(
-    make: Callable[[int], Any], order: Sequence[int], workers: int, pin_memory: bool = False
-) -> DataLoader:
-    """torch's DataLoader of whole batches in order, each made by ``make``, in a worker if there
-    are any; iterate over it by `unwrap`.
+def _share(item: Any) -> None:
+    """Move a batch to shared memory.
 
-    Workers live as long as one pass: a run is one pass of its `ViewLoader`, and evaluation's
-    workers hold no memory during training. Nothing but the pass refers to them, so an error
-    or a break ends them at once; persistent ones, left to the garbage collector, take 5 s each.
-    """
-    return DataLoader(
-        _Items(make),
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=pin_memory,
-        collate_fn=_unchanged,
-        worker_init_fn=_outlive_signals,
-        generator=torch.Generator(),  # else every pass would draw from torch's global generator
-    )
-
-
-def unwrap(loader: DataLoader) -> Iterator[Any]:
-    """Items of a `batch_loader`.
+    The thread that sends it would do it too, but would drop the batch where that fails.
 
     Raises:
-        InputError: as ``make`` raised it.
+        OSError: no space in /dev/shm, or too many open files; names /dev/shm.
     """
-    for item in loader:
-        if isinstance(item, _Failure):
-            raise InputError(item.message)
-        yield item
+    try:
+        for value in vars(item).values() if isinstance(item, ViewBatch) else item:
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError as error:  # its text ends with "(28)", the number of the system's error
+        number = re.search(r"\((\d+)\)$", first_line(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        text = os.strerror(code)
+        if code == errno.ENOSPC:
+            text = "no space left for batches: enlarge it, or set fewer data.workers"
+        raise OSError(code, text, "/dev/shm") from None
 
 
-def _outlive_signals(worker: int) -> None:
-    """A scheduler's SIGTERM reaches every process; the run still needs this one to save."""
+def _begin_worker(watch: Watch, worker: int) -> None:
+    watch.join(worker)
+    # A scheduler's SIGTERM reaches every process; the run still needs this one to save.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from deit_fast.errors import InputError
+from deit_fast.runtime.files import open_regular
 from deit_fast.views.rng import philox
 
 log = logging.getLogger("deit_fast")
@@ -23,8 +25,18 @@ log = logging.getLogger("deit_fast")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
+# What one file can be to blame for: it is missing, or may not be read. All else is the machine's.
+_ERRORS_OF_A_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV
+}  # fmt: skip
+_DECODER_BYTES = 16  # a pixel: decoders' own copies included
+
+
 class UnreadableImage(Exception):
-    """A file that does not decode to an image."""
+    """A file that is missing, forbidden or no image: what a loader may substitute.
+
+    Errors of the machine (memory, descriptors, disk, mount) are never this one.
+    """
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(path, why)  # both, so that it survives pickling between processes
@@ -38,14 +50,40 @@ def decode(encoded: bytes, path: str) -> Image.Image:
     """A file's image in RGB at full size, the first frame of an animation. EXIF rotates nothing.
 
     Raises:
-        UnreadableImage: any error of the decoder; names `path`.
+        UnreadableImage: the decoder refuses it, or it has more pixels than Pillow accepts
+            (2 * `PIL.Image.MAX_IMAGE_PIXELS`); names `path`.
+        OSError: ENOMEM, memory ran out; names `path`.
     """
+    width = height = 0
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
             image.load()  # the whole file, not draft mode, which changes pixels
             return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.UnidentifiedImageError:  # its text is the address of the buffer
+        raise UnreadableImage(path, "UnidentifiedImageError: no format of an image") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        if "DataLoader worker" in str(error):  # from torch's signal handler, which runs anywhere
+            raise
+        # Some decoders call a lack of memory a broken file.
+        if isinstance(error, MemoryError) or not _is_free(width * height * _DECODER_BYTES):
+            raise out_of_memory(path, f"this image of {width} x {height} pixels") from None
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
+
+
+def _is_free(length: int) -> bool:
+    """Whether so many bytes can be allocated."""
+    try:
+        np.empty(length, np.uint8)
+    except MemoryError:
+        return False
+    return True
+
+
+def out_of_memory(path: str, what: str) -> OSError:
+    """The error of a file that does not fit the memory."""
+    text = f"out of memory while reading {what}: try fewer data.workers"
+    return OSError(errno.ENOMEM, text, path)
 
 
 class Source(ABC):
@@ -75,14 +113,17 @@ class Source(ABC):
         """The encoded image.
 
         Raises:
-            UnreadableImage: it is missing, or reading fails.
+            UnreadableImage: it is missing or forbidden.
+            OSError: the machine cannot read it; names the file.
+            InputError: the file that holds it was changed.
         """
 
     def load(self, index: int) -> Image.Image | np.ndarray:
         """The image in RGB, 8 bits a channel, at full size.
 
         Raises:
-            UnreadableImage: it cannot be read or decoded.
+            UnreadableImage: it is missing, forbidden or no image.
+            OSError, InputError: as `read`; ENOMEM also while it is decoded.
         """
         return decode(self.read(index), self.paths[index])
 
@@ -212,10 +253,17 @@ class ImageFolder(Source):
     def read(self, index: int) -> bytes:
         path = self.paths[index]
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 return file.read()
+        except InputError:
+            raise UnreadableImage(path, "InputError: it is not a regular file") from None
+        except MemoryError:
+            raise out_of_memory(path, "this file") from None
         except OSError as error:
-            raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
+            # Without its folder it is a lost mount or a changed data set, not one bad file.
+            if error.errno in _ERRORS_OF_A_FILE and os.path.isdir(os.path.dirname(path)):
+                raise UnreadableImage(path, f"{type(error).__name__}: {error.strerror}") from None
+            raise OSError(error.errno, error.strerror, path) from None
 
     def _sha256(self) -> str:
         """Over relative path, byte size and class of every file; opens no file."""

@@ -20,7 +20,7 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # no handler of errors may keep it
     """A signal ended the run; the same command resumes it."""
 
 
