@@ -171,16 +171,27 @@ struct TemporaryFile {
   }
 };
 
+// Descriptor of a new file that is locked, so that remove_orphans of another process leaves it. If
+// that process was faster than the lock, the file has lost its name.
+int create_locked(const std::string& path, const std::string& temporary) {
+  while (true) {
+    const int fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0) fail_io(path, "creating a temporary file beside it");
+    ::flock(fd, LOCK_EX);  // an error: a file system without locks, where no orphan is deleted
+    struct stat status {};
+    if (::fstat(fd, &status) != 0 || status.st_nlink > 0) return fd;
+    ::close(fd);
+  }
+}
+
 // Creates a view without complete blocks under the unused name `temporary` and links it to `path`,
 // unless a file is there already. Returns `path`.
 const std::string& create_or_keep(const std::string& path, const std::string& temporary,
                                   const ViewSpec& spec) {
   spec.check();
   if (::access(path.c_str(), F_OK) == 0) return path;
-  const int fd = ::open(temporary.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (fd < 0) fail_io(path, "creating a temporary file beside it");
+  const int fd = create_locked(path, temporary);
   const TemporaryFile file{fd, temporary};
-  ::flock(fd, LOCK_EX | LOCK_NB);  // remove_orphans of another process leaves a locked file
   int code = 0;
   do {
     code = ::posix_fallocate(fd, 0, static_cast<off_t>(spec.file_bytes()));

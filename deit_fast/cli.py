@@ -37,7 +37,7 @@ from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
-from deit_fast.runtime.signals import EXIT_STATUS, Preempted
+from deit_fast.runtime.signals import Preempted
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, MemoryError) as error:
         return _fail(str(error) or "out of memory", status=1)
     except Preempted as error:
-        return _fail(str(error), status=EXIT_STATUS)
+        return _fail(str(error), status=error.status)
     except KeyboardInterrupt:
         print("deit-fast: interrupted", file=sys.stderr)
         return 130

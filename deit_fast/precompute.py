@@ -65,9 +65,9 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         (all of this process), `substituted` (paths).
 
     Raises:
-        InputError: no teacher or cache named; class counts differ.
+        InputError: no teacher or cache named; class counts differ; another job is writing these
+            views.
         CacheMismatch: the folder holds a cache of something else; names each differing field.
-        CacheError: another job is writing these views.
         OSError: the disk is full; complete blocks stay.
     """
     group = read_process_group()

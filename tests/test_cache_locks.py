@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from deit_fast.cache import CacheError, LogitCacheWriter, build_manifest, locks, verify
+from deit_fast.cache import LogitCacheWriter, build_manifest, verify
+from deit_fast.cache.locks import BlockLocks
 from deit_fast.config import CodecConfig
+from deit_fast.errors import InputError
+from deit_fast.runtime import locks
 from helpers.caches import file_bytes, pending_blocks
 
 SAMPLES, CLASSES, BLOCK, VIEWS = 200, 20, 16, 3
@@ -69,7 +72,7 @@ def test_a_locked_block_is_refused_and_its_owner_named(tmp_path):
         LogitCacheWriter(tmp_path, manifest()) as second,
     ):
         first.write(np.arange(3), 0, logits_of(0)[:3])
-        with pytest.raises(CacheError) as error:
+        with pytest.raises(InputError) as error:
             second.write(np.arange(5), 0, logits_of(0)[:5])
         text = str(error.value)
         assert ".lock-view-00000-block-0000000: view 0 block 0 is being written by" in text
@@ -102,7 +105,7 @@ def test_rivals_are_found_at_the_start_and_ranks_of_one_job_are_none(tmp_path):
         for rank, world in [(0, 3), (1, 2), (0, 1)]:
             with start(rank, world) as rival:
                 rival.locks.refuse_rivals([0, 2])
-                with pytest.raises(CacheError, match=r"pid \d+ on host .* \(rank 0 of 3\)"):
+                with pytest.raises(InputError, match=r"pid \d+ on host .* \(rank 0 of 3\)"):
                     rival.locks.refuse_rivals(range(VIEWS))
         running.locks.refuse_rivals(range(VIEWS))  # its own lock is no rival
 
@@ -116,22 +119,6 @@ def test_a_killed_writer_loses_its_lock_at_once(tmp_path):
     write_all(tmp_path)
     write_all(tmp_path.with_name("whole"))
     assert file_bytes(tmp_path) == file_bytes(tmp_path.with_name("whole"))
-
-
-def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
-    """A loader's process lives for some seconds after its parent was killed."""
-    writer = LogitCacheWriter(tmp_path, manifest())
-    writer.locks.acquire(0, 0)
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
-    child.start()
-    time.sleep(0.2)
-    for descriptor in locks._descriptors:
-        os.close(descriptor)  # as the kernel does when it kills the parent
-    locks._descriptors.clear()
-    with LogitCacheWriter(tmp_path, manifest()) as second:
-        second.locks.acquire(0, 0)
-    child.kill()
-    child.join()
 
 
 def test_files_of_dead_writers_are_deleted_whatever_they_hold(tmp_path):
@@ -148,26 +135,15 @@ def test_a_torn_file_of_a_live_writer_is_refused_too(tmp_path):
         locks_in(tmp_path)[0].write_text('{"host": 5, "pid": 1, "rank": 0, "world_size": 1}')
         with (
             LogitCacheWriter(tmp_path, manifest()) as second,
-            pytest.raises(CacheError, match="is being written by another process; wait for it"),
+            pytest.raises(InputError, match="is being written by another process; wait for it"),
         ):
             second.locks.acquire(0, 0)
-
-
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, caplog):
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(locks.errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
-    with caplog.at_level("WARNING", "deit_fast"):
-        write_all(tmp_path)
-    assert "two jobs may do the same work" in caplog.text
-    assert verify(tmp_path)["pending"] == 0 and locks_in(tmp_path) == []
 
 
 def test_of_many_that_lock_one_block_one_wins(tmp_path):
     """Eight at once, twenty times, beside others that look for dead writers."""
     for round_ in range(20):
-        found = [locks.BlockLocks(tmp_path) for _ in range(8)]
+        found = [BlockLocks(tmp_path) for _ in range(8)]
         barrier, won = threading.Barrier(8), []
 
         def take(one, round_=round_, barrier=barrier, won=won):
@@ -176,7 +152,7 @@ def test_of_many_that_lock_one_block_one_wins(tmp_path):
                 one.remove_dead()
                 one.acquire(0, round_)
                 won.append((one, json.loads(locks_in(tmp_path)[0].read_text())["pid"]))
-            except CacheError:
+            except InputError:
                 pass
 
         with ThreadPoolExecutor(8) as pool:
@@ -184,6 +160,29 @@ def test_of_many_that_lock_one_block_one_wins(tmp_path):
         assert [pid for _, pid in won] == [os.getpid()]
         won[0][0].close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", ["deleted", "replaced", "moved"])
+def test_a_writer_whose_lock_was_taken_away_by_hand_stops_before_its_commit(tmp_path, harm):
+    cache = tmp_path / "cache"
+    with LogitCacheWriter(cache, manifest()) as writer:
+        writer.write(np.arange(3), 0, logits_of(0)[:3])
+        lock = locks_in(cache)[0]
+        if harm == "moved":
+            cache.rename(tmp_path / "away")
+        else:
+            lock.unlink()
+        if harm == "replaced":
+            lock.write_text("{}")
+        with pytest.raises(InputError, match="was moved, deleted or replaced while view 0 block 0"):
+            writer.write(np.arange(3, 16), 0, logits_of(0)[3:16])
+    assert lock.exists() == (harm == "replaced"), "the file of another is not deleted"
+    assert cache.exists() == (harm != "moved")
+    if harm == "moved":
+        cache = tmp_path / "away"
+    assert verify(cache)["complete"] == 0
+    write_all(cache)
+    assert verify(cache)["pending"] == 0
 
 
 @pytest.mark.dist

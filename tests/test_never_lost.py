@@ -14,7 +14,11 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +27,12 @@ from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.precompute import precompute
+from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
-from deit_fast.runtime.signals import EXIT_STATUS, Preempted
+from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
 from deit_fast.train.checkpoints import list_checkpoints, save_checkpoint
 from deit_fast.train.loop import train
+from helpers.processes import redirect, start_forked
 from helpers.runs import (
     STEPS,
     AtStep,
@@ -89,23 +95,47 @@ def test_a_row_interrupted_twice_is_complete(world, tmp_path, monkeypatch):
     assert train_rows(comparable_rows(tmp_path / "parts"))[-1] == whole_row
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_at_any_step_saves_and_the_run_is_resumed(
-    world, whole, tmp_path, monkeypatch, name
-):
+    world, whole, tmp_path, monkeypatch
+):  # fmt: skip
     config = unruly(world, tmp_path, save_steps=None)
-    before = signal.getsignal(getattr(signal, name))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     stops = []
-    for at in (0, 1, 3, 0):  # batches after each start; the first step of a start included
+    # Batches after each start; the first step of a start included.
+    for name, at in (("SIGUSR1", 0), ("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGINT", 0)):
         monkeypatch.setenv("UNRULY", f"{name}:{at}")
-        with pytest.raises(Preempted, match=name) as caught:
+        with pytest.raises(Preempted, match="Ctrl-C: " if name == "SIGINT" else name) as caught:
             train(config)
+        assert caught.value.status == (130 if name == "SIGINT" else EXIT_STATUS)
         stops.append(last_state(tmp_path)["step"] if "saved step" in str(caught.value) else None)
-    assert stops == [None, 2, 6, None], "at the first step of a start there is nothing to save"
-    assert signal.getsignal(getattr(signal, name)) == before
+    at_first = "at the first step of a start there is nothing to save"
+    assert stops == [None, 2, 4, 6, None], at_first
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
     monkeypatch.delenv("UNRULY")
     train(config)
     assert_arrived(tmp_path, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_one_that_torchrun_passes_on(monkeypatch):
+    monkeypatch.setattr(signals, "RELAY_SECONDS", 3600)
+    with Signals() as received:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert received.received == "Ctrl-C"
+        monkeypatch.setattr(signals, "RELAY_SECONDS", 0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
+    """As a job that a script starts in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_evaluation_interrupted_by_a_signal_is_made_up(
@@ -362,6 +392,118 @@ def test_cache_removed_during_a_run(world, tmp_path, capsys):
     step = last_state(tmp_path / "run")["step"]
     assert 1 <= step <= 36, "found when it is read ahead, or when it is needed"
     assert_goes_on(config, tmp_path / "whole", step)
+
+
+# ---------------------------------------------------------------------------------------------
+# The run's folder has one owner
+# ---------------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def start_quietly(config: RunConfig, folder: Path, patience: float) -> SimpleNamespace:
+    """`deit-fast train`: its process, and the file of its output."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    output = Path(tempfile.mkstemp(dir=folder)[1])
+    process = start_forked(_train_quietly, str(path), str(output), patience)
+    return SimpleNamespace(process=process, output=output)
+
+
+def _train_quietly(path: str, output: str, patience: float) -> None:
+    redirect(2, output)
+    os.dup2(2, 1)
+    locks.RETRY_SECONDS = patience
+    sys.exit(cli.main(["train", "--config", path]))
+
+
+def test_a_second_start_is_refused_and_changes_nothing(world, whole, tmp_path, capsys):
+    config = unruly(world, tmp_path / "run")
+    lines, folders = [], []
+
+    def start_again() -> None:
+        folders.append(content(tmp_path / "run"))
+        lines.append(ends_in_one_line(config, capsys))
+        folders.append(content(tmp_path / "run"))
+
+    with AtStep(5, start_again):
+        train(config)
+    (status, line), (before, after) = lines[0], folders
+    assert status == 2 and f"{tmp_path}/run/.lock-run: the run is being written by pid" in line
+    assert f"pid {os.getpid()} on host" in line
+    written = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert all("checkpoints/" in name for name in written), "by the first start, on its thread"
+    assert_arrived(tmp_path / "run", whole)
+    assert not list((tmp_path / "run").glob(".lock*"))
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["moved", "replaced"])
+def test_a_folder_moved_during_a_run_stops_it(world, whole, tmp_path, capsys, is_replaced):
+    run, away = tmp_path / "run", tmp_path / "away"
+
+    def move() -> None:
+        run.rename(away)
+        if is_replaced:
+            run.mkdir()
+
+    with AtStep(5, move):
+        status, line = ends_in_one_line(unruly(world, run), capsys)
+    assert status == 2 and f"{run}/.lock-run was moved, deleted or replaced" in line
+    assert run.exists() == is_replaced and not list(run.rglob("*"))
+    step = last_state(away)["step"]
+    assert step in (4, 5)
+    assert_goes_on(unruly(world, away), whole, step)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "FIFO", "folder"])
+def test_what_stands_in_place_of_the_lock_is_refused(world, tmp_path, capsys, kind):
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = run / ".lock-run"
+    {"dangling link": lambda: lock.symlink_to("absent"), "FIFO": lambda: os.mkfifo(lock),
+     "folder": lock.mkdir}[kind]()  # fmt: skip
+    status, line = ends_in_one_line(unruly(world, run), capsys)
+    assert status == 2 and ".lock-run is not a regular file" in line
+    assert list(run.iterdir()) == [lock]
+
+
+def test_two_starts_at_once_and_kills(world, whole, tmp_path):
+    """Two or three starts of one command at a time, at random offsets; one is killed at a random
+    moment. Until a start ends with status 0. KILLS=N: as many kills at least."""
+    draw, kills = random.Random(11), int(os.environ.get("KILLS", "1"))
+    runs = refused = killed = 0
+    while killed < kills:
+        config, finished = unruly(world, tmp_path / f"run-{runs}"), False
+        runs += 1
+        while not finished:
+            starts = [
+                start_quietly(config, tmp_path, draw.choice([0.0, 1.0]))
+                for _ in range(draw.choice([2, 2, 3]))
+            ]
+            lock = Path(config.output) / ".lock-run"
+            while not lock.exists() and all(start.process.is_alive() for start in starts):
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.8))
+            draw.choice(starts).process.kill()
+            for start in starts:
+                start.process.join()
+            ends = [(start.process.exitcode, start.output.read_text()) for start in starts]
+            for status, text in ends:
+                assert status in (0, -signal.SIGKILL) or (
+                    status == 2 and text.count("deit-fast: error") == 1
+                    and "the run is being written by" in text
+                ), text  # fmt: skip
+            refused += sum(status == 2 for status, _ in ends)
+            killed += sum(status == -signal.SIGKILL for status, _ in ends)
+            finished = any(status == 0 for status, _ in ends)
+        assert_arrived(Path(config.output), whole)
+    print(f"{runs} runs, {killed} kills, {refused} starts refused")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class LogitCacheWriter:
         Raises:
             InputError: an id twice or out of range, another class count, a logit that is not
                 finite or does not fit the codec. Nothing of the call is stored then.
-            CacheError: another process has locked the block.
+            InputError: another process has locked the block, or its lock was deleted by hand.
             OSError: a commit failed; its block stays pending.
         """
         if self._closed:
@@ -207,6 +207,7 @@ class LogitCacheWriter:
         if not buffer.filled.all():
             return
         del self._buffers[key]
+        self.locks.require_held(view_id, block)
         with format_errors():
             self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
         self._done.add(key)

@@ -367,8 +367,8 @@ def _share(item: Any) -> None:
 
 def _begin_worker(watch: Watch, worker: int) -> None:
     watch.join(worker)
-    # A scheduler's SIGTERM reaches every process; the run still needs this one to save.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    # A scheduler's SIGTERM, or Ctrl-C, reaches every process; the run still needs this one.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -10,16 +10,18 @@ torch is imported late, because the command line asks for the rank before it nee
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)  # of a collective; the first one may wait for a compilation
 
@@ -71,6 +73,44 @@ class ProcessGroup:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Call ``action`` in every process; return when it has succeeded in all of them.
+
+        Raises:
+            Exception: as ``action`` raised it in this process.
+            InputError: it failed in another process; names the rank and the reason.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        reason = first_line(failure, 500, not isinstance(failure, InputError)) if failure else ""
+        reasons = self.gather(reason)
+        if failure is not None:
+            raise failure
+        if any(reasons):
+            rank = next(rank for rank, reason in enumerate(reasons) if reason)
+            raise InputError(f"rank {rank} failed: {reasons[rank]}")
+        return result
+
+    def require_equal(self, facts: Mapping[str, Any], remedy: str) -> None:
+        """All processes must call this together, with the same values.
+
+        Raises:
+            InputError: in every process; names what differs, and the value of each rank.
+        """
+        gathered = self.gather(dict(facts))
+        for name in facts:
+            ranks: dict[Any, list[int]] = {}
+            for rank, found in enumerate(gathered):
+                ranks.setdefault(found[name], []).append(rank)
+            if len(ranks) > 1:
+                values = ", ".join(
+                    f"{value} in rank {' '.join(map(str, where))}" for value, where in ranks.items()
+                )
+                raise InputError(f"the ranks differ in their {name} ({values}): {remedy}")
 
     def barrier(self) -> None:
         """Return when every process has called this."""

@@ -30,7 +30,6 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.files import read_json, write_json
-from deit_fast.runtime.signals import Preempted
 
 log = logging.getLogger("deit_fast")
 
@@ -225,8 +224,6 @@ class Trackers:
                     last[kind] = max(newest, last.get(kind, 0))
             try:
                 tracker: Tracker = _CLASSES[name](config, output, run, step)
-            except Preempted:
-                raise
             except Exception as error:
                 reason = first_line(error, with_type=True)
                 if run is None:

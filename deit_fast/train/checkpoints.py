@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         OSError: the disk is full or not writable; the older checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # without parents: the run's folder may have been moved
     path = folder / f"step-{step:09d}.pt"
     save_torch(path, {"format": FORMAT, **state})
     for old in list_checkpoints(folder)[:-KEEP]:
@@ -40,10 +41,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 class CheckpointWriter:
-    """Writes checkpoints on a thread; training continues after a copy into host memory."""
+    """Writes checkpoints on a thread; training continues after a copy into host memory.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        require_owned: raises where the folder is no longer the run's; called before each write.
+    """
+
+    def __init__(self, folder: Path, require_owned: Callable[[], None]) -> None:
+        self.folder, self._require_owned = folder, require_owned
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -51,18 +56,24 @@ class CheckpointWriter:
 
         Raises:
             OSError: the checkpoint before could not be written.
+            InputError: the folder is no longer the run's.
         """
         self.wait()
+        self._require_owned()
         copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
         executor = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = executor.submit(save_checkpoint, self.folder, step, copy)
+        self._pending = executor.submit(self._write, step, copy)
         executor.shutdown(wait=False)  # the thread ends with the task
+
+    def _write(self, step: int, state: dict[str, Any]) -> Path:
+        self._require_owned()
+        return save_checkpoint(self.folder, step, state)
 
     def wait(self) -> None:
         """Return when the last state is on the disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError, InputError: it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:

@@ -21,7 +21,8 @@ from deit_fast.models.fuse import unfuse
 from deit_fast.models.weights import save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
-from deit_fast.runtime.files import write_json
+from deit_fast.runtime.files import remove_orphans, write_json
+from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
@@ -42,6 +43,8 @@ log = logging.getLogger("deit_fast")
 # Schedulers allow about ten seconds between SIGTERM and SIGKILL.
 STOP_POLL_EVERY = 8
 
+LOCK_FILE = ".lock-run"  # in the run's folder, while it is trained
+
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one model, in this process or, under torchrun, together with others.
@@ -54,13 +57,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         The content of result.json.
 
     Raises:
-        InputError: wrong data, teacher, cache or configuration; raised before the first step.
+        InputError: wrong data, teacher, cache or configuration, or another process trains in this
+            folder: raised before the first step. Later: the folder was moved or replaced.
         OSError: the disk is full or not writable; the newest checkpoints stay.
         FloatingPointError: a loss or gradient is not finite; it changed no weight, and the newest
             checkpoints stay.
         MemoryError: too little memory of the GPU or the host; names what it depends on.
         ChildProcessError: a process of the loader died.
-        Preempted: SIGTERM or SIGUSR1; the state is saved, the same call resumes the run.
+        Preempted: SIGTERM, SIGUSR1 or Ctrl-C; the state is saved, the same call resumes the run.
     """
     device = choose_device(config.device)
     # Signals() comes second: while processes wait for each other in C code no Python handler runs,
@@ -110,8 +114,64 @@ class _Run:
     ) -> None:  # fmt: skip
         self.config, self.device, self.group, self.signals = config, device, group, signals
         self.finished = False
+        self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+
+        # -- one owner, before anything in the folder is read -----------------------------------
+        self.lock = group.agree(lambda: self._own_folder(resources))
+        found = group.agree(lambda: self._prepare(resources))
+        group.require_equal(
+            {"step": self.state.step, "checkpoint": found or "none",
+             "number of samples": self.source.num_samples},
+            f"{self.output} and {config.data.root} must be the same folders on all nodes",
+        )  # fmt: skip
+
+        # -- output ----------------------------------------------------------------------------
+        self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
+        resources.callback(self._close_writer)
+        self.metrics: MetricsFile | None = None
         if group.is_first:
-            require_trackers(config.track)
+            for folder in (self.output, self.checkpoints):
+                remove_orphans(folder)
+            write_json(self.output / "config.json", to_dict(config))
+
+        # -- step ------------------------------------------------------------------------------
+        state = self.state
+        self.compile_count = CompileCount()
+        self.step_once = TrainStep(
+            config, state.model, self.teacher, state.optimizer, state.ema, device, group
+        )
+        self.eval_forward = None
+        if (mode := resolve_compile(config, device, state.model)) != "none":
+            average = state.ema.module if state.ema is not None else None
+            self.eval_forward = compile_evaluation(mode, average)
+        if group.is_first:
+            self.metrics = metrics = MetricsFile(config, self.output, state.step)
+            resources.callback(lambda: metrics.close(self.finished))
+        self.rollbacks = self.batches_evaluated = 0
+        self.evaluation: dict[str, Any] | None = None
+        log.info(
+            "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
+            "distillation: %s",
+            config.model.name, device.type, group.world_size, self.source.num_samples,
+            len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
+        )  # fmt: skip
+        log_compile(config, device, state.model)
+
+    def _own_folder(self, resources: ExitStack) -> Lock | None:
+        """The run's folder, locked by the first rank until ``resources`` close."""
+        if not self.group.is_first:
+            return None
+        require_trackers(self.config.track)
+        return resources.enter_context(owned_folder(self.output, LOCK_FILE, "the run"))
+
+    def _require_owned(self) -> None:
+        if self.lock is not None:
+            self.lock.require_held()
+
+    def _prepare(self, resources: ExitStack) -> str:
+        """Data, teacher, and the state at step 0 or from a checkpoint, whose name it returns."""
+        config, device, group = self.config, self.device, self.group
 
         # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
@@ -133,44 +193,8 @@ class _Run:
         resources.callback(self.teacher.close)
 
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
-        self.state = state = create_state(config, len(self.source.classes), device)
-        resume(config, state)
-        group.barrier()  # all ranks have read the checkpoints before the first writes one
-
-        # -- output ----------------------------------------------------------------------------
-        self.output = Path(config.output)
-        self.checkpoints = self.output / "checkpoints"
-        self.writer = CheckpointWriter(self.checkpoints)
-        resources.callback(self._close_writer)
-        self.metrics: MetricsFile | None = None
-        if group.is_first:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for folder in (self.output, self.checkpoints):
-                for leftover in folder.glob(".tmp-*"):  # of a process killed while it wrote
-                    leftover.unlink()
-            write_json(self.output / "config.json", to_dict(config))
-
-        # -- step ------------------------------------------------------------------------------
-        self.compile_count = CompileCount()
-        self.step_once = TrainStep(
-            config, state.model, self.teacher, state.optimizer, state.ema, device, group
-        )
-        self.eval_forward = None
-        if (mode := resolve_compile(config, device, state.model)) != "none":
-            average = state.ema.module if state.ema is not None else None
-            self.eval_forward = compile_evaluation(mode, average)
-        if group.is_first:
-            self.metrics = metrics = MetricsFile(config, self.output, state.step)
-            resources.callback(lambda: metrics.close(self.finished))
-        self.rollbacks = self.batches_evaluated = 0
-        self.evaluation: dict[str, Any] | None = None
-        log.info(
-            "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
-            "distillation: %s",
-            config.model.name, device.type, group.world_size, self.source.num_samples,
-            len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
-        )  # fmt: skip
-        log_compile(config, device, state.model)
+        self.state = create_state(config, len(self.source.classes), device)
+        return resume(config, self.state)
 
     # -----------------------------------------------------------------------------------------
     # Steps
@@ -211,6 +235,7 @@ class _Run:
             first_step.enter_context(self.signals.raising())  # it compiles; nothing is lost
             for batch in meter.timed(loader):
                 if state.step == 0 and self.group.is_first:
+                    self._require_owned()
                     save_views(batch, config.view, self.output / "samples.png")
                 lr = learning_rate(
                     state.step,
@@ -241,6 +266,8 @@ class _Run:
                         self._save()
                     if due.report:
                         gc.collect()
+                    if profiled:
+                        self._require_owned()
                     profiler()
         self._wait_for_checkpoint()
 
@@ -284,9 +311,13 @@ class _Run:
         means = state.take_means()
         speed = meter.read(self.total - state.step, self.teacher.differences())
         row = {"step": state.step, "epoch": self._epoch, **means, "lr": lr, **speed}
-        if self.metrics is not None:
-            self.metrics.write("train", row)
+        self._write_row("train", row)
         return row_text(row, self.total)
+
+    def _write_row(self, kind: str, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self._require_owned()
+            self.metrics.write(kind, row)
 
     # -----------------------------------------------------------------------------------------
     # Signals, checkpoints, rollbacks
@@ -320,8 +351,8 @@ class _Run:
         self._wait_for_checkpoint()
         signal = self.signals.received or "another rank was signalled"
         raise Preempted(
-            f"{signal}: saved step {self.state.step} in {self.checkpoints}; "
-            f"the same command resumes the run"
+            signal,
+            f"saved step {self.state.step} in {self.checkpoints}; the same command resumes the run",
         )
 
     def _save(self) -> None:
@@ -353,6 +384,7 @@ class _Run:
         self.state.skipped = skipped
         self.step_once.reset()
         if self.metrics is not None:
+            self._require_owned()
             self.metrics.roll_back(self.state.step)
         log.warning("%s; rolled back to step %d, which leaves it out", error, self.state.step)
 
@@ -377,9 +409,9 @@ class _Run:
             "epoch %d  top-1 %.2f %%  loss %.4f",
             epoch, 100 * evaluation["top1"], evaluation["loss"],
         )  # fmt: skip
-        if self.metrics is not None and state.evaluated_step < state.step:
+        if state.evaluated_step < state.step:
             row = {key: value for key, value in evaluation.items() if key != "per_class"}
-            self.metrics.write("eval", {"step": state.step, "epoch": epoch, **row})
+            self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
 
@@ -440,6 +472,7 @@ class _Run:
             "command": describe_command(),
         }
         if self.group.is_first:
+            self._require_owned()
             save_weights(self.output / "model.safetensors", state.model.state_dict(), {})
             if state.ema is not None:
                 average = state.ema.module.state_dict()
@@ -456,7 +489,7 @@ class _Run:
     def _close_writer(self) -> None:
         try:
             self.writer.wait()
-        except OSError as error:
+        except (OSError, InputError) as error:
             log.warning("the newest checkpoint could not be written: %s", error)
 
 

@@ -115,8 +115,8 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
 # ---------------------------------------------------------------------------------------------
 
 
-def resume(config: RunConfig, state: TrainState) -> None:
-    """Restore the newest checkpoint in the run's folder, if there is one.
+def resume(config: RunConfig, state: TrainState) -> str:
+    """Restore the newest checkpoint in the run's folder; returns its name, "" if there is none.
 
     Raises:
         InputError: the folder has a checkpoint and ``--no-resume`` was given, or the checkpoint
@@ -126,10 +126,10 @@ def resume(config: RunConfig, state: TrainState) -> None:
     if not config.resume:
         if list_checkpoints(folder):
             raise InputError(f"--no-resume, but {folder} has checkpoints: choose another --output")
-        return
+        return ""
     found = load_newest(folder)
     if found is None:
-        return
+        return ""
     path, saved = found
     try:
         earlier = from_earlier(json.loads(saved["config"]))
@@ -148,6 +148,7 @@ def resume(config: RunConfig, state: TrainState) -> None:
         reason = printable(first_line(error, with_type=True))
         raise InputError(f"{path} is no checkpoint of a run ({reason}): remove it") from None
     log.info("resuming from %s, step %d", path, state.step)
+    return path.name
 
 
 def roll_back(folder: Path, state: TrainState) -> bool:
