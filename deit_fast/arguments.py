@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from deit_fast.config import RunConfig
+from deit_fast.config import RunConfig, check
 from deit_fast.config_file import RETIRED, dotted_keys, explain_retired, load_config
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.recipes import find_recipe
@@ -73,20 +73,27 @@ def _has_only_defaults(function: Callable[..., Any]) -> bool:
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the same signature and help that only stores its arguments."""
+    """A function with the same signature and help that checks and stores its arguments."""
     import tyro
 
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    hints = typing.get_type_hints(function, include_extras=True)
+
     def deferred(*args: Any, **keywords: Any) -> Any:
+        for name, value in signature.bind(*args, **keywords).arguments.items():
+            is_flag = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            shown = f"--{name.replace('_', '-')}" if is_flag else name.upper()
+            check(shown, hints[name], value)
         return functools.partial(function, *args, **keywords)
 
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
+    annotations = dict(hints)
     for name in (p.name for p in parameters if p.kind is p.POSITIONAL_ONLY):
-        hints[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
-    deferred.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+        annotations[name] = Annotated[hints[name], tyro.conf.arg(metavar=name.upper())]
+    deferred.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=annotations[p.name]) for p in parameters]
     )
-    deferred.__annotations__, deferred.__doc__ = hints, function.__doc__
+    deferred.__annotations__, deferred.__doc__ = annotations, function.__doc__
     return deferred
 
 
@@ -130,6 +137,7 @@ _REWORDED = [
     (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
      r"\2 needs one of \3, not \1"),
     (r"invalid literal for int\(\) with base 10: ", "needs a whole number, not "),
+    (r"Exceeds the limit .*", "needs a number of fewer digits"),
     (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
 ]  # fmt: skip

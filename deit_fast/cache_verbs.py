@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
+from deit_fast.config import Count, Rate, Seed
 from deit_fast.errors import CheckFailed, InputError
 
 BINS = 12  # of the histogram of entropies
@@ -72,9 +73,9 @@ def verify(
     *,
     teacher: str | None = None,
     data_root: str | None = None,
-    samples: int = 64,
-    threshold: float = 1e-3,
-    seed: int = 0,
+    samples: Count = 64,
+    threshold: Rate = 1e-3,
+    seed: Seed = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> str:
     """Check every block of a cache against its checksum; exit status 1 if one is damaged.
@@ -93,10 +94,6 @@ def verify(
     """
     if (teacher is None) != (data_root is None):
         raise InputError("--teacher and --data-root go together: the teacher needs the images")
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, not {samples}")
-    if not threshold >= 0:
-        raise InputError(f"--threshold must not be negative, not {threshold}")
     from deit_fast import cache
     from deit_fast.runtime.metrics import Progress
 
@@ -147,7 +144,7 @@ def export(path: str, /, *, out: str, views: str | None = None) -> str:
     return columns(rows)
 
 
-def import_tinyvit(folder: str, /, *, out: str, num_classes: int) -> str:
+def import_tinyvit(folder: str, /, *, out: str, num_classes: Count) -> str:
     """Import TinyViT's stored logits, for `info` and `export` only; no run can use them.
 
     Their views come from seeds of TinyViT's own augmentation code, which this project's loader

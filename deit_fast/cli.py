@@ -32,7 +32,7 @@ from deit_fast.arguments import (
     size_text,
     view_range,
 )
-from deit_fast.config import RunConfig
+from deit_fast.config import Count, CountOrZero, RunConfig, Seed, Workers
 from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean
 from deit_fast.recipes import RECIPES, find_recipe
@@ -47,8 +47,8 @@ from deit_fast.runtime.signals import Preempted
 def demo(
     *,
     output: Path = Path("runs/demo"),
-    seeds: tuple[int, ...] = (0,),
-    workers: int = 1,
+    seeds: tuple[Seed, ...] = (0,),
+    workers: Workers = 1,
     save: Path | None = None,
     save_analysis: Path | None = None,
 ) -> str:
@@ -128,7 +128,7 @@ def evaluate(
     /,
     *,
     data_root: str | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ema: bool = False,
 ) -> str:
@@ -141,8 +141,6 @@ def evaluate(
         device: `auto`: CUDA where available.
         ema: Use the moving average of the weights.
     """
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {batch_size}")
     from deit_fast.evaluate import evaluate as measure
 
     result = measure(run, data_root=data_root, batch_size=batch_size, device=device, ema=ema)
@@ -156,9 +154,9 @@ def analyze(
     teacher: str | None = None,
     data_root: str | None = None,
     ema: bool = False,
-    max_images: int | None = None,
-    sample: int | None = None,
-    maps: int = 4,
+    max_images: Count | None = None,
+    sample: CountOrZero | None = None,
+    maps: CountOrZero = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> str:
@@ -179,9 +177,6 @@ def analyze(
         device: `auto`: CUDA where available.
         out: JSON file to write as well, with the figures of all runs, versions and command.
     """
-    for flag, value, least in (("max-images", max_images, 1), ("maps", maps, 0)):
-        if value is not None and value < least:
-            raise InputError(f"--{flag} must be at least {least}, not {value}")
     _require_runs("analyze", runs)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
@@ -212,7 +207,7 @@ def pack(
     short_side: int = 256,
     quality: int = 92,
     source: Literal["folder", "tar"] = "folder",
-    workers: int = 4,
+    workers: Workers = 4,
 ) -> str:
     """Decode each image once and write shards that load without decoding.
 
@@ -258,7 +253,7 @@ def report(
     return f"wrote {out}"
 
 
-def doctor(*, output: Path = Path("runs"), workers: int = 4, report: bool = False) -> str:
+def doctor(*, output: Path = Path("runs"), workers: Workers = 4, report: bool = False) -> str:
     """Check this machine: what it has, what is slow on it, and what to do about it.
 
     Args:

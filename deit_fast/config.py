@@ -8,36 +8,130 @@ the same fields, and each verb reads the config file that the other wrote. Wrong
 from __future__ import annotations
 
 import dataclasses
+import functools
+import reprlib
+import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from deit_fast.errors import InputError, did_you_mean
+from deit_fast.errors import InputError
 
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_RULES: dict[str, Callable[[Any], bool]] = {
-    "be at least 1": lambda value: value >= 1,
-    "be positive": lambda value: value > 0,
-    "not be negative": lambda value: value >= 0,
-    "lie in [0, 1]": lambda value: 0 <= value <= 1,
-    "lie in [0, 1)": lambda value: 0 <= value < 1,
-    "lie in (0, 1]": lambda value: 0 < value <= 1,
-    "lie in [0, 0.9]": lambda value: 0 <= value <= 0.9,
-    "lie in [0, 2^64)": lambda value: 0 <= value < 2**64,
-    "have 0 < low <= high": lambda value: 0 < value[0] <= value[1],
-    "hold positive numbers": lambda value: len(value) > 0 and min(value) > 0,
-}
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers from ``low`` to ``high``; ``above`` and ``below`` leave an end itself out."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        least = self.low < value if self.above else self.low <= value
+        return least and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        return f"{'[('[self.above]}{self.low}, {self.high}{'])'[self.below]}"
 
 
-def _check(config: Any, group: str, rule: str, *names: str) -> None:
-    """Raise InputError for the first of the named settings that breaks the rule; None passes."""
-    for name in names:
-        value = getattr(config, name)
-        _require(value is None or _RULES[rule](value), f"{group}{name} must {rule}, not {value}")
+# Ranges. Their ends are far beyond sensible values, and no number between them overflows.
+Count = Annotated[int, Within(1, 2**31 - 1)]
+CountOrZero = Annotated[int, Within(0, 2**31 - 1)]
+Passes = Annotated[int, Within(1, 10**6)]
+Seed = Annotated[int, Within(0, 2**64 - 1)]
+Workers = Annotated[int, Within(0, 512)]
+Share = Annotated[float, Within(0, 1)]
+PositiveShare = Annotated[float, Within(0, 1, above=True)]
+ShareBelowOne = Annotated[float, Within(0, 1, below=True)]
+Rate = Annotated[float, Within(0, 100)]
+Deviation = Annotated[float, Within(0.001, 10)]
+Temperature = Annotated[float, Within(0.01, 1000)]
+LONGEST_TEXT = 4096  # characters; the longest path that Linux takes
+
+
+def check(name: str, hint: Any, value: Any) -> Any:
+    """``value`` as type ``hint`` and within its range; lists become tuples, whole numbers floats.
+
+    Raises:
+        InputError: names what ``name`` must be.
+    """
+    try:
+        return _fit(hint, value)
+    except (TypeError, OverflowError):
+        what = f"{name} must be {_describe(hint)}, not {shown(value)}"
+        raise InputError(what) from None
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """As ``check``. Raises TypeError or OverflowError where the value does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        fitted = _fit(arguments[0], value)
+        if fitted in arguments[1]:
+            return fitted
+    elif origin in (typing.Union, types.UnionType):  # `X | None`
+        return None if value is None else _fit(arguments[0], value)
+    elif origin is Literal and value in arguments:
+        return value
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) == len(value):
+            return tuple(map(_fit, hints, value))
+    elif hint in (str, Path) and isinstance(value, hint):
+        if 0 < len(str(value)) <= LONGEST_TEXT and "\0" not in str(value):
+            return value
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{_describe(arguments[0])} in {arguments[1]}"
+    if origin in (typing.Union, types.UnionType):
+        return f"{_describe(arguments[0])}, or none"
+    if origin is Literal:
+        return "one of " + ", ".join(arguments)
+    if origin is tuple:
+        count = "any number of" if arguments[-1] is Ellipsis else len(arguments)
+        return f"{count} values, each {_describe(arguments[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    if hint in (str, Path):
+        return f"a text of 1 to {LONGEST_TEXT} characters without NUL"
+    return names.get(hint) or f"a {hint.__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_SHORT.repr, value[:8])) or "nothing"
+    return _SHORT.repr(value)
+
+
+def check_all(config: Any, group: str) -> None:
+    """Check all fields of a config, whose names in messages begin with ``group``."""
+    for name, hint in _hints(config.__class__).items():
+        object.__setattr__(config, name, check(group + name, hint, getattr(config, name)))
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -59,33 +153,33 @@ class ViewConfig:
     constants are equal.
     """
 
-    image_size: int = 224
+    image_size: Annotated[int, Within(1, 8192)] = 224
     """Side of the square view, in pixels."""
     crop: Literal["resized", "simple"] = "resized"
     """`resized`: a random box of the image, resized. `simple` (DeiT-III): resize the shorter side
     to image_size, pad 4 pixels by reflection, and cut out a random square."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)
     """Random resized crop: range of the crop's share of the image area."""
-    flip_prob: float = 0.5
+    flip_prob: Share = 0.5
     """Probability of a horizontal flip."""
     augment: Literal["randaugment", "three_augment", "none"] = "randaugment"
     """`randaugment`: two of fifteen operations (timm's `rand-m9-mstd0.5-inc1`). `three_augment`
     (DeiT-III): grayscale, solarize or Gaussian blur."""
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, Within(0, 0.9)] = 0.0
     """Change brightness, contrast and saturation, in random order, each by a random factor between
     1 - color_jitter and 1 + color_jitter. Not with `randaugment`."""
-    erase_prob: float = 0.25
+    erase_prob: Share = 0.25
     """Random erasing: probability that a box of the view is replaced by N(0, 1) noise."""
-    mixup_alpha: float = 0.8
+    mixup_alpha: Rate = 0.8
     """Mixup: lambda ~ Beta(alpha, alpha). 0 turns Mixup off."""
-    cutmix_alpha: float = 1.0
+    cutmix_alpha: Rate = 1.0
     """CutMix: lambda ~ Beta(alpha, alpha). 0 turns CutMix off. Where both kinds are on, half of the
     pairs get CutMix, the other half Mixup."""
-    repeats: int = 3
+    repeats: Annotated[int, Within(1, 1000)] = 3
     """Repeated augmentation: number of views of each sample that an epoch shows in succession."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[Share, Share, Share] = IMAGENET_MEAN
     """Channel means for normalisation; pixel values lie in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     """Channel standard deviations for normalisation; pixel values lie in [0, 1]."""
 
     # Constants, with the values of timm and of DeiT's main.py.
@@ -99,12 +193,9 @@ class ViewConfig:
     switch_prob: ClassVar[float] = 0.5  # of CutMix rather than Mixup where both are on
 
     def __post_init__(self) -> None:
-        _check(self, "view.", "be at least 1", "image_size", "repeats")
-        _check(self, "view.", "lie in [0, 1]", "flip_prob", "erase_prob")
-        _check(self, "view.", "have 0 < low <= high", "crop_scale")
-        _check(self, "view.", "not be negative", "mixup_alpha", "cutmix_alpha")
-        _check(self, "view.", "hold positive numbers", "std")
-        _check(self, "view.", "lie in [0, 0.9]", "color_jitter")
+        check_all(self, "view.")
+        low, high = self.crop_scale
+        _require(low <= high, f"view.crop_scale must not fall, as {low} {high} does")
         _require(
             self.color_jitter == 0 or self.augment != "randaugment",
             f"view.color_jitter={self.color_jitter} has no effect with view.augment=randaugment, "
@@ -130,28 +221,23 @@ class DataConfig:
     """`pillow`: Pillow, in worker processes. `dali-cpu`: NVIDIA DALI decodes in threads, the kernel
     `augment` does the rest, to the pixels of `pillow`. `dali-gpu`: DALI decodes on the GPU, to
     slightly other pixels. A cache serves only loaders that make its pixels."""
-    workers: int = 4
+    workers: Workers = 4
     """Decoding processes per rank, or threads with DALI. 0: the main process decodes."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
-    eval_crop: float = 0.875
+    eval_crop: Annotated[float, Within(0.1, 1)] = 0.875
     """Evaluation: side of the centre crop as a share of the resized shorter side."""
-    synthetic_samples: int = 1024
+    synthetic_samples: Annotated[int, Within(4, 2**31 - 1)] = 1024
     """Training samples of the synthetic source; it holds out a quarter as many."""
 
     synthetic_classes: ClassVar[int] = 10
     dali_hw_decoder_load: ClassVar[float] = 0.0  # an image's bits must not depend on its batch
 
     def __post_init__(self) -> None:
-        _check(self, "data.", "not be negative", "workers")
-        _check(self, "data.", "lie in (0, 1]", "eval_crop")
+        check_all(self, "data.")
         _require(
             self.loader == "pillow" or self.source != "synthetic",
             f"data.loader={self.loader} decodes files, and data.source=synthetic has none",
-        )
-        _require(
-            self.synthetic_samples >= 4,
-            f"data.synthetic_samples must be at least 4, not {self.synthetic_samples}",
         )
 
 
@@ -161,7 +247,7 @@ class ModelConfig:
 
     name: str = "deit_small_distilled_patch16_224"
     """A timm name, or `package.module:factory`, which is called with `num_classes=`."""
-    drop_path: float = 0.1
+    drop_path: Annotated[float, Within(0, 0.99)] = 0.1
     """Stochastic depth: drop rate of the last block; rates rise linearly from 0 at the first."""
     stochastic_depth: Literal["sample", "subset"] = "sample"
     """`sample`: drop the branch of each sample independently. `subset`: compute the branch only for
@@ -185,7 +271,7 @@ class ModelConfig:
     """Checkpoint to start from (.pth or .safetensors). none: random weights."""
 
     def __post_init__(self) -> None:
-        _check(self, "model.", "lie in [0, 1)", "drop_path")
+        check_all(self, "model.")
         _require(
             self.residual == "float32" or self.fused,
             f"model.residual={self.residual} needs model.fused",
@@ -198,8 +284,8 @@ class ModelConfig:
         for argument in self.args:
             name, _, number = argument.partition("=")
             _require(
-                name.isidentifier() and number.isdecimal(),
-                f"model.args takes NAME=NUMBER, such as depth=6, not {argument!r}",
+                name.isidentifier() and number.isdecimal() and len(number) < 10,
+                f"model.args takes NAME=NUMBER, such as depth=6, not {shown(argument)}",
             )
             _require(name not in taken, f"model.args {argument}: another setting decides {name}")
 
@@ -215,9 +301,9 @@ class LossConfig:
 
     kind: Literal["none", "soft", "hard"] = "hard"
     """`soft`: match softmax(teacher / tau). `hard`: match argmax(teacher)."""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Total loss = (1 - alpha) * base + alpha * distillation."""
-    tau: float = 1.0
+    tau: Temperature = 1.0
     """Temperature of soft distillation."""
     reduction: Literal["numel", "batchmean"] = "numel"
     """Soft distillation, B samples and C classes: tau^2 KL / (B C) as DeiT's code, or tau^2 KL / B
@@ -226,13 +312,11 @@ class LossConfig:
     """How a top-k teacher's probability outside its k classes is treated; see docs/kernels.md."""
     base: Literal["ce", "bce"] = "ce"
     """Cross-entropy, or binary cross-entropy (DeiT-III)."""
-    smoothing: float = 0.1
+    smoothing: ShareBelowOne = 0.1
     """Label smoothing of the base loss."""
 
     def __post_init__(self) -> None:
-        _check(self, "loss.", "lie in [0, 1]", "alpha")
-        _check(self, "loss.", "be positive", "tau")
-        _check(self, "loss.", "lie in [0, 1)", "smoothing")
+        check_all(self, "loss.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,19 +331,19 @@ class OptimConfig:
     impl: Literal["auto", "torch", "apex"] = "auto"
     """`torch`: torch's fused AdamW, timm's LAMB. `apex`: NVIDIA's FusedAdam and FusedLAMB, if
     NVIDIA's apex is installed. `auto`: apex for LAMB on a GPU if it is installed, else torch."""
-    layer_decay: float | None = None
+    layer_decay: PositiveShare | None = None
     """Fine-tuning: learning rate of a block relative to that of the next block."""
-    lr: float = 5e-4
+    lr: Annotated[float, Within(0, 100, above=True)] = 5e-4
     """Peak learning rate for 512 samples per step; it is scaled linearly with batch_size."""
-    min_lr: float = 1e-5
+    min_lr: Rate = 1e-5
     """Learning rate at the end of the cosine decay."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: Annotated[float, Within(0, 10**6)] = 5.0
     """Length of the linear warm-up, in epochs."""
-    weight_decay: float = 0.05
+    weight_decay: Rate = 0.05
     """Decoupled weight decay; biases, norms, tokens and position embeddings have none."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, Within(1e-6, 1e6)] | None = None
     """Maximum norm of the gradient. none: no clipping, as in DeiT."""
-    ema_decay: float = 0.99996
+    ema_decay: ShareBelowOne = 0.99996
     """Decay of the moving average of the weights. 0 turns it off."""
 
     # Constants, with the values of DeiT's main.py.
@@ -269,10 +353,7 @@ class OptimConfig:
     eps: ClassVar[float] = 1e-8  # added to the root of the second moment
 
     def __post_init__(self) -> None:
-        _check(self, "optim.", "be positive", "lr", "clip_grad")
-        _check(self, "optim.", "not be negative", "warmup_epochs")
-        _check(self, "optim.", "lie in [0, 1)", "ema_decay")
-        _check(self, "optim.", "lie in (0, 1]", "layer_decay")
+        check_all(self, "optim.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +364,9 @@ class CodecConfig:
         "hard", "topk", "dense-fp16", "dense-bf16", "dense-fp32", "dense-int8", "dense-fp8"
     ] = "topk"
     """`hard`: argmax. `topk`: k class IDs with fp16 log-probabilities. `dense-*`: every logit."""
-    k: int | None = None
+    k: Count | None = None
     """Number of classes that `topk` stores. none: 16, or all where there are fewer."""
-    temperatures: tuple[float, ...] | None = None
+    temperatures: tuple[Temperature, ...] | None = None
     """Temperatures at which `topk` stores the exact probability of all other classes. none:
     loss.tau alone."""
 
@@ -293,8 +374,8 @@ class CodecConfig:
     block_records: ClassVar[int] = 4096  # a block has one checksum and is written as a whole
 
     def __post_init__(self) -> None:
-        _check(self, "codec.", "be at least 1", "k")
-        _check(self, "codec.", "hold positive numbers", "temperatures")
+        check_all(self, "codec.")
+        _require(self.temperatures != (), "codec.temperatures must hold a number, or be none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,45 +386,45 @@ class RunConfig:
     """Name of the recipe that this configuration started from."""
     output: str = "runs/train"
     """Folder for checkpoints, metrics and results. A run whose folder has checkpoints resumes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of views, sample order and initial weights."""
-    epochs: int = 300
+    epochs: Passes = 300
     """Number of passes over the data; an epoch has about as many views as there are samples."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Samples per step over all ranks (global batch)."""
     compat: Literal["none", "deit"] = "none"
     """`deit`: as DeiT's code, use the order of its RASampler, mix each rank's batch with its
     reverse, update the learning rate once per epoch, one epoch late, and decay `dist_token`. Not
     with a cache. Such a run resumes exactly only with the same number of processes."""
-    num_views: int | None = None
+    num_views: Passes | None = None
     """Distinct views per sample, a multiple of view.repeats. none: enough for all epochs."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Gradient accumulation: number of parts into which a rank's share of a batch is split."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many steps, for trials and benchmarks. none: no limit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where available."""
     teacher: str | None = None
     """`timm:NAME` or `package.module:factory`, each optionally followed by `@WEIGHTS_FILE`."""
-    teacher_batch: int = 256
+    teacher_batch: Count = 256
     """Views per teacher call in `precompute`. All processes use it, so that the cache's bytes do
     not depend on their number."""
     cache: str | None = None
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between log lines and between rows of metrics.jsonl."""
-    track: tuple[str, ...] = ()
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Also send the rows of metrics.jsonl to `tensorboard`, `wandb`, `mlflow` or `trackio`."""
-    check_teacher_every: int | None = None
+    check_teacher_every: Count | None = None
     """With both `cache` and `teacher`: run the teacher on every such step's batch, and stop if the
     cached logits differ. none: never."""
-    profile_steps: int = 0
+    profile_steps: CountOrZero = 0
     """Profile this many steps on the first rank: profile/trace.json and profile/table.txt."""
-    eval_every: int = 1
+    eval_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    save_every: int = 1
+    save_every: Count = 1
     """Epochs between checkpoints; the last epoch is always saved."""
-    save_steps: int | None = None
+    save_steps: Count | None = None
     """Also save whenever this many steps have passed. none: do not."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """On a loss or gradient that is not finite, which never reaches the weights: stop with an
@@ -367,16 +448,7 @@ class RunConfig:
     max_rollbacks: ClassVar[int] = 3  # of one run; then it stops after all
 
     def __post_init__(self) -> None:
-        _check(self, "", "be at least 1", "epochs", "batch_size", "teacher_batch", "accumulate",
-               "log_every", "eval_every", "save_every")  # fmt: skip
-        _check(self, "", "be positive", "save_steps", "check_teacher_every")
-        _check(self, "", "not be negative", "profile_steps")
-        _check(self, "", "lie in [0, 2^64)", "seed")
-        for name in self.track:
-            hint = "" if name in TRACKERS else did_you_mean(name, TRACKERS)
-            _require(
-                name in TRACKERS, f"track must be of {', '.join(TRACKERS)}, not {name!r}{hint}"
-            )
+        check_all(self, "")
         _require(len(set(self.track)) == len(self.track), f"track names one twice: {self.track}")
         _require(
             not self.cuda_graphs or self.accumulate == 1,
@@ -400,7 +472,7 @@ class RunConfig:
         )
         views, repeats = self.num_views, self.view.repeats
         _require(
-            views is None or (views >= 1 and views % repeats == 0),
+            views is None or (views % repeats == 0),
             f"num_views must be a positive multiple of view.repeats={repeats}, not {views}",
         )
 
@@ -423,7 +495,7 @@ class RunConfig:
         """A copy with fields changed; a dict as the value of a group changes fields inside it."""
         nested = {
             key: dataclasses.replace(getattr(self, key), **value)
-            if isinstance(value, dict)
+            if isinstance(value, dict) and dataclasses.is_dataclass(getattr(self, key, None))
             else value
             for key, value in changes.items()
         }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from deit_fast.config import OptimConfig, RunConfig, constants
+from deit_fast.config import OptimConfig, RunConfig, constants, shown
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.runtime.files import read_json
 
@@ -56,6 +55,10 @@ _REPLACEMENTS = {
     **{f"model.{name}": "give it in model.args" for name in _SHAPE},
     "optim.lr_batch": "scale optim.lr, which is for 512 samples",
 }
+_HINTON = (
+    "batchmean with loss.alpha = 2 a / (1 + a), a being the alpha here, is the same loss up to a "
+    "constant factor"
+)
 
 
 def explain_retired(key: str) -> str:
@@ -71,7 +74,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings from JSON, those of earlier versions under the names of this one."""
+    """A run's settings from JSON, those of earlier versions under the names of this one.
+
+    Raises:
+        InputError: a value that is needed for it is out of range.
+    """
     values = dict(values)
     model, data, optim = values.get("model"), values.get("data"), values.get("optim")
     if isinstance(model, dict) and "args" not in model:
@@ -91,8 +98,8 @@ def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
         if loader == "dali-gpu":
             values["data"].pop("dali_decoder")
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
-        lr, samples = optim["lr"], optim["lr_batch"]
-        if type(lr) is float and type(samples) is int and 0 < samples < 2**31:
+        lr, samples = OptimConfig(lr=optim["lr"]).lr, optim["lr_batch"]
+        if type(samples) is int and 0 < samples < 2**31:
             current = OptimConfig.lr_batch
             values["optim"] = optim | {"lr": lr * current / samples, "lr_batch": current}
     return values
@@ -120,7 +127,10 @@ def load_config(path: str, base: RunConfig) -> RunConfig:
         values = read_json(Path(path))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
-    return from_dict(base, from_earlier(values))
+    try:
+        return from_dict(base, from_earlier(values))
+    except InputError as error:
+        raise InputError(f"config file {path}: {error}") from None
 
 
 def from_dict(base: Any, values: dict[str, Any], prefix: str = "") -> Any:
@@ -138,47 +148,27 @@ def from_dict(base: Any, values: dict[str, Any], prefix: str = "") -> Any:
         key = prefix + name
         if key in RETIRED:
             if value != RETIRED[key]:
-                message = f"config key {key!r}, here {value}, {explain_retired(key)}"
+                message = f"{key}, here {shown(value)}, {explain_retired(key)}"
                 if key not in WITHOUT_INFLUENCE:
                     raise InputError(message)
                 log.warning("%s", message)
         elif name not in names:
-            valid = dict.fromkeys([*(prefix + n for n in names), *dotted_keys()])
-            raise InputError(f"unknown config key {key!r}{did_you_mean(key, valid)}")
+            raise InputError(f"unknown setting {shown(key)}{_nearest(name, prefix, names)}")
         elif dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
-                raise InputError(f"config key {key!r} is a group, not {value!r}")
+                raise InputError(f"{key} is a group of settings, not {shown(value)}")
             changes[name] = from_dict(getattr(base, name), value, f"{key}.")
+        elif key == "loss.reduction" and value == "hinton":
+            raise InputError(f"loss.reduction=hinton is no longer a setting; {_HINTON}")
         else:
-            try:
-                changes[name] = _convert(hints[name], value)
-            except TypeError:
-                what = _type_name(hints[name])
-                raise InputError(f"config key {key!r} needs {what}, not {value!r}") from None
+            changes[name] = value
     return dataclasses.replace(base, **changes)
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    """A JSON value as a setting of type ``hint``. Raises TypeError where it does not fit."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):  # `X | None`
-        return None if value is None else _convert(arguments[0], value)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(hints) == len(value):
-            for item_hint, item in zip(hints, value, strict=True):
-                _convert(item_hint, item)
-            return tuple(value)
-    if hint is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) is hint:
-        return value
-    raise TypeError
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+def _nearest(name: str, prefix: str, names: list[str]) -> str:
+    """End of the message about an unknown key of a dictionary."""
+    valid = dict.fromkeys([*(prefix + item for item in names), *dotted_keys()])
+    group, _, inner = name.partition(".")
+    if not prefix and name in valid:
+        return f'; write {{"{group}": {{"{inner}": ...}}}}'
+    return did_you_mean(prefix + name, valid)

@@ -595,8 +595,11 @@ def test_terminal_table_and_report_show_the_figures(
         (["nowhere"], "nowhere is no run folder"),
         (["none", "--sample", "60"], "--sample 60: held-out images of "),
         (["none", "--ema"], "weights file "),
-        (["none", "--max-images", "0"], "--max-images must be at least 1, not 0"),
-        (["none", "--maps", "-1"], "--maps must be at least 0, not -1"),
+        (
+            ["none", "--max-images", "0"],
+            "--max-images must be a whole number in [1, 2147483647], or none, not 0",
+        ),
+        (["none", "--maps", "-1"], "--maps must be a whole number in [0, 2147483647], not -1"),
         (["hard", "--teacher", "timm:nope"], "unknown teacher 'timm:nope'"),
         (["none", "--data-root", "nowhere"], "image folder nowhere does not exist"),
         (["none", "nowhere"], "nowhere is no run folder"),

@@ -296,7 +296,7 @@ def test_jitter_and_randaugment_are_refused_together():
         ViewConfig(color_jitter=0.3)
     assert "\n" not in str(error.value)
     for jitter in (-0.1, 0.91):
-        with pytest.raises(InputError, match=rf"must lie in \[0, 0\.9\], not {jitter}"):
+        with pytest.raises(InputError, match=rf"must be a number in \[0, 0\.9\], not {jitter}"):
             ViewConfig(augment="none", color_jitter=jitter)
 
 

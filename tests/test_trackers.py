@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_before_any_work(world, tmp_path, monkeypatch
 
 def test_unknown_trackers_are_refused(capsys):
     assert cli.main(["train", "--track", "wandb", "tensorbord"]) == 2
-    assert "not 'tensorbord' (did you mean tensorboard?)" in capsys.readouterr().err
+    assert "'mlflow', 'trackio', not 'tensorbord'" in capsys.readouterr().err
     assert cli.main(["train", "--track", "wandb", "tensorboard", "--print-config"]) == 0
     assert json.loads(capsys.readouterr().out)["track"] == ["wandb", "tensorboard"]
 
