@@ -2,6 +2,7 @@
 
     python -m deit_fast.kernels.aot [--arch sm_80 sm_90 sm_100] [--kernel NAME] [--json FILE]
     python -m deit_fast.kernels.aot --changed     # compile only what differs from the golden file
+    python -m deit_fast.kernels.aot --changed --write  # after a change that keeps the IR: fast
     python -m deit_fast.kernels.aot --write       # after an intended change: write the golden file
     python -m deit_fast.kernels.aot --write --kernel NAME          # or only these kernels' lines
     python -m deit_fast.kernels.aot --markdown docs/performance.md  # its table, from those files
@@ -26,7 +27,8 @@ The golden file also has a checksum of each kernel's intermediate representation
 first passes, which takes a sixteenth of the time. They inline functions and merge equal
 expressions, so that the checksum does not depend on how a kernel is divided into functions. One
 triton compiles one IR to one machine code: where the checksum is the same, ``--changed`` takes the
-figures of the file, and checks these.
+figures of the file, and checks these. Where even the source of all kernels is that of
+tests/golden/kernel-sources.json, it computes no checksum either.
 """
 
 from __future__ import annotations
@@ -238,12 +240,16 @@ def compile_logged(case: Case, arch: str) -> tuple[Any, str]:
     return compiled, log
 
 
-def measure(case: Case, arch: str, known: Figures | None = None) -> tuple[Figures, list[str]]:
+def measure(
+    case: Case, arch: str, known: Figures | None = None, same_source: bool = False
+) -> tuple[Figures, list[str]]:
     """Figures of one case, and warnings of ptxas.
 
-    If the IR is that of the golden file, these are ``known``, its figures, and no warning: no
-    kernel in that file has one.
+    If the source or the IR is that of the golden file, these are ``known``, its figures, and no
+    warning: no kernel in that file has one.
     """
+    if same_source and known is not None:
+        return known, []
     checksum = ir_checksum(case, arch)
     if known is not None and known["ir"] == checksum:
         return known, []
@@ -336,7 +342,7 @@ def regressions(got: Figures, golden: Figures) -> Iterator[str]:
             yield f"{label}: {got[name]}, {golden[name]} in the golden file"
 
 
-_inherited: list[tuple[Case, str, Figures | None]] = []
+_inherited: list[tuple[Case, str, Figures | None, bool]] = []
 
 
 def _measure_inherited(number: int) -> tuple[Figures, list[str]]:
@@ -351,8 +357,9 @@ def gate(
 ) -> tuple[Table, list[str]]:
     """Figures of all cases, and one line per broken rule; changed: compile only changed IR."""
     known = golden if golden is not None and changed else {}
+    same_source = read_sources().get(triton.__version__) == digest_sources()
     jobs = [
-        (case, arch, known.get(case.name, {}).get(arch))
+        (case, arch, known.get(case.name, {}).get(arch), same_source)
         for case in cases
         for arch in archs
         if arch in case.expect.get("only_on", (arch,))
@@ -365,7 +372,7 @@ def gate(
         context = multiprocessing.get_context("fork")
         with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
             measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
-    for (case, arch, _), (got, warnings) in zip(jobs, measured, strict=True):
+    for (case, arch, *_), (got, warnings) in zip(jobs, measured, strict=True):
         table[case.name][arch] = got
         lines = [*(f"ptxas log: {line}" for line in warnings), *broken_rules(case, arch, got)]
         if golden is not None and arch in ARCHITECTURES:
@@ -373,6 +380,21 @@ def gate(
             lines += ["not in the golden file"] if old is None else regressions(got, old)
         broken += [f"{case.name} {arch}: {line}" for line in lines]
     return table, broken
+
+
+SOURCES = GOLDEN / "kernel-sources.json"  # by version of triton: the kernels of its golden file
+
+
+def digest_sources() -> str:
+    """SHA-256 of all files of this package, which decide every case of a given triton."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.*")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_sources() -> dict[str, str]:
+    return json.loads(SOURCES.read_text()) if SOURCES.exists() else {}
 
 
 def golden_file(version: str) -> Path:
@@ -494,7 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no kernel's name contains {options.kernel!r}")
 
     version = triton.__version__
-    golden = None if options.write else read_golden(version)
+    golden = read_golden(version) if options.changed or not options.write else None
     table, broken = gate(cases, options.arch, golden, options.changed)
     if golden is not None and not (options.kernel or some_archs):
         broken += [f"{name}: in the golden file only" for name in golden.keys() - table.keys()]
@@ -508,6 +530,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         names = [case.name for case in whole]
         write_table(golden_file(version), merged(read_golden(version) or {}, table, names))
+        if not options.kernel:
+            sources = read_sources() | {version: digest_sources()}
+            SOURCES.write_text(json.dumps(sources, indent=2, sort_keys=True) + "\n")
     elif golden is None:
         print(f"no golden file for triton {version} to compare with; --write makes one")
     return 0

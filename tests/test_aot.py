@@ -86,6 +86,17 @@ def test_changed_kernels_pass_the_gate(tmp_path, version):
     assert_gate_passes(tmp_path, version, "--changed", **variables)
 
 
+def test_only_kernels_of_the_golden_sources_are_taken_as_they_are(monkeypatch):
+    assert aot.read_sources().keys() == {
+        path.stem.removeprefix("aot-triton-") for path in GOLDEN_FILES
+    }
+    case = next(aot.package_cases())
+    assert aot.measure(case, "sm_90", GOOD, same_source=True) == (GOOD, [])
+    monkeypatch.setattr(aot, "ir_checksum", lambda *_: pytest.fail("computed"))
+    with pytest.raises(pytest.fail.Exception, match="computed"):
+        aot.measure(case, "sm_90", GOOD)
+
+
 def test_unchanged_kernels_are_not_compiled(tmp_path):
     """Where the code stands does not count, nor a comment; a factor or an option does."""
     kernel = """
