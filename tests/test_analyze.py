@@ -22,12 +22,14 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.data.eval import eval_pixels
 from deit_fast.data.sources import ImageFolder
+from deit_fast.errors import InputError
 from deit_fast.evaluate import evaluate, read_run_config
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.student import build_model
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.environment import describe_command
+from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.measures import soften_sample
 from deit_fast.tools.analysis.one_run import spaced_ids, student_values, undistilled
@@ -544,6 +546,17 @@ def test_a_second_analysis_writes_the_same_files(world: Path, found: dict[str, d
         assert path.read_bytes() == before[path.name]
     again = json.loads((folder / "analysis.json").read_text())
     assert again | {"meta": None} == found["hard"] | {"meta": None}
+
+
+def test_a_second_analysis_at_the_same_time_is_refused(
+    world: Path, found: dict[str, dict]
+) -> None:  # fmt: skip
+    with (
+        owned_folder(world / "hard/analysis", ".lock-analysis", "the analysis"),
+        pytest.raises(InputError, match=r"\.lock-analysis: the analysis is being written by pid"),
+    ):
+        analyze([world / "none", world / "hard"])
+    assert not list(world.glob("*/analysis/.lock*"))
 
 
 def test_observations_are_counted(world: Path, found: dict[str, dict]) -> None:

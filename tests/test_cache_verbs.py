@@ -20,6 +20,7 @@ from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
+from deit_fast.runtime.locks import owned_folder
 from helpers.caches import tinyvit_rows, write_tinyvit
 from helpers.digits import write_few_digits
 
@@ -292,6 +293,16 @@ def test_tinyvits_epochs_become_views(tmp_path, capsys):
     assert run(capsys, "cache", "info", tmp_path / "c")[0] == 0
     assert run(capsys, "cache", "verify", tmp_path / "c")[0] == 0
     assert run(capsys, "cache", "export", tmp_path / "c", "--out", tmp_path / "c.pt")[0] == 0
+
+
+def test_a_second_import_into_the_same_cache_is_refused(tmp_path):
+    write_tinyvit(tmp_path / "t", 2, 4, [{"a": ([3, 1], [0.5, 0.25])}])
+    with (
+        owned_folder(tmp_path / "c", ".lock-import", "the import"),
+        pytest.raises(InputError, match=r"\.lock-import: the import is being written by pid"),
+    ):
+        import_tinyvit(tmp_path / "t", tmp_path / "c", 9)
+    assert not (tmp_path / "c").exists()
 
 
 def test_tail_of_an_import_is_what_was_not_stored(tmp_path):

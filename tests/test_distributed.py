@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from deit_fast.errors import InputError
 from deit_fast.runtime import distributed as room
-from deit_fast.runtime.distributed import choose_device
+from deit_fast.runtime.distributed import ProcessGroup, choose_device
 
 
 @pytest.fixture
@@ -61,6 +62,47 @@ def test_a_failing_process_does_not_wait_for_the_others(eight_gpus, monkeypatch,
     with pytest.raises(error), room.joined_process_group(torch.device("cuda", 3)):
         raise error
     assert ends == ["alone"]
+
+
+class OneOf(ProcessGroup):
+    """A rank of three; ``gather`` returns what the others would send."""
+
+    others: ClassVar[list] = []
+
+    def gather(self, value):
+        return [*self.others[: self.rank], value, *self.others[self.rank :]]
+
+
+def test_an_action_that_fails_in_one_rank_fails_in_all():
+    def fail():
+        raise InputError("image folder /data has no split train")
+
+    group = OneOf(1, 3)
+    group.others[:] = ["", ""]
+    assert group.agree(lambda: 5) == 5
+    with pytest.raises(InputError, match=r"^image folder /data has no split train$"):
+        group.agree(fail)
+    group.others[:] = ["", "image folder /data has no split train"]
+    with pytest.raises(InputError, match=r"^rank 2 failed: image folder /data has no split"):
+        group.agree(lambda: 5)
+    assert ProcessGroup().agree(lambda: 5) == 5
+
+
+def test_what_differs_between_ranks_is_named_in_all_of_them():
+    group = OneOf(0, 3)
+    mine = {"step": 7, "checkpoint": "step-000000007.pt"}
+    group.others[:] = [mine, mine]
+    group.require_equal(mine, "")
+    group.others[:] = [{"step": 0, "checkpoint": "none"}, mine]
+    for rank in range(3):
+        one, values = OneOf(rank, 3), [mine, {"step": 0, "checkpoint": "none"}, mine]
+        group.others[:] = values[:rank] + values[rank + 1 :]
+        with pytest.raises(InputError) as error:
+            one.require_equal(values[rank], "share the folder")
+        assert str(error.value) == (
+            "the ranks differ in their step (7 in rank 0 2, 0 in rank 1): share the folder"
+        )
+    ProcessGroup().require_equal(mine, "")
 
 
 @pytest.mark.parametrize(

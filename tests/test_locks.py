@@ -14,9 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from deit_fast import _C
+from deit_fast.cache import build_manifest
+from deit_fast.cache.format import view_path, view_specs
 from deit_fast.cache.locks import BlockLocks
+from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime import locks
+from deit_fast.runtime.files import (
+    open_atomically,
+    remove_orphans,
+    temporary_path,
+    write_atomically,
+)
 from deit_fast.runtime.locks import acquire, owned_folder
 
 
@@ -197,3 +207,34 @@ def test_a_folder_is_created_and_deleted_again_only_if_new_and_empty(tmp_path):
                 (folder / "file").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
     assert list((tmp_path / "b").iterdir()) == []
+
+
+def start_cleaner(folder: Path) -> int:
+    pid = os.fork()
+    while pid == 0:
+        remove_orphans(folder)
+    return pid
+
+
+def test_a_clean_up_leaves_the_files_that_others_are_writing(tmp_path):
+    """Two processes delete orphans all the time, while this one creates files and views."""
+    specs = view_specs(build_manifest(
+        CodecConfig(name="topk", k=2), num_classes=5, num_samples=9, tau=1.0, fingerprint={}
+    ))  # fmt: skip
+    cleaners = [start_cleaner(tmp_path) for _ in range(2)]
+    try:
+        with open_atomically(tmp_path / "slow") as file:
+            for number in range(150):
+                write_atomically(tmp_path / f"file-{number}", b"content")
+                view = view_path(tmp_path, number)
+                _C.ViewWriter(str(view), str(temporary_path(view)), specs(view_id=number))
+            file.write(b"content")
+    finally:
+        for pid in cleaners:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert (tmp_path / "slow").read_bytes() == b"content"
+    assert len(list(tmp_path.glob("file-*"))) == len(list(tmp_path.glob("view-*.dlc"))) == 150
+    (tmp_path / ".tmp-orphan").touch()
+    remove_orphans(tmp_path)
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -30,7 +30,8 @@ from deit_fast.precompute import precompute
 from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
-from deit_fast.train.checkpoints import list_checkpoints, save_checkpoint
+from deit_fast.train import checkpoints, state
+from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
 from helpers.processes import redirect, start_forked
 from helpers.runs import (
@@ -40,6 +41,7 @@ from helpers.runs import (
     comparable_rows,
     in_a_child,
     last_state,
+    main,
     torchrun,
     train_rows,
     unruly,
@@ -443,6 +445,17 @@ def test_a_second_start_is_refused_and_changes_nothing(world, whole, tmp_path, c
     assert not list((tmp_path / "run").glob(".lock*"))
 
 
+def test_files_with_other_names_are_no_checkpoints(tmp_path):
+    for name in ("step-000000002.pt", "step-000000010.pt", "step-1000000000.pt"):
+        (tmp_path / name).touch()
+    foreign = ("step-backup.pt", "step-000000011.pt.bak", "step-.pt", "step-11.pt", "xstep-9.pt",
+               "step-000000012 (copy).pt", ".tmp-0-step-000000013.pt")  # fmt: skip
+    for name in foreign:
+        (tmp_path / name).touch()
+    steps = [int(path.stem.split("-")[1]) for path in list_checkpoints(tmp_path)]
+    assert steps == [2, 10, 10**9]
+
+
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["moved", "replaced"])
 def test_a_folder_moved_during_a_run_stops_it(world, whole, tmp_path, capsys, is_replaced):
     run, away = tmp_path / "run", tmp_path / "away"
@@ -565,3 +578,33 @@ def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):
     status, stderr = torchrun(config, restarts=3, UNRULY="SIGKILL:4:1")
     assert status == 0, stderr[-3000:]
     assert_arrived(tmp_path / "run", whole_of_two)
+
+
+def _start_that_differs(*arguments: str) -> None:
+    """DIFFERS: what rank 1 meets: "blind", it sees no checkpoint; "broken", it reads none."""
+    if os.environ["RANK"] == "1":
+        load = {"blind": lambda folder: None, "broken": load_newest}[os.environ["DIFFERS"]]
+        state.load_newest = load
+        if load is load_newest:
+            state.list_checkpoints = checkpoints.open_regular = None
+    main(*arguments)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("differs", "line"),
+    [
+        ("blind", "the ranks differ in their step (3 in rank 0, 0 in rank 1): "),
+        ("broken", "all 2 checkpoints in"),
+    ],
+    ids=["blind", "broken"],
+)
+def test_ranks_that_do_not_start_from_the_same_checkpoint_all_end(world, tmp_path, differs, line):
+    config = unruly(world, tmp_path / "run")
+    train(config.replace(max_steps=3))
+    before = content(tmp_path / "run")
+    status, stderr = torchrun(config, call=_start_that_differs, DIFFERS=differs)
+    errors = [text for text in stderr.splitlines() if "deit-fast: error" in text]
+    assert status != 0 and len(errors) == 2 and all(line in text for text in errors), stderr
+    assert "Traceback (most recent call last):\n  File" not in stderr
+    assert content(tmp_path / "run") == before

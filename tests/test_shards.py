@@ -25,9 +25,9 @@ from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import read_json, write_json
+from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
-from helpers.tars import add
 
 RECIPE = ViewConfig(image_size=24, repeats=1)
 CLASSES = ("ant", "bee", "cat")
@@ -77,6 +77,12 @@ def write_tars(folder: Path, root: Path, per_shard: int = 4, label: str = "cls")
                     text = str(value) if label == "cls" else json.dumps({"label": value, "x": "y"})
                     add(archive, f"{index:06d}.jpg", source.read(index))
                     add(archive, f"{index:06d}.{label}", text.encode())
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def views(source, workers: int = 0) -> bytes:
@@ -204,7 +210,7 @@ def test_a_truncated_shard_is_refused(folder: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (700, len(content) // 2, 100):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"train-000001\.tar is not a complete, plain tar"):
+        with pytest.raises(InputError, match=r"train-000001\.tar is not a complete tar archive"):
             TarShards(str(root), "train")
 
 
@@ -339,6 +345,16 @@ def test_a_pack_of_something_else_is_refused(folder: Path, tmp_path: Path) -> No
     (folder / "train" / "ant" / "000.jpg").write_bytes(jpeg(77, 50, 50))
     with pytest.raises(InputError, match="a pack of other source"):
         pack(data, out)
+
+
+def test_a_second_pack_into_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    with owned_folder(out, ".lock-pack", "the pack"):
+        with pytest.raises(InputError, match=r"\.lock-pack: the pack is being written by pid"):
+            pack(DataConfig(root=str(folder), workers=0), str(out))
+        assert [path.name for path in out.iterdir()] == [".lock-pack"]
+    pack(DataConfig(root=str(folder), workers=0), str(out))
+    assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
 
 
 def test_unreadable_images_keep_their_number(folder: Path, tmp_path: Path, caplog) -> None:

@@ -23,6 +23,7 @@ from deit_fast.cache.writer import LogitCacheWriter
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.locks import owned_folder
 
 KEYS_FILE = "keys.txt"  # line i is the key of sample i
 _LEAST = 2.0**-25  # for a probability that float16 rounded to zero: half its least step
@@ -51,7 +52,7 @@ def import_tinyvit(folder: str | Path, out: str | Path, num_classes: int) -> dic
 
     Raises:
         InputError: no such folders, different K, a file of the wrong size, an id or a probability
-            that cannot be, ``out`` holds another cache.
+            that cannot be, ``out`` holds another cache or another process writes it.
     """
     epochs, k = _epoch_folders(Path(folder))
     if not 1 <= k <= num_classes or num_classes > 65536:
@@ -77,7 +78,10 @@ def import_tinyvit(folder: str | Path, out: str | Path, num_classes: int) -> dic
         tau=1.0,
         fingerprint=fingerprint,
     )
-    with LogitCacheWriter(out, manifest) as writer:
+    with (
+        owned_folder(Path(out), ".lock-import", "the import"),
+        LogitCacheWriter(out, manifest) as writer,
+    ):
         write_atomically(Path(out) / KEYS_FILE, text)
         for epoch, table in sorted(tables.items()):
             for start in range(0, len(keys), _CHUNK):

@@ -265,7 +265,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """
     where = printable(where)
     try:
-        value = json.loads(content.decode(), object_pairs_hook=unique_keys)
+        value = json.loads(content.decode(), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError:
         raise InputError(f"{where} is damaged: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
@@ -275,8 +275,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`; a key that is there twice is a ValueError."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -323,7 +322,7 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
 
 def temporary_path(path: Path) -> Path:
     """An unused name beside ``path`` that nobody can predict."""
-    return path.with_name(f".tmp-{secrets.token_hex(8)}")
+    return path.with_name(f".tmp-{secrets.token_hex(8)}.part")  # torch.save needs a suffix
 
 
 def remove_orphans(folder: Path) -> None:

@@ -27,6 +27,7 @@ from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import open_atomically, write_arrays, write_json
+from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.run_folder import read_object
 
@@ -58,7 +59,8 @@ def pack(
         `out`, `images`, `shards` written and `kept`, `bytes`, `seconds`, `unreadable` (paths).
 
     Raises:
-        InputError: a wrong value; a folder that holds another pack, naming what differs.
+        InputError: a wrong value; a folder that holds another pack, naming what differs; another
+            process packs into the folder.
         OSError: the disk is full; complete shards are kept.
     """
     if form not in FORMS:
@@ -72,6 +74,14 @@ def pack(
             raise InputError(f"{name} must lie in [{low}, {high}], not {value}")
     if data.source in ("packed", "synthetic"):
         raise InputError(f"data.source={data.source} cannot be packed: use folder or tar")
+    with owned_folder(Path(out), ".lock-pack", "the pack") as lock:
+        return _pack(data, out, form, short_side, quality, shard_samples, lock)
+
+
+def _pack(
+    data: DataConfig, out: str, form: str, short_side: int, quality: int, shard_samples: int,
+    lock: Lock,
+) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     total: Counter[str] = Counter()
     unreadable: list[str] = []
@@ -84,6 +94,7 @@ def pack(
             "source": source.fingerprint(), "packed_from": os.path.join(str(data.root), split),
         }  # fmt: skip
         folder = Path(out) / split
+        lock.require_held()
         _write_or_compare_manifest(folder, manifest)
         counts, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
         total.update(counts)

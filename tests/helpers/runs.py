@@ -120,18 +120,27 @@ def assert_close_runs(run: Path, undisturbed: Path) -> None:
             assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
 
 
-def torchrun(config: RunConfig, restarts: int = 0, **environment: str) -> tuple[int, str]:
+def main(*arguments: str) -> None:
+    torch.set_num_threads(1)  # as torchrun's OMP_NUM_THREADS=1
+    sys.exit(cli.main(list(arguments)))
+
+
+def torchrun(
+    config: RunConfig, restarts: int = 0, call: Callable[..., None] = main, **environment: str
+) -> tuple[int, str]:
     """Exit status and stderr of `torchrun -m deit_fast train` with two processes.
 
     torchrun's agent forks them instead of starting Python, whose imports take most of a short run.
     """
     path, stderr = Path(config.output).with_suffix(".json"), config.output + ".stderr"
     path.write_text(json.dumps(to_dict(config)))
-    status = forked(_launch, str(path), restarts, environment, stderr)
+    status = forked(_launch, call, str(path), restarts, environment, stderr)
     return status, Path(stderr).read_text()
 
 
-def _launch(path: str, restarts: int, environment: dict[str, str], stderr: str) -> None:
+def _launch(
+    call: Callable[..., None], path: str, restarts: int, environment: dict[str, str], stderr: str
+) -> None:
     redirect(2, stderr)
     os.environ |= environment
     standalone = LaunchConfig(
@@ -139,11 +148,6 @@ def _launch(path: str, restarts: int, environment: dict[str, str], stderr: str) 
         max_restarts=restarts, start_method="fork",
     )  # fmt: skip
     try:
-        elastic_launch(standalone, _main)("train", "--config", path)
+        elastic_launch(standalone, call)("train", "--config", path)
     except ChildFailedError as error:
         sys.exit(str(error))
-
-
-def _main(*arguments: str) -> None:
-    torch.set_num_threads(1)  # as torchrun's OMP_NUM_THREADS=1
-    sys.exit(cli.main(list(arguments)))

@@ -6,6 +6,7 @@ Each run folder gets `analysis/analysis.json` and pictures, which the report sho
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import write_json
+from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, spaced_ids, undistilled
 from deit_fast.tools.analysis.table import CLASSIFIERS
@@ -50,7 +52,8 @@ def analyze(
         be measured is absent; `left_out` gives the reason.
 
     Raises:
-        InputError: a run, its weights or data are missing or damaged.
+        InputError: a run, its weights or data are missing or damaged, or another process analyses
+            one of the runs.
         OSError: a run folder cannot be written.
     """
     if read_process_group().world_size > 1:
@@ -63,25 +66,32 @@ def analyze(
         )
         for path in paths
     ]  # fmt: skip
-    for number, run in enumerate(runs):
-        measure(run, runs[:number], where)
-    results = []
-    for run in runs:
-        found = describe(run, undistilled(run, runs), ema, where)
-        folder = run.path / ANALYSIS_FOLDER
-        folder.mkdir(exist_ok=True)
-        first = sample
-        if run.teacher is not None:
-            found["teacher"]["sample"] = _sample(run, run.teacher, sample, where)
-            first = found["teacher"]["sample"]["id"]
-        reason = tokens.why_no_attention(run.model)
-        if reason is None:
-            found |= _attention(run, first, maps, folder, where)
-        else:
-            found["left_out"]["attention"] = reason
-        write_json(folder / ANALYSIS_FILE, found)
-        results.append(found)
-    return results
+    with ExitStack() as locks:
+        for folder in {(run.path / ANALYSIS_FOLDER).resolve() for run in runs}:
+            locks.enter_context(owned_folder(folder, ".lock-analysis", "the analysis"))
+        for number, run in enumerate(runs):
+            measure(run, runs[:number], where)
+        return [_write(run, runs, ema, sample, maps, where) for run in runs]
+
+
+def _write(
+    run: OpenRun, runs: list[OpenRun], ema: bool, sample: int | None, maps: int,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a run's analysis into its folder; returns the content of its analysis.json."""
+    found = describe(run, undistilled(run, runs), ema, device)
+    folder = run.path / ANALYSIS_FOLDER
+    first = sample
+    if run.teacher is not None:
+        found["teacher"]["sample"] = _sample(run, run.teacher, sample, device)
+        first = found["teacher"]["sample"]["id"]
+    reason = tokens.why_no_attention(run.model)
+    if reason is None:
+        found |= _attention(run, first, maps, folder, device)
+    else:
+        found["left_out"]["attention"] = reason
+    write_json(folder / ANALYSIS_FILE, found)
+    return found
 
 
 def describe(
