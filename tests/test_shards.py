@@ -28,6 +28,7 @@ from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
+from helpers.tars import add
 
 RECIPE = ViewConfig(image_size=24, repeats=1)
 CLASSES = ("ant", "bee", "cat")
@@ -77,12 +78,6 @@ def write_tars(folder: Path, root: Path, per_shard: int = 4, label: str = "cls")
                     text = str(value) if label == "cls" else json.dumps({"label": value, "x": "y"})
                     add(archive, f"{index:06d}.jpg", source.read(index))
                     add(archive, f"{index:06d}.{label}", text.encode())
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
 
 
 def views(source, workers: int = 0) -> bytes:
@@ -210,7 +205,7 @@ def test_a_truncated_shard_is_refused(folder: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (700, len(content) // 2, 100):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"train-000001\.tar is not a complete tar archive"):
+        with pytest.raises(InputError, match=r"train-000001\.tar is not a complete, plain tar"):
             TarShards(str(root), "train")
 
 

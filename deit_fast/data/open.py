@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.views.plan import ViewPlan
 
+log = logging.getLogger("deit_fast")
+
 
 def open_source(
     data: DataConfig, split: str, image_size: int, classes: list[str] | None = None
 ) -> Source:
-    """The training or held-out images of a configuration.
+    """The training or held-out images of a configuration; logs what the split holds beside them.
 
     Held-out labels follow the names of the training split's classes if that split exists, so a
     class without held-out images shifts no label.
@@ -45,6 +48,8 @@ def open_source(
     if split != "train":
         owner = "the training split" if classes is None else "the run"
         source.follow(classes or _training_classes(data) or source.classes, owner)
+    if source.left_out:
+        log.info("left out of %s: %s", source.folder, source.left_out)
     return source
 
 

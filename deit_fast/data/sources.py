@@ -86,6 +86,23 @@ def out_of_memory(path: str, what: str) -> OSError:
     return OSError(errno.ENOMEM, text, path)
 
 
+class LeftOut:
+    """Counts what a split holds beside its samples, by kind, and names the first of each."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self._found.get(kind, (0, name))
+        self._found[kind] = count + 1, first
+
+    def __str__(self) -> str:
+        """`3 links (first: 'a.tar/1.jpg'); ...`, empty if there is nothing."""
+        return "; ".join(
+            f"{count} {kind} (first: {first!r})" for kind, (count, first) in self._found.items()
+        )
+
+
 class Source(ABC):
     """The images of one split by sample id.
 
@@ -94,6 +111,7 @@ class Source(ABC):
         labels: int64 [num_samples].
         paths: where each image comes from, for messages.
         folder: of the split, for messages.
+        left_out: what the split holds beside its samples, with counts; empty if nothing.
         finished: whether `load` returns whole views. The plan's crop and augmentation are then not
             applied; flip, erasing and mixing are.
     """
@@ -102,6 +120,7 @@ class Source(ABC):
     labels: np.ndarray
     paths: Sequence[str]
     folder: str | Path = "the data set"
+    left_out = ""
     finished = False
 
     @property
@@ -198,14 +217,15 @@ def packed_path(folder: str, names: np.ndarray, ends: np.ndarray, gap: int, inde
         gap: bytes between two names.
     """
     start = ends[index - 1] + gap if index else 0
-    return os.path.join(folder, os.fsdecode(names[start : ends[index]].tobytes()))
+    return f"{folder}/{os.fsdecode(names[start : ends[index]].tobytes())}"
 
 
 class ImageFolder(Source):
     """`root/split/<class>/**/<image>`; ids and labels in torchvision `ImageFolder`'s order.
 
     Classes are the folder names, sorted. Folders and files whose name starts with a dot are left
-    out. EXIF orientation is ignored as in torchvision, since teachers were trained on such pixels.
+    out at every depth. EXIF orientation is ignored as in torchvision, since teachers were trained
+    on such pixels.
 
     Raises:
         InputError: no root, split, class folder or image.
@@ -221,10 +241,11 @@ class ImageFolder(Source):
         self.classes = class_folders(self.folder)
         if not self.classes:
             raise InputError(f"{self.folder} has no class folders; {expected}")
+        places, left_out = _places(self.folder, self.classes), LeftOut()
         labels: list[int] = []
         names: list[bytes] = []
         for label, name in enumerate(self.classes):
-            files = _image_files(self.folder, name)
+            files = _image_files(self.folder, name, places, left_out)
             names += files
             labels += [label] * len(files)
         if not names:
@@ -232,6 +253,7 @@ class ImageFolder(Source):
                 f"{self.folder} has no images in its {len(self.classes)} class folders; "
                 f"expected {', '.join(EXTENSIONS)}"
             )
+        self.left_out = str(left_out)
         self.labels = np.array(labels, np.int64)
         self._warn_of_empty_classes()
         buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
@@ -288,25 +310,79 @@ def class_folders(folder: str) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        raise InputError(f"cannot list {folder}: {error.strerror}") from None
+        raise _cannot_list(error) from None
 
 
-def _image_files(folder: str, name: str) -> list[bytes]:
-    """Paths relative to `folder`, sorted as torchvision sorts them: by directory, then by name."""
+def _places(folder: str, classes: list[str]) -> set[tuple[int, int]]:
+    """Identities of the folders of the split and of its classes.
+
+    Raises:
+        InputError: two classes are one folder, through a link.
+    """
+    names: dict[tuple[int, int], str] = {}
+    for name in classes:
+        other = names.setdefault(_place(os.path.join(folder, name)), name)
+        if other != name:
+            raise InputError(f"classes {other!r} and {name!r} of {folder} are one folder: a link")
+    return {_place(folder), *names}
+
+
+def _place(folder: str) -> tuple[int, int]:
+    """Identity of a folder, whatever links lead to it."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _cannot_list(error) from None
+    return status.st_dev, status.st_ino
+
+
+def _cannot_list(error: OSError) -> InputError:
+    return InputError(f"cannot list {error.filename}: {error.strerror}")
+
+
+def _image_files(
+    folder: str, name: str, places: set[tuple[int, int]], left_out: LeftOut
+) -> list[bytes]:
+    """Paths relative to `folder`, sorted as torchvision sorts them: by directory, then by name.
+
+    Args:
+        places: the split and the classes, to which no link below the class may lead.
+        left_out: counts what is no image.
+
+    Raises:
+        InputError: a folder cannot be listed, or a link leads to a folder whose images would count
+            twice: one of `places`, or one that contains the link.
+    """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"cannot list {error.filename}: {error.strerror}") from None
+        raise _cannot_list(error) from None
 
-    files = []
-    walk = os.walk(os.path.join(folder, name), onerror=refuse, followlinks=True)
-    for directory, _, names in sorted(walk):
+    top = os.path.join(folder, name)
+    above: dict[str, tuple[tuple[int, int], ...]] = {top: ()}  # the folders that contain a folder
+    images = []
+    for directory, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        place, outer = _place(directory), above[directory]
+        if place in outer or (outer and place in places):
+            raise InputError(
+                f"{directory} is a link to a folder around it or to another class: its images "
+                f"would count twice; remove the link"
+            )
         relative = os.path.relpath(directory, folder)
-        files += [
-            os.fsencode(os.path.join(relative, item))
-            for item in sorted(names)
-            if item.lower().endswith(EXTENSIONS) and not item.startswith(".")
-        ]
-    return files
+        for item in folders[:]:
+            if item.startswith("."):
+                folders.remove(item)
+                left_out.add("hidden folders", os.path.join(relative, item))
+            else:
+                above[os.path.join(directory, item)] = (*outer, place)
+        for item in names:
+            path = os.path.join(relative, item)
+            if item.startswith("."):
+                left_out.add("hidden files", path)
+            elif item.lower().endswith(EXTENSIONS):
+                images.append((directory, item, os.fsencode(path)))
+            else:
+                left_out.add("files that are no image", path)
+    return [path for _, _, path in sorted(images)]
 
 
 class Synthetic(Source):

@@ -1,7 +1,7 @@
 """Tar shards in WebDataset's naming, with an index, so that any sample can be read by its number.
 
     ROOT/SPLIT/*.tar      members KEY.jpg (or another image) and KEY.cls, the class as a number in
-                          text, or KEY.json with a "label"; members of a key are adjacent
+                          text, or KEY.json with a "label"
     ROOT/classes.txt      names of the classes, one a line (optional)
 
 Samples are numbered by shard name, then by position. The index of a split is made once from the
@@ -15,26 +15,37 @@ import hashlib
 import json
 import logging
 import os
-import tarfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from deit_fast.data.shard_files import ShardFiles, stamps_of
-from deit_fast.data.sources import EXTENSIONS, Paths, Source, packed_path
+from deit_fast.data.sources import EXTENSIONS, LeftOut, Paths, Source, packed_path
+from deit_fast.data.tar_members import Member, members, read_content
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
+from deit_fast.runtime.files import (
+    cache_folder,
+    open_regular,
+    read_arrays,
+    read_file,
+    unique_keys,
+    write_arrays,
+)
 from deit_fast.runtime.metrics import Progress
 
 log = logging.getLogger("deit_fast")
 
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = ".deit-fast-index.npz"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
             "name_end": np.int64}  # fmt: skip
+_IMAGES = {extension[1:].encode() for extension in EXTENSIONS}
+_LABELS = {b"cls", b"json"}
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed
+_USUAL_PADDING = 512 + 10240 + 512  # of the last member, the end marker and tar's usual record
 
 
 class TarShards(Source):
@@ -57,6 +68,7 @@ class TarShards(Source):
         index = _open_index(self.folder, self.shards, stamps)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         self.labels = index["label"]
+        self.left_out = index["left_out"].tobytes().decode(errors="replace")
         self.paths = Paths(len(self.labels), partial(_member_path, self.folder, self.shards, index))
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
@@ -95,13 +107,16 @@ def _member_path(folder: str, shards: list[str], index: dict[str, np.ndarray], n
 
 def _class_names(root: str, highest: int) -> list[str]:
     path = Path(root) / "classes.txt"
-    if not path.exists():
+    if not os.path.lexists(path):
         return [str(label) for label in range(highest + 1)]
     try:
-        names = path.read_text().split("\n")
+        lines = read_file(path).decode().rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    return [name.strip() for name in names if name.strip()]
+    names = [line.strip() for line in lines]
+    if not all(names):
+        raise InputError(f"{path}: line {names.index('') + 1} is empty; remove it or name a class")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,14 +151,14 @@ def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, 
     """A stored index of exactly these shards; None if it is missing, outdated or damaged."""
     header = {"format": np.int64, "shards": np.uint8, "stamps": np.int64}
     try:
-        stored = read_arrays(path, header | _COLUMNS | {"names": np.uint8})
+        stored = read_arrays(path, header | _COLUMNS | {"names": np.uint8, "left_out": np.uint8})
     except FileNotFoundError:
         return None
     except ValueError as error:
         log.warning("%s; it is made again", error)
         return None
     current = (
-        stored.pop("format") == _FORMAT
+        stored.pop("format").tolist() == _FORMAT
         and np.array_equal(stored.pop("shards"), _join(shards))
         and np.array_equal(stored.pop("stamps"), stamps)
     )
@@ -152,11 +167,11 @@ def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, 
     columns = [stored[name] for name in _COLUMNS]
     shard, offset, size, label, name_end = columns
     fits = (
-        {column.shape for column in columns} == {(len(label),)}
+        {column.shape for column in columns} == {(label.size,)}
         and stored["names"].ndim == 1
         and ((shard >= 0) & (shard < len(shards))).all()
         and (offset >= 0).all() and (size >= 0).all() and (label >= 0).all()
-        and (offset + size <= stamps[shard, 0]).all()
+        and (offset <= stamps[shard, 0] - size).all()
         and (np.diff(name_end, prepend=0) >= 0).all()
         and (len(label) == 0 or name_end[-1] == len(stored["names"]))
     )  # fmt: skip
@@ -174,71 +189,128 @@ def _scan(folder: str, shards: list[str]) -> dict[str, np.ndarray]:
     """Read every shard's headers: minutes for a large set."""
     parts = []
     names = bytearray()
+    left_out = LeftOut()
     with Progress(f"indexing {folder}", len(shards), unit="shard") as progress:
-        for number, name in enumerate(shards):
+        for number, shard in enumerate(shards):
             rows = []
-            for member, offset, size, label in _samples(os.path.join(folder, name)):
-                names += os.fsencode(member)
-                rows.append((number, offset, size, label, len(names)))
+            for image, label in _samples(os.path.join(folder, shard), shard, left_out):
+                names += image.name
+                rows.append((number, image.offset, image.size, label, len(names)))
             parts.append(np.array(rows, np.int64).reshape(-1, len(_COLUMNS)))
             progress.advance()
     columns = zip(_COLUMNS.items(), np.concatenate(parts).T, strict=True)
     index = {name: column.astype(dtype) for (name, dtype), column in columns}
-    return index | {"names": np.frombuffer(bytes(names), np.uint8)}
+    texts = {"names": bytes(names), "left_out": str(left_out).encode()}
+    return index | {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
 
 
-def _samples(path: str) -> Iterator[tuple[str, int, int, int]]:
-    """Member, offset and size in bytes, and label of each image in a shard."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            key, image, label = None, None, None
-            for member in archive:
-                if not member.isfile() or os.path.basename(member.name).startswith("."):
-                    continue
-                stem, dot, extension = os.path.basename(member.name).partition(".")
-                this = os.path.join(os.path.dirname(member.name), stem)
-                if this != key:
-                    yield from _sample(path, image, label)
-                    key, image, label = this, None, None
-                if dot + extension.lower() in EXTENSIONS:
-                    if image is not None:
-                        raise InputError(f"{path}: {this!r} has two images")
-                    image = member.name, member.offset_data, member.size
-                elif extension in ("cls", "json"):
-                    found = _label(archive, member, path)
-                    label = found if found is not None else label
-            yield from _sample(path, image, label)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a complete tar archive: {error}") from None
+def _samples(path: str, shard: str, left_out: LeftOut) -> list[tuple[Member, int]]:
+    """Image and label of each sample of a shard, in the order of the images.
+
+    A key is a name without its last extension: `KEY.jpg` goes with `KEY.cls`, dots in KEY or not.
+    """
+    images: dict[bytes, Member] = {}
+    labels: dict[bytes, list[Member]] = {}
+    end = 0
+    with open_regular(path) as file:
+        for member in members(file, path):
+            end = member.offset + member.size
+            key, _, extension = member.name.rpartition(b".")
+            is_image, is_label = extension.lower() in _IMAGES, extension.lower() in _LABELS
+            name = f"{shard}/{os.fsdecode(member.name)}"
+            if member.kind == "folder":
+                continue
+            if _is_hidden(member.name):
+                left_out.add("hidden files", name)
+            elif member.kind == "link" and (is_image or is_label):
+                raise InputError(
+                    f"{path}: {os.fsdecode(member.name)!r} is a link without content; write the "
+                    f"archive with `tar --dereference --hard-dereference`"
+                )
+            elif member.kind != "file" or not (is_image or is_label):
+                left_out.add(f"{member.kind}s that are no image and no label", name)
+            elif is_label:
+                labels.setdefault(key, []).append(member)
+            elif key in images:
+                raise InputError(f"{path}: {os.fsdecode(key)!r} has two images")
+            else:
+                images[key] = member
+        if end == 0:
+            raise InputError(f"{path} has no members; copy it again, or remove it")
+        if os.fstat(file.fileno()).st_size - end > _USUAL_PADDING:
+            left_out.add("ends of more zeros than tar writes: are the copies complete?", shard)
+        return list(_labelled(file, path, shard, images, labels, left_out))
 
 
-def _sample(
-    path: str, image: tuple[str, int, int] | None, label: int | None
-) -> Iterator[tuple[str, int, int, int]]:
-    """The sample of one key, if the key has an image."""
-    if image is None:
-        return
-    if label is None:
-        raise InputError(f"{path}: {image[0]!r} has no label: neither .cls nor a label in .json")
-    end = image[1] + image[2]
-    if end > os.path.getsize(path):
-        raise InputError(f"{path} is not a complete tar archive: it ends within {image[0]!r}")
-    yield *image, label
+def _labelled(
+    file: BinaryIO, path: str, shard: str,
+    images: dict[bytes, Member], labels: dict[bytes, list[Member]], left_out: LeftOut,
+) -> Iterator[tuple[Member, int]]:  # fmt: skip
+    """The images that have a label.
+
+    An image without one is an error, unless it is a further field of a sample: WebDataset reads
+    `KEY.mask.png` as the field `mask.png` of KEY.
+    """
+    found = {key: _label(file, labels.get(key, []), path) for key in images}
+
+    def is_field(key: bytes) -> bool:
+        return any(found.get(owner) is not None for owner in _owners(key))
+
+    for key, image in images.items():
+        label = found[key]
+        if label is not None:
+            yield image, label
+        elif is_field(key):
+            left_out.add("further fields of samples", f"{shard}/{os.fsdecode(image.name)}")
+        else:
+            name = os.fsdecode(image.name)
+            raise InputError(
+                f"{path}: {name!r} has no label: neither .cls nor a label in .json beside it"
+            )
+    for key, files in labels.items():
+        if key not in images:
+            kind = "further fields of samples" if is_field(key) else "labels without a known image"
+            left_out.add(kind, f"{shard}/{os.fsdecode(files[0].name)}")
 
 
-def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int | None:
+def _owners(key: bytes) -> Iterator[bytes]:
+    """The keys of which a name with dots may be a further field: a.b and a for a.b.c."""
+    folder, slash, base = key.rpartition(b"/")
+    while b"." in base:
+        base = base.rpartition(b".")[0]
+        yield folder + slash + base
+
+
+def _is_hidden(name: bytes) -> bool:
+    """Whether a part of the path is a dot file or dot folder, or what macOS adds to archives."""
+    parts = name.split(b"/")
+    return any((p.startswith(b".") and p not in (b".", b"..")) or p == b"__MACOSX" for p in parts)
+
+
+def _label(file: BinaryIO, files: list[Member], path: str) -> int | None:
+    """The class of one key from its .cls and .json; None where no file has one."""
+    found = [(member.name, _class_number(file, member, path)) for member in files]
+    labels = {label for _, label in found if label is not None}
+    if len(labels) > 1:
+        said = ", ".join(f"{os.fsdecode(name)!r} says {label}" for name, label in found)
+        raise InputError(f"{path}: the labels of one image disagree: {said}")
+    return labels.pop() if labels else None
+
+
+def _class_number(file: BinaryIO, member: Member, path: str) -> int | None:
+    name = os.fsdecode(member.name)
     if member.size > _MAX_LABEL_BYTES:
-        raise InputError(f"{path}: {member.name!r} has {member.size} bytes, too many for a label")
-    file = archive.extractfile(member)
-    content = b"" if file is None else file.read()
+        raise InputError(f"{path}: {name!r} has {member.size} bytes, too many for a label")
+    content = read_content(file, member)
     try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
+        value = json.loads(content, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):
+        value = content
+    values = [value]
     if isinstance(value, dict):
-        value = value.get("label", value.get("cls"))
-        if value is None:
-            return None  # the key may have a .cls as well
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise InputError(f"{path}: {member.name!r} must hold a class number, not {content[:40]!r}")
-    return value
+        values = [value[key] for key in ("label", "cls") if value.get(key) is not None]
+    if any(type(value) is not int or not 0 <= value < 2**31 for value in values):
+        raise InputError(f"{path}: {name!r} must hold a class number, not {content[:40]!r}")
+    if len(set(values)) > 1:
+        raise InputError(f"{path}: {name!r} has a label and another cls: {values}")
+    return values[0] if values else None

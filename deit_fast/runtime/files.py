@@ -265,7 +265,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """
     where = printable(where)
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_unique_keys)
+        value = json.loads(content.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise InputError(f"{where} is damaged: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
@@ -275,7 +275,8 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`; a key that is there twice is a ValueError."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
