@@ -262,12 +262,14 @@ def doctor(*, output: Path = Path("runs"), workers: Workers = 4, report: bool = 
         report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
             run's settings and last log rows. Variables that may hold a secret are left out.
     """
+    from deit_fast.runtime.files import write_atomically
     from deit_fast.tools.doctor import bug_report, examine, has_problem, render
 
     findings = examine(output, workers)
     if report:
         path = Path("deit-fast-report.txt")
-        path.write_text(bug_report(findings, output, os.environ))
+        text = bug_report(findings, output, os.environ)
+        write_atomically(path, text.encode(errors="backslashreplace"))
         return f"wrote {path}; read it before you send it"
     text = render(findings, tty=sys.stdout.isatty())
     if has_problem(findings):

@@ -23,7 +23,7 @@ from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
 from deit_fast.tools.report import charts
 from deit_fast.tools.report.page import build_report, write_report
-from deit_fast.tools.run_folder import PNG_SIGNATURE, short_names
+from deit_fast.tools.run_folder import short_names
 
 VOID = {"meta", "img", "br"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -163,7 +163,7 @@ def test_the_page_is_complete_and_needs_no_network(tmp_path: Path) -> None:
         make_run(tmp_path / "soft", "soft", 0.9, top1_class=0.88, top1_distill=0.89, ema_top1=0.91),
     ]
     for run in runs:
-        (run / "samples.png").write_bytes(PNG_SIGNATURE + b"pixels")
+        Image.new("L", (2, 2)).save(run / "samples.png")
     page = build_report(runs, "Two runs")
     checker = check(page)
     pictures = [link for link in checker.links if link.startswith("data:image/png;base64,")]
@@ -362,8 +362,13 @@ def test_smoothing_is_the_mean_of_neighbours_and_keeps_straight_lines() -> None:
         ("result.json", b"{", "is damaged: Expecting property name"),
         ("result.json", b"[1]", "is damaged: not a JSON object"),
         ("config.json", b"\xff\xfe", "is damaged: not UTF-8 text"),
-        ("metrics.jsonl", b'{"kind": "eval"}\nnonsense\n', "line 2 is damaged: Expecting value"),
+        (
+            "metrics.jsonl",
+            b'{"kind": "eval", "step": 1}\nnonsense\n',
+            "line 2 is damaged: Expecting value",
+        ),
         ("samples.png", b"GIF89a", "is damaged: not a PNG image"),
+        ("samples.png", b"\x89PNG\r\n\x1a\n\0\0\0\0IEND....", "is damaged: a checksum differs"),
     ],
 )
 def test_damage_is_named(
@@ -385,7 +390,7 @@ def test_values_that_are_absent_or_not_finite_are_left_out(tmp_path: Path) -> No
     run = make_run(tmp_path / "a", top1=None, best_top1=None, per_class=None, images_per_s=math.nan)
     (run / "metrics.jsonl").write_text(
         '{"kind": "eval", "step": 4, "epoch": 1, "top1": NaN, "loss": Infinity}\n'
-        '{"kind": "eval", "step": 8, "epoch": 2, "top1": 0.25}\n{"kind": "train"}\n'
+        '{"kind": "eval", "step": 8, "epoch": 2, "top1": 0.25}\n{"kind": "train", "step": 8}\n'
     )
     page = build_report([run], "t")
     assert "Runs 1 " in words(page) and "nan" not in words(page) and "top-1" not in words(page)
@@ -407,7 +412,7 @@ def test_the_report_verb_writes_the_file_and_prints_its_path(
     assert main(["report", str(run), "--out", str(out), "--title", "My title"]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert "<h1>My title</h1>" in out.read_text(encoding="utf-8")
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="is a folder"):
         write_report([run], tmp_path, "t")
 
 

@@ -36,16 +36,17 @@ NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system wi
 # ---------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading without waiting.
+def open_regular(path: str | Path, append: bool = False) -> BinaryIO:
+    """Open a file for reading, or for writing at its end, without waiting.
 
     Raises:
         InputError: the path is not a regular file but a folder, FIFO, socket, device or a link to
             nothing.
         OSError: names the path.
     """
+    access = os.O_WRONLY | os.O_APPEND if append else os.O_RDONLY
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a device without a driver
             _require_regular(path, os.stat(path).st_mode)
@@ -56,7 +57,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     except InputError:
         os.close(descriptor)
         raise
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "ab" if append else "rb")
 
 
 def _require_regular(path: str | Path, mode: int) -> None:
@@ -91,6 +92,13 @@ def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
 # ---------------------------------------------------------------------------------------------
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise InputError if ``path`` is there and is not a regular file, or is a link to nothing."""
+    _require_no_dangling_link(path)
+    if path.exists():
+        _require_regular(path, path.stat().st_mode)
+
+
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A new file, which replaces ``path`` when the block ends.
@@ -99,9 +107,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
         InputError: ``path`` is there and is not a regular file, or is a link to nothing.
         OSError: names ``path``; the old file, or none, is there, and no part of the new one.
     """
-    _require_no_dangling_link(path)
-    if path.exists():
-        _require_regular(path, path.stat().st_mode)
+    require_replaceable(path)
     temporary = None
     try:
         temporary, descriptor = _create_temporary(path)

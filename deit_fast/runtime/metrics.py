@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from contextlib import suppress
@@ -16,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.config import RunConfig
+from deit_fast.errors import InputError, printable
+from deit_fast.runtime.files import (
+    SEAL_KEY,
+    SEAL_ZEROS,
+    is_intact,
+    open_regular,
+    parse_object,
+    read_file,
+    seal,
+    write_atomically,
+)
 from deit_fast.runtime.trackers import Trackers
 
 log = logging.getLogger("deit_fast")
@@ -29,24 +41,33 @@ class MetricsFile:
     Args:
         config: `track` names the trackers.
         output: the run's folder.
-        step: where the run resumes; later rows of the file are dropped.
+        step: where the run resumes; later rows of the file are dropped, damaged ones too.
+        least: rows that the run had when the checkpoint of this step was saved.
+
+    Attributes:
+        rows: number of rows in the file.
 
     Raises:
-        InputError: a tracker cannot start, see ``Trackers``.
+        InputError: metrics.jsonl is not a file, or a tracker cannot start, see ``Trackers``.
+        OSError: metrics.jsonl cannot be written.
     """
 
-    def __init__(self, config: RunConfig, output: Path, step: int) -> None:
+    def __init__(self, config: RunConfig, output: Path, step: int, least: int = 0) -> None:
         self.path = output / METRICS
         rows = read_metrics(self.path)
         logged = {row["kind"]: row["step"] for row in rows}  # the newest step of each kind of row
         self.trackers = Trackers(config, output, step, logged)
-        self._rewrite(rows, step)
+        self._open(rows, step)
+        if self.rows < least:
+            log.warning("%s lost %d of its %d rows", self.path, least - self.rows, least)
 
-    def _rewrite(self, rows: list[dict[str, Any]], step: int) -> None:
-        """Write the rows up to ``step`` and open the file for more."""
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-        self.path.write_text("".join(kept))
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  (line buffered, lives with the run)
+    def _open(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Drop the rows after ``step`` and open the file for more."""
+        kept = [_line(row) for row in rows if row["step"] <= step]
+        self.rows, content = len(kept), b"".join(kept)
+        if not self.path.exists() or read_file(self.path) != content:
+            write_atomically(self.path, content)
+        self._file = open_regular(self.path, append=True)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Append a row with its kind, `train` or `eval`, and the time in seconds since the epoch.
@@ -54,17 +75,23 @@ class MetricsFile:
         Raises:
             OSError: the file's name and the reason, such as a full disk.
         """
-        line = json.dumps({"kind": kind, **row, "time": round(time.time(), 3)}) + "\n"
+        line = _line({"kind": kind, **row, "time": round(time.time(), 3)})
         try:
             self._file.write(line)
+            self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.rows += 1
         self.trackers.write(kind, row)
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk; a checkpoint must not be newer than its rows."""
+        os.fsync(self._file.fileno())
 
     def roll_back(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run was rolled back."""
         self._close_file()
-        self._rewrite(read_metrics(self.path), step)
+        self._open(read_metrics(self.path), step)
         self.trackers.roll_back(step)
 
     def close(self, finished: bool) -> None:
@@ -77,18 +104,52 @@ class MetricsFile:
             self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a metrics file, none if it does not exist.
+def _line(row: dict[str, Any]) -> bytes:
+    """A row of the file, which ends with the checksum of its line."""
+    line = json.dumps({**row, SEAL_KEY: SEAL_ZEROS}).encode()
+    return b"".join([*seal(line), b"\n"])
 
-    A line that a crash cut off is left out with a warning.
+
+def read_metrics(path: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """The rows of a metrics file, none if it does not exist.
+
+    A last line that a crash cut off is left out with a warning.
+
+    Args:
+        strict: refuse a damaged row; otherwise it is left out with a warning.
+
+    Raises:
+        InputError: a row is damaged, or the path is not a file.
     """
+    try:
+        lines = read_file(path).split(b"\n")
+    except FileNotFoundError:
+        return []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: a torn line was left out", path)
+            if line:
+                rows.append(_parse_row(line, where))
+        except InputError as error:
+            # A crash leaves the start of a line: without its end, the checksum and a line feed.
+            is_torn = number == len(lines) and is_intact(line) is None and b"\0" not in line
+            if strict and not is_torn:
+                raise
+            log.warning(
+                "%s; %s", error, "a torn line was left out" if is_torn else "it is left out"
+            )
     return rows
+
+
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    row = parse_object(line, where)
+    if SEAL_KEY in row and not is_intact(line):
+        raise InputError(f"{printable(where)} is damaged: its checksum differs")
+    row.pop(SEAL_KEY, None)
+    if type(row.get("step")) is not int or type(row.get("kind")) is not str:
+        raise InputError(f"{printable(where)} is damaged: it has no step or kind")
+    return row
 
 
 def row_text(row: dict[str, Any], total: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit_fast.runtime.distributed import ProcessGroup
+from deit_fast.runtime.files import require_replaceable, write_atomically
 
 log = logging.getLogger("deit_fast")
 T = TypeVar("T")
@@ -218,12 +221,23 @@ class StepProfiler:
             self._profile.step()
 
     def _write(self, finished: profile) -> None:
-        """Called by torch after the last profiled step."""
+        """Called by torch after the last profiled step.
+
+        Raises:
+            OSError: names the file, whose old content stays.
+        """
         self._profile = None
         key = "self_cpu_time_total" if self.device.type == "cpu" else "self_device_time_total"
         table = finished.key_averages().table(sort_by=key, row_limit=_TABLE_ROWS)
-        (self.folder / "table.txt").write_text(table + "\n")
-        finished.export_chrome_trace(str(self.folder / "trace.json"))
+        write_atomically(self.folder / "table.txt", f"{table}\n".encode())
+        target = self.folder / "trace.json"
+        require_replaceable(target)
+        with TemporaryDirectory(prefix=".tmp-", dir=self.folder) as folder:
+            trace = Path(folder) / target.name
+            finished.export_chrome_trace(str(trace))
+            if not trace.exists():  # torch tells its own log alone
+                raise OSError(errno.EIO, "torch could not write it, is the disk full?", str(target))
+            trace.replace(target)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._profile is None:

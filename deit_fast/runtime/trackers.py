@@ -28,7 +28,7 @@ from typing import Any
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import by_dotted_key, to_dict
-from deit_fast.errors import InputError, first_line
+from deit_fast.errors import InputError, first_line, printable
 from deit_fast.runtime.files import read_json, write_json
 
 log = logging.getLogger("deit_fast")
@@ -204,7 +204,8 @@ class Trackers:
         logged: newest step that an earlier process logged, by kind of row.
 
     Raises:
-        InputError: a tracker of a new tracked run cannot start. On resume that is a warning.
+        InputError: trackers.json is damaged, or a tracker of a new tracked run cannot start. On
+            resume that is a warning.
     """
 
     def __init__(self, config: RunConfig, output: Path, step: int, logged: dict[str, int]) -> None:
@@ -212,7 +213,7 @@ class Trackers:
         if not config.track:
             return
         path = output / "trackers.json"
-        known = read_json(path) if path.exists() else {}
+        known = _read_tracked_runs(path)
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:12]
         for name in config.track:
             entry = known.get(name)
@@ -258,6 +259,26 @@ class Trackers:
             if feed.thread.is_alive():
                 log.warning("%s did not take the last rows within %.0f s", feed.name, patience)
         self._feeds = []
+
+
+def _read_tracked_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """By name of the tracker: id of its run, newest step by kind of row, and the run's digest."""
+    try:
+        known = read_json(path)
+    except FileNotFoundError:
+        return {}
+    for name, entry in known.items():
+        try:
+            steps = entry["last"].values()
+            is_valid = {type(entry["run"]), type(entry["config"])} == {str}
+            is_valid &= all(type(step) is int for step in steps)
+        except (AttributeError, KeyError, TypeError):
+            is_valid = False
+        if not is_valid:
+            raise InputError(
+                f"{path}: {printable(name)} is damaged; remove the file to start new tracked runs"
+            )
+    return known
 
 
 class _Feed:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deit_fast.config_file import by_dotted_key
+from deit_fast.errors import printable
 from deit_fast.runtime.environment import Loaded, find_apex, load, package_version
-from deit_fast.tools.run_folder import read_object
+from deit_fast.runtime.files import parse_object, read_file
 
 State = Literal["ok", "note", "problem"]
 
@@ -350,7 +351,9 @@ def bug_report(findings: list[Finding], output: Path, environment: Mapping[str, 
     end of the log are shown.
     """
     variables = [
-        f"{name}={_public(environment[name])}" for name in VARIABLES if name in environment
+        f"{name}={_public(printable(environment[name]))}"
+        for name in VARIABLES
+        if name in environment
     ]
     versions = [
         f"python {platform.python_version()} ({sys.implementation.name})",
@@ -385,7 +388,7 @@ def _newest_run(output: Path) -> dict[str, str]:
 
     run = max(runs, key=changed)
     return {
-        "newest run": str(run),
+        "newest run": printable(run),
         "its configuration": _read_config(run / "config.json"),
         f"last {LOG_ROWS} rows of its log": _last_rows(run / "metrics.jsonl"),
     }
@@ -393,15 +396,15 @@ def _newest_run(output: Path) -> dict[str, str]:
 
 def _read_config(path: Path) -> str:
     try:
-        values = by_dotted_key(read_object(path))
+        values = by_dotted_key(parse_object(read_file(path), str(path)))
     except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
+        return f"cannot be read: {printable(error)}"
     return "\n".join(_public(f"{key} = {json.dumps(value)}") for key, value in values.items())
 
 
 def _last_rows(path: Path) -> str:
     try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return "\n".join(_public(line) for line in lines[-LOG_ROWS:]) or "empty"
+        lines = read_file(path).decode(errors="replace").splitlines()
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {printable(getattr(error, 'strerror', error))}"
+    return "\n".join(_public(printable(line)) for line in lines[-LOG_ROWS:]) or "empty"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit_fast.errors import InputError
-from deit_fast.runtime.files import parse_object, read_json
+from deit_fast.errors import InputError, printable
+from deit_fast.runtime.files import read_file, read_json
+from deit_fast.runtime.metrics import METRICS, read_metrics
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANALYSIS_FOLDER, ANALYSIS_FILE, ANALYSIS_FORMAT = "analysis", "analysis.json", 1
@@ -48,28 +52,29 @@ def short_names(runs: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str, index: int) -> Run:
-    """Read a run folder.
+    """Read a run folder; in all texts, what a terminal or a page must not get is escaped.
 
     Raises:
         InputError: the folder or one of its files is missing or damaged; names it.
     """
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist")
-    rows = _read_rows(path / "metrics.jsonl")
+    result = read_object(path / "result.json")
+    rows = _read_rows(path / METRICS, result.get("metrics_rows"))
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
     analysis = _read_analysis(folder / ANALYSIS_FILE)
     pictures = [row["picture"] for row in analysis.get("attention", {}).get("samples", [])]
     return Run(
         index=index,
-        name=name,
-        config=read_object(path / "config.json"),
-        result=read_object(path / "result.json"),
-        analysis=analysis,
-        train=[row for row in rows if row.get("kind") == "train"],
-        evaluations=[row for row in rows if row.get("kind") == "eval"],
-        samples=_read_png(samples) if samples.exists() else None,
+        name=printable(name),
+        config=_printable(read_object(path / "config.json")),
+        result=_printable(result),
+        analysis=_printable(analysis),
+        train=[_printable(row) for row in rows if row["kind"] == "train"],
+        evaluations=[_printable(row) for row in rows if row["kind"] == "eval"],
+        samples=_read_png(samples) if os.path.lexists(samples) else None,
         # only the last part of a name, so that no name leads out of the folder
-        maps={name: _read_png(folder / Path(name).name) for name in pictures},
+        maps={printable(name): _read_png(folder / Path(name).name) for name in pictures},
     )
 
 
@@ -86,7 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_analysis(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     analysis = read_object(path)
     if analysis.get("format") != ANALYSIS_FORMAT:
@@ -99,29 +104,52 @@ def _read_analysis(path: Path) -> dict[str, Any]:
 
 def _read_png(path: Path) -> bytes:
     try:
-        image = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
+        image = read_file(path)
+    except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     if not image.startswith(PNG_SIGNATURE):
         raise InputError(f"{path} is damaged: not a PNG image")
+    if not _are_chunks_intact(image):
+        raise InputError(f"{path} is damaged: a checksum differs")
     return image
+
+
+def _are_chunks_intact(image: bytes) -> bool:
+    """Whether a PNG has all its chunks: length, type, content and CRC-32 of type and content."""
+    start, kind = len(PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        if len(image) < start + 12:
+            return False
+        size, kind = struct.unpack_from(">I4s", image, start)
+        end = start + 8 + size
+        if image[end : end + 4] != struct.pack(">I", zlib.crc32(image[start + 4 : end])):
+            return False
+        start = end + 4
+    return start == len(image)
+
+
+def _printable(value: Any) -> Any:
+    """A JSON value whose texts, keys too, are printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {printable(key): _printable(item) for key, item in value.items()}
+    return value
 
 
 def _unfinished(path: Path) -> str:
     return ": the run has not finished" if path.name == "result.json" else ""
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist{_unfinished(path)}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is damaged: not UTF-8 text") from None
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows; a last line without a line feed was cut off by a crash and is ignored."""
-    content = _read_text(path).encode()
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    return [parse_object(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line]
+def _read_rows(path: Path, least: object) -> list[dict[str, Any]]:
+    """All rows. A finished run knows how many it had; a resumed one may have more."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    rows = read_metrics(path, strict=True)
+    if isinstance(least, int) and len(rows) < least:
+        raise InputError(
+            f"{path} has {len(rows)} rows, the finished run had {least}: it is damaged"
+        )
+    return rows

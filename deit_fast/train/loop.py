@@ -146,7 +146,7 @@ class _Run:
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
         if group.is_first:
-            self.metrics = metrics = MetricsFile(config, self.output, state.step)
+            self.metrics = metrics = MetricsFile(config, self.output, state.step, state.rows)
             resources.callback(lambda: metrics.close(self.finished))
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
@@ -356,7 +356,9 @@ class _Run:
         )
 
     def _save(self) -> None:
-        if self.group.is_first:
+        if self.metrics is not None:
+            self.metrics.sync()
+            self.state.rows = self.metrics.rows
             self.writer.save(self.state.step, self.state.to_checkpoint(self.config))
 
     def _wait_for_checkpoint(self) -> None:
@@ -471,8 +473,9 @@ class _Run:
             "environment": describe_environment(self.device),
             "command": describe_command(),
         }
-        if self.group.is_first:
+        if self.metrics is not None:
             self._require_owned()
+            result["metrics_rows"] = self.metrics.rows
             save_weights(self.output / "model.safetensors", state.model.state_dict(), {})
             if state.ema is not None:
                 average = state.ema.module.state_dict()

@@ -58,6 +58,7 @@ class TrainState:
     best_epoch: int = 0
     train_seconds: float = 0.0
     substituted: set[str] = field(default_factory=set)
+    rows: int = 0  # of metrics.jsonl when the state was saved
 
     def add(self, numbers: dict[str, Tensor]) -> None:
         """Add a step's numbers, which stay on the device, to the sums."""
@@ -76,6 +77,7 @@ class TrainState:
         return {
             "config": json.dumps(to_dict(config)),
             **{name: getattr(self, name) for name in _COUNTS},
+            "rows": self.rows,
             "skipped": list(self.skipped),
             "sums": dict(self.sums),
             "substituted": sorted(self.substituted),
@@ -93,6 +95,7 @@ class TrainState:
         self.optimizer.load_state_dict(saved["optimizer"])
         for name in _COUNTS:
             setattr(self, name, saved[name])
+        self.rows = saved.get("rows", 0)  # absent in earlier versions
         device = next(self.model.parameters()).device
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
         self.skipped, self.substituted = list(saved["skipped"]), set(saved["substituted"])

@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, printable
+from deit_fast.runtime.files import write_atomically
 from deit_fast.tools.report import sections
 from deit_fast.tools.report.charts import COLOURS, PROPERTIES, Line, dash, line_chart
 from deit_fast.tools.report.sections import Table
@@ -19,12 +20,12 @@ def write_report(runs: Sequence[Path], out: Path, title: str) -> None:
     """Write the page about ``runs`` to ``out``.
 
     Raises:
-        InputError: a run's folder or file is missing or damaged; names it.
-        OSError: ``out`` cannot be written.
+        InputError: a run's folder or file is missing or damaged, or ``out`` is no file; names it.
+        OSError: ``out`` cannot be written; the old page stays.
     """
-    page = build_report(runs, title)
+    page = build_report(runs, printable(title))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_atomically(out, page.encode(errors="backslashreplace"))
 
 
 def build_report(runs: Sequence[Path], title: str) -> str:
