@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,7 +136,7 @@ def read_run_config(run: str | Path) -> RunConfig:
         InputError: the folder or its config.json is missing or damaged.
     """
     path = Path(run) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{run} is no run folder: {path} does not exist")
     return load_config(str(path), RunConfig())
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from deit_fast.config import ViewConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.kernels.ingest import PLAN_COLUMNS, ingest
+from deit_fast.runtime.files import write_atomically
 
 
 def build_rows(
@@ -83,4 +85,6 @@ def save_views(batch: ViewBatch, view: ViewConfig, path: Path, count: int = 16) 
     for index, pixel in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
         tile = Image.fromarray(pixel).resize((side, side), Image.Resampling.NEAREST)
         grid.paste(tile, (index % 8 * cell, index // 8 * cell))
-    grid.save(path)
+    content = io.BytesIO()
+    grid.save(content, "PNG")
+    write_atomically(path, content.getbuffer())

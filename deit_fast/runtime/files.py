@@ -48,7 +48,10 @@ def open_regular(path: str | Path, append: bool = False) -> BinaryIO:
     try:
         descriptor = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+        if error.errno in (
+            errno.ENXIO,
+            errno.EISDIR,
+        ):  # a socket, a FIFO without a reader, a folder
             _require_regular(path, os.stat(path).st_mode)
         _require_no_dangling_link(path)
         raise

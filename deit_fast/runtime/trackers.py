@@ -213,7 +213,7 @@ class Trackers:
         if not config.track:
             return
         path = output / "trackers.json"
-        known = _read_tracked_runs(path)
+        known = read_tracked_runs(path)
         digest = hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()[:12]
         for name in config.track:
             entry = known.get(name)
@@ -261,7 +261,7 @@ class Trackers:
         self._feeds = []
 
 
-def _read_tracked_runs(path: Path) -> dict[str, dict[str, Any]]:
+def read_tracked_runs(path: Path) -> dict[str, dict[str, Any]]:
     """By name of the tracker: id of its run, newest step by kind of row, and the run's digest."""
     try:
         known = read_json(path)

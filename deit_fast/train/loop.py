@@ -21,9 +21,9 @@ from deit_fast.models.fuse import unfuse
 from deit_fast.models.weights import save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
-from deit_fast.runtime.files import remove_orphans, write_json
+from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
-from deit_fast.runtime.metrics import MetricsFile, Progress, row_text
+from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
@@ -42,6 +42,10 @@ log = logging.getLogger("deit_fast")
 # While several ranks evaluate, they poll for a signal every 8 batches, which take a few seconds.
 # Schedulers allow about ten seconds between SIGTERM and SIGKILL.
 STOP_POLL_EVERY = 8
+# Files of the run's folder that a run replaces.
+OUTPUTS = (
+    "config.json", "samples.png", METRICS, "model.safetensors", "ema.safetensors", "result.json",
+)  # fmt: skip
 
 LOCK_FILE = ".lock-run"  # in the run's folder, while it is trained
 
@@ -163,7 +167,10 @@ class _Run:
         if not self.group.is_first:
             return None
         require_trackers(self.config.track)
-        return resources.enter_context(owned_folder(self.output, LOCK_FILE, "the run"))
+        lock = resources.enter_context(owned_folder(self.output, LOCK_FILE, "the run"))
+        for name in OUTPUTS:
+            require_replaceable(self.output / name)  # now, not at the end of the run
+        return lock
 
     def _require_owned(self) -> None:
         if self.lock is not None:

@@ -7,6 +7,7 @@ classifiers would take 600 MB.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ def open_run(
         )
     file = path / "result.json"  # a run without it can be analysed: its weights are there
     found, reason = find_teacher(
-        config, read_object(file) if file.exists() else {}, teacher, len(source.classes)
+        config, read_object(file) if os.path.lexists(file) else {}, teacher, len(source.classes)
     )
     return OpenRun(
         path=path,

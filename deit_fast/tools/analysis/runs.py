@@ -16,7 +16,7 @@ from torch import Tensor
 from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
-from deit_fast.runtime.files import write_json
+from deit_fast.runtime.files import require_replaceable, write_json
 from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, spaced_ids, undistilled
@@ -58,6 +58,8 @@ def analyze(
     """
     if read_process_group().world_size > 1:
         raise InputError("analyze runs in one process: start it without torchrun")
+    for path in paths:
+        require_replaceable(path / ANALYSIS_FOLDER / ANALYSIS_FILE)
     where = choose_device(device)
     runs = [
         open_run(

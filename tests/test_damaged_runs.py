@@ -1,0 +1,200 @@
+"""A damaged file of a run is refused, or an older checkpoint is used, or nothing differs.
+
+The sweep reads each kind of file of one small run with damage at seeded places. DAMAGED_COPIES sets
+the number of copies of each file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deit_fast import cli
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
+from deit_fast.evaluate import read_run_config
+from deit_fast.models.weights import load_weights, read_metadata
+from deit_fast.runtime.files import write_json
+from deit_fast.runtime.metrics import MetricsFile, read_metrics
+from deit_fast.runtime.trackers import read_tracked_runs
+from deit_fast.tools.analysis.runs import analyze
+from deit_fast.tools.run_folder import read_run
+from deit_fast.train.checkpoints import load_newest
+from deit_fast.train.loop import train
+from helpers.damage import damaged, not_waiting
+from helpers.runs import run_config, weights_equal
+
+STEPS = 2
+NEWEST = f"checkpoints/step-{STEPS:09d}.pt"
+COPIES = int(os.environ.get("DAMAGED_COPIES", "24"))
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory) -> Path:
+    """A run of two steps with all kinds of files."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    changes = {"teacher": None, "loss": {"kind": "none"}}
+    train(run_config(world, folder, max_steps=STEPS, save_steps=1, **changes))
+    analyze([folder], maps=1)
+    entry = {"run": "tensorboard", "last": {"train": 4}, "config": "0123456789ab"}
+    write_json(folder / "trackers.json", {"tensorboard": entry})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Sweep: each file with many kinds of damage
+# ---------------------------------------------------------------------------------------------
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether all that ``right`` has is in ``left`` too; keys that nothing reads may be added."""
+    if isinstance(right, dict):
+        return isinstance(left, dict) and all(k in left and equal(left[k], right[k]) for k in right)
+    if isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(equal, left, right))
+    if isinstance(right, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
+def newest_state(run: Path) -> Any:
+    path, state = load_newest(run / "checkpoints")
+    return {"path": path.name, **state}
+
+
+def whole_run(run: Path) -> Any:
+    return vars(read_run(run, "run", 0))
+
+
+def resumed_rows(run: Path) -> Any:
+    path = run / "metrics.jsonl"
+    MetricsFile(RunConfig(), run, step=STEPS, least=STEPS + 1).close(finished=True)
+    return read_metrics(path, strict=True)
+
+
+def weights(name: str, run: Path) -> Any:
+    path = next(run.glob(name))
+    return load_weights(path), read_metadata(path) if path.suffix == ".safetensors" else None
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "resume": (NEWEST, newest_state),
+    "weights of a checkpoint": (NEWEST, partial(weights, NEWEST)),
+    "model": ("model.safetensors", partial(weights, "model.safetensors")),
+    "average": ("ema.safetensors", partial(weights, "ema.safetensors")),
+    "settings": ("config.json", read_run_config),
+    "settings in a report": ("config.json", whole_run),
+    "result": ("result.json", whole_run),
+    "rows in a report": ("metrics.jsonl", whole_run),
+    "rows on resume": ("metrics.jsonl", resumed_rows),
+    "analysis": ("analysis/analysis.json", whole_run),
+    "views": ("samples.png", whole_run),
+    "map": ("analysis/attention-0.png", whole_run),
+    "trackers": ("trackers.json", lambda run: read_tracked_runs(run / "trackers.json")),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_damage_is_used_in_silence(run, tmp_path, caplog, name):
+    file, read = READERS[name]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    right, content = read(copy), (copy / file).read_bytes()
+    (copy / NEWEST).unlink()
+    older = newest_state(copy)
+    shutil.copy(run / NEWEST, copy / NEWEST)
+    seen: Counter[str] = Counter()
+    for damage, changed in damaged(content, COPIES):
+        (copy / file).write_bytes(changed)
+        caplog.clear()
+        try:
+            found = read(copy)
+        except InputError as error:
+            assert file.rpartition("/")[2] in str(error) and "\n" not in str(error)
+            seen["refused"] += 1
+            continue
+        if equal(found, right):
+            seen["harmless"] += 1
+        elif file == NEWEST and equal(found, older):
+            assert f"{Path(NEWEST).name} is broken" in caplog.text
+            seen["older checkpoint"] += 1
+        elif name == "rows on resume" and all(row in right for row in found):
+            assert (
+                f"metrics.jsonl lost {len(right) - len(found)} of its {len(right)} rows"
+                in caplog.text
+            )
+            seen["rows left out"] += 1
+        else:
+            seen["wrong"] += 1
+            print(f"{name}, {damage}: {found}")
+    print(f"{name}: {dict(seen)}")
+    assert seen["wrong"] == 0
+    assert seen["harmless"] <= COPIES / 10
+
+
+# ---------------------------------------------------------------------------------------------
+# Each verb with each file
+# ---------------------------------------------------------------------------------------------
+
+
+def verb(name: str, run: Path) -> int:
+    """Exit status of a verb that reads the run."""
+    arguments = {
+        "train": ["--config", f"{run.parent}/config.json", "--output", run],
+        "evaluate": [run],
+        "evaluate --ema": [run],
+        "analyze": [run, "--maps", "1"],
+        "report": [run, "--out", run.parent / "page.html"],
+    }[name]
+    return cli.main([*name.split(), *map(str, arguments)])
+
+
+FILES = {
+    "train": f"{NEWEST} config.json metrics.jsonl model.safetensors ema.safetensors result.json",
+    "evaluate": "config.json model.safetensors",
+    "evaluate --ema": "ema.safetensors",
+    "analyze": "config.json model.safetensors result.json analysis/analysis.json",
+    "report": "config.json result.json metrics.jsonl samples.png analysis/analysis.json "
+    "analysis/attention-0.png ../page.html",
+}
+CASES = [(name, file) for name, files in FILES.items() for file in files.split()]
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(run / "config.json", tmp_path)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("name", "file"), CASES)
+def test_what_is_no_file_is_refused_at_once(copy, capsys, name, file):
+    path = (copy / file).resolve()
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with not_waiting():
+        assert verb(name, copy) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert path.name in error[-1] and "FIFO" in error[-1] and "Traceback" not in error
+    assert [line for line in error if "step 2/2" in line] == []  # before any work
+
+
+def test_training_goes_on_from_an_intact_checkpoint(run, copy, caplog):
+    """One bit of a weight in the newest checkpoint: the run would end normally, with others."""
+    path, state = load_newest(copy / "checkpoints")
+    weight = state["model"]["head.weight"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weight) + 1] ^= 1
+    path.write_bytes(content)
+    assert verb("train", copy) == 0
+    assert f"{path.name} is broken (its checksum differs)" in caplog.text
+    assert weights_equal(copy, run)
+    assert equal(newest_state(copy)["optimizer"], newest_state(run)["optimizer"])
