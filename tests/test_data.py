@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -112,6 +113,50 @@ def test_folder_fingerprint_sees_names_sizes_and_classes(tmp_path):
     (tmp_path / "train" / "class1").rename(tmp_path / "train" / "class2")
     seen.add(digest())
     assert len(seen) == 4
+
+
+def test_hidden_folders_are_left_out_at_every_depth(tmp_path, caplog):
+    write_split(tmp_path / "train", 2, 2)
+    plain = ImageFolder(str(tmp_path), "train")
+    deep = tmp_path / "train" / "class1" / "deep"
+    for name in ("class1/deep/.ipynb_checkpoints", "class1/.git", ".cache"):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        picture(1, 8, 8).save(folder / "000-checkpoint.jpg")
+    for name in ("._000.jpg", ".DS_Store", "notes.txt", "a.gif"):
+        (deep / name).touch()
+    caplog.set_level(logging.INFO, "deit_fast")
+    source = open_source(DataConfig(root=str(tmp_path)), "train", SIZE)
+    assert source.fingerprint() == plain.fingerprint() and not plain.left_out
+    [line] = caplog.messages
+    for words in (
+        "2 hidden folders (first: 'class1/.git')",
+        "2 hidden files (first: 'class1/deep/.",
+        "2 files that are no image (first: 'class1/deep/",
+    ):
+        assert words in line
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../class0", "../class0/deep"])
+def test_no_image_counts_twice_through_a_link(tmp_path, target):
+    write_split(tmp_path / "train", 2, 1)
+    for label in (0, 1):
+        (tmp_path / "train" / f"class{label}" / "deep").mkdir()
+    picture(1, 8, 8).save(tmp_path / "train" / "class0" / "deep" / "001.jpg")
+    link = tmp_path / "train" / "class1" / "link"
+    link.symlink_to(target)
+    if target == "../class0/deep":  # one folder in two places, on purpose
+        assert ImageFolder(str(tmp_path), "train").labels.tolist() == [0, 0, 1, 1]
+        return
+    with pytest.raises(InputError, match=r"link.* leads through a link to a folder around"):
+        ImageFolder(str(tmp_path), "train")
+
+
+def test_one_folder_cannot_be_two_classes(tmp_path):
+    write_split(tmp_path / "train", 2, 1)
+    (tmp_path / "train" / "class2").symlink_to("class0")
+    with pytest.raises(InputError, match=r"classes 'class0' and 'class2' of .* are one folder"):
+        ImageFolder(str(tmp_path), "train")
 
 
 def test_paths_are_packed(tmp_path):

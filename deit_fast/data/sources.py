@@ -364,8 +364,8 @@ def _image_files(
         place, outer = _place(directory), above[directory]
         if place in outer or (outer and place in places):
             raise InputError(
-                f"{directory} is a link to a folder around it or to another class: its images "
-                f"would count twice; remove the link"
+                f"{directory} leads through a link to a folder around it or to another class, "
+                f"whose images would count twice; remove the link"
             )
         relative = os.path.relpath(directory, folder)
         for item in folders[:]:
