@@ -152,7 +152,7 @@ def test_files_are_checked_again_when_they_change(source, index_folder):
     assert not list(Path(source.folder).rglob("*.npz")) and list(index_folder.glob("*.npz"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "pickle", "other"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "pickle", "scalar", "other"])
 def test_a_damaged_index_is_made_again(source, index_folder, damage, caplog, monkeypatch):
     reads = Reads(source)
     assert reads.check() == [*range(8)]
@@ -168,6 +168,8 @@ def test_a_damaged_index_is_made_again(source, index_folder, damage, caplog, mon
         np.savez(file, **arrays)
     if damage == "pickle":
         np.savez(file, stamps=np.array([{}], object), sizes=1, lengths=1, sha256=1)
+    if damage == "scalar":
+        np.savez(file, stamps=np.uint64(1), sizes=np.int32(1), lengths=1, sha256=np.uint8(1))
     if damage == "other":
         monkeypatch.setattr("PIL.__version__", "11.9")
     with caplog.at_level(logging.WARNING, "deit_fast"):
@@ -182,6 +184,19 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(source, index_folder,
     reads = Reads(source)
     assert reads.check() == [*range(8)] and (reads.index.sizes > 0).all()
     assert "checked again next time" in caplog.text
+
+
+def test_a_fifo_in_place_of_the_index_or_its_lock_stops_nothing(source, index_folder):
+    reads = Reads(source)
+    assert reads.check() == [*range(8)]
+    (file,) = index_folder.glob("*.npz")
+    for path in (file.with_suffix(".lock"), file):
+        path.unlink()
+        os.mkfifo(path)
+        if path.suffix == ".lock":
+            assert reads.check() == []
+    with pytest.raises(InputError, match="is a FIFO, not a file"):
+        reads.check()
 
 
 def test_two_processes_do_not_check_twice(source):

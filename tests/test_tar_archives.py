@@ -17,9 +17,10 @@ import pytest
 
 from deit_fast.config import DataConfig
 from deit_fast.data import open_source
+from deit_fast.data.shard_files import stamps_of
 from deit_fast.data.sources import LeftOut
 from deit_fast.data.tar_members import members
-from deit_fast.data.tar_shards import TarShards, _samples
+from deit_fast.data.tar_shards import TarShards, _load_index, _samples
 from deit_fast.errors import InputError
 from helpers.tars import tar_of
 
@@ -370,6 +371,24 @@ def test_a_stored_index_is_not_believed(tmp_path: Path, change) -> None:
     assert again.paths[:] == source.paths[:] and again.labels.tolist() == source.labels.tolist()
     assert [again.read(i) for i in range(6)] == [source.read(i) for i in range(6)]
     assert int(np.load(tmp_path / INDEX)["format"]) == 2
+
+
+def test_no_bit_of_a_stored_index_matters(tmp_path: Path) -> None:
+    source, rng = opened(tmp_path, a=GOOD), random.Random(17)
+    content, path = (tmp_path / INDEX).read_bytes(), tmp_path / "cut.npz"
+    expected = [source._offset.tolist(), source._size.tolist(), source.labels.tolist()]
+    stamps = stamps_of([str(tmp_path / "train/a.tar")])
+    outcomes: Counter[str] = Counter()
+    for _ in range(8 * int(os.environ.get("SWEEP", "25"))):
+        at = rng.randrange(len(content))
+        path.write_bytes(rng.choice([content[:at], flipped(content, at, rng.randrange(8))]))
+        index = _load_index(path, ["a.tar"], stamps)
+        if index is not None:
+            assert [index[name].tolist() for name in ("offset", "size", "label")] == expected
+            assert index["names"].tobytes() == b"".join(b"%04d.png" % i for i in range(6))
+        outcomes["same" if index else "made again"] += 1
+    print(dict(outcomes))
+    assert outcomes["made again"] > outcomes["same"]
 
 
 @pytest.mark.parametrize("name", [INDEX, "train/a.tar", "classes.txt"])

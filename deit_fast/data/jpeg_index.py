@@ -251,11 +251,13 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
         stored = read_arrays(path, dtypes)
     except FileNotFoundError:
         return None
-    except ValueError:
+    except InputError:
+        raise
+    except (OSError, ValueError):
         stored = None
     if stored is not None:
         content = [stored[name] for name in ("stamps", "sizes", "lengths")]
-        count = len(content[0])
+        count = content[0].size
         shapes = [array.shape for array in content]
         fits = count > 0 and shapes == [(count,), (count, 2), (count,)]
         if fits and stored["sha256"].tobytes() == _sha256(*content):
@@ -290,6 +292,8 @@ def _lock(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # waits for no FIFO
+            descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

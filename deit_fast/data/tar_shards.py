@@ -154,7 +154,9 @@ def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, 
         stored = read_arrays(path, header | _COLUMNS | {"names": np.uint8, "left_out": np.uint8})
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         log.warning("%s; it is made again", error)
         return None
     current = (
