@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from deit_fast.arguments import (
 )
 from deit_fast.config import Count, CountOrZero, RunConfig, Seed, Workers
 from deit_fast.config_file import by_dotted_key, to_dict
-from deit_fast.errors import CheckFailed, InputError, did_you_mean
+from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.signals import Preempted
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
             text, status = str(failed), 1
         if _rank() == 0:
             with quiet_pipe():
-                print(text, flush=True)
+                print(_for_terminal(text), flush=True)
         return status
     except InputError as error:
         return _fail(str(error))
@@ -386,8 +387,14 @@ class _LogFormat(logging.Formatter):
     """Prefixes warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
+        line = "\n".join(map(printable, super().format(record).split("\n")))
         return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
+
+
+def _for_terminal(text: str) -> str:
+    """A verb's text, whose only control characters are colours on a terminal and line feeds."""
+    parts = re.split("(\n|\x1b\\[[0-9;]*m)" if sys.stdout.isatty() else "(\n)", text)
+    return "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
 
 
 def _log_to_stderr() -> None:
@@ -435,7 +442,7 @@ def _rank() -> int:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    line = " ".join(message.splitlines())
+    line = printable(" ".join(message.splitlines()))
     rank = f"rank {_rank()}: " if _rank() else ""
     print(f"deit-fast: error: {rank}{line}", file=sys.stderr)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -47,10 +48,13 @@ def first_line(error: BaseException, limit: int = 200, with_type: bool = False) 
 
 def printable(value: object) -> str:
     """Text for a terminal: control characters, escape sequences and lone surrogates are escaped."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in str(value)
-    )
+    return "".join(map(_printable_char, str(value)))
+
+
+def _printable_char(char: str) -> str:
+    if char.isprintable() or unicodedata.category(char) == "Zs":  # spaces of all widths
+        return char
+    return char.encode("unicode_escape").decode()
 
 
 def did_you_mean(name: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -532,3 +533,20 @@ def test_cache_info_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert cli.main(["cache", "verify", str(folder)]) == 1
     assert f"broken  {file.name} block 1: " in capsys.readouterr().out
     assert refusal(capsys, "cache", "info", str(tmp_path / "gone"))
+
+
+def test_texts_of_files_reach_the_terminal_escaped(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colours of a verb's own text stay on a terminal."""
+    evil = "\x1b]0;title\x07 \x9b \ud800\u202f5"
+    monkeypatch.setitem(cli.VERBS, "doctor", lambda: f"\x1b[1mbold\x1b[0m\n{evil}")
+    escaped = r"\x1b]0;title\x07 \x9b \ud800" + "\u202f5"
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out == r"\x1b[1mbold\x1b[0m" + f"\n{escaped}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli._for_terminal(f"\x1b[1mbold\x1b[0m{evil}") == f"\x1b[1mbold\x1b[0m{escaped}"
+    record = logging.LogRecord("deit_fast", logging.WARNING, "", 0, f"a\n{evil}", (), None)
+    assert cli._LogFormat().format(record) == f"warning: a\n{escaped}"
+    assert cli.main(["report", f"no{evil}"]) == 2
+    assert capsys.readouterr().err.strip().endswith("does not exist")

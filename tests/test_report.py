@@ -397,6 +397,34 @@ def test_values_that_are_absent_or_not_finite_are_left_out(tmp_path: Path) -> No
     assert re.findall(r"<title>(a: .*?)</title>", page) == ["a: 25 % at epoch 2"]
 
 
+def test_numbers_that_no_chart_can_show_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", top1=1e308, images_per_s=10**400, best_top1=0.5)
+    rows = [
+        {"kind": kind, "step": step, "epoch": step, "top1": 1e308, "loss": 2e7,
+         "data_wait": -1e308, "images_per_s": 10**400}
+        for step in range(1, 30) for kind in ("train", "eval")
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = build_report([run], "t")
+    assert "a: 2e+07 at epoch 3" in page and "e+308" not in words(page)
+    (run / "result.json").write_text('{"per_class": {"cat": 1e308, "dog": 1e308}}')
+    build_report([run], "t")
+    (run / "result.json").write_text('{"per_class": {"cat": "x"}}')
+    with pytest.raises(InputError, match="a file of a is damaged or was edited"):
+        build_report([run], "t")
+
+
+def test_texts_of_a_run_are_escaped_for_terminals(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "a\x1b[1m", per_class={"\x1b[31mcat\udcff": 0.5}, command="\x07\ud800"
+    )
+    write_report([run], tmp_path / "page.html", "\x1b]0;title")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not set(page) & {"\x1b", "\x07"}
+    for text in (r"a\x1b[1m", r"\x1b[31mcat\udcff", r"\x07\ud800", r"\x1b]0;title"):
+        assert text in page
+
+
 def test_no_runs_or_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one run"):
         build_report([], "t")

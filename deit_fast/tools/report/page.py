@@ -41,7 +41,7 @@ def build_report(runs: Sequence[Path], title: str) -> str:
         return render(title, **_sections([read_run(*item) for item in zip(runs, names, count())]))
     except InputError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"a file of {', '.join(names)} is damaged or was edited ({type(error).__name__}: "
             f"{error}); `deit-fast analyze` writes analysis.json again, other files need a copy"

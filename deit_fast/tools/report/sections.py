@@ -6,7 +6,6 @@ The sections of an analysis get only the runs that `deit-fast analyze` has measu
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -31,6 +30,7 @@ from deit_fast.tools.report.charts import (
 )  # fmt: skip
 from deit_fast.tools.run_folder import Run
 
+LARGEST = 1e100  # of a number that is shown: sums and axes of larger ones overflow
 RELIABILITY_CURVES = {"class": "class", "distillation": "distillation", "sum_logits": "sum"}
 
 
@@ -69,9 +69,9 @@ def shade(text: str, share: float, colour: int = 0) -> Markup:
 
 
 def _number(values: dict[str, Any], key: str) -> float | None:
-    """A finite number, or None."""
+    """A number of at most ``LARGEST``, or None."""
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return None
     return float(value)
 
