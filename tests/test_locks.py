@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -27,7 +28,7 @@ from deit_fast.runtime.files import (
     temporary_path,
     write_atomically,
 )
-from deit_fast.runtime.locks import acquire, owned_folder
+from deit_fast.runtime.locks import Lock, acquire, owned_folder
 
 
 @pytest.fixture(autouse=True)
@@ -209,6 +210,44 @@ def test_a_folder_is_created_and_deleted_again_only_if_new_and_empty(tmp_path):
     assert list((tmp_path / "b").iterdir()) == []
 
 
+def take_and_die(folder: Path, seed: int) -> int:
+    """Lock one of two files again and again, and die with a lock. While a lock is held, a file with
+    this process's id must stay as it is: exit status 1 if another process wrote it."""
+    draw = random.Random(seed)
+    for _ in range(draw.randrange(1, 40)):
+        path = folder / f".lock-{draw.randrange(2)}"
+        try:
+            lock = Lock(path, "it", locks.Owner("host", 1))
+        except BlockingIOError:
+            continue
+        holder = folder / f"holder{path.name}"
+        holder.write_text(str(seed))
+        time.sleep(draw.choice([0, 0, 0.0005]))
+        if holder.read_text() != str(seed):
+            return 1
+        if draw.random() < 0.1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        lock.release()
+    return 0
+
+
+def test_sweep_of_owners_that_die(tmp_path):
+    """OWNERS processes, four at a time."""
+    running, ends = set(), []
+    for seed in range(int(os.environ.get("OWNERS", "60"))):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(take_and_die(tmp_path, seed))
+        running.add(pid)
+        if len(running) == 4:
+            pid, status = os.wait()
+            running.remove(pid)
+            ends.append(os.waitstatus_to_exitcode(status))
+    ends += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+    assert set(ends) == {0, -signal.SIGKILL}, "two owners at once"
+    print(f"{len(ends)} owners, {ends.count(-signal.SIGKILL)} killed with a lock")
+
+
 def start_cleaner(folder: Path) -> int:
     pid = os.fork()
     while pid == 0:
@@ -224,7 +263,7 @@ def test_a_clean_up_leaves_the_files_that_others_are_writing(tmp_path):
     cleaners = [start_cleaner(tmp_path) for _ in range(2)]
     try:
         with open_atomically(tmp_path / "slow") as file:
-            for number in range(150):
+            for number in range(60):
                 write_atomically(tmp_path / f"file-{number}", b"content")
                 view = view_path(tmp_path, number)
                 _C.ViewWriter(str(view), str(temporary_path(view)), specs(view_id=number))
@@ -234,7 +273,7 @@ def test_a_clean_up_leaves_the_files_that_others_are_writing(tmp_path):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     assert (tmp_path / "slow").read_bytes() == b"content"
-    assert len(list(tmp_path.glob("file-*"))) == len(list(tmp_path.glob("view-*.dlc"))) == 150
+    assert len(list(tmp_path.glob("file-*"))) == len(list(tmp_path.glob("view-*.dlc"))) == 60
     (tmp_path / ".tmp-orphan").touch()
     remove_orphans(tmp_path)
     assert not list(tmp_path.glob(".tmp-*"))
