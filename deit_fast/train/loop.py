@@ -130,14 +130,9 @@ class _Run:
             f"{self.output} and {config.data.root} must be the same folders on all nodes",
         )  # fmt: skip
 
-        # -- output ----------------------------------------------------------------------------
         self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
         resources.callback(self._close_writer)
-        self.metrics: MetricsFile | None = None
-        if group.is_first:
-            for folder in (self.output, self.checkpoints):
-                remove_orphans(folder)
-            write_json(self.output / "config.json", to_dict(config))
+        self.metrics = group.agree(lambda: self._open_output(resources))
 
         # -- step ------------------------------------------------------------------------------
         state = self.state
@@ -149,9 +144,6 @@ class _Run:
         if (mode := resolve_compile(config, device, state.model)) != "none":
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
-        if group.is_first:
-            self.metrics = metrics = MetricsFile(config, self.output, state.step, state.rows)
-            resources.callback(lambda: metrics.close(self.finished))
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
@@ -175,6 +167,17 @@ class _Run:
     def _require_owned(self) -> None:
         if self.lock is not None:
             self.lock.require_held()
+
+    def _open_output(self, resources: ExitStack) -> MetricsFile | None:
+        """Clean the folder up and write into it, in the first rank alone."""
+        if not self.group.is_first:
+            return None
+        for folder in (self.output, self.checkpoints):
+            remove_orphans(folder)
+        write_json(self.output / "config.json", to_dict(self.config))
+        metrics = MetricsFile(self.config, self.output, self.state.step, self.state.rows)
+        resources.callback(lambda: metrics.close(self.finished))
+        return metrics
 
     def _prepare(self, resources: ExitStack) -> str:
         """Data, teacher, and the state at step 0 or from a checkpoint, whose name it returns."""
