@@ -516,6 +516,7 @@ def test_two_starts_at_once_and_kills(world, whole, tmp_path):
             killed += sum(status == -signal.SIGKILL for status, _ in ends)
             finished = any(status == 0 for status, _ in ends)
         assert_arrived(Path(config.output), whole)
+        assert content(Path(config.output)).keys() == content(whole).keys()
     print(f"{runs} runs, {killed} kills, {refused} starts refused")
 
 
