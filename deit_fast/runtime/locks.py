@@ -89,7 +89,7 @@ class Lock:
         mine = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return False
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
