@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/crc32c.cpp",
+    "csrc/guarded_map.cpp",
     "csrc/logit_cache.cpp",
     "csrc/record_codec.cpp",
     "csrc/resize.cpp",

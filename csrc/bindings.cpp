@@ -27,7 +27,7 @@ T* at(uintptr_t address) {
 
 ViewSpec make_spec(uint64_t num_records, uint32_t record_bytes, uint32_t block_records,
                    uint64_t view_id, uint32_t ids_per_record, uint32_t id_bytes,
-                   uint32_t id_limit, const py::bytes& manifest_sha256) {
+                   uint32_t id_limit, const py::bytes& manifest_sha256, uint32_t version) {
   const std::string digest = manifest_sha256;
   ViewSpec spec;
   if (digest.size() != spec.manifest_sha256.size()) throw py::value_error("SHA-256 has 32 bytes");
@@ -38,6 +38,7 @@ ViewSpec make_spec(uint64_t num_records, uint32_t record_bytes, uint32_t block_r
   spec.ids_per_record = ids_per_record;
   spec.id_bytes = id_bytes;
   spec.id_limit = id_limit;
+  spec.version = version;
   std::memcpy(spec.manifest_sha256.data(), digest.data(), digest.size());
   spec.check();
   return spec;
@@ -157,7 +158,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<ViewSpec>(module, "ViewSpec")
       .def(py::init(&make_spec), py::kw_only(), py::arg("num_records"), py::arg("record_bytes"),
            py::arg("block_records"), py::arg("view_id"), py::arg("ids_per_record"),
-           py::arg("id_bytes"), py::arg("id_limit"), py::arg("manifest_sha256"))
+           py::arg("id_bytes"), py::arg("id_limit"), py::arg("manifest_sha256"), py::arg("version"))
       .def_property_readonly("blocks", &ViewSpec::blocks)
       .def_property_readonly("file_bytes", &ViewSpec::file_bytes)
       .def_property_readonly("data_offset", &ViewSpec::data_offset);

@@ -21,7 +21,6 @@ namespace deit_fast {
 namespace {
 
 constexpr char kMagic[8] = {'D', 'F', 'L', 'O', 'G', 'I', 'T', '1'};
-constexpr uint32_t kVersion = 2;
 constexpr uint64_t kPage = 4096;
 constexpr size_t kHeaderCrcOffset = 4092;
 constexpr uint32_t kComplete = 0x454E4F44;  // the bytes "DONE"
@@ -88,7 +87,7 @@ void write_exact(int fd, const std::string& path, const void* data, size_t size,
 Header make_header(const ViewSpec& spec) {
   Header header{};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
-  header.version = kVersion;
+  header.version = spec.version;
   header.table_offset = kPage;
   header.num_records = spec.num_records;
   header.record_bytes = spec.record_bytes;
@@ -109,15 +108,12 @@ void check_header(const std::string& path, const Header& header, const ViewSpec&
     throw FormatError(path + ": header is damaged (checksum " + hex(crc) + ", stored " +
                       hex(header.crc) + ")");
   }
-  if (header.version != kVersion) {
-    throw FormatError(path + ": format version " + std::to_string(header.version) +
-                      "; this build reads version " + std::to_string(kVersion));
-  }
   const auto expect = [&](const char* field, uint64_t found, uint64_t expected) {
     if (found == expected) return;
     throw FormatError(path + ": header has " + field + " " + std::to_string(found) +
                       ", expected " + std::to_string(expected));
   };
+  expect("format version", header.version, spec.version);
   expect("view_id", header.view_id, spec.view_id);
   expect("num_records", header.num_records, spec.num_records);
   expect("record_bytes", header.record_bytes, spec.record_bytes);
@@ -158,6 +154,25 @@ void sync_folder_of(const std::string& path) {
   if (fd < 0) return;
   ::fsync(fd);
   ::close(fd);
+}
+
+struct stat status_of(int fd, const std::string& path) {
+  struct stat status {};
+  if (::fstat(fd, &status) != 0) fail_io(path, "asking for the size");
+  return status;
+}
+
+// When the file was changed, ns: by a write, a new size or new rights. Unlike the time of the last
+// write, no program can set it.
+int64_t change_time(const struct stat& status) {
+  return int64_t{status.st_ctim.tv_sec} * 1000000000 + status.st_ctim.tv_nsec;
+}
+
+void check_size(const struct stat& status, const std::string& path, const ViewSpec& spec) {
+  const auto size = static_cast<uint64_t>(status.st_size);
+  if (size == spec.file_bytes()) return;
+  throw FormatError(path + ": has " + std::to_string(size) + " bytes, expected " +
+                    std::to_string(spec.file_bytes()));
 }
 
 // Removes a temporary file at the end of a scope.
@@ -224,6 +239,9 @@ void ViewSpec::check() const {
       block_records > (1u << 31)) {
     throw FormatError("a view holds at most 2^40 records of 2^21 bytes, in blocks of 2^31");
   }
+  if (version != 2 && version != 3) {
+    throw FormatError("format " + std::to_string(version) + "; this build knows 2 and 3");
+  }
   if ((id_bytes != 2 && id_bytes != 4) || uint64_t{ids_per_record} * id_bytes > record_bytes) {
     throw FormatError("a record's class ids take 2 or 4 bytes each and lie inside it");
   }
@@ -243,16 +261,26 @@ uint64_t ViewSpec::block_bytes(uint64_t block) const {
   return std::min<uint64_t>(block_records, num_records - start) * record_bytes;
 }
 
+uint32_t ViewSpec::place_crc(uint64_t block) const {
+  if (version < 3) return 0;
+  const uint64_t place[2] = {view_id, block};
+  return crc32c(place, sizeof place, crc32c(manifest_sha256.data(), manifest_sha256.size()));
+}
+
 ViewFile::ViewFile(std::string path, const ViewSpec& spec, bool writable)
     : path_(std::move(path)), spec_(spec) {
   spec_.check();
-  fd_ = ::open(path_.c_str(), (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+  // O_NONBLOCK: a FIFO would wait for its other end.
+  const int flags = (writable ? O_RDWR : O_RDONLY) | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+  fd_ = ::open(path_.c_str(), flags);
   if (fd_ < 0) fail_io(path_, "opening");
   try {
+    const struct stat status = status_of(fd_, path_);
+    if (!S_ISREG(status.st_mode)) throw FormatError(path_ + ": is not a regular file");
     Header header{};
     read_exact(fd_, path_, &header, sizeof header, 0);
     check_header(path_, header, spec_);
-    check_size();
+    check_size(status, path_, spec_);
   } catch (...) {
     ::close(fd_);
     throw;
@@ -260,15 +288,6 @@ ViewFile::ViewFile(std::string path, const ViewSpec& spec, bool writable)
 }
 
 ViewFile::~ViewFile() { ::close(fd_); }
-
-void ViewFile::check_size() const {
-  struct stat status {};
-  if (::fstat(fd_, &status) != 0) fail_io(path_, "asking for the size");
-  const auto size = static_cast<uint64_t>(status.st_size);
-  if (size == spec_.file_bytes()) return;
-  throw FormatError(path_ + ": has " + std::to_string(size) + " bytes, expected " +
-                    std::to_string(spec_.file_bytes()));
-}
 
 std::string ViewFile::name(uint64_t block) const {
   return path_ + ": view " + std::to_string(spec_.view_id) + " block " + std::to_string(block);
@@ -320,7 +339,7 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
   uint64_t offset = spec_.block_offset(block);
   uint64_t left = spec_.block_bytes(block);
   const auto largest_of = spec_.id_bytes == 2 ? largest_id<uint16_t> : largest_id<uint32_t>;
-  uint32_t crc = 0, largest = 0;
+  uint32_t crc = spec_.place_crc(block), largest = 0;
   while (left > 0) {
     const size_t size = std::min<uint64_t>(left, buffer.size());
     read_exact(fd_, path_, buffer.data(), size, offset);
@@ -330,7 +349,8 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
     left -= size;
   }
   if (crc != entry.crc) {
-    return {BlockState::broken, name(block) + " is damaged (checksum " + hex(crc) + ", stored " +
+    const char* const fault = spec_.version < 3 ? " is damaged" : " is damaged or of another place";
+    return {BlockState::broken, name(block) + fault + " (checksum " + hex(crc) + ", stored " +
                                     hex(entry.crc) + ")"};
   }
   if (spec_.ids_per_record > 0 && largest >= spec_.id_limit) {
@@ -356,37 +376,65 @@ void ViewWriter::commit(uint64_t block, const void* data, size_t size) {
   }
   write_exact(fd_, path_, data, size, spec_.block_offset(block));
   if (::fdatasync(fd_) != 0) fail_io(path_, "syncing");
-  const Entry done{crc32c(data, size), kComplete};
+  const Entry done{crc32c(data, size, spec_.place_crc(block)), kComplete};
   write_exact(fd_, path_, &done, sizeof done, table_offset);
+  require_named();
 }
 
 void ViewWriter::sync() const {
   if (::fdatasync(fd_) != 0) fail_io(path_, "syncing");
+  require_named();
+}
+
+void ViewWriter::require_named() const {
+  const struct stat open = status_of(fd_, path_);
+  struct stat named {};
+  const bool is_there = ::stat(path_.c_str(), &named) == 0;
+  if (!is_there && errno != ENOENT && errno != ENOTDIR) fail_io(path_, "looking for the file");
+  if (is_there && named.st_dev == open.st_dev && named.st_ino == open.st_ino) return;
+  throw FormatError(path_ + ": was " + (is_there ? "replaced" : "deleted") +
+                    " while it was written, so its new blocks are lost: write them again");
 }
 
 ViewReader::ViewReader(const std::string& path, const ViewSpec& spec)
-    : ViewFile(path, spec, false), verified_(new std::atomic<bool>[spec.blocks()]()) {
-  map_ = ::mmap(nullptr, spec_.file_bytes(), PROT_READ, MAP_SHARED, fd_, 0);
-  if (map_ == MAP_FAILED) fail_io(path_, "mapping");
-  data_ = static_cast<const unsigned char*>(map_) + spec_.data_offset();
+    : ViewFile(path, spec, false),
+      map_(fd_, spec.file_bytes()),
+      verified_(new std::atomic<uint32_t>[spec.blocks()]()),
+      record_bytes_(spec.record_bytes),
+      changed_(change_time(status_of(fd_, path))) {
+  if (map_.data() == nullptr) fail_io(path_, "mapping");
+  data_ = map_.data() + spec_.data_offset();
   const uint32_t records = spec_.block_records;
   if ((records & (records - 1)) == 0) shift_ = __builtin_ctz(records);
 }
 
-ViewReader::~ViewReader() { ::munmap(map_, spec_.file_bytes()); }
+void ViewReader::refresh() const {
+  const struct stat status = status_of(fd_, path_);
+  if (static_cast<uint64_t>(status.st_size) != spec_.file_bytes()) map_.mark_lost();
+  check_size(status, path_, spec_);
+  if (map_.is_lost()) {
+    throw FormatError(path_ + ": was cut off or could not be read while it was in use");
+  }
+  const int64_t changed = change_time(status);
+  if (changed == changed_.load(std::memory_order_acquire)) return;
+  // In this order: a thread that finds the new time must find the new generation.
+  generation_.fetch_add(1);
+  changed_.store(changed, std::memory_order_release);
+}
 
 void ViewReader::require_block(uint64_t block) const {
-  if (is_verified(block)) return;
+  const uint32_t now = generation();
+  if (verified_[block].load(std::memory_order_relaxed) == now) return;
   // Two threads may check the same block at once, with the same result.
   const auto [state, why] = check_block(block);
   if (state == BlockState::pending) throw FormatError(name(block) + " is not written yet");
   if (state == BlockState::broken) throw FormatError(why);
-  verified_[block].store(true, std::memory_order_release);
+  verified_[block].store(now, std::memory_order_relaxed);
 }
 
 void ViewReader::map_pages(uint64_t block) const {
 #ifdef MADV_POPULATE_READ
-  const auto begin = reinterpret_cast<uintptr_t>(map_) + spec_.block_offset(block);
+  const auto begin = reinterpret_cast<uintptr_t>(map_.data()) + spec_.block_offset(block);
   const uintptr_t first = begin / kPage * kPage;
   const uintptr_t end = (begin + spec_.block_bytes(block) + kPage - 1) / kPage * kPage;
   // A failure costs page faults only.

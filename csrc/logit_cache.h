@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "guarded_map.h"
+
 namespace deit_fast {
 
 // The bytes of a file are not what the format allows. The text names file and block.
@@ -40,18 +42,24 @@ struct ViewSpec {
   uint32_t id_bytes = 2;
   uint32_t id_limit = 0;
   std::array<unsigned char, 32> manifest_sha256{};
+  uint32_t version = 3;  // of the format
 
-  void check() const;  // throws FormatError where a size is zero or does not fit 62 bits
+  // Throws FormatError where a size is zero or does not fit 62 bits, or the version is unknown.
+  void check() const;
   uint64_t blocks() const { return (num_records + block_records - 1) / block_records; }
   uint64_t data_offset() const;
   uint64_t file_bytes() const { return data_offset() + num_records * record_bytes; }
   uint64_t block_offset(uint64_t block) const;
   uint64_t block_bytes(uint64_t block) const;
+  // Where the checksum of a block starts: the CRC32C of manifest, view and block, so that the block
+  // is right in its own place alone. 0 in format 2, which does not bind a block to its place.
+  uint32_t place_crc(uint64_t block) const;
 };
 
 enum class BlockState : unsigned char { pending, complete, broken };
 
-// An open view file whose size and header agree with its spec.
+// An open view file whose size and header agree with its spec. Anything but a regular file is refused
+// without waiting for it.
 class ViewFile {
  public:
   ViewFile(std::string path, const ViewSpec& spec, bool writable);
@@ -60,6 +68,7 @@ class ViewFile {
   ViewFile& operator=(const ViewFile&) = delete;
 
   const ViewSpec& spec() const { return spec_; }
+  const std::string& path() const { return path_; }
 
   // State of every block from the table alone; `broken`: a state word that no writer stores.
   std::vector<BlockState> table_states() const;
@@ -68,9 +77,6 @@ class ViewFile {
   std::pair<BlockState, std::string> check_block(uint64_t block) const;
   // The first block that is not complete, by the table. Throws FormatError for a broken state.
   std::optional<uint64_t> first_incomplete() const;
-
-  // Throws FormatError if the file does not have its spec's size, or no longer.
-  void check_size() const;
 
  protected:
   struct Entry {
@@ -93,29 +99,43 @@ class ViewWriter : public ViewFile {
   ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec);
 
   // Writes the data first and, once it is on disk, the table entry. After an interrupted write the
-  // block is pending or its checksum is wrong; it is never complete with wrong bytes.
+  // block is pending or its checksum is wrong; it is never complete with wrong bytes. Throws
+  // FormatError if the path does not lead to the file any longer: the block is lost then.
   void commit(uint64_t block, const void* data, size_t size);
-  void sync() const;
+  void sync() const;  // throws as `commit`
+
+ private:
+  void require_named() const;
 };
 
 // Reads records through a memory map. Verifies a block's checksum before it returns the first of
-// its records. Thread-safe.
+// its records, and again after the file was changed. Thread-safe.
 class ViewReader : public ViewFile {
  public:
   ViewReader(const std::string& path, const ViewSpec& spec);
-  ~ViewReader();
 
   // Address of the record in the map, after its block was verified.
   const unsigned char* record(int64_t row) const {
     const auto index = static_cast<uint64_t>(row);
-    require_block(block_of(index));
-    return data_ + index * spec_.record_bytes;
+    const uint64_t block = block_of(index);
+    if (!is_verified(block)) require_block(block);
+    return data_ + index * record_bytes_;
   }
+
+  // Looks for changes of the file since the last call. Throws FormatError if it has lost bytes: such a
+  // reader stays refused, for its map may hold zeros.
+  void refresh() const;
+  // Grows when `refresh` finds a change. What was read is right if this number is the same before the
+  // reading and after a `refresh` that follows it.
+  uint32_t generation() const { return generation_.load(std::memory_order_acquire); }
+  bool is_lost() const { return map_.is_lost(); }
 
   // Reads a block into the page cache and verifies its checksum, unless it is verified already.
   void require_block(uint64_t block) const;
+  // Publishes no memory, so it needs no order: the bytes are the file's.
   bool is_verified(uint64_t block) const {
-    return verified_[block].load(std::memory_order_acquire);
+    return verified_[block].load(std::memory_order_relaxed) ==
+           generation_.load(std::memory_order_relaxed);
   }
   // Asks the system to start reading a block and does not wait for it.
   void will_need(uint64_t block) const;
@@ -127,11 +147,16 @@ class ViewReader : public ViewFile {
   }
 
  private:
+  GuardedMap map_;
+  // What `record` reads, side by side.
+  const unsigned char* data_ = nullptr;
+  // By block: the generation of the file in which it was verified.
+  std::unique_ptr<std::atomic<uint32_t>[]> verified_;
+  mutable std::atomic<uint32_t> generation_{1};
+  uint32_t record_bytes_;
   // log2 of block_records if that is a power of two: a division costs as much as a copy.
   int shift_ = -1;
-  const unsigned char* data_ = nullptr;
-  void* map_ = nullptr;
-  std::unique_ptr<std::atomic<bool>[]> verified_;
+  mutable std::atomic<int64_t> changed_;  // when, ns; of this generation
 };
 
 }  // namespace deit_fast

@@ -28,7 +28,7 @@ int64_t ViewTable::locate(const int64_t* ids, size_t count, size_t stride, Locat
       const auto [entry, added] = indices.try_emplace(id, static_cast<uint32_t>(out->views.size()));
       if (added) {
         const auto slot = slots_.find(id);
-        if (slot == slots_.end()) return id;
+        if (slot == slots_.end() || slot->second.view->is_lost()) return id;
         slot->second.used = turn_;
         out->views.push_back(slot->second.view);
       }
@@ -49,11 +49,18 @@ void ViewTable::trim(size_t limit) {
   }
 }
 
-void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
-            const Decoded& out) {
-  for (const View& view : located.views) {
-    view->check_size();  // a file truncated since it was opened: an error, not a SIGBUS
-  }
+namespace {
+
+constexpr int kAttempts = 4;
+
+uint64_t generations(const std::vector<View>& views) {
+  uint64_t sum = 0;
+  for (const View& view : views) sum += view->generation();
+  return sum;
+}
+
+void read_records(const Located& located, const int64_t* rows, size_t count,
+                  const RecordLayout& layout, const Decoded& out) {
   // Random records miss every cache. find prefetches one batch of records while the batch before it
   // is decoded.
   const unsigned char* records[2][kDecodeBatch];
@@ -76,6 +83,19 @@ void gather(const Located& located, const int64_t* rows, size_t count, const Rec
     begin = next;
     size = next_size;
   }
+}
+
+}  // namespace
+
+void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
+            const Decoded& out) {
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    const uint64_t before = generations(located.views);
+    read_records(located, rows, count, layout, out);
+    for (const View& view : located.views) view->refresh();
+    if (generations(located.views) == before) return;
+  }
+  throw FormatError(located.views.front()->path() + ": it or another view is being written");
 }
 
 std::vector<std::pair<View, uint64_t>> unread_blocks(const Located& located, const int64_t* rows,

@@ -25,7 +25,7 @@ class ViewTable {
  public:
   void add(View view);
   // Finds the views of `count` ids, `stride` apart (0: one id for all). Returns -1, or the first id
-  // that is not in the table.
+  // that is not in the table, or whose view has lost bytes.
   int64_t locate(const int64_t* ids, size_t count, size_t stride, Located* out);
   // Closes the least recently used views until `limit` are open.
   void trim(size_t limit);
@@ -39,7 +39,9 @@ class ViewTable {
   uint64_t turn_ = 0;
 };
 
-// Decodes record rows[i] of view which[i] for every i. Rows are in range.
+// Decodes record rows[i] of view which[i] for every i. Rows are in range. Reads them again if a file
+// was changed meanwhile. Throws FormatError for a block that is not right and for a file that has lost
+// bytes.
 void gather(const Located& located, const int64_t* rows, size_t count, const RecordLayout& layout,
             const Decoded& out);
 

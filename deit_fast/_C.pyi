@@ -28,6 +28,7 @@ class ViewSpec:
         id_bytes: int,
         id_limit: int,
         manifest_sha256: bytes,
+        version: int,
     ) -> None: ...
     @property
     def blocks(self) -> int: ...

@@ -269,7 +269,9 @@ def view_range(text: str | None) -> range | None:
     """
     if text is None:
         return None
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise InputError(f"--views needs A:B, two whole numbers with A < B, not {text!r}")
-    return range(int(start), int(stop))
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
+    if not found or not int(found[1]) < int(found[2]) <= 2**31:
+        raise InputError(
+            f"--views needs A:B, two whole numbers with A < B, at most 2^31, not {text[:80]!r}"
+        )
+    return range(int(found[1]), int(found[2]))

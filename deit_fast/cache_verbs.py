@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.config import Count, Rate, Seed
@@ -45,6 +45,7 @@ def info(
     if broken:
         names = ", ".join(row["file"] for row in broken)
         rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
+    rows += _unproved_row(facts)
     for row in facts["views"]:
         if "error" not in row and row["complete"] < row["blocks"]:
             share = f"{row['complete']} of {row['blocks']} blocks"
@@ -106,6 +107,7 @@ def verify(
     for row in broken:
         where = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
         rows.append(("broken", f"{where}: {row['why']}"))
+    rows += _unproved_row(found)
     ok = found["ok"]
     if ok and teacher is not None:
         from deit_fast.config import DataConfig
@@ -161,6 +163,10 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: Count) -> str:
     rows = [("cache", out), ("views", str(result["views"])), ("samples", str(result["samples"])),
             ("dropped", f"{result['dropped']} keys that not every epoch has")]  # fmt: skip
     return columns(rows)
+
+
+def _unproved_row(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("unproved", facts["unproved"])] if facts["unproved"] else []
 
 
 # ---------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             job.manifest["record_bytes"],
         )  # fmt: skip
         loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-        pixels = _PixelRecord(job.folder, job.manifest)
+        pixels = _PixelRecord(job.folder, writer.manifest)
         # The next block is locked before this one is released, so that a second job of the same
         # blocks finds a lock at any time.
         ahead = iter(pending)

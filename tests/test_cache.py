@@ -32,6 +32,7 @@ from helpers.caches import (
     CLASSES,
     SAMPLES,
     codec_of,
+    edit_manifest,
     file_bytes,
     make_logits,
     make_manifest,
@@ -242,10 +243,11 @@ def slow_records(folder: Path, view: int) -> tuple[dict, list[bytes]]:
     count, size, per_block = (manifest[k] for k in ("num_samples", "record_bytes", "block_records"))
     blocks = math.ceil(count / per_block)
     data = math.ceil((4096 + 8 * blocks) / 4096) * 4096
-    hashed = {key: value for key, value in manifest.items() if key != "info"}
+    hashed = {key: value for key, value in manifest.items() if key not in ("info", "crc32c")}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
-    assert fields == (b"DFLOGIT1", 2, 4096, count, size, per_block, view, data, digest)
+    version = manifest["format"]
+    assert fields == (b"DFLOGIT1", version, 4096, count, size, per_block, view, data, digest)
     assert raw[80:4092] == bytes(4012)
     assert raw[4092:4096] == struct.pack("<I", slow_crc32c(raw[:4092]))
     assert raw[4096 + 8 * blocks : data] == bytes(data - 4096 - 8 * blocks)
@@ -254,7 +256,8 @@ def slow_records(folder: Path, view: int) -> tuple[dict, list[bytes]]:
         start, stop = block * per_block, min(count, (block + 1) * per_block)
         crc, state = struct.unpack_from("<II", raw, 4096 + 8 * block)
         assert state == 0x454E4F44
-        assert crc == slow_crc32c(raw[data + start * size : data + stop * size])
+        place = digest + struct.pack("<QQ", view, block) if version == 3 else b""
+        assert crc == slow_crc32c(place + raw[data + start * size : data + stop * size])
     return manifest, [raw[data + i * size : data + (i + 1) * size] for i in range(count)]
 
 
@@ -473,7 +476,10 @@ def test_require(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"format": 1}, "format is 1, this version reads 2"),
+        ({"format": 1}, "format is 1, this version reads 2 and 3"),
+        ({"format": 3.0}, r"format is 3\.0, this version reads"),
+        ({"format": True}, "format is True, this version reads"),
+        ({"format": [2]}, r"format is \[2\], this version reads"),
         ({"num_samples": 0}, "num_samples must lie in"),
         ({"num_samples": True}, "num_samples must lie in"),
         ({"block_records": 2**40}, "block_records must lie in"),
@@ -486,8 +492,7 @@ def test_require(tmp_path):
 )
 def test_a_manifest_with_a_wrong_field_is_refused(tmp_path, change, why):
     write_cache(tmp_path, make_manifest())
-    file = tmp_path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file = edit_manifest(tmp_path, **change)
     with pytest.raises(CacheError, match=why) as caught:
         LogitCache.open(tmp_path)
     assert str(file) in str(caught.value)
@@ -497,10 +502,8 @@ def test_a_manifest_with_a_wrong_field_is_refused(tmp_path, change, why):
 @pytest.mark.parametrize("value", [None, -1, 0, "x", [], [-1.0], {}, 10**30, [True], 1.5])
 def test_a_manifest_with_a_wrong_codec_is_refused(tmp_path, field, value):
     write_cache(tmp_path, make_manifest())
-    file = tmp_path / "manifest.json"
-    values = json.loads(file.read_text())
-    values["codec"][field] = value
-    file.write_text(json.dumps(values))
+    codec = LogitCache.open(tmp_path).manifest["codec"]
+    edit_manifest(tmp_path, codec=codec | {field: value})
     with pytest.raises(CacheError, match=r"manifest\.json"):
         LogitCache.open(tmp_path)
 
@@ -515,10 +518,8 @@ def test_a_manifest_that_is_not_one_is_refused(tmp_path, text):
 
 def test_an_edited_fingerprint_is_refused_by_the_views(tmp_path):
     write_cache(tmp_path, make_manifest())
-    file = tmp_path / "manifest.json"
-    values = json.loads(file.read_text())
-    values["fingerprint"]["view.seed"] = 8
-    file.write_text(json.dumps(values))
+    fingerprint = LogitCache.open(tmp_path).manifest["fingerprint"]
+    edit_manifest(tmp_path, fingerprint=fingerprint | {"view.seed": 8})
     with pytest.raises(CacheError, match=r"view-00000\.dlc: was written under another manifest"):
         LogitCache.open(tmp_path).gather([0], 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import multiprocessing
 import os
@@ -23,6 +22,8 @@ from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter, info, veri
 from helpers.caches import (
     BLOCK,
     SAMPLES,
+    block_checksum,
+    edit_manifest,
     file_bytes,
     make_logits,
     make_manifest,
@@ -157,13 +158,11 @@ def test_a_view_under_another_name_is_refused(cache_folder):
 
 def test_a_class_id_out_of_range_is_refused_though_its_checksum_holds(cache_folder):
     """The file of somebody who computes checksums: the id would index past a student's logits."""
-    from deit_fast import _C
-
     file = cache_folder / NAME
     raw = bytearray(file.read_bytes())
     struct.pack_into("<H", raw, DATA + 17 * RECORD + 2, 20)
     block = bytes(raw[DATA + BLOCK * RECORD : DATA + 2 * BLOCK * RECORD])
-    struct.pack_into("<I", raw, TABLE + 8, _C.crc32c(block))
+    struct.pack_into("<I", raw, TABLE + 8, block_checksum(make_manifest(), 0, 1, block))
     file.write_bytes(raw)
     with pytest.raises(CacheError, match=f"{NAME}: view 0 block 1 holds class id 20 of 20 classes"):
         LogitCache.open(cache_folder).gather([3, 17], 0)
@@ -198,11 +197,9 @@ def test_random_bytes_never_give_an_answer(tmp_path):
 def test_a_manifest_edited_to_another_codec_never_reads_shifted_bytes(cache_folder, codec, sizes):
     """A manifest that agrees with itself, as somebody makes who opens a cache with the wrong K or
     class count: the views say that they were written under another one."""
-    file = cache_folder / "manifest.json"
-    values = json.loads(file.read_text())
-    values["codec"] |= codec
-    file.write_text(json.dumps(values | sizes))
-    tau = (values["codec"]["temperatures"] or [1.0])[0]
+    codec = make_manifest()["codec"] | codec
+    edit_manifest(cache_folder, codec=codec, **sizes)
+    tau = (codec["temperatures"] or [1.0])[0]
     with pytest.raises(CacheError, match=rf"{NAME}: (header has record_bytes|was written under)"):
         LogitCache.open(cache_folder).gather([0], 0, tau=tau)
     assert [row["file"] for row in verify(cache_folder)["broken"]] == [NAME]
@@ -414,7 +411,9 @@ def test_a_file_size_limit_is_one_clear_line(tmp_path):
 def test_io_errors_name_the_file(cache_folder):
     shutil.move(cache_folder / NAME, cache_folder / "elsewhere")
     os.mkdir(cache_folder / NAME)
-    with pytest.raises(OSError, match=NAME) as caught:
+    with pytest.raises(CacheError, match=rf"{NAME}: is not a regular file"):
         LogitCache.open(cache_folder).gather([0], 0)
+    with pytest.raises(OSError, match=NAME) as caught:
+        LogitCacheWriter(cache_folder, make_manifest()).write([0], 0, make_logits(0)[:1])
     assert caught.value.errno == errno.EISDIR
     assert caught.value.filename == str(cache_folder / NAME)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -18,10 +17,18 @@ import torch
 
 from deit_fast import _C
 from deit_fast.cache import CODECS, CacheError, LogitCache
-from deit_fast.cache.format import manifest_sha256, view_path
+from deit_fast.cache.format import view_path
 from deit_fast.data.batch import map_teacher, teacher_tensors
 from deit_fast.errors import InputError
-from helpers.caches import SAMPLES, equal, make_logits, make_manifest, reading_threads, write_cache
+from helpers.caches import (
+    SAMPLES,
+    equal,
+    make_logits,
+    make_manifest,
+    reading_threads,
+    view_start,
+    write_cache,
+)
 
 BATCH = 9
 
@@ -166,24 +173,19 @@ LARGE = {"samples": 1_281_167, "classes": 1000, "block": 4096}
 
 
 def write_sparse(folder: Path, views: int) -> None:
-    """Views of zeros, which are valid records; from docs/cache-format.md, with truncate."""
-    manifest = make_manifest(**LARGE)
+    """Views of zeros, which are valid records, with truncate. In format 2 all have one table."""
+    manifest = make_manifest(**LARGE) | {"format": 2}
     folder.mkdir()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    digest = manifest_sha256(manifest)
     count, size, per_block = (manifest[k] for k in ("num_samples", "record_bytes", "block_records"))
     blocks = -(-count // per_block)
-    data = -(-(4096 + 8 * blocks) // 4096) * 4096
     last = count - (blocks - 1) * per_block
     crcs = [_C.crc32c(bytes(per_block * size))] * (blocks - 1) + [_C.crc32c(bytes(last * size))]
-    table = b"".join(struct.pack("<I4s", crc, b"DONE") for crc in crcs)
     for view in range(views):
-        header = struct.pack(
-            "<8sIIQIIQQ32s", b"DFLOGIT1", 2, 4096, count, size, per_block, view, data, digest
-        ).ljust(4092, b"\0")
+        start = view_start(manifest, view, crcs)
         with open(view_path(folder, view), "wb") as file:
-            file.write(header + struct.pack("<I", _C.crc32c(header)) + table)
-            file.truncate(data + count * size)
+            file.write(start)
+            file.truncate(len(start) + count * size)
 
 
 MEASURE = """

@@ -385,6 +385,7 @@ def test_digests_that_cannot_be_trusted_are_refused(config, reference, tmp_path,
     copied = config.replace(cache=str(tmp_path / "cache"))
     path = tmp_path / "cache/view-00002.pixels.json"
     content = json.loads(path.read_text())
+    del content["crc32c"]  # as somebody who knows the format
     if damage == "gone":
         path.unlink()
     elif damage == "edited":

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
 from deit_fast.config import CodecConfig
-from deit_fast.errors import CacheError, CacheMismatch
-from deit_fast.runtime.files import create_atomically
+from deit_fast.errors import CacheError, CacheMismatch, InputError
+from deit_fast.runtime.files import create_atomically, read_json, sealed_json
 
-FORMAT = 2
+log = logging.getLogger("deit_fast")
+
+FORMAT = 3
+_READ_FORMATS = (2, 3)
+VIEW_LIMIT = 2**31  # view ids are below it
 FILE_NAME = "manifest.json"
 _COMPARED = ("format", "codec", "record_bytes", "block_records", "num_samples", "fingerprint")
 _LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**21}
@@ -74,8 +79,11 @@ def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
         raise CacheError(f"{where}: not plain JSON: {error}") from None
     if not isinstance(plain, dict):
         raise CacheError(f"{where}: must be a JSON object")
-    if plain.get("format") != FORMAT:
-        raise CacheError(f"{where}: format is {plain.get('format')!r}, this version reads {FORMAT}")
+    if plain.get("format") not in _READ_FORMATS or type(plain["format"]) is not int:
+        raise CacheError(
+            f"{where}: format is {plain.get('format')!r}, this version reads "
+            f"{' and '.join(map(str, _READ_FORMATS))}"
+        )
     wrong = (set(plain) - {"info"}) ^ set(_COMPARED)
     if wrong:
         raise CacheError(f"{where}: fields missing or unknown: {', '.join(sorted(wrong))}")
@@ -101,6 +109,27 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def unproved(manifest: Mapping[str, Any]) -> str:
+    """What a cache of an older format cannot show; empty for the newest."""
+    if manifest["format"] == FORMAT:
+        return ""
+    return (
+        f"format {manifest['format']} cannot show whether a block stands in its place; "
+        f"format {FORMAT} of a new cache can"
+    )
+
+
+@cache
+def _warn(folder: Path, text: str) -> None:
+    log.warning("cache %s: %s", folder, text)
+
+
+def say_unproved(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Log once for each folder what its older format cannot show."""
+    if text := unproved(manifest):
+        _warn(folder, text)
+
+
 def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
     """By ``view_id``: sizes of the file, expected header, and position of class ids in a record."""
     codec = codec_from_manifest(manifest["codec"], "manifest")
@@ -113,6 +142,7 @@ def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
         id_bytes=id_bytes(codec.num_classes),
         id_limit=codec.num_classes,
         manifest_sha256=manifest_sha256(manifest),
+        version=manifest["format"],
     )
 
 
@@ -160,45 +190,49 @@ def _show(values: Mapping[str, Any], name: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def view_path(folder: Path, view_id: int) -> Path:
-    return folder / f"view-{view_id:05d}.dlc"
+def view_path(folder: Path, view_id: int, suffix: str = ".dlc") -> Path:
+    return folder / f"view-{view_id:05d}{suffix}"
 
 
 def views_on_disk(folder: Path) -> list[int]:
     """Ids of the view files in a folder, complete or not, in order."""
-    found = []
-    for path in folder.glob("view-*.dlc"):
-        digits = path.stem.removeprefix("view-")
-        if digits.isdecimal() and view_path(folder, int(digits)) == path:
-            found.append(int(digits))
-    return sorted(found)
+    return view_files(folder, ".dlc")[0]
+
+
+def view_files(folder: Path, suffix: str) -> tuple[list[int], list[str]]:
+    """Of the files `view-*SUFFIX`: ids of views, in order, and the names that no view has."""
+    ids, strays = [], []
+    for path in sorted(folder.glob(f"view-*{suffix}")):
+        digits = path.name.removeprefix("view-").removesuffix(suffix)
+        view_id = int(digits) if digits.isdecimal() else VIEW_LIMIT
+        if view_id < VIEW_LIMIT and view_path(folder, view_id, suffix) == path:
+            ids.append(view_id)
+        else:
+            strays.append(path.name)
+    return sorted(ids), strays
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the cache in a folder.
 
     Raises:
-        CacheError: there is none, or it is not one.
+        CacheError: there is none, or it is damaged.
     """
     path = folder / FILE_NAME
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
+        values = read_json(path, _MAX_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError(f"{folder} is not a cache: it has no {FILE_NAME}") from None
-    if len(raw) > _MAX_FILE_BYTES:
-        raise CacheError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: not JSON: {error}") from None
+    except InputError as error:
+        raise CacheError(str(error)) from None
     return check_manifest(values, str(path))
 
 
 def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write the manifest into the folder, or compare it with the one that is there.
 
-    If several processes publish at once, one of them writes; all return what it wrote.
+    If several processes publish at once, one of them writes; all return what it wrote. A cache of
+    an older format keeps it.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
@@ -207,9 +241,18 @@ def publish_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     if not path.exists():
-        create_atomically(path, json.dumps(checked, indent=1, sort_keys=True).encode())
+        create_atomically(path, sealed_json(checked))
+    return matching_manifest(folder, checked)
+
+
+def matching_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest in the folder, which may be of an older format and else equals ``manifest``.
+
+    Raises:
+        CacheMismatch: names every differing field.
+    """
     present = read_manifest(folder)
-    require_equal(folder, present, checked, only=False)
+    require_equal(folder, present, {**manifest, "format": present["format"]}, only=False)
     return present
 
 

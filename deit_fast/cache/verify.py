@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,20 +16,24 @@ from deit_fast import _C
 from deit_fast.cache.codecs import Codec
 from deit_fast.cache.format import (
     FILE_NAME,
+    VIEW_LIMIT,
     check_manifest,
     format_errors,
     manifest_sha256,
+    matching_manifest,
     read_manifest,
-    require_equal,
+    unproved,
+    view_files,
     view_path,
     view_specs,
     views_on_disk,
 )
 from deit_fast.cache.reader import LogitCache
-from deit_fast.errors import CacheError
+from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels.distillation_loss import TopK
-from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.files import read_json, write_json
 
+PIXELS_SUFFIX = ".pixels.json"
 PIXEL_SAMPLES = 64  # samples a view whose pixels are recorded
 THRESHOLD = 1e-3  # nats, for arithmetic: other batch sizes, another device
 DRAWN_BLOCKS, DRAWN_RECORDS = 64, 128  # of statistics; a block is read whole to be verified
@@ -45,7 +48,7 @@ def info(path: str | Path) -> dict[str, Any]:
         `path`, `format`, `codec`, `record_bytes`, `block_records`, `num_samples`, `bytes` (of the
         view files), `complete_views` (ids), `views` (one dict a view: `view`, `file`, `blocks`,
         `complete`, `pending`, `broken`: counts; `error`: text where the file is damaged),
-        `fingerprint`, `info`.
+        `fingerprint`, `info`, `unproved` (text: what a cache of an older format cannot show).
 
     Raises:
         CacheError: no manifest, or a damaged one.
@@ -63,11 +66,12 @@ def info(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(folder),
         **{name: value for name, value in manifest.items() if name not in ("fingerprint", "info")},
-        "bytes": sum(view_path(folder, row["view"]).stat().st_size for row in views),
+        "bytes": sum(_size(view_path(folder, row["view"])) for row in views),
         "complete_views": [row["view"] for row in views if row.get("complete") == row["blocks"]],
         "views": views,
         "fingerprint": manifest["fingerprint"],
         "info": manifest.get("info", {}),
+        "unproved": unproved(manifest),
     }
 
 
@@ -79,9 +83,10 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         progress: called with (blocks done, blocks in all).
 
     Returns:
-        `path`, `ok` (nothing is damaged; pending blocks are not damage), `blocks`, `complete`,
-        `pending` (counts), `broken` (one dict each: `file`, `view`, `block`, `why`; `block` is None
-        where the whole file is damaged).
+        `path`, `ok` (nothing is damaged or gone; pending blocks are not damage), `blocks`,
+        `complete`, `pending` (counts), `broken` (one dict each: `file`, `view`, `block`, `why`;
+        `block` is None where the whole file is damaged or gone, `view` where it is of none),
+        `unproved` (text: what a cache of an older format cannot show).
 
     Raises:
         CacheError: no manifest, or a damaged one.
@@ -91,7 +96,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     ids = views_on_disk(folder)
     per_view = -(-manifest["num_samples"] // manifest["block_records"])
     counts: Counter[str] = Counter()
-    broken = []
+    broken = _faults_of_files(folder, manifest, ids)
     for index, view_id in enumerate(ids):
         row, file = _open(folder, manifest, view_id)
         where = {"file": row["file"], "view": view_id}
@@ -116,7 +121,37 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         "complete": counts["complete"],
         "pending": counts["pending"],
         "broken": broken,
+        "unproved": unproved(manifest),
     }
+
+
+def _faults_of_files(
+    folder: Path, manifest: dict[str, Any], ids: list[int]
+) -> list[dict[str, Any]]:
+    """Rows of ``verify``: view files that are gone, names of no view, damaged pixel digests."""
+    pixel_ids, strays = view_files(folder, PIXELS_SUFFIX)
+    strays += view_files(folder, ".dlc")[1]
+    why = f"no view has this name: ids lie in [0, {VIEW_LIMIT}), in at least five digits"
+    found: list[tuple[str, int | None, str]] = [(name, None, why) for name in strays]
+    if not ids:
+        found.append(("view-*.dlc", None, "there is no view file"))
+    for view_id in pixel_ids:
+        name = view_path(folder, view_id).name
+        if view_id not in ids:
+            found.append((name, view_id, "is gone; its pixel digests are there"))
+            continue
+        try:
+            read_pixels(folder, manifest, view_id)
+        except (CacheError, OSError) as error:
+            found.append((pixels_path(folder, view_id).name, view_id, str(error)))
+    return [{"file": name, "view": view, "block": None, "why": text} for name, view, text in found]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def planned(
@@ -134,7 +169,7 @@ def planned(
     """
     checked = check_manifest(manifest, "manifest")
     if (folder / FILE_NAME).exists():
-        require_equal(folder, read_manifest(folder), checked, only=False)
+        checked = matching_manifest(folder, checked)
     missing, kept, new_bytes = [], 0, 0
     specs = view_specs(checked)
     for view_id in view_ids:
@@ -170,7 +205,7 @@ def _open(
 
 
 def pixels_path(folder: Path, view_id: int) -> Path:
-    return folder / f"view-{view_id:05d}.pixels.json"
+    return view_path(folder, view_id, PIXELS_SUFFIX)
 
 
 def sampled_ids(manifest: Mapping[str, Any], view_id: int) -> np.ndarray:
@@ -197,7 +232,7 @@ def write_pixels(
         "samples": sorted(digests),
         "digests": [digests[sample] for sample in sorted(digests)],
     }
-    write_atomically(pixels_path(folder, view_id), json.dumps(content, sort_keys=True).encode())
+    write_json(pixels_path(folder, view_id), content)
 
 
 def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict[int, str]:
@@ -208,24 +243,25 @@ def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict
     """
     path = pixels_path(folder, view_id)
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_FILE_BYTES)
+        content = read_json(path, _MAX_FILE_BYTES)
     except FileNotFoundError:
         raise CacheError(
             f"{path} is missing, so it is unknown whether view {view_id} can be made again: "
             f"delete its .dlc file and precompute it again"
         ) from None
-    try:
-        content = json.loads(raw)
-        samples, digests = content["samples"], content["digests"]
-        right = (
-            content["view"] == view_id
-            and samples == sampled_ids(manifest, view_id).tolist()
-            and len(digests) == len(samples)
-            and all(isinstance(digest, str) and len(digest) == _DIGEST_HEX for digest in digests)
-        )
-    except (ValueError, TypeError, KeyError, RecursionError):
-        right = False
+    except InputError as error:
+        raise CacheError(
+            f"{error}; or delete it and the view's .dlc file, and precompute again"
+        ) from None
+    samples: list[int] = sampled_ids(manifest, view_id).tolist()
+    digests: Any = content.get("digests")
+    right = (
+        content.get("view") == view_id
+        and content.get("samples") == samples
+        and isinstance(digests, list)
+        and len(digests) == len(samples)
+        and all(isinstance(digest, str) and len(digest) == _DIGEST_HEX for digest in digests)
+    )
     if not right:
         raise CacheError(f"{path}: damaged: these are not the pixel digests of view {view_id}")
     if content.get("manifest_sha256") != manifest_sha256(manifest).hex():

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
-from deit_fast.cache.format import format_errors, publish_manifest, view_path, view_specs
+from deit_fast.cache.format import (
+    format_errors,
+    publish_manifest,
+    read_manifest,
+    require_equal,
+    say_unproved,
+    view_path,
+    view_specs,
+)
 from deit_fast.cache.locks import BlockLocks
 from deit_fast.cache.reader import host_ids
 from deit_fast.errors import CacheError, InputError, RowError
@@ -64,6 +72,7 @@ class LogitCacheWriter:
     ) -> None:
         self.path = Path(path)
         self.manifest = publish_manifest(self.path, manifest)
+        say_unproved(self.path, self.manifest)
         self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
         remove_orphans(self.path)
         self.locks = BlockLocks(self.path, rank, world_size)
@@ -140,7 +149,11 @@ class LogitCacheWriter:
             self._fill(view_id, block, ids[rows], records[rows])
 
     def close(self) -> None:
-        """Sync committed blocks and drop incomplete ones, which stay pending."""
+        """Sync committed blocks and drop incomplete ones, which stay pending.
+
+        Raises:
+            CacheError: a file was deleted or replaced, so committed blocks are lost; names it.
+        """
         if self._closed:
             return
         self._closed = True
@@ -148,9 +161,24 @@ class LogitCacheWriter:
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
             self._buffers.clear()
-        for view_id in sorted({view_id for view_id, _ in self._committed}):
-            self._open(view_id).sync()
+        with format_errors():
+            for view_id in sorted({view_id for view_id, _ in self._committed}):
+                self._open(view_id).sync()
+                self._require_committed(view_id)
         self._open.cache_clear()
+        if self._committed:
+            require_equal(self.path, read_manifest(self.path), self.manifest, only=False)
+
+    def _require_committed(self, view_id: int) -> None:
+        """A view that this object has closed and opened again may be another file."""
+        states = self._open(view_id).table_states()
+        for view, block in self._committed:
+            if view == view_id and states[block] != _C.BlockState.complete:
+                name = view_path(self.path, view_id)
+                raise CacheError(
+                    f"{name}: block {block} was written and is gone: the file was replaced while "
+                    f"the cache was written; write it again"
+                )
 
     def __enter__(self) -> LogitCacheWriter:
         return self

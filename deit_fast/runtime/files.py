@@ -243,18 +243,23 @@ _MAX_JSON_BYTES = 1 << 28
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an indented JSON object atomically; its last key is the seal."""
+    write_atomically(path, sealed_json(content))
+
+
+def sealed_json(content: Mapping[str, Any]) -> bytes:
+    """An indented JSON object with a seal as its last key."""
     text = json.dumps({**content, SEAL_KEY: SEAL_ZEROS}, indent=2) + "\n"
-    write_atomically(path, b"".join(seal(text.encode())))
+    return b"".join(seal(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file, without its seal. A file without a seal is accepted.
 
     Raises:
         InputError: the file is damaged, or holds something else; names it and the remedy.
         OSError: names the path.
     """
-    content = read_file(path, _MAX_JSON_BYTES)
+    content = read_file(path, limit)
     values = parse_object(content, str(path))
     if SEAL_KEY in values and not is_intact(content):
         raise InputError(

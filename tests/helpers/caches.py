@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from deit_fast import _C
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.cache.format import manifest_sha256
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
 
@@ -35,6 +41,43 @@ def write_cache(path, manifest, views=(0,)) -> LogitCache:
         for view in views:
             writer.write(torch.arange(samples), view, make_logits(view, samples, classes))
     return LogitCache.open(path)
+
+
+def edit_manifest(folder: Path, **changes: Any) -> Path:
+    """The manifest as somebody leaves it who edits it and removes its checksum."""
+    file = folder / "manifest.json"
+    values = json.loads(file.read_text()) | changes
+    values.pop("crc32c", None)
+    file.write_text(json.dumps(values))
+    return file
+
+
+def block_checksum(manifest: Mapping[str, Any], view: int, block: int, records: bytes) -> int:
+    """Of a block in its place: docs/cache-format.md."""
+    place = manifest_sha256(manifest) + struct.pack("<QQ", view, block)
+    return _C.crc32c(place + records if manifest["format"] >= 3 else records)
+
+
+def view_start(manifest: Mapping[str, Any], view: int, checksums: Sequence[int]) -> bytes:
+    """Header and table of a view whose blocks are all complete, after docs/cache-format.md."""
+    count, size, per_block = (manifest[k] for k in ("num_samples", "record_bytes", "block_records"))
+    table = b"".join(struct.pack("<I4s", checksum, b"DONE") for checksum in checksums)
+    table = table.ljust(-(-len(table) // 4096) * 4096, b"\0")
+    header = struct.pack(
+        "<8sIIQIIQQ32s", b"DFLOGIT1", manifest["format"], 4096, count, size, per_block, view,
+        4096 + len(table), manifest_sha256(manifest),
+    ).ljust(4092, b"\0")  # fmt: skip
+    return header + struct.pack("<I", _C.crc32c(header)) + table
+
+
+def write_view(folder: Path, manifest: Mapping[str, Any], view: int, records: bytes) -> Path:
+    """A complete view file, after docs/cache-format.md, not by the writer."""
+    step = manifest["block_records"] * manifest["record_bytes"]
+    blocks = [records[start : start + step] for start in range(0, len(records), step)]
+    checksums = [block_checksum(manifest, view, *item) for item in enumerate(blocks)]
+    path = folder / f"view-{view:05d}.dlc"
+    path.write_bytes(view_start(manifest, view, checksums) + records)
+    return path
 
 
 def pending_blocks(writer: LogitCacheWriter, views) -> list[tuple[int, int]]:

@@ -74,6 +74,7 @@ inline Shape make_shape(int kind, uint64_t records, uint32_t block_records) {
   spec.record_bytes = layout.record_bytes;
   spec.block_records = block_records;
   spec.view_id = 3;
+  spec.version = 2 + static_cast<uint32_t>(records + block_records) % 2;
   spec.ids_per_record = layout.kind == RecordKind::topk ? layout.k : layout.kind == RecordKind::hard;
   spec.id_bytes = layout.id_bytes;
   spec.id_limit = layout.num_classes;

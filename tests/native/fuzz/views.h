@@ -38,7 +38,7 @@ inline Bytes valid_file(const Shape& shape, Random& random) {
   const ViewSpec& spec = shape.spec;
   Bytes bytes(spec.file_bytes());
   std::memcpy(bytes.data(), "DFLOGIT1", 8);
-  put(bytes, 8, 2, 4);
+  put(bytes, 8, spec.version, 4);
   put(bytes, 12, 4096, 4);
   put(bytes, 16, spec.num_records, 8);
   put(bytes, 24, spec.record_bytes, 4);
@@ -55,11 +55,24 @@ inline void repair_header(Bytes& bytes) {
   if (bytes.size() >= 4096) put(bytes, 4092, crc32c(bytes.data(), 4092), 4);
 }
 
+// The checksum of a block in its place, by the other implementation.
+inline uint32_t block_crc(const ViewSpec& spec, uint64_t block, const unsigned char* data) {
+  uint32_t crc = 0;
+  if (spec.version == 3) {
+    Bytes place(48);
+    std::memcpy(place.data(), spec.manifest_sha256.data(), 32);
+    put(place, 32, spec.view_id, 8);
+    put(place, 40, block, 8);
+    crc = crc32c_table(place.data(), place.size());
+  }
+  return crc32c_table(data, spec.block_bytes(block), crc);
+}
+
 inline void repair_blocks(const ViewSpec& spec, Bytes& bytes) {
   for (uint64_t block = 0; block < spec.blocks(); ++block) {
     const uint64_t start = spec.block_offset(block), size = spec.block_bytes(block);
     if (start + size > bytes.size()) return;
-    put(bytes, 4096 + 8 * block, crc32c(bytes.data() + start, size), 4);
+    put(bytes, 4096 + 8 * block, block_crc(spec, block, bytes.data() + start), 4);
     put(bytes, 4100 + 8 * block, 0x454E4F44, 4);
   }
 }
@@ -69,7 +82,7 @@ inline bool is_whole(const ViewSpec& spec, const Bytes& bytes, uint64_t block) {
   const unsigned char* data = bytes.data() + spec.block_offset(block);
   uint32_t entry[2];
   std::memcpy(entry, bytes.data() + 4096 + 8 * block, 8);
-  if (entry[1] != 0x454E4F44 || entry[0] != crc32c_table(data, spec.block_bytes(block))) return false;
+  if (entry[1] != 0x454E4F44 || entry[0] != block_crc(spec, block, data)) return false;
   const uint64_t records = spec.block_bytes(block) / spec.record_bytes;
   for (uint64_t i = 0; i < records * spec.ids_per_record; ++i) {
     uint32_t id = 0;
