@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,36 @@ def test_no_pickle_and_no_unsafe_load(path):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = [k for k in node.keywords if k.arg == "weights_only" and k.value.value is True]
             assert safe, f"{path.name}:{node.lineno}: torch.load without weights_only=True"
+
+
+OPENERS = re.compile(
+    r"open|os\.open|(np|numpy)\.(load|save\w*|memmap|fromfile)|load_file|save_file"
+    r"|torch\.(load|save)|path\.open|tarfile\.open|.*\.(read|write)_(text|bytes)|.*\.tofile"
+)
+# Calls on what open_regular or open_atomically has opened, and on files of the system.
+OPENED_ELSEWHERE = {
+    "deit_fast/arguments.py": {"os.open"},  # /dev/null
+    "deit_fast/cache/tinyvit.py": {"np.memmap"},
+    "deit_fast/data/jpeg_index.py": {"os.open"},  # a lock
+    "deit_fast/data/packed_shards.py": {"np.memmap"},
+    "deit_fast/data/watch.py": {"read_text"},  # /proc
+    "deit_fast/runtime/locks.py": {"os.open"},
+    "deit_fast/runtime/torch_files.py": {"torch.load", "torch.save"},
+    "deit_fast/tools/doctor.py": {"read_text"},  # /proc and /sys
+}
+
+
+def test_files_are_opened_by_one_module():
+    """So that no FIFO is waited for, and no file is half written."""
+    for path in sorted((ROOT / "deit_fast").rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if name == "deit_fast/runtime/files.py" or path.is_relative_to(ROOT / "deit_fast/kernels"):
+            continue
+        allowed = OPENED_ELSEWHERE.get(name, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if OPENERS.fullmatch(function) and not allowed & {function, function.split(".")[-1]}:
+                pytest.fail(f"{name}:{node.lineno}: {function}: use runtime/files.py")
 
 
 def test_engine_imports_without_the_packages_of_cli_reports_and_dali():

@@ -17,6 +17,7 @@ from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.runtime.files import open_atomically
+from deit_fast.runtime.torch_files import write_torch
 
 FORMATS = (".parquet", ".safetensors", ".pt")
 _SAFETENSORS = {
@@ -59,7 +60,7 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
         if target.suffix == ".parquet":
             _write_parquet(cache, ids, file)
         elif target.suffix == ".pt":
-            torch.save(_tensors(cache, ids), file)
+            write_torch(file, _tensors(cache, ids))
         else:
             _write_safetensors(_tensors(cache, ids), _metadata(cache), file)
     return {

@@ -22,7 +22,7 @@ from deit_fast.cache.format import build_manifest
 from deit_fast.cache.writer import LogitCacheWriter
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.files import open_regular, read_file, write_atomically
 from deit_fast.runtime.locks import owned_folder
 
 KEYS_FILE = "keys.txt"  # line i is the key of sample i
@@ -111,7 +111,7 @@ class _Epoch:
         for path in files:
             name = path.with_name(path.name.replace("-values.bin", "-keys.txt"))
             try:
-                keys = name.read_text(encoding="utf-8").splitlines()
+                keys = read_file(name).decode().splitlines()
             except UnicodeDecodeError:
                 raise InputError(f"{name}: not text") from None
             size = path.stat().st_size
@@ -121,7 +121,8 @@ class _Epoch:
                     f"{len(keys) * self.dtype.itemsize}"
                 )
             if keys:
-                parts.append(np.memmap(path, self.dtype, mode="r"))
+                with open_regular(path) as file:
+                    parts.append(np.memmap(file, self.dtype, mode="r"))
             for index, key in enumerate(keys, count):
                 self.index_of.setdefault(key.strip(), index)  # a padded key repeats; first counts
             count += len(keys)

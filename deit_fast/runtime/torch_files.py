@@ -27,14 +27,19 @@ def save_torch(path: Path, value: Any) -> None:
         OSError: the disk is full or not writable; names ``path``, where the old file stays.
     """
     with open_atomically(path) as file:
-        archive = _SealedArchive(file)
-        try:
-            torch.save(value, archive)  # type: ignore[arg-type]
-        except RuntimeError:
-            if archive.error is not None:  # torch hides the reason of a full disk
-                raise archive.error from None
-            raise
-        archive.seal()
+        write_torch(file, value)
+
+
+def write_torch(file: BinaryIO, value: Any) -> None:
+    """As ``save_torch``, into a new file that is open."""
+    archive = _SealedArchive(file)
+    try:
+        torch.save(value, archive)  # type: ignore[arg-type]
+    except RuntimeError:
+        if archive.error is not None:  # torch hides the reason of a full disk
+            raise archive.error from None
+        raise
+    archive.seal()
 
 
 def load_torch(file: BinaryIO) -> tuple[Any, bool]:
