@@ -415,7 +415,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "other-version": (lambda f: change_manifest(f, version=2), "version must be 1, not 2"),
     "negative-count": (
         lambda f: change_manifest(f, num_samples=-1),
-        "num_samples must be a positive whole number, not -1",
+        r"num_samples must be a whole number in \[1, 2\^31\), not -1",
     ),
     "no-table": (
         lambda f: (f / "shard-00000.npz").unlink(),

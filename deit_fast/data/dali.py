@@ -9,12 +9,16 @@ DALI's input never ends, because an exhausted one ends the pipeline; the loader 
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import numpy as np
@@ -32,7 +36,8 @@ from deit_fast.data.jpeg_index import (
     require_dali,
 )
 from deit_fast.data.loader import MixOperands, load_readable, steps_of
-from deit_fast.data.sources import Source
+from deit_fast.data.sources import Source, UnreadableImage
+from deit_fast.data.watch import POLL_SECONDS, Watch, note_sample
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
 from deit_fast.views.plan import ViewPlan
@@ -55,8 +60,8 @@ class DaliLoader:
         index: which files DALI may decode; none: checks those that no earlier loader has checked.
 
     Raises:
-        InputError: DALI is not installed; view settings it does not support; while iterating, as
-            `ViewLoader`.
+        InputError: DALI is not installed; view settings it does not support.
+        InputError, OSError, ChildProcessError: while iterating, as `ViewLoader`.
     """
 
     def __init__(
@@ -91,14 +96,19 @@ class DaliLoader:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        with ThreadPoolExecutor(self._threads, "dali-read") as readers:
-            feed = _Feed(lambda step: self._prepare(step, readers), self.steps)
-            try:
-                yield from self._run(feed, readers)
-            finally:
-                feed.close()
+        # The threads of a ThreadPool are daemons: one that is stuck does not keep the process.
+        watch = Watch("thread", self._threads, self._files.paths.__getitem__)
+        readers = ThreadPool(self._threads, _begin_reader, (watch, itertools.count()))
+        feed = _Feed(partial(self._prepare, readers), self.steps, watch)
+        try:
+            yield from self._run(feed, readers)
+        finally:
+            if not watch.stuck():
+                for pool in (feed.thread, readers):
+                    pool.close()
+                    pool.join()
 
-    def _run(self, feed: _Feed, readers: ThreadPoolExecutor) -> Iterator[ViewBatch]:
+    def _run(self, feed: _Feed, readers: ThreadPool) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
         size = self.plan.view.image_size
         for _ in self.steps:
@@ -112,8 +122,9 @@ class DaliLoader:
                     pixels = [np.asarray(image) for image in output]
                     rows, view = job.operands.needed[chunk.rows], self.plan.view
                     render_views(
-                        pixels, chunk.file_of, rows, chunk.boxes, view, part.numpy(), readers.map
-                    )
+                        pixels, chunk.file_of, rows, chunk.boxes, view, part.numpy(),
+                        lambda f, *columns: readers.starmap(f, zip(*columns, strict=True), 1),
+                    )  # fmt: skip
                 else:
                     assert chunk.table is not None
                     part[:] = self._augment(output, chunk.table)
@@ -166,19 +177,22 @@ class DaliLoader:
 
     # -- in the feeding thread -----------------------------------------------------------------
 
-    def _prepare(self, step: int, readers: ThreadPoolExecutor) -> _Job:
+    def _prepare(self, readers: ThreadPool, step: int) -> _Job:
         operands = MixOperands.of(self.plan, *self._batches[step])
         rows = operands.needed
         distinct, file_of = np.unique(rows["sample"], return_inverse=True)
 
         def read(sample: int) -> tuple[np.ndarray, int, list[str]]:
             substituted: list[str] = []
-            file, taken = load_readable(
-                self._files.load, self._files.paths, sample, self._data.on_error, substituted
-            )
+            try:
+                file, taken = load_readable(
+                    self._files.load, self._files.paths, sample, self._data.on_error, substituted
+                )
+            finally:
+                note_sample(-1)
             return file, taken, substituted
 
-        loaded = list(readers.map(read, distinct.tolist()))
+        loaded = readers.map(read, distinct.tolist(), 1)
         files = [file for file, _, _ in loaded]
         taken = [sample for _, sample, _ in loaded]
         widths, heights = self._files.sizes(files, taken)[file_of].T
@@ -240,11 +254,11 @@ class _Feed:
         begun: steps whose inputs DALI was given and whose views it has not returned.
     """
 
-    def __init__(self, prepare: Callable[[int], _Job], steps: Iterable[int]) -> None:
-        self.begun: deque[_Job | InputError] = deque()
-        self._prepare, self._steps = prepare, iter(steps)
+    def __init__(self, prepare: Callable[[int], _Job], steps: Iterable[int], watch: Watch) -> None:
+        self.begun: deque[_Job | Exception] = deque()
+        self.thread = ThreadPool(1, _begin_feed)
+        self._prepare, self._steps, self._watch = prepare, iter(steps), watch
         self._inputs: deque[tuple] = deque()
-        self._thread = ThreadPoolExecutor(1, "dali-feed")
         self._pending = self._submit()
 
     def __call__(self) -> tuple:
@@ -256,24 +270,21 @@ class _Feed:
         """The next step.
 
         Raises:
-            InputError: as `DaliLoader`.
+            InputError, OSError, ChildProcessError: as `DaliLoader`.
         """
         if not self.begun:
             self._advance()
         job = self.begun.popleft()
-        if isinstance(job, InputError):
+        if isinstance(job, Exception):
             raise job
         return job
 
-    def close(self) -> None:
-        """Prepare no more steps."""
-        self._thread.shutdown(cancel_futures=True)
-
     def _advance(self) -> None:
+        """Wait for the next step. DALI calls this too, and would hide what it raises."""
         assert self._pending is not None
         try:
-            job = self._pending.result()
-        except InputError as error:
+            job = self._wait(self._pending)
+        except Exception as error:
             self.begun.append(error)
             self._pending = None
             return
@@ -281,9 +292,25 @@ class _Feed:
         self.begun.append(job)
         self._inputs.extend(chunk.inputs for chunk in job.chunks)
 
-    def _submit(self) -> Future[_Job] | None:
+    def _wait(self, pending: AsyncResult) -> _Job:
+        while True:
+            try:
+                return pending.get(POLL_SECONDS)
+            except multiprocessing.TimeoutError:
+                self._watch.waited()
+
+    def _submit(self) -> AsyncResult | None:
         step = next(self._steps, None)
-        return None if step is None else self._thread.submit(self._prepare, step)
+        return None if step is None else self.thread.apply_async(self._prepare, (step,))
+
+
+def _begin_reader(watch: Watch, numbers: Iterator[int]) -> None:
+    threading.current_thread().name = "dali-read"
+    watch.join(next(numbers))
+
+
+def _begin_feed() -> None:
+    threading.current_thread().name = "dali-feed"
 
 
 class _Files:
@@ -318,7 +345,11 @@ class _Files:
             size = tuple(self.index.sizes[sample].tolist())
             if size == (0, 0):
                 continue
-            encoded, path = self.source.read(sample), self.paths[sample]
+            path = self.paths[sample]
+            try:
+                encoded = self.source.read(sample)
+            except UnreadableImage:
+                return path
             if header_size(encoded) != size or not decodes_like_pillow(encoded, path):
                 return path
         return None

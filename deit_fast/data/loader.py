@@ -33,6 +33,7 @@ from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
 
 T = TypeVar("T")
 
+_MOST_BAD = 1000  # unreadable images in a row that are substituted
 _DECODED = 16  # decoded files held at once: amortises the plan's calls, bounds memory
 
 
@@ -54,6 +55,8 @@ class ViewLoader:
 
     Raises:
         InputError: while iterating, with on_error="fail" or when no image is readable.
+        OSError, MemoryError: while iterating, the machine cannot read a file; names it.
+        ChildProcessError: while iterating, the workers are stuck.
     """
 
     def __init__(
@@ -198,9 +201,11 @@ def load_readable(
     sample was taken.
 
     Raises:
-        InputError: the file is unreadable and on_error is "fail", or none is readable.
+        InputError: the file is unreadable and on_error is "fail", or none is readable, or
+            `_MOST_BAD` in a row are not: rights that expired, for instance.
     """
-    for offset in range(len(paths)):
+    count = min(len(paths), _MOST_BAD)
+    for offset in range(count):
         taken = (index + offset) % len(paths)
         note_sample(taken)
         try:
@@ -208,11 +213,13 @@ def load_readable(
         except UnreadableImage as error:
             if on_error == "fail":
                 raise InputError(f"{error} (data.on_error=fail)") from None
+            reason = error.why
             continue
         if offset:
             substituted.append(paths[index])
         return image, taken
-    raise InputError(f"no image of the data set is readable, from {paths[index]} on")
+    what = "no image of the data set is" if count == len(paths) else f"{count} images are not"
+    raise InputError(f"{what} readable, from {paths[index]} on: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,12 +260,17 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         watch = Watch("process", self._workers, self._paths.__getitem__)
-        passed: Any = iter(self._loader(watch))
+        try:
+            passed: Any = iter(self._loader(watch))
+        except OSError as error:
+            raise _cannot_start(error) from None
         try:
             while True:
                 try:
                     item = next(passed, _END)
                 except RuntimeError as error:
+                    if str(error).startswith("Too many open files"):  # torch's own text goes on
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
                     if not str(error).startswith("DataLoader timed out"):
                         raise
                     item = _TIMED_OUT
@@ -358,11 +370,23 @@ def _share(item: Any) -> None:
         number = re.search(r"\((\d+)\)$", first_line(error))
         if number is None:
             raise
-        code = int(number[1])
-        text = os.strerror(code)
-        if code == errno.ENOSPC:
-            text = "no space left for batches: enlarge it, or set fewer data.workers"
-        raise OSError(code, text, "/dev/shm") from None
+        raise _of_shared_memory(int(number[1])) from None
+
+
+def _of_shared_memory(number: int) -> OSError:
+    text = os.strerror(number)
+    if number == errno.ENOSPC:
+        text = "no space left for batches: enlarge it, or set fewer data.workers"
+    return OSError(number, text, "/dev/shm")
+
+
+def _cannot_start(error: OSError) -> OSError:
+    """The error of a pass whose processes do not start: semaphores are in /dev/shm."""
+    if error.errno == errno.ENOSPC:
+        return _of_shared_memory(error.errno)
+    reason = error.strerror or str(error)
+    text = f"{reason}: the processes that load images cannot start; try fewer data.workers"
+    return OSError(error.errno, text)
 
 
 def _begin_worker(watch: Watch, worker: int) -> None:

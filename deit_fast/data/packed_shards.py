@@ -7,8 +7,8 @@
                                    [n] of each image's bytes; names, uint8, each ended by a zero
 
 A shard is written under a temporary name and renamed, its .npz last, so a shard with an .npz is
-complete. Shards are mapped into memory: processes of one machine share them, and a crop of a uint8
-shard reads only its own rows. Each image's checksum is verified when a process first reads it.
+complete. A shard whose size or time changes while it is in use is refused, and each image's
+checksum is verified when a process first reads it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from deit_fast import _C
+from deit_fast.data.shard_files import ShardFiles, stamps_of
 from deit_fast.data.sources import Paths, Source, UnreadableImage, decode, packed_path
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import read_arrays, read_json
@@ -59,47 +60,46 @@ class PackedImages(Source):
         names = np.concatenate([index["names"] for index in self._indices])
         ends = np.flatnonzero(names == 0)
         self.paths = Paths(count, partial(packed_path, str(self.folder), names, ends, 1))
-        self._data: dict[int, np.ndarray] = {}  # mapped when a process first needs them
+        shards = [str(self.folder / f"{shard_name(n)}.bin") for n in range(len(self._indices))]
+        self._files = ShardFiles(shards, stamps_of(shards))
         self._is_verified = np.zeros(count, bool)
 
     def load(self, index: int) -> Image.Image | np.ndarray:
-        """uint8 [H, W, 3], a view of the mapped file; or a decoded JPEG.
+        """uint8 [H, W, 3], not to be written to; or a decoded JPEG.
 
         Raises:
             UnreadableImage: it was unreadable when packed, or its checksum is wrong.
+            InputError, OSError: as `ShardFiles.read`.
         """
         content, (width, height) = self._content(index)
         if self._is_jpeg:
-            return decode(content.tobytes(), self.paths[index])
-        return content.reshape(height, width, 3)
+            return decode(content, self.paths[index])
+        return np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
     def read(self, index: int) -> bytes:
         """The JPEG file.
 
         Raises:
-            UnreadableImage: as `load`.
-            InputError: the pack holds pixels.
+            UnreadableImage, OSError: as `load`.
+            InputError: as `load`, or the pack holds pixels.
         """
         if not self._is_jpeg:
             raise InputError(
                 f"{self.folder} holds decoded pixels, but DALI reads encoded images: set "
                 f"data.loader=pillow, or pack with --form jpeg"
             )
-        return self._content(index)[0].tobytes()
+        return self._content(index)[0]
 
-    def _content(self, index: int) -> tuple[np.ndarray, list[int]]:
+    def _content(self, index: int) -> tuple[bytes, list[int]]:
         number, row = divmod(index, self._per_shard)
         table = self._indices[number]
         size = table["sizes"][row].tolist()
         if size[0] == 0:
             raise UnreadableImage(self.paths[index], "it was unreadable when it was packed")
-        if number not in self._data:
-            path = self.folder / f"{shard_name(number)}.bin"
-            self._data[number] = np.memmap(path, np.uint8, mode="r")
         start, stop = table["offsets"][row : row + 2].tolist()
-        content = self._data[number][start:stop]
+        content = self._files.read(number, start, stop - start)
         if not self._is_verified[index]:
-            if _C.crc32c(content.tobytes()) != table["crc32c"][row]:
+            if _C.crc32c(content) != table["crc32c"][row]:
                 raise UnreadableImage(
                     self.paths[index], f"its checksum in {shard_name(number)}.bin is wrong"
                 )
@@ -135,8 +135,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: form must be uint8 or jpeg, not {manifest.get('form')!r}")
     for name in ("num_samples", "shard_samples", "short_side"):
         value = manifest.get(name)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{path}: {name} must be a positive whole number, not {value!r}")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise InputError(f"{path}: {name} must be a whole number in [1, 2^31), not {value!r}")
     classes = manifest.get("classes")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise InputError(f"{path}: classes must be a list of names")
@@ -150,6 +150,7 @@ def read_index(
 
     Raises:
         InputError: missing, damaged, or of another shard; names the file and what is wrong.
+        OSError: the machine cannot read it; names the file.
     """
     path = folder / f"{shard_name(number)}.npz"
     columns: dict[str, tuple[type, tuple[int, ...] | None]] = {
@@ -167,22 +168,25 @@ def read_index(
             f"the pack in {folder} is not complete: {Path(error.filename).name} is missing; run "
             f"the same `deit-fast pack` command again to continue"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(str(error)) from None
     for name, (_, shape) in columns.items():
         if shape not in (None, index[name].shape):
             raise InputError(f"{path}: {name} must have shape {shape}, not {index[name].shape}")
-    offsets, sizes, labels = index["offsets"], index["sizes"].astype(np.int64), index["labels"]
+    offsets, sizes, labels = index["offsets"], index["sizes"], index["labels"]
     lengths = np.diff(offsets)
+    pixels = sizes.astype(np.float64).prod(axis=1)  # exact up to 2^53, and does not wrap around
     misfit = (
-        offsets[0] != 0 or offsets[-1] != length or (lengths < 0).any() or (sizes < 0).any()
-        or ((sizes[:, 0] == 0) & (lengths != 0)).any()
-        or (manifest["form"] == "uint8" and (lengths != sizes.prod(axis=1) * 3).any())
+        offsets[0] != 0 or offsets[-1] != length or (offsets < 0).any() or (offsets > length).any()
+        or (lengths < 0).any() or (sizes < 0).any()
+        or ((lengths == 0) != (pixels == 0)).any() or ((sizes[:, 0] == 0) != (pixels == 0)).any()
+        or (manifest["form"] == "uint8" and (lengths != pixels * 3).any())
     )  # fmt: skip
     if misfit:
         raise InputError(f"{path} does not fit {shard_name(number)}.bin of {length} bytes")
     if not ((labels >= 0) & (labels < len(manifest["classes"]))).all():
         raise InputError(f"{path}: labels leave [0, {len(manifest['classes'])})")
-    if np.count_nonzero(index["names"] == 0) != samples:
+    names = index["names"]
+    if names.ndim != 1 or np.count_nonzero(names == 0) != samples or names[-1] != 0:
         raise InputError(f"{path}: names must hold {samples} names")
     return index

@@ -66,9 +66,27 @@ def decode(encoded: bytes, path: str) -> Image.Image:
         if "DataLoader worker" in str(error):  # from torch's signal handler, which runs anywhere
             raise
         # Some decoders call a lack of memory a broken file.
+        if encoded[8:12] == b"WEBP" and not width:
+            width, height = _webp_size(encoded)
         if isinstance(error, MemoryError) or not _is_free(width * height * _DECODER_BYTES):
             raise out_of_memory(path, f"this image of {width} x {height} pixels") from None
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
+
+
+def _webp_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height in a WebP file's header; 0 where Pillow would refuse so many pixels.
+
+    Pillow allocates the pixels before it says how many there are.
+    """
+    if encoded[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(encoded[at : at + 3], "little") for at in (24, 27))
+    elif encoded[12:16] == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width, height = (int.from_bytes(encoded[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    most = Image.MAX_IMAGE_PIXELS
+    return (0, 0) if most is not None and width * height > 2 * most else (width, height)
 
 
 def _is_free(length: int) -> bool:
@@ -277,8 +295,8 @@ class ImageFolder(Source):
         try:
             with open_regular(path) as file:
                 return file.read()
-        except InputError:
-            raise UnreadableImage(path, "InputError: it is not a regular file") from None
+        except InputError:  # a folder, FIFO or device, or a link to nothing
+            raise UnreadableImage(path, "InputError: there is no regular file") from None
         except MemoryError:
             raise out_of_memory(path, "this file") from None
         except OSError as error:

@@ -239,6 +239,7 @@ def crc32c(content: bytes | memoryview, crc: int = 0) -> int:
 # ---------------------------------------------------------------------------------------------
 
 _MAX_JSON_BYTES = 1 << 28
+_MAX_ARRAYS_BYTES = 1 << 34
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -313,16 +314,17 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
     Raises:
         FileNotFoundError: there is no such file.
         InputError: as ``open_regular``.
+        OSError: names the path.
         ValueError: it is damaged, or an array is missing or has another dtype.
     """
     import numpy as np
 
-    with open_regular(path) as opened:
-        try:
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in dtypes}
-        except Exception as error:  # zipfile and numpy raise nearly anything on a damaged file
-            raise ValueError(f"{path} is damaged: {error}") from None
+    content = read_file(path, _MAX_ARRAYS_BYTES)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in dtypes}
+    except Exception as error:  # numpy and zipfile raise nearly anything on a broken file
+        raise ValueError(f"{path} is damaged: {printable(error)}") from None
     for name, dtype in dtypes.items():
         if arrays[name].dtype != dtype:
             raise ValueError(f"{path}: {name} must be {np.dtype(dtype)}, not {arrays[name].dtype}")

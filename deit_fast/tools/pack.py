@@ -7,10 +7,12 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import open_atomically, write_arrays, write_json
+from deit_fast.runtime.files import open_atomically, remove_orphans, write_arrays, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import Progress
 from deit_fast.tools.run_folder import read_object
@@ -34,6 +36,7 @@ from deit_fast.tools.run_folder import read_object
 log = logging.getLogger("deit_fast")
 
 SHARD_SAMPLES = 4096  # about 1 GB of uint8 images
+MAX_JPEG_SIDE = 65500  # pixels, libjpeg's limit
 
 
 def pack(
@@ -61,7 +64,8 @@ def pack(
     Raises:
         InputError: a wrong value; a folder that holds another pack, naming what differs; another
             process packs into the folder.
-        OSError: the disk is full; complete shards are kept.
+        OSError: the disk is full, or the machine cannot read an image; complete shards are kept.
+        ChildProcessError: a worker process died.
     """
     if form not in FORMS:
         raise InputError(f"form must be uint8 or jpeg, not {form!r}")
@@ -128,6 +132,7 @@ def _write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _pack_split(packer: Packer, workers: int, split: str) -> tuple[dict[str, int], list[str]]:
     """Write the missing shards of a split. Returns counts and the paths of unreadable images."""
+    remove_orphans(packer.folder)
     paths, lost, missing = packer.source.paths, [], []
     for number, samples in enumerate(packer.shards):
         try:
@@ -171,6 +176,11 @@ def _write_shards(
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a process that packs images died; the system kills one where memory runs out: see "
+                "its log, and run the same command with fewer --workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -180,6 +190,15 @@ _packers: list[Packer] = []  # of a worker process: one, so that a task does not
 
 def _set_packer(packer: Packer) -> None:
     _packers[:] = [packer]
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process with its parent; a pool's own processes wait for work for ever."""
+    parent.join()
+    os._exit(1)
 
 
 def _write(number: int) -> Written:
@@ -217,8 +236,7 @@ class Packer:
                     log.warning("%s", error)
                     unreadable.append(index)
                 else:
-                    if min(pixels.shape[:2]) > self.manifest["short_side"]:
-                        pixels = resize_shorter_side(pixels, self.manifest["short_side"])
+                    pixels = self._reduced(pixels, self.source.paths[index])
                     sizes[row] = pixels.shape[1], pixels.shape[0]
                     content = self._encode(pixels)
                 file.write(content)
@@ -233,6 +251,23 @@ class Packer:
         }  # fmt: skip
         write_arrays(path.with_suffix(".npz"), arrays)
         return int(offsets[-1]), unreadable
+
+    def _reduced(self, pixels: np.ndarray, path: str) -> np.ndarray:
+        """The image at the size that is stored."""
+        shorter, longer = sorted(pixels.shape[:2])
+        side = min(shorter, self.manifest["short_side"])
+        if self.manifest["form"] == "jpeg" and longer * side > MAX_JPEG_SIDE * shorter:
+            side = MAX_JPEG_SIDE * shorter // longer
+            if side == 0:
+                raise InputError(
+                    f"{path} has sides of {shorter} and {longer} pixels, but a JPEG file has at "
+                    f"most {MAX_JPEG_SIDE}: pack with --form uint8"
+                )
+            log.warning(
+                "%s has a side of %d pixels, a JPEG file at most %d: reduced to a shorter side of "
+                "%d", path, longer, MAX_JPEG_SIDE, side,
+            )  # fmt: skip
+        return pixels if side == shorter else resize_shorter_side(pixels, side)
 
     def _encode(self, pixels: np.ndarray) -> bytes:
         if self.manifest["form"] == "uint8":
