@@ -123,13 +123,14 @@ def test_hidden_folders_are_left_out_at_every_depth(tmp_path, caplog):
         folder = tmp_path / "train" / name
         folder.mkdir(parents=True)
         picture(1, 8, 8).save(folder / "000-checkpoint.jpg")
-    for name in ("._000.jpg", ".DS_Store", "notes.txt", "a.gif"):
+    for name in ("._000.jpg", ".DS_Store", "notes.txt", "a.gif", "../../a.jpg"):
         (deep / name).touch()
     caplog.set_level(logging.INFO, "deit_fast")
     source = open_source(DataConfig(root=str(tmp_path)), "train", SIZE)
     assert source.fingerprint() == plain.fingerprint() and not plain.left_out
     [line] = caplog.messages
     for words in (
+        "2 files and hidden folders beside the classes (first: '.cache')",
         "2 hidden folders (first: 'class1/.git')",
         "2 hidden files (first: 'class1/deep/.",
         "2 files that are no image (first: 'class1/deep/",
@@ -149,6 +150,13 @@ def test_no_image_counts_twice_through_a_link(tmp_path, target):
         assert ImageFolder(str(tmp_path), "train").labels.tolist() == [0, 0, 1, 1]
         return
     with pytest.raises(InputError, match=r"link.* leads through a link to a folder around"):
+        ImageFolder(str(tmp_path), "train")
+
+
+def test_a_class_that_is_a_link_to_nothing_is_not_lost(tmp_path):
+    write_split(tmp_path / "train", 2, 1)
+    (tmp_path / "train" / "class2").symlink_to("/mnt/away")
+    with pytest.raises(InputError, match="class2 is a link to nothing"):
         ImageFolder(str(tmp_path), "train")
 
 

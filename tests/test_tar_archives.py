@@ -238,6 +238,8 @@ def test_what_is_left_out_is_said_at_every_start(tmp_path: Path, caplog) -> None
         ("0000/.ipynb_checkpoints/0000.png", b"x"), ("0000", b"", {"type": tarfile.DIRTYPE}),
     ]  # fmt: skip
     opened(tmp_path, a=tar_of([*pair("0000"), *pair("9999", 1)]), b=tar_of([*pair("0000"), *extra]))
+    for name in ("._a.tar", "c.tar.gz"):
+        (tmp_path / "train" / name).write_bytes(b"x")
     caplog.set_level(logging.INFO, "deit_fast")
     for _ in range(2):  # the second start reads the stored index
         caplog.clear()
@@ -245,6 +247,7 @@ def test_what_is_left_out_is_said_at_every_start(tmp_path: Path, caplog) -> None
         assert names(source) == ["a.tar/0000.png", "a.tar/9999.png", "b.tar/0000.png"]
         [line] = caplog.messages
         for words in (
+            "2 files beside the shards (first: '._a.tar')",
             "2 labels without a known image (first: 'b.tar/0001.cls')",
             "3 further fields of samples (first: 'b.tar/0000.mask.png')",
             "3 files that are no image and no label (first: 'b.tar/0001.gif')",
@@ -274,7 +277,16 @@ def test_a_long_tail_of_zeros_is_said(tmp_path: Path) -> None:
         ([("json", b'{"label":' * 100_000)], "must hold a class number"),
         *(
             ([("json", b'{"label": %b}' % value)], "'a.json' must hold a class number")
-            for value in (b"%d" % 2**80, b"9" * 5000, b"-1", b"true", b"1.0", b'"1"', b"[1]")
+            for value in (
+                b"%d" % 2**80,
+                b"%d" % 2**31,
+                b"9" * 5000,
+                b"-1",
+                b"true",
+                b"1.0",
+                b'"1"',
+                b"[1]",
+            )
         ),
         *(
             ([("cls", value)], "'a.cls' must hold a class number")
@@ -352,6 +364,7 @@ INDEX = "train/.deit-fast-index.npz"
         lambda a: {"label": a["label"][:-1]},
         lambda a: {"label": np.array(0)},
         lambda a: {"label": a["label"] - 3},
+        lambda a: {"label": a["label"] + (1 << 40)},
         lambda a: {"shard": a["shard"] + 1},
         lambda a: {"offset": a["offset"] + (1 << 40)},
         lambda a: {"offset": a["offset"] * 0 + (1 << 62), "size": a["size"] * 0 + (1 << 62)},

@@ -260,6 +260,8 @@ class ImageFolder(Source):
         if not self.classes:
             raise InputError(f"{self.folder} has no class folders; {expected}")
         places, left_out = _places(self.folder, self.classes), LeftOut()
+        for name in sorted({*os.listdir(self.folder)} - {*self.classes}):
+            left_out.add("files and hidden folders beside the classes", name)
         labels: list[int] = []
         names: list[bytes] = []
         for label, name in enumerate(self.classes):
@@ -322,11 +324,17 @@ def class_folders(folder: str) -> list[str]:
     """Names of the class folders, sorted.
 
     Raises:
-        InputError: the folder cannot be listed.
+        InputError: the folder cannot be listed, or holds a link to nothing: a class would be lost.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            for entry in visible:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise InputError(
+                        f"{entry.path} is a link to nothing; mount its target or remove it"
+                    )
+            return sorted(entry.name for entry in visible if entry.is_dir())
     except OSError as error:
         raise _cannot_list(error) from None
 

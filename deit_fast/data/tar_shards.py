@@ -44,6 +44,7 @@ _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np
             "name_end": np.int64}  # fmt: skip
 _IMAGES = {extension[1:].encode() for extension in EXTENSIONS}
 _LABELS = {b"cls", b"json"}
+_MAX_CLASSES = 1 << 20  # each has a name in memory
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed
 _USUAL_PADDING = 512 + 10240 + 512  # of the last member, the end marker and tar's usual record
 
@@ -60,7 +61,12 @@ class TarShards(Source):
         self.folder = os.path.join(root, split)
         if not os.path.isdir(self.folder):
             raise InputError(f"{root} has no folder {split!r} of tar shards")
-        self.shards = sorted(name for name in os.listdir(self.folder) if name.endswith(".tar"))
+        self.shards, beside = [], LeftOut()
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(".tar") and not name.startswith("."):
+                self.shards.append(name)
+            elif name != _INDEX:
+                beside.add("files beside the shards", name)
         if not self.shards:
             raise InputError(f"{self.folder} holds no .tar files")
         files = [os.path.join(self.folder, name) for name in self.shards]
@@ -68,7 +74,8 @@ class TarShards(Source):
         index = _open_index(self.folder, self.shards, stamps)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
         self.labels = index["label"]
-        self.left_out = index["left_out"].tobytes().decode(errors="replace")
+        within = index["left_out"].tobytes().decode(errors="replace")
+        self.left_out = "; ".join(filter(None, [str(beside), within]))
         self.paths = Paths(len(self.labels), partial(_member_path, self.folder, self.shards, index))
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
@@ -172,7 +179,8 @@ def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, 
         {column.shape for column in columns} == {(label.size,)}
         and stored["names"].ndim == 1
         and ((shard >= 0) & (shard < len(shards))).all()
-        and (offset >= 0).all() and (size >= 0).all() and (label >= 0).all()
+        and (offset >= 0).all() and (size >= 0).all()
+        and ((label >= 0) & (label < _MAX_CLASSES)).all()
         and (offset <= stamps[shard, 0] - size).all()
         and (np.diff(name_end, prepend=0) >= 0).all()
         and (len(label) == 0 or name_end[-1] == len(stored["names"]))
@@ -311,7 +319,7 @@ def _class_number(file: BinaryIO, member: Member, path: str) -> int | None:
     values = [value]
     if isinstance(value, dict):
         values = [value[key] for key in ("label", "cls") if value.get(key) is not None]
-    if any(type(value) is not int or not 0 <= value < 2**31 for value in values):
+    if any(type(value) is not int or not 0 <= value < _MAX_CLASSES for value in values):
         raise InputError(f"{path}: {name!r} must hold a class number, not {content[:40]!r}")
     if len(set(values)) > 1:
         raise InputError(f"{path}: {name!r} has a label and another cls: {values}")
