@@ -160,6 +160,23 @@ def test_a_class_that_is_a_link_to_nothing_is_not_lost(tmp_path):
         ImageFolder(str(tmp_path), "train")
 
 
+def test_a_class_may_have_any_name(tmp_path, caplog):
+    names = sorted(["caf\udce9", "\x1b[31mred", "new\nline"])
+    for split, count in (("train", 2), ("val", 1)):
+        write_split(tmp_path / split, 3, count)
+        for label, name in enumerate(names):
+            (tmp_path / split / f"class{label}").rename(tmp_path / split / name)
+        (tmp_path / split / names[0] / "caf\udce9.txt").touch()
+    caplog.set_level(logging.INFO, "deit_fast")
+    source, held_out = (
+        open_source(DataConfig(root=str(tmp_path)), split, SIZE) for split in ("train", "val")
+    )
+    assert source.classes == held_out.classes == names
+    assert held_out.labels.tolist() == [0, 1, 2] and source.load(5).mode == "RGB"
+    assert source.fingerprint() != held_out.fingerprint()
+    assert caplog.messages and all(line.isprintable() for line in caplog.messages)
+
+
 def test_one_folder_cannot_be_two_classes(tmp_path):
     write_split(tmp_path / "train", 2, 1)
     (tmp_path / "train" / "class2").symlink_to("class0")
