@@ -134,13 +134,14 @@ def _is_dead_worker(error: Exception) -> bool:
     """Whether a loader process died.
 
     torch's signal handler raises a RuntimeError wherever the main process is at that moment.
-    Without it the socket fails over which the process was to send its tensors. A FileNotFoundError
-    of a file has a file name, one of a socket has none.
+    Without it the socket fails over which the process was to send its tensors. An error of a file
+    has a file name, one of a socket has none.
     """
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error)
-    is_of_socket = isinstance(error, FileNotFoundError) and error.filename is None
-    return is_of_socket or isinstance(error, (ConnectionError, EOFError))
+    if isinstance(error, OSError) and error.filename is not None:
+        return False
+    return isinstance(error, (FileNotFoundError, ConnectionError, EOFError))
 
 
 def _report_of_dead_worker(error: Exception) -> Exception:

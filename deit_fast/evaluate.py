@@ -16,7 +16,7 @@ from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.student import build_model, forward_heads
 from deit_fast.models.weights import fit_weights, load_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
@@ -181,10 +181,12 @@ def evaluate(
 
     Raises:
         InputError: as ``load_run``.
+        MemoryError, ChildProcessError: as ``translate_errors``.
     """
     chosen = choose_device(device)
     config, source, model = load_run(run, data_root, ema)
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
     loader = build_eval_loader(config, source, chosen)
-    return evaluate_model(model.to(chosen), loader, source.classes, chosen)
+    with translate_errors(chosen, f"batch_size={config.batch_size}: a smaller one needs less"):
+        return evaluate_model(model.to(chosen), loader, source.classes, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import itertools
 import logging
 import os
@@ -20,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deit_fast.cli import _os_message
-from deit_fast.config import DataConfig, ViewConfig
+from deit_fast.cli import _os_message, main
+from deit_fast.config import DataConfig, RunConfig, ViewConfig
 from deit_fast.data import (
     EvalLoader,
     ImageFolder,
@@ -46,6 +47,7 @@ from deit_fast.views.plan import ViewPlan
 from helpers.images import encode, folder_of, picture, write_split
 
 PLAIN = ViewConfig(image_size=32, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
+evaluate_module = importlib.import_module("deit_fast.evaluate")  # not the function
 SOURCES = ["folder", "tar", "packed-uint8", "packed-jpeg"]
 LOADERS = ["pillow", pytest.param("dali-cpu", marks=pytest.mark.dali)]
 
@@ -185,6 +187,28 @@ def test_a_loader_raises_it_with_the_files_name(roots, kind, number, loader, mon
         list(batches)
     assert caught.value.errno == number and caught.value.filename is not None
     assert not isinstance(caught.value, ChildProcessError)
+
+
+def test_a_broken_connection_of_a_file_system_is_no_dead_process():
+    """Of a file server, for instance; a socket to a process has no file name."""
+    named = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer", "/data/a.jpg")
+    with pytest.raises(ConnectionResetError), translate_errors(torch.device("cpu"), "remedy"):
+        raise named
+    unnamed = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    with pytest.raises(ChildProcessError), translate_errors(torch.device("cpu"), "remedy"):
+        raise unnamed
+
+
+def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys):
+    def dies(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    source = open_source(roots["folder"], "val", 32)
+    run = RunConfig(), source, torch.nn.Identity()
+    monkeypatch.setattr(evaluate_module, "load_run", lambda *_: run)
+    monkeypatch.setattr(evaluate_module, "evaluate_model", dies)
+    assert main(["evaluate", "runs/x", "--device", "cpu"]) == 2
+    assert "a process that loads images died" in capsys.readouterr().err
 
 
 def test_an_error_crosses_the_processes_with_its_name(roots, monkeypatch):

@@ -223,8 +223,12 @@ def test_a_half_read_pass_and_an_exception_end_at_once(source, loader):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("loader", LOADERS)
-def test_sigterm_ends_a_pass(root, loader):
+@pytest.mark.parametrize(
+    ("loader", "number"),
+    [("pillow", signal.SIGKILL), pytest.param("dali-cpu", signal.SIGTERM, marks=DALI)],
+    ids=["pillow", "dali-cpu"],
+)
+def test_a_signal_ends_a_pass_and_its_processes(root, loader, number):
     code = (
         "import sys, test_loaders as t\n"
         "source = t.ImageFolder(sys.argv[1], 'train')\n"
@@ -240,8 +244,8 @@ def test_sigterm_ends_a_pass(root, loader):
         start_new_session=True,
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == -signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(20) == -number
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:  # its workers notice that it is gone
         try:

@@ -218,8 +218,9 @@ def load_readable(
         if offset:
             substituted.append(paths[index])
         return image, taken
-    what = "no image of the data set is" if count == len(paths) else f"{count} images are not"
-    raise InputError(f"{what} readable, from {paths[index]} on: {reason}")
+    if count < len(paths):
+        raise InputError(f"{count} images are not readable, from {paths[index]} on: {reason}")
+    raise InputError(f"no image of the data set is readable, from {paths[index]} on: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------
