@@ -43,6 +43,9 @@ def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any =
         InputError: one line that names the flag and its value.
         SystemExit: status 0, after help was printed.
     """
+    for before, token in itertools.pairwise([verb, *args]):
+        if token == "" or re.fullmatch("--[^=]+=", token):  # an empty path would mean `.`
+            raise InputError(f"the value after {token or before} is empty")
     function = not inspect.isclass(target)
     if function and not args and _has_only_defaults(target):
         return functools.partial(target)  # so that `doctor` works without tyro

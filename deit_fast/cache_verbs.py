@@ -8,6 +8,7 @@ from typing import Any, Literal
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.config import Count, Rate, Seed
 from deit_fast.errors import CheckFailed, InputError
+from deit_fast.runtime.files import require_writable
 
 BINS = 12  # of the histogram of entropies
 
@@ -28,6 +29,8 @@ def info(
         data_root: Image folder that it was made from, to compare the logits with the labels.
         html: HTML file to write as well, with a chart.
     """
+    if html is not None:
+        require_writable("--html", html, is_folder=False)
     from deit_fast import cache
 
     facts = cache.info(path)
@@ -64,6 +67,7 @@ def info(
         from deit_fast.runtime.files import write_atomically
         from deit_fast.tools.report.page import build_cache_page
 
+        html.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(html, build_cache_page(rows, counts, fingerprint).encode())
     return f"{text}\n\nFingerprint:\n{columns(fingerprint, indent='  ')}"
 
@@ -138,6 +142,7 @@ def export(path: str, /, *, out: str, views: str | None = None) -> str:
         out: File to write; its suffix .parquet, .safetensors or .pt says what.
         views: Only the views A to B-1, written A:B; none: all complete views.
     """
+    require_writable("--out", out, is_folder=False)
     from deit_fast.cache.export import export as run
 
     result = run(path, out, view_range(views))
@@ -157,6 +162,7 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: Count) -> str:
         out: Folder of the new cache.
         num_classes: Number of the teacher's classes, which TinyViT does not store.
     """
+    require_writable("--out", out)
     from deit_fast.cache.tinyvit import import_tinyvit as run
 
     result = run(folder, out, num_classes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
+from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.signals import Preempted
 
 # ---------------------------------------------------------------------------------------------
@@ -65,6 +67,10 @@ def demo(
     """
     from deit_fast.tools.demo import demo as run
 
+    require_writable("--output", output)
+    for flag, path in (("--save", save), ("--save-analysis", save_analysis)):
+        if path is not None:
+            require_writable(flag, path, is_folder=False)
     result = run(output, seeds=seeds, workers=workers, save=save, save_analysis=save_analysis)
 
     def accuracies(row: dict[str, float]) -> str:
@@ -85,6 +91,8 @@ def train(args: list[str]) -> str:
     arguments, config = read_settings(TrainArguments, "train", args)
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
+    if read_process_group().is_first:
+        require_writable("--output", config.output)
     from deit_fast.train.loop import train as run
 
     return summary({"run": config.output, **run(config)})
@@ -98,6 +106,8 @@ def precompute(args: list[str]) -> str:
         return json.dumps(to_dict(config), indent=2)
     if arguments.dry_run:
         return _dry_run(config, views)
+    if config.cache is not None:
+        require_writable("--cache", config.cache)
     from deit_fast.precompute import precompute as run
 
     return summary({"cache": config.cache, **run(config, views)})
@@ -179,6 +189,10 @@ def analyze(
         out: JSON file to write as well, with the figures of all runs, versions and command.
     """
     _require_runs("analyze", runs)
+    for run in runs:
+        require_writable("the run's folder", run / "analysis")
+    if out is not None:
+        require_writable("--out", out, is_folder=False)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
     from deit_fast.tools.run_folder import short_names
@@ -224,6 +238,7 @@ def pack(
         source: What `root` holds.
         workers: Number of processes.
     """
+    require_writable("OUT", out)
     from deit_fast.config import DataConfig
     from deit_fast.tools.pack import pack as write
 
@@ -248,6 +263,7 @@ def report(
         title: Heading of the page.
     """
     _require_runs("report", runs)
+    require_writable("--out", out, is_folder=False)
     from deit_fast.tools.report.page import write_report
 
     write_report(runs, out, title)
@@ -266,9 +282,11 @@ def doctor(*, output: Path = Path("runs"), workers: Workers = 4, report: bool = 
     from deit_fast.runtime.files import write_atomically
     from deit_fast.tools.doctor import bug_report, examine, has_problem, render
 
+    path = Path("deit-fast-report.txt")
+    if report:
+        require_writable("the report", path, is_folder=False)
     findings = examine(output, workers)
     if report:
-        path = Path("deit-fast-report.txt")
         text = bug_report(findings, output, os.environ)
         write_atomically(path, text.encode(errors="backslashreplace"))
         return f"wrote {path}; read it before you send it"
@@ -360,6 +378,8 @@ def _purpose(verb: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a locale lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     _log_to_stderr()
     try:
         try:
@@ -384,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _LogFormat(logging.Formatter):
-    """Prefixes warnings and errors with their level."""
+    """Prefixes warnings and errors with their level; escapes what would control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = "\n".join(map(printable, super().format(record).split("\n")))
@@ -463,6 +483,6 @@ _REMEDIES = {  # by error number
 
 def _os_message(error: OSError) -> str:
     what = error.strerror or str(error) or type(error).__name__
-    if error.errno in _REMEDIES and what == os.strerror(error.errno):
+    if error.errno in _REMEDIES and what.startswith(os.strerror(error.errno)):
         what = _REMEDIES[error.errno]
     return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"

@@ -119,7 +119,7 @@ def shown(value: Any) -> str:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (list, tuple)):
         return " ".join(map(_SHORT.repr, value[:8])) or "nothing"
-    return _SHORT.repr(value)
+    return _SHORT.repr(str(value) if isinstance(value, Path) else value)
 
 
 def check_all(config: Any, group: str) -> None:

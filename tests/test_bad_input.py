@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_damaged_cache(folder, capsys, tmp_path, damage):
     )  # fmt: skip
     assert "view-00000.dlc" in line
     if damage == "bit flipped":
-        assert "block 0" in line
+        assert "block 0" in line and "with the command that precomputed the cache" in line
     assert cli.main(["cache", "verify", str(tmp_path / "cache")]) == 1
     assert "view-00000.dlc" in capsys.readouterr().out
 
@@ -122,6 +123,138 @@ def test_missing_cache_and_missing_view(folder, capsys, tmp_path):
         "--num-views", "3",
     )  # fmt: skip
     assert "lacks 2 of the run's 3 views, the first is 1" in line
+
+
+def test_cache_without_the_temperature_of_the_loss(folder, capsys, tmp_path):
+    line = refused(
+        capsys, "train", *base(folder), "--cache", folder / "cache", "--loss.kind", "soft",
+        "--loss.tau", "3", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert f"cache {folder}/cache: the cache has no tail mass at temperature 3; recorded: 1" in line
+    assert "set loss.tau to one of these, or precompute a cache with codec.temperatures" in line
+
+
+FAULTY_CONFIGS = {
+    "key twice": (b'{"seed": 1, "seed": 2}', "key 'seed' is there twice"),
+    "dotted key": (b'{"view.image_size": 96}', """; write {"view": {"image_size": ...}}"""),
+    "key of another group": (
+        b'{"view": {"seed": 1}}',
+        "unknown setting 'view.seed' (did you mean view.std?)",
+    ),
+    "no group": (b'{"view": 3}', "view is a group of settings, not 3"),
+    "no text": (
+        b'{"teacher": 3}',
+        "teacher must be a text of 1 to 4096 characters without NUL, or none",
+    ),
+    "NUL": (b'{"output": "a\\u0000"}', "output must be a text of 1 to 4096 characters without NUL"),
+    "hinton": (b'{"loss": {"reduction": "hinton"}}', "batchmean with loss.alpha = 2 a / (1 + a)"),
+    "infinite": (b'{"optim": {"lr": 1e999}}', "optim.lr must be a number in (0, 100], not inf"),
+    "lr_batch": (
+        b'{"optim": {"lr": 1, "lr_batch": 0}}',
+        "optim.lr_batch, here 0, is no longer a setting",
+    ),
+    "betas": (
+        b'{"optim": {"betas": [1.5, 0.9]}}',
+        "optim.betas, here 1.5 0.9, is no longer a setting",
+    ),
+    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", "config.json is damaged: Exceeds the limit"),
+    "nested endlessly": (b'{"seed": ' + b"[" * 10**6, "is damaged: maximum recursion depth"),
+    "nested deeply": (
+        b'{"seed": ' + b"[" * 400 + b"]" * 400 + b"}",
+        "seed must be a whole number in [0, ",
+    ),
+    "long key": (b'{"' + b"x" * 10**6 + b'": 1}', "unknown setting 'xxx"),
+    "list": (b"[]", "config.json is damaged: not a JSON object"),
+    "empty": (b"", "config.json is damaged: Expecting value"),
+    "not UTF-8": (b"\xff\xfe{}", "config.json is damaged: not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_CONFIGS)
+def test_config_file_with_a_fault(capsys, tmp_path, fault):
+    content, words = FAULTY_CONFIGS[fault]
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    line = refused(capsys, "train", "--config", path, "--print-config")
+    assert words in line and str(path) in line and len(line) < 500
+
+
+def test_config_that_is_no_file(capsys, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, words in (
+        (tmp_path / "fifo", "is a FIFO, not a file"),
+        (tmp_path, "is a folder, not a file"),
+        ("/dev/zero", "is a device, not a file"),
+        (tmp_path / "missing", "does not exist"),
+    ):
+        assert f"{path} {words}" in refused(capsys, "train", "--config", path)
+
+
+OUTPUTS = {
+    "demo --output": "folder",
+    "demo --save": "file",
+    "demo --save-analysis": "file",
+    "train --output": "folder",
+    "precompute --cache": "folder",
+    "analyze run --out": "file",
+    "pack run": "folder",
+    "report run --out": "file",
+    "cache info run --html": "file",
+    "cache export run --out": "file",
+    "cache import-tinyvit run --num-classes 3 --out": "folder",
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    capsys, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "run").mkdir()
+    os.mkfifo("fifo")
+    wrong = ["file/below", "/proc/x", "/dev/full", "fifo", "dangling", "x" * 300]
+    wrong.append("file" if OUTPUTS[command] == "folder" else "run")
+    before = sorted(tmp_path.rglob("*"))
+    for path in wrong:
+        *words, last = command.split()
+        line = refused(capsys, *words, last, path)
+        assert path in line and (last in line or "OUT" in line)
+        assert "choose another path" in line or "is a link to nowhere" in line
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_escapes_and_surrogates_are_shown_escaped(capsys):
+    odd, shown = "a\x1b[31mb\udcff", r"a\x1b[31mb\udcff"
+    for words in (
+        ["report", odd], ["train", "--config", odd], ["train", "--device", odd], [odd],
+        ["train", f"--{odd}"], ["recipes", "show", odd], ["cache", "info", odd],
+        ["train", "--data.root", odd, "--loss.kind", "none"],
+    ):  # fmt: skip
+        assert shown in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("verb", ["report", "recipes list", "train --help"])
+def test_output_in_a_locale_of_ascii(tmp_path, verb):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0",
+                   "PYTHONCOERCECLOCALE": "0"}  # fmt: skip
+    words = ["report", "\u00e9"] if verb == "report" else verb.split()
+    done = subprocess.run(
+        [sys.executable, "-m", "deit_fast", *words],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == (2 if verb == "report" else 0), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_arguments_that_timm_cannot_build(folder, capsys):
+    for argument in ("depth=0", "num_heads=0", "in_chans=1", "depth=999999999", "weight_init=7"):
+        line = refused(
+            capsys, "train", *base(folder), "--loss.kind", "none", "--model.args", argument
+        )
+        assert argument.split("=")[0] in line or "args" in line
 
 
 def test_unknown_config_key(folder, capsys, tmp_path):

@@ -21,7 +21,9 @@ def eight_gpus(monkeypatch) -> list[torch.device]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+    variables = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3",
+                 "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return current
 
@@ -106,10 +108,38 @@ def test_what_differs_between_ranks_is_named_in_all_of_them():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [("RANK", "x", "RANK='x' .* is not a number"), ("RANK", "8", "RANK=8 .* WORLD_SIZE=8")],
+    ("name", "value", "low", "high"),
+    [
+        ("RANK", "8", 0, 7),
+        ("WORLD_SIZE", "0", 1, 2**20),
+        ("LOCAL_RANK", "-1", 0, 2**20),
+        ("MASTER_PORT", "65536", 0, 65535),
+        ("TORCHELASTIC_RESTART_COUNT", "-1", 0, 2**31),
+    ],
 )
-def test_invalid_environment_variables_are_named(eight_gpus, monkeypatch, name, value, words):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words):
-        room.read_process_group()
+def test_invalid_environment_variables_are_named(eight_gpus, monkeypatch, name, value, low, high):
+    for wrong in (value, "x", "", " 1", "1.0", "9" * 5000, str(2**70), "\udcff"):
+        monkeypatch.setenv(name, wrong)
+        with (
+            pytest.raises(InputError, match=f"{name} in .* from {low} to {high}, not .* torchrun"),
+            room.joined_process_group(torch.device("cpu")),
+        ):
+            pass
+
+
+def test_processes_without_an_address_to_meet_are_refused(eight_gpus, monkeypatch):
+    def unreachable(*_):
+        raise dist.DistNetworkError("port in use")
+
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", unreachable)
+    refusals = [
+        "cannot meet at MASTER_ADDR=localhost MASTER_PORT=29500: port in use",
+        "MASTER_ADDR is not set in the environment; start through torchrun",
+    ]
+    for words in refusals:
+        with (
+            pytest.raises(InputError, match=words),
+            room.joined_process_group(torch.device("cpu")),
+        ):
+            pass
+        monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -174,7 +174,8 @@ class LogitCache:
         except _C.IdError as error:
             raise InputError(str(error)) from None
         except _C.FormatError as error:
-            raise CacheError(str(error)) from None
+            remedy = "make it again with the command that precomputed the cache"
+            raise CacheError(f"cache {self.path}: {error}; {remedy}") from None
 
     def unread_blocks(self, sample_ids: Any, view_ids: Any) -> list[_Block]:
         """The blocks of these records that are not verified yet, in the files' order. Raises as

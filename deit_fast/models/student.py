@@ -72,10 +72,9 @@ def create_student(
     if is_transformer:
         arguments["img_size"] = img_size
         _check_shape(name, img_size, args)
-    try:
-        model = timm.create_model(name, pretrained=False, **arguments, **args)
-    except TypeError as error:  # an argument that timm does not know
-        raise InputError(f"model {name!r} with args {args}: {first_line(error)}") from None
+    if args:
+        _try_arguments(name, arguments | args)
+    model = timm.create_model(name, pretrained=False, **arguments, **args)
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
     if pad_head:
@@ -117,7 +116,34 @@ def _refuse(options: dict[str, Any], needed: str) -> None:
             raise InputError(f"{name}={value!r} needs {needed}")
 
 
+def _try_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Build the model without memory for its weights, and run it.
+
+    Raises:
+        InputError: timm does not know an argument, or cannot build or run such a model.
+    """
+    size, classes = arguments["img_size"], arguments["num_classes"]
+    with torch.device("meta"), torch.no_grad():
+        try:
+            model = timm.create_model(name, pretrained=False, **arguments)
+            shape = model.eval()(torch.zeros(1, 3, size, size)).shape
+        except Exception as error:  # whatever an unfit number does to timm
+            given = {key: value for key, value in arguments.items() if key != "num_classes"}
+            raise InputError(
+                f"model {name!r} with args {given}: {first_line(error, with_type=True)}; "
+                f"see model.args"
+            ) from None
+    if shape != (1, classes):
+        raise InputError(f"model {name!r} with args {arguments}: its output is {tuple(shape)}")
+
+
 def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
+    most = {"patch_size": 8192, "embed_dim": 65536, "depth": 1000, "num_heads": 1024}
+    for key in shape.keys() & most.keys():
+        if not 1 <= shape[key] <= most[key]:
+            raise InputError(
+                f"model {name!r}: {key} must lie in [1, {most[key]}], not {shape[key]}"
+            )
     patch = shape.get("patch_size")
     if patch is not None and img_size % patch:
         raise InputError(

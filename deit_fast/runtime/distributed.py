@@ -124,23 +124,35 @@ def read_process_group() -> ProcessGroup:
     """The process group that torchrun's environment variables describe.
 
     Raises:
-        InputError: a variable is not a number, or the rank is not below the world size.
+        InputError: a variable is no number or out of range; names it.
     """
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise InputError(f"{name}={text!r} in the environment is not a number")
-        values.append(int(text))
-    rank, world_size, local_rank = values
-    if rank >= world_size:
-        raise InputError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes")
-    return ProcessGroup(rank, world_size, local_rank)
+    world_size = _variable("WORLD_SIZE", 1, 2**20, default="1")
+    rank = _variable("RANK", 0, world_size - 1, default="0")
+    return ProcessGroup(rank, world_size, _variable("LOCAL_RANK", 0, 2**20, default="0"))
+
+
+_REMEDY = "start through torchrun, which sets it, or unset WORLD_SIZE for a single process"
+
+
+def _variable(name: str, low: int, high: int, default: str = "") -> int:
+    """A number in the environment."""
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and len(text) < 11 and low <= int(text) <= high):
+        raise InputError(
+            f"{name} in the environment must be a number from {low} to {high}, "
+            f"not {text[:100]!r}; {_REMEDY}"
+        )
+    return int(text)
 
 
 @contextmanager
 def joined_process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """Connect the processes of the run, and disconnect them when the block ends."""
+    """Connect the processes of the run, and disconnect them when the block ends.
+
+    Raises:
+        InputError: as ``read_process_group``, also about the address where the processes meet; they
+            cannot meet there.
+    """
     group = read_process_group()
     if group.world_size == 1:
         yield group
@@ -149,10 +161,20 @@ def joined_process_group(device: torch.device) -> Iterator[ProcessGroup]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    port = _variable("MASTER_PORT", 0, 65535)
+    attempt = _variable("TORCHELASTIC_RESTART_COUNT", 0, 2**31, default="0")
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise InputError(f"MASTER_ADDR is not set in the environment; {_REMEDY}")
     # torchrun keeps its store when it restarts the processes. Without a prefix for each attempt, a
     # restarted process would connect to the addresses of dead ones.
-    store, _, _ = next(rendezvous("env://", group.rank, group.world_size))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store, _, _ = next(rendezvous("env://", group.rank, group.world_size))
+    except (RuntimeError, OSError) as error:  # an unknown host, a port in use, a process missing
+        raise InputError(
+            f"the {group.world_size} processes cannot meet at MASTER_ADDR={host} "
+            f"MASTER_PORT={port}: {first_line(error)}"
+        ) from error
     options: dict[str, Any] = {
         "store": dist.PrefixStore(f"attempt-{attempt}", store),
         "rank": group.rank,

@@ -15,10 +15,9 @@ import io
 import json
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -130,6 +129,37 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file; raises as ``open_atomically``."""
     with open_atomically(path) as file:
         file.write(content)
+
+
+def require_writable(name: str, path: str | Path, *, is_folder: bool = True) -> None:
+    """Find out, before the work for it starts, whether an output can be made. Changes nothing.
+
+    Args:
+        name: what the message calls it, such as the flag.
+        path: folder or file; its parents need not exist.
+
+    Raises:
+        InputError: it cannot be written there; says why.
+    """
+    import tempfile  # slow to import
+
+    path = nearest = Path(path)
+    try:
+        if not is_folder:
+            require_replaceable(path)
+        for nearest in [path, *path.absolute().parents][not is_folder :]:
+            with suppress(FileNotFoundError):
+                nearest.lstat()
+                break
+        with tempfile.TemporaryFile(dir=nearest):  # without a name, where the system can
+            return
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    except OSError as error:
+        raise InputError(
+            f"{name} {printable(path)}: {printable(nearest)} cannot be written "
+            f"({error.strerror}); choose another path"
+        ) from None
 
 
 def create_atomically(path: Path, content: bytes) -> None:
@@ -338,7 +368,7 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
 
 def temporary_path(path: Path) -> Path:
     """An unused name beside ``path`` that nobody can predict."""
-    return path.with_name(f".tmp-{secrets.token_hex(8)}.part")  # torch.save needs a suffix
+    return path.with_name(f".tmp-{os.urandom(8).hex()}.part")  # torch.save needs a suffix
 
 
 def remove_orphans(folder: Path) -> None:

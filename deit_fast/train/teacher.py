@@ -190,6 +190,11 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         )
     expected = views_fingerprint(config, source)
     cache.require(expected | (teacher.fingerprint() if teacher else {}))
+    try:
+        cache.codec.layout(config.loss.tau)
+    except CacheError as error:
+        remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
+        raise CacheError(f"cache {config.cache}: {error}; {remedy}") from None
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
         raise InputError(
