@@ -177,7 +177,7 @@ def read_index(
     lengths = np.diff(offsets)
     pixels = sizes.astype(np.float64).prod(axis=1)  # exact up to 2^53, and does not wrap around
     misfit = (
-        offsets[0] != 0 or offsets[-1] != length or (offsets < 0).any() or (offsets > length).any()
+        offsets[0] != 0 or offsets[-1] != length or (offsets < 0).any()
         or (lengths < 0).any() or (sizes < 0).any()
         or ((lengths == 0) != (pixels == 0)).any() or ((sizes[:, 0] == 0) != (pixels == 0)).any()
         or (manifest["form"] == "uint8" and (lengths != pixels * 3).any())
