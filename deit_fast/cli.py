@@ -142,6 +142,7 @@ def evaluate(
     batch_size: Count | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ema: bool = False,
+    model: str | None = None,
 ) -> str:
     """Measure the accuracy of a finished run.
 
@@ -151,10 +152,15 @@ def evaluate(
         batch_size: Images per step; none: the run's.
         device: `auto`: CUDA where available.
         ema: Use the moving average of the weights.
+        model: The run's model, where it is `package.module:factory`: the file of a run does not
+            decide which code is run.
     """
     from deit_fast.evaluate import evaluate as measure
 
-    result = measure(run, data_root=data_root, batch_size=batch_size, device=device, ema=ema)
+    result = measure(
+        run, data_root=data_root, batch_size=batch_size, device=device, ema=ema,
+        models=[model] if model else [],
+    )  # fmt: skip
     return summary({"run": run, **result})
 
 
@@ -165,6 +171,7 @@ def analyze(
     teacher: str | None = None,
     data_root: str | None = None,
     ema: bool = False,
+    model: str | None = None,
     max_images: Count | None = None,
     sample: CountOrZero | None = None,
     maps: CountOrZero = 4,
@@ -178,9 +185,12 @@ def analyze(
 
     Args:
         runs: Folders of the runs.
-        teacher: The runs' teacher with its weights; none: the one that each run names.
+        teacher: The runs' teacher with its weights; none: the one that each run names, if it is of
+            timm.
         data_root: Image folder to measure on; none: the runs'.
         ema: Use the moving average of the weights.
+        model: The runs' model, where it is `package.module:factory`: the file of a run does not
+            decide which code is run.
         max_images: Number of held-out images, evenly spaced; none: all.
         sample: ID of the held-out image whose softened teacher logits are shown; none: the one of
             which the teacher is least certain.
@@ -199,7 +209,7 @@ def analyze(
 
     results = measure(
         list(runs), teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
-        sample=sample, maps=maps, device=device,
+        sample=sample, maps=maps, device=device, models=[model] if model else [],
     )  # fmt: skip
     if out is not None:
         write_summary(results, out)

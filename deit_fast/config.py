@@ -18,6 +18,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from deit_fast.errors import InputError
 
+Fact = Literal[
+    "data.images", "data.classes", "data.pixels", "val.images", "val.pixels",
+    "teacher.model", "teacher.weights", "cache.manifest", "model.weights",
+]  # fmt: skip
+"""What a run is made of, by the names in its checkpoints; see docs/operations.md."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -438,6 +443,9 @@ class RunConfig:
     bound by kernel launches. Needs AdamW, one process, and neither accumulate nor profile_steps."""
     resume: bool = True
     """Resume from the newest checkpoint in `output`. --no-resume: fail if it has one."""
+    accept_change: tuple[Fact, ...] = ()
+    """Resume although these have changed since the checkpoint. For this start: the run then goes on
+    with what it has now."""
     view: ViewConfig = field(default_factory=ViewConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

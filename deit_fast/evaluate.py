@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -17,9 +19,12 @@ from deit_fast.data.eval import EvalLoader
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.models.student import build_model, forward_heads
-from deit_fast.models.weights import fit_weights, load_weights
+from deit_fast.models.student import build_model, forward_heads, require_no_code
+from deit_fast.models.weights import fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
+from deit_fast.runtime.files import read_json
+
+log = logging.getLogger("deit_fast")
 
 Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -142,26 +147,63 @@ def read_run_config(run: str | Path) -> RunConfig:
 
 
 def load_run(
-    run: str | Path, data_root: str | None = None, ema: bool = False
+    run: str | Path, data_root: str | None = None, ema: bool = False, models: Sequence[str] = ()
 ) -> tuple[RunConfig, Source, nn.Module]:
     """Configuration, held-out images and model of a finished run.
+
+    Labels follow the run's class names. One line says where a run does not record them, which of
+    its classes have no image, and that these are not the run's images.
 
     Args:
         run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
         data_root: image folder; None: the run's own.
         ema: load the moving average of the weights.
+        models: factories that the run may name: code runs only if the user names it.
 
     Raises:
-        InputError: no such run, weights or data, or the data has another class count.
+        InputError: no such run, weights or data; the data has a class that the run lacks; the run
+            names a factory that is not in ``models``.
     """
     config = read_run_config(run)
+    require_no_code(config.model.name, models, str(Path(run) / "config.json"), "--model")
     if data_root is not None:
         config = config.replace(data={"root": data_root})
-    source = open_source(config.data, "val", config.view.image_size)
-    model = build_model(config, len(source.classes))
     weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
-    fit_weights(model, load_weights(weights), weights)
+    state = load_weights(weights)
+    facts = read_identity(weights)
+    classes = _recorded_classes(Path(run), facts)
+    source = open_source(config.data, "val", config.view.image_size, classes)
+    _compare_images(run, source, classes, facts.get("val.images"))
+    model = build_model(config, len(source.classes))
+    fit_weights(model, state, weights)
     return config, source, model
+
+
+def _recorded_classes(run: Path, facts: dict[str, Any]) -> list[str] | None:
+    """Class names from the weights, or from result.json, where runs of earlier versions have them;
+    None where there are none."""
+    names, path = facts.get("data.classes"), run / "result.json"
+    if names is None and os.path.lexists(path):
+        names = read_json(path).get("classes")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names or None if is_list else None
+
+
+def _compare_images(
+    run: str | Path, source: Source, classes: list[str] | None, images: dict[str, Any] | None
+) -> None:
+    """Log what is not known of the held-out images, or is not as in training."""
+    if classes is None:
+        log.warning("%s does not record its classes: labels are taken as their order here", run)
+    elif images is not None and images != source.fingerprint():
+        log.warning("%s are other images than those held out in %s", source.folder, run)
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    missing = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
+    if missing:
+        log.warning(
+            "%s has no image of %d of the %d classes of %s, the first is %r",
+            source.folder, len(missing), len(source.classes), run, missing[0],
+        )  # fmt: skip
 
 
 def evaluate(
@@ -171,11 +213,12 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     ema: bool = False,
+    models: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate a finished run's weights on its held-out images.
 
     Args:
-        run, data_root, ema: as of ``load_run``.
+        run, data_root, ema, models: as of ``load_run``.
         batch_size: images of each forward; None: the run's.
         device: auto, cpu or cuda.
 
@@ -184,7 +227,7 @@ def evaluate(
         MemoryError, ChildProcessError: as ``translate_errors``.
     """
     chosen = choose_device(device)
-    config, source, model = load_run(run, data_root, ema)
+    config, source, model = load_run(run, data_root, ema, models)
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
     loader = build_eval_loader(config, source, chosen)

@@ -460,13 +460,16 @@ def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, 
 
 
 def test_the_teacher_comes_from_the_run_or_from_its_cache_if_the_weights_match(
-    world: Path, caplog: pytest.LogCaptureFixture
+    world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(world, "cached", "hard")
     factory = "test_analyze:fixed_teacher"
     fixed = load_teacher(factory, num_classes=10, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
     named = fixed.fingerprint() | {"from": "cache"}
     (run / "result.json").write_text(json.dumps({"teacher": named}))
+    (code,) = analyze([run], maps=0)
+    assert f"names the model '{factory}', and a file may not" in code["left_out"]["teacher"]
+    monkeypatch.setattr("deit_fast.models.student._OWN_FACTORIES", (factory, CONVNET))
     (by_name,) = analyze([run], maps=0)
     logits = fixed(held_out(world)[0])
     expected = (logits.argmax(1) == held_out(world)[1]).float().mean().item()
@@ -487,6 +490,9 @@ def test_the_teacher_comes_from_the_run_or_from_its_cache_if_the_weights_match(
     online = make_run(world, "online", "soft", teacher=f"{factory}@{world}/fixed.safetensors")
     (direct,) = analyze([online], maps=0)
     assert direct["teacher"]["top1"] == pytest.approx(expected)
+    (online / "result.json").write_text(json.dumps({"teacher": {"teacher.weights_sha256": "0"}}))
+    (replaced,) = analyze([online], maps=0)
+    assert "have changed since the training" in replaced["left_out"]["teacher"]
     gone = make_run(world, "gone", "soft", teacher=f"{factory}@{world}/gone.safetensors")
     (without,) = analyze([gone], maps=0)
     assert "gone.safetensors does not exist" in without["left_out"]["teacher"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,14 @@ class Source(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What two users of a cache must agree on about the data set; decodes no image."""
         return {
-            "dataset.sha256": self._sha256(),
+            "dataset.sha256": self._digest,
             "dataset.num_samples": self.num_samples,
             "dataset.num_classes": len(self.classes),
         }
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self._sha256()
 
     @abstractmethod
     def _sha256(self) -> str: ...
@@ -277,7 +281,7 @@ class ImageFolder(Source):
         self.labels = np.array(labels, np.int64)
         self._warn_of_empty_classes()
         buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
-        self.paths = Paths(len(names), partial(packed_path, self.folder, buffer, ends, 0))
+        self.paths = Paths(len(names), functools.partial(packed_path, self.folder, buffer, ends, 0))
 
     def _warn_of_empty_classes(self) -> None:
         counts = np.bincount(self.labels, minlength=len(self.classes))

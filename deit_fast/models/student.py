@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -17,6 +18,26 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
+
+# Factories of this package, which a file may name like a timm model.
+_OWN_FACTORIES = ("deit_fast.models.convnet:small_convnet",)
+
+
+def require_no_code(spec: str, given: Sequence[str], where: str, flag: str) -> None:
+    """Refuse to import a module that only a file names.
+
+    Args:
+        spec: name of a model as the file has it.
+        given: the names that the user gave by ``flag``.
+
+    Raises:
+        InputError: ``spec`` is a factory that the user did not give.
+    """
+    if ":" in spec and spec not in (*_OWN_FACTORIES, *given):
+        raise InputError(
+            f"{where} names the model {spec!r}, and a file may not decide which code is run: if "
+            f"you trust this module, give {flag} {spec}"
+        )
 
 
 def create_student(

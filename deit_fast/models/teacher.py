@@ -157,7 +157,7 @@ def load_teacher(
 
 
 def _timm_teacher(name: str, weights: str) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
         hint = did_you_mean(name, timm.list_models(), "timm:")
         raise InputError(f"unknown teacher 'timm:{name}'{hint}")
     if not weights:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -84,6 +85,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return _read_header(Path(path))[1]
     except FileNotFoundError:
         raise InputError(f"weights file {path} does not exist") from None
+
+
+def read_identity(path: str | Path) -> dict[str, Any]:
+    """What the run was made of that wrote a weights file; empty where the file does not say.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    text = read_metadata(path).get("identity", "{}")
+    return parse_object(text.encode(), f"weights file {path}: its identity")
 
 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -183,8 +194,13 @@ def _adapt_positions(model: VisionTransformer, state: dict[str, Tensor]) -> Iter
 
 def digest_weights(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    return digest_state(model.state_dict())
+
+
+def digest_state(state: Mapping[str, Tensor]) -> str:
+    """``digest_weights`` of a state dict."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)

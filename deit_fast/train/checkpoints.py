@@ -111,8 +111,6 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 f"checkpoint {path} has format {state['format']!r}, this version reads "
                 f"{' and '.join(map(str, _FORMATS))}: use the version that wrote it"
             )
-        if state["format"] != FORMAT:
-            log.info("%s is of an earlier version: it has checksums of its parts only", path)
         return path, state
     if paths:
         raise InputError(

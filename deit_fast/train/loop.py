@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
+from deit_fast.data.fingerprint import identify
 from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.errors import InputError, translate_errors
@@ -29,6 +31,7 @@ from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flo
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
+from deit_fast.train.identity import in_short
 from deit_fast.train.optim import learning_rate
 from deit_fast.train.state import create_state, resume, roll_back
 from deit_fast.train.step import TrainStep
@@ -126,10 +129,11 @@ class _Run:
         found = group.agree(lambda: self._prepare(resources))
         group.require_equal(
             {"step": self.state.step, "checkpoint": found or "none",
-             "number of samples": self.source.num_samples},
+             "number of samples": self.source.num_samples, **in_short(self.state.identity)},
             f"{self.output} and {config.data.root} must be the same folders on all nodes",
         )  # fmt: skip
 
+        self.config = config = config.replace(accept_change=())  # accepted for this start alone
         self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
         resources.callback(self._close_writer)
         self.metrics = group.agree(lambda: self._open_output(resources))
@@ -204,6 +208,7 @@ class _Run:
 
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
         self.state = create_state(config, len(self.source.classes), device)
+        self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
         return resume(config, self.state)
 
     # -----------------------------------------------------------------------------------------
@@ -486,10 +491,11 @@ class _Run:
         if self.metrics is not None:
             self._require_owned()
             result["metrics_rows"] = self.metrics.rows
-            save_weights(self.output / "model.safetensors", state.model.state_dict(), {})
+            facts = {"identity": json.dumps(state.identity)}
+            save_weights(self.output / "model.safetensors", state.model.state_dict(), facts)
             if state.ema is not None:
                 average = state.ema.module.state_dict()
-                save_weights(self.output / "ema.safetensors", average, {})
+                save_weights(self.output / "ema.safetensors", average, facts)
             write_json(self.output / "result.json", result)
         if result["substituted"]:
             log.warning(

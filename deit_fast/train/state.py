@@ -20,8 +20,9 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.student import build_model
-from deit_fast.models.weights import load_weights, start_from
+from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.train.checkpoints import list_checkpoints, load_newest
+from deit_fast.train.identity import require_same
 from deit_fast.train.optim import create_optimizer
 
 log = logging.getLogger("deit_fast")
@@ -32,7 +33,7 @@ _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
     "log_every", "eval_every", "save_every", "save_steps", "on_nonfinite", "accumulate",
     "teacher", "teacher_batch", "cache", "data.root", "data.workers",
-    "track", "check_teacher_every", "profile_steps",
+    "track", "check_teacher_every", "profile_steps", "accept_change",
 } | WITHOUT_INFLUENCE  # fmt: skip
 
 _COUNTS = ("step", "evaluated_step", "summed", "best_top1", "best_epoch", "train_seconds")
@@ -59,6 +60,7 @@ class TrainState:
     train_seconds: float = 0.0
     substituted: set[str] = field(default_factory=set)
     rows: int = 0  # of metrics.jsonl when the state was saved
+    identity: dict[str, Any] = field(default_factory=dict)  # what the run is made of
 
     def add(self, numbers: dict[str, Tensor]) -> None:
         """Add a step's numbers, which stay on the device, to the sums."""
@@ -76,6 +78,7 @@ class TrainState:
         """Tensors and plain values only, so that ``weights_only=True`` can load them."""
         return {
             "config": json.dumps(to_dict(config)),
+            "identity": json.dumps(self.identity),
             **{name: getattr(self, name) for name in _COUNTS},
             "rows": self.rows,
             "skipped": list(self.skipped),
@@ -105,12 +108,16 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
     """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone."""
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
+    identity: dict[str, Any] = {"model.weights": None}
     if config.model.weights is not None:
-        start_from(model, load_weights(config.model.weights), config.model.weights)
+        weights = load_weights(config.model.weights)
+        identity["model.weights"] = digest_state(weights)
+        start_from(model, weights, config.model.weights)
     model.to(device).train()
     decay = config.optim.ema_decay
     ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
-    return TrainState(model, ema, create_optimizer(model, config.optim, config.compat))
+    optimizer = create_optimizer(model, config.optim, config.compat)
+    return TrainState(model, ema, optimizer, identity=identity)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,7 +130,8 @@ def resume(config: RunConfig, state: TrainState) -> str:
 
     Raises:
         InputError: the folder has a checkpoint and ``--no-resume`` was given, or the checkpoint
-            belongs to another configuration (names each differing key with both values).
+            belongs to another configuration, or the run is made of something else than
+            ``state.identity`` (names all that differs with both values).
     """
     folder = Path(config.output) / "checkpoints"
     if not config.resume:
@@ -135,13 +143,7 @@ def resume(config: RunConfig, state: TrainState) -> str:
         return ""
     path, saved = found
     try:
-        earlier = from_earlier(json.loads(saved["config"]))
-        differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
-        if differing:
-            raise InputError(
-                f"{path} is of another configuration ({'; '.join(differing)}): choose another "
-                f"--output"
-            )
+        _require_same_run(path, saved, config, state.identity)
         state.restore(saved)
     except InputError:
         raise
@@ -162,12 +164,36 @@ def roll_back(folder: Path, state: TrainState) -> bool:
     return found is not None
 
 
-def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
-    """Settings that differ. One that is missing, because it is newer, counts as its default."""
+def _require_same_run(
+    path: Path, saved: dict[str, Any], config: RunConfig, identity: dict[str, Any]
+) -> None:
+    facts = json.loads(saved["identity"]) if "identity" in saved else None
+    earlier = from_earlier(json.loads(saved["config"]))
+    differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
+    if facts is not None:
+        differing.pop("model.weights", None)  # a path; its content is one of the facts
+    if differing:
+        text = "; ".join(differing.values())
+        raise InputError(f"{path} is of another configuration ({text}): choose another --output")
+    if facts is None:
+        log.info(
+            "%s is of an earlier version: its checksums are of its parts only, and whether data "
+            "and teacher are still the same is not known", path,
+        )  # fmt: skip
+        return
+    own = json.loads(json.dumps(identity))
+    require_same(facts, own, config.accept_change, str(path))
+
+
+def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> dict[str, str]:
+    """Texts about settings that differ, by dotted key.
+
+    A setting that is missing, because it is newer, counts as its default.
+    """
     defaults = by_dotted_key(json.loads(json.dumps(to_dict(RunConfig())))) | RETIRED
     old, new = (defaults | by_dotted_key(values) for values in (saved, chosen))
-    return [
-        f"{key} {old[key]!r} there, {new[key]!r} here"
+    return {
+        key: f"{key} {old[key]!r} there, {new[key]!r} here"
         for key in defaults
         if key not in _FREE_TO_CHANGE and old[key] != new[key]
-    ]
+    }

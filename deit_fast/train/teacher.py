@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
+from deit_fast.cache.format import manifest_sha256
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.cache.verify import compare_logits, pick_pixels
 from deit_fast.config import RunConfig
@@ -139,12 +141,29 @@ class RunTeacher:
     def describe(self) -> dict[str, Any] | None:
         """Where the logits came from, for result.json."""
         if self.cache is not None:
-            fingerprint = self.cache.manifest["fingerprint"]
-            facts = {key: fingerprint[key] for key in fingerprint if key.startswith("teacher.")}
-            return {"from": "cache", "codec": self.cache.manifest["codec"], **facts}
-        if self.network is None or self.config.teacher is None:
-            return None
-        return {"from": "online", "teacher.spec": self.config.teacher.partition("@")[0]}
+            codec = self.cache.manifest["codec"]
+            return {"from": "cache", "codec": codec, **self._fingerprint}
+        return {"from": "online", **self._fingerprint} if self._fingerprint else None
+
+    def identity(self) -> dict[str, Any]:
+        """Facts for the run's identity; those of a teacher are equal to those of its cache."""
+        found = self._fingerprint
+        names = ("spec", "mean", "std")
+        facts: dict[str, Any] = {}
+        if "teacher.weights_sha256" in found:
+            facts["teacher.model"] = {name: found.get(f"teacher.{name}") for name in names}
+            facts["teacher.weights"] = found["teacher.weights_sha256"]
+        if self.cache is not None:
+            facts["cache.manifest"] = manifest_sha256(self.cache.manifest).hex()
+        return facts
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """The teacher's, from the cache where there is one; of a network at the first call."""
+        if self.cache is not None:
+            fields = self.cache.manifest["fingerprint"]
+            return {key: fields[key] for key in fields if key.startswith("teacher.")}
+        return {} if self.network is None else self.network.fingerprint()
 
     def close(self) -> None:
         """End the threads that read ahead."""

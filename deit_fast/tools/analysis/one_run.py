@@ -24,7 +24,7 @@ from deit_fast.config import RunConfig
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.evaluate import build_eval_loader, load_run
-from deit_fast.models.student import forward_heads
+from deit_fast.models.student import forward_heads, require_no_code
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
@@ -84,21 +84,21 @@ def open_run(
     ema: bool,
     max_images: int | None,
     sample: int | None,
+    models: Sequence[str],
 ) -> OpenRun:
     """Load a run; arguments as of ``analyze``.
 
     Raises:
         InputError: the run, its weights or its data are missing or damaged.
     """
-    config, source, model = load_run(path, data_root, ema)
+    config, source, model = load_run(path, data_root, ema, models)
     if sample is not None and not 0 <= sample < source.num_samples:
         raise InputError(
             f"--sample {sample}: held-out images of {path} are 0 to {source.num_samples - 1}"
         )
     file = path / "result.json"  # a run without it can be analysed: its weights are there
-    found, reason = find_teacher(
-        config, read_object(file) if os.path.lexists(file) else {}, teacher, len(source.classes)
-    )
+    result = read_object(file) if os.path.lexists(file) else {}
+    found, reason = find_teacher(path, config, result, teacher, len(source.classes))
     return OpenRun(
         path=path,
         config=config,
@@ -165,12 +165,12 @@ def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
 
 
 def find_teacher(
-    config: RunConfig, result: dict[str, Any], spec: str | None, num_classes: int
+    run: Path, config: RunConfig, result: dict[str, Any], spec: str | None, num_classes: int
 ) -> tuple[Teacher | None, str]:
     """The teacher of a run, or the reason why there is none.
 
     It is named by ``spec``, or else by the run's configuration, or else by the run's cache; the
-    last only if the weights that the name gives have the digest that the cache recorded.
+    last two only if it is a timm model whose weights have the digest that the run recorded.
 
     Args:
         result: content of the run's result.json, or empty.
@@ -192,15 +192,22 @@ def find_teacher(
     if not isinstance(spec, str):
         return None, "neither the run nor its cache names a teacher; name it by --teacher SPEC"
     try:
+        if not spec.startswith("timm:"):
+            require_no_code(spec.partition("@")[0], (), str(run), "--teacher")
         teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
     except InputError as error:
         return None, f"{error}; name it by --teacher SPEC"
-    if config.teacher is None and digest != digest_weights(teacher.model):
+    if digest == digest_weights(teacher.model) or (digest is None and config.teacher is not None):
+        return teacher, ""
+    if config.teacher is None:
         return None, (
             f"the cache names {spec} but not the file of its weights; name it by "
             f"--teacher {spec}@FILE"
         )
-    return teacher, ""
+    return None, (
+        f"the weights of {spec} have changed since the training; name the run's teacher by "
+        f"--teacher SPEC"
+    )
 
 
 def _recorded_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:

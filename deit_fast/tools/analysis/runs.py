@@ -6,6 +6,7 @@ Each run folder gets `analysis/analysis.json` and pictures, which the report sho
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def analyze(
     sample: int | None = None,
     maps: int = 4,
     device: str = "auto",
+    models: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Analyse finished runs on their held-out images; runs on the same images are compared.
 
@@ -46,6 +48,7 @@ def analyze(
             comes first; none: the one for which the teacher's entropy is largest.
         maps: number of images with attention maps.
         device: auto, cpu or cuda.
+        models: factories that runs may name as their model.
 
     Returns:
         A JSON object per run, as written to its `analysis/analysis.json`. A part that could not
@@ -64,7 +67,7 @@ def analyze(
     runs = [
         open_run(
             path, where, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
-            sample=sample,
+            sample=sample, models=models,
         )
         for path in paths
     ]  # fmt: skip
