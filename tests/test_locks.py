@@ -210,6 +210,25 @@ def test_a_folder_is_created_and_deleted_again_only_if_new_and_empty(tmp_path):
     assert list((tmp_path / "b").iterdir()) == []
 
 
+def own_and_leave(folder: Path) -> None:
+    for _ in range(200):
+        with owned_folder(folder, ".lock", "it"):
+            pass
+
+
+def test_a_new_folder_that_one_deletes_while_another_wants_it(tmp_path, monkeypatch):
+    """Each start of a job whose input is wrong creates the folder and deletes it again."""
+    monkeypatch.setattr(locks, "RETRY_SECONDS", 60)
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=own_and_leave, args=(tmp_path / "run",)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert not list(tmp_path.glob("run/*"))
+
+
 def take_and_die(folder: Path, seed: int) -> int:
     """Lock one of two files again and again, and die with a lock. While a lock is held, a file with
     this process's id must stay as it is: exit status 1 if another process wrote it."""

@@ -117,12 +117,15 @@ class Lock:
         os.close(self._descriptor)
 
 
-def acquire(path: Path, what: str, owner: Owner | None = None) -> Lock:
+def acquire(
+    path: Path, what: str, owner: Owner | None = None, creates_folder: bool = False
+) -> Lock:
     """Lock a file, which is created where it is absent.
 
     Args:
         what: is written under this lock; for messages.
         owner: what the file says; none: this process.
+        creates_folder: also where another process deletes it at this moment.
 
     Raises:
         InputError: another process keeps it locked; names its pid and host, and the file.
@@ -132,7 +135,12 @@ def acquire(path: Path, what: str, owner: Owner | None = None) -> Lock:
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         try:
+            if creates_folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
             return Lock(path, what, owner)
+        except (FileNotFoundError, FileExistsError):  # the second one if mkdir lost a race
+            if not creates_folder or path.parent.is_file() or time.monotonic() > deadline:
+                raise
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise InputError(
@@ -148,8 +156,7 @@ def owned_folder(folder: Path, name: str, what: str) -> Iterator[Lock]:
     The folder is created where it is absent, and deleted again if it is empty at the end.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = acquire(folder / name, what)
+    lock = acquire(folder / name, what, creates_folder=True)
     try:
         yield lock
     finally:
