@@ -283,6 +283,8 @@ def test_report_of_a_broken_or_missing_run(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     text = doctor.bug_report(FINDINGS, tmp_path, {})
     assert "== newest run ==" in text and "No such file" in text
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert "metrics.jsonl is a FIFO" in doctor.bug_report(FINDINGS, tmp_path, {})
 
 
 def test_report_verb_writes_one_file(tmp_path: Path, monkeypatch, capsys) -> None:

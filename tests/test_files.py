@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import resource
@@ -203,9 +202,7 @@ def test_checkpoints_of_earlier_versions_are_checked_by_their_members(tmp_path, 
     save_checkpoint(tmp_path, 1, {"weight": weight})
     newest = tmp_path / "step-000000002.pt"
     torch.save({"format": 1, "weight": weight}, newest)
-    with caplog.at_level(logging.INFO):
-        assert load_newest(tmp_path)[0] == newest
-    assert "is of an earlier version: it has checksums of its parts only" in caplog.text
+    assert load_newest(tmp_path)[0] == newest
     content = bytearray(newest.read_bytes())
     content[content.index(weight.numpy().tobytes()) + 100] ^= 1
     newest.write_bytes(content)

@@ -60,7 +60,7 @@ def read_run(path: Path, name: str, index: int) -> Run:
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist")
     result = read_object(path / "result.json")
-    rows = _read_rows(path / METRICS, result.get("metrics_rows"))
+    rows = _read_rows(path / METRICS, result.get("metrics"))
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
     analysis = _read_analysis(folder / ANALYSIS_FILE)
     pictures = [row["picture"] for row in analysis.get("attention", {}).get("samples", [])]
@@ -143,13 +143,12 @@ def _unfinished(path: Path) -> str:
     return ": the run has not finished" if path.name == "result.json" else ""
 
 
-def _read_rows(path: Path, least: object) -> list[dict[str, Any]]:
+def _read_rows(path: Path, known: object) -> list[dict[str, Any]]:
     """All rows. A finished run knows how many it had; a resumed one may have more."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist")
     rows = read_metrics(path, strict=True)
+    least = known.get("rows") if isinstance(known, dict) else None
     if isinstance(least, int) and len(rows) < least:
-        raise InputError(
-            f"{path} has {len(rows)} rows, the finished run had {least}: it is damaged"
-        )
+        raise InputError(f"{path} is damaged: it has {len(rows)} of the run's {least} rows")
     return rows

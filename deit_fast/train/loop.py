@@ -490,7 +490,7 @@ class _Run:
         }
         if self.metrics is not None:
             self._require_owned()
-            result["metrics_rows"] = self.metrics.rows
+            result["metrics"] = {"rows": self.metrics.rows}
             facts = {"identity": json.dumps(state.identity)}
             save_weights(self.output / "model.safetensors", state.model.state_dict(), facts)
             if state.ema is not None:
