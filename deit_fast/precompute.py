@@ -97,7 +97,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             job.manifest["record_bytes"],
         )  # fmt: skip
         loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-        pixels = _PixelRecord(job.folder, writer.manifest)
+        pixels = _PixelRecord(writer)
         # The next block is locked before this one is released, so that a second job of the same
         # blocks finds a lock at any time.
         ahead = iter(pending)
@@ -260,17 +260,18 @@ class _PixelRecord:
     """Collects the digests of a view's sampled pixels. It writes them when all have come, which is
     before the block of these samples is committed."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self._folder, self._manifest = folder, manifest
+    def __init__(self, writer: LogitCacheWriter) -> None:
+        self._writer = writer
         self._found: dict[int, dict[int, str]] = {}
 
     def add(self, batch: ViewBatch) -> None:
         view = int(batch.view_ids[0])
-        sampled = sampled_ids(self._manifest, view)
+        sampled = sampled_ids(self._writer.manifest, view)
         rows = np.flatnonzero(np.isin(batch.sample_ids.numpy(), sampled))
         if not len(rows):
             return
         found = self._found.setdefault(view, {})
         found.update(zip(batch.sample_ids[rows].tolist(), digest_views(batch, rows), strict=True))
         if len(found) == len(sampled):
-            write_pixels(self._folder, self._manifest, view, self._found.pop(view))
+            self._writer.create(view)  # digests without a view mean that it was lost
+            write_pixels(self._writer.path, self._writer.manifest, view, self._found.pop(view))

@@ -504,7 +504,8 @@ def test_every_bit_of_a_small_cache(tmp_path, capsys):
     expected = LogitCache.open(folder).gather(np.arange(6), 0)
     counts: Counter[str] = Counter()
     for name, raw in file_bytes(folder).items():
-        for bit in range(8 * len(raw)):
+        # Of the zeros between header, table and data one bit in twenty.
+        for bit in (bit for bit in range(8 * len(raw)) if raw[bit // 8] or bit % 20 == 0):
             changed = bytearray(raw)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)

@@ -119,6 +119,15 @@ class LogitCacheWriter:
             log.warning("%s; it will be written again", why)
         return False
 
+    def create(self, view_id: int) -> None:
+        """Create the file of a view, unless it is there.
+
+        Raises:
+            CacheError: it is there and damaged.
+            OSError: it does not fit the disk.
+        """
+        self._open(_checked_view(view_id))
+
     def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
         """Take the teacher's logits of one view of some samples.
 
