@@ -235,8 +235,14 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("train --recipe", "--recipe needs 1 value(s)"),
         ("train --config missing.json", "config file missing.json does not exist"),
         ("train --config tests", "tests is a folder"),
-        ("precompute --views 3:2", "--views needs A:B, two whole numbers with A < B, not '3:2'"),
-        ("precompute --views 3", "--views needs A:B, two whole numbers with A < B, not '3'"),
+        (
+            "precompute --views 3:2",
+            "--views needs A:B, two whole numbers with A < B, at most 2^31, not '3:2'",
+        ),
+        (
+            "precompute --views 3",
+            "--views needs A:B, two whole numbers with A < B, at most 2^31, not '3'",
+        ),
         ("train --views 0:2", "unknown flag --views"),
         ("evaluate", "evaluate needs RUN Folder of the run"),
         ("evaluate --ema", "evaluate needs RUN"),
@@ -520,7 +526,7 @@ def test_cache_info_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture) ->
             writer.write(torch.arange(16).numpy(), view, torch.randn(16, 10))
     assert cli.main(["cache", "info", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "topk (k 3, num_classes 10, temperatures 1.0)" in out
+    assert "topk (k 3, temperatures 1.0, num_classes 10)" in out
     assert "2 complete of 2" in out and "teacher.spec  timm:x" in out and "damaged" not in out
     assert re.search(r"size +\d+\.\d KiB", out)
     assert cli.main(["cache", "verify", str(folder)]) == 0
