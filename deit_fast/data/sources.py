@@ -319,7 +319,7 @@ class ImageFolder(Source):
                 size = os.stat(path).st_size
             except OSError:
                 size = -1
-            relative = os.fsencode(path[len(self.folder) + 1 :])  # relpath takes as long as stat
+            relative = os.fsencode(path[len(str(self.folder)) + 1 :])  # relpath takes as long as stat
             digest.update(b"%b\0%d\0%b\n" % (relative, size, os.fsencode(self.classes[label])))
         return digest.hexdigest()
 
