@@ -314,12 +314,13 @@ class ImageFolder(Source):
     def _sha256(self) -> str:
         """Over relative path, byte size and class of every file; opens no file."""
         digest = hashlib.sha256()
+        start = len(str(self.folder)) + 1
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             try:
                 size = os.stat(path).st_size
             except OSError:
                 size = -1
-            relative = os.fsencode(path[len(str(self.folder)) + 1 :])  # relpath takes as long as stat
+            relative = os.fsencode(path[start:])  # relpath would take as long as stat
             digest.update(b"%b\0%d\0%b\n" % (relative, size, os.fsencode(self.classes[label])))
         return digest.hexdigest()
 
