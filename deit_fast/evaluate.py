@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from deit_fast.config import RunConfig
 from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader
+from deit_fast.data.fingerprint import digest_images
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError, translate_errors
@@ -173,7 +174,7 @@ def load_run(
     facts = read_identity(weights)
     classes = _recorded_classes(Path(run), facts)
     source = open_source(config.data, "val", config.view.image_size, classes)
-    _compare_images(run, source, classes, facts.get("val.images"))
+    _compare_images(run, source, classes, facts)
     model = build_model(config, len(source.classes))
     fit_weights(model, state, weights)
     return config, source, model
@@ -190,12 +191,12 @@ def _recorded_classes(run: Path, facts: dict[str, Any]) -> list[str] | None:
 
 
 def _compare_images(
-    run: str | Path, source: Source, classes: list[str] | None, images: dict[str, Any] | None
+    run: str | Path, source: Source, classes: list[str] | None, facts: dict[str, Any]
 ) -> None:
     """Log what is not known of the held-out images, or is not as in training."""
     if classes is None:
         log.warning("%s does not record its classes: labels are taken as their order here", run)
-    elif images is not None and images != source.fingerprint():
+    elif "val.images" in facts and _are_others(source, facts):
         log.warning("%s are other images than those held out in %s", source.folder, run)
     counts = np.bincount(source.labels, minlength=len(source.classes))
     missing = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
@@ -204,6 +205,16 @@ def _compare_images(
             "%s has no image of %d of the %d classes of %s, the first is %r",
             source.folder, len(missing), len(source.classes), run, missing[0],
         )  # fmt: skip
+
+
+def _are_others(source: Source, facts: dict[str, Any]) -> bool:
+    """Whether names, sizes or classes of the images differ, or the pixels of those recorded."""
+    if facts["val.images"] != source.fingerprint():
+        return True
+    pixels, known = digest_images(source), facts.get("val.pixels")
+    if not isinstance(known, dict):
+        return False
+    return any(pixels.get(path, digest) != digest for path, digest in known.items())
 
 
 def evaluate(

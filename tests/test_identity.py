@@ -316,6 +316,12 @@ def test_labels_follow_the_runs_class_names_in_other_data(made, copied, caplog):
     assert "are other images than those held out in" in text
 
 
+def test_held_out_images_with_other_pixels_are_said(made, copied, caplog):
+    invert(copied.own("data") / "val/3")
+    evaluate(str(made / "whole"), data_root=str(copied.own("data")))
+    assert "are other images than those held out in" in caplog.text
+
+
 def test_an_older_run_says_what_it_does_not_know(made, copied, caplog):
     run, data = copied.root / "old", copied.own("data")
     shutil.copytree(made / "whole", run)

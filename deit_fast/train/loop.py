@@ -133,12 +133,8 @@ class _Run:
             f"{self.output} and {config.data.root} must be the same folders on all nodes",
         )  # fmt: skip
 
+        # -- step, which may refuse the settings, before anything is written --------------------
         self.config = config = config.replace(accept_change=())  # accepted for this start alone
-        self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
-        resources.callback(self._close_writer)
-        self.metrics = group.agree(lambda: self._open_output(resources))
-
-        # -- step ------------------------------------------------------------------------------
         state = self.state
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
@@ -148,6 +144,11 @@ class _Run:
         if (mode := resolve_compile(config, device, state.model)) != "none":
             average = state.ema.module if state.ema is not None else None
             self.eval_forward = compile_evaluation(mode, average)
+
+        # -- output ----------------------------------------------------------------------------
+        self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
+        resources.callback(self._close_writer)
+        self.metrics = group.agree(lambda: self._open_output(resources))
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
