@@ -21,6 +21,7 @@ from deit_fast.config import DataConfig
 from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.sources import UnreadableImage
 from deit_fast.errors import InputError
+from deit_fast.runtime.files import read_json, write_json
 from deit_fast.tools.pack import MAX_JPEG_SIDE, pack
 from helpers.images import write_split
 
@@ -284,3 +285,33 @@ def test_workers_end_with_their_parent(images, tmp_path):
     result = pack(DataConfig(root=str(root), workers=0), str(tmp_path / "pack"), shard_samples=1)
     assert result["kept"] >= 1 and not list(folder.glob(".tmp-*"))
     assert len(list(folder.glob("shard-*.bin"))) == 10
+
+
+@pytest.mark.parametrize("form", ["uint8", "jpeg"])
+def test_images_replaced_by_others_of_equal_name_and_size_are_refused(tmp_path, form):
+    """A folder's fingerprint has names and sizes; a resumed pack would mix two data sets."""
+
+    def write(shift: int) -> None:
+        for split in ("train", "val"):
+            for number in range(6):
+                path = tmp_path / "set" / split / f"class{number % 2}" / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (24, 20), (40 * number, shift, 9)).save(path)
+        broken = tmp_path / "set" / "train" / "class0" / "0.bmp"
+        broken.write_bytes(bytes(broken.stat().st_size))
+
+    data, out = DataConfig(root=str(tmp_path / "set"), workers=0), tmp_path / "pack"
+    write(0)
+    pack(data, str(out), form=form, shard_samples=4)
+    (out / "train" / "shard-00001.npz").unlink()
+    write(0)
+    assert pack(data, str(out), form=form, shard_samples=4)["shards"] == 1
+    (out / "train" / "shard-00001.npz").unlink()
+    write(200)
+    with pytest.raises(InputError, match=r"of other images: .*/2\.bmp is not .* shard-00000\.bin;"):
+        pack(data, str(out), form=form, shard_samples=4)
+
+    manifest = out / "train" / "manifest.json"  # another Pillow may make other bytes
+    write_json(manifest, read_json(manifest) | {"pillow": "1.0"})
+    shutil.rmtree(out / "val")
+    assert pack(data, str(out), form=form, shard_samples=4)["kept"] == 1

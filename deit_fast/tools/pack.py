@@ -62,8 +62,8 @@ def pack(
         `out`, `images`, `shards` written and `kept`, `bytes`, `seconds`, `unreadable` (paths).
 
     Raises:
-        InputError: a wrong value; a folder that holds another pack, naming what differs; another
-            process packs into the folder.
+        InputError: a wrong value; a folder that holds another pack, or a pack of other images,
+            naming what differs; another process packs into the folder.
         OSError: the disk is full, or the machine cannot read an image; complete shards are kept.
         ChildProcessError: a worker process died.
     """
@@ -134,12 +134,16 @@ def _pack_split(packer: Packer, workers: int, split: str) -> tuple[dict[str, int
     """Write the missing shards of a split. Returns counts and the paths of unreadable images."""
     remove_orphans(packer.folder)
     paths, lost, missing = packer.source.paths, [], []
+    # Another Pillow may decode, reduce or encode the same image to other bytes.
+    may_compare = read_object(packer.folder / "manifest.json").get("pillow") == PIL.__version__
     for number, samples in enumerate(packer.shards):
         try:
             index = read_index(packer.folder, number, len(samples), packer.manifest)
         except InputError:
             missing.append(number)
             continue
+        if may_compare:
+            packer.require_same_image(number, index)
         lost += [samples[row] for row in np.flatnonzero(index["sizes"][:, 0] == 0).tolist()]
     kept = len(packer.shards) - len(missing)
     images = sum(len(packer.shards[number]) for number in missing)
@@ -231,14 +235,10 @@ class Packer:
             for row, index in enumerate(samples):
                 content = b""
                 try:
-                    pixels = np.ascontiguousarray(self.source.load(index))
+                    sizes[row], content = self._packed(index)
                 except UnreadableImage as error:
                     log.warning("%s", error)
                     unreadable.append(index)
-                else:
-                    pixels = self._reduced(pixels, self.source.paths[index])
-                    sizes[row] = pixels.shape[1], pixels.shape[0]
-                    content = self._encode(pixels)
                 file.write(content)
                 offsets[row + 1] = offsets[row] + len(content)
                 checksums[row] = _C.crc32c(content)
@@ -251,6 +251,32 @@ class Packer:
         }  # fmt: skip
         write_arrays(path.with_suffix(".npz"), arrays)
         return int(offsets[-1]), unreadable
+
+    def require_same_image(self, number: int, table: dict[str, np.ndarray]) -> None:
+        """Compare a shard that is kept with the source, by its first readable image.
+
+        Raises:
+            InputError: the image has other pixels; its name and the size of its file may be equal.
+        """
+        samples = self.shards[number]
+        for row in np.flatnonzero(table["sizes"][:, 0]).tolist():
+            try:
+                _, content = self._packed(samples[row])
+            except UnreadableImage:
+                continue
+            if _C.crc32c(content) != table["crc32c"][row]:
+                raise InputError(
+                    f"{self.folder} holds a pack of other images: "
+                    f"{self.source.paths[samples[row]]} is not the one in "
+                    f"{shard_name(number)}.bin; choose another folder"
+                )
+            return
+
+    def _packed(self, index: int) -> tuple[tuple[int, int], bytes]:
+        """Width, height and bytes of an image as they are stored."""
+        pixels = np.ascontiguousarray(self.source.load(index))
+        pixels = self._reduced(pixels, self.source.paths[index])
+        return (pixels.shape[1], pixels.shape[0]), self._encode(pixels)
 
     def _reduced(self, pixels: np.ndarray, path: str) -> np.ndarray:
         """The image at the size that is stored."""
