@@ -50,13 +50,13 @@ PLANS = 4096
 
 
 def write_photographs(folder: Path, files: int = FILES) -> None:
-    """Crops of scikit-learn's photographs as an image folder."""
+    """Crops of scikit-learn's two photographs as an image folder of two classes."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
-    target = folder / "train" / "photo"
-    target.mkdir(parents=True)
     for number in range(files):
+        target = folder / "train" / ("temple", "flower")[number % 2]
+        target.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(load_sample_images().images[number % 2])
         width = int(rng.integers(400, image.width + 1))
         height = width * 3 // 4

@@ -388,6 +388,7 @@ def _purpose(verb: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a locale lacks is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     _log_to_stderr()
@@ -411,6 +412,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("deit-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _open_closed_streams() -> None:
+    """A closed output (`>&-`) becomes /dev/null: else the next file would get its descriptor."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, which is this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 class _LogFormat(logging.Formatter):

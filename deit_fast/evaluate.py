@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy
 from deit_fast.config import RunConfig
 from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader
-from deit_fast.data.fingerprint import digest_images
 from deit_fast.data.open import open_source
-from deit_fast.data.sources import Source
+from deit_fast.data.sources import Source, digest_images
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.student import build_model, forward_heads, require_no_code
 from deit_fast.models.weights import fit_weights, load_weights, read_identity
@@ -207,6 +206,12 @@ def _compare_images(
         )  # fmt: skip
 
 
+def warn_of_substitutes(paths: Sequence[str]) -> None:
+    """Say that others were evaluated in place of unreadable images."""
+    if paths:
+        log.warning("%d unreadable images were substituted, the first is %s", len(paths), paths[0])
+
+
 def _are_others(source: Source, facts: dict[str, Any]) -> bool:
     """Whether names, sizes or classes of the images differ, or the pixels of those recorded."""
     if facts["val.images"] != source.fingerprint():
@@ -243,4 +248,6 @@ def evaluate(
         config = config.replace(batch_size=batch_size)
     loader = build_eval_loader(config, source, chosen)
     with translate_errors(chosen, f"batch_size={config.batch_size}: a smaller one needs less"):
-        return evaluate_model(model.to(chosen), loader, source.classes, chosen)
+        result = evaluate_model(model.to(chosen), loader, source.classes, chosen)
+    warn_of_substitutes(loader.substituted)
+    return result

@@ -556,3 +556,10 @@ def test_texts_of_files_reach_the_terminal_escaped(
     assert cli._LogFormat().format(record) == f"warning: a\n{escaped}"
     assert cli.main(["report", f"no{evil}"]) == 2
     assert capsys.readouterr().err.strip().endswith("does not exist")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed):
+    command = f"{sys.executable} -m deit_fast recipes list {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

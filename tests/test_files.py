@@ -179,6 +179,49 @@ def test_only_files_of_steps_are_checkpoints(tmp_path):
     assert (tmp_path / "step-backup.pt").exists()
 
 
+def test_a_checkpoint_of_another_step_than_its_name_is_not_used_and_stays(tmp_path, caplog):
+    """Else each new checkpoint would be the oldest one, which is deleted."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step})
+    foreign = [tmp_path / f"step-0000000{number}.pt" for number in (98, 99)]
+    foreign[0].write_bytes(b"junk")
+    foreign[1].write_bytes((tmp_path / "step-000000002.pt").read_bytes())
+    path, state = load_newest(tmp_path)
+    assert path.name == "step-000000002.pt" and state["step"] == 2
+    assert "step-000000099.pt is not used: it is of step 2" in caplog.text
+    for step in (3, 4):
+        save_checkpoint(tmp_path, step, {"step": step})
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step-000000003.pt", "step-000000004.pt", *(path.name for path in foreign)]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_folder_of_checkpoints_that_is_not_there_is_no_empty_one(tmp_path, kind):
+    folder = tmp_path / "checkpoints"
+    assert list_checkpoints(folder) == []
+    folder.symlink_to(tmp_path / "unmounted") if kind == "link" else folder.touch()
+    with pytest.raises(InputError, match="checkpoints is no folder, or a link to one that is not"):
+        list_checkpoints(folder)
+
+
+def test_an_output_through_a_link_replaces_what_the_link_leads_to(tmp_path):
+    target, link = tmp_path / "target" / "page.html", tmp_path / "link.html"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    files.write_atomically(link, b"new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+def test_an_output_does_not_replace_a_file_of_a_run(tmp_path):
+    path = tmp_path / "result.json"
+    files.require_writable("--out", path, is_folder=False)
+    path.touch()
+    with pytest.raises(InputError, match=r"--out: .*result\.json is of a run or a cache"):
+        files.require_writable("--out", path, is_folder=False)
+
+
 def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):
     save_checkpoint(tmp_path, 1, {"step": 1})
     save_checkpoint(tmp_path, 2, {"step": 2, "format": 99})
@@ -199,15 +242,15 @@ def test_a_checkpoint_that_holds_something_else_is_not_used(tmp_path, caplog, va
 def test_checkpoints_of_earlier_versions_are_checked_by_their_members(tmp_path, caplog):
     """Those have no seal; a checkpoint of today without one has lost it."""
     weight = torch.arange(1000.0)
-    save_checkpoint(tmp_path, 1, {"weight": weight})
+    save_checkpoint(tmp_path, 1, {"step": 1, "weight": weight})
     newest = tmp_path / "step-000000002.pt"
-    torch.save({"format": 1, "weight": weight}, newest)
+    torch.save({"format": 1, "step": 2, "weight": weight}, newest)
     assert load_newest(tmp_path)[0] == newest
     content = bytearray(newest.read_bytes())
     content[content.index(weight.numpy().tobytes()) + 100] ^= 1
     newest.write_bytes(content)
     assert load_newest(tmp_path)[0].name == "step-000000001.pt"
-    torch.save({"format": 2, "weight": weight}, newest)
+    torch.save({"format": 2, "step": 2, "weight": weight}, newest)
     assert load_newest(tmp_path)[0].name == "step-000000001.pt"
     assert "its checksum is missing" in caplog.text
     torch.load(newest, weights_only=True)

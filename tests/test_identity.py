@@ -190,6 +190,31 @@ def test_changed_content_is_refused_by_name_or_accepted(copied, change, names, c
     assert train(copied.config)["steps"] == 2, "the run now belongs to the new content"
 
 
+def test_a_finished_run_belongs_to_what_was_accepted(copied):
+    train(copied.config)
+    inverted_class(copied)
+    train(copied.config.replace(accept_change=("data.pixels",)))
+    assert train(copied.config)["steps"] == 2
+
+
+def test_data_of_fewer_steps_than_were_trained_is_refused(copied):
+    train(copied.config.replace(max_steps=4))
+    for folder in (copied.own("data") / "train").iterdir():
+        for path in sorted(folder.iterdir())[2:]:
+            path.unlink()
+    with pytest.raises(
+        InputError, match=r"is of step 4, but with 20 training images the run has only \d steps"
+    ):
+        train(copied.config.replace(max_steps=None, accept_change=("data.images",)))
+
+
+def test_unreadable_held_out_images_are_said(made, copied, caplog):
+    (path := next((copied.own("data") / "val/3").iterdir())).write_bytes(b"no image")
+    evaluate(str(made / "whole"), data_root=str(copied.own("data")))
+    analyze([made / "whole"], data_root=str(copied.own("data")), maps=0)
+    assert caplog.text.count(f"1 unreadable images were substituted, the first is {path}") == 2
+
+
 def test_another_model_of_the_teacher_is_refused(copied):
     spec = copied.config.teacher.replace(TEACHER, "helpers.unruly_teacher:convnet@")
     with pytest.raises(

@@ -176,6 +176,7 @@ OPENERS = re.compile(
 # Calls on what open_regular or open_atomically has opened, and on files of the system.
 OPENED_ELSEWHERE = {
     "deit_fast/arguments.py": {"os.open"},  # /dev/null
+    "deit_fast/cli.py": {"os.open"},  # /dev/null
     "deit_fast/cache/tinyvit.py": {"np.memmap"},
     "deit_fast/data/jpeg_index.py": {"os.open"},  # a lock
     "deit_fast/data/watch.py": {"read_text"},  # /proc

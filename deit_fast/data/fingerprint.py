@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from deit_fast.config import DataConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.jpeg_index import require_dali
 from deit_fast.data.open import open_loader
-from deit_fast.data.sources import Source, UnreadableImage
+from deit_fast.data.sources import Source, digest_images
 from deit_fast.errors import InputError
 from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.views.plan import ViewPlan
@@ -29,7 +28,6 @@ from deit_fast.views.rng import NO_MIX
 _RESIZE_SHA256 = "dec5d06961c1f2ba275d52c28a64289c2a37f8196f8d37bd2bdcb493c8617081"
 _IMAGES = [PLAN_COLUMNS.index("image"), PLAN_COLUMNS.index("partner_image")]
 _VIEWS_PER_BATCH = 16
-_IMAGES_DIGESTED = 32  # of a split, at each start of a run: a fraction of a second
 
 
 def views_fingerprint(config: RunConfig, source: Source) -> dict[str, Any]:
@@ -106,25 +104,6 @@ def identify(source: Source, held_out: Source) -> dict[str, Any]:
         "val.images": held_out.fingerprint(),
         "val.pixels": digest_images(held_out),
     }
-
-
-def digest_images(source: Source) -> dict[str, str]:
-    """BLAKE2b-128, in hex, of the pixels of a few whole images, by path below the split.
-
-    The images are evenly spaced over the split, and so over its classes. One that cannot be read is
-    left out.
-    """
-    digests = {}
-    count = min(_IMAGES_DIGESTED, source.num_samples)
-    for index in (np.arange(count) * source.num_samples // count).tolist():
-        try:
-            pixels = np.asarray(source.load(index))
-        except UnreadableImage:
-            continue
-        digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
-        digest.update(pixels.tobytes())
-        digests[os.path.relpath(source.paths[index], source.folder)] = digest.hexdigest()
-    return digests
 
 
 def digest_views(batch: ViewBatch, rows: Iterable[int]) -> list[str]:

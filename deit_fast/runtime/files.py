@@ -102,13 +102,14 @@ def require_replaceable(path: Path) -> None:
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A new file, which replaces ``path`` when the block ends.
+    """A new file, which replaces ``path``, or what a link there leads to, when the block ends.
 
     Raises:
         InputError: ``path`` is there and is not a regular file, or is a link to nothing.
         OSError: names ``path``; the old file, or none, is there, and no part of the new one.
     """
     require_replaceable(path)
+    path = path.resolve() if path.is_symlink() else path
     temporary = None
     try:
         temporary, descriptor = _create_temporary(path)
@@ -131,6 +132,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
+_KEPT = {
+    "config.json", "result.json", "metrics.jsonl", "analysis.json", "trackers.json",
+    "manifest.json", "model.safetensors", "ema.safetensors",
+}  # fmt: skip
+
+
 def require_writable(name: str, path: str | Path, *, is_folder: bool = True) -> None:
     """Find out, before the work for it starts, whether an output can be made. Changes nothing.
 
@@ -139,7 +146,7 @@ def require_writable(name: str, path: str | Path, *, is_folder: bool = True) -> 
         path: folder or file; its parents need not exist.
 
     Raises:
-        InputError: it cannot be written there; says why.
+        InputError: it cannot be written there, or a file of a run or a cache is there; says why.
     """
     import tempfile  # slow to import
 
@@ -147,6 +154,8 @@ def require_writable(name: str, path: str | Path, *, is_folder: bool = True) -> 
     try:
         if not is_folder:
             require_replaceable(path)
+            if path.name in _KEPT and path.exists():
+                raise InputError(f"{printable(path)} is of a run or a cache: choose another name")
         for nearest in [path, *path.absolute().parents][not is_folder :]:
             with suppress(FileNotFoundError):
                 nearest.lstat()

@@ -187,6 +187,11 @@ def read_owner(path: Path) -> Owner:
 def _open_file(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except PermissionError:
+        raise InputError(
+            f"{path} belongs to another user, or its folder may not be written: remove it if that "
+            f"user's job has ended"
+        ) from None
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,8 @@ _NAME = re.compile(r"step-(\d{9,})\.pt")
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
 
-    Keeps the newest ``KEEP`` checkpoints.
+    Keeps the newest ``KEEP`` checkpoints up to this step. Files of later steps, which this run did
+    not write, stay.
 
     Raises:
         OSError: the disk is full or not writable; the older checkpoints stay.
@@ -35,7 +37,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)  # without parents: the run's folder may have been moved
     path = folder / f"step-{step:09d}.pt"
     save_torch(path, {"format": FORMAT, **state})
-    for old in list_checkpoints(folder)[:-KEEP]:
+    up_to_here = [other for other in list_checkpoints(folder) if _step_of(other) <= step]
+    for old in up_to_here[:-KEEP]:
         old.unlink()
     return path
 
@@ -81,9 +84,24 @@ class CheckpointWriter:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first. Files with other names are none."""
-    steps = {path: match for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]))
+    """Checkpoints of a run, oldest first. Files with other names are none.
+
+    Raises:
+        InputError: ``folder`` is a link to nothing, or no folder: its checkpoints would be missed.
+        OSError: it cannot be listed.
+    """
+    if not os.path.lexists(folder):
+        return []
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder, or a link to one that is not there: mount it")
+    paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -101,7 +119,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = _read(path)
         except Exception as error:  # torch raises half a dozen types for a broken file
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, PermissionError):
                 raise
             reason = printable(first_line(error, 80))
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
@@ -111,6 +129,10 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 f"checkpoint {path} has format {state['format']!r}, this version reads "
                 f"{' and '.join(map(str, _FORMATS))}: use the version that wrote it"
             )
+        if state.get("step") != _step_of(path):
+            step = printable(state.get("step"))
+            log.warning("checkpoint %s is not used: it is of step %s", path, step)
+            continue
         return path, state
     if paths:
         raise InputError(

@@ -18,7 +18,7 @@ from deit_fast.data.fingerprint import identify
 from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.evaluate import build_eval_loader, evaluate_model
+from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.weights import save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
@@ -134,6 +134,7 @@ class _Run:
         )  # fmt: skip
 
         # -- step, which may refuse the settings, before anything is written --------------------
+        is_changed = bool(config.accept_change and found)
         self.config = config = config.replace(accept_change=())  # accepted for this start alone
         state = self.state
         self.compile_count = CompileCount()
@@ -149,6 +150,8 @@ class _Run:
         self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
         resources.callback(self._close_writer)
         self.metrics = group.agree(lambda: self._open_output(resources))
+        if is_changed:
+            self._save()  # from now on the run belongs to the new content
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
@@ -210,7 +213,14 @@ class _Run:
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
         self.state = create_state(config, len(self.source.classes), device)
         self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
-        return resume(config, self.state)
+        found = resume(config, self.state)
+        if self.state.step > len(self.batches):
+            raise InputError(
+                f"{self.checkpoints / found} is of step {self.state.step}, but with "
+                f"{self.source.num_samples} training images the run has only {len(self.batches)} "
+                f"steps: restore the data, or choose another --output"
+            )
+        return found
 
     # -----------------------------------------------------------------------------------------
     # Steps
@@ -498,11 +508,7 @@ class _Run:
                 average = state.ema.module.state_dict()
                 save_weights(self.output / "ema.safetensors", average, facts)
             write_json(self.output / "result.json", result)
-        if result["substituted"]:
-            log.warning(
-                "%d unreadable images were substituted, the first is %s",
-                len(result["substituted"]), result["substituted"][0],
-            )  # fmt: skip
+        warn_of_substitutes(sorted(substituted))
         self.finished = True
         return result
 

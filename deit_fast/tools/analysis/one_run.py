@@ -23,7 +23,7 @@ from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
-from deit_fast.evaluate import build_eval_loader, load_run
+from deit_fast.evaluate import build_eval_loader, load_run, warn_of_substitutes
 from deit_fast.models.student import forward_heads, require_no_code
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
@@ -259,6 +259,7 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
             if run.teacher is not None and known is None:
                 taught.append(_teacher_values(run.teacher(images)))
             bar.advance(len(labels))
+    warn_of_substitutes(loader.substituted)
     run.student = _join(student, f"{label}: the student's logits")
     run.taught = _join(taught, f"{label}: the teacher's logits") if known is None else known.taught
 
