@@ -215,7 +215,8 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(world, tmp_path):
     torch.save(state | {"config": json.dumps(saved)}, path)
     assert train(config.replace(max_steps=2))["steps"] == 2
     path = list_checkpoints(tmp_path / "checkpoints")[-1]
-    torch.save(state | {"config": json.dumps(saved | {"compress_gradients": True})}, path)
+    changed = json.dumps(saved | {"compress_gradients": True})
+    torch.save(state | {"step": 2, "config": changed}, path)
     with pytest.raises(InputError, match="compress_gradients True there, False here"):
         train(config.replace(max_steps=3))
 
