@@ -138,18 +138,27 @@ def test_hidden_folders_are_left_out_at_every_depth(tmp_path, caplog):
         assert words in line
 
 
-@pytest.mark.parametrize("target", [".", "..", "../..", "../class0", "../class0/deep"])
+@pytest.mark.parametrize(
+    "target", [".", "..", "../..", "../class0", "../class0/deep", "deep", "deep/er"]
+)
 def test_no_image_counts_twice_through_a_link(tmp_path, target):
     write_split(tmp_path / "train", 2, 1)
     for label in (0, 1):
-        (tmp_path / "train" / f"class{label}" / "deep").mkdir()
+        (tmp_path / "train" / f"class{label}" / "deep" / "er").mkdir(parents=True)
     picture(1, 8, 8).save(tmp_path / "train" / "class0" / "deep" / "001.jpg")
     link = tmp_path / "train" / "class1" / "link"
     link.symlink_to(target)
-    if target == "../class0/deep":  # one folder in two places, on purpose
-        assert ImageFolder(str(tmp_path), "train").labels.tolist() == [0, 0, 1, 1]
-        return
-    with pytest.raises(InputError, match=r"link.* leads through a link to a folder around"):
+    with pytest.raises(InputError, match=r"/link.* are one folder, through a link, and its images"):
+        ImageFolder(str(tmp_path), "train")
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed_once(tmp_path):
+    write_split(tmp_path / "train", 2, 1)
+    write_split(tmp_path / "far", 1, 2)
+    (tmp_path / "train" / "class0" / "link").symlink_to(tmp_path / "far" / "class0")
+    assert ImageFolder(str(tmp_path), "train").labels.tolist() == [0, 0, 0, 1]
+    (tmp_path / "train" / "class1" / "link").symlink_to(tmp_path / "far" / "class0")
+    with pytest.raises(InputError, match=r"class1/link and .*class0/link are one folder"):
         ImageFolder(str(tmp_path), "train")
 
 

@@ -413,6 +413,14 @@ def test_a_fifo_is_refused_at_once(tmp_path: Path, name: str) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_shard_counts_twice_through_a_link(tmp_path: Path, link) -> None:
+    opened(tmp_path, a=GOOD)
+    link(tmp_path / "train/a.tar", tmp_path / "train/b.tar")
+    with pytest.raises(InputError, match=r"/b\.tar and .*/a\.tar are one file, through a link"):
+        opened(tmp_path)
+
+
 def test_names_of_classes(tmp_path: Path) -> None:
     for text, words in (
         ("ant\n\ncat\n", "line 2 is empty"), ("", "line 1 is empty"), ("ant\nbee\n", "of class 2"),

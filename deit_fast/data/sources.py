@@ -380,8 +380,8 @@ def class_folders(folder: str) -> list[str]:
         raise _cannot_list(error) from None
 
 
-def _places(folder: str, classes: list[str]) -> set[tuple[int, int]]:
-    """Identities of the folders of the split and of its classes.
+def _places(folder: str, classes: list[str]) -> dict[tuple[int, int], str]:
+    """The folders of the split and of its classes by their identities.
 
     Raises:
         InputError: two classes are one folder, through a link.
@@ -391,7 +391,8 @@ def _places(folder: str, classes: list[str]) -> set[tuple[int, int]]:
         other = names.setdefault(_place(os.path.join(folder, name)), name)
         if other != name:
             raise InputError(f"classes {other!r} and {name!r} of {folder} are one folder: a link")
-    return {_place(folder), *names}
+    paths = {place: os.path.join(folder, name) for place, name in names.items()}
+    return {_place(folder): folder} | paths
 
 
 def _place(folder: str) -> tuple[int, int]:
@@ -408,39 +409,35 @@ def _cannot_list(error: OSError) -> InputError:
 
 
 def _image_files(
-    folder: str, name: str, places: set[tuple[int, int]], left_out: LeftOut
+    folder: str, name: str, places: dict[tuple[int, int], str], left_out: LeftOut
 ) -> list[bytes]:
     """Paths relative to `folder`, sorted as torchvision sorts them: by directory, then by name.
 
     Args:
-        places: the split and the classes, to which no link below the class may lead.
+        places: the folders met so far by identity, all classes among them; this one's are added.
         left_out: counts what is no image.
 
     Raises:
-        InputError: a folder cannot be listed, or a link leads to a folder whose images would count
-            twice: one of `places`, or one that contains the link.
+        InputError: a folder cannot be listed, or has been met: its images would count twice.
     """
 
     def refuse(error: OSError) -> None:
         raise _cannot_list(error) from None
 
     top = os.path.join(folder, name)
-    above: dict[str, tuple[tuple[int, int], ...]] = {top: ()}  # the folders that contain a folder
     images = []
     for directory, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        place, outer = _place(directory), above[directory]
-        if place in outer or (outer and place in places):
+        other = places.setdefault(_place(directory), directory)
+        if other != directory:
             raise InputError(
-                f"{directory} leads through a link to a folder around it or to another class, "
-                f"whose images would count twice; remove the link"
+                f"{directory} and {other} are one folder, through a link, and its images would "
+                f"count twice; remove the link"
             )
         relative = os.path.relpath(directory, folder)
         for item in folders[:]:
             if item.startswith("."):
                 folders.remove(item)
                 left_out.add("hidden folders", os.path.join(relative, item))
-            else:
-                above[os.path.join(directory, item)] = (*outer, place)
         for item in names:
             path = os.path.join(relative, item)
             if item.startswith("."):

@@ -53,8 +53,8 @@ class TarShards(Source):
     """Reads samples of tar shards by number.
 
     Raises:
-        InputError: no shards, a broken archive, an image without a label, a label out of range;
-            names the shard and the member.
+        InputError: no shards, two names of one shard, a broken archive, an image without a label,
+            a label out of range; names the shard and the member.
     """
 
     def __init__(self, root: str, split: str) -> None:
@@ -70,6 +70,7 @@ class TarShards(Source):
         if not self.shards:
             raise InputError(f"{self.folder} holds no .tar files")
         files = [os.path.join(self.folder, name) for name in self.shards]
+        _require_distinct(files)
         stamps = stamps_of(files)
         index = _open_index(self.folder, self.shards, stamps)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
@@ -104,6 +105,22 @@ class TarShards(Source):
             name = os.fsencode(os.path.relpath(path, self.folder))
             digest.update(b"%b\0%d\0%b\n" % (name, size, os.fsencode(self.classes[label])))
         return digest.hexdigest()
+
+
+def _require_distinct(files: list[str]) -> None:
+    """
+    Raises:
+        InputError: two shards are one file, through a link: its images would count twice.
+    """
+    paths: dict[tuple[int, int], str] = {}
+    for path in files:
+        status = os.stat(path)
+        other = paths.setdefault((status.st_dev, status.st_ino), path)
+        if other != path:
+            raise InputError(
+                f"{path} and {other} are one file, through a link, and its images would count "
+                f"twice; remove the link"
+            )
 
 
 def _member_path(folder: str, shards: list[str], index: dict[str, np.ndarray], number: int) -> str:
