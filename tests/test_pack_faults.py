@@ -126,6 +126,7 @@ def test_random_damage_is_refused_or_an_unreadable_image(packs, tmp_path, form):
         ({"num_samples": 2**31 - 1}, r"shard-00002\.npz: offsets must have shape"),
         ({"classes": [1, 2]}, "classes must be"),
         ({"classes": {}}, "classes must be"),
+        ({"classes": ["a", "b", "a"]}, "classes 0 and 2 are both named 'a'; .*, and pack again"),
         ({"form": ["jpeg"]}, "form must be"),
     ],
 )

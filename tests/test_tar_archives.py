@@ -425,6 +425,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
     for text, words in (
         ("ant\n\ncat\n", "line 2 is empty"), ("", "line 1 is empty"), ("ant\nbee\n", "of class 2"),
         ("\udcff", "cannot read"),
+        ("ant\nbee\nant \n", "lines 1 and 3 both name class 'ant'; give each class a name"),
     ):  # fmt: skip
         (tmp_path / "classes.txt").write_bytes(os.fsencode(text))
         with pytest.raises(InputError, match=words):

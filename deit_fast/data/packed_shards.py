@@ -24,7 +24,14 @@ from PIL import Image
 
 from deit_fast import _C
 from deit_fast.data.shard_files import ShardFiles, stamps_of
-from deit_fast.data.sources import Paths, Source, UnreadableImage, decode, packed_path
+from deit_fast.data.sources import (
+    Paths,
+    Source,
+    UnreadableImage,
+    decode,
+    equal_names,
+    packed_path,
+)
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import read_arrays, read_json
 
@@ -140,6 +147,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     classes = manifest.get("classes")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise InputError(f"{path}: classes must be a list of names")
+    twice = equal_names(classes)
+    if twice is not None:
+        raise InputError(
+            f"{path}: classes {twice[1]} and {twice[2]} are both named {twice[0]!r}; give each "
+            f"class a name of its own, and pack again"
+        )
     return manifest
 
 

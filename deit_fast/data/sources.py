@@ -361,6 +361,16 @@ def _size(path: str) -> int:
         return -1
 
 
+def equal_names(names: Sequence[str]) -> tuple[str, int, int] | None:
+    """The first name that occurs twice, with its first two positions; None if all differ."""
+    positions: dict[str, int] = {}
+    for position, name in enumerate(names):
+        first = positions.setdefault(name, position)
+        if first != position:
+            return name, first, position
+    return None
+
+
 def class_folders(folder: str) -> list[str]:
     """Names of the class folders, sorted.
 

@@ -23,7 +23,14 @@ from typing import BinaryIO
 import numpy as np
 
 from deit_fast.data.shard_files import ShardFiles, stamps_of
-from deit_fast.data.sources import EXTENSIONS, LeftOut, Paths, Source, packed_path
+from deit_fast.data.sources import (
+    EXTENSIONS,
+    LeftOut,
+    Paths,
+    Source,
+    equal_names,
+    packed_path,
+)
 from deit_fast.data.tar_members import Member, members, read_content
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import (
@@ -140,6 +147,13 @@ def _class_names(root: str, highest: int) -> list[str]:
     names = [line.strip() for line in lines]
     if not all(names):
         raise InputError(f"{path}: line {names.index('') + 1} is empty; remove it or name a class")
+    twice = equal_names(names)
+    if twice is not None:
+        name, first, second = twice
+        raise InputError(
+            f"{path}: lines {first + 1} and {second + 1} both name class {name!r}; give each class "
+            f"a name of its own"
+        )
     return names
 
 
