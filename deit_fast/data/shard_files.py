@@ -17,14 +17,14 @@ _MOST_OPEN = 256
 
 
 def stamps_of(paths: Sequence[str]) -> np.ndarray:
-    """Size in bytes and modification time in ns of each file, int64 [n, 2].
+    """Size in bytes, modification and change time in ns of each file, int64 [n, 3].
 
     Raises:
         OSError: names the file.
     """
     status = (os.stat(path) for path in paths)
-    rows = [(file.st_size, file.st_mtime_ns) for file in status]
-    return np.array(rows, np.int64).reshape(-1, 2)
+    rows = [(file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in status]
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 class ShardFiles:
@@ -61,7 +61,7 @@ class ShardFiles:
             status = os.fstat(file.descriptor)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
-        size, time = self._stamps[number].tolist()
+        size, time, _ = self._stamps[number].tolist()  # a chmod or a new link harms no reader
         if len(content) < length or (status.st_size, status.st_mtime_ns) != (size, time):
             raise InputError(f"{path} was changed while it was in use: start the command again")
         return content

@@ -6,7 +6,8 @@
 
 Samples are numbered by shard name, then by position. The index of a split is made once from the
 shards' headers. It is stored as ROOT/SPLIT/.deit-fast-index.npz, or in the user's cache folder if
-ROOT/SPLIT is read-only. It is made again when the size or modification time of a shard changes.
+ROOT/SPLIT is read-only. It is made again when a shard's size, modification or change time differs:
+a copy with the times of the original has another change time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from deit_fast.runtime.metrics import Progress
 
 log = logging.getLogger("deit_fast")
 
-_FORMAT = 2
+_FORMAT = 3
 _INDEX = ".deit-fast-index.npz"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
             "name_end": np.int64}  # fmt: skip
