@@ -20,9 +20,10 @@ from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source, digest_images
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.student import build_model, forward_heads, require_no_code
-from deit_fast.models.weights import fit_weights, load_weights, read_identity
+from deit_fast.models.weights import digest_state, fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 from deit_fast.runtime.files import read_json
+from deit_fast.runtime.weights_header import EMA_FILE, MODEL_FILE
 
 log = logging.getLogger("deit_fast")
 
@@ -168,8 +169,9 @@ def load_run(
     require_no_code(config.model.name, models, str(Path(run) / "config.json"), "--model")
     if data_root is not None:
         config = config.replace(data={"root": data_root})
-    weights = Path(run) / ("ema.safetensors" if ema else "model.safetensors")
+    weights = Path(run) / (EMA_FILE if ema else MODEL_FILE)
     state = load_weights(weights)
+    _compare_result(weights, state)
     facts = read_identity(weights)
     classes = _recorded_classes(Path(run), facts)
     source = open_source(config.data, "val", config.view.image_size, classes)
@@ -177,6 +179,15 @@ def load_run(
     model = build_model(config, len(source.classes))
     fit_weights(model, state, weights)
     return config, source, model
+
+
+def _compare_result(weights: Path, state: dict[str, torch.Tensor]) -> None:
+    """Log where result.json is of other weights; those of earlier versions do not say."""
+    path = weights.with_name("result.json")
+    known = read_json(path).get("weights") if os.path.lexists(path) else None
+    digest = known.get(weights.name) if isinstance(known, dict) else None
+    if digest is not None and digest != digest_state(state):
+        log.warning("%s has other weights than the run that wrote %s", weights, path)
 
 
 def _recorded_classes(run: Path, facts: dict[str, Any]) -> list[str] | None:

@@ -22,8 +22,8 @@ from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.evaluate import read_run_config
-from deit_fast.models.weights import load_weights, read_metadata
-from deit_fast.runtime.files import write_json
+from deit_fast.models.weights import load_weights, read_metadata, save_weights
+from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.trackers import read_tracked_runs
 from deit_fast.tools.analysis.runs import analyze
@@ -153,6 +153,7 @@ def verb(name: str, run: Path, steps: int = STEPS) -> int:
         "evaluate": [run],
         "evaluate --ema": [run],
         "analyze": [run, "--maps", "1"],
+        "analyze --ema": [run, "--maps", "1"],
         "report": [run, "--out", run.parent / "page.html"],
     }[name]
     return cli.main([*name.split(), *map(str, arguments)])
@@ -163,8 +164,8 @@ FILES = {
     "evaluate": "config.json model.safetensors",
     "evaluate --ema": "ema.safetensors",
     "analyze": "config.json model.safetensors result.json analysis/analysis.json",
-    "report": "config.json result.json metrics.jsonl samples.png analysis/analysis.json "
-    "analysis/attention-0.png ../page.html",
+    "report": "config.json result.json metrics.jsonl samples.png model.safetensors "
+    "analysis/analysis.json analysis/attention-0.png ../page.html",
 }
 CASES = [(name, file) for name, files in FILES.items() for file in files.split()]
 
@@ -200,3 +201,53 @@ def test_training_goes_on_from_an_intact_checkpoint(run, copy, caplog):
     assert f"{path.name} is broken (its checksum differs)" in caplog.text
     assert weights_equal(copy, run)
     assert equal(newest_state(copy)["optimizer"], newest_state(run)["optimizer"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of another run
+# ---------------------------------------------------------------------------------------------
+
+
+def reported(run: Path, caplog: pytest.LogCaptureFixture) -> tuple[bool, str]:
+    """Whether a report of the run has its analysis, and the warnings."""
+    caplog.clear()
+    analysis = read_run(run, "run", 0).analysis
+    assert analysis or "analysis/analysis.json is left out: it is of other weights" in caplog.text
+    return bool(analysis), caplog.text
+
+
+def test_weights_result_and_analysis_of_different_runs_are_told_apart(run, copy, caplog):
+    assert reported(copy, caplog) == (True, "")
+    assert verb("train", copy) == 0  # a finished run, which writes the same weights again
+    assert reported(copy, caplog) == (True, "")
+    (copy / "model.safetensors").unlink()  # to save space
+    assert reported(copy, caplog) == (True, "")
+    assert verb("train", copy, STEPS + 1) == 0
+    assert not reported(copy, caplog)[0] and "run `deit-fast analyze` again" in caplog.text
+    assert verb("analyze", copy) == 0
+    assert reported(copy, caplog) == (True, "")
+    assert verb("analyze --ema", copy) == 0
+    assert reported(copy, caplog) == (True, "")
+    for name in ("model", "ema"):
+        theirs = copy / f"{name}.safetensors"
+        ours = theirs.read_bytes()
+        shutil.copy(run / theirs.name, theirs)
+        with pytest.raises(InputError, match=rf"{theirs} has other weights than .*result\.json"):
+            read_run(copy, "run", 0)
+        assert verb("evaluate --ema" if name == "ema" else "evaluate", copy) == 0
+        assert f"{theirs} has other weights than the run that wrote" in caplog.text
+        theirs.write_bytes(ours)
+
+
+def test_runs_of_earlier_versions_do_not_say_which_weights_they_had(run, copy, caplog):
+    result, path = read_json(copy / "result.json"), copy / "analysis/analysis.json"
+    del result["weights"]
+    write_json(copy / "result.json", result)
+    save_weights(copy / "model.safetensors", load_weights(copy / "model.safetensors"), {})
+    assert reported(copy, caplog) == (True, "")
+    analysis = read_json(path)
+    del analysis["weights_digest"]
+    write_json(path, analysis)
+    shutil.copy(run / "model.safetensors", copy)
+    shutil.copy(run / "result.json", copy)
+    assert reported(copy, caplog) == (True, "")

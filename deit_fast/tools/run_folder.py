@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import read_file, read_json
 from deit_fast.runtime.metrics import METRICS, read_metrics
+from deit_fast.runtime.weights_header import EMA_FILE, MODEL_FILE, read_digest
+
+log = logging.getLogger("deit_fast")
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANALYSIS_FOLDER, ANALYSIS_FILE, ANALYSIS_FORMAT = "analysis", "analysis.json", 1
@@ -24,7 +28,7 @@ class Run:
 
     Attributes:
         index: position among the runs that are shown, which decides the colour.
-        analysis: empty where `deit-fast analyze` has not run.
+        analysis: empty where `deit-fast analyze` has not run, or saw other weights.
         train, evaluations: rows of the log.
         samples: PNG of the first training views.
         maps: PNG files of the analysis that show attention, by name.
@@ -55,14 +59,16 @@ def read_run(path: Path, name: str, index: int) -> Run:
     """Read a run folder; in all texts, what a terminal or a page must not get is escaped.
 
     Raises:
-        InputError: the folder or one of its files is missing or damaged; names it.
+        InputError: the folder or one of its files is missing or damaged, or is of another run;
+            names it.
     """
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist")
     result = read_object(path / "result.json")
     rows = _read_rows(path / METRICS, result.get("metrics"))
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
-    analysis = _read_analysis(folder / ANALYSIS_FILE)
+    weights = _read_weights(path, result.get("weights"))
+    analysis = _read_analysis(folder / ANALYSIS_FILE, weights)
     pictures = [row["picture"] for row in analysis.get("attention", {}).get("samples", [])]
     return Run(
         index=index,
@@ -90,7 +96,30 @@ def read_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist{_unfinished(path)}") from None
 
 
-def _read_analysis(path: Path) -> dict[str, Any]:
+def _read_weights(run: Path, known: object) -> dict[str, str | None]:
+    """Digests of the run's weights by file; weights of earlier versions have none.
+
+    Args:
+        known: those that result.json names.
+
+    Raises:
+        InputError: the folder has other weights.
+    """
+    weights: dict[str, str | None] = {}
+    for name in (MODEL_FILE, EMA_FILE):
+        path, expected = run / name, known.get(name) if isinstance(known, dict) else None
+        found = read_digest(path) if os.path.lexists(path) else expected
+        if expected is not None and found != expected:
+            raise InputError(
+                f"{path} has other weights than the run that wrote {run / 'result.json'}: "
+                f"copy both from one run, or remove the weights"
+            )
+        weights[name] = found
+    return weights
+
+
+def _read_analysis(path: Path, weights: Mapping[str, str | None]) -> dict[str, Any]:
+    """Content of analysis.json, empty with a warning where it is of other weights."""
     if not os.path.lexists(path):
         return {}
     analysis = read_object(path)
@@ -99,6 +128,13 @@ def _read_analysis(path: Path) -> dict[str, Any]:
             f"{path} has format {analysis.get('format')!r}, this version reads {ANALYSIS_FORMAT}: "
             f"run `deit-fast analyze` again"
         )
+    found = analysis.get("weights_digest")  # earlier versions do not say
+    expected = weights[EMA_FILE if analysis.get("weights") == "ema" else MODEL_FILE]
+    if found is not None and expected is not None and found != expected:
+        log.warning(
+            "%s is left out: it is of other weights; run `deit-fast analyze` again", printable(path)
+        )
+        return {}
     return analysis
 
 

@@ -20,7 +20,7 @@ from deit_fast.data.open import open_loader, open_source, require_trained_classe
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
-from deit_fast.models.weights import save_weights
+from deit_fast.models.weights import digest_state, save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
@@ -29,6 +29,7 @@ from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
+from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, MODEL_FILE
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
@@ -47,7 +48,7 @@ log = logging.getLogger("deit_fast")
 STOP_POLL_EVERY = 8
 # Files of the run's folder that a run replaces.
 OUTPUTS = (
-    "config.json", "samples.png", METRICS, "model.safetensors", "ema.safetensors", "result.json",
+    "config.json", "samples.png", METRICS, MODEL_FILE, EMA_FILE, "result.json",
 )  # fmt: skip
 
 LOCK_FILE = ".lock-run"  # in the run's folder, while it is trained
@@ -502,15 +503,21 @@ class _Run:
         if self.metrics is not None:
             self._require_owned()
             result["metrics"] = {"rows": self.metrics.rows}
-            facts = {"identity": json.dumps(state.identity)}
-            save_weights(self.output / "model.safetensors", state.model.state_dict(), facts)
+            result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
             if state.ema is not None:
-                average = state.ema.module.state_dict()
-                save_weights(self.output / "ema.safetensors", average, facts)
+                result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
             write_json(self.output / "result.json", result)
         warn_of_substitutes(sorted(substituted))
         self.finished = True
         return result
+
+    def _save_weights(self, name: str, model: torch.nn.Module) -> str:
+        """Write a model's weights into the run's folder; returns their digest."""
+        weights = model.state_dict()
+        digest = digest_state(weights)
+        facts = {"identity": json.dumps(self.state.identity), DIGEST_KEY: digest}
+        save_weights(self.output / name, weights, facts)
+        return digest
 
     def _close_writer(self) -> None:
         try:

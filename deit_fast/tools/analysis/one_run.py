@@ -45,7 +45,7 @@ class OpenRun:
     Attributes:
         ids: the held-out images that are used, [N].
         no_teacher: why ``teacher`` is None.
-        data_digest: of the held-out images.
+        data_digest, weights_digest: of the held-out images, of the weights.
         student, taught: values per image of student and teacher, see ``measure``.
     """
 
@@ -57,6 +57,7 @@ class OpenRun:
     teacher: Teacher | None
     no_teacher: str
     data_digest: str
+    weights_digest: str
     student: Values = field(default_factory=dict)
     taught: Values = field(default_factory=dict)
 
@@ -108,6 +109,7 @@ def open_run(
         teacher=None if found is None else found.to_device(device),
         no_teacher=reason,
         data_digest=str(source.fingerprint()["dataset.sha256"]),
+        weights_digest=digest_weights(model),
     )
 
 

@@ -119,6 +119,7 @@ def describe(
         "distillation": config.loss.kind,
         "seed": config.seed,
         "weights": "ema" if ema else "model",
+        "weights_digest": run.weights_digest,
         "images": len(student["labels"]),
         "held_out": run.source.num_samples,
         "classes": len(run.source.classes),

@@ -1,0 +1,32 @@
+"""What tells the weights of one run from those of another, read without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deit_fast.errors import InputError
+from deit_fast.runtime.files import open_regular, parse_object
+
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"  # in the run's folder
+DIGEST_KEY = "digest"  # in `__metadata__`: SHA-256 over names and values of all tensors
+_MAX_HEADER_BYTES = 1 << 27
+
+
+def read_digest(path: Path) -> str | None:
+    """The digest that the header of a weights file names; None in files of earlier versions.
+
+    The tensors are not read, and the checksum of the file is not checked.
+
+    Raises:
+        InputError: as ``open_regular``, or the file is no safetensors file.
+        OSError: names the path.
+    """
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, _MAX_HEADER_BYTES))
+    try:
+        metadata = parse_object(header, "its header").get("__metadata__")
+    except InputError as error:
+        raise InputError(f"weights file {path} is not a safetensors file: {error}") from None
+    digest = metadata.get(DIGEST_KEY) if isinstance(metadata, dict) else None
+    return digest if isinstance(digest, str) else None
