@@ -251,3 +251,9 @@ def test_runs_of_earlier_versions_do_not_say_which_weights_they_had(run, copy, c
     shutil.copy(run / "model.safetensors", copy)
     shutil.copy(run / "result.json", copy)
     assert reported(copy, caplog) == (True, "")
+
+
+def test_a_report_says_how_many_rows_a_run_lost(copy, caplog):
+    write_json(copy / "result.json", {"metrics": {"rows": 1, "lost": 2}})
+    read_run(copy, "run", 0)
+    assert f"{copy}/metrics.jsonl lost 2 rows while the run wrote it" in caplog.text

@@ -363,6 +363,59 @@ def test_temporary_names_cannot_be_planted(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------
 
 
+def cut(path: Path) -> None:
+    os.truncate(path, path.read_bytes().index(b"\n") + 5)
+
+
+OTHERS: dict[str, tuple[Callable[[Path], object], int]] = {
+    "deleted": (Path.unlink, 0),
+    "replaced": (lambda path: write_atomically(path, b"other\n"), 0),
+    "cut off": (cut, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_that_another_program_takes_are_written_again(tmp_path, caplog, name):
+    change, lost = OTHERS[name]
+    write_rows(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(RunConfig(), tmp_path, step=3)
+    change(path)
+    for step in (4, 5):
+        file.write("train", {"step": step})
+    file.sync()
+    assert [row["step"] for row in read_metrics(path, strict=True)] == [
+        *[1, 2, 3][: 3 - lost],
+        4,
+        5,
+    ]
+    assert (file.rows, file.lost) == (5 - lost, lost)
+    assert caplog.text.count("was deleted, replaced or cut off") == 1
+    assert f"{path} was" in caplog.text and f", {lost} are lost" in caplog.text
+    file.close(finished=True)
+
+
+def test_rows_are_not_written_into_another_folder(tmp_path, caplog):
+    """And one warning, not one for each row, where they cannot be written."""
+    run = tmp_path / "run"
+    run.mkdir()
+    file = MetricsFile(RunConfig(), run, step=0)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    file.write("train", {"step": 1})
+    file.write("train", {"step": 2})
+    assert caplog.text.count("is a folder") == 1
+    (run / "metrics.jsonl").rmdir()
+    file.write("train", {"step": 3})
+    run.rename(tmp_path / "moved")
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("of another run")
+    file.write("train", {"step": 4})
+    assert (run / "metrics.jsonl").read_text() == "of another run"
+    rows = read_metrics(tmp_path / "moved/metrics.jsonl", strict=True)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
 def test_rows_of_earlier_versions_are_kept_and_a_torn_line_is_dropped(tmp_path, caplog):
     write_rows(tmp_path, 3)
     path = tmp_path / "metrics.jsonl"

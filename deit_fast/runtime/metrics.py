@@ -46,6 +46,7 @@ class MetricsFile:
 
     Attributes:
         rows: number of rows in the file.
+        lost: number of rows that other programs took from the file.
 
     Raises:
         InputError: metrics.jsonl is not a file, or a tracker cannot start, see ``Trackers``.
@@ -58,8 +59,9 @@ class MetricsFile:
         logged = {row["kind"]: row["step"] for row in rows}  # the newest step of each kind of row
         self.trackers = Trackers(config, output, step, logged)
         self._open(rows, step)
-        if self.rows < least:
-            log.warning("%s lost %d of its %d rows", self.path, least - self.rows, least)
+        self.lost, self._failed = max(0, least - self.rows), False
+        if self.lost:
+            log.warning("%s lost %d of its %d rows", self.path, self.lost, least)
 
     def _open(self, rows: list[dict[str, Any]], step: int) -> None:
         """Drop the rows after ``step`` and open the file for more."""
@@ -67,7 +69,13 @@ class MetricsFile:
         self.rows, content = len(kept), b"".join(kept)
         if not self.path.exists() or read_file(self.path) != content:
             write_atomically(self.path, content)
-        self._file = open_regular(self.path, append=True)
+        self._append()
+
+    def _append(self) -> None:
+        """Open the file for more rows."""
+        self._file, self._reader = open_regular(self.path, append=True), open_regular(self.path)
+        self._folder, self._size = self.path.parent.stat(), self.path.stat().st_size
+        self._is_watched = self._is_ours()  # not where a file system's numbers change
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Append a row with its kind, `train` or `eval`, and the time in seconds since the epoch.
@@ -76,17 +84,60 @@ class MetricsFile:
             OSError: the file's name and the reason, such as a full disk.
         """
         line = _line({"kind": kind, **row, "time": round(time.time(), 3)})
+        self._restore()
         try:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._size += len(line)
         self.rows += 1
         self.trackers.write(kind, row)
 
     def sync(self) -> None:
         """Return when all rows are on the disk; a checkpoint must not be newer than its rows."""
+        self._restore()
         os.fsync(self._file.fileno())
+
+    def _is_ours(self) -> bool:
+        """Whether the path still leads to the open file, and that has what was written."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        is_same = os.path.samestat(found, os.fstat(self._file.fileno()))
+        return is_same and found.st_size == self._size
+
+    def _restore(self) -> None:
+        """Where the file was deleted, replaced or cut off, write the rows that are left of it.
+
+        In a folder that is not the run's any more nothing is written: the next checkpoint ends
+        the run. Rows that cannot be written wait in the open file.
+        """
+        if not self._is_watched or self._is_ours():
+            return
+        try:
+            if not os.path.samestat(self._folder, self.path.parent.stat()):
+                return
+            self._reader.seek(0)
+            content = self._reader.read()
+            content = content[: content.rfind(b"\n") + 1]
+            write_atomically(self.path, content)
+        except (OSError, InputError) as error:
+            if not self._failed:
+                log.warning("%s was deleted, replaced or cut off: %s", self.path, error)
+            self._failed = True
+            return
+        self._close_file()
+        self._append()
+        rows, self.rows, self._failed = self.rows, content.count(b"\n"), False
+        lost = max(0, rows - self.rows)
+        self.lost += lost
+        log.warning(
+            "%s was deleted, replaced or cut off while the run wrote it: "
+            "%d of its %d rows were written again, %d are lost",
+            self.path, min(rows, self.rows), rows, lost,
+        )  # fmt: skip
 
     def roll_back(self, step: int) -> None:
         """Drop the rows after ``step``, to which the run was rolled back."""
@@ -102,6 +153,7 @@ class MetricsFile:
     def _close_file(self) -> None:
         with suppress(OSError):  # of a row that `write` could not write either
             self._file.close()
+        self._reader.close()
 
 
 def _line(row: dict[str, Any]) -> bytes:

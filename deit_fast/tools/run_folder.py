@@ -185,6 +185,9 @@ def _read_rows(path: Path, known: object) -> list[dict[str, Any]]:
         raise InputError(f"{path} does not exist")
     rows = read_metrics(path, strict=True)
     least = known.get("rows") if isinstance(known, dict) else None
+    if isinstance(known, dict) and known.get("lost"):
+        lost = printable(known["lost"])
+        log.warning("%s lost %s rows while the run wrote it", printable(path), lost)
     if isinstance(least, int) and len(rows) < least:
         raise InputError(f"{path} is damaged: it has {len(rows)} of the run's {least} rows")
     return rows

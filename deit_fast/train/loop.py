@@ -502,7 +502,8 @@ class _Run:
         }
         if self.metrics is not None:
             self._require_owned()
-            result["metrics"] = {"rows": self.metrics.rows}
+            self.metrics.sync()
+            result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
             result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
             if state.ema is not None:
                 result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
