@@ -437,17 +437,19 @@ def test_no_shard_counts_twice_through_a_link(tmp_path: Path, link) -> None:
         opened(tmp_path)
 
 
-def test_names_of_classes(tmp_path: Path) -> None:
+def test_names_of_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for text, words in (
         ("ant\n\ncat\n", "line 2 is empty"), ("", "line 1 is empty"), ("ant\nbee\n", "of class 2"),
         ("\udcff", "cannot read"),
-        ("ant\nbee\nant \n", "lines 1 and 3 both name class 'ant'; give each class a name"),
     ):  # fmt: skip
         (tmp_path / "classes.txt").write_bytes(os.fsencode(text))
         with pytest.raises(InputError, match=words):
             opened(tmp_path, a=GOOD)
     (tmp_path / "classes.txt").write_text("ant\r\nbee \ncat\n\n", newline="")
     assert opened(tmp_path).classes == ["ant", "bee", "cat"]
+    (tmp_path / "classes.txt").write_text("crane\nbee\ncrane\n")
+    assert opened(tmp_path).classes == ["crane", "bee", "crane #2"]
+    assert "lines 1 and 3 both name class 'crane'" in caplog.text
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "classes.txt").symlink_to("nowhere")
     with pytest.raises(InputError, match="is a link to nowhere"):

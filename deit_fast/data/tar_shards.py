@@ -148,13 +148,13 @@ def _class_names(root: str, highest: int) -> list[str]:
     names = [line.strip() for line in lines]
     if not all(names):
         raise InputError(f"{path}: line {names.index('') + 1} is empty; remove it or name a class")
-    twice = equal_names(names)
-    if twice is not None:
+    while (twice := equal_names(names)) is not None:  # as in lists of ImageNet's English names
         name, first, second = twice
-        raise InputError(
-            f"{path}: lines {first + 1} and {second + 1} both name class {name!r}; give each class "
-            f"a name of its own"
-        )
+        names[second] = f"{name} #{second}"
+        log.warning(
+            "%s: lines %d and %d both name class %r: the second is called %r",
+            path, first + 1, second + 1, name, names[second],
+        )  # fmt: skip
     return names
 
 
