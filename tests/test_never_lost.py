@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +98,15 @@ def test_a_row_interrupted_twice_is_complete(world, tmp_path, monkeypatch):
     assert train_rows(comparable_rows(tmp_path / "parts"))[-1] == whole_row
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Tests in the background of a script ignore SIGINT, as all jobs do there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_signal_at_any_step_saves_and_the_run_is_resumed(
     world, whole, tmp_path, monkeypatch
 ):  # fmt: skip
@@ -118,6 +128,7 @@ def test_a_signal_at_any_step_saves_and_the_run_is_resumed(
     assert_arrived(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_ends_at_once_but_not_one_that_torchrun_passes_on(monkeypatch):
     monkeypatch.setattr(signals, "RELAY_SECONDS", 3600)
     with Signals() as received:

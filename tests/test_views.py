@@ -232,8 +232,8 @@ def test_fallback_takes_the_largest_centred_crop():
     boxes = plan.crop_boxes(np.arange(3), [0, 0, 0], [1000, 10, 60], [100, 1000, 100])
     assert boxes[0].tolist() == [462, 0, 75, 100]  # too wide: width 100 * 0.75
     assert boxes[1].tolist() == [0, 490, 10, 20]  # too tall: height 10 / 0.5
-    whole = ViewPlan(ViewConfig(crop_scale=(1.5, 2.0)), SEED, 1)
-    assert whole.crop_boxes([0], [0], [100], [90]).tolist() == [[0, 0, 100, 90]]
+    whole = ViewPlan(view_with(crop_ratio=(1.2, 1.3))(crop_scale=(1.0, 1.0)), SEED, 1)
+    assert whole.crop_boxes([0], [0], [100], [80]).tolist() == [[0, 0, 100, 80]]
 
 
 def test_distribution_of_crops():

@@ -188,9 +188,10 @@ def _open_file(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except PermissionError:
+        if not os.path.lexists(path):
+            raise
         raise InputError(
-            f"{path} belongs to another user, or its folder may not be written: remove it if that "
-            f"user's job has ended"
+            f"{path} belongs to another user: remove it if that user's job has ended"
         ) from None
     except OSError as error:
         if error.errno not in _NO_FILE:

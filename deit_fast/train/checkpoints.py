@@ -70,7 +70,11 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         self._require_owned()
-        return save_checkpoint(self.folder, step, state)
+        try:
+            return save_checkpoint(self.folder, step, state)
+        except OSError:
+            self._require_owned()  # says where the folder was moved meanwhile
+            raise
 
     def wait(self) -> None:
         """Return when the last state is on the disk.
