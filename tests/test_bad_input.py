@@ -179,6 +179,11 @@ def test_config_file_with_a_fault(capsys, tmp_path, fault):
     assert words in line and str(path) in line and len(line) < 500
 
 
+def test_a_nul_in_the_name_of_a_config_file(capsys):
+    assert cli.main(["train", "--config", "a\0b"]) == 2
+    assert "is no path: it holds a NUL character" in capsys.readouterr().err
+
+
 def test_config_that_is_no_file(capsys, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path, words in (

@@ -43,6 +43,8 @@ def open_regular(path: str | Path, append: bool = False) -> BinaryIO:
         OSError: names the path.
     """
     access = os.O_WRONLY | os.O_APPEND if append else os.O_RDONLY
+    if "\0" in str(path):
+        raise InputError(f"{printable(path)} is no path: it holds a NUL character")
     try:
         descriptor = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
