@@ -16,7 +16,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -103,8 +103,13 @@ def require_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
+def open_atomically(
+    path: Path, publish: Callable[[Path, Path], None] = os.replace
+) -> Iterator[BinaryIO]:
     """A new file, which replaces ``path``, or what a link there leads to, when the block ends.
+
+    Args:
+        publish: gives the complete file its name; os.link: only if no file has it.
 
     Raises:
         InputError: ``path`` is there and is not a regular file, or is a link to nothing.
@@ -119,7 +124,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)  # before the file is closed, which would release its lock
+            publish(temporary, path)  # before the file is closed, which would release its lock
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
@@ -176,25 +181,10 @@ def require_writable(name: str, path: str | Path, *, is_folder: bool = True) -> 
 def create_atomically(path: Path, content: bytes) -> None:
     """Write a file unless there is one; of several processes that do so at once, one writes.
 
-    Raises:
-        OSError: names ``path``.
+    Raises as ``open_atomically``.
     """
-    temporary = None
-    try:
-        temporary, descriptor = _create_temporary(path)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.link(temporary, path)
-    except FileExistsError:
-        return
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with suppress(FileExistsError), open_atomically(path, os.link) as file:
+        file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
