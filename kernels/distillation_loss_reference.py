@@ -319,6 +319,10 @@ def reference(
 
     Only the total has a gradient, and only for the logits.
     """
-    return _Losses.apply(
-        class_logits, distill_logits, target, teacher, kind, base, reduction, alpha, tau, smoothing
-    )
+    head = class_logits if class_logits is not None else distill_logits
+    assert head is not None
+    with torch.autocast(head.device.type, enabled=False):  # it would make dot products bfloat16
+        return _Losses.apply(
+            class_logits, distill_logits, target, teacher, kind, base, reduction, alpha, tau,
+            smoothing,
+        )  # fmt: skip
