@@ -349,7 +349,9 @@ class OptimConfig:
     clip_grad: Annotated[float, Within(1e-6, 1e6)] | None = None
     """Maximum norm of the gradient. none: no clipping, as in DeiT."""
     ema_decay: ShareBelowOne = 0.99996
-    """Decay of the moving average of the weights. 0 turns it off."""
+    """Decay of the moving average of the weights, the same at every step. 0 turns it off."""
+    ema_warmup: bool = False
+    """Let the decay of the moving average rise from 0 as 1 - (1 + step)^(-2/3), up to ema_decay."""
 
     # Constants, with the values of DeiT's main.py.
     lr_batch: ClassVar[int] = 512  # samples of a step, for which `lr` holds

@@ -26,6 +26,9 @@ _GROUPS: dict[str, Any] = {
 # Settings of earlier versions that model.args has replaced.
 _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
 
+# A run writes all of its settings, a user some. Before optim.ema_warmup all averages warmed up.
+_ALL_RUNS_HAVE = {"lr", "min_lr", "warmup_epochs", "weight_decay", "ema_decay"}
+
 RETIRED: dict[str, Any] = {
     prefix + name: list(value) if isinstance(value, tuple) else value
     for prefix, cls in _GROUPS.items()
@@ -97,6 +100,8 @@ def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
         values["data"] = data | {"loader": loader}
         if loader == "dali-gpu":
             values["data"].pop("dali_decoder")
+    if isinstance(optim, dict) and optim.keys() >= _ALL_RUNS_HAVE and "ema_warmup" not in optim:
+        values["optim"] = optim = optim | {"ema_warmup": bool(optim["ema_decay"])}
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
         lr, samples = OptimConfig(lr=optim["lr"]).lr, optim["lr_batch"]
         if type(samples) is int and 0 < samples < 2**31:

@@ -5,6 +5,10 @@ their repository); "not run" means that this project has not repeated the run. T
 from DeiT's recipe: Mixup/CutMix draw lambda per pair of samples instead of per batch, with the same
 distribution per image, and the learning rate changes every step, not one epoch late. Both are as in
 DeiT's code with `--compat deit`, which excludes a cache.
+
+The moving average of the weights has DeiT's decay, 0.99996, where a recipe does not say otherwise.
+After 300 epochs at batch 1024 that is a mean age of 6.7 % of the run (computed: the share of the
+weights of k steps ago is (1 - d) d^k).
 """
 
 from __future__ import annotations
@@ -128,7 +132,8 @@ def deit_base_distilled_soft() -> RunConfig:
 def deit_base_distilled_1000ep() -> RunConfig:
     """DeiT-B, hard distillation, 1000 epochs: 1002 views of each image, stored as decisions only.
 
-    The `hard` codec takes 2 bytes per view, 2.6 GB for ImageNet; top-16 would take 92 GB.
+    The `hard` codec takes 2 bytes per view, 2.6 GB for ImageNet; top-16 would take 92 GB. The
+    moving average has a mean age of 2.0 % of the run (computed).
 
     Command: as deit_tiny_distilled, with --recipe deit_base_distilled_1000ep.
     Time: not measured yet. Accuracy: published 84.2 %; not run.
@@ -146,6 +151,8 @@ def deit_base_distilled_384() -> RunConfig:
     that is constant at 5e-6 after the usual warm-up from 1e-6, weight decay 1e-8. DeiT's code
     refuses distillation here, but its paper uses it, with a teacher at the same resolution: the
     teacher sees the 384-pixel views. Position embeddings are interpolated when weights are loaded.
+    With DeiT's decay, which its command keeps, the moving average has a mean age of 31.7 % of the
+    run (computed); at 0.9998 it would be 6.7 %.
 
     Command: deit-fast precompute --recipe deit_base_distilled_384 --data.root IMAGENET
     --teacher timm:regnety_160.deit_in1k --cache CACHE384, then
@@ -193,7 +200,8 @@ def deit3_base() -> RunConfig:
     """DeiT-III ViT-B (arXiv 2204.07118): ThreeAugment, BCE, LayerScale, no teacher.
 
     What differs: DeiT-III trains at 192 pixels and fine-tunes 20 epochs at 224; here all 800 epochs
-    are at 224. LayerScale starts at timm's 1e-6, not at 1e-4.
+    are at 224. LayerScale starts at timm's 1e-6, not at 1e-4. The moving average has a mean age of
+    5.0 % of the run (computed).
 
     Command: deit-fast train --recipe deit3_base --data.root IMAGENET
     Time: not measured yet. Accuracy: published 83.8 % (192, then 224 pixels); not run.
@@ -240,7 +248,8 @@ def funmatch_small() -> RunConfig:
 def imagenet_100_small() -> RunConfig:
     """DeiT-S on 100 classes of ImageNet (about 127,000 images), hard distillation.
 
-    The moving average is as long, as a share of the run, as DeiT's on all of ImageNet.
+    The moving average has a mean age of 6.7 % of the run (computed for 127,000 images), as DeiT's
+    on all of ImageNet.
 
     Command: as deit_tiny_distilled, with --recipe imagenet_100_small, --data.root a folder of the
     100 classes and --teacher timm:NAME@FILE, FILE being weights for these classes.
@@ -257,6 +266,7 @@ def cifar_32() -> RunConfig:
 
     Crops keep at least 40 % of the image, held-out images are not cropped; statistics are those of
     CIFAR-10's training images. Images are files: root/train/<class>/*.png and root/val likewise.
+    The moving average has a mean age of 6.9 % of the run (computed for 50,000 images).
 
     Command: as deit_tiny_distilled, with --recipe cifar_32, --data.root such a folder and
     --teacher package.module:factory@FILE, a network for 32-pixel images.

@@ -34,7 +34,7 @@ from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
 from deit_fast.train.optim import learning_rate
-from deit_fast.train.state import create_state, resume, roll_back
+from deit_fast.train.state import create_state, find_checkpoint, resume, roll_back, settle
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
 from deit_fast.views.deit_order import DeitBatches
@@ -136,7 +136,7 @@ class _Run:
 
         # -- step, which may refuse the settings, before anything is written --------------------
         is_changed = bool(config.accept_change and found)
-        self.config = config = config.replace(accept_change=())  # accepted for this start alone
+        self.config = config = self.config.replace(accept_change=())  # for this start alone
         state = self.state
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
@@ -190,7 +190,9 @@ class _Run:
 
     def _prepare(self, resources: ExitStack) -> str:
         """Data, teacher, and the state at step 0 or from a checkpoint, whose name it returns."""
-        config, device, group = self.config, self.device, self.group
+        device, group = self.device, self.group
+        checkpoint = find_checkpoint(self.config)
+        self.config = config = settle(self.config, checkpoint)
 
         # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
@@ -214,14 +216,16 @@ class _Run:
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
         self.state = create_state(config, len(self.source.classes), device)
         self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
-        found = resume(config, self.state)
+        if checkpoint is None:
+            return ""
+        resume(config, self.state, checkpoint)
         if self.state.step > len(self.batches):
             raise InputError(
-                f"{self.checkpoints / found} is of step {self.state.step}, but with "
+                f"{checkpoint.path} is of step {self.state.step}, but with "
                 f"{self.source.num_samples} training images the run has only {len(self.batches)} "
                 f"steps: restore the data, or choose another --output"
             )
-        return found
+        return checkpoint.path.name
 
     # -----------------------------------------------------------------------------------------
     # Steps

@@ -102,6 +102,25 @@ def scale_in_update(optimizer: torch.optim.Optimizer, total_norm: Tensor, max_no
     fused.grad_scale = ((total_norm + 1e-6) / max_norm).clamp(min=1.0)
 
 
+def create_average(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
+    """The moving average of the weights; None where ``ema_decay`` is 0.
+
+    As in timm's trainer, it is a copy of the weights after the first step. Weights and buffers in
+    bfloat16 or float16 are averaged in float32: a share of 4e-5 is lost in their rounding.
+    """
+    if not config.ema_decay:
+        return None
+    # timm's trainer counts steps from 1. Runs of earlier versions, all with warm-up, count from 0.
+    first = 0 if config.ema_warmup else -1
+    ema = ModelEmaV3(
+        model, decay=config.ema_decay, use_warmup=config.ema_warmup, update_after_step=first
+    )
+    for tensor in (*ema.module.parameters(), *ema.module.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
+    return ema
+
+
 class Average:
     """Updates a ModelEmaV3 in one launch for many tensors.
 
@@ -115,13 +134,18 @@ class Average:
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._values = [value for average, value in pairs if average.is_floating_point()]
         self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._casts = any(average.dtype != value.dtype for average, value in pairs)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the model's weights by timm's factor for this step."""
         weight = 1.0 - self.ema.get_decay(step)
+        values = self._values
+        if self._casts:
+            pairs = zip(self._averages, values, strict=True)
+            values = [value.to(average.dtype) for average, value in pairs]
         if self._averages:
-            torch._foreach_lerp_(self._averages, self._values, weight=weight)
+            torch._foreach_lerp_(self._averages, values, weight=weight)
         for average, value in self._others:
             average.copy_(value)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -23,7 +25,7 @@ from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.train.checkpoints import list_checkpoints, load_newest
 from deit_fast.train.identity import require_same
-from deit_fast.train.optim import create_optimizer
+from deit_fast.train.optim import create_average, create_optimizer
 
 log = logging.getLogger("deit_fast")
 
@@ -114,10 +116,9 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
         identity["model.weights"] = digest_state(weights)
         start_from(model, weights, config.model.weights)
     model.to(device).train()
-    decay = config.optim.ema_decay
-    ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+    average = create_average(model, config.optim)
     optimizer = create_optimizer(model, config.optim, config.compat)
-    return TrainState(model, ema, optimizer, identity=identity)
+    return TrainState(model, average, optimizer, identity=identity)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,26 +126,66 @@ def create_state(config: RunConfig, num_classes: int, device: torch.device) -> T
 # ---------------------------------------------------------------------------------------------
 
 
-def resume(config: RunConfig, state: TrainState) -> str:
-    """Restore the newest checkpoint in the run's folder; returns its name, "" if there is none.
+class Checkpoint(NamedTuple):
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    saved: dict[str, Any]  # of ``TrainState.to_checkpoint``
+    settings: dict[str, Any]  # of its run, as ``to_dict``
+
+
+def find_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """The newest checkpoint in the run's folder, or None.
 
     Raises:
-        InputError: the folder has a checkpoint and ``--no-resume`` was given, or the checkpoint
-            belongs to another configuration, or the run is made of something else than
-            ``state.identity`` (names all that differs with both values).
+        InputError: there is one and ``--no-resume`` was given, or it is none of a run.
     """
     folder = Path(config.output) / "checkpoints"
     if not config.resume:
         if list_checkpoints(folder):
             raise InputError(f"--no-resume, but {folder} has checkpoints: choose another --output")
-        return ""
+        return None
     found = load_newest(folder)
     if found is None:
-        return ""
+        return None
     path, saved = found
+    with _named(path):
+        return Checkpoint(path, saved, from_earlier(json.loads(saved["config"])))
+
+
+def settle(config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+    """``config`` with what the checkpoint of its run decides.
+
+    A moving average that warms up goes on doing so, as in all runs of earlier versions.
+    """
+    if checkpoint is None:
+        return config
+    with _named(checkpoint.path):
+        warms_up = checkpoint.settings["optim"].get("ema_warmup", False) is True
+    if not warms_up or config.optim.ema_warmup or not config.optim.ema_decay:
+        return config
+    log.info("%s: its moving average goes on with optim.ema_warmup, as begun", checkpoint.path)
+    return config.replace(optim={"ema_warmup": True})
+
+
+def resume(config: RunConfig, state: TrainState, checkpoint: Checkpoint) -> None:
+    """Restore a checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to another configuration, or the run is made of something
+            else than ``state.identity`` (names all that differs with both values).
+    """
+    with _named(checkpoint.path):
+        _require_same_run(checkpoint, config, state.identity)
+        state.restore(checkpoint.saved)
+    log.info("resuming from %s, step %d", checkpoint.path, state.step)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file where its content is not that of a checkpoint."""
     try:
-        _require_same_run(path, saved, config, state.identity)
-        state.restore(saved)
+        yield
     except InputError:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -152,8 +193,6 @@ def resume(config: RunConfig, state: TrainState) -> str:
             raise
         reason = printable(first_line(error, with_type=True))
         raise InputError(f"{path} is no checkpoint of a run ({reason}): remove it") from None
-    log.info("resuming from %s, step %d", path, state.step)
-    return path.name
 
 
 def roll_back(folder: Path, state: TrainState) -> bool:
@@ -165,11 +204,11 @@ def roll_back(folder: Path, state: TrainState) -> bool:
 
 
 def _require_same_run(
-    path: Path, saved: dict[str, Any], config: RunConfig, identity: dict[str, Any]
-) -> None:
+    checkpoint: Checkpoint, config: RunConfig, identity: dict[str, Any]
+) -> None:  # fmt: skip
+    path, saved = checkpoint.path, checkpoint.saved
     facts = json.loads(saved["identity"]) if "identity" in saved else None
-    earlier = from_earlier(json.loads(saved["config"]))
-    differing = _differences(earlier, json.loads(json.dumps(to_dict(config))))
+    differing = _differences(checkpoint.settings, json.loads(json.dumps(to_dict(config))))
     if facts is not None:
         differing.pop("model.weights", None)  # a path; its content is one of the facts
     if differing:
