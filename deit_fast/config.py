@@ -323,6 +323,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_all(self, "loss.")
 
+    @property
+    def trained_head(self) -> str:
+        """Which of two heads this loss trains, both, class or distillation: a part of weight 0
+        trains none."""
+        if self.kind == "none" or self.alpha == 0:
+            return "class"
+        return "distillation" if self.alpha == 1 else "both"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

@@ -120,13 +120,13 @@ def test_a_high_temperature_makes_the_probabilities_of_a_sample_uniform() -> Non
         )
 
 
-def test_the_sums_of_logits_and_of_softmax_can_decide_differently() -> None:
+def test_the_means_of_logits_and_of_softmaxes_can_decide_differently() -> None:
     one, two = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[-30.0, 1.0, 0.9]])
     found = student_values(one, two)
     decisions = {k.split(".")[1]: v.item() for k, v in found.items() if k.startswith("decision")}
-    assert decisions == {"class": 0, "distillation": 1, "sum_logits": 1, "sum_softmax": 0}
+    assert decisions == {"class": 0, "distillation": 1, "mean_logits": 1, "mean_softmax": 0}
     p = one.softmax(1)[0].tolist(), two.softmax(1)[0].tolist()
-    assert found["confidence.sum_softmax"].item() == pytest.approx((p[0][0] + p[1][0]) / 2)
+    assert found["confidence.mean_softmax"].item() == pytest.approx((p[0][0] + p[1][0]) / 2)
     cosine = sum(a * b for a, b in zip(*p, strict=True)) / math.prod(math.hypot(*q) for q in p)
     assert found["probability_cosine"].item() == pytest.approx(cosine)
 
@@ -372,7 +372,7 @@ def test_accuracy_is_what_evaluate_measures(world: Path, found: dict[str, dict])
             assert accuracy["distillation"] == pytest.approx(measured["top1_distill"], abs=1e-6)
     softmax = decide(world, "soft")["softmax"] == held_out(world)[1]
     expected = softmax.float().mean().item()
-    assert found["soft"]["accuracy"]["sum_softmax"] == pytest.approx(expected, abs=1e-6)
+    assert found["soft"]["accuracy"]["mean_softmax"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_disagreement_counts_every_pair(world: Path, found: dict[str, dict]) -> None:
@@ -523,7 +523,7 @@ def test_max_images_and_sample_select_images(world: Path, found: dict[str, dict]
     ids = [60 * i // 7 for i in range(7)]
     right = decide(world, "part")["both"][ids] == held_out(world)[1][ids]
     assert part["images"] == 7 and part["held_out"] == 60
-    assert part["accuracy"]["sum_logits"] == pytest.approx(right.float().mean().item())
+    assert part["accuracy"]["mean_logits"] == pytest.approx(right.float().mean().item())
     assert part["teacher"]["sample"]["id"] == 33
     assert [row["id"] for row in part["attention"]["samples"]] == [33, 0]
     assert {p.name for p in (run / "analysis").glob("*.png")} == {
@@ -578,7 +578,7 @@ def test_observations_are_counted(world: Path, found: dict[str, dict]) -> None:
     assert claims[1]["differences"] == pytest.approx(closer)
     assert claims[1]["holds"] == sum(value > 0 for value in closer.values())
     more = {
-        str(world / n): found[n]["accuracy"]["sum_logits"] - found["none"]["accuracy"]["class"]
+        str(world / n): found[n]["accuracy"]["mean_logits"] - found["none"]["accuracy"]["class"]
         for n in ("hard", "soft")
     }
     assert claims[0]["differences"] == pytest.approx(more)
@@ -604,7 +604,7 @@ def test_terminal_table_and_report_show_the_figures(
         if not (world / name / "result.json").exists():
             (world / name / "result.json").write_text("{}")
     page = build_report([world / "none", world / "hard"], "t")
-    assert f"{100 * found['hard']['accuracy']['sum_softmax']:.2f} %" in page
+    assert f"{100 * found['hard']['accuracy']['mean_softmax']:.2f} %" in page
     assert page.count("data:image/png") == 2
 
 

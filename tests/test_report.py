@@ -258,6 +258,31 @@ def test_the_analysis_is_shown(tmp_path: Path) -> None:
     assert "Effect of the temperature" not in words(build_report(runs[:1], "t"))
 
 
+def test_an_earlier_run_is_shown_without_its_untrained_head(tmp_path: Path, caplog) -> None:
+    """Earlier versions averaged both heads whatever the loss trained."""
+    heads = {"top1_class": 0.88, "top1_distill": 0.0265}
+    run = make_run(tmp_path / "plain", "none", 0.642, loss=1.445, ema_top1=0.61, **heads)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | heads if row["kind"] == "eval" else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    add_analysis(run)
+    page = build_report([run], "t")
+    text = words(page)
+    assert "Highest top-1 accuracy 88.00 %" in text and "plain: 88 % at epoch 3" in page
+    for absent in ("64.20 %", "2.65 %", "61.00 %", "86.25 %", "class head", "per class"):
+        assert absent not in text, absent
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "shown are the figures of the class head alone" in said[0]
+    assert "its means have an untrained head; run `deit-fast analyze` again" in said[1]
+    make_run(tmp_path / "hard", "hard", 0.642, **heads)
+    assert "64.20 %" in words(build_report([tmp_path / "hard"], "t"))
+
+
+def test_earlier_analyses_called_the_mean_a_sum(tmp_path: Path) -> None:
+    text = words(build_report([add_analysis(make_run(tmp_path / "a"))], "t"))
+    assert "mean of logits, top-1 86.25 %" in text and "sum of" not in text
+
+
 def test_a_teacher_of_several_runs_is_shown_once(tmp_path: Path) -> None:
     runs = [add_analysis(make_run(tmp_path / name)) for name in ("a", "b")]
     page = build_report(runs, "t")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.padded_head import pad_heads
+
+log = logging.getLogger("deit_fast")
 
 # Factories of this package, which a file may name like a timm model.
 _OWN_FACTORIES = ("deit_fast.models.convnet:small_convnet",)
@@ -40,6 +43,43 @@ def require_no_code(spec: str, given: Sequence[str], where: str, flag: str) -> N
         )
 
 
+class OneHeadTrained(VisionTransformerDistilled):
+    """A distilled transformer of whose two heads only one was trained.
+
+    In evaluation mode ``model(x)`` returns that head's logits alone, and not the mean with those of
+    a head that is still random. In training mode it returns both, as timm's class.
+    """
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Any:
+        if self.training and not pre_logits:
+            return super().forward_head(x)
+        index, head = _TRAINED[trained_head(self)]
+        return x[:, index] if pre_logits else getattr(self, head)(x[:, index])
+
+
+_TRAINED = {"class": (0, "head"), "distillation": (1, "head_dist")}  # its token and its name
+
+
+def keep_trained_head(model: nn.Module, head: str) -> None:
+    """Make evaluation use one head of a distilled transformer, which must not be fused yet.
+
+    Args:
+        head: "class" or "distillation"; "both", like a model without two heads, changes nothing.
+    """
+    if head == "both" or not isinstance(model, VisionTransformerDistilled):
+        return
+    if head not in _TRAINED:
+        raise InputError(f"the trained head must be class, distillation or both, not {head!r}")
+    model.trained_head = head  # type: ignore[assignment]
+    if type(model) is VisionTransformerDistilled:  # a subclass decides what model(x) returns
+        model.__class__ = OneHeadTrained
+
+
+def trained_head(model: nn.Module) -> str:
+    """The head of a distilled transformer that is evaluated alone; "both": their mean."""
+    return str(getattr(model, "trained_head", "both"))
+
+
 def create_student(
     name: str,
     num_classes: int,
@@ -51,13 +91,14 @@ def create_student(
     residual: str = "float32",
     kernels: tuple[str, ...] | None = None,
     pad_head: bool = False,
+    trained_head: str = "both",
     **args: Any,
 ) -> nn.Module:
     """Build a model to train, with random weights.
 
     Distilled transformers return ``(class_logits, distill_logits)`` in training mode and the mean
-    of both in evaluation mode (DeiT, section 4). State dicts of facebookresearch/deit load
-    unchanged.
+    of both in evaluation mode (DeiT, section 4), or one of them, see ``trained_head``. State dicts
+    of facebookresearch/deit load unchanged.
 
     Args:
         name: a timm model name, or ``package.module:factory``. A factory takes ``num_classes`` and
@@ -70,6 +111,8 @@ def create_student(
         residual: "float32" or "bfloat16", see ``fuse``; "bfloat16" needs ``fused``.
         kernels: see ``fuse``; None: the default of this machine's GPU. Others need ``fused``.
         pad_head: align the rows of the logits to 16 bytes, see ``pad_heads``.
+        trained_head: "class" or "distillation": the only head of a distilled transformer that the
+            loss trains. In evaluation mode the model returns its logits. Others ignore it.
         args: arguments of timm's transformer, such as ``depth``, in place of the named model's.
 
     Raises:
@@ -88,7 +131,9 @@ def create_student(
         raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
     if is_factory:
         _refuse({**fuse_options, "pad_head": pad_head}, f"a timm model, not {name!r}")
-        return build_from_factory(name, num_classes)
+        model = build_from_factory(name, num_classes)
+        keep_trained_head(model, trained_head)
+        return model
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if is_transformer:
         arguments["img_size"] = img_size
@@ -98,6 +143,7 @@ def create_student(
     model = timm.create_model(name, pretrained=False, **arguments, **args)
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
+        keep_trained_head(model, trained_head)
     if pad_head:
         pad_heads(model)
     if fused and isinstance(model, VisionTransformer):
@@ -176,11 +222,20 @@ def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
 
 
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
-    """The student that a run's configuration names, with random weights."""
+    """The student that a run's configuration names, with random weights.
+
+    Of two heads it evaluates those that the run's loss trains; one line says where that is one.
+    """
     options = dataclasses.asdict(config.model)
     del options["weights"], options["args"]
     options |= config.model.timm_arguments()
-    return create_student(num_classes=num_classes, img_size=config.view.image_size, **options)
+    options |= {"img_size": config.view.image_size, "trained_head": config.loss.trained_head}
+    model = create_student(num_classes=num_classes, **options)
+    if (head := trained_head(model)) != "both":
+        loss = config.loss
+        setting = "kind=none" if loss.kind == "none" else f"alpha={loss.alpha:g}"
+        log.info("loss.%s trains the %s head alone: evaluation leaves the other out", setting, head)
+    return model
 
 
 def forward_heads(
@@ -195,11 +250,15 @@ def forward_heads(
         images: float [B, 3, S, S], normalised.
 
     Returns:
-        Two tensors [B, C]; the second is None for a model with one head.
+        Two tensors [B, C]; the second is None for a model with one head. In evaluation mode also
+        for one with one *trained* head, whose logits the first is then.
     """
     if not isinstance(model, VisionTransformerDistilled):
         return model(images), None
     if model.training:
         return model(images)
     tokens = head_tokens(model, images)
+    if (only := trained_head(model)) != "both":
+        index, head = _TRAINED[only]
+        return getattr(model, head)(tokens[:, index]), None
     return model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])

@@ -12,9 +12,10 @@ from torch import nn
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import default_kernels, fuse
-from deit_fast.models.student import build_from_factory
-from deit_fast.models.weights import digest_weights, fit_weights, load_weights
+from deit_fast.models.student import build_from_factory, keep_trained_head, trained_head
+from deit_fast.models.weights import digest_weights, fit_weights, load_weights, read_metadata
 from deit_fast.runtime.distributed import has_bf16
+from deit_fast.runtime.weights_header import HEAD_KEY
 
 
 class Teacher(nn.Module):
@@ -103,13 +104,14 @@ class Teacher(nn.Module):
 
     def fingerprint(self) -> dict[str, object]:
         """What its logits depend on, as flat JSON values for a cache's manifest."""
+        head = trained_head(self.model)
         return {
             "teacher.spec": self.spec,
             "teacher.weights_sha256": digest_weights(self.model),
             "teacher.num_classes": self.num_classes,
             "teacher.mean": list(self.mean),
             "teacher.std": list(self.std),
-        }
+        } | ({} if head == "both" else {"teacher.head": head})
 
     def _count_classes(self) -> int:
         declared = getattr(self.model, "num_classes", None)
@@ -153,6 +155,8 @@ def load_teacher(
         if weights:
             fit_weights(model, load_weights(weights), weights)
         mean, std = getattr(model, "mean", input_mean), getattr(model, "std", input_std)
+    if weights.endswith(".safetensors"):
+        keep_trained_head(model, read_metadata(weights).get(HEAD_KEY, "both"))
     return Teacher(model, name, mean=mean, std=std, input_mean=input_mean, input_std=input_std)
 
 

@@ -9,6 +9,7 @@ from deit_fast.runtime.files import open_regular, parse_object
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"  # in the run's folder
 DIGEST_KEY = "digest"  # in `__metadata__`: SHA-256 over names and values of all tensors
+HEAD_KEY = "trained_head"  # there too: class or distillation, where a run trained one of two heads
 _MAX_HEADER_BYTES = 1 << 27
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deit_fast.config import LossConfig
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import read_file, read_json
 from deit_fast.runtime.metrics import METRICS, read_metrics
@@ -65,15 +66,23 @@ def read_run(path: Path, name: str, index: int) -> Run:
     if not path.is_dir():
         raise InputError(f"run folder {path} does not exist")
     result = read_object(path / "result.json")
+    config = read_object(path / "config.json")
     rows = _read_rows(path / METRICS, result.get("metrics"))
+    head = _trained_head(config)
+    if head != "both" and "top1_distill" in result:
+        log.warning(
+            "%s is of an earlier version, whose mean has an untrained head: shown are the figures "
+            "of the %s head alone", printable(path), head,
+        )  # fmt: skip
+        result, *rows = [_of_one_head(row, head) for row in (result, *rows)]
     samples, folder = path / "samples.png", path / ANALYSIS_FOLDER
     weights = _read_weights(path, result.get("weights"))
-    analysis = _read_analysis(folder / ANALYSIS_FILE, weights)
+    analysis = _read_analysis(folder / ANALYSIS_FILE, weights, head)
     pictures = [row["picture"] for row in analysis.get("attention", {}).get("samples", [])]
     return Run(
         index=index,
         name=printable(name),
-        config=_printable(read_object(path / "config.json")),
+        config=_printable(config),
         result=_printable(result),
         analysis=_printable(analysis),
         train=[_printable(row) for row in rows if row["kind"] == "train"],
@@ -118,8 +127,25 @@ def _read_weights(run: Path, known: object) -> dict[str, str | None]:
     return weights
 
 
-def _read_analysis(path: Path, weights: Mapping[str, str | None]) -> dict[str, Any]:
-    """Content of analysis.json, empty with a warning where it is of other weights."""
+def _trained_head(config: dict[str, Any]) -> str:
+    """``LossConfig.trained_head`` of a file that may be of another version, or damaged."""
+    loss = config.get("loss")
+    known = {key: loss[key] for key in ("kind", "alpha") if key in loss} if loss else {}
+    return LossConfig(**known).trained_head
+
+
+def _of_one_head(row: dict[str, Any], head: str) -> dict[str, Any]:
+    """A result or a row of the log without what a head that was not trained has a part in."""
+    own = row.get("top1_class" if head == "class" else "top1_distill")
+    if own is None:
+        return row
+    mixed = ("top1_class", "top1_distill", "loss", "per_class", "ema_top1", "best_top1")
+    return {key: value for key, value in row.items() if key not in mixed} | {"top1": own}
+
+
+def _read_analysis(path: Path, weights: Mapping[str, str | None], head: str) -> dict[str, Any]:
+    """Content of analysis.json, empty with a warning where it is of other weights, or where an
+    earlier version has analysed a head that was not trained."""
     if not os.path.lexists(path):
         return {}
     analysis = read_object(path)
@@ -135,7 +161,23 @@ def _read_analysis(path: Path, weights: Mapping[str, str | None]) -> dict[str, A
             "%s is left out: it is of other weights; run `deit-fast analyze` again", printable(path)
         )
         return {}
+    _rename_means(analysis)
+    if head != "both" and "mean_logits" in analysis.get("accuracy", {}):
+        log.warning(
+            "%s is left out: its means have an untrained head; run `deit-fast analyze` again",
+            printable(path),
+        )
+        return {}
     return analysis
+
+
+def _rename_means(analysis: dict[str, Any]) -> None:
+    """Earlier versions called the mean of logits, and that of softmaxes, their sum."""
+    names = {"sum_logits": "mean_logits", "sum_softmax": "mean_softmax"}
+    for part in ("accuracy", "calibration"):
+        if isinstance(values := analysis.get(part), dict):
+            analysis[part] = {names.get(name, name): value for name, value in values.items()}
+    analysis["main"] = names.get(str(analysis.get("main")), analysis.get("main"))
 
 
 def _read_png(path: Path) -> bytes:

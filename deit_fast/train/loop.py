@@ -20,6 +20,7 @@ from deit_fast.data.open import open_loader, open_source, require_trained_classe
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
+from deit_fast.models.student import trained_head
 from deit_fast.models.weights import digest_state, save_weights
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
@@ -29,7 +30,7 @@ from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
-from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, MODEL_FILE
+from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, HEAD_KEY, MODEL_FILE
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
@@ -521,6 +522,8 @@ class _Run:
         weights = model.state_dict()
         digest = digest_state(weights)
         facts = {"identity": json.dumps(self.state.identity), DIGEST_KEY: digest}
+        if (head := trained_head(model)) != "both":
+            facts[HEAD_KEY] = head
         save_weights(self.output / name, weights, facts)
         return digest
 

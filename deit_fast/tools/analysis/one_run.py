@@ -24,7 +24,7 @@ from deit_fast.config import RunConfig
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.evaluate import build_eval_loader, load_run, warn_of_substitutes
-from deit_fast.models.student import forward_heads, require_no_code
+from deit_fast.models.student import forward_heads, require_no_code, trained_head
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
@@ -64,7 +64,8 @@ class OpenRun:
     @property
     def main(self) -> str:
         """The classifier whose accuracy ``evaluate`` reports."""
-        return "sum_logits" if "decision.sum_logits" in self.student else "class"
+        names = ("mean_logits", "class", "distillation")
+        return next(name for name in names if f"decision.{name}" in self.student)
 
     def right(self, classifier: str) -> Tensor:
         """Whether each decision is the label, bool [N]."""
@@ -235,8 +236,8 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
     """Fill in ``student`` and ``taught`` of a run by one pass over its images.
 
     Tables of [N] values. The student's: `labels`, `decision.X` and `confidence.X` for its
-    classifiers X (`class`, and with two heads `distillation`, `sum_logits`, `sum_softmax`),
-    `probability_cosine`, `cosines` [N, layers]. The teacher's: `decision`, `confidence`, `entropy`
+    classifiers X (see ``student_values``), and with two heads `probability_cosine` and `cosines`
+    [N, layers]. The teacher's: `decision`, `confidence`, `entropy`
     [N, T], `mass` [N, T, K]; they are taken from an earlier run with equal teacher and images. The
     forward, its precision and the mean of the heads are those of ``evaluate``.
 
@@ -253,7 +254,8 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
     with recorded_cosines(run.model) as cosines, bar:
         for images, labels, _ in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-                values = {"labels": labels, **student_values(*forward_heads(run.model, images))}
+                heads = forward_heads(run.model, images)
+            values = {"labels": labels, **student_values(*heads, only=trained_head(run.model))}
             if cosines:
                 values["cosines"] = torch.stack(cosines, dim=1)
                 cosines.clear()
@@ -287,20 +289,25 @@ def _join(batches: list[Values], what: str) -> Values:
     return joined
 
 
-def student_values(class_logits: Tensor, distill_logits: Tensor | None) -> Values:
-    """Decisions and confidences of the heads and their sums, from logits [B, C]."""
+def student_values(
+    class_logits: Tensor, distill_logits: Tensor | None, only: str = "both"
+) -> Values:
+    """Decisions and confidences of the heads and of their means, from logits [B, C].
+
+    Classifiers: with two heads `class`, `distillation`, `mean_logits` (as ``evaluate`` and DeiT's
+    code) and `mean_softmax` (as DeiT's paper); with one `class`, or as ``only`` names it.
+    """
     class_probs = class_logits.float().softmax(1)
-    values = _decide("class", class_logits, class_probs)
     if distill_logits is None:
-        return values
+        return _decide("class" if only == "both" else only, class_logits, class_probs)
     probs = distill_logits.float().softmax(1)
-    mean = (class_logits + distill_logits) / 2  # decides as the sum does, and as ``evaluate``
+    mean = (class_logits + distill_logits) / 2
     both = (class_probs + probs) / 2
     return {
-        **values,
+        **_decide("class", class_logits, class_probs),
         **_decide("distillation", distill_logits, probs),
-        **_decide("sum_logits", mean, mean.float().softmax(1)),
-        **_decide("sum_softmax", both, both),
+        **_decide("mean_logits", mean, mean.float().softmax(1)),
+        **_decide("mean_softmax", both, both),
         "probability_cosine": F.cosine_similarity(class_probs, probs, dim=1),
     }
 

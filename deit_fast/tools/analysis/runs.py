@@ -130,10 +130,14 @@ def describe(
         },
         "main": run.main,
     }
-    if "cosines" in student:
-        found |= _tokens_and_heads(run)
-    else:
+    if "cosines" not in student:
         left_out["tokens"] = left_out["heads"] = "the student has no distillation token"
+    else:
+        found["tokens"] = _tokens(run)
+        if run.main == "mean_logits":
+            found["heads"] = _heads(run)
+        else:
+            left_out["heads"] = f"training used the {run.main} head alone"
     if run.teacher is not None:
         right = run.taught["decision"] == student["labels"]
         found["teacher"] = {
@@ -159,20 +163,20 @@ def _mean(flags: Tensor) -> float:
     return flags.double().mean().item()
 
 
-def _tokens_and_heads(run: OpenRun) -> dict[str, Any]:
-    student = run.student
-    names = tokens.layer_names(run.model)
-    layers = zip(names, student["cosines"].unbind(1), strict=True)
+def _tokens(run: OpenRun) -> dict[str, Any]:
+    layers = zip(tokens.layer_names(run.model), run.student["cosines"].unbind(1), strict=True)
     return {
-        "tokens": {
-            "learned": tokens.learned_cosine(run.model),
-            "layers": [{"name": name, **measures.spread(values)} for name, values in layers],
-        },
-        "heads": {
-            "weight_cosine": measures.spread(tokens.head_cosines(run.model)),
-            "agreement": _mean(student["decision.class"] == student["decision.distillation"]),
-            "probability_cosine": measures.spread(student["probability_cosine"]),
-        },
+        "learned": tokens.learned_cosine(run.model),
+        "layers": [{"name": name, **measures.spread(values)} for name, values in layers],
+    }
+
+
+def _heads(run: OpenRun) -> dict[str, Any]:
+    student = run.student
+    return {
+        "weight_cosine": measures.spread(tokens.head_cosines(run.model)),
+        "agreement": _mean(student["decision.class"] == student["decision.distillation"]),
+        "probability_cosine": measures.spread(student["probability_cosine"]),
     }
 
 
@@ -183,9 +187,9 @@ def _decisions(run: OpenRun, plain: OpenRun | None) -> dict[str, Tensor]:
         decisions["teacher"] = run.taught["decision"]
     if plain is not None:
         decisions["undistilled"] = plain.student[f"decision.{plain.main}"]
-    names = {"class": "class", "distillation": "distillation", "both": "sum_logits"}
-    if run.main == "class":
-        names = {"student": "class"}
+    names = {"class": "class", "distillation": "distillation", "both": "mean_logits"}
+    if run.main != "mean_logits":
+        names = {"student": run.main}
     return decisions | {name: run.student[f"decision.{key}"] for name, key in names.items()}
 
 

@@ -68,8 +68,8 @@ Figure = tuple[str, str, Callable[[Any], str]]  # name, key of an analysis, form
 CLASSIFIERS = {
     "class": "class head",
     "distillation": "distillation head",
-    "sum_logits": "sum of logits",
-    "sum_softmax": "sum of softmax",
+    "mean_logits": "mean of logits",
+    "mean_softmax": "mean of softmaxes",
 }
 CLASSIFIER_FIGURES: list[Figure] = [
     ("held-out images", "images", count),

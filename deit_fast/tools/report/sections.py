@@ -31,7 +31,7 @@ from deit_fast.tools.report.charts import (
 from deit_fast.tools.run_folder import Run
 
 LARGEST = 1e100  # of a number that is shown: sums and axes of larger ones overflow
-RELIABILITY_CURVES = {"class": "class", "distillation": "distillation", "sum_logits": "sum"}
+RELIABILITY_CURVES = {"class": "class", "distillation": "distillation", "mean_logits": "mean"}
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def tokens(runs: list[Run]) -> dict[str, Any] | None:
 
 
 def classifiers(runs: list[Run]) -> dict[str, Any] | None:
-    """Accuracy and calibration of heads, their sums and the teacher; reliability curves."""
+    """Accuracy and calibration of heads, their means and the teacher; reliability curves."""
     if not runs:
         return None
     charts = [_reliability(run) for run in runs]
