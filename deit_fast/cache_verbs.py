@@ -45,6 +45,9 @@ def info(
         ("views", f"{len(facts['complete_views'])} complete of {len(facts['views'])}"),
         ("size", size_text(facts["bytes"])),
     ]
+    if "teacher.columns" in facts["fingerprint"]:
+        outputs = facts["fingerprint"]["teacher.num_classes"]
+        rows.insert(2, ("classes", f"{codec['num_classes']} of the teacher's {outputs}"))
     if broken:
         names = ", ".join(row["file"] for row in broken)
         rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
@@ -77,6 +80,7 @@ def verify(
     /,
     *,
     teacher: str | None = None,
+    teacher_classes: str | None = None,
     data_root: str | None = None,
     samples: Count = 64,
     threshold: Rate = 1e-3,
@@ -91,6 +95,7 @@ def verify(
     Args:
         path: Folder of the cache.
         teacher: The teacher that wrote it, with its weights; needs --data-root.
+        teacher_classes: File with a line for each output of the teacher, as for `precompute`.
         data_root: Image folder that it was made from.
         samples: Number of records to recompute.
         threshold: Allowed difference in log-probability beyond the codec's rounding, in nats.
@@ -118,7 +123,7 @@ def verify(
         from deit_fast.tools.verify_against_teacher import verify_against_teacher
 
         again = verify_against_teacher(
-            path, teacher, DataConfig(root=data_root, workers=0),
+            path, teacher, DataConfig(root=data_root, workers=0), teacher_classes=teacher_classes,
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
         worst = again["worst"]

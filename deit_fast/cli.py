@@ -169,6 +169,7 @@ def analyze(
     /,
     *,
     teacher: str | None = None,
+    teacher_classes: str | None = None,
     data_root: str | None = None,
     ema: bool = False,
     model: str | None = None,
@@ -187,6 +188,7 @@ def analyze(
         runs: Folders of the runs.
         teacher: The runs' teacher with its weights; none: the one that each run names, if it is of
             timm.
+        teacher_classes: File with a line for each output of the teacher, as for `precompute`.
         data_root: Image folder to measure on; none: the runs'.
         ema: Use the moving average of the weights.
         model: The runs' model, where it is `package.module:factory`: the file of a run does not
@@ -208,8 +210,9 @@ def analyze(
     from deit_fast.tools.run_folder import short_names
 
     results = measure(
-        list(runs), teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
-        sample=sample, maps=maps, device=device, models=[model] if model else [],
+        list(runs), teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
+        ema=ema, max_images=max_images, sample=sample, maps=maps, device=device,
+        models=[model] if model else [],
     )  # fmt: skip
     if out is not None:
         write_summary(results, out)

@@ -424,6 +424,9 @@ class RunConfig:
     teacher_batch: Count = 256
     """Views per teacher call in `precompute`. All processes use it, so that the cache's bytes do
     not depend on their number."""
+    teacher_classes: str | None = None
+    """File with a line for each output of the teacher: the name of the data's class that it stands
+    for, or any other text. none: the names in the teacher's weights, or ImageNet's synsets."""
     cache: str | None = None
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
     log_every: Count = 50

@@ -252,7 +252,7 @@ def imagenet_100_small() -> RunConfig:
     on all of ImageNet.
 
     Command: as deit_tiny_distilled, with --recipe imagenet_100_small, --data.root a folder of the
-    100 classes and --teacher timm:NAME@FILE, FILE being weights for these classes.
+    100 classes and --teacher timm:NAME@FILE. Of weights for all 1000 classes the 100 are selected.
     Time: not measured yet. Accuracy: none published; not run.
     """
     recipe = "imagenet_100_small"

@@ -374,8 +374,8 @@ HARMLESS: dict[str, Any] = {
     "profile_steps": 1, "track": ["tensorboard"], "compile": "none",
 }  # fmt: skip
 ROUNDING = {"accumulate": 2}
-GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "cache", "data.root",
-         "model.weights"}  # fmt: skip
+GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "teacher_classes", "cache",
+         "data.root", "model.weights"}  # fmt: skip
 # Refused before the checkpoint is read: they need other settings, a GPU, or other initial weights.
 EARLIER = {"check_teacher_every", "cuda_graphs", "compat", "model.name", "model.args"}
 OTHER: dict[str, Any] = {

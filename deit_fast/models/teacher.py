@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -13,6 +16,7 @@ from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.student import build_from_factory, keep_trained_head, trained_head
+from deit_fast.models.teacher_classes import choose_columns, imagenet_synsets, read_class_file
 from deit_fast.models.weights import digest_weights, fit_weights, load_weights, read_metadata
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.weights_header import HEAD_KEY
@@ -26,13 +30,15 @@ class Teacher(nn.Module):
 
     Attributes:
         spec: the spec it was built from, without the path of the weights.
-        num_classes: classes C of its logits.
+        class_names: of its network's outputs, where its weights say them.
+        num_classes: classes C of its logits: the outputs of its network, or those selected.
         mean, std: channel statistics that its network expects, in units of 255.
         is_fused: whether it runs on this package's kernels.
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
+    columns: torch.Tensor | None
 
     def __init__(
         self,
@@ -57,7 +63,14 @@ class Teacher(nn.Module):
         shift = (torch.tensor(input_mean, dtype=torch.float64) - torch.tensor(mean)) / own_std
         self.register_buffer("scale", scale.float().view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.float().view(1, 3, 1, 1), persistent=False)
-        self.num_classes = self._count_classes()
+        self.class_names: list[str] | None = None
+        self.register_buffer("columns", None, persistent=False)
+        self.num_outputs = self.num_classes = self._count_classes()
+
+    def select(self, columns: Sequence[int]) -> None:
+        """From now on take these outputs of the network, in this order, as the logits."""
+        self.columns = torch.tensor(columns, dtype=torch.int64, device=self.scale.device)
+        self.num_classes = len(columns)
 
     def train(self, mode: bool = True) -> Teacher:
         """Keep evaluation mode: in training mode batch norms would use batch statistics."""
@@ -100,18 +113,34 @@ class Teacher(nn.Module):
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
             logits = self.model(images)
-        return logits[0] if isinstance(logits, tuple) else logits
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits if self.columns is None else logits.index_select(1, self.columns)
 
     def fingerprint(self) -> dict[str, object]:
         """What its logits depend on, as flat JSON values for a cache's manifest."""
-        head = trained_head(self.model)
-        return {
+        found: dict[str, object] = {
             "teacher.spec": self.spec,
             "teacher.weights_sha256": digest_weights(self.model),
-            "teacher.num_classes": self.num_classes,
+            "teacher.num_classes": self.num_outputs,
             "teacher.mean": list(self.mean),
             "teacher.std": list(self.std),
-        } | ({} if head == "both" else {"teacher.head": head})
+        }
+        if (head := trained_head(self.model)) != "both":
+            found["teacher.head"] = head
+        if self.columns is not None:
+            text = json.dumps(self.columns.tolist())
+            found["teacher.columns"] = hashlib.sha256(text.encode()).hexdigest()
+        return found
+
+    def expected_fields(self, stored: Mapping[str, Any]) -> dict[str, object]:
+        """Its fingerprint as that of a cache of its logits must have it.
+
+        Args:
+            stored: the cache's. Where that alone names a head or a selection of classes, the result
+                has a field that differs.
+        """
+        optional = ("teacher.head", "teacher.columns")
+        return {name: "none" for name in optional if name in stored} | self.fingerprint()
 
     def _count_classes(self) -> int:
         declared = getattr(self.model, "num_classes", None)
@@ -183,22 +212,29 @@ def _timm_teacher(name: str, weights: str) -> nn.Module:
     return model
 
 
-def load_class_matched_teacher(config: RunConfig, num_classes: int) -> Teacher:
-    """The teacher of a run's configuration.
+def load_class_matched_teacher(config: RunConfig, classes: Sequence[str]) -> Teacher:
+    """The teacher of a run's configuration, with one logit for each class of the data.
+
+    Args:
+        classes: names of the data's classes, by label.
 
     Raises:
-        InputError: as ``load_teacher``, or its class count is not that of the data.
+        InputError: as ``load_teacher``, ``read_class_file`` and ``choose_columns``.
     """
     assert config.teacher is not None
+    path = config.teacher_classes
+    lines = None if path is None else read_class_file(path)
     teacher = load_teacher(
         config.teacher,
-        num_classes=num_classes,
+        num_classes=len(lines or classes),
         input_mean=config.view.mean,
         input_std=config.view.std,
     )
-    if teacher.num_classes != num_classes:
-        raise InputError(
-            f"teacher {config.teacher} has {teacher.num_classes} classes, "
-            f"the data set has {num_classes}"
-        )
+    own: Sequence[str] | None = teacher.class_names
+    count = teacher.num_outputs
+    if own is None and hasattr(teacher.model, "pretrained_cfg"):
+        own = imagenet_synsets(count, classes)
+    columns = choose_columns(config, classes, count, lines=lines, own=own)
+    if columns is not None:
+        teacher.select(columns)
     return teacher

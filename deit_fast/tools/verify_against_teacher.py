@@ -67,6 +67,7 @@ def verify_against_teacher(
     teacher: str,
     data: DataConfig,
     *,
+    teacher_classes: str | None = None,
     samples: int = 64,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -78,7 +79,8 @@ def verify_against_teacher(
     defines it and how large it may be beyond ``threshold``.
 
     Args:
-        teacher, data: what the cache was made from; their fingerprints are compared first.
+        teacher, data, teacher_classes: what the cache was made from; their fingerprints are
+            compared first.
         samples: number of records to compute again.
 
     Returns:
@@ -91,12 +93,14 @@ def verify_against_teacher(
     """
     cache = LogitCache.open(path)
     view, view_seed = stored_view(cache)
-    config = RunConfig(teacher=teacher, seed=view_seed, data=data, view=view)
+    config = RunConfig(
+        teacher=teacher, teacher_classes=teacher_classes, seed=view_seed, data=data, view=view
+    )
     source = open_source(data, "train", view.image_size)
     cache.require(views_fingerprint(config, source))  # first: a teacher may take a minute to load
     chosen = choose_device(device)
-    model = load_class_matched_teacher(config, len(source.classes)).to_device(chosen)
-    cache.require(model.fingerprint())
+    model = load_class_matched_teacher(config, source.classes).to_device(chosen)
+    cache.require(model.expected_fields(cache.manifest["fingerprint"]))
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")
     plan = ViewPlan(view, view_seed, source.num_samples)

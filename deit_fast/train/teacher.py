@@ -148,7 +148,7 @@ class RunTeacher:
     def identity(self) -> dict[str, Any]:
         """Facts for the run's identity; those of a teacher are equal to those of its cache."""
         found = self._fingerprint
-        names = ("spec", "mean", "std")
+        names = ["spec", "mean", "std", *(["columns"] if "teacher.columns" in found else [])]
         facts: dict[str, Any] = {}
         if "teacher.weights_sha256" in found:
             facts["teacher.model"] = {name: found.get(f"teacher.{name}") for name in names}
@@ -194,8 +194,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         raise InputError(
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
         )
-    num_classes = len(source.classes)
-    teacher = load_class_matched_teacher(config, num_classes) if config.teacher else None
+    teacher = load_class_matched_teacher(config, source.classes) if config.teacher else None
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"
@@ -208,7 +207,8 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
             f"augmentation code, which this loader cannot replay; it serves info and export"
         )
     expected = views_fingerprint(config, source)
-    cache.require(expected | (teacher.fingerprint() if teacher else {}))
+    stored = cache.manifest["fingerprint"]
+    cache.require(expected | (teacher.expected_fields(stored) if teacher else {}))
     try:
         cache.codec.layout(config.loss.tau)
     except CacheError as error:

@@ -82,6 +82,7 @@ def open_run(
     device: torch.device,
     *,
     teacher: str | None,
+    teacher_classes: str | None,
     data_root: str | None,
     ema: bool,
     max_images: int | None,
@@ -100,7 +101,9 @@ def open_run(
         )
     file = path / "result.json"  # a run without it can be analysed: its weights are there
     result = read_object(file) if os.path.lexists(file) else {}
-    found, reason = find_teacher(path, config, result, teacher, len(source.classes))
+    if teacher_classes is not None:
+        config = config.replace(teacher_classes=teacher_classes)
+    found, reason = find_teacher(path, config, result, teacher, source.classes)
     return OpenRun(
         path=path,
         config=config,
@@ -168,7 +171,11 @@ def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
 
 
 def find_teacher(
-    run: Path, config: RunConfig, result: dict[str, Any], spec: str | None, num_classes: int
+    run: Path,
+    config: RunConfig,
+    result: dict[str, Any],
+    spec: str | None,
+    classes: Sequence[str],
 ) -> tuple[Teacher | None, str]:
     """The teacher of a run, or the reason why there is none.
 
@@ -177,15 +184,15 @@ def find_teacher(
 
     Args:
         result: content of the run's result.json, or empty.
-        num_classes: of the data.
+        classes: of the data.
 
     Raises:
-        InputError: ``spec`` cannot be loaded or has another class count.
+        InputError: ``spec`` cannot be loaded, or its classes do not fit.
     """
     recorded = _recorded_by_cache(config, result)
     digest = recorded.get("teacher.weights_sha256")
     if spec is not None:
-        teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
+        teacher = load_class_matched_teacher(config.replace(teacher=spec), classes)
         if digest is not None and digest != digest_weights(teacher.model):
             log.warning("%s is not the teacher that the run was trained with", spec)
         return teacher, ""
@@ -197,7 +204,7 @@ def find_teacher(
     try:
         if not spec.startswith("timm:"):
             require_no_code(spec.partition("@")[0], (), str(run), "--teacher")
-        teacher = load_class_matched_teacher(config.replace(teacher=spec), num_classes)
+        teacher = load_class_matched_teacher(config.replace(teacher=spec), classes)
     except InputError as error:
         return None, f"{error}; name it by --teacher SPEC"
     if digest == digest_weights(teacher.model) or (digest is None and config.teacher is not None):

@@ -29,6 +29,7 @@ def analyze(
     paths: list[Path],
     *,
     teacher: str | None = None,
+    teacher_classes: str | None = None,
     data_root: str | None = None,
     ema: bool = False,
     max_images: int | None = None,
@@ -42,6 +43,7 @@ def analyze(
     Args:
         paths: run folders with config.json and model.safetensors (ema.safetensors with ``ema``).
         teacher: spec of the teacher of all runs; none: each run's own, see ``find_teacher``.
+        teacher_classes: file of its classes, as the setting; none: each run's own.
         data_root: another image folder than that of the runs.
         max_images: use at most this many images, evenly spaced; none: all.
         sample: id of the held-out image that is shown at all temperatures and whose attention map
@@ -66,8 +68,8 @@ def analyze(
     where = choose_device(device)
     runs = [
         open_run(
-            path, where, teacher=teacher, data_root=data_root, ema=ema, max_images=max_images,
-            sample=sample, models=models,
+            path, where, teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
+            ema=ema, max_images=max_images, sample=sample, models=models,
         )
         for path in paths
     ]  # fmt: skip
