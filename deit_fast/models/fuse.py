@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.models.fused import (
-    COMPILED_METHODS,
     FusedAttention,
     FusedBlock,
     FusedForward,
@@ -43,6 +42,7 @@ from deit_fast.models.fused import (
     why_not_attention,
 )  # fmt: skip
 from deit_fast.models.stream import BatchPart
+from deit_fast.models.swapped import swap_back, swap_model
 
 log = logging.getLogger("deit_fast")
 
@@ -74,8 +74,6 @@ def default_kernels(device: torch.device | None = None) -> tuple[str, ...]:
 _FUSED: dict[type, type] = {
     Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, PatchEmbed: FusedPatchEmbed,
 }  # fmt: skip
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
-_ATTRIBUTES = (*COMPILED_METHODS, "shadows", "joins_backward", "kernels", "subset", "draws_ahead")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,8 +185,7 @@ def fuse(
         which = ", ".join(map(str, numbers))
         log.warning("not fused: block %s: %s", which, reason)
     if all(isinstance(block, FusedBlock) for block in model.blocks) and _has_plain_forward(model):
-        kind = type(model)
-        model.__class__ = type(f"Fused{kind.__name__}", (FusedForward, kind), {})
+        swap_model(model, FusedForward)
         fused: Any = model
         fused.residual_dtype = RESIDUALS[residual]
         if _takes_patches(model):
@@ -275,14 +272,5 @@ def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo ``fuse``, in place; no effect on a model that is not fused."""
     for module in model.modules():
-        plain = _PLAIN.get(type(module))
-        if plain is None:
-            continue
-        module.__class__ = plain
-        for name in _ATTRIBUTES:
-            module.__dict__.pop(name, None)
-    if isinstance(model, FusedForward):
-        for name in ("batch_part", "residual_dtype", "reads_shadows", "embed"):
-            model.__dict__.pop(name, None)
-        model.__class__ = type(model).__mro__[2]
+        swap_back(module)
     return model

@@ -23,6 +23,7 @@ from deit_fast.models.stream import (
     drop_rate,
     layer_scale,
 )  # fmt: skip
+from deit_fast.models.swapped import Swapped, SwappedModel, is_traced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED_METHODS = ("run", "run_last")
@@ -41,33 +42,29 @@ def _drops(drop: nn.Module) -> bool:
     return drop.training and getattr(drop, "p", 0.0) > 0
 
 
-def _state_without(module: nn.Module, *names: str) -> dict[str, Any]:
-    """The state for a copy or a pickle of a module."""
-    return {name: value for name, value in module.__dict__.items() if name not in names}
-
-
-class _Shadowed(nn.Module):
+class _Shadowed(Swapped):
     """A module whose linear layers may have shadow weights; copies and pickles leave them out."""
 
+    set_by_fuse: tuple[str, ...] = ("shadows",)
+    left_out = ("shadows",)
     shadowed_layers: tuple[str, ...]
     shadows: dict[str, Shadow] | None = None
 
     def shadow(self, name: str, is_read: bool) -> Shadow | None:
         return self.shadows[name] if is_read and self.shadows and name in self.shadows else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return _state_without(self, "shadows")
-
 
 class FusedAttention(_Shadowed, Attention):
     """timm's Attention on attention_qkvpacked; with a mask or dropout timm's own."""
 
+    swapped_from = Attention
     shadowed_layers = ("qkv", "proj")
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if attn_mask is not None or is_causal or _drops(self.attn_drop):
+        is_timms = attn_mask is not None or is_causal or is_traced(x)
+        if is_timms or _drops(self.attn_drop):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.proj_drop(self.proj(self._attend(self.qkv(x), None)))
 
@@ -105,13 +102,15 @@ class FusedMlp(_Shadowed, Mlp):
             not.
     """
 
+    swapped_from = Mlp
+    set_by_fuse = ("shadows", "joins_backward")
     shadowed_layers = ("fc1", "fc2")
     fc1: nn.Linear
     fc2: nn.Linear
     joins_backward: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.fc1):
+        if is_traced(x) or not is_plain(self.fc1):
             return super().forward(x)
         if self._is_joined():
             return self.drop2(self._joined(x, False, self.fc2.bias))
@@ -158,7 +157,7 @@ def why_not_attention(module: nn.Module) -> str | None:
     return "has a gate" if getattr(module, "gate", None) is not None else None
 
 
-class FusedBlock(Block):
+class FusedBlock(Swapped, Block):
     """timm's Block on a residual stream.
 
     Attributes:
@@ -169,6 +168,9 @@ class FusedBlock(Block):
             compilation. A rate that the block itself reads would become a compiled constant.
     """
 
+    swapped_from = Block
+    set_by_fuse = (*COMPILED_METHODS, "kernels", "subset", "draws_ahead")
+    left_out = COMPILED_METHODS  # a compiled method would run this block's weights in the copy
     kernels: frozenset[str]
     subset: bool
     draws_ahead: bool
@@ -176,17 +178,13 @@ class FusedBlock(Block):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if attn_mask is not None or is_causal:
+        if attn_mask is not None or is_causal or is_traced(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         stream = Stream(x, self.kernels, self.subset)
         if self.draws_ahead:
             stream.keep_scales = draw_keep_scales([self], x, None)[0]
         self.run(stream)
         return stream.add()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A compiled method is bound to this block; in a copy it would use this block's weights.
-        return _state_without(self, *COMPILED_METHODS)
 
     def run(self, stream: Stream) -> None:
         stream.run_branch(0, self.norm1, self.attn, self.ls1, self.drop_path1)
@@ -226,16 +224,18 @@ def _attend(
     return attention.proj_drop(proj(x)), None
 
 
-class FusedPatchEmbed(PatchEmbed):
+class FusedPatchEmbed(Swapped, PatchEmbed):
     """timm's PatchEmbed that also accepts the rows of ``ingest(layout="patches")``."""
 
+    swapped_from = PatchEmbed
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3:
+        if is_traced(x) or x.dim() != 3:
             return super().forward(x)
         return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
 
 
-class FusedForward(VisionTransformer):
+class FusedForward(SwappedModel, VisionTransformer):
     """``model(x)`` on one stream from the first block to the final norm.
 
     Attributes:
@@ -244,13 +244,16 @@ class FusedForward(VisionTransformer):
         reads_shadows: whether products read shadow weights; ``Shadows.current`` sets it.
     """
 
+    set_by_fuse = ("embed", "batch_part", "residual_dtype", "reads_shadows")
+    left_out = ("embed", "batch_part", "reads_shadows")  # embed may be compiled
     batch_part: BatchPart | None = None
     residual_dtype: torch.dtype | None = None
     reads_shadows: bool = False
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-        if arguments or options or self.grad_checkpointing or len(self.blocks) == 0:
-            return super().forward(x, *arguments, **options)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        is_timms = attn_mask is not None or is_causal or is_traced(x)
+        if is_timms or self.grad_checkpointing or len(self.blocks) == 0:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.forward_head(self.forward_stream(x))
 
     def forward_stream(self, x: Tensor) -> Tensor:
@@ -280,6 +283,3 @@ class FusedForward(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         # Computed in its own dtype and rounded once.
         return x.to(self.residual_dtype) if self.residual_dtype and x.dtype == torch.float32 else x
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _state_without(self, "embed", "batch_part")  # embed may be compiled
