@@ -339,8 +339,9 @@ class OptimConfig:
     The learning rate changes every step: linear warm-up, then cosine decay.
     """
 
-    name: Literal["adamw", "lamb"] = "adamw"
-    """AdamW, or LAMB (DeiT-III)."""
+    name: Literal["adamw", "lamb", "muon", "nmuon", "adamuon", "nadamuon"] = "adamw"
+    """AdamW, LAMB (DeiT-III), or timm's Muon, which orthogonalises the updates of weight matrices:
+    `nmuon` with Nesterov momentum, `adamuon` with second moments, `nadamuon` with both."""
     impl: Literal["auto", "torch", "apex"] = "auto"
     """`torch`: torch's fused AdamW, timm's LAMB. `apex`: NVIDIA's FusedAdam and FusedLAMB, if
     NVIDIA's apex is installed. `auto`: apex for LAMB on a GPU if it is installed, else torch."""
@@ -369,6 +370,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_all(self, "optim.")
+        _require(
+            self.impl != "apex" or self.name in ("adamw", "lamb"),
+            f"optim.impl=apex has no {self.name}: choose auto or torch",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -221,10 +221,11 @@ def test_nan_never_reaches_the_weights(world, whole, tmp_path, monkeypatch):
     assert_arrived(tmp_path, whole)
 
 
-def test_nan_never_reaches_the_weights_of_lamb(world, tmp_path, monkeypatch):
-    """LAMB has no found_inf, so the host reads the result."""
+@pytest.mark.parametrize("name", ["lamb", "muon", "nadamuon"])
+def test_nan_never_reaches_the_weights_of_others(world, tmp_path, monkeypatch, name):
+    """LAMB and Muon have no found_inf, so the host reads the result. They resume bit for bit."""
     monkeypatch.setenv("UNRULY", "nan:7")
-    optim = {"name": "lamb"}
+    optim = {"name": name, "layer_decay": 0.8, "clip_grad": 1.0, "ema_decay": 0.9}
     with pytest.raises(FloatingPointError, match="step 8: the loss of rank 0 is not finite"):
         train(unruly(world, tmp_path / "nan", optim=optim))
     assert last_state(tmp_path / "nan")["step"] == 7
@@ -252,9 +253,11 @@ def test_a_compiled_run_equals_the_run(world, tmp_path, what):
     assert_close_runs(tmp_path, plain)
 
 
-def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["adamw", "nadamuon"])
+def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch, name):
     monkeypatch.setenv("UNRULY", "nan:7")
-    config = unruly(world, tmp_path / "rolled", save_steps=3, on_nonfinite="rollback")
+    clean = unruly(world, tmp_path / "clean", save_steps=3, optim={"name": name})
+    config = clean.replace(output=str(tmp_path / "rolled"), on_nonfinite="rollback")
     result = train(config)
     assert result["skipped_steps"] == [7] and result["steps"] == STEPS
     trained = 32 * (STEPS - 1)  # samples
@@ -263,7 +266,6 @@ def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     monkeypatch.delenv("UNRULY")
     # The same as a run that left the step out from the start.
-    clean = unruly(world, tmp_path / "clean", save_steps=3)
     train(clean.replace(max_steps=6))
     path = list_checkpoints(tmp_path / "clean/checkpoints")[-1]
     state = torch.load(path, weights_only=True)
@@ -553,9 +555,11 @@ def test_two_processes_equal_one(whole, whole_of_two):
 
 
 @pytest.mark.dist
-def test_two_processes_without_a_teacher(world, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "nadamuon"])
+def test_two_processes_without_a_teacher(world, tmp_path, optimizer):
     """The distillation head then has no gradient, which DDP must allow."""
-    config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1)
+    config = unruly(world, tmp_path / "two", loss={"kind": "none"}, teacher=None, epochs=1,
+                    optim={"name": optimizer, "clip_grad": 1.0})  # fmt: skip
     status, stderr = torchrun(config.replace(accumulate=2))
     assert status == 0, stderr[-3000:]
     train(config.replace(output=str(tmp_path / "one")))

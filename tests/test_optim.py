@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
+from timm.optim.muon import zeropower_via_newtonschulz
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grads_with_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
+from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.environment import find_apex
+from deit_fast.runtime.speed import training_flops
 from deit_fast.train.optim import (
     Average,
     clip_gradients,
@@ -28,6 +33,7 @@ from deit_fast.train.optim import (
     skips_on_device,
 )
 from deit_fast.train.step import compile_blocks, gradient_norms
+from deit_fast.train.step_graph import require_capturable
 
 
 def student(**options) -> torch.nn.Module:
@@ -124,6 +130,101 @@ def test_lamb_equals_the_paper():
         r = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8) + 0.1 * w
         w = w - 0.01 * w.norm() / r.norm() * r
         assert torch.allclose(model.weight.double(), w, rtol=1e-5, atol=1e-7), step
+
+
+# ---------------------------------------------------------------------------------------------
+# Muon
+# ---------------------------------------------------------------------------------------------
+
+MUON = ["muon", "nmuon", "adamuon", "nadamuon"]
+DEIT = {"Ti": "tiny", "S": "small", "B": "base"}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize("name", MUON)
+def test_muon_is_timms(name: str, layer_decay: float | None) -> None:
+    """Bit for bit over twenty steps with a schedule, against timm's factory of optimisers."""
+    ours = student(embed_dim=48)
+    theirs = copy.deepcopy(ours)
+    config = OptimConfig(name=name, layer_decay=layer_decay)
+    mine = create_optimizer(ours, config)
+    timms = create_optimizer_v2(
+        theirs, name, lr=config.lr, weight_decay=0.05, momentum=0.95, layer_decay=layer_decay,
+        fallback_list=["head.*", "head_dist.*", "patch_embed.*"],
+    )  # fmt: skip
+    assert type(mine) is type(timms) and not skips_on_device(mine)
+    for step in range(20):
+        set_learning_rate(mine, lr := 1e-3 / (step + 1))
+        for group in timms.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        for mine_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine_p.grad = torch.randn_like(mine_p)
+            theirs_p.grad = mine_p.grad.clone()
+        mine.step()
+        timms.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.parametrize("compat", ["none", "deit"])
+def test_muon_takes_the_matrices_of_the_blocks_and_decays_what_adamw_decays(compat) -> None:
+    model = student()
+    optimizer = create_optimizer(model, OptimConfig(name="muon"), compat)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    taken = {name for name, p in model.named_parameters() if optimizer.state[p]["use_muon"]}
+    matrices = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert taken == {f"blocks.{i}.{name}.weight" for i in range(3) for name in matrices}
+    decays = [
+        {name: group["weight_decay"] for name, group in names_by_group(model, found).items()}
+        for found in (optimizer, create_optimizer(model, OptimConfig(), compat))
+    ]
+    assert decays[0] == decays[1]
+    assert decays[0]["head.weight"] == 0.05 and decays[0]["cls_token"] == 0
+
+
+@pytest.mark.parametrize(("width", "name"), [(192, "Ti"), (384, "S"), (768, "B")])
+def test_the_stated_cost_of_muon(width: int, name: str) -> None:
+    """Newton-Schulz on m x n with m <= n: 4 m^2 n + 2 m^3 FLOPs in each of five iterations."""
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    counted = 0
+    for shape in shapes:
+        with FlopCounterMode(display=False) as flops:
+            zeropower_via_newtonschulz(
+                torch.empty(shape, device="meta"), 5, [(1.0, 1.0, 1.0)], dtype=torch.float32
+            )
+        m, n = min(shape), max(shape)
+        assert flops.get_total_flops() == 5 * (4 * m * m * n + 2 * m**3)
+        counted += flops.get_total_flops()
+    with torch.device("meta"):
+        model = create_student(f"deit_{DEIT[name]}_distilled_patch16_224", 1000, fused=False)
+    step = 128 * training_flops(model, 224)
+    text = f"DeiT-{name} {12 * counted / 1e9:,.0f} GFLOP ({100 * 12 * counted / step:.1f} %)"
+    assert text in (Path(__file__).parent.parent / "docs/operations.md").read_text()
+
+
+def test_a_muon_whose_adamw_ignores_the_schedule_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("deit_fast.train.optim.Muon", lambda groups, lr, adamw_lr=None: None)
+    with pytest.raises(InputError, match=r"optim\.name=nmuon needs timm 1\.0\.27 or newer"):
+        create_optimizer(student(), OptimConfig(name="nmuon"))
+
+
+def test_muon_of_a_model_that_is_not_timms_goes_by_shapes() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(8, 8))
+    optimizer = create_optimizer(model, OptimConfig(name="adamuon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    taken = [optimizer.state[p]["use_muon"] for p in model.parameters()]
+    assert taken == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["lamb", *MUON])
+def test_what_asks_the_host_is_no_graph(name: str) -> None:
+    optimizer = create_optimizer(student(), OptimConfig(name=name))
+    with pytest.raises(InputError, match="cuda_graphs needs torch's fused AdamW") as error:
+        require_capturable(torch.device("cuda"), ProcessGroup(), optimizer)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,6 +391,8 @@ def test_conflicting_settings_are_named():
         InputError, match=r"optim\.layer_decay must be a number in \(0, 1\], or none, not 1\.5"
     ):
         OptimConfig(layer_decay=1.5)
+    with pytest.raises(InputError, match=r"optim\.impl=apex has no muon: choose auto or torch"):
+        OptimConfig(impl="apex", name="muon")
     with pytest.raises(InputError, match="cuda_graphs with profile_steps"):
         RunConfig(cuda_graphs=True, profile_steps=3)
     with pytest.raises(InputError, match=r"needs a model with \.blocks, which Linear lacks"):

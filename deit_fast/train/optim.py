@@ -12,40 +12,67 @@ In all 44, and 48 with clipping. A separate clip would read and write the gradie
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import Any
 
+import timm
 import torch
-from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import Lamb, Muon, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from deit_fast.config import OptimConfig, RunConfig
+from deit_fast.errors import InputError
 from deit_fast.runtime.environment import find_apex
 
 log = logging.getLogger("deit_fast")
+
+_MUON: dict[str, dict[str, Any]] = {  # as timm's factory of optimisers
+    "muon": {},
+    "nmuon": {"nesterov": True},
+    "adamuon": {"algo": "adamuon"},
+    "nadamuon": {"algo": "adamuon", "nesterov": True},
+}
 
 
 def create_optimizer(
     model: nn.Module, config: OptimConfig, compat: str = "none"
 ) -> torch.optim.Optimizer:
-    """AdamW or LAMB over parameter groups; each holds an ``lr_scale`` for ``set_learning_rate``.
+    """The optimiser over parameter groups; some hold an ``lr_scale`` for ``set_learning_rate``.
 
     One-dimensional parameters do not decay, nor those that ``model.no_weight_decay`` names: for
     timm's models the position embedding and both tokens. facebookresearch/deit's list lacks the
     distillation token, so with ``compat="deit"`` it decays.
+
+    Muon (timm's, with its defaults) takes the weight matrices within the blocks. Patch embedding,
+    heads, tokens, position embedding, biases and norms are left to its AdamW. An update of a matrix
+    is 0.2 sqrt(max(rows, columns)) times an orthogonal one, about as long as AdamW's, so learning
+    rates and weight decay of AdamW hold (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+
+    Raises:
+        InputError: timm's Muon is one whose AdamW does not follow the learning rate.
     """
     names: Any = getattr(model, "no_weight_decay", None)
     skip = set(names() if names is not None else ())
     if compat == "deit":
         skip -= {"dist_token"}
+    grouping: dict[str, Any] = {"no_weight_decay_list": skip}
+    if config.name in _MUON:
+        grouping["fallback_list"] = _ends_of(model)
     if config.layer_decay is None:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=skip)
+        groups = param_groups_weight_decay(model, config.weight_decay, **grouping)
     else:
-        groups = param_groups_layer_decay(
-            model, config.weight_decay, no_weight_decay_list=skip, layer_decay=config.layer_decay
-        )
+        grouping["layer_decay"] = config.layer_decay
+        groups = param_groups_layer_decay(model, config.weight_decay, **grouping)
+    if config.name in _MUON:
+        if "fallback_lr_scale" not in inspect.signature(Muon).parameters:
+            raise InputError(
+                f"optim.name={config.name} needs timm 1.0.27 or newer, not {timm.__version__}: "
+                f"biases and norms of earlier ones do not follow the learning rate"
+            )
+        return Muon(groups, lr=config.lr, **_MUON[config.name])
     shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if (apex := _apex_optimizers(config, next(model.parameters()).device)) is not None:
         if config.name == "lamb":  # its own clipping would be added to that of optim.clip_grad
@@ -54,6 +81,14 @@ def create_optimizer(
     if config.name == "lamb":
         return Lamb(groups, **shared, max_grad_norm=None)
     return torch.optim.AdamW(groups, **shared, fused=True)
+
+
+def _ends_of(model: nn.Module) -> list[str]:
+    """Patterns of a timm model's first layer and its heads, whose shapes do not tell them apart."""
+    entry: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = [entry.get("first_conv"), entry.get("classifier")]
+    flat = [part for name in names if name for part in ([name] if isinstance(name, str) else name)]
+    return [f"{name}.*" for name in flat]
 
 
 def _apex_optimizers(config: OptimConfig, device: torch.device) -> Any:

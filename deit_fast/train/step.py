@@ -130,7 +130,8 @@ class TrainStep:
     def work(self, parts: list[Part]) -> StepOutput:
         """Forward, loss, backward and update, on the device alone.
 
-        The host makes the same calls at every step and reads no number, except for LAMB and apex.
+        The host makes the same calls at every step and reads no number, but for optimisers
+        without ``found_inf``: LAMB, Muon and apex.
         """
         for parameter in self.parameters:
             parameter.grad = None
@@ -165,12 +166,15 @@ class TrainStep:
         return numbers | {"grad_norm": output.total_norm}
 
     def _update(self, found_inf: Tensor) -> None:
-        """The optimiser's step, skipped where a loss or gradient is not finite."""
+        """The optimiser's step, skipped where a loss or gradient is not finite.
+
+        LAMB, Muon and apex have no ``found_inf``: the host reads it.
+        """
         optimizer: Any = self.optimizer
         if skips_on_device(optimizer):
             optimizer.found_inf = found_inf
             optimizer.step()
-        elif found_inf.item() == 0:  # LAMB and apex have no found_inf: this waits for the device
+        elif found_inf.item() == 0:  # this waits for the device
             optimizer.step()
 
     def _seed(self, part: Part) -> None:
