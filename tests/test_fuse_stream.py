@@ -18,7 +18,6 @@ from deit_fast.errors import InputError
 from deit_fast.kernels import add_layer_norm, ingest
 from deit_fast.models import create_student, fuse, unfuse
 from deit_fast.models.fuse import patch_side
-from deit_fast.models.fused import is_plain
 from deit_fast.models.shadow import Shadows
 from deit_fast.train.compiling import compile_blocks
 from helpers.fused import (
@@ -97,30 +96,6 @@ def test_a_hook_on_a_layer_runs_and_changes_no_gradient(way, layer: str) -> None
         way(model.blocks[number].get_submodule(layer), calls)
     assert_same(run(model, FEW_IMAGES), theirs)
     assert calls == ["hook"] * 2
-
-
-def test_a_wrapper_of_a_layer_runs_and_changes_no_gradient() -> None:
-    class Adapter(nn.Linear):
-        """A low-rank update behind a layer, as LoRA makes it."""
-
-        def __init__(self, layer: nn.Linear) -> None:
-            super().__init__(layer.in_features, layer.out_features)
-            self.weight, self.bias = layer.weight, layer.bias
-            self.update = nn.Linear(layer.in_features, layer.out_features, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.update(x)
-
-    model = build_wide("distilled").train()
-    fuse(model, kernels=KERNELS)
-    for block in model.blocks:
-        for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"),
-                           (block.mlp, "fc2")):  # fmt: skip
-            setattr(part, name, Adapter(getattr(part, name)).to(DEVICE))
-            assert not is_plain(getattr(part, name))
-    mine = run(model, FEW_IMAGES)
-    assert_same(mine, run(unfuse(model), FEW_IMAGES))
-    assert all(gradient is not None for gradient in mine[1].values())
 
 
 @pytest.mark.parametrize("name", ["qkv.bias", "proj.bias", "fc2.bias", "qkv.weight", "proj.weight"])

@@ -15,10 +15,10 @@ Keys and values still come from every token, so outputs and gradients are unchan
 and 12 blocks this saves 10/12 of one block's parameter products, 6.9 % of all.
 
 add_layer_norm and attention also compute the gradients of the biases of qkv, proj and fc2, whose
-rows they read anyway. For a layer with a hook or a wrapper they do not.
+rows they read anyway.
 
-Hooks on modules that a kernel replaces (norms, LayerScale, DropPath, activation) do not run in a
-fused model. Hooks on blocks do not run where the whole stream is fused (``model(x)``).
+All of this is done for plain modules only (``deit_fast.models.plain``). Whatever has a hook, a
+wrapper, a parametrisation and so on is called as in timm's model, and one log line names it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from deit_fast.models.fused import (
     FusedMlp,
     FusedPatchEmbed,
     why_not_attention,
+    why_not_mlp,
 )  # fmt: skip
+from deit_fast.models.plain import DROP_PATHS, is_plain
 from deit_fast.models.stream import BatchPart
 from deit_fast.models.swapped import swap_back, swap_model
 
@@ -79,16 +81,6 @@ _FUSED: dict[type, type] = {
 # ---------------------------------------------------------------------------------------------
 # What can be fused
 # ---------------------------------------------------------------------------------------------
-
-
-def _why_not_mlp(module: nn.Module) -> str | None:
-    if type(module) not in (Mlp, FusedMlp):
-        return f"is {type(module).__name__}, not timm's Mlp"
-    if not isinstance(module.act, nn.GELU) or module.act.approximate != "none":
-        return f"has activation {module.act}, not the exact GELU"
-    if type(module.fc1) is not nn.Linear or module.fc1.bias is None:
-        return "has a first layer that is no linear layer with a bias"
-    return None
 
 
 def _why_not_block(module: nn.Module) -> str | None:
@@ -207,7 +199,7 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
     reasons = []
     for name, part, why_not in (
         ("attention", block.attn, why_not_attention),
-        ("bias_gelu", block.mlp, _why_not_mlp),
+        ("bias_gelu", block.mlp, why_not_mlp),
     ):
         if name not in kernels:
             continue
@@ -220,9 +212,6 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
         block.mlp.joins_backward = True
     block.__class__ = FusedBlock
     block.kernels, block.subset = kernels, subset
-    # With dropout inside the branches, DropPath draws between them, in timm's order.
-    dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.modules())
-    block.draws_ahead = not subset and not dropout
     return reasons
 
 
@@ -231,9 +220,12 @@ def patch_side(model: nn.Module) -> int | None:
 
     The rows are those of ``ingest(layout="patches")``.
     """
-    if not isinstance(model, FusedForward) or type(model.patch_embed) is not FusedPatchEmbed:
+    if not isinstance(model, FusedForward):
         return None
-    return int(model.patch_embed.patch_size[0])
+    embed: Any = model.patch_embed
+    if not is_plain(embed, (FusedPatchEmbed,)) or not is_plain(embed.proj, (nn.Conv2d,)):
+        return None
+    return int(embed.patch_size[0])
 
 
 def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
@@ -244,9 +236,13 @@ def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
     process with the whole batch.
 
     Returns:
-        False, without any effect, for a model whose stream is not fused.
+        False, without any effect, for a model whose stream is not fused, and for one with a block
+        or DropPath that is called as a module and so draws for the samples that it sees.
     """
     if not isinstance(model, FusedForward):
+        return False
+    if not all(map(_draws_for_a_part, model.blocks)):
+        model.batch_part = None
         return False
     device = next(model.parameters()).device
     part = model.batch_part
@@ -257,14 +253,19 @@ def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
     return True
 
 
+def _draws_for_a_part(block: Any) -> bool:
+    """Whether a block draws for the batch part of the model."""
+    if not is_plain(block, (FusedBlock,)):
+        return False
+    return is_plain(block.drop_path1, DROP_PATHS) and is_plain(block.drop_path2, DROP_PATHS)
+
+
 def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
     """The tokens after the final norm, at least those that the heads read: [B, tokens, width].
 
-    A fused model computes them on its fused stream, unless its blocks have hooks, which would not
-    run there.
+    A fused model computes them on its fused stream.
     """
-    has_hooks = any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
-    if isinstance(model, FusedForward) and not (has_hooks or model.grad_checkpointing):
+    if isinstance(model, FusedForward) and model.runs_stream():
         return model.forward_stream(images)
     return model.forward_features(images)
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.kernels.attention import attention_qkvpacked, uses_kernels
 from deit_fast.kernels.bias_gelu import bias_gelu
 from deit_fast.kernels.bias_gelu_linear import bias_gelu_linear
+from deit_fast.models.plain import (
+    ATTENTIONS,
+    IDENTITY,
+    LINEAR,
+    TOKENWISE,
+    Part,
+    called_parts,
+    has_global_hooks,
+    is_idle,
+    is_plain,
+    is_plain_norm,
+    why_called,
+)  # fmt: skip
 from deit_fast.models.shadow import Shadow, linear
 from deit_fast.models.stream import (
     BatchPart,
@@ -25,21 +41,16 @@ from deit_fast.models.stream import (
 )  # fmt: skip
 from deit_fast.models.swapped import Swapped, SwappedModel, is_traced
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+log = logging.getLogger("deit_fast")
+
 COMPILED_METHODS = ("run", "run_last")
 """Methods of a fused block that ``compile_blocks`` compiles."""
 
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer only multiplies: it has no wrapper and no hook."""
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
-        return False
-    return not any(getattr(layer, name) for name in _HOOKS)
-
-
-def _drops(drop: nn.Module) -> bool:
-    """Whether a Dropout, or the module in its position, changes its input."""
-    return drop.training and getattr(drop, "p", 0.0) > 0
+_ATTENTION_OPTIONS = {
+    # as timm's Block passes them, for hooks and wrappers
+    option.name: option.default
+    for option in list(inspect.signature(Attention.forward).parameters.values())[2:]
+}
 
 
 class _Shadowed(Swapped):
@@ -64,9 +75,13 @@ class FusedAttention(_Shadowed, Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         is_timms = attn_mask is not None or is_causal or is_traced(x)
-        if is_timms or _drops(self.attn_drop):
+        if is_timms or not self._is_packed():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.proj_drop(self.proj(self._attend(self.qkv(x), None)))
+
+    def _is_packed(self) -> bool:
+        """Whether between the projections there is only the softmax attention."""
+        return is_idle(self.attn_drop) and why_not_attention(self) is None
 
     def _attend(self, qkv: Tensor, query_bias: Tensor | None) -> Tensor:
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
@@ -79,14 +94,16 @@ class FusedAttention(_Shadowed, Attention):
         follows from them: attention weights sum to 1, so a bias of the values reaches the output
         through the projection's weight alone. The gradient of the keys' bias is 0.
         """
-        qkv, proj, bias = self.qkv, self.proj, self.qkv.bias
-        if _drops(self.attn_drop) or _drops(self.proj_drop) or not is_plain(proj):
+        qkv: Any = self.qkv
+        proj = self.proj
+        is_direct = is_plain(proj, LINEAR) and is_idle(self.proj_drop)
+        if not is_direct or not self._is_packed():
             return self(x), None
         shadow = self.shadow("proj", shadows)
-        folds = bias is not None and proj.bias is not None and is_plain(qkv)
+        folds = is_plain(qkv, LINEAR) and qkv.bias is not None and proj.bias is not None
         if not folds or not uses_kernels(x, self.head_dim):
             return linear(self._attend(qkv(x), None), proj, shadow), proj.bias
-        of_queries, _, of_values = bias.chunk(3)
+        of_queries, _, of_values = qkv.bias.chunk(3)
         x = self._attend(linear(x, qkv, self.shadow("qkv", shadows)), of_queries)
         with torch.autocast(x.device.type, enabled=False):
             zero = F.linear(of_values - of_values.detach(), proj.weight.detach())
@@ -110,7 +127,7 @@ class FusedMlp(_Shadowed, Mlp):
     joins_backward: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x) or not is_plain(self.fc1):
+        if is_traced(x) or why_not_mlp(self) is not None:
             return super().forward(x)
         if self._is_joined():
             return self.drop2(self._joined(x, False, self.fc2.bias))
@@ -118,7 +135,8 @@ class FusedMlp(_Shadowed, Mlp):
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
         """The output, and the bias whose gradient is the column sums of the output's gradient."""
-        if _drops(self.drop2) or not is_plain(self.fc1) or not is_plain(self.fc2):
+        is_direct = is_plain(self.fc2, LINEAR) and is_idle(self.drop2)
+        if not is_direct or why_not_mlp(self) is not None:
             return self(x), None
         bias = self.fc2.bias
         if self._is_joined():
@@ -130,10 +148,9 @@ class FusedMlp(_Shadowed, Mlp):
         return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
 
     def _is_joined(self) -> bool:
-        if not self.joins_backward or _drops(self.drop1):
+        if not self.joins_backward or not is_plain(self.norm, IDENTITY):
             return False
-        is_direct = isinstance(self.norm, nn.Identity)
-        return is_direct and is_plain(self.fc1) and is_plain(self.fc2)
+        return is_idle(self.drop1) and is_plain(self.fc2, LINEAR)
 
     def _joined(self, x: Tensor, shadows: bool, out_bias: Tensor | None) -> Tensor:
         x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
@@ -144,17 +161,29 @@ class FusedMlp(_Shadowed, Mlp):
         return bias_gelu_linear(x, self.fc1.bias, self.fc2.weight, bias, shadow.weight)
 
 
-def why_not_attention(module: nn.Module) -> str | None:
+def why_not_attention(module: Any) -> str | None:
     """Why a module cannot be a FusedAttention; None: it can.
 
     Queries, keys and values must be parts of one projection, without norms or a gate.
     """
-    if type(module) not in (Attention, FusedAttention):
+    if type(module) is not Attention and not isinstance(module, FusedAttention):
         return f"is {type(module).__name__}, not timm's Attention"
     for name in ("q_norm", "k_norm", "norm"):
-        if not isinstance(getattr(module, name), nn.Identity):
-            return f"has {name} {type(getattr(module, name)).__name__}"
+        norm = getattr(module, name)
+        if not is_plain(norm, IDENTITY):
+            return f"has {name} {type(norm).__name__}"
     return "has a gate" if getattr(module, "gate", None) is not None else None
+
+
+def why_not_mlp(module: Any) -> str | None:
+    """Why a module cannot be a FusedMlp; None: it can."""
+    if type(module) is not Mlp and not isinstance(module, FusedMlp):
+        return f"is {type(module).__name__}, not timm's Mlp"
+    if not is_plain(module.act, (nn.GELU,)) or module.act.approximate != "none":
+        return f"has activation {module.act}, not the exact GELU"
+    if not is_plain(module.fc1, LINEAR) or module.fc1.bias is None:
+        return "has a first layer that is no linear layer with a bias"
+    return None
 
 
 class FusedBlock(Swapped, Block):
@@ -163,17 +192,13 @@ class FusedBlock(Swapped, Block):
     Attributes:
         kernels: names of the kernels that it runs on.
         subset: whether stochastic depth drops whole samples from the computation.
-        draws_ahead: whether DropPath draws before the block runs. A compiled block then takes the
-            factors as tensors, and blocks that differ only in their drop rates share one
-            compilation. A rate that the block itself reads would become a compiled constant.
     """
 
     swapped_from = Block
-    set_by_fuse = (*COMPILED_METHODS, "kernels", "subset", "draws_ahead")
+    set_by_fuse = (*COMPILED_METHODS, "kernels", "subset")
     left_out = COMPILED_METHODS  # a compiled method would run this block's weights in the copy
     kernels: frozenset[str]
     subset: bool
-    draws_ahead: bool
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -181,22 +206,33 @@ class FusedBlock(Swapped, Block):
         if attn_mask is not None or is_causal or is_traced(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         stream = Stream(x, self.kernels, self.subset)
-        if self.draws_ahead:
+        if self.draws_ahead(called_parts(self)):
             stream.keep_scales = draw_keep_scales([self], x, None)[0]
         self.run(stream)
         return stream.add()
 
+    def draws_ahead(self, called: list[Part]) -> bool:
+        """Whether DropPath draws before the block runs.
+
+        A compiled block then takes the factors as tensors, and blocks that differ only in their
+        drop rates share one compilation. A rate that the block itself reads would become a compiled
+        constant. Called parts may draw too, in the order of timm's block.
+        """
+        return not self.subset and not called
+
     def run(self, stream: Stream) -> None:
-        stream.run_branch(0, self.norm1, self.attn, self.ls1, self.drop_path1)
-        stream.run_branch(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+        self._run_attention(stream)
+        self._run_mlp(stream)
 
     def run_last(self, stream: Stream, tokens: int) -> None:
-        """As ``run``, but the output has only the first ``tokens`` of each sample."""
+        """As ``run``, but the output has only the first ``tokens`` of each sample.
+
+        No part of the block may be one that is called.
+        """
         attention: Any = self.attn
-        all_queries = why_not_attention(attention) is not None or _drops(attention.attn_drop)
-        all_queries = all_queries or not is_plain(attention.qkv)
-        if all_queries or (stream.subset and drop_rate(self.drop_path1) > 0):
-            stream.run_branch(0, self.norm1, self.attn, self.ls1, self.drop_path1)
+        takes_queries = why_not_attention(attention) is None and is_plain(attention.qkv, LINEAR)
+        if not takes_queries or (stream.subset and drop_rate(self.drop_path1) > 0):
+            self._run_attention(stream)
             stream.keep_tokens(tokens)
         else:
             normed = stream.add_norm(self.norm1)
@@ -204,7 +240,19 @@ class FusedBlock(Swapped, Block):
             stream.keep_tokens(tokens)
             keep_scale = stream.keep_scale(0, self.drop_path1)
             stream.pending = Branch(value, layer_scale(self.ls1), keep_scale, bias)
-        stream.run_branch(1, self.norm2, self.mlp, self.ls2, self.drop_path2)
+        self._run_mlp(stream)
+
+    def _run_attention(self, stream: Stream) -> None:
+        parts: Any = self.norm1, self.attn, _FUSED_ATTENTION, self.ls1, self.drop_path1
+        stream.run_branch(0, *parts, **_ATTENTION_OPTIONS)
+
+    def _run_mlp(self, stream: Stream) -> None:
+        stream.run_branch(1, self.norm2, self.mlp, _FUSED_MLP, self.ls2, self.drop_path2)
+
+
+_FUSED_ATTENTION, _FUSED_MLP, _FUSED_BLOCK = (FusedAttention,), (FusedMlp,), (FusedBlock,)
+ATTENTIONS.add(FusedAttention)
+TOKENWISE.add(FusedMlp)
 
 
 def _attend(
@@ -219,7 +267,7 @@ def _attend(
     k, v = F.linear(x, weight_kv, bias_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     x = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
     x, proj = x.transpose(1, 2).flatten(2), attention.proj
-    if folds_bias and is_plain(proj) and not _drops(attention.proj_drop):
+    if folds_bias and is_plain(proj, LINEAR):
         return linear(x, proj, None), proj.bias
     return attention.proj_drop(proj(x)), None
 
@@ -232,7 +280,27 @@ class FusedPatchEmbed(Swapped, PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or x.dim() != 3:
             return super().forward(x)
+        if not is_plain(self.proj, (nn.Conv2d,)):
+            return super().forward(self._images(x))
         return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))
+
+    def _images(self, rows: Tensor) -> Tensor:
+        """[B, N, 3 P^2] to [B, 3, S, S]."""
+        rows = rows.unflatten(2, (-1, *self.patch_size)).unflatten(1, self.grid_size)
+        return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+_HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
+"""They read only prefix tokens where the pooling is that of a token."""
+
+
+def _call(block: nn.Module, stream: Stream, residual_dtype: torch.dtype | None) -> None:
+    """Run a block as timm does, in the dtype of its weights if the residual has another one."""
+    x = stream.add()
+    if residual_dtype is None or x.dtype != residual_dtype:
+        stream.residual = block(x)
+    else:
+        stream.residual = block(x.to(next(block.parameters(), x).dtype)).to(residual_dtype)
 
 
 class FusedForward(SwappedModel, VisionTransformer):
@@ -244,39 +312,88 @@ class FusedForward(SwappedModel, VisionTransformer):
         reads_shadows: whether products read shadow weights; ``Shadows.current`` sets it.
     """
 
-    set_by_fuse = ("embed", "batch_part", "residual_dtype", "reads_shadows")
+    set_by_fuse = ("embed", "batch_part", "residual_dtype", "reads_shadows", "said")
     left_out = ("embed", "batch_part", "reads_shadows")  # embed may be compiled
     batch_part: BatchPart | None = None
     residual_dtype: torch.dtype | None = None
     reads_shadows: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        is_timms = attn_mask is not None or is_causal or is_traced(x)
-        if is_timms or self.grad_checkpointing or len(self.blocks) == 0:
+        if attn_mask is not None or is_causal or is_traced(x) or not self.runs_stream():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.forward_head(self.forward_stream(x))
 
+    def runs_stream(self) -> bool:
+        """Whether timm's forward would call the blocks one after the other and nothing else."""
+        if self.grad_checkpointing or "forward_features" in self.__dict__:
+            return False
+        return is_plain(self.blocks, (nn.Sequential,)) and len(self.blocks) > 0
+
     def forward_stream(self, x: Tensor) -> Tensor:
-        """The final norm's tokens, at least those that the head reads."""
+        """The final norm's tokens, at least those that the heads read."""
         x = self.embed(x)
         blocks: list[Any] = list(self.blocks)
-        last = blocks[-1]
-        part = self.batch_part if self.training else None
-        shadows = self.reads_shadows
-        stream = Stream(x, last.kernels, last.subset, part, folds_bias=True, shadows=shadows)
+        fused = [is_plain(block, (FusedBlock,)) for block in blocks]
+        called = [
+            called_parts(block) if runs else [Part("", block)]
+            for block, runs in zip(blocks, fused, strict=True)
+        ]
+        if any(called) and not torch.compiler.is_compiling():
+            self._say(called)
+        stream = self._stream(x, blocks, fused)
         scales: list[KeepScales | None] = [None] * len(blocks)
-        if all(block.draws_ahead for block in blocks):
-            scales[:] = draw_keep_scales(blocks, x, part)
-        for block, keep_scales in zip(blocks, scales, strict=True):
-            stream.keep_scales = keep_scales
-            if block is last and self.global_pool == "token":
+        ahead = not stream.subset and not any(called)
+        if ahead:
+            scales[:] = draw_keep_scales(blocks, x, stream.part)
+        for block, runs, parts, drawn in zip(blocks, fused, called, scales, strict=True):
+            if not runs:
+                _call(block, stream, self.residual_dtype)
+                continue
+            if not ahead and block.draws_ahead(parts):
+                drawn = draw_keep_scales([block], x, stream.part)[0]
+            stream.keep_scales = drawn
+            if block is blocks[-1] and not parts and self._heads_read_prefix():
                 block.run_last(stream, self.num_prefix_tokens)
             else:
                 block.run(stream)
         normed = stream.add_norm(self.norm)
         if isinstance(self.norm, nn.Identity) and normed.dtype == self.residual_dtype:
-            normed = normed.to(last.norm2.weight.dtype)  # mean pooling and its norm run in float32
+            # Mean pooling and its norm run in float32.
+            normed = normed.to(next(self.blocks.parameters()).dtype)
         return normed
+
+    def _stream(self, x: Tensor, blocks: list[Any], fused: list[bool]) -> Stream:
+        """The stream at the first block; all fused blocks have the same options."""
+        first = blocks[fused.index(True)] if any(fused) else None
+        kernels, subset = (first.kernels, first.subset) if first else (frozenset[str](), False)
+        part = self.batch_part if self.training else None
+        return Stream(x, kernels, subset, part, folds_bias=True, shadows=self.reads_shadows)
+
+    def _heads_read_prefix(self) -> bool:
+        """Whether nothing behind the last block reads other tokens than the first ones."""
+        if self.global_pool != "token" or bool(self.attn_pool):
+            return False
+        if "forward_head" in self.__dict__ or "pool" in self.__dict__:
+            return False
+        kind = type(self)
+        if kind.pool is not VisionTransformer.pool or kind.forward_head not in _HEADS:
+            return False
+        return is_plain(self.norm, IDENTITY) or is_plain_norm(self.norm)
+
+    def _say(self, called: list[list[Part]]) -> None:
+        """Log each reason why parts of blocks are called as modules, once for this model."""
+        numbers: dict[str, list[int]] = {}
+        for number, parts in enumerate(called):
+            for part in parts:
+                if reason := why_called(part.module):
+                    numbers.setdefault(f"{part.path} {reason}".strip(), []).append(number)
+        if has_global_hooks():
+            numbers = {"torch has hooks for all modules": list(range(len(called)))}
+        said = self.__dict__.setdefault("said", set())
+        for reason in [reason for reason in numbers if reason not in said]:
+            which = ", ".join(map(str, numbers[reason]))
+            log.warning("not fused: block %s: %s: called as in timm's model", which, reason)
+            said.add(reason)
 
     def embed(self, x: Tensor) -> Tensor:
         """The input of the first block [B, N, C], from images or from rows of patches."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.kernels.launching import operator
+from deit_fast.models.plain import has_plain_weights
 
 ALIGNMENT = 16  # bytes
 
@@ -62,7 +63,8 @@ class PaddedLinear(nn.Linear):
             dtype = torch.get_autocast_dtype(kind)
         else:
             dtype = self.weight.dtype
-        if x.dim() != 2 or self.out_features * dtype.itemsize % ALIGNMENT == 0:
+        is_aligned = self.out_features * dtype.itemsize % ALIGNMENT == 0
+        if is_aligned or x.dim() != 2 or not has_plain_weights(self):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return padded_linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.kernels.bias_gelu_linear import matmul
+from deit_fast.models.plain import LINEAR, is_plain
 
 
 class Shadow(NamedTuple):
@@ -86,7 +87,7 @@ class Shadows:
                 module.shadows = {
                     name: Shadow(self._copy(layer.weight), self._copy(layer.bias))
                     for name, layer in layers.items()
-                    if type(layer) is nn.Linear
+                    if is_plain(layer, LINEAR)
                 }
 
     def _copy(self, source: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from deit_fast.kernels.add_layer_norm import add_layer_norm, uses_kernels, with_bias_gradient
+from deit_fast.models.plain import DROP_PATHS, SCALES, is_plain, is_plain_norm
 
 
 class Branch(NamedTuple):
@@ -22,12 +22,14 @@ class Branch(NamedTuple):
     bias: Tensor | None = None  # included in value; the norm's kernel computes its gradient
 
 
-def layer_scale(scale: nn.Module) -> Tensor | None:
-    return scale.gamma if isinstance(scale, LayerScale) else None
+def layer_scale(scale: Any) -> Tensor | None:
+    """The factor of a plain LayerScale."""
+    return scale.gamma if type(scale) is LayerScale else None
 
 
-def drop_rate(drop: nn.Module) -> float:
-    return drop.drop_prob or 0.0 if isinstance(drop, DropPath) and drop.training else 0.0
+def drop_rate(drop: Any) -> float:
+    """The rate of a plain DropPath in training."""
+    return drop.drop_prob or 0.0 if type(drop) is DropPath and drop.training else 0.0
 
 
 class BatchPart(NamedTuple):
@@ -77,7 +79,7 @@ def _keep_scales(drops: list[Any], x: Tensor, part: BatchPart | None) -> list[Te
 
 
 def draw_keep_scales(blocks: list[Any], x: Tensor, part: BatchPart | None) -> list[KeepScales]:
-    """The factors of all blocks, drawn before the first of them runs."""
+    """The factors of blocks without called parts, drawn before the first of them runs."""
     drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
     scales = _keep_scales(drops, x, part)
     return list(zip(scales[::2], scales[1::2], strict=True))
@@ -101,6 +103,8 @@ def _add(residual: Tensor, branch: Branch | None) -> Tensor:
 def _cast_for(norm: nn.Module, residual: Tensor) -> Tensor:
     """The residual in the dtype of the norm's weights: a bfloat16 residual is normed in float32."""
     weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):  # of a wrapper
+        weight = next(norm.parameters(), None)
     return residual if weight is None else residual.to(weight.dtype)
 
 
@@ -108,7 +112,7 @@ def _add_norm(
     residual: Tensor, branch: Branch | None, norm: nn.Module, kernels: frozenset[str]
 ) -> tuple[Tensor, Tensor]:
     """The sum, and the sum normed."""
-    if "add_layer_norm" not in kernels or not isinstance(norm, nn.LayerNorm):
+    if "add_layer_norm" not in kernels or not is_plain_norm(norm):
         residual = _add(residual, branch)
         return residual, norm(_cast_for(norm, residual))
     if branch is None and not torch.is_autocast_enabled(residual.device.type):
@@ -153,28 +157,41 @@ class Stream:
         return _keep_scales([drop], self.residual, self.part)[0]
 
     def run_branch(
-        self, index: int, norm: nn.Module, function: Any, scale: nn.Module, drop: nn.Module
-    ) -> None:
-        """residual += drop(scale(function(norm(residual)))), for branch 0 or 1 of a block."""
-        if self.subset and (rate := drop_rate(drop)) > 0:
-            self._run_on_subset(norm, function, scale, rate)
+        self, index: int, norm: nn.Module, function: Any, kinds: tuple[type, ...],
+        scale: nn.Module, drop: nn.Module, **options: Any,
+    ) -> None:  # fmt: skip
+        """residual += drop(scale(function(norm(residual)))), for branch 0 or 1 of a block.
+
+        Args:
+            kinds: classes of ``function`` that have ``without_bias_gradient``.
+            options: with which timm calls ``function``.
+        """
+        is_later = is_plain(drop, DROP_PATHS)  # the next norm's kernel drops
+        if self.subset and is_later and (rate := drop_rate(drop)) > 0:
+            self._run_on_subset(norm, function, scale, rate, **options)
             return
-        normed = self.add_norm(norm)
-        fold = getattr(function, "without_bias_gradient", None) if self.folds_bias else None
-        value, bias = (function(normed), None) if fold is None else fold(normed, self.shadows)
-        self.pending = Branch(value, layer_scale(scale), self.keep_scale(index, drop), bias)
+        normed, bias = self.add_norm(norm), None
+        scales_later = is_later and is_plain(scale, SCALES)
+        if self.folds_bias and scales_later and is_plain(function, kinds):
+            value, bias = function.without_bias_gradient(normed, self.shadows)
+        else:
+            value = function(normed, **options)
+        gamma = layer_scale(scale) if scales_later else None
+        value = value if scales_later else scale(value)
+        if is_later:
+            self.pending = Branch(value, gamma, self.keep_scale(index, drop), bias)
+        else:
+            self.pending = Branch(drop(value))
 
     def _run_on_subset(
-        self, norm: nn.Module, function: Callable[[Tensor], Tensor], scale: nn.Module, rate: float
+        self, norm: nn.Module, function: Any, scale: nn.Module, rate: float, **options: Any
     ) -> None:
         residual = self.add()
         samples = len(residual)
         kept = max(1, round(samples * (1 - rate)))
         chosen = torch.randperm(samples, device=residual.device)[:kept]
         _, normed = _add_norm(residual.index_select(0, chosen), None, norm, self.kernels)
-        value, gamma = function(normed), layer_scale(scale)
-        value = value if gamma is None else value * gamma
-        value = value.to(residual.dtype)
+        value = scale(function(normed, **options)).to(residual.dtype)
         self.residual = residual.index_add(0, chosen, value, alpha=samples / kept)
 
     def add_norm(self, norm: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.models.fused import COMPILED_METHODS, FusedForward
+from deit_fast.models.fused import COMPILED_METHODS, FusedBlock, FusedForward
 from deit_fast.models.student import forward_heads
 
 log = logging.getLogger("deit_fast")
@@ -85,11 +85,11 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     if isinstance(model, FusedForward):
         model.embed = torch.compile(model.embed, **options)  # type: ignore[method-assign]
     for block in blocks:
-        names = [name for name in COMPILED_METHODS if hasattr(block, name)]  # of a fused one
-        for name in names:
-            setattr(block, name, torch.compile(getattr(block, name), **options))
-        if not names:
+        if not isinstance(block, FusedBlock):  # timm's, or a wrapper
             block.compile(**options)
+            continue
+        for name in COMPILED_METHODS:
+            setattr(block, name, torch.compile(getattr(block, name), **options))
 
 
 def compile_evaluation(mode: CompileMode, average: nn.Module | None) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ import sys
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from deit_fast.models.shadow import Shadows
 from helpers.kernels import DEVICE, INTERPRETED
@@ -45,6 +47,20 @@ def run(model: nn.Module, images: Tensor, seed: int = 5) -> tuple[list[Tensor], 
     return [out.detach() for out in outputs], {
         name: parameter.grad for name, parameter in model.named_parameters()
     }
+
+
+class FlopCount(TorchDispatchMode):
+    """FLOPs of the operators. torch's FlopCounterMode has hooks on all modules, so that a fused
+    model calls them all.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*arguments, **(options or {}), out_val=output)
+        return output
 
 
 def assert_same(mine: tuple, theirs: tuple, rtol: float = 1e-5) -> None:
