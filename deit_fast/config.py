@@ -48,6 +48,8 @@ class Within:
 Count = Annotated[int, Within(1, 2**31 - 1)]
 CountOrZero = Annotated[int, Within(0, 2**31 - 1)]
 Passes = Annotated[int, Within(1, 10**6)]
+Epoch = Annotated[int, Within(0, 10**6)]
+Pixels = Annotated[int, Within(1, 8192)]
 Seed = Annotated[int, Within(0, 2**64 - 1)]
 Workers = Annotated[int, Within(0, 512)]
 Share = Annotated[float, Within(0, 1)]
@@ -107,7 +109,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(arguments)
     if origin is tuple:
         count = "any number of" if arguments[-1] is Ellipsis else len(arguments)
-        return f"{count} values, each {_describe(arguments[0])}"
+        kinds = dict.fromkeys(_describe(kind) for kind in arguments if kind is not Ellipsis)
+        return f"{count} values, each {' or '.join(kinds)}"
     names = {int: "a whole number", float: "a number", bool: "true or false"}
     if hint in (str, Path):
         return f"a text of 1 to {LONGEST_TEXT} characters without NUL"
@@ -118,12 +121,12 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 
 
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+def shown(value: Any, levels: int = 2) -> str:
+    """A value in a message, cut where it is long; lists in up to ``levels`` lists are opened."""
     if type(value) is int and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_SHORT.repr, value[:8])) or "nothing"
+    if isinstance(value, (list, tuple)) and levels > 0:
+        return " ".join(shown(item, levels - 1) for item in value[:8]) or "nothing"
     return _SHORT.repr(str(value) if isinstance(value, Path) else value)
 
 
@@ -158,8 +161,12 @@ class ViewConfig:
     constants are equal.
     """
 
-    image_size: Annotated[int, Within(1, 8192)] = 224
+    image_size: Pixels = 224
     """Side of the square view, in pixels."""
+    size_schedule: tuple[tuple[Epoch, Pixels], ...] = ()
+    """Progressive sizes: pairs of a first epoch and the side of the views from then on, such as
+    `0 128 99 176 201 224`. The first epoch is 0, each is a multiple of repeats, and the last side
+    is image_size, at which the run is evaluated. Empty: image_size in every epoch."""
     crop: Literal["resized", "simple"] = "resized"
     """`resized`: a random box of the image, resized. `simple` (DeiT-III): resize the shorter side
     to image_size, pad 4 pixels by reflection, and cut out a random square."""
@@ -211,6 +218,42 @@ class ViewConfig:
             f"view.crop=simple reflects 4 pixels, so view.image_size must be at least 5, "
             f"not {self.image_size}",
         )
+        if self.size_schedule:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        firsts, sides = zip(*self.size_schedule, strict=True)
+        given = f"view.size_schedule={shown(self.size_schedule)}"
+        _require(
+            firsts[0] == 0 and list(firsts) == sorted(set(firsts)),
+            f"{given}: its epochs must start at 0 and rise",
+        )
+        wrong = next((first for first in firsts if first % self.repeats), 0)
+        near = wrong // self.repeats * self.repeats
+        _require(
+            wrong == 0,
+            f"{given}: epoch {wrong} is inside a cycle of view.repeats={self.repeats} epochs, "
+            f"whose views have one size: change it to {near} or {near + self.repeats}",
+        )
+        _require(
+            sides[-1] == self.image_size,
+            f"{given} ends at {sides[-1]} pixels, but view.image_size={self.image_size} is the "
+            f"size of evaluation: make them equal",
+        )
+        _require(
+            self.crop == "resized" or min(sides) >= 5,
+            f"{given}: view.crop=simple reflects 4 pixels, so a side must be at least 5",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The distinct sides of views, in the order in which a run shows them first."""
+        return tuple(dict.fromkeys(side for _, side in self.size_schedule)) or (self.image_size,)
+
+    def size_of(self, view_id: int) -> int:
+        """Side of a view in pixels. Epoch e shows views of the size of view e."""
+        sides = (side for first, side in reversed(self.size_schedule) if first <= view_id)
+        return next(sides, self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,6 +544,22 @@ class RunConfig:
             views is None or (views % repeats == 0),
             f"num_views must be a positive multiple of view.repeats={repeats}, not {views}",
         )
+        if self.view.size_schedule:
+            self._check_size_schedule()
+
+    def _check_size_schedule(self) -> None:
+        views = self._views_of_all_epochs
+        _require(
+            self.view_count >= views,
+            f"view.size_schedule with num_views={self.num_views}: a run of {self.epochs} epochs "
+            f"would come back to the views of its small sizes; set num_views to none or {views}",
+        )
+        for setting, is_set, remedy in (
+            ("compat=deit", self.compat == "deit", "DeiT's code has one size"),
+            ("cuda_graphs", self.cuda_graphs, "a graph has one size; choose --no-cuda-graphs"),
+            ("data.source=synthetic", self.data.source == "synthetic", "its images have one size"),
+        ):
+            _require(not is_set, f"view.size_schedule does not go with {setting}: {remedy}")
 
     @property
     def view_count(self) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,15 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     """What ``precompute`` would write and how long it would take; writes nothing.
 
-    The time is that of one batch of views, loaded in this process and run through the teacher
-    twice; the second run is timed. The estimate assumes that loading is ``data.workers`` times as
-    fast and overlaps with the teacher, and that the processes share the blocks evenly.
+    The time is that of one batch of views of each size, loaded in this process and run through the
+    teacher twice; the second run is timed. The estimate assumes that loading is ``data.workers``
+    times as fast and overlaps with the teacher, and that the processes share the blocks evenly.
 
     Returns:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
-        the disk), `batch`, `loader_seconds`, `teacher_seconds` (of that batch), `images_per_s`
-        (of one process), `processes`, `seconds`.
+        the disk), `batch`, `loader_seconds`, `teacher_seconds` (of such a batch; of
+        several sizes the mean over the images), `images_per_s` (of one process), `processes`,
+        `seconds`.
 
     Raises:
         As ``precompute``.
@@ -155,20 +157,18 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     requested = range(config.views_used) if views is None else views
     missing, kept, new_bytes = planned(folder, job.manifest, requested)
     count, size = job.source.num_samples, job.manifest["block_records"]
-    images = sum(min(size, count - block * size) for _, block in missing)
+    images_of: Counter[int] = Counter()  # by the size of their views
+    for view, block in missing:
+        images_of[config.view.size_of(view)] += min(size, count - block * size)
+    images = images_of.total()
 
     batch_size = min(config.teacher_batch, count)
-    ids = np.arange(batch_size), np.full(batch_size, requested[0], np.int32)
-    data = dataclasses.replace(config.data, workers=0)
-    loader = iter(open_loader(data, job.source, job.plan, [ids], device=job.device))
-    started = time.perf_counter()
-    batch = next(loader)
-    loading = time.perf_counter() - started
-    codec = codec_from_config(config.codec, len(job.source.classes), config.loss.tau)
-    codec.encode(job.logits(batch)).cpu()  # `cpu` waits for a GPU
-    started = time.perf_counter()
-    codec.encode(job.logits(batch)).cpu()
-    forward = time.perf_counter() - started
+    view_of = {config.view.size_of(view): view for view in reversed(requested)}
+    loading = forward = 0.0
+    for side in images_of or {config.view.size_of(requested[0])}:
+        share = images_of[side] / images if images else 1.0
+        seconds = job.time_batch(config, batch_size, view_of[side])
+        loading, forward = loading + share * seconds[0], forward + share * seconds[1]
     workers = config.data.workers
     per_batch = max(loading / workers, forward) if workers else loading + forward
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
@@ -220,6 +220,20 @@ class _Job:
             | ({"teacher.compiled": True} if compiled else {})
             | ({"teacher.fused": True} if self.teacher.is_fused else {}),
         )
+
+    def time_batch(self, config: RunConfig, count: int, view: int) -> tuple[float, float]:
+        """Seconds to load ``count`` samples at a view, and to run the teacher on them."""
+        ids = np.arange(count), np.full(count, view, np.int32)
+        data = dataclasses.replace(config.data, workers=0)
+        loader = iter(open_loader(data, self.source, self.plan, [ids], device=self.device))
+        started = time.perf_counter()
+        batch = next(loader)
+        loading = time.perf_counter() - started
+        codec = codec_from_config(config.codec, len(self.source.classes), config.loss.tau)
+        codec.encode(self.logits(batch)).cpu()  # `cpu` waits for a GPU
+        started = time.perf_counter()
+        codec.encode(self.logits(batch)).cpu()
+        return loading, time.perf_counter() - started
 
     def run(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:
         """Batches with the teacher's logits.

@@ -23,12 +23,18 @@ from deit_fast.errors import InputError
 
 BASE = RunConfig().replace(view={"augment": "none", "repeats": 1})  # no setting excludes another
 NOT_NUMBERS = ["x", "", [], {}, None, True]
-ACCEPTED = {"model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")]}
+ACCEPTED = {
+    "model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")],
+    "view.size_schedule": [(), ((0, 224),), ((0, 8192), (3, 1), (999_999, 224))],
+}
 REFUSED: dict[str, list[Any]] = {
     "model.args": [("depth",), ("depth=-1",), ("depth=1e3",), ("depth=1000000000",), ("=1",),
                    ("depth=6=6",), ("fused=1",), ("img_size=8",), ("num_classes=8",), "depth=6"],
     "track": [("wandb", "wandb")],
     "view.crop_scale": [(0.5, 0.25)],
+    "view.size_schedule": [((3, 224),), ((0, 96), (0, 224)), ((0, 96), (6, 128), (3, 224)),
+                           ((0, 96), (3, 128)), ((0, 0), (3, 224)),
+                           ((0, 8193), (3, 224)), ((0, 96, 3), (3, 224, 3)), (0, 96, 3, 224)],
     "codec.temperatures": [()],
 }  # fmt: skip
 
@@ -121,6 +127,7 @@ def flag(key: str, value: Any) -> list[str] | None:
         group, _, name = key.rpartition(".")
         return [f"--{key}"] if value else [f"--{group}.no-{name}" if group else f"--no-{name}"]
     words = list(value) if isinstance(value, tuple) else [value]
+    words = [w for word in words for w in (word if isinstance(word, tuple) else [word])]
     is_text = all(isinstance(word, (str, int, float)) or word is None for word in words)
     if not is_text or any(type(word) is int and word > 2**80 for word in words):
         return None

@@ -54,7 +54,7 @@ def test_a_checkpoint_between_two_reports_holds_the_training_time(world, tmp_pat
 def test_time_inside_a_pause_is_not_training_time(monkeypatch):
     clock = iter([0.0, 2.0, 5.0, 9.0, 10.0]).__next__
     monkeypatch.setattr("deit_fast.runtime.speed.time", SimpleNamespace(perf_counter=clock))
-    meter = StepMeter(8, ProcessGroup(), torch.device("cpu"), None)
+    meter = StepMeter(8, ProcessGroup(), torch.device("cpu"))
     meter.steps = 2
     laps = [meter.lap()]  # at 2 s
     with meter.paused():  # from 5 s to 9 s

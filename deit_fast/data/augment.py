@@ -128,7 +128,7 @@ def render_views(
         run: `map`, or the `map` of a thread pool.
     """
     cut = resize_and_crop if view.crop == "simple" else crop_and_resize
-    size, fill = view.image_size, fill_color(view)
+    size, fill = out.shape[1], fill_color(view)
 
     def render(
         out: np.ndarray, image: int, box: list[int], names: list[int], levels: list[int], flip: int
@@ -209,7 +209,11 @@ def _new_values(kind: str, argument: int) -> list[int]:
 
 
 def augment_table(
-    view: ViewConfig, rows: np.ndarray, boxes: npt.ArrayLike, image_of: npt.ArrayLike
+    view: ViewConfig,
+    rows: np.ndarray,
+    boxes: npt.ArrayLike,
+    image_of: npt.ArrayLike,
+    size: int | None = None,
 ) -> AugmentTable:
     """A batch as a table on the CPU, from which `kernels.augment` makes the pixels of `augment`.
 
@@ -217,6 +221,7 @@ def augment_table(
         rows: PLAN_DTYPE [B], `ViewPlan.rows`.
         boxes: integers [B, 4]: left, top, width, height, `ViewPlan.crop_boxes`.
         image_of: integers [B], each view's row in the kernel's `images`.
+        size: side of the views, pixels; None: `view.image_size`.
 
     Raises:
         InputError: another crop, other augmentations than RandAugment, or more than two layers.
@@ -229,11 +234,12 @@ def augment_table(
             )
     if (layers := rows["operations"].shape[1]) != 2:
         raise InputError(f"the augment kernel knows 2 operations of a view, not {layers}")
+    size = view.image_size if size is None else size
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
     table = np.zeros((len(rows), len(TABLE_COLUMNS)), np.int64)
     table[:, 0] = image_of
     table[:, 1:5] = boxes
-    table[:, 5:9], weights = resize_columns(boxes[:, 2], boxes[:, 3], view.image_size)
+    table[:, 5:9], weights = resize_columns(boxes[:, 2], boxes[:, 3], size)
     table[:, _COLUMN["flip"]] = rows["flip"]
     doubles = table.view(np.float64)
     operations, levels = rows["operations"].tolist(), rows["levels"].tolist()
@@ -241,7 +247,7 @@ def augment_table(
         column = _COLUMN[f"{prefix}_kind"]
         for row in np.flatnonzero(rows["operations"][:, layer]).tolist():
             kind, argument, matrix = operation_at(
-                OPERATIONS[operations[row][layer]], levels[row][layer] / LEVEL_ONE, view.image_size
+                OPERATIONS[operations[row][layer]], levels[row][layer] / LEVEL_ONE, size
             )
             table[row, column] = KINDS.index(kind)
             values = doubles if isinstance(argument, float) else table

@@ -45,6 +45,11 @@ class ViewBatch:
         return len(self.plan)
 
     @property
+    def size(self) -> int:
+        """Side S of the views, pixels."""
+        return self.images.shape[1]
+
+    @property
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
         """labels, partner_labels, lam: the mixed pair that `kernels.distillation_loss` takes."""
         return self.labels, self.partner_labels, self.lam

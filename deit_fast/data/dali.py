@@ -110,9 +110,9 @@ class DaliLoader:
 
     def _run(self, feed: _Feed, readers: ThreadPool) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
-        size = self.plan.view.image_size
         for _ in self.steps:
             job = feed.next_job()
+            size = job.operands.size
             shape = (len(job.operands.needed), size, size, 3)
             images = torch.empty(shape, dtype=torch.uint8, device=self.device)
             for chunk in job.chunks:
@@ -127,7 +127,7 @@ class DaliLoader:
                     )  # fmt: skip
                 else:
                     assert chunk.table is not None
-                    part[:] = self._augment(output, chunk.table)
+                    part[:] = self._augment(output, chunk.table, size)
             batch = job.operands.assemble(images, job.labels, job.substituted)
             yield batch.pin_memory() if self.device.type == "cuda" else batch
 
@@ -155,7 +155,7 @@ class DaliLoader:
                 f"{str(error).strip().splitlines()[-1]}"
             ) from None
 
-    def _augment(self, output: Any, table: AugmentTable) -> Tensor:
+    def _augment(self, output: Any, table: AugmentTable, size: int) -> Tensor:
         """Views, uint8 [n, S, S, 3], of whole images, by the kernel."""
         images = [torch.from_dlpack(image) for image in output]
         shapes = torch.tensor([image.shape[:2] for image in images])
@@ -173,7 +173,7 @@ class DaliLoader:
         pixels = pixels.to(self.device, non_blocking=True)
         where = where.to(self.device, non_blocking=True)
         table = table.to(self.device, non_blocking=True)
-        return augment(pixels, where, table, self.plan.view.image_size, fill_color(self.plan.view))
+        return augment(pixels, where, table, size, fill_color(self.plan.view))
 
     # -- in the feeding thread -----------------------------------------------------------------
 
@@ -203,7 +203,9 @@ class DaliLoader:
             first, last = file_of[part][0], file_of[part][-1]  # rows are sorted by sample
             crops = rows[part], boxes[part], file_of[part] - first
             inputs = decoder_inputs(files[first : last + 1])
-            table = None if self._on_host else augment_table(self.plan.view, *crops)
+            table = None
+            if not self._on_host:
+                table = augment_table(self.plan.view, *crops, operands.size)
             chunks.append(_Chunk(part, *crops[1:], inputs, table))
         return _Job(
             operands=operands,

@@ -151,10 +151,8 @@ def require_same_pixels(
     Raises:
         InputError: a view differs; names sample, view and files.
     """
-    parts = [
-        records[first : first + _VIEWS_PER_BATCH]
-        for first in range(0, len(records), _VIEWS_PER_BATCH)
-    ]
+    views = [view for view, _, _ in records]
+    parts = [records[part] for part in plan.batches_of(views, _VIEWS_PER_BATCH)]
     batches = [
         (np.array([sample for _, sample, _ in part]), np.array([view for view, _, _ in part]))
         for part in parts

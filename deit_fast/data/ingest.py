@@ -79,7 +79,7 @@ def save_views(batch: ViewBatch, view: ViewConfig, path: Path, count: int = 16) 
     images = ingest_batch(batch.part(0, count), view, torch.float32).cpu()
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (view.std, view.mean))
     pixels = ((images * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
-    side = view.image_size * max(1, 64 // view.image_size)
+    side = images.shape[3] * max(1, 64 // images.shape[3])
     cell = side + 2
     grid = Image.new("RGB", (8 * cell, -(-len(pixels) // 8) * cell), "white")
     for index, pixel in enumerate(pixels.permute(0, 2, 3, 1).numpy()):

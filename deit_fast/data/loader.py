@@ -116,7 +116,7 @@ def make_batch(
 ) -> ViewBatch:
     """One batch of views, in this process; arguments as `ViewLoader`, the rest as in `batches`."""
     operands = MixOperands.of(plan, sample_ids, view_ids, mix)
-    needed, size = operands.needed, plan.view.image_size
+    needed, size = operands.needed, operands.size
     images = np.empty((len(needed), size, size, 3), np.uint8)
     labels = np.empty(len(needed), np.int64)
     substituted: list[str] = []
@@ -152,6 +152,7 @@ class MixOperands:
         needed: `plan_dtype` [M], the distinct (sample, view) among both, sorted.
         own_image, partner_image: indices into `needed`, int64 [B].
         lam: float32 [B], `views.plan.lam_of`.
+        size: side of the views, pixels.
     """
 
     own: np.ndarray
@@ -160,6 +161,7 @@ class MixOperands:
     own_image: np.ndarray
     partner_image: np.ndarray
     lam: np.ndarray
+    size: int
 
     @classmethod
     def of(
@@ -170,8 +172,8 @@ class MixOperands:
         keys = np.stack([rows["sample"], rows["view"]], axis=1)
         _, firsts, images = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         own_image, partner_image = images.reshape(2, len(own))
-        lam = lam_of(own, plan.view.image_size)
-        return cls(own, partner, rows[firsts], own_image, partner_image, lam)
+        size = plan.size_of_all(own["view"])
+        return cls(own, partner, rows[firsts], own_image, partner_image, lam_of(own, size), size)
 
     def assemble(self, images: Tensor, labels: np.ndarray, substituted: list[str]) -> ViewBatch:
         """The batch, from the pixels uint8 [M, S, S, 3] and labels int64 [M] of `needed`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -92,6 +93,7 @@ def create_student(
     kernels: tuple[str, ...] | None = None,
     pad_head: bool = False,
     trained_head: str = "both",
+    other_sizes: Sequence[int] = (),
     **args: Any,
 ) -> nn.Module:
     """Build a model to train, with random weights.
@@ -113,6 +115,8 @@ def create_student(
         pad_head: align the rows of the logits to 16 bytes, see ``pad_heads``.
         trained_head: "class" or "distillation": the only head of a distilled transformer that the
             loss trains. In evaluation mode the model returns its logits. Others ignore it.
+        other_sizes: sides of images beside ``img_size`` that it must take, pixels. A transformer
+            resamples its position embeddings for each (timm's ``dynamic_img_size``).
         args: arguments of timm's transformer, such as ``depth``, in place of the named model's.
 
     Raises:
@@ -133,14 +137,16 @@ def create_student(
         _refuse({**fuse_options, "pad_head": pad_head}, f"a timm model, not {name!r}")
         model = build_from_factory(name, num_classes)
         keep_trained_head(model, trained_head)
+        _require_sizes(name, model, other_sizes)
         return model
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if is_transformer:
-        arguments["img_size"] = img_size
+        arguments |= {"img_size": img_size} | ({"dynamic_img_size": True} if other_sizes else {})
         _check_shape(name, img_size, args)
     if args:
         _try_arguments(name, arguments | args)
     model = timm.create_model(name, pretrained=False, **arguments, **args)
+    _require_sizes(name, model, (img_size, *other_sizes) if other_sizes else ())
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
         keep_trained_head(model, trained_head)
@@ -204,6 +210,32 @@ def _try_arguments(name: str, arguments: dict[str, Any]) -> None:
         raise InputError(f"model {name!r} with args {arguments}: its output is {tuple(shape)}")
 
 
+def _require_sizes(name: str, model: nn.Module, sizes: Sequence[int]) -> None:
+    """
+    Raises:
+        InputError: the model does not take square images of one of these sizes.
+    """
+    if not sizes:
+        return
+    patch = model.patch_embed.patch_size[0] if isinstance(model, VisionTransformer) else 1
+    wrong = [size for size in sizes if size % patch]
+    if wrong:
+        raise InputError(
+            f"model {name!r} has patches of {patch} pixels, and the image size {wrong[0]} of "
+            f"view.size_schedule is no multiple of that"
+        )
+    plain = copy.deepcopy(model).to("meta").eval()
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                plain(torch.empty(2, 3, size, size, device="meta"))
+        except Exception as error:  # whatever a model with one size does
+            raise InputError(
+                f"model {name!r} takes no images of {size} pixels, a size of view.size_schedule "
+                f"({first_line(error, with_type=True)}): choose a model that takes every size"
+            ) from None
+
+
 def _check_shape(name: str, img_size: int, shape: dict[str, int]) -> None:
     most = {"patch_size": 8192, "embed_dim": 65536, "depth": 1000, "num_heads": 1024}
     for key in shape.keys() & most.keys():
@@ -229,7 +261,9 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     options = dataclasses.asdict(config.model)
     del options["weights"], options["args"]
     options |= config.model.timm_arguments()
-    options |= {"img_size": config.view.image_size, "trained_head": config.loss.trained_head}
+    size = config.view.image_size
+    others = [other for other in config.view.sizes if other != size]
+    options |= {"img_size": size, "other_sizes": others, "trained_head": config.loss.trained_head}
     model = create_student(num_classes=num_classes, **options)
     if (head := trained_head(model)) != "both":
         loss = config.loss

@@ -237,4 +237,22 @@ def load_class_matched_teacher(config: RunConfig, classes: Sequence[str]) -> Tea
     columns = choose_columns(config, classes, count, lines=lines, own=own)
     if columns is not None:
         teacher.select(columns)
+    if config.view.size_schedule:
+        _require_sizes(teacher, config)
     return teacher
+
+
+def _require_sizes(teacher: Teacher, config: RunConfig) -> None:
+    """
+    Raises:
+        InputError: the teacher does not take images of every size of the views.
+    """
+    for size in config.view.sizes:
+        try:
+            teacher(torch.zeros(1, 3, size, size))
+        except Exception as error:  # whatever a model with one size does
+            raise InputError(
+                f"teacher {config.teacher} takes no images of {size} pixels, a size of "
+                f"view.size_schedule ({first_line(error, with_type=True)}): choose a teacher that "
+                f"takes every size, such as a convolutional network"
+            ) from None

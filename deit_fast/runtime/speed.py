@@ -76,14 +76,16 @@ class StepMeter:
 
     Args:
         batch_size: samples of a step over all ranks.
-        utilisation: model FLOPs utilisation at one image a second over all ranks; None: unknown.
+
+    Attributes:
+        utilisation: model FLOPs utilisation at one image a second over all ranks, which depends on
+            the size of the images; None: unknown.
     """
 
-    def __init__(
-        self, batch_size: int, group: ProcessGroup, device: torch.device, utilisation: float | None
-    ) -> None:
+    utilisation: float | None = None
+
+    def __init__(self, batch_size: int, group: ProcessGroup, device: torch.device) -> None:
         self.batch_size, self.group, self.device = batch_size, group, device
-        self._utilisation = utilisation
         self.steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, time.perf_counter()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -130,8 +132,8 @@ class StepMeter:
             "images_per_s_per_process": rate / self.group.world_size,
             "seconds_left": steps_left * seconds / steps,
         }
-        if self._utilisation is not None:
-            speed["mfu"] = rate * self._utilisation
+        if self.utilisation is not None:
+            speed["mfu"] = rate * self.utilisation
         if self.device.type == "cuda":
             speed["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return speed | dict(zip(largest, values.tolist(), strict=True))

@@ -32,6 +32,8 @@ def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
     """
     found = cache.manifest["fingerprint"]
     names = [*(item.name for item in fields(ViewConfig)), *constants(ViewConfig)]
+    optional = {"size_schedule"}
+    names = [name for name in names if name not in optional or f"view.{name}" in found]
     missing = [key for key in ("seed", *names) if f"view.{key}" not in found]
     if missing:
         raise CacheError(
@@ -57,8 +59,9 @@ def leading_labels(
     view, seed = stored_view(cache)
     source = open_source(data, "train", view.image_size)
     cache.require(source.fingerprint())
-    rows = ViewPlan(view, seed, source.num_samples).rows(samples, views)
-    own = lam_of(rows, view.image_size) >= 0.5
+    plan = ViewPlan(view, seed, source.num_samples)
+    rows = plan.rows(samples, views)
+    own = lam_of(rows, plan.sizes(rows["view"])) >= 0.5
     return source.labels[np.where(own, rows["sample"], rows["partner"])]
 
 
@@ -109,8 +112,7 @@ def verify_against_teacher(
 
     ids, views = _draw(cache, samples, seed)
     tau = cache.codec.first_temperature
-    parts = [slice(first, first + _BATCH) for first in range(0, len(ids), _BATCH)]
-    batches = [(ids[part], views[part]) for part in parts]
+    batches = [(ids[part], views[part]) for part in plan.batches_of(views, _BATCH)]
     data = dataclasses.replace(data, workers=0)
     errors, allowed = [], []
     for batch in open_loader(data, source, plan, batches, device=chosen):

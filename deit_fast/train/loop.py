@@ -255,7 +255,8 @@ class _Run:
             stop=self.total,
             attach=self.teacher.attach(self.batches, state.step),
         )
-        meter = StepMeter(config.batch_size, self.group, self.device, self._utilisation())
+        meter = StepMeter(config.batch_size, self.group, self.device)
+        utilisation = self._utilisation()
         profiled = config.profile_steps if self.group.is_first else 0
         with (
             gc_paused() as freeze_garbage,
@@ -269,6 +270,7 @@ class _Run:
                 if state.step == 0 and self.group.is_first:
                     self._require_owned()
                     save_views(batch, config.view, self.output / "samples.png")
+                meter.utilisation = utilisation.get(batch.size)
                 lr = learning_rate(
                     state.step,
                     config,
@@ -326,14 +328,17 @@ class _Run:
         epoch, rest = divmod(self.state.step, self.steps_per_epoch)
         return epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
 
-    def _utilisation(self) -> float | None:
-        """Model FLOPs utilisation at one image a second; None on a CPU or an unknown GPU."""
+    def _utilisation(self) -> dict[int, float]:
+        """Model FLOPs utilisation at one image a second, by the size of the images; empty on a CPU
+        or an unknown GPU."""
         peak = peak_flops(self.device)
         if peak is None:
-            return None
+            return {}
         plain = unfuse(copy.deepcopy(self.state.model))
-        flops = training_flops(plain, self.config.view.image_size)
-        return flops / (peak * self.group.world_size)
+        return {
+            size: training_flops(plain, size) / (peak * self.group.world_size)
+            for size in self.config.view.sizes
+        }
 
     def _report(self, meter: StepMeter, lr: float) -> str:
         """Write a row of metrics and return its text; all ranks must call this together."""

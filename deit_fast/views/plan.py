@@ -154,7 +154,9 @@ class ViewPlan:
         samples, views = rows["sample"], rows["view"]
         rows["partner"] = partner = self._partners(samples, views)
         first = np.minimum(samples, partner)
-        mix = draw_mix(self.view, self.seed, first, views, Purpose.MIX, partner != samples)
+        mix = draw_mix(
+            self.view, self.seed, first, views, Purpose.MIX, partner != samples, self.sizes(views)
+        )
         rows["mix_kind"], rows["box"], rows["lam"] = mix
         return rows
 
@@ -248,16 +250,42 @@ class ViewPlan:
         boxes[found] = np.stack([left, top, w, h], axis=1)
         return boxes.astype(np.int32)
 
+    def sizes(self, views: Array) -> Array:
+        """Side of views in pixels, int64 [n]."""
+        schedule = self.view.size_schedule or ((0, self.view.image_size),)
+        firsts, sides = np.array(schedule, np.int64).T
+        return sides[np.searchsorted(firsts, views, side="right") - 1]
+
+    def size_of_all(self, view_ids: npt.ArrayLike) -> int:
+        """The side of all views of a batch, in pixels.
+
+        Raises:
+            ValueError: the batch has views of several sizes.
+        """
+        sizes = set(self.sizes(np.asarray(view_ids, np.int64)).tolist()) or {self.view.image_size}
+        if len(sizes) > 1:
+            raise ValueError(f"a batch has views of one size, not of {sorted(sizes)} pixels")
+        return int(sizes.pop())
+
+    def batches_of(self, view_ids: npt.ArrayLike, count: int) -> list[slice]:
+        """Consecutive views in parts of one size, each of at most ``count``."""
+        sizes = self.sizes(np.asarray(view_ids, np.int64))
+        borders = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
+        return [
+            slice(first, min(first + count, stop))
+            for start, stop in itertools.pairwise(borders)
+            for first in range(start, stop, count)
+        ]
+
     def _simple_boxes(self, samples: Array, views: Array, width: Array, height: Array) -> Array:
-        size = self.view.image_size
+        size = self.sizes(views)
         _, _, left, top = philox(samples, views, 0, Purpose.CROP, key(self.seed))
         resized = shorter_side_to(size, width, height)
         starts = [
             below(words, side + (2 * _PAD - size + 1)) - _PAD
             for words, side in zip((left, top), resized, strict=True)
         ]
-        sides = np.full(len(samples), size)
-        return np.stack([*starts, sides, sides], axis=1).astype(np.int32)
+        return np.stack([*starts, size, size], axis=1).astype(np.int32)
 
     @property
     def layers(self) -> int:
@@ -299,7 +327,7 @@ class ViewPlan:
 
     def _erase_boxes(self, samples: Array, views: Array) -> Array:
         """timm's RandomErasing: unlike a crop, height comes first, and a full side is rejected."""
-        side = np.full(len(samples), self.view.image_size, np.int64)
+        side = self.sizes(views)
 
         def accept(h: Array, w: Array, h_max: Array, w_max: Array) -> Array:
             return (w < w_max) & (h < h_max)
@@ -383,29 +411,36 @@ def partner_table(seed: int, num_samples: int, group: int) -> Array:
     return frozen(partner)
 
 
-def shorter_side_to(size: int, width: Array, height: Array) -> tuple[Array, Array]:
+def shorter_side_to(size: int | Array, width: Array, height: Array) -> tuple[Array, Array]:
     """Width and height of images with their shorter side resized (torchvision's `Resize`)."""
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
     long_side = (size * longer / shorter).astype(np.int64)
     return np.where(width <= height, size, long_side), np.where(width <= height, long_side, size)
 
 
-def lam_of(rows: Array, image_size: int) -> Array:
+def lam_of(rows: Array, sizes: int | Array) -> Array:
     """Weight of the own sample in the mixed target, float32 [n].
 
     1 without mixing, lambda for Mixup, 1 - box area / image area for CutMix (timm's `correct_lam`:
     the box is clipped at the edge first).
+
+    Args:
+        sizes: side of the views, pixels; one for all, or [n].
     """
     area = rows["box"][:, 2].astype(np.int64) * rows["box"][:, 3]
-    cutmix = 1.0 - area / float(image_size * image_size)
+    cutmix = 1.0 - area / np.square(np.asarray(sizes, np.float64))
     return np.where(rows["mix_kind"] == CUTMIX, cutmix, rows["lam"] / LAM_ONE).astype(np.float32)
 
 
 def fingerprint(view: ViewConfig, seed: int) -> dict[str, Any]:
-    """What two users of a cache must agree on about views: JSON values under dotted keys."""
+    """What two users of a cache must agree on about views: JSON values under dotted keys.
+
+    A size schedule is part of it where there is one: caches of earlier versions know none.
+    """
     entries = {
         f"view.{name}": list(value) if isinstance(value, tuple) else value
         for name, value in (dataclasses.asdict(view) | constants(type(view))).items()
+        if name != "size_schedule" or value
     }
     tables = [ratio_table(*view.crop_ratio), ratio_table(*view.erase_ratio)]
     tables += [beta_table(alpha) for alpha in (view.mixup_alpha, view.cutmix_alpha) if alpha > 0]

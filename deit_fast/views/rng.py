@@ -116,12 +116,14 @@ def draw_mix(
     second: Array,
     purpose: Purpose,
     mixable: Array | bool = True,
+    sizes: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Choose Mixup, CutMix or neither, and its parameters, from slots 0 and 1 of the counters.
 
     Args:
         first, second: integers [n] below 2^32, the first two counter words.
         mixable: bool [n], whether there is a partner.
+        sizes: integers [n], side of the views, pixels; None: `view.image_size`.
 
     Returns:
         Fields `mix_kind` [n], `box` [n, 4] and `lam` [n] of the plan.
@@ -142,17 +144,17 @@ def draw_mix(
     boxes = np.zeros((len(first), 4), np.int64)
     cut = np.flatnonzero(is_cutmix)
     centres = philox(first[cut], second[cut], 1, purpose, key(seed))[:2]
-    boxes[cut] = _cutmix_boxes(draw_beta(lam[cut], view.cutmix_alpha), centres, view.image_size)
+    sides = np.full(len(cut), view.image_size) if sizes is None else sizes[cut]
+    boxes[cut] = _cutmix_boxes(draw_beta(lam[cut], view.cutmix_alpha), centres, sides)
     return kinds, boxes, lams
 
 
-def _cutmix_boxes(lam: Array, centres: Sequence[Array], size: int) -> Array:
+def _cutmix_boxes(lam: Array, centres: Sequence[Array], size: Array) -> Array:
     """DeiT's boxes: sides int(size * sqrt(1 - lambda)), edges centre -+ side // 2, clipped."""
     half = np.floor(size * np.sqrt(1.0 - lam / LAM_ONE)).astype(np.int64) // 2
-    side = np.full(len(half), size, np.int64)
     edges = []
     for words in centres:
-        centre = below(words, side)
+        centre = below(words, size)
         low = np.maximum(centre - half, 0)
         edges.append((low, np.minimum(centre + half, size) - low))
     (top, height), (left, width) = edges
