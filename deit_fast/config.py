@@ -379,7 +379,7 @@ class LossConfig:
 class OptimConfig:
     """Optimiser, learning-rate schedule and moving average of the weights.
 
-    The learning rate changes every step: linear warm-up, then cosine decay.
+    The learning rate changes every step: linear warm-up, then as ``schedule``.
     """
 
     name: Literal["adamw", "lamb", "muon", "nmuon", "adamuon", "nadamuon"] = "adamw"
@@ -393,7 +393,12 @@ class OptimConfig:
     lr: Annotated[float, Within(0, 100, above=True)] = 5e-4
     """Peak learning rate for 512 samples per step; it is scaled linearly with batch_size."""
     min_lr: Rate = 1e-5
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine`: decay over the whole run. `wsd` (warm-up, stable, decay): stay at the peak, then
+    fall as 1 - sqrt(share) over the last decay_epochs."""
+    decay_epochs: Annotated[float, Within(0, 10**6, above=True)] | None = None
+    """Length of the decay of `wsd`, at the end of the run, in epochs."""
     warmup_epochs: Annotated[float, Within(0, 10**6)] = 5.0
     """Length of the linear warm-up, in epochs."""
     weight_decay: Rate = 0.05
@@ -502,6 +507,11 @@ class RunConfig:
     cuda_graphs: bool = False
     """Capture a whole step as one CUDA graph and replay it; for small models and batches, which are
     bound by kernel launches. Needs AdamW, one process, and neither accumulate nor profile_steps."""
+    keep_every: Count | None = None
+    """Epochs between checkpoints that stay, to branch from. Of all others the newest two stay."""
+    resume_from: str | None = None
+    """Branch: a checkpoint of another run with `wsd`, before its decay. The run starts from it and
+    decays; `epochs` follows from the checkpoint and optim.decay_epochs."""
     resume: bool = True
     """Resume from the newest checkpoint in `output`. --no-resume: fail if it has one."""
     accept_change: tuple[Fact, ...] = ()

@@ -35,6 +35,9 @@ STAND_INS = {
     "timm:regnety_160@weights.safetensors":
         "deit_fast.models.convnet:small_convnet@weights.safetensors",  # 84 million weights
     "--data.root DIR --compat deit": "--data.root more --compat deit",  # RASampler needs 256 images
+    "--optim.decay-epochs 30": "--optim.decay-epochs 1",  # epochs 3, of two steps
+    "--optim.decay-epochs 10": "--optim.decay-epochs 1",
+    "step-000125100": "step-000000002",
     "IMAGENET": "images",
     "DIR": "images",
     "--nproc-per-node 8": "--nproc-per-node 2",

@@ -371,13 +371,22 @@ def test_an_older_run_says_what_it_does_not_know(made, copied, caplog):
 HARMLESS: dict[str, Any] = {
     "recipe": "other", "log_every": 1, "eval_every": 1, "save_every": 3, "save_steps": 1,
     "on_nonfinite": "rollback", "teacher_batch": 7, "device": "cpu", "data.workers": 1,
-    "profile_steps": 1, "track": ["tensorboard"], "compile": "none",
+    "profile_steps": 1, "track": ["tensorboard"], "compile": "none", "keep_every": 1,
 }  # fmt: skip
 ROUNDING = {"accumulate": 2}
 GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "teacher_classes", "cache",
          "data.root", "model.weights"}  # fmt: skip
 # Refused before the checkpoint is read: they need other settings, a GPU, or other initial weights.
-EARLIER = {"check_teacher_every", "cuda_graphs", "compat", "model.name", "model.args"}
+EARLIER = {
+    "optim.schedule",
+    "optim.decay_epochs",
+    "resume_from",
+    "check_teacher_every",
+    "cuda_graphs",
+    "compat",
+    "model.name",
+    "model.args",
+}
 OTHER: dict[str, Any] = {
     "model.name": "deit_tiny_patch16_224", "model.kernels": ["attention"], "view.image_size": 24,
     "model.args": ["patch_size=8", "embed_dim=32", "depth=1", "num_heads=1"],
@@ -388,7 +397,8 @@ OTHER: dict[str, Any] = {
     "model.stochastic_depth": "subset", "model.residual": "bfloat16", "loss.tail": "drop",
     "loss.reduction": "numel", "optim.name": "lamb", "optim.impl": "torch",
     "codec.name": "hard", "data.loader": "dali-cpu", "data.source": "synthetic", "compat": "deit",
-    "check_teacher_every": 1,
+    "check_teacher_every": 1, "optim.schedule": "wsd", "optim.decay_epochs": 1.0,
+    "resume_from": "other.pt",
 }  # fmt: skip
 
 

@@ -25,11 +25,11 @@ _FORMATS = (1, FORMAT)
 _NAME = re.compile(r"step-(\d{9,})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_every: int = 0) -> Path:
     """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
 
-    Keeps the newest ``KEEP`` checkpoints up to this step. Files of later steps, which this run did
-    not write, stay.
+    Keeps the newest ``KEEP`` checkpoints up to this step, and those of every ``keep_every`` steps.
+    Files of later steps, which this run did not write, stay.
 
     Raises:
         OSError: the disk is full or not writable; the older checkpoints stay.
@@ -39,7 +39,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     save_torch(path, {"format": FORMAT, **state})
     up_to_here = [other for other in list_checkpoints(folder) if _step_of(other) <= step]
     for old in up_to_here[:-KEEP]:
-        old.unlink()
+        if not keep_every or _step_of(old) % keep_every:
+            old.unlink()
     return path
 
 
@@ -48,10 +49,13 @@ class CheckpointWriter:
 
     Args:
         require_owned: raises where the folder is no longer the run's; called before each write.
+        keep_every: of ``save_checkpoint``.
     """
 
-    def __init__(self, folder: Path, require_owned: Callable[[], None]) -> None:
-        self.folder, self._require_owned = folder, require_owned
+    def __init__(
+        self, folder: Path, require_owned: Callable[[], None], keep_every: int = 0
+    ) -> None:
+        self.folder, self._require_owned, self._keep_every = folder, require_owned, keep_every
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -71,7 +75,7 @@ class CheckpointWriter:
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         self._require_owned()
         try:
-            return save_checkpoint(self.folder, step, state)
+            return save_checkpoint(self.folder, step, state, self._keep_every)
         except OSError:
             self._require_owned()  # says where the folder was moved meanwhile
             raise
@@ -128,11 +132,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             reason = printable(first_line(error, 80))
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
             continue
-        if state["format"] not in _FORMATS:
-            raise InputError(
-                f"checkpoint {path} has format {state['format']!r}, this version reads "
-                f"{' and '.join(map(str, _FORMATS))}: use the version that wrote it"
-            )
+        _require_format(path, state)
         if state.get("step") != _step_of(path):
             step = printable(state.get("step"))
             log.warning("checkpoint %s is not used: it is of step %s", path, step)
@@ -143,6 +143,32 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             f"all {len(paths)} checkpoints in {folder} are broken: remove them to start again"
         )
     return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """State of one checkpoint.
+
+    Raises:
+        InputError: it is missing, broken or of another version.
+        MemoryError, RuntimeError: the memory ran out.
+    """
+    try:
+        state = _read(path)
+    except Exception as error:  # torch raises half a dozen types for a broken file
+        if is_out_of_memory(error):
+            raise
+        reason = printable(first_line(error, 80))
+        raise InputError(f"checkpoint {path} cannot be read ({reason}): choose another") from None
+    _require_format(path, state)
+    return state
+
+
+def _require_format(path: Path, state: dict[str, Any]) -> None:
+    if state["format"] not in _FORMATS:
+        raise InputError(
+            f"checkpoint {path} has format {state['format']!r}, this version reads "
+            f"{' and '.join(map(str, _FORMATS))}: use the version that wrote it"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

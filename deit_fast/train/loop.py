@@ -136,7 +136,7 @@ class _Run:
         )  # fmt: skip
 
         # -- step, which may refuse the settings, before anything is written --------------------
-        is_changed = bool(config.accept_change and found)
+        is_changed = self.is_branch or bool(config.accept_change and found)
         self.config = config = self.config.replace(accept_change=())  # for this start alone
         state = self.state
         self.compile_count = CompileCount()
@@ -149,11 +149,13 @@ class _Run:
             self.eval_forward = compile_evaluation(mode, average)
 
         # -- output ----------------------------------------------------------------------------
-        self.writer = CheckpointWriter(self.checkpoints, self._require_owned)
+        self.writer = CheckpointWriter(
+            self.checkpoints, self._require_owned, (config.keep_every or 0) * self.steps_per_epoch
+        )
         resources.callback(self._close_writer)
         self.metrics = group.agree(lambda: self._open_output(resources))
         if is_changed:
-            self._save()  # from now on the run belongs to the new content
+            self._save()  # from now on the run belongs to the new content, or is on its own
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
@@ -192,8 +194,8 @@ class _Run:
     def _prepare(self, resources: ExitStack) -> str:
         """Data, teacher, and the state at step 0 or from a checkpoint, whose name it returns."""
         device, group = self.device, self.group
-        checkpoint = find_checkpoint(self.config)
-        self.config = config = settle(self.config, checkpoint)
+        config = self.config
+        checkpoint = find_checkpoint(config)
 
         # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
@@ -202,12 +204,14 @@ class _Run:
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = _batches(config, self.source.num_samples, group)
+        self.steps_per_epoch = len(self.batches) // config.epochs
+        self.config = config = settle(config, checkpoint, self.steps_per_epoch)
+        self.batches = _batches(config, self.source.num_samples, group)
         share = self.batches.share
         if share % config.accumulate:
             raise InputError(
                 f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
             )
-        self.steps_per_epoch = len(self.batches) // config.epochs
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
 
         # -- teacher ---------------------------------------------------------------------------
@@ -217,6 +221,7 @@ class _Run:
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
         self.state = create_state(config, len(self.source.classes), device)
         self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
+        self.is_branch = checkpoint is not None and checkpoint.is_branch
         if checkpoint is None:
             return ""
         resume(config, self.state, checkpoint)
@@ -320,6 +325,7 @@ class _Run:
             evaluate=done or self._is_evaluation_due(),
             save=done
             or (at_epoch_end and epoch % config.save_every == 0)
+            or (at_epoch_end and config.keep_every is not None and epoch % config.keep_every == 0)
             or (config.save_steps is not None and step % config.save_steps == 0),
         )
 

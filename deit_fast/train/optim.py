@@ -191,12 +191,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+def require_schedule(config: RunConfig) -> None:
+    """Raise InputError where the settings of the schedule exclude each other."""
+    optim = config.optim
+    if optim.schedule == "cosine":
+        for name, value in {"optim.decay_epochs": optim.decay_epochs,
+                            "resume_from": config.resume_from}.items():  # fmt: skip
+            if value is not None:
+                raise InputError(f"{name}={value} needs optim.schedule=wsd, not cosine")
+    elif optim.decay_epochs is None:
+        raise InputError("optim.schedule=wsd needs optim.decay_epochs, the length of its decay")
+    elif config.compat == "deit":
+        raise InputError("compat=deit has DeiT's cosine alone, not optim.schedule=wsd")
+    elif optim.warmup_epochs + optim.decay_epochs > config.epochs:
+        raise InputError(
+            f"optim.warmup_epochs={optim.warmup_epochs:g} and "
+            f"optim.decay_epochs={optim.decay_epochs:g} are more than epochs={config.epochs}"
+        )
+
+
+def decay_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
+    """Steps of the decay of `wsd`, at least one."""
+    return max(1, round((optim.decay_epochs or 0) * steps_per_epoch))
+
+
 def learning_rate(step: int, config: RunConfig, *, steps_per_epoch: int, steps: int) -> float:
-    """Learning rate of ``step`` (0-based): linear warm-up, then a cosine down to ``min_lr``.
+    """Learning rate of ``step`` (0-based): linear warm-up, then a decay down to ``min_lr``.
 
     The peak is ``lr * batch_size / lr_batch`` (Goyal et al. 2017; DeiT, section 6). As in DeiT's
     recipe the cosine spans the whole run, warm-up included. With ``compat="deit"`` it changes as in
     DeiT's code: once an epoch and one epoch late, so the first two epochs run at ``warmup_lr``.
+    `wsd` falls with 1 - sqrt(share of the decay) (Haegele et al. 2024, arXiv 2405.18392).
     """
     optim = config.optim
     peak = optim.lr * config.batch_size / optim.lr_batch
@@ -205,4 +230,8 @@ def learning_rate(step: int, config: RunConfig, *, steps_per_epoch: int, steps: 
         step = max(step // steps_per_epoch - 1, 0) * steps_per_epoch
     if step < warmup:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
-    return optim.min_lr + (peak - optim.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
+    share = (1 + math.cos(math.pi * step / steps)) / 2
+    if optim.schedule == "wsd":
+        length = decay_steps(optim, steps_per_epoch)
+        share = 1 - math.sqrt(max(0, step - (steps - length)) / length)
+    return optim.min_lr + (peak - optim.min_lr) * share

@@ -18,14 +18,19 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_fast.config import RunConfig
+from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
-from deit_fast.train.checkpoints import list_checkpoints, load_newest
+from deit_fast.train.checkpoints import list_checkpoints, load_checkpoint, load_newest
 from deit_fast.train.identity import require_same
-from deit_fast.train.optim import create_average, create_optimizer
+from deit_fast.train.optim import (
+    create_average,
+    create_optimizer,
+    decay_steps,
+    require_schedule,
+)
 
 log = logging.getLogger("deit_fast")
 
@@ -33,10 +38,12 @@ log = logging.getLogger("deit_fast")
 # change pixels, weights and learning rates by rounding at most.
 _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
-    "log_every", "eval_every", "save_every", "save_steps", "on_nonfinite", "accumulate",
-    "teacher", "teacher_batch", "teacher_classes", "cache", "data.root", "data.workers",
-    "track", "check_teacher_every", "profile_steps", "accept_change",
+    "log_every", "eval_every", "save_every", "save_steps", "keep_every", "on_nonfinite",
+    "accumulate", "teacher", "teacher_batch", "teacher_classes", "cache", "data.root",
+    "data.workers", "track", "check_teacher_every", "profile_steps", "accept_change",
 } | WITHOUT_INFLUENCE  # fmt: skip
+
+_OF_A_BRANCH = {"epochs", "optim.decay_epochs", "resume_from"}  # may differ where it begins
 
 _COUNTS = ("step", "evaluated_step", "summed", "best_top1", "best_epoch", "train_seconds")
 
@@ -132,10 +139,11 @@ class Checkpoint(NamedTuple):
     path: Path
     saved: dict[str, Any]  # of ``TrainState.to_checkpoint``
     settings: dict[str, Any]  # of its run, as ``to_dict``
+    is_branch: bool  # of another run, from which this one branches
 
 
 def find_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """The newest checkpoint in the run's folder, or None.
+    """The newest checkpoint in the run's folder, else that of ``resume_from``, else None.
 
     Raises:
         InputError: there is one and ``--no-resume`` was given, or it is none of a run.
@@ -144,28 +152,67 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if not config.resume:
         if list_checkpoints(folder):
             raise InputError(f"--no-resume, but {folder} has checkpoints: choose another --output")
-        return None
-    found = load_newest(folder)
+        found = None
+    else:
+        found = load_newest(folder)
+    is_branch = found is None and config.resume_from is not None
+    if is_branch:
+        path = Path(str(config.resume_from))
+        found = path, load_checkpoint(path)
     if found is None:
         return None
     path, saved = found
     with _named(path):
-        return Checkpoint(path, saved, from_earlier(json.loads(saved["config"])))
+        return Checkpoint(path, saved, from_earlier(json.loads(saved["config"])), is_branch)
 
 
-def settle(config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
-    """``config`` with what the checkpoint of its run decides.
+def settle(config: RunConfig, checkpoint: Checkpoint | None, steps_per_epoch: int) -> RunConfig:
+    """``config`` with what the checkpoint decides.
 
-    A moving average that warms up goes on doing so, as in all runs of earlier versions.
+    A moving average that warms up goes on doing so, as in all runs of earlier versions. A branch
+    ends ``decay_epochs`` after its checkpoint, at the end of an epoch.
+
+    Raises:
+        InputError: no run can branch from the checkpoint, or the schedule's settings exclude each
+            other.
     """
-    if checkpoint is None:
-        return config
-    with _named(checkpoint.path):
-        warms_up = checkpoint.settings["optim"].get("ema_warmup", False) is True
+    if checkpoint is not None:
+        with _named(checkpoint.path):
+            config = _with_warm_up(config, checkpoint)
+            if config.resume_from is not None and config.optim.schedule == "wsd":
+                config = _with_epochs(config, checkpoint, steps_per_epoch)
+    require_schedule(config)
+    return config
+
+
+def _with_warm_up(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
+    warms_up = checkpoint.settings["optim"].get("ema_warmup", False) is True
     if not warms_up or config.optim.ema_warmup or not config.optim.ema_decay:
         return config
     log.info("%s: its moving average goes on with optim.ema_warmup, as begun", checkpoint.path)
     return config.replace(optim={"ema_warmup": True})
+
+
+def _with_epochs(config: RunConfig, checkpoint: Checkpoint, steps_per_epoch: int) -> RunConfig:
+    path, settings = checkpoint.path, checkpoint.settings
+    if not checkpoint.is_branch:
+        return config.replace(epochs=settings["epochs"])  # as it began
+    optim, step = settings["optim"], checkpoint.saved["step"]
+    if optim.get("schedule") != "wsd":
+        raise InputError(
+            f"{path} is of a run with optim.schedule={optim.get('schedule', 'cosine')}, whose "
+            f"learning rate falls from the start: branch from one with optim.schedule=wsd"
+        )
+    its = OptimConfig(schedule="wsd", decay_epochs=optim["decay_epochs"])
+    start = settings["epochs"] * steps_per_epoch - decay_steps(its, steps_per_epoch)
+    if step > start:
+        raise InputError(
+            f"{path} is of step {step}, but its run decays from step {start}: branch from an "
+            f"earlier checkpoint (keep_every keeps them)"
+        )
+    epochs = -(-(step + decay_steps(config.optim, steps_per_epoch)) // steps_per_epoch)
+    log.info("branching from %s, step %d: %d epochs in all", path, step, epochs)
+    return config.replace(epochs=epochs)
 
 
 def resume(config: RunConfig, state: TrainState, checkpoint: Checkpoint) -> None:
@@ -178,6 +225,8 @@ def resume(config: RunConfig, state: TrainState, checkpoint: Checkpoint) -> None
     with _named(checkpoint.path):
         _require_same_run(checkpoint, config, state.identity)
         state.restore(checkpoint.saved)
+        if checkpoint.is_branch:
+            state.rows = 0  # those of metrics.jsonl are in the other run's folder
     log.info("resuming from %s, step %d", checkpoint.path, state.step)
 
 
@@ -209,11 +258,15 @@ def _require_same_run(
     path, saved = checkpoint.path, checkpoint.saved
     facts = json.loads(saved["identity"]) if "identity" in saved else None
     differing = _differences(checkpoint.settings, json.loads(json.dumps(to_dict(config))))
+    remedy = "choose another --output"
+    if checkpoint.is_branch:
+        differing = {key: text for key, text in differing.items() if key not in _OF_A_BRANCH}
+        remedy = "a branch keeps all settings but optim.decay_epochs"
     if facts is not None:
         differing.pop("model.weights", None)  # a path; its content is one of the facts
     if differing:
         text = "; ".join(differing.values())
-        raise InputError(f"{path} is of another configuration ({text}): choose another --output")
+        raise InputError(f"{path} is of another configuration ({text}): {remedy}")
     if facts is None:
         log.info(
             "%s is of an earlier version: its checksums are of its parts only, and whether data "
