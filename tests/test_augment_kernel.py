@@ -6,6 +6,7 @@ Triton's interpreter, with fewer levels. On a GPU machine the tests marked gpu c
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deit_fast.config import ViewConfig
-from deit_fast.data.augment import apply_operation, augment_table, operation_at
+from deit_fast.data.augment import (
+    apply_operation,
+    augment_table,
+    operation_at,
+)
+from deit_fast.data.resize import crop_and_resize
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, augment
 from deit_fast.views.plan import PLAN_DTYPE, RANDAUGMENT_OPERATIONS, ViewPlan, plan_dtype
@@ -137,6 +143,43 @@ CROPS = (
 def test_crops_are_resized_as_by_pillow(kind: str) -> None:
     nothing = plan_rows([(("none", "none"), (0, 0), 0)] * len(CROPS))
     assert_pillows([picture(kind, 47, 33)], nothing, CROPS, [0] * len(CROPS))
+
+
+STRIP = r"a crop of \d+ x \d+ pixels is taller than 100 times its width: Pillow resizes its height"
+
+
+@outer_run
+def test_crops_of_all_shapes_are_pillows_or_refused() -> None:
+    """1 : 1000 to 1000 : 1, of both loaders. CROPS_TRIED=3000 tries as many."""
+    draw, refused = np.random.default_rng(5), 0
+    nothing = plan_rows([(("none", "none"), (0, 0), 0)])
+    for number in range(int(os.environ.get("CROPS_TRIED", 60))):
+        ratio, area = 1000 ** draw.uniform(-1, 1), 10 ** draw.uniform(1, 5)
+        width = min(max(round((area * ratio) ** 0.5), 1), 4000)
+        height = min(max(round((area / ratio) ** 0.5), 1), 4000)
+        left, top, right, bottom = draw.integers(5, size=4).tolist()
+        kind = ("noise", "edges", "smooth")[number % 3]
+        array = picture(kind, left + width + right, top + height + bottom)
+        box, size = (left, top, width, height), int(draw.choice([1, 7, 32, 224]))
+        ours = crop_and_resize(array, box, size, size)
+        np.testing.assert_array_equal(ours, by_pillow(array, box, nothing[0], size), str(box))
+        if height > 100 * width and height > size:
+            refused += 1
+            with pytest.raises(InputError, match=STRIP):
+                assert_pillows([array], nothing, [box], [0], size)
+        else:
+            assert_pillows([array], nothing, [box], [0], size)
+    assert number / 20 < refused < number / 3
+
+
+def test_no_plan_has_a_crop_that_is_refused() -> None:
+    """Its crops have 3 : 4 to 4 : 3, whatever the image."""
+    sizes = [(1, 40000), (20, 70000), (70000, 20), (3, 500), (2, 300), (1, 1), (400, 41000)]
+    widths, heights = (np.tile(side, 100) for side in np.array(sizes).T)
+    count = len(widths)
+    plan = ViewPlan(ViewConfig(), 11, count)
+    boxes = plan.crop_boxes(np.arange(count), np.zeros(count, int), widths, heights)
+    assert (boxes[:, 3] <= 2 * boxes[:, 2]).all() and (boxes[:, 2:] > 0).all()
 
 
 @pytest.mark.parametrize("size", SIZES)

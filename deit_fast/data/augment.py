@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from deit_fast.config import ViewConfig
-from deit_fast.data.resize import crop_and_resize, resize_and_crop
+from deit_fast.data.resize import crop_and_resize, is_strip, resize_and_crop
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import KINDS, TABLE_COLUMNS, AugmentTable, resize_columns
 from deit_fast.views.plan import OPERATIONS
@@ -224,7 +224,8 @@ def augment_table(
         size: side of the views, pixels; None: `view.image_size`.
 
     Raises:
-        InputError: another crop, other augmentations than RandAugment, or more than two layers.
+        InputError: another crop, other augmentations than RandAugment, more than two layers, or a
+            strip (``is_strip``), of which the kernel makes other pixels than Pillow.
     """
     for name, known in _KERNEL_KNOWS.items():
         if getattr(view, name) not in known:
@@ -236,6 +237,11 @@ def augment_table(
         raise InputError(f"the augment kernel knows 2 operations of a view, not {layers}")
     size = view.image_size if size is None else size
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
+    for _, _, width, height in boxes[is_strip(boxes[:, 2], boxes[:, 3], view.image_size)]:
+        raise InputError(
+            f"a crop of {width} x {height} pixels is taller than 100 times its width: Pillow "
+            f"resizes its height first, the augment kernel does not; data.loader=pillow does"
+        )
     table = np.zeros((len(rows), len(TABLE_COLUMNS)), np.int64)
     table[:, 0] = image_of
     table[:, 1:5] = boxes

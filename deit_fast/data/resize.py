@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from deit_fast import _C
 from deit_fast.views.plan import shorter_side_to
+
+
+def is_strip(width: Any, height: Any, new_height: int) -> Any:
+    """Whether Pillow resizes the height of a crop first, and rounds in between.
+
+    Its Image.resize does so where a crop taller than 100 times its width becomes lower.
+
+    Args:
+        width, height: of the crop, integers or arrays of them.
+    """
+    return (height > 100 * width) & (height > new_height)
 
 
 def crop_and_resize(
@@ -53,8 +65,7 @@ def crop_and_resize(
         raise ValueError(f"out must be uint8 {shape}, not {out.dtype} {out.shape}")
     if not out.flags.c_contiguous:
         raise ValueError(f"out must be contiguous, not {out.strides}")
-    if box_height > 100 * box_width and height < box_height and width != box_width:
-        # Pillow resizes the height of such a strip first, and rounds in between.
+    if is_strip(box_width, box_height, height) and width != box_width:
         strip = crop_and_resize(pixels, box, box_width, height)
         return crop_and_resize(strip, (0, 0, box_width, height), width, height, out)
     _C.crop_resize(
