@@ -316,7 +316,8 @@ class ModelConfig:
     """Whole-number arguments of timm's transformer, in place of the named model's, such as
     `patch_size=4 depth=6`."""
     weights: str | None = None
-    """Checkpoint to start from (.pth or .safetensors). none: random weights."""
+    """Checkpoint to start from (.pth or .safetensors); FILE#KEY takes the state dict under a key,
+    where an average of the weights is preferred. none: random weights."""
 
     def __post_init__(self) -> None:
         check_all(self, "model.")

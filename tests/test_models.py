@@ -161,7 +161,7 @@ def test_heads_of_another_class_count_keep_their_initial_values(caplog):
         ({"extra": torch.zeros(1)}, "w has extra, which the model lacks"),
         ({"pos_embed": torch.zeros(1, 7, 48)}, r"pos_embed is \(1, 7, 48\) there, \(1, 6, 48\)"),
         ({"pos_embed": torch.zeros(1, 11, 32)}, r"pos_embed is \(1, 11, 32\) there"),
-        ({"patch_embed.proj.weight": torch.zeros(48, 3, 4, 4)}, "patch_embed.proj.weight is"),
+        ({"patch_embed.proj.weight": torch.zeros(48, 1, 8, 8)}, "patch_embed.proj.weight is"),
         ({"head.weight": torch.zeros(5, 32)}, r"head.weight is \(5, 32\) there, \(7, 48\)"),
         ({"head.weight": torch.zeros(5, 48)}, r"head.weight is \(5, 48\) there, \(7, 48\)"),
     ],

@@ -9,7 +9,8 @@ import argparse
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.models.weights_layout import MissingKey, adapt_layout, find_state, held_weights
 from deit_fast.runtime.files import (
     SEAL_KEY,
     SEAL_ZEROS,
@@ -33,15 +35,18 @@ from deit_fast.runtime.torch_files import load_torch
 
 log = logging.getLogger("deit_fast")
 
-# Where training checkpoints keep the weights: facebookresearch/deit `model`, timm `state_dict`.
-_WEIGHT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")
-
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a `.safetensors` file or a torch checkpoint.
 
-    Weights wrapped in a dictionary (`model` in facebookresearch/deit, `state_dict` in timm) are
-    unwrapped, and the `module.` prefix of DistributedDataParallel is removed.
+    Of a checkpoint with several state dicts, an average of the weights is preferred, as timm's
+    load_checkpoint does (`state_dict_ema`, `model_ema`), to the weights themselves (`state_dict`,
+    `model`). A line of the log says which was taken. Prefixes of DistributedDataParallel, FSDP,
+    torch.compile and activation checkpointing are removed.
+
+    Args:
+        path: FILE, or FILE#KEY: the state dict under the key, or the tensors whose names begin with
+            the key and a dot.
 
     Returns:
         Name to tensor, on the CPU.
@@ -49,16 +54,29 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing or damaged, is not a weights file, or holds no tensors.
     """
-    path = Path(path)
+    file, key = _split_key(path)
     try:
-        state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        saved = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+        tensors, keys = find_state(saved, key)
     except FileNotFoundError:
         raise InputError(f"weights file {path} does not exist") from None
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    except MissingKey as error:
+        raise InputError(f"weights file {printable(file)} {error}") from None
     if not tensors:
         raise InputError(f"weights file {path} holds no tensors")
+    if keys:
+        others = [f"{file}#{name}" for name in held_weights(saved) if name not in keys]
+        more = f"; there is also {', '.join(others)}" if others else ""
+        log.info("weights file %s: %s is taken%s", file, ".".join(keys), more)
     return tensors
+
+
+def _split_key(path: str | Path) -> tuple[Path, str | None]:
+    """FILE and KEY of FILE#KEY; a file of that name comes first."""
+    file, mark, key = str(path).rpartition("#")
+    if not mark or not file or os.path.lexists(path):
+        return Path(path), None
+    return Path(file), key
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -100,12 +118,37 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load ``state`` into ``model``; every name and shape must fit.
 
+    Other names for the same weights, such as those of original repositories, are converted as timm
+    does, and a prefix is removed; a line of the log says so.
+
     Raises:
         InputError: names the first missing, unknown or differently shaped tensor.
     """
+    _load(model, *adapt_names(model, state, path), path)
+
+
+def adapt_names(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, resample: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``state`` under the names of ``model``, and what was done, see ``adapt_layout``.
+
+    Raises:
+        InputError: the file holds the model more than once.
+    """
+    try:
+        return adapt_layout(model, state, resample)
+    except InputError as error:
+        raise InputError(f"weights file {path}: {error}") from None
+
+
+def _load(
+    model: nn.Module, state: Mapping[str, Tensor], notes: Sequence[str], path: str | Path
+) -> None:
     own = model.state_dict()
     for name, value in own.items():
         if name not in state:
+            if name.endswith("num_batches_tracked"):  # files of early versions of PyTorch
+                continue
             raise InputError(f"weights file {path} lacks {name}")
         if state[name].shape != value.shape:
             raise InputError(
@@ -115,13 +158,20 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) ->
     unknown = sorted(set(state) - set(own))
     if unknown:
         raise InputError(f"weights file {path} has {unknown[0]}, which the model lacks")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
+    if notes:
+        log.info("weights file %s: %s", path, "; ".join(notes))
 
 
-def start_from(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def start_from(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Load ``state`` into a model for fine-tuning, adapting what fine-tuning changes.
 
-    For timm's vision transformers, with one log line for each adaptation:
+    As ``fit_weights``, and with one log line for each of these adaptations:
 
     - Position embeddings of another image size are interpolated by timm's resample_abs_pos_embed
       (bicubic with antialiasing, as timm loads checkpoints; facebookresearch/deit interpolates
@@ -129,18 +179,23 @@ def start_from(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
     - Weights without a distillation token may initialise a distilled student. Its token and head
       keep their initial values, and the token gets a copy of the class token's position embedding:
       it starts as a class token with a small change, which the pretrained blocks can process.
-    - Heads of another class count keep their initial values.
+    - Heads of another class count or of other classes keep their initial values, and those that
+      the file lacks. Where it names the same classes in another order, the rows follow the names.
+    - Patch embeddings of another patch size are resampled by timm.
+
+    Args:
+        classes: names of the classes, in the order of the logits; None: not compared.
 
     Raises:
         InputError: as ``fit_weights``, for everything else that does not fit.
     """
-    notes: list[str] = []
+    state, layout = adapt_names(model, state, path, resample=True)
+    state = dict(state)
+    notes = [*_adapt_heads(model, state, classes, path)]
     if isinstance(model, VisionTransformer):
-        state = dict(state)
-        notes += _adapt_heads(model, state)
         notes += _adapt_distillation(model, state)
         notes += _adapt_positions(model, state)
-    fit_weights(model, state, path)
+    _load(model, state, layout, path)
     for note in notes:
         log.info("weights file %s: %s", path, note)
 
@@ -149,18 +204,65 @@ def start_from(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 # another way it changes nothing, and fit_weights refuses them.
 
 
-def _adapt_heads(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
+def _adapt_heads(
+    model: nn.Module, state: dict[str, Tensor], classes: Sequence[str] | None, path: str | Path
+) -> Iterator[str]:
     own = model.state_dict()
-    for name in ("head", "head_dist"):
+    heads = [name for name in _heads(model) if {f"{name}.weight", f"{name}.bias"} <= own.keys()]
+    theirs = class_names(path) if classes is not None else None
+    equal = []
+    for name in heads:
         weight, bias = f"{name}.weight", f"{name}.bias"
-        if not {weight, bias} <= state.keys() & own.keys():
-            continue
-        theirs, ours = state[weight].shape, own[weight].shape
-        is_head = theirs[1:] == ours[1:] and state[bias].shape == theirs[:1]
-        if is_head and theirs != ours:
+        why = ""
+        if name == heads[0] and not {weight, bias} & state.keys():
+            why = "is not there"
+        elif {weight, bias} <= state.keys():
+            count, ours = state[weight].shape[:1], own[weight].shape[:1]
+            is_head = state[weight].shape[1:] == own[weight].shape[1:]
+            if not is_head or state[bias].shape != count:
+                continue
+            if count != ours:
+                why = f"has {count[0]} classes there, {ours[0]} here"
+            elif theirs and classes and sorted(theirs) != sorted(classes):
+                other = next(item for item in theirs if item not in classes)
+                why = f"is of other classes there, such as {printable(other)!r}"
+            else:
+                equal.append(name)
+        if why:
             state |= {weight: own[weight], bias: own[bias]}
-            counts = f"{theirs[0]} classes there, {ours[0]} here"
-            yield f"{name} has {counts}: it keeps its initial values"
+            yield f"{name} {why}: it keeps its initial values"
+    if not classes or not equal or theirs == list(classes):
+        return
+    names = " and ".join(equal)
+    if theirs is None:
+        yield f"it does not name its classes: {names} is taken as in the order of the data's"
+        return
+    rows = [theirs.index(name) for name in classes]
+    for name in equal:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            state[key] = state[key][rows]
+    yield f"its classes are in another order: the rows of {names} follow their names"
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's heads: those of timm's entry, or its last linear layer."""
+    if isinstance(model, VisionTransformer):
+        return "head", "head_dist"
+    entry = getattr(model, "pretrained_cfg", None)
+    named = entry.get("classifier") if isinstance(entry, dict) else None
+    if named:
+        return (named,) if isinstance(named, str) else tuple(named)
+    return tuple([name for name, part in model.named_modules() if isinstance(part, nn.Linear)][-1:])
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """Names of the classes, in the order of the logits, where a file of `train` has them."""
+    file, _ = _split_key(path)
+    if file.suffix != ".safetensors":
+        return None
+    names: Any = read_identity(file).get("data.classes")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names or None if is_list and len(set(names)) == len(names) else None
 
 
 def _adapt_distillation(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
@@ -241,7 +343,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _not_safetensors(path, error) from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> dict[str, Any]:
+    if path.suffix in (".npz", ".npy"):
+        raise InputError(
+            f"weights file {path} is of NumPy, as JAX's are: load it into timm's model "
+            "with model.load_pretrained, and save model.state_dict() as safetensors"
+        )
     try:
         # facebookresearch/deit and timm keep their arguments beside the weights: a plain namespace.
         with torch.serialization.safe_globals([argparse.Namespace]), open_regular(path) as file:
@@ -252,10 +359,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if is_out_of_memory(error):
             raise
         reason = printable(first_line(error))
-        raise InputError(f"weights file {path} cannot be read safely: {reason}") from None
-    for key in _WEIGHT_KEYS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            return state[key]
+        raise InputError(
+            f"weights file {path} cannot be read safely: {reason}; where you trust it, load it in "
+            "a sandbox and save its state dict as safetensors"
+        ) from None
     if not isinstance(state, dict):
         raise InputError(f"weights file {path} holds a {type(state).__name__}, not a state dict")
     return state

@@ -7,12 +7,15 @@ it.
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from deit_fast.errors import printable
 from deit_fast.runtime.files import SEAL, crc32c, is_end_intact, open_atomically, seal
 
 log = logging.getLogger("deit_fast")
@@ -52,9 +55,8 @@ def load_torch(file: BinaryIO) -> tuple[Any, bool]:
         file: of ``open_regular``.
 
     Raises:
-        ValueError: a checksum differs.
-        Exception: whatever torch raises for a file that it cannot read, or that holds objects of
-            unsafe types.
+        ValueError: a checksum differs, or the file holds more than tensors and plain values.
+        Exception: whatever torch raises for a file that it cannot read.
     """
     intact = is_end_intact(file)
     if intact is False:
@@ -65,7 +67,22 @@ def load_torch(file: BinaryIO) -> tuple[Any, bool]:
         if damaged is not None:
             raise ValueError(f"the checksum of its part {damaged} differs")
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True), bool(intact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript, and of other pickle protocols
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True), bool(intact)
+        except Exception as error:  # RuntimeError, and pickle's own type
+            if "weights_only" not in str(error):
+                raise
+            raise ValueError(_why_unsafe(str(error))) from None
+
+
+def _why_unsafe(text: str) -> str:
+    """The reason in torch's message, whose advice is to run the code in the file."""
+    named = re.search(r"GLOBAL (\S+) ", text)
+    if named is not None:
+        return f"it is no plain state dict: it has an object of {printable(named[1])[:100]}"
+    return "it is a TorchScript archive" if "TorchScript" in text else "torch.save did not write it"
 
 
 class _SealedArchive:

@@ -219,7 +219,8 @@ class _Run:
         resources.callback(self.teacher.close)
 
         # -- model and optimiser, at step 0 or from a checkpoint -------------------------------
-        self.state = create_state(config, len(self.source.classes), device)
+        classes = self.source.classes
+        self.state = create_state(config, len(classes), device, classes)
         self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
         self.is_branch = checkpoint is not None and checkpoint.is_branch
         if checkpoint is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,15 +113,24 @@ class TrainState:
         self.skipped, self.substituted = list(saved["skipped"]), set(saved["substituted"])
 
 
-def create_state(config: RunConfig, num_classes: int, device: torch.device) -> TrainState:
-    """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone."""
+def create_state(
+    config: RunConfig,
+    num_classes: int,
+    device: torch.device,
+    classes: Sequence[str] | None = None,
+) -> TrainState:
+    """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone.
+
+    Args:
+        classes: names of the classes, which the heads in `model.weights` follow.
+    """
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
     identity: dict[str, Any] = {"model.weights": None}
     if config.model.weights is not None:
         weights = load_weights(config.model.weights)
         identity["model.weights"] = digest_state(weights)
-        start_from(model, weights, config.model.weights)
+        start_from(model, weights, config.model.weights, classes)
     model.to(device).train()
     average = create_average(model, config.optim)
     optimizer = create_optimizer(model, config.optim, config.compat)
