@@ -114,10 +114,19 @@ def _value_types() -> Any:
             return None
         inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], set()))
         assert isinstance(inner, PrimitiveConstructorSpec)
+        count = inner.nargs if isinstance(inner.nargs, int) else None
+
+        def read(words: list[str]) -> Any:
+            if words in _NONE:
+                return None
+            if count not in (None, len(words)):
+                raise ValueError(f"needs {count} values, or none, not {' '.join(words)}")
+            return inner.instance_from_str(words)
+
         return PrimitiveConstructorSpec(
-            nargs=inner.nargs,
+            nargs=inner.nargs if count is None else (1, count),
             metavar=f"{inner.metavar}|none",
-            instance_from_str=lambda v: None if v in _NONE else inner.instance_from_str(v),
+            instance_from_str=read,
             is_instance=lambda v: v is None or inner.is_instance(v),
             str_from_instance=lambda v: ["none"] if v is None else inner.str_from_instance(v),
         )
@@ -143,6 +152,7 @@ _REWORDED = [
     (r"Exceeds the limit .*", "needs a number of fewer digits"),
     (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
+    (r"Could not parse arguments \[(.*?)\] into .*", r"cannot be read from \1"),
 ]  # fmt: skip
 
 

@@ -475,6 +475,11 @@ class RunConfig:
     """`auto`: CUDA where available."""
     teacher: str | None = None
     """`timm:NAME` or `package.module:factory`, each optionally followed by `@WEIGHTS_FILE`."""
+    teacher_mean: tuple[Share, Share, Share] | None = None
+    """Channel means that the teacher expects, of pixels in [0, 1], for weights that do not say
+    theirs (those that `train` writes do); with teacher_std. none: timm's or the factory's."""
+    teacher_std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Channel standard deviations that the teacher expects; with teacher_mean."""
     teacher_batch: Count = 256
     """Views per teacher call in `precompute`. All processes use it, so that the cache's bytes do
     not depend on their number."""

@@ -198,7 +198,7 @@ class _Job:
         self.view, self.folder = config.view, Path(config.cache)
         self.device = choose_device(config.device)
         self.source = open_source(config.data, "train", config.view.image_size)
-        self.teacher = load_class_matched_teacher(config, self.source.classes)
+        self.teacher = load_class_matched_teacher(config, self.source.classes, self.device)
         # Not under `auto`: Inductor chooses between kernels by their measured times, so another
         # process may get other last bits. Without it the bytes of a cache do not depend on which
         # process wrote which block.

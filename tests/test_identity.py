@@ -386,6 +386,8 @@ EARLIER = {
     "compat",
     "model.name",
     "model.args",
+    "teacher_mean",
+    "teacher_std",
 }
 OTHER: dict[str, Any] = {
     "model.name": "deit_tiny_patch16_224", "model.kernels": ["attention"], "view.image_size": 24,
@@ -398,7 +400,7 @@ OTHER: dict[str, Any] = {
     "loss.reduction": "numel", "optim.name": "lamb", "optim.impl": "torch",
     "codec.name": "hard", "data.loader": "dali-cpu", "data.source": "synthetic", "compat": "deit",
     "check_teacher_every": 1, "optim.schedule": "wsd", "optim.decay_epochs": 1.0,
-    "resume_from": "other.pt",
+    "resume_from": "other.pt", "teacher_mean": [0.1, 0.2, 0.3], "teacher_std": [0.1, 0.2, 0.3],
 }  # fmt: skip
 
 

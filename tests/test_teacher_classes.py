@@ -20,7 +20,7 @@ from torch import nn
 
 from deit_fast.cache import LogitCache, codec_from_config
 from deit_fast.cli import main
-from deit_fast.config import CodecConfig, RunConfig
+from deit_fast.config import CodecConfig, RunConfig, ViewConfig
 from deit_fast.errors import CacheMismatch, InputError
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import teacher as teacher_module
@@ -35,6 +35,7 @@ from helpers.images import picture
 from helpers.runs import TWO_BLOCKS
 
 SPEC = "test_teacher_classes:flat"
+VIEW = ViewConfig(image_size=16)
 TENCH, SPANIEL, PHONE = "n01440764", "n02102040", "n03000684"
 
 
@@ -62,7 +63,9 @@ def write_lines(path: Path, names: list[str]) -> str:
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("teacher ")]
+    """About a teacher's classes."""
+    texts = [record.getMessage() for record in caplog.records]
+    return [text for text in texts if text.startswith("teacher ") and " classes" in text]
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def named(classes: list[str], names: list[str] | None, monkeypatch) -> Teacher:
         return teacher
 
     monkeypatch.setattr(teacher_module, "load_teacher", load)
-    return load_class_matched_teacher(RunConfig(teacher=SPEC), classes)
+    return load_class_matched_teacher(RunConfig(view=VIEW, teacher=SPEC), classes)
 
 
 def test_equal_names_change_nothing_and_say_nothing(monkeypatch, said):
@@ -139,7 +142,7 @@ def test_what_names_cannot_decide_is_refused_in_one_line(classes, names, text, m
 
 def test_a_file_names_the_outputs(tmp_path, said):
     lines = write_lines(tmp_path / "map.txt", ["-", "dog", "-", "cat", ""])
-    config = RunConfig(teacher=SPEC, teacher_classes=lines)
+    config = RunConfig(view=VIEW, teacher=SPEC, teacher_classes=lines)
     teacher = load_class_matched_teacher(config, ["cat", "dog"])
     assert teacher.columns.tolist() == [3, 1]
     assert (teacher.num_classes, teacher.num_outputs) == (2, 5)
@@ -149,7 +152,7 @@ def test_a_file_names_the_outputs(tmp_path, said):
 def test_a_file_with_spaces_a_mark_and_windows_ends_of_lines(tmp_path):
     path = tmp_path / "map.txt"
     path.write_bytes("\ufeffcat \r\n dog\r\n-".encode())
-    config = RunConfig(teacher=SPEC, teacher_classes=str(path))
+    config = RunConfig(view=VIEW, teacher=SPEC, teacher_classes=str(path))
     assert load_class_matched_teacher(config, ["dog", "cat"]).columns.tolist() == [1, 0]
 
 
@@ -160,7 +163,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path):
 
     def refused(lines: list[str] | Path, text: str, spec: str = f"{SPEC}@{weights}") -> None:
         path = lines if isinstance(lines, Path) else write_lines(tmp_path / "map.txt", lines)
-        config = RunConfig(teacher=spec, teacher_classes=str(path))
+        config = RunConfig(view=VIEW, teacher=spec, teacher_classes=str(path))
         with pytest.raises(InputError, match=text) as error:
             load_class_matched_teacher(config, ["cat", "dog"])
         assert "\n" not in str(error.value)
@@ -194,32 +197,32 @@ def imagenet(tmp_path_factory) -> str:
 
 def test_a_subset_of_imagenet_needs_no_file(imagenet, said):
     classes = [PHONE, TENCH, SPANIEL]
-    teacher = load_class_matched_teacher(RunConfig(teacher=imagenet), classes)
+    teacher = load_class_matched_teacher(RunConfig(view=VIEW, teacher=imagenet), classes)
     synsets = ImageNetInfo().label_names()
     assert [synsets[column] for column in teacher.columns.tolist()] == classes
     assert messages(said) == [f"teacher {imagenet}: 3 of its 1000 classes, by name"]
     with pytest.raises(InputError, match=r"lacks 1 of the data's 2 classes, such as 'n99999999'"):
-        load_class_matched_teacher(RunConfig(teacher=imagenet), [TENCH, "n99999999"])
+        load_class_matched_teacher(RunConfig(view=VIEW, teacher=imagenet), [TENCH, "n99999999"])
     with pytest.raises(InputError, match="has 1000 classes, the data set has 2, and not both"):
-        load_class_matched_teacher(RunConfig(teacher=imagenet), ["cat", "dog"])
+        load_class_matched_teacher(RunConfig(view=VIEW, teacher=imagenet), ["cat", "dog"])
 
 
 def test_all_of_imagenet_and_a_thousand_other_classes_keep_their_order(imagenet, said):
     synsets = list(ImageNetInfo().label_names())
     for classes in (synsets, [*synsets[:-1], "n99999999"], [f"c{n:03d}" for n in range(1000)]):
-        teacher = load_class_matched_teacher(RunConfig(teacher=imagenet), classes)
+        teacher = load_class_matched_teacher(RunConfig(view=VIEW, teacher=imagenet), classes)
         assert teacher.columns is None
     assert len(messages(said)) == 2  # for the last two
-    reversed_ = load_class_matched_teacher(RunConfig(teacher=imagenet), synsets[::-1])
+    reversed_ = load_class_matched_teacher(RunConfig(view=VIEW, teacher=imagenet), synsets[::-1])
     assert reversed_.columns.tolist() == list(range(1000))[::-1]
 
 
 @pytest.mark.parametrize("count", [11221, 11821, 21841, 21842, 21843])
 def test_larger_lists_of_imagenet_by_their_number_of_classes(count, monkeypatch):
-    model = flat(2)
-    model.num_classes, model.pretrained_cfg = count, {}
+    model = flat(count)
+    model.pretrained_cfg = {}
     monkeypatch.setattr(teacher_module, "load_teacher", lambda spec, **_: Teacher(model, spec))
-    teacher = load_class_matched_teacher(RunConfig(teacher=SPEC), [SPANIEL, TENCH])
+    teacher = load_class_matched_teacher(RunConfig(view=VIEW, teacher=SPEC), [SPANIEL, TENCH])
     names = next(list(ImageNetInfo(s).label_names()) for s in (
         "imagenet-21k-miil", "imagenet-12k", "imagenet-22k", "imagenet-22k-ms", "imagenet-21k-goog"
     ) if ImageNetInfo(s).num_classes() == count)  # fmt: skip
@@ -246,7 +249,7 @@ def test_random_lists_against_columns_in_float64(tmp_path, monkeypatch):
         classes = take + (["a class of the data alone"] if rng.random() < 0.2 else [])
         if rng.random() < 0.2:
             classes = list(names)
-        config = RunConfig(teacher=SPEC)
+        config = RunConfig(view=VIEW, teacher=SPEC)
         if source == "file":
             config = config.replace(teacher_classes=write_lines(tmp_path / "map.txt", names))
         network = flat(outputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import nn
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import fuse, head_tokens
+from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.padded_head import pad_heads
 
 log = logging.getLogger("deit_fast")
@@ -128,9 +128,7 @@ def create_student(
     is_factory = ":" in name
     if not is_factory and not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
-    is_transformer = not is_factory and timm.models.is_model_in_modules(
-        name, ("deit", "vision_transformer")
-    )
+    is_transformer = is_timm_transformer(name)
     if args and not is_transformer:
         raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
     if is_factory:
@@ -155,30 +153,6 @@ def create_student(
     if fused and isinstance(model, VisionTransformer):
         return fuse(model, **fuse_options)
     _refuse(fuse_options, "a fused transformer")
-    return model
-
-
-def build_from_factory(spec: str, num_classes: int | None) -> nn.Module:
-    """The model that ``package.module:factory`` returns.
-
-    The factory is called with ``num_classes=`` if it has a parameter of that name.
-
-    Raises:
-        InputError: the module or the factory does not exist, or it returns no ``nn.Module``.
-    """
-    module_name, _, factory_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"model {spec!r}: cannot import {module_name!r}: {error}") from None
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise InputError(f"model {spec!r}: module {module_name!r} has no factory {factory_name!r}")
-    parameters = inspect.signature(factory).parameters.values()
-    has_parameter = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
-    model = factory(num_classes=num_classes) if has_parameter and num_classes else factory()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model {spec!r}: the factory returned a {type(model).__name__}")
     return model
 
 

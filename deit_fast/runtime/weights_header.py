@@ -16,6 +16,15 @@ _MAX_HEADER_BYTES = 1 << 27
 def read_digest(path: Path) -> str | None:
     """The digest that the header of a weights file names; None in files of earlier versions.
 
+    Raises:
+        As ``read_texts``.
+    """
+    return read_texts(path).get(DIGEST_KEY)
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The texts in the header of a weights file.
+
     The tensors are not read, and the checksum of the file is not checked.
 
     Raises:
@@ -29,5 +38,5 @@ def read_digest(path: Path) -> str | None:
         metadata = parse_object(header, "its header").get("__metadata__")
     except InputError as error:
         raise InputError(f"weights file {path} is not a safetensors file: {error}") from None
-    digest = metadata.get(DIGEST_KEY) if isinstance(metadata, dict) else None
-    return digest if isinstance(digest, str) else None
+    texts = metadata if isinstance(metadata, dict) else {}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -102,7 +102,7 @@ def verify_against_teacher(
     source = open_source(data, "train", view.image_size)
     cache.require(views_fingerprint(config, source))  # first: a teacher may take a minute to load
     chosen = choose_device(device)
-    model = load_class_matched_teacher(config, source.classes).to_device(chosen)
+    model = load_class_matched_teacher(config, source.classes, chosen).to_device(chosen)
     cache.require(model.expected_fields(cache.manifest["fingerprint"]))
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")

@@ -22,6 +22,7 @@ from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substi
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.student import trained_head
 from deit_fast.models.weights import digest_state, save_weights
+from deit_fast.models.weights_facts import FACTS_KEY, facts_text
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
@@ -533,10 +534,14 @@ class _Run:
         """Write a model's weights into the run's folder; returns their digest."""
         weights = model.state_dict()
         digest = digest_state(weights)
-        facts = {"identity": json.dumps(self.state.identity), DIGEST_KEY: digest}
+        texts = {
+            "identity": json.dumps(self.state.identity),
+            FACTS_KEY: facts_text(self.config, self.source.classes),
+            DIGEST_KEY: digest,
+        }
         if (head := trained_head(model)) != "both":
-            facts[HEAD_KEY] = head
-        save_weights(self.output / name, weights, facts)
+            texts[HEAD_KEY] = head
+        save_weights(self.output / name, weights, texts)
         return digest
 
     def _close_writer(self) -> None:

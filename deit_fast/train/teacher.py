@@ -194,7 +194,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         raise InputError(
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
         )
-    teacher = load_class_matched_teacher(config, source.classes) if config.teacher else None
+    teacher = load_class_matched_teacher(config, source.classes, device) if config.teacher else None
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"

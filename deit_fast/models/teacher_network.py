@@ -1,0 +1,122 @@
+"""The networks of teachers: timm's and factories', with the weights of a file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from deit_fast.errors import InputError, did_you_mean, first_line
+from deit_fast.models.names import build_from_factory, is_timm_transformer
+from deit_fast.models.weights import fit_weights, load_weights
+from deit_fast.models.weights_facts import ModelFacts, read_facts
+
+log = logging.getLogger("deit_fast")
+
+
+def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts | None]:
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
+        hint = did_you_mean(name, timm.list_models(), "timm:")
+        raise InputError(f"unknown teacher 'timm:{name}'{hint}")
+    if not weights:
+        try:
+            return timm.create_model(name, pretrained=True), None
+        except (OSError, RuntimeError) as error:
+            reason = first_line(error)
+            raise InputError(
+                f"teacher 'timm:{name}': no pretrained weights ({reason}); "
+                f"pass a file as timm:{name}@FILE"
+            ) from None
+    state = load_weights(weights)
+    facts = read_facts(weights)
+    head = timm.get_pretrained_cfg_value(name, "classifier") or "head"
+    head = head[0] if isinstance(head, (tuple, list)) else head
+    if facts is not None and facts.is_timm and _architecture(facts.name) != _architecture(name):
+        raise InputError(
+            f"weights file {weights} is of the model {facts.name}, the teacher names {name}: "
+            f"name it timm:{facts.name}@{weights}"
+        )
+    if f"{head}.weight" not in state:
+        raise InputError(f"weights file {weights} lacks {head}.weight, the classifier of {name}")
+    arguments: dict[str, Any] = {"num_classes": state[f"{head}.weight"].shape[0]}
+    if facts is not None and facts.is_timm and is_timm_transformer(name):
+        arguments |= {"img_size": facts.image_size, **facts.arguments()}
+    model = timm.create_model(name, **arguments)
+    _say_other_name(f"timm:{name}", facts, is_same=facts is not None and facts.is_timm)
+    _say_dtypes(f"timm:{name}", state.values())
+    fit_weights(model, state, weights)
+    return model, facts
+
+
+def build_factory_network(
+    name: str, weights: str, num_classes: int | None
+) -> tuple[nn.Module, ModelFacts | None]:
+    if not weights:
+        log.info(
+            "teacher %s: its weights are those that the factory made; %s@FILE loads others",
+            name, name,
+        )  # fmt: skip
+        return in_float32(build_from_factory(name, num_classes), name), None
+    state = load_weights(weights)
+    facts = read_facts(weights)
+    count = num_classes if facts is None else len(facts.classes)
+    model = in_float32(build_from_factory(name, count), name)
+    _say_other_name(name, facts, is_same=facts is not None and facts.name == name)
+    _say_dtypes(name, state.values())
+    fit_weights(model, state, weights)
+    return model, facts
+
+
+def _architecture(name: str) -> str:
+    """A timm model's name without the tag of its pretrained weights."""
+    return name.partition(".")[0]
+
+
+def _say_other_name(name: str, facts: ModelFacts | None, is_same: bool) -> None:
+    if facts is not None and not is_same:
+        log.warning("teacher %s: its weights file is of the model %s", name, facts.name)
+
+
+def _say_dtypes(name: str, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether there are floating-point tensors of another dtype than float32; says which."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    others = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
+    if others:
+        log.info("teacher %s: its %s weights are used as float32", name, ", ".join(others))
+    return bool(others)
+
+
+def in_float32(model: nn.Module, name: str) -> nn.Module:
+    """The network with float32 weights: a CPU lacks operations in half precision, and autocast
+    leaves float64 as it is."""
+    return model.float() if _say_dtypes(name, [*model.parameters(), *model.buffers()]) else model
+
+
+def own_size(model: nn.Module) -> int | None:
+    """Side of the images that a timm model names, pixels."""
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        config = getattr(model, "pretrained_cfg", None)
+        size = (config.get("input_size") or (None,))[-2:] if isinstance(config, dict) else None
+    side = size[-1] if isinstance(size, (tuple, list)) else size
+    return side if isinstance(side, int) and side > 0 else None
+
+
+def resample_positions(model: nn.Module, image_size: int | None, name: str) -> None:
+    """Prepare a timm transformer for another image size, as timm does."""
+    own = own_size(model)
+    if image_size in (None, own) or not isinstance(model, VisionTransformer):
+        return
+    assert image_size is not None
+    if any(image_size % side for side in model.patch_embed.patch_size):
+        return  # it will be refused
+    model.set_input_size(img_size=(image_size, image_size))
+    log.info(
+        "teacher %s: its position embeddings are resampled from %d to %d pixels",
+        name, own, image_size,
+    )  # fmt: skip
