@@ -300,6 +300,9 @@ class ModelConfig:
     stochastic_depth: Literal["sample", "subset"] = "sample"
     """`sample`: drop the branch of each sample independently. `subset`: compute the branch only for
     a random part of the batch, whose size is fixed; this saves the dropped work."""
+    patch_drop: Annotated[float, Within(0, 0.95)] = 0.0
+    """Patch dropout: share of the patches that training leaves out after the embedding, others for
+    each sample. For timm's vision transformers."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Dtype of a fused transformer's residual stream. `bfloat16` halves the norms' memory traffic
     and rounds each sum; see docs/performance.md."""
@@ -329,7 +332,8 @@ class ModelConfig:
             self.kernels is None or self.fused,
             f"model.kernels={','.join(self.kernels or ())} needs model.fused",
         )
-        taken = {"num_classes", "img_size", *(item.name for item in dataclasses.fields(self))}
+        taken = {"num_classes", "img_size", "drop_path_rate", "patch_drop_rate"}
+        taken |= {*(item.name for item in dataclasses.fields(self))}
         for argument in self.args:
             name, _, number = argument.partition("=")
             _require(

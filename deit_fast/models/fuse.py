@@ -229,7 +229,7 @@ def patch_side(model: nn.Module) -> int | None:
 
 
 def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
-    """Make DropPath draw for a whole batch of which the model processes a part.
+    """Make DropPath and PatchDropout draw for a whole batch of which the model processes a part.
 
     The next training forwards draw for ``batch_size`` samples and use the draws from sample
     ``offset`` on. Ranks and micro-batches with the same seed then drop the same samples as one

@@ -36,7 +36,9 @@ from deit_fast.models.stream import (
     KeepScales,
     Stream,
     draw_keep_scales,
+    drop_patches,
     drop_rate,
+    drops_patches,
     layer_scale,
 )  # fmt: skip
 from deit_fast.models.swapped import Swapped, SwappedModel, is_traced
@@ -332,6 +334,8 @@ class FusedForward(SwappedModel, VisionTransformer):
     def forward_stream(self, x: Tensor) -> Tensor:
         """The final norm's tokens, at least those that the heads read."""
         x = self.embed(x)
+        if drops_patches(self.patch_drop):
+            x = drop_patches(x, self.patch_drop, self.batch_part)
         blocks: list[Any] = list(self.blocks)
         fused = [is_plain(block, (FusedBlock,)) for block in blocks]
         called = [
@@ -396,7 +400,11 @@ class FusedForward(SwappedModel, VisionTransformer):
             said.add(reason)
 
     def embed(self, x: Tensor) -> Tensor:
-        """The input of the first block [B, N, C], from images or from rows of patches."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        """The input of the first block [B, N, C], from images or from rows of patches.
+
+        ``forward_stream`` drops patches afterwards, outside of what is compiled.
+        """
+        x = self._pos_embed(self.patch_embed(x))
+        x = self.norm_pre(x if drops_patches(self.patch_drop) else self.patch_drop(x))
         # Computed in its own dtype and rounded once.
         return x.to(self.residual_dtype) if self.residual_dtype and x.dtype == torch.float32 else x

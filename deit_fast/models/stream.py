@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
@@ -76,6 +76,28 @@ def _keep_scales(drops: list[Any], x: Tensor, part: BatchPart | None) -> list[Te
     elif rows:
         torch._foreach_div_(rows, kept_shares)
     return scales
+
+
+def drops_patches(drop: Any) -> bool:
+    """Whether a module is a plain PatchDropout that drops patches now."""
+    return is_plain(drop, (PatchDropout,)) and drop.training and drop.prob > 0
+
+
+def drop_patches(x: Tensor, drop: Any, part: BatchPart | None) -> Tensor:
+    """What timm's PatchDropout keeps of the tokens [B, N, C]: all prefix tokens, some patches.
+
+    These are its draws for the whole batch, of which those of this part are used.
+    """
+    samples, prefix, patches = len(x), drop.num_prefix_tokens, x.shape[1] - drop.num_prefix_tokens
+    batch_size = samples if part is None else part.batch_size
+    order = torch.randn(batch_size, patches, device=x.device).argsort(dim=-1)
+    if part is not None and batch_size != samples:
+        order = order.index_select(0, part.offset + torch.arange(samples, device=x.device))
+    kept = order[:, : max(1, int(patches * (1.0 - drop.prob)))]
+    kept = kept.sort(dim=-1)[0] if drop.ordered else kept
+    first = torch.arange(prefix, device=x.device).expand(samples, -1)
+    index = torch.cat([first, kept + prefix], dim=1)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def draw_keep_scales(blocks: list[Any], x: Tensor, part: BatchPart | None) -> list[KeepScales]:

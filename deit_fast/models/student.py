@@ -93,6 +93,7 @@ def create_student(
     kernels: tuple[str, ...] | None = None,
     pad_head: bool = False,
     trained_head: str = "both",
+    patch_drop: float = 0.0,
     other_sizes: Sequence[int] = (),
     **args: Any,
 ) -> nn.Module:
@@ -115,6 +116,7 @@ def create_student(
         pad_head: align the rows of the logits to 16 bytes, see ``pad_heads``.
         trained_head: "class" or "distillation": the only head of a distilled transformer that the
             loss trains. In evaluation mode the model returns its logits. Others ignore it.
+        patch_drop: share of the patches that training leaves out of a vision transformer.
         other_sizes: sides of images beside ``img_size`` that it must take, pixels. A transformer
             resamples its position embeddings for each (timm's ``dynamic_img_size``).
         args: arguments of timm's transformer, such as ``depth``, in place of the named model's.
@@ -131,6 +133,8 @@ def create_student(
     is_transformer = is_timm_transformer(name)
     if args and not is_transformer:
         raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
+    if not is_transformer:
+        _refuse({"patch_drop": patch_drop}, f"a vision transformer of timm, not {name!r}")
     if is_factory:
         _refuse({**fuse_options, "pad_head": pad_head}, f"a timm model, not {name!r}")
         model = build_from_factory(name, num_classes)
@@ -140,13 +144,16 @@ def create_student(
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if is_transformer:
         arguments |= {"img_size": img_size} | ({"dynamic_img_size": True} if other_sizes else {})
+        arguments |= {"patch_drop_rate": patch_drop} if patch_drop > 0 else {}
         _check_shape(name, img_size, args)
     if args:
         _try_arguments(name, arguments | args)
-    model = timm.create_model(name, pretrained=False, **arguments, **args)
+    model = timm.create_model(name, pretrained=False, **(arguments | args))
     _require_sizes(name, model, (img_size, *other_sizes) if other_sizes else ())
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
+        if patch_drop > 0:  # timm counts one prefix token, and would drop the distillation token
+            model.patch_drop.num_prefix_tokens = model.num_prefix_tokens
         keep_trained_head(model, trained_head)
     if pad_head:
         pad_heads(model)

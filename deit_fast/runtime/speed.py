@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
+from timm.layers import PatchDropout
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +47,8 @@ PEAK_BF16 = {
 def training_flops(model: nn.Module, image_size: int) -> int:
     """FLOPs of one image's training step: three times those of the forward.
 
+    Patches that training leaves out do not count.
+
     Args:
         model: not fused, and moved to the meta device by this function: pass a copy. A fused model
             does less work than its plain form; counted by the plain form, that raises its
@@ -53,6 +56,9 @@ def training_flops(model: nn.Module, image_size: int) -> int:
         image_size: side of the images, pixels.
     """
     model.to("meta").eval()
+    for module in model.modules():
+        if isinstance(module, PatchDropout):
+            module.train()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
     return 3 * counter.get_total_flops()

@@ -55,9 +55,9 @@ class TrainStep:
     ``finish`` launches what depends on the step's number and starts the copy of the check's flags.
 
     The returned numbers, zero-dimensional tensors, stay on the device; the loop reads them when it
-    logs. The draws of stochastic depth depend on seed and step, so a resumed run needs no state of
-    a generator. A fused model draws for the whole batch, so neither the number of ranks nor of
-    parts changes which samples are dropped; other models draw for each rank and part.
+    logs. The draws of stochastic depth and patch dropout depend on seed and step, so a resumed run
+    needs no state of a generator. A fused model draws for the whole batch, so neither the number of
+    ranks nor of parts changes what is dropped; other models draw for each rank and part.
     """
 
     def __init__(
