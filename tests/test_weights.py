@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -28,10 +29,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_fast.config import ModelConfig, RunConfig, ViewConfig
+from deit_fast.config import IMAGENET_MEAN, ModelConfig, RunConfig, ViewConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student, load_teacher, load_weights
 from deit_fast.models.weights import fit_weights, save_weights, start_from
+from deit_fast.models.weights_facts import FACTS_KEY, facts_text
 from deit_fast.train.state import create_state
 
 CASES = int(os.environ.get("WEIGHTS_CASES", "40"))
@@ -318,7 +320,7 @@ def test_patches_of_another_size_are_resampled_for_fine_tuning_alone(caplog) -> 
     ]
 
 
-@pytest.mark.parametrize("wrapper", ["module", "checkpointing"])
+@pytest.mark.parametrize("wrapper", ["module", "lightning", "checkpointing"])
 @pytest.mark.parametrize("layout", ["bare", "timm with average"])
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_every_entry_point_reads_the_same_weights(
@@ -473,6 +475,23 @@ def test_a_run_gives_the_names_of_its_classes(tmp_path: Path) -> None:
     )
     run = create_state(config, 10, CPU, NAMES)
     assert torch.equal(run.model.head.weight, state["head.weight"].flip(0))
+
+
+@pytest.mark.parametrize("mean", [IMAGENET_MEAN, (0.5, 0.5, 0.5)])
+def test_another_normalisation_of_the_weights_is_said(
+    mean: tuple[float, float, float], tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "deit_fast")
+    args = tuple(f"{name}={number}" for name, number in TINY.items())
+    model = ModelConfig(name="deit_tiny_patch16_224", args=args)
+    other = RunConfig(model=model, view=ViewConfig(image_size=32, mean=mean))
+    state = transformer("deit_tiny_patch16_224").state_dict()
+    path = tmp_path / "w.safetensors"
+    save_weights(path, state, {FACTS_KEY: facts_text(other, NAMES)})
+    model = dataclasses.replace(model, weights=str(path))
+    create_state(RunConfig(model=model, view=ViewConfig(image_size=32)), 10, CPU)
+    said = [line for line in lines(caplog) if "trained on images of mean (0.5, 0.5, 0.5)" in line]
+    assert len(said) == (mean != IMAGENET_MEAN)
 
 
 def test_a_checkpoint_of_a_run_starts_another(tmp_path: Path, caplog) -> None:

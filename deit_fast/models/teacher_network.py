@@ -13,7 +13,7 @@ from torch import nn
 
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.names import build_from_factory, is_timm_transformer
-from deit_fast.models.weights import fit_weights, load_weights
+from deit_fast.models.weights import adapt_names, fit_weights, load_weights
 from deit_fast.models.weights_facts import ModelFacts, read_facts
 
 log = logging.getLogger("deit_fast")
@@ -41,9 +41,13 @@ def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts |
             f"weights file {weights} is of the model {facts.name}, the teacher names {name}: "
             f"name it timm:{facts.name}@{weights}"
         )
-    if f"{head}.weight" not in state:
+    named = state
+    if f"{head}.weight" not in state:  # it may be there under another name or behind a prefix
+        with torch.device("meta"):
+            named, _ = adapt_names(timm.create_model(name), state, weights)
+    if f"{head}.weight" not in named:
         raise InputError(f"weights file {weights} lacks {head}.weight, the classifier of {name}")
-    arguments: dict[str, Any] = {"num_classes": state[f"{head}.weight"].shape[0]}
+    arguments: dict[str, Any] = {"num_classes": named[f"{head}.weight"].shape[0]}
     if facts is not None and facts.is_timm and is_timm_transformer(name):
         arguments |= {"img_size": facts.image_size, **facts.arguments()}
     model = timm.create_model(name, **arguments)

@@ -23,6 +23,7 @@ from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, fro
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
+from deit_fast.models.weights_facts import read_facts
 from deit_fast.train.checkpoints import list_checkpoints, load_checkpoint, load_newest
 from deit_fast.train.identity import require_same
 from deit_fast.train.optim import (
@@ -132,10 +133,21 @@ def create_state(
         weights = load_weights(config.model.weights)
         identity["model.weights"] = digest_state(weights)
         start_from(model, weights, config.model.weights, classes)
+        _compare_normalisation(config, config.model.weights)
     model.to(device).train()
     average = create_average(model, config.optim)
     optimizer = create_optimizer(model, config.optim, config.compat)
     return TrainState(model, average, optimizer, identity=identity)
+
+
+def _compare_normalisation(config: RunConfig, weights: str) -> None:
+    """Say where a weights file names other channel statistics than the run's images have."""
+    facts, view = read_facts(weights), config.view
+    if facts is not None and (facts.mean, facts.std) != (view.mean, view.std):
+        log.info(
+            "weights file %s: trained on images of mean %s and std %s, here they have %s and %s",
+            weights, facts.mean, facts.std, view.mean, view.std,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
