@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
-from deit_fast.config import Count, Rate, Seed
+from deit_fast.config import Count, Deviation, Rate, Seed, Share
 from deit_fast.errors import CheckFailed, InputError
 from deit_fast.runtime.files import require_writable
 
@@ -82,6 +82,8 @@ def verify(
     teacher: str | None = None,
     teacher_classes: str | None = None,
     data_root: str | None = None,
+    teacher_mean: tuple[Share, Share, Share] | None = None,
+    teacher_std: tuple[Deviation, Deviation, Deviation] | None = None,
     samples: Count = 64,
     threshold: Rate = 1e-3,
     seed: Seed = 0,
@@ -97,6 +99,8 @@ def verify(
         teacher: The teacher that wrote it, with its weights; needs --data-root.
         teacher_classes: File with a line for each output of the teacher, as for `precompute`.
         data_root: Image folder that it was made from.
+        teacher_mean: Channel means that the teacher expects, as for `precompute`.
+        teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
         samples: Number of records to recompute.
         threshold: Allowed difference in log-probability beyond the codec's rounding, in nats.
         seed: Seed of the choice of records.
@@ -124,6 +128,7 @@ def verify(
 
         again = verify_against_teacher(
             path, teacher, DataConfig(root=data_root, workers=0), teacher_classes=teacher_classes,
+            teacher_mean=teacher_mean, teacher_std=teacher_std,
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
         worst = again["worst"]

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from deit_fast.config import Deviation, Share, check, shown
+from deit_fast.config import Deviation, RunConfig, Share, check, shown
 from deit_fast.errors import InputError
 from deit_fast.models.weights_facts import ModelFacts
 
@@ -92,6 +92,26 @@ def own_normalisation(model: nn.Module, whose: str) -> Normalisation | None:
         raise InputError(f"{whose}: it has an attribute {({*_NAMES} - {*missing}).pop()} but no "
                          f"{missing[0]}")  # fmt: skip
     return read_normalisation(values["mean"], values["std"], whose)
+
+
+def require_normalisation(model: nn.Module, config: RunConfig) -> None:
+    """Check that a model to train gets the images that its attributes `mean` and `std` ask for.
+
+    A buffer or parameter of such a name is the model's own affair: it may use it in its forward.
+
+    Raises:
+        InputError: they differ from `view.mean` and `view.std`.
+    """
+    if registers_statistics(model):
+        return
+    own = own_normalisation(model, f"model {config.model.name}")
+    views = Normalisation(config.view.mean, config.view.std)
+    if own is not None and not own.is_close(views):
+        mean, std = (" ".join(f"{number:.6g}" for number in part) for part in own)
+        raise InputError(
+            f"model {config.model.name} has the attributes {own}, the views have {views}: give "
+            f"--view.mean {mean} --view.std {std}, or remove the attributes"
+        )
 
 
 def choose_normalisation(

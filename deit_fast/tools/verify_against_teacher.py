@@ -71,6 +71,8 @@ def verify_against_teacher(
     data: DataConfig,
     *,
     teacher_classes: str | None = None,
+    teacher_mean: tuple[float, float, float] | None = None,
+    teacher_std: tuple[float, float, float] | None = None,
     samples: int = 64,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -82,8 +84,8 @@ def verify_against_teacher(
     defines it and how large it may be beyond ``threshold``.
 
     Args:
-        teacher, data, teacher_classes: what the cache was made from; their fingerprints are
-            compared first.
+        teacher, data, teacher_classes, teacher_mean, teacher_std: what the cache was made from;
+            their fingerprints are compared first.
         samples: number of records to compute again.
 
     Returns:
@@ -97,7 +99,13 @@ def verify_against_teacher(
     cache = LogitCache.open(path)
     view, view_seed = stored_view(cache)
     config = RunConfig(
-        teacher=teacher, teacher_classes=teacher_classes, seed=view_seed, data=data, view=view
+        teacher=teacher,
+        teacher_classes=teacher_classes,
+        teacher_mean=teacher_mean,
+        teacher_std=teacher_std,
+        seed=view_seed,
+        data=data,
+        view=view,
     )
     source = open_source(data, "train", view.image_size)
     cache.require(views_fingerprint(config, source))  # first: a teacher may take a minute to load

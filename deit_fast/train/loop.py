@@ -20,6 +20,7 @@ from deit_fast.data.open import open_loader, open_source, require_trained_classe
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
+from deit_fast.models.normalisation import require_normalisation
 from deit_fast.models.student import trained_head
 from deit_fast.models.weights import digest_state, save_weights
 from deit_fast.models.weights_facts import FACTS_KEY, facts_text
@@ -225,6 +226,7 @@ class _Run:
         self.state.identity |= identify(self.source, held_out) | self.teacher.identity()
         self.is_branch = checkpoint is not None and checkpoint.is_branch
         if checkpoint is None:
+            require_normalisation(self.state.model, config)
             return ""
         resume(config, self.state, checkpoint)
         if self.state.step > len(self.batches):
