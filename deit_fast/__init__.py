@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deit_fast.losses import DistillationLoss
     from deit_fast.models import create_student, load_teacher
     from deit_fast.models.fuse import fuse, unfuse
+    from deit_fast.tools.analysis.measures import soften
     from deit_fast.views.plan import ViewPlan
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "create_student",
     "fuse",
     "load_teacher",
+    "soften",
     "unfuse",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "ViewPlan": "deit_fast.views.plan",
     "create_student": "deit_fast.models",
     "fuse": "deit_fast.models",
+    "soften": "deit_fast.tools.analysis.measures",
     "unfuse": "deit_fast.models",
     "load_teacher": "deit_fast.models",
 }

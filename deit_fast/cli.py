@@ -143,6 +143,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     ema: bool = False,
     model: str | None = None,
+    late_fusion: Count | None = None,
 ) -> str:
     """Measure the accuracy of a finished run.
 
@@ -154,13 +155,17 @@ def evaluate(
         ema: Use the moving average of the weights.
         model: The run's model, where it is `package.module:factory`: the file of a run does not
             decide which code is run.
+        late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
+            embeddings, on this many training images, evenly spaced; none: without.
     """
     from deit_fast.evaluate import evaluate as measure
 
     result = measure(
         run, data_root=data_root, batch_size=batch_size, device=device, ema=ema,
-        models=[model] if model else [],
+        models=[model] if model else [], late_fusion=late_fusion,
     )  # fmt: skip
+    for name, row in result.pop("late_fusion", {}).items():
+        result |= {f"{name}_{key}": value for key, value in row.items()}
     return summary({"run": run, **result})
 
 
@@ -178,6 +183,7 @@ def analyze(
     maps: CountOrZero = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
+    late_fusion: Count | None = None,
 ) -> str:
     """Analyse finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
 
@@ -199,6 +205,8 @@ def analyze(
         maps: Number of images whose attention is drawn.
         device: `auto`: CUDA where available.
         out: JSON file to write as well, with the figures of all runs, versions and command.
+        late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
+            embeddings, on this many training images, evenly spaced; none: without.
     """
     _require_runs("analyze", runs)
     for run in runs:
@@ -213,6 +221,7 @@ def analyze(
         list(runs), teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
         ema=ema, max_images=max_images, sample=sample, maps=maps, device=device,
         models=[model] if model else [],
+        late_fusion=late_fusion,
     )  # fmt: skip
     if out is not None:
         write_summary(results, out)

@@ -10,16 +10,25 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import load_config
-from deit_fast.data.eval import EvalLoader
+from deit_fast.data.eval import EvalLoader, Subset, spaced_ids
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source, digest_images
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.models.student import build_model, forward_heads, require_no_code
+from deit_fast.models.fuse import head_tokens
+from deit_fast.models.late_fusion import apply_late_fusion, fit_late_fusion
+from deit_fast.models.student import (
+    apply_heads,
+    build_model,
+    forward_heads,
+    require_no_code,
+    trained_head,
+)  # fmt: skip
 from deit_fast.models.weights import digest_state, fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 from deit_fast.runtime.files import read_json
@@ -217,6 +226,73 @@ def _compare_images(
         )  # fmt: skip
 
 
+def why_no_late_fusion(model: nn.Module) -> str | None:
+    """Why the embeddings of two tokens cannot be fused; None where they can."""
+    if not isinstance(model, VisionTransformerDistilled):
+        return "the student has no distillation token"
+    head = trained_head(model)
+    return None if head == "both" else f"training used the {head} head alone"
+
+
+@torch.no_grad()
+def train_late_fusion(
+    config: RunConfig, classes: list[str], model: nn.Module, device: torch.device, images: int
+) -> dict[str, nn.Linear]:
+    """Classifiers on the frozen embeddings of the run's training images, as evaluation sees them.
+
+    Args:
+        classes: of the model's logits.
+        model: in evaluation mode, on ``device``.
+        images: at most this many, evenly spaced over the training images.
+
+    Raises:
+        InputError: the training images are missing, or of other classes.
+    """
+    source = open_source(config.data, "train", config.view.image_size)
+    if source.classes != classes:
+        raise InputError(
+            f"late fusion is trained on {source.folder}, whose {len(source.classes)} classes are "
+            f"not the {len(classes)} of the run"
+        )
+    chosen = Subset(source, spaced_ids(source.num_samples, images))
+    log.info("late fusion: embeddings of %d training images", chosen.num_samples)
+    loader = build_eval_loader(config, chosen, device)
+    tokens, labels = [], []
+    for batch, of_batch, _ in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            tokens.append(head_tokens(model, batch)[:, :2].float())  # type: ignore[arg-type]
+        labels.append(of_batch)
+    warn_of_substitutes(loader.substituted)
+    return fit_late_fusion(torch.cat(tokens), torch.cat(labels), len(classes))
+
+
+@torch.no_grad()
+def evaluate_late_fusion(
+    model: nn.Module, heads: dict[str, nn.Linear], loader: Any, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """`top1` and `loss` of ``heads`` and, to compare, of the mean of the two heads' softmaxes.
+
+    Args:
+        model, loader: as of ``evaluate_model``.
+    """
+    sums: dict[str, Tensor] = {}
+    samples = 0
+    for images, labels, _ in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            tokens = head_tokens(model, images)  # type: ignore[arg-type]
+            pair = apply_heads(model, tokens)
+        softmaxes = [logits.float().softmax(1) for logits in pair if logits is not None]
+        scores = {"mean_softmax": torch.stack(softmaxes).mean(0).log()}
+        scores |= {f"fusion_{key}": x for key, x in apply_late_fusion(heads, tokens).items()}
+        for name, logits in scores.items():
+            right = (logits.argmax(1) == labels).sum()
+            both = torch.stack([right, cross_entropy(logits, labels, reduction="sum")]).double()
+            sums[name] = sums[name] + both if name in sums else both
+        samples += len(labels)
+    shares = {name: (both / samples).tolist() for name, both in sums.items()}
+    return {name: {"top1": top1, "loss": loss} for name, (top1, loss) in shares.items()}
+
+
 def warn_of_substitutes(paths: Sequence[str]) -> None:
     """Say that others were evaluated in place of unreadable images."""
     if paths:
@@ -241,6 +317,7 @@ def evaluate(
     device: str = "auto",
     ema: bool = False,
     models: Sequence[str] = (),
+    late_fusion: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run's weights on its held-out images.
 
@@ -248,17 +325,24 @@ def evaluate(
         run, data_root, ema, models: as of ``load_run``.
         batch_size: images of each forward; None: the run's.
         device: auto, cpu or cuda.
+        late_fusion: as `images` of ``train_late_fusion``: the result has `late_fusion` too, see
+            ``evaluate_late_fusion``.
 
     Raises:
-        InputError: as ``load_run``.
+        InputError: as ``load_run``, or the run's student has no late fusion.
         MemoryError, ChildProcessError: as ``translate_errors``.
     """
     chosen = choose_device(device)
     config, source, model = load_run(run, data_root, ema, models)
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
+    if late_fusion is not None and (reason := why_no_late_fusion(model)):
+        raise InputError(f"--late-fusion: {reason} in {run}")
     loader = build_eval_loader(config, source, chosen)
     with translate_errors(chosen, f"batch_size={config.batch_size}: a smaller one needs less"):
         result = evaluate_model(model.to(chosen), loader, source.classes, chosen)
+        if late_fusion is not None:
+            heads = train_late_fusion(config, source.classes, model.eval(), chosen, late_fusion)
+            result["late_fusion"] = evaluate_late_fusion(model, heads, loader, chosen)
     warn_of_substitutes(loader.substituted)
     return result

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
-from deit_fast.data.eval import eval_pixels
+from deit_fast.data.eval import eval_pixels, spaced_ids
 from deit_fast.data.sources import ImageFolder
 from deit_fast.errors import InputError
 from deit_fast.evaluate import evaluate, read_run_config
@@ -32,7 +32,7 @@ from deit_fast.runtime.environment import describe_command
 from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.measures import soften_sample
-from deit_fast.tools.analysis.one_run import spaced_ids, student_values, undistilled
+from deit_fast.tools.analysis.one_run import student_values, undistilled
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.analysis.table import summarise
 from deit_fast.tools.report.page import build_report
@@ -91,9 +91,9 @@ def test_disagreement_is_counted() -> None:
             assert found["shares"][i][j] == count / 50
 
 
-def test_soften_equals_its_definition() -> None:
+def test_softening_equals_its_definition() -> None:
     logits = 4 * torch.randn(6, 12)
-    entropy, mass = measures.soften(logits)
+    entropy, mass = measures.softening(logits)
     assert measures.kept_classes(12) == (1, 5, 10) and measures.kept_classes(5) == (1,)
     for row, values in enumerate(logits.tolist()):
         for index, temperature in enumerate(measures.TEMPERATURES):
@@ -107,7 +107,7 @@ def test_soften_equals_its_definition() -> None:
     assert [row["temperature"] for row in table] == list(range(1, 11))
     assert table[2]["entropy"] == pytest.approx(entropy[:, 2].mean().item(), rel=1e-6)
     assert table[2]["mass"]["5"] == pytest.approx(mass[:, 2, 1].mean().item(), rel=1e-6)
-    assert measures.soften(torch.zeros(1, 12))[0][0, 0].item() == pytest.approx(math.log(12))
+    assert measures.softening(torch.zeros(1, 12))[0][0, 0].item() == pytest.approx(math.log(12))
 
 
 def test_a_high_temperature_makes_the_probabilities_of_a_sample_uniform() -> None:

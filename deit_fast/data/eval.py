@@ -17,6 +17,31 @@ from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
 
 
+class Subset:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source: Source, ids: np.ndarray) -> None:
+        self.source, self.ids, self.finished = source, ids, source.finished
+        self.classes, self.labels = source.classes, source.labels[ids]
+        self.paths: Sequence[str] = [source.paths[index] for index in ids.tolist()]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.ids)
+
+    def load(self, index: int) -> Image.Image | np.ndarray:
+        return self.source.load(int(self.ids[index]))
+
+
+def spaced_ids(total: int, limit: int | None) -> np.ndarray:
+    """At most ``limit`` sample ids, int64, ascending from 0.
+
+    They are evenly spaced: samples are sorted by class, so the first ones would be of one class.
+    """
+    count = total if limit is None else min(limit, total)
+    return np.arange(count, dtype=np.int64) * total // count
+
+
 class EvalLoader:
     """This rank's held-out images: (float32 [B, 3, S, S], labels int64 [B], ids int64 [B]).
 

@@ -272,8 +272,13 @@ def forward_heads(
         return model(images), None
     if model.training:
         return model(images)
-    tokens = head_tokens(model, images)
+    return apply_heads(model, head_tokens(model, images))
+
+
+def apply_heads(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``forward_heads`` of a distilled transformer from its ``head_tokens``."""
     if (only := trained_head(model)) != "both":
         index, head = _TRAINED[only]
         return getattr(model, head)(tokens[:, index]), None
-    return model.head(tokens[:, 0]), model.head_dist(tokens[:, 1])
+    heads: Any = model
+    return heads.head(tokens[:, 0]), heads.head_dist(tokens[:, 1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deit_fast.errors import InputError
 
 BINS = 15  # of the reliability curve, as in Guo et al. 2017 (arXiv 1706.04599)
 TEMPERATURES = tuple(float(t) for t in range(1, 11))
@@ -75,7 +77,27 @@ def kept_classes(classes: int) -> tuple[int, ...]:
     return tuple(k for k in TOP_K if k < classes)
 
 
-def soften(logits: Tensor) -> tuple[Tensor, Tensor]:
+def soften(logits: Tensor, temperatures: Sequence[float] = TEMPERATURES) -> Tensor:
+    """softmax(logits / T) for each temperature: the distributions that distillation matches.
+
+    Args:
+        logits: [..., C].
+        temperatures: positive numbers.
+
+    Returns:
+        float64 [T, ..., C]; the last axis sums to 1.
+
+    Raises:
+        InputError: a temperature is not positive, or not finite.
+    """
+    for temperature in temperatures:
+        if not 0 < temperature < math.inf:
+            raise InputError(f"a temperature must be positive and finite, not {temperature}")
+    scaled = torch.stack([logits.double() / temperature for temperature in temperatures])
+    return scaled.softmax(-1)
+
+
+def softening(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy and top-k mass of softmax(logits / T) for the TEMPERATURES.
 
     Args:
@@ -97,7 +119,7 @@ def soften(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def temperature_table(entropy: Tensor, mass: Tensor, classes: int) -> list[dict[str, Any]]:
-    """Means over images of the results of ``soften``, a row per temperature; `mass` by k."""
+    """Means over images of the results of ``softening``, a row per temperature; `mass` by k."""
     entropies, masses = entropy.double().mean(0).tolist(), mass.double().mean(0).tolist()
     names = [str(k) for k in kept_classes(classes)]
     return [
@@ -118,11 +140,11 @@ def soften_sample(logits: Tensor, classes: list[str]) -> list[dict[str, Any]]:
         Rows of `temperature`, `entropy` (nats), `classes`: the most probable ones with `name` and
         `probability`.
     """
-    entropy, _ = soften(logits[None])
+    entropy, _ = softening(logits[None])
     best = logits.argsort(descending=True, stable=True)[:SAMPLE_CLASSES].tolist()
     rows = []
-    for temperature, value in zip(TEMPERATURES, entropy[0].tolist(), strict=True):
-        probs = torch.softmax(logits.double() / temperature, 0)
+    each = zip(TEMPERATURES, entropy[0].tolist(), soften(logits), strict=True)
+    for temperature, value, probs in each:
         shown = [{"name": classes[label], "probability": probs[label].item()} for label in best]
         rows.append({"temperature": temperature, "entropy": value, "classes": shown})
     return rows

@@ -16,20 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
+from deit_fast.data.eval import Subset, spaced_ids
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
-from deit_fast.evaluate import build_eval_loader, load_run, warn_of_substitutes
-from deit_fast.models.student import forward_heads, require_no_code, trained_head
+from deit_fast.evaluate import (
+    build_eval_loader,
+    load_run,
+    train_late_fusion,
+    warn_of_substitutes,
+    why_no_late_fusion,
+)  # fmt: skip
+from deit_fast.models.fuse import head_tokens
+from deit_fast.models.late_fusion import apply_late_fusion
+from deit_fast.models.student import apply_heads, forward_heads, require_no_code, trained_head
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.metrics import Progress
-from deit_fast.tools.analysis.measures import soften
+from deit_fast.tools.analysis.measures import softening
 from deit_fast.tools.analysis.tokens import recorded_cosines
 from deit_fast.tools.run_folder import read_object
 
@@ -46,6 +54,8 @@ class OpenRun:
         ids: the held-out images that are used, [N].
         no_teacher: why ``teacher`` is None.
         data_digest, weights_digest: of the held-out images, of the weights.
+        late_fusion: classifiers on both tokens' embeddings; none: not asked for, or not possible.
+        no_late_fusion: why it is not possible.
         student, taught: values per image of student and teacher, see ``measure``.
     """
 
@@ -58,6 +68,8 @@ class OpenRun:
     no_teacher: str
     data_digest: str
     weights_digest: str
+    late_fusion: dict[str, nn.Linear] = field(default_factory=dict)
+    no_late_fusion: str | None = None
     student: Values = field(default_factory=dict)
     taught: Values = field(default_factory=dict)
 
@@ -88,6 +100,7 @@ def open_run(
     max_images: int | None,
     sample: int | None,
     models: Sequence[str],
+    late_fusion: int | None,
 ) -> OpenRun:
     """Load a run; arguments as of ``analyze``.
 
@@ -104,42 +117,25 @@ def open_run(
     if teacher_classes is not None:
         config = config.replace(teacher_classes=teacher_classes)
     found, reason = find_teacher(path, config, result, teacher, source.classes)
+    model.to(device).eval()
+    reason_against, heads = None, {}
+    if late_fusion is not None:
+        reason_against = why_no_late_fusion(model)
+        if reason_against is None:
+            heads = train_late_fusion(config, source.classes, model, device, late_fusion)
     return OpenRun(
         path=path,
         config=config,
         source=source,
         ids=spaced_ids(source.num_samples, max_images),
-        model=model.to(device).eval(),
+        model=model,
         teacher=None if found is None else found.to_device(device),
         no_teacher=reason,
+        late_fusion=heads,
+        no_late_fusion=reason_against,
         data_digest=str(source.fingerprint()["dataset.sha256"]),
         weights_digest=digest_weights(model),
     )
-
-
-class Subset:
-    """Some images of a source, as a source."""
-
-    def __init__(self, source: Source, ids: np.ndarray) -> None:
-        self.source, self.ids, self.finished = source, ids, source.finished
-        self.classes, self.labels = source.classes, source.labels[ids]
-        self.paths: Sequence[str] = [source.paths[index] for index in ids.tolist()]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.ids)
-
-    def load(self, index: int) -> Image.Image | np.ndarray:
-        return self.source.load(int(self.ids[index]))
-
-
-def spaced_ids(total: int, limit: int | None) -> np.ndarray:
-    """At most ``limit`` sample ids, int64, ascending from 0.
-
-    They are evenly spaced: samples are sorted by class, so the first ones would be of one class.
-    """
-    count = total if limit is None else min(limit, total)
-    return np.arange(count, dtype=np.int64) * total // count
 
 
 def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
@@ -261,8 +257,15 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
     with recorded_cosines(run.model) as cosines, bar:
         for images, labels, _ in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-                heads = forward_heads(run.model, images)
+                if run.late_fusion:
+                    both = head_tokens(run.model, images)  # type: ignore[arg-type]
+                    heads = apply_heads(run.model, both)
+                else:
+                    heads = forward_heads(run.model, images)
             values = {"labels": labels, **student_values(*heads, only=trained_head(run.model))}
+            if run.late_fusion:
+                for fusion, logits in apply_late_fusion(run.late_fusion, both).items():
+                    values |= _decide(f"fusion_{fusion}", logits, logits.softmax(1))
             if cosines:
                 values["cosines"] = torch.stack(cosines, dim=1)
                 cosines.clear()
@@ -328,6 +331,6 @@ def _decide(name: str, scores: Tensor, probs: Tensor) -> Values:
 def _teacher_values(logits: Tensor) -> Values:
     logits = logits.float()
     decision = logits.argmax(1)
-    entropy, mass = soften(logits)
+    entropy, mass = softening(logits)
     confidence = logits.softmax(1).gather(1, decision[:, None])[:, 0]
     return {"decision": decision, "confidence": confidence, "entropy": entropy, "mass": mass}

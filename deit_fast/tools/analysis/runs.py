@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit_fast.data.eval import spaced_ids
 from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import require_replaceable, write_json
 from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.analysis import measures, tokens
-from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, spaced_ids, undistilled
+from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, undistilled
 from deit_fast.tools.analysis.table import CLASSIFIERS
 from deit_fast.tools.run_folder import ANALYSIS_FILE, ANALYSIS_FOLDER, ANALYSIS_FORMAT
 
@@ -37,6 +38,7 @@ def analyze(
     maps: int = 4,
     device: str = "auto",
     models: Sequence[str] = (),
+    late_fusion: int | None = None,
 ) -> list[dict[str, Any]]:
     """Analyse finished runs on their held-out images; runs on the same images are compared.
 
@@ -51,6 +53,8 @@ def analyze(
         maps: number of images with attention maps.
         device: auto, cpu or cuda.
         models: factories that runs may name as their model.
+        late_fusion: train classifiers on both tokens' embeddings of this many training images of
+            each run, see ``train_late_fusion``; none: without.
 
     Returns:
         A JSON object per run, as written to its `analysis/analysis.json`. A part that could not
@@ -69,7 +73,7 @@ def analyze(
     runs = [
         open_run(
             path, where, teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
-            ema=ema, max_images=max_images, sample=sample, models=models,
+            ema=ema, max_images=max_images, sample=sample, models=models, late_fusion=late_fusion,
         )
         for path in paths
     ]  # fmt: skip
@@ -140,6 +144,8 @@ def describe(
             found["heads"] = _heads(run)
         else:
             left_out["heads"] = f"training used the {run.main} head alone"
+    if run.no_late_fusion is not None:
+        left_out["late fusion"] = run.no_late_fusion
     if run.teacher is not None:
         right = run.taught["decision"] == student["labels"]
         found["teacher"] = {

@@ -70,6 +70,8 @@ CLASSIFIERS = {
     "distillation": "distillation head",
     "mean_logits": "mean of logits",
     "mean_softmax": "mean of softmaxes",
+    "fusion_sum": "late fusion, sum",
+    "fusion_concatenation": "late fusion, concatenation",
 }
 CLASSIFIER_FIGURES: list[Figure] = [
     ("held-out images", "images", count),
