@@ -158,6 +158,7 @@ class _Run:
         self.metrics = group.agree(lambda: self._open_output(resources))
         if is_changed:
             self._save()  # from now on the run belongs to the new content, or is on its own
+            self._wait_for_checkpoint()
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
