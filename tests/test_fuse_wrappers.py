@@ -7,6 +7,7 @@ A sweep compares fused models with timm's over options of models, attachments, m
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -14,12 +15,18 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from deit_fast.models import fuse
-from helpers.fuse_cases import ATTACHMENTS, Case, draw, global_hook, make
+from deit_fast.models.fuse import patch_side, set_batch_part
+from deit_fast.models.shadow import Shadows
+from deit_fast.models.student import forward_heads
+from deit_fast.train.compiling import compile_blocks
+from helpers.fuse_cases import ATTACHMENTS, Adapter, Case, Scaled, draw, global_hook, make
+from helpers.fused import IMAGES, KERNELS, FlopCount, assert_same, run
 from helpers.kernels import DEVICE
 
-CASES = int(os.environ.get("FUSE_CASES", 150))
+CASES = int(os.environ.get("FUSE_CASES", 120))
 SEED = int(os.environ.get("FUSE_SEED", 0))
 SLOW = ("compile",)  # seconds
 EAGER = tuple(name for name in ATTACHMENTS if name not in SLOW)
@@ -111,3 +118,123 @@ def test_sweep(process_group: None) -> None:
         if text:
             found.append(f"{case}: {text}")
     assert not found, "\n".join([f"{len(found)} of {CASES} differ", *found[:40]])
+
+
+# ---------------------------------------------------------------------------------------------
+# What the sweep leaves out
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [(), KERNELS])
+def test_a_block_that_is_compiled_alone_runs_compiled(kernels: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = fuse(make(("init_values",)).train(), kernels=kernels)
+    expected = run(model, IMAGES)
+    model.blocks[1].compile(backend=counter)
+    assert_same(run(model, IMAGES), expected)
+    assert counter.frame_count == 1
+
+
+def test_compile_blocks_compiles_wrapped_blocks_too() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = fuse(make(("none",)).train())
+    model.blocks[0] = Scaled(model.blocks[0])
+    expected = run(model, IMAGES)
+    compile_blocks(model, backend=counter)
+    assert_same(run(model, IMAGES), expected)
+    assert counter.frame_count == 3  # the embedding, the wrapper with its block, the last block
+
+
+def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = fuse(make(("none",)), kernels=KERNELS)
+    for block in model.blocks:
+        block.mlp.fc1 = Adapter(block.mlp.fc1)
+    model.blocks[1].norm2.register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING, "deit_fast"):
+        for _ in range(2):
+            model(IMAGES)
+    assert caplog.messages == [
+        "not fused: block 0, 1: mlp.fc1 is helpers.fuse_cases.Adapter: called as in timm's model",
+        "not fused: block 1: norm2 has a hook: called as in timm's model",
+    ]
+
+
+def test_a_removed_hook_leaves_nothing_behind() -> None:
+    model = fuse(make(("none",)))
+    with FlopCount() as before:
+        model(IMAGES)
+    handle = model.blocks[1].mlp.register_forward_hook(lambda *_: None)
+    with FlopCount() as hooked:
+        model(IMAGES)
+    handle.remove()
+    with FlopCount() as after:
+        model(IMAGES)
+    assert before.total == after.total < hooked.total
+
+
+@pytest.mark.parametrize("kernels", [(), KERNELS])
+def test_a_called_block_gets_the_dtype_of_its_weights(kernels: tuple[str, ...]) -> None:
+    """With a bfloat16 stream its output is rounded as the sums of the other blocks are."""
+    model = make(("init_values",)).train()
+    (true,), _ = run(model, IMAGES)
+    fuse(model, kernels=kernels, residual="bfloat16")
+    seen: list[torch.dtype] = []
+    model.blocks[0] = Scaled(model.blocks[0])
+    model.blocks[0].factor.data.fill_(1.0)
+    model.blocks[1].register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+    model.norm = Scaled(model.norm)
+    model.norm.factor.data.fill_(1.0)
+    (got,), _ = run(model, IMAGES)
+    assert seen == [torch.float32]
+    assert 0 < (got - true).norm() <= 0.05 * true.norm()
+
+
+def test_a_called_drop_path_draws_for_what_it_sees() -> None:
+    """So the parts of a batch need seeds of their own, as with timm's model."""
+    model = fuse(make(("drop_path_rate",)).train())
+    assert set_batch_part(model, 0, 8)
+    model.blocks[1].drop_path1.register_forward_hook(lambda *_: None)
+    assert not set_batch_part(model, 4, 8)
+    assert model.batch_part is None
+
+
+def test_rows_of_patches_reach_a_wrapped_projection_as_images() -> None:
+    model = fuse(make(("none",)))
+    rows = IMAGES.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 2, 4, 1, 3, 5)
+    expected = model(IMAGES)
+    assert patch_side(model) == 8
+    model.patch_embed.proj.register_forward_hook(lambda _, x, y: 2 * y)
+    assert patch_side(model) is None
+    got = model(rows.flatten(3).flatten(1, 2))
+    torch.testing.assert_close(got, model(IMAGES))
+    assert not torch.allclose(got, expected)
+
+
+def test_both_heads_see_what_is_attached_to_blocks() -> None:
+    model = make(("distilled",)).eval()
+    fused = fuse(copy.deepcopy(model))
+    for each in (model, fused):
+        each.blocks[1].register_forward_hook(lambda _, x, y: 1.5 * y + x[0])
+        each.blocks[1].attn.qkv = Adapter(each.blocks[1].attn.qkv).to(DEVICE).eval()
+        each.blocks[1].attn.qkv.load_state_dict(model.blocks[1].attn.qkv.state_dict())
+    for got, expected in zip(forward_heads(fused, IMAGES), forward_heads(model, IMAGES),
+                             strict=True):  # fmt: skip
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_copy_keeps_what_is_attached_under_autocast() -> None:
+    model = fuse(make(("init_values",)).train(), kernels=KERNELS)
+    for block in model.blocks:
+        block.attn.proj = Adapter(block.attn.proj).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_same(run(copy.deepcopy(model), IMAGES), run(model, IMAGES), rtol=0)
+
+
+def test_a_shadow_is_not_read_for_a_wrapped_layer() -> None:
+    model = fuse(make(("none",)).train(), kernels=KERNELS)
+    model.blocks[0].mlp.fc2 = Scaled(model.blocks[0].mlp.fc2)
+    Shadows(model, torch.bfloat16)
+    assert set(model.blocks[0].mlp.shadows) == {"fc1"}
+    assert set(model.blocks[1].mlp.shadows) == {"fc1", "fc2"}

@@ -104,8 +104,10 @@ def _takes_patches(model: VisionTransformer) -> bool:
     if type(embed) is not PatchEmbed or not embed.flatten or embed.dynamic_img_pad:
         return False
     conv = embed.proj
+    if type(conv) is not nn.Conv2d:
+        return False
     is_square = conv.kernel_size[0] == conv.kernel_size[1]
-    is_product = type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and conv.groups == 1
+    is_product = conv.kernel_size == conv.stride and conv.groups == 1
     return is_square and is_product and conv.in_channels == 3 and not model.dynamic_img_size
 
 

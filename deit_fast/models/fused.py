@@ -18,6 +18,7 @@ from deit_fast.kernels.bias_gelu import bias_gelu
 from deit_fast.kernels.bias_gelu_linear import bias_gelu_linear
 from deit_fast.models.plain import (
     ATTENTIONS,
+    GELU,
     IDENTITY,
     LINEAR,
     TOKENWISE,
@@ -83,7 +84,7 @@ class FusedAttention(_Shadowed, Attention):
 
     def _is_packed(self) -> bool:
         """Whether between the projections there is only the softmax attention."""
-        return is_idle(self.attn_drop) and why_not_attention(self) is None
+        return is_idle(self._modules["attn_drop"]) and why_not_attention(self) is None
 
     def _attend(self, qkv: Tensor, query_bias: Tensor | None) -> Tensor:
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
@@ -150,9 +151,10 @@ class FusedMlp(_Shadowed, Mlp):
         return self.norm(self.drop1(bias_gelu(x, self.fc1.bias)))
 
     def _is_joined(self) -> bool:
-        if not self.joins_backward or not is_plain(self.norm, IDENTITY):
+        if not self.joins_backward:
             return False
-        return is_idle(self.drop1) and is_plain(self.fc2, LINEAR)
+        norm, drop, layer = (self._modules[name] for name in ("norm", "drop1", "fc2"))
+        return is_plain(norm, IDENTITY) and is_idle(drop) and is_plain(layer, LINEAR)
 
     def _joined(self, x: Tensor, shadows: bool, out_bias: Tensor | None) -> Tensor:
         x = linear(x, self.fc1, self.shadow("fc1", shadows), has_bias=False)
@@ -170,10 +172,10 @@ def why_not_attention(module: Any) -> str | None:
     """
     if type(module) is not Attention and not isinstance(module, FusedAttention):
         return f"is {type(module).__name__}, not timm's Attention"
+    parts = module._modules  # module.q_norm takes as long as is_plain
     for name in ("q_norm", "k_norm", "norm"):
-        norm = getattr(module, name)
-        if not is_plain(norm, IDENTITY):
-            return f"has {name} {type(norm).__name__}"
+        if not is_plain(parts[name], IDENTITY):
+            return f"has {name} {type(parts[name]).__name__}"
     return "has a gate" if getattr(module, "gate", None) is not None else None
 
 
@@ -181,9 +183,11 @@ def why_not_mlp(module: Any) -> str | None:
     """Why a module cannot be a FusedMlp; None: it can."""
     if type(module) is not Mlp and not isinstance(module, FusedMlp):
         return f"is {type(module).__name__}, not timm's Mlp"
-    if not is_plain(module.act, (nn.GELU,)) or module.act.approximate != "none":
-        return f"has activation {module.act}, not the exact GELU"
-    if not is_plain(module.fc1, LINEAR) or module.fc1.bias is None:
+    parts: Any = module._modules
+    act, layer = parts["act"], parts["fc1"]
+    if not is_plain(act, GELU) or act.approximate != "none":
+        return f"has activation {act}, not the exact GELU"
+    if not is_plain(layer, LINEAR) or layer._parameters["bias"] is None:
         return "has a first layer that is no linear layer with a bias"
     return None
 

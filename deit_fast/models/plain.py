@@ -20,6 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 LINEAR = (nn.Linear,)
+GELU = (nn.GELU,)
 NORMS = (LayerNorm, nn.LayerNorm)
 IDENTITY = (nn.Identity,)
 SCALES = (LayerScale, nn.Identity)
@@ -46,7 +47,7 @@ _GLOBAL_HOOKS = tuple(
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_plain(module: nn.Module, kinds: Collection[type]) -> bool:
+def is_plain(module: Any, kinds: Collection[type]) -> bool:
     """Whether calling a module does nothing but run the forward of one of these classes.
 
     It is False for a subclass (parametrised, sharded, quantised layers have one), with a hook, also
@@ -54,13 +55,18 @@ def is_plain(module: nn.Module, kinds: Collection[type]) -> bool:
     for weights of another class of tensors (DTensor).
     """
     own = module.__dict__
-    if type(module) not in kinds or "forward" in own or own.get("_compiled_call_impl"):
+    if (
+        type(module) not in kinds
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
+        or any(_GLOBAL_HOOKS)
+    ):
         return False
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return False
-    if own["_backward_hooks"] or own["_backward_pre_hooks"] or has_global_hooks():
-        return False
-    return has_plain_weights(module)
+    return not own["_parameters"] or has_plain_weights(module)
 
 
 def has_plain_weights(module: nn.Module) -> bool:
@@ -78,9 +84,10 @@ def has_global_hooks() -> bool:
 
 def is_plain_norm(norm: Any) -> TypeGuard[nn.LayerNorm]:
     """Whether a module is a plain LayerNorm of the last dimension, with weight and bias."""
-    if not is_plain(norm, NORMS) or norm.weight is None or norm.bias is None:
+    if not is_plain(norm, NORMS) or len(norm.normalized_shape) != 1:
         return False
-    return len(norm.normalized_shape) == 1
+    weights = norm._parameters  # norm.weight takes twice as long as all of is_plain
+    return weights["weight"] is not None and weights["bias"] is not None
 
 
 def draws(drop: Any) -> bool:
@@ -88,7 +95,7 @@ def draws(drop: Any) -> bool:
     return isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
 
 
-def is_idle(drop: nn.Module) -> bool:
+def is_idle(drop: Any) -> bool:
     """Whether a dropout is plain and returns its input."""
     return is_plain(drop, DROPOUTS) and not draws(drop)
 
@@ -115,7 +122,8 @@ def _find(parent: nn.Module, path: str, found: list[Part]) -> None:
     for name, module in parent._modules.items():
         if module is None:
             continue
-        if not is_plain(module, ATTENTIONS if name == "attn" else TOKENWISE) or draws(module):
+        is_known = is_plain(module, ATTENTIONS if name == "attn" else TOKENWISE)
+        if not is_known or (type(module) is nn.Dropout and draws(module)):
             found.append(Part(path + name, module))
         elif module._modules:
             _find(module, f"{path}{name}.", found)
