@@ -382,7 +382,11 @@ def summary(result: dict[str, Any]) -> str:
         if key == "substituted" and isinstance(value, list):
             value = len(value)
         if isinstance(value, float):
-            value = f"{100 * value:.2f} %" if "top1" in key else f"{value:.4g}"
+            value = (
+                f"{100 * value:.2f} %"
+                if "top1" in key or key == "teacher_agreement"
+                else f"{value:.4g}"
+            )
         if isinstance(value, (str, int)):
             rows.append((key.replace("_", " "), str(value)))
     return columns(rows)

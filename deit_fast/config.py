@@ -490,6 +490,9 @@ class RunConfig:
     teacher_classes: str | None = None
     """File with a line for each output of the teacher: the name of the data's class that it stands
     for, or any other text. none: the names in the teacher's weights, or ImageNet's synsets."""
+    teacher_floor: Share | None = None
+    """Refuse a teacher with a lower top-1 accuracy on 512 held-out images, before anything is
+    written or trained. none: only log it, with a warning where it is low. 0: do not measure it."""
     cache: str | None = None
     """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
     log_every: Count = 50

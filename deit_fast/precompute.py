@@ -22,14 +22,15 @@ import torch
 from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config
 from deit_fast.cache.verify import planned, sampled_ids, write_pixels
 from deit_fast.config import RunConfig
-from deit_fast.data.batch import ViewBatch
+from deit_fast.data.batch import ViewBatch, main_labels
 from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
-from deit_fast.errors import InputError, translate_errors
+from deit_fast.errors import CacheError, InputError, translate_errors
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.metrics import Progress
+from deit_fast.teacher_accuracy import check_accuracy, say_agreement
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -63,18 +64,25 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 
     Returns:
         `views`, `blocks` written and `kept`, `images`, `seconds`, `images_per_s`, `bytes`
-        (all of this process), `substituted` (paths).
+        (all of this process), `teacher_agreement` (share of the views written whose label of larger
+        weight is the teacher's class; None if none was), `substituted` (paths).
 
     Raises:
-        InputError: no teacher or cache named; class counts differ; another job is writing these
-            views.
+        InputError: no teacher or cache named; its classes do not fit; it is less accurate than
+            ``teacher_floor``; another job is writing these views.
         CacheMismatch: the folder holds a cache of something else; names each differing field.
         OSError: the disk is full; complete blocks stay.
     """
     group = read_process_group()
     job = _Job(config)
     requested = range(config.views_used) if views is None else views
+    sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
+    # Before anything is written. The processes share nothing: where one may refuse, all look.
+    if group.is_first or config.teacher_floor is not None:
+        with translate_errors(job.device, sizes):
+            job.check_teacher(requested)
     started = time.perf_counter()
+    agreed = torch.zeros((), dtype=torch.int64, device=job.device)
     substituted: set[str] = set()
     with LogitCacheWriter(
         job.folder, job.manifest, rank=group.rank, world_size=group.world_size
@@ -104,7 +112,6 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         ahead = iter(pending)
         if pending:
             writer.locks.acquire(*next(ahead))
-        sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
         with (
             translate_errors(job.device, sizes),
             Progress("precompute", total, unit="image") as progress,
@@ -114,6 +121,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
                     writer.locks.acquire(*block)
                 pixels.add(batch)
                 writer.write(batch.sample_ids, int(batch.view_ids[0]), logits)
+                agreed += (logits.argmax(1) == main_labels(*batch.target)).sum()
                 substituted.update(batch.substituted)
                 progress.advance(len(batch.sample_ids))
     seconds = time.perf_counter() - started
@@ -122,6 +130,10 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
             "%d unreadable images were substituted, the first is %s",
             len(substituted), min(substituted),
         )  # fmt: skip
+    agreement = None
+    if total:
+        agreement = agreed.item() / total
+        say_agreement(job.teacher, config, agreement, total)
     return {
         "cache": config.cache,
         "views": len(requested),
@@ -131,6 +143,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "images_per_s": round(total / seconds, 2),
         "bytes": total * job.manifest["record_bytes"],
+        "teacher_agreement": agreement,
         "substituted": sorted(substituted),
     }
 
@@ -195,7 +208,7 @@ class _Job:
         if config.teacher is None or config.cache is None:
             missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
             raise InputError(f"precompute needs {missing}")
-        self.view, self.folder = config.view, Path(config.cache)
+        self.config, self.view, self.folder = config, config.view, Path(config.cache)
         self.device = choose_device(config.device)
         self.source = open_source(config.data, "train", config.view.image_size)
         self.teacher = load_class_matched_teacher(config, self.source.classes, self.device)
@@ -234,6 +247,15 @@ class _Job:
         started = time.perf_counter()
         codec.encode(self.logits(batch)).cpu()
         return loading, time.perf_counter() - started
+
+    def check_teacher(self, views: range) -> None:
+        """As ``check_accuracy``, if there is something to write."""
+        try:
+            missing, _, _ = planned(self.folder, self.manifest, views)
+        except CacheError:  # the writer says why
+            return
+        if missing:
+            check_accuracy(self.teacher, self.config, self.device, self.source)
 
     def run(self, batches: Iterable[ViewBatch]) -> Iterator[tuple[ViewBatch, torch.Tensor]]:
         """Batches with the teacher's logits.

@@ -18,7 +18,7 @@ CHANGE = 5  # in the middle of the first epoch of six steps
 
 def witnessed(world: Path, output: Path, **changes) -> RunConfig:
     teacher = f"helpers.witness_teacher:convnet@{world}/teacher.safetensors"
-    base = {"teacher": teacher, "loss": {"kind": "soft"}}
+    base = {"teacher": teacher, "loss": {"kind": "soft"}, "teacher_floor": 0.0}
     return run_config(world, output, **(base | changes))
 
 

@@ -77,6 +77,11 @@ class ViewBatch:
         return dataclasses.replace(self, **mapped)
 
 
+def main_labels(labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
+    """The label of larger weight in each view's target, int64 [B]."""
+    return torch.where(lam >= 0.5, labels, partner_labels)
+
+
 def teacher_tensors(teacher: Tensor | TopK | None) -> list[Tensor]:
     """The tensors of teacher logits in any form."""
     if teacher is None:

@@ -13,6 +13,7 @@ from deit_fast.cache import LogitCache
 from deit_fast.cache.verify import THRESHOLD, compare_logits, pick_pixels
 from deit_fast.config import DataConfig, RunConfig, ViewConfig, constants
 from deit_fast.config_file import from_dict
+from deit_fast.data.batch import main_labels
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
@@ -61,8 +62,9 @@ def leading_labels(
     cache.require(source.fingerprint())
     plan = ViewPlan(view, seed, source.num_samples)
     rows = plan.rows(samples, views)
-    own = lam_of(rows, plan.sizes(rows["view"])) >= 0.5
-    return source.labels[np.where(own, rows["sample"], rows["partner"])]
+    own, partner = (torch.from_numpy(source.labels[rows[name]]) for name in ("sample", "partner"))
+    lam = torch.from_numpy(lam_of(rows, plan.sizes(rows["view"])))
+    return main_labels(own, partner, lam).numpy()
 
 
 def verify_against_teacher(

@@ -33,6 +33,7 @@ from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, HEAD_KEY, MODEL_FILE
+from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
@@ -136,6 +137,8 @@ class _Run:
              "number of samples": self.source.num_samples, **in_short(self.state.identity)},
             f"{self.output} and {config.data.root} must be the same folders on all nodes",
         )  # fmt: skip
+        if not found:
+            group.agree(self._check_teacher)
 
         # -- step, which may refuse the settings, before anything is written --------------------
         is_changed = self.is_branch or bool(config.accept_change and found)
@@ -202,7 +205,7 @@ class _Run:
 
         # -- data ------------------------------------------------------------------------------
         self.source = open_source(config.data, "train", config.view.image_size)
-        held_out = open_source(config.data, "val", config.view.image_size)
+        held_out = self.held_out = open_source(config.data, "val", config.view.image_size)
         require_trained_classes(self.source, held_out)
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
@@ -237,6 +240,12 @@ class _Run:
                 f"steps: restore the data, or choose another --output"
             )
         return checkpoint.path.name
+
+    def _check_teacher(self) -> None:
+        """Try a teacher that is run online, in the first rank alone."""
+        network = self.teacher.network if self.teacher.is_online else None
+        if network is not None and self.group.is_first:
+            check_accuracy(network, self.config, self.device, self.source, self.held_out)
 
     # -----------------------------------------------------------------------------------------
     # Steps
