@@ -33,7 +33,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_tensor
-from .launching import TYPE_NAMES, Launch, can_run, launch, operator, planned, recording, scratch
+from .launching import (
+    TYPE_NAMES,
+    Launch,
+    can_run,
+    first_derivative_only,
+    launch,
+    operator,
+    planned,
+    recording,
+    scratch,
+)
 from .rows import (
     SUM_COLS,
     SUM_ROWS,
@@ -429,7 +439,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return residual_out, normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(
         ctx: Any, grad_residual_out: Tensor | None, grad_normed: Tensor | None
     ) -> tuple[Tensor | None, ...]:

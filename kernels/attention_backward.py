@@ -32,7 +32,7 @@ from .attention_forward import (
     zeros,
 )
 from .attention_tiles import Tiles, choose_tiles
-from .launching import launch, operator, planned, scratch
+from .launching import first_derivative_only, launch, operator, planned, scratch
 from .rows import launch_sum
 
 # Up to this number of tokens one launch computes dq, dk and dv and shares what it reads. Beyond it,
@@ -326,7 +326,7 @@ class _Attention(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None]:
         qkv, out, lse, query_bias = ctx.saved_tensors
         grad_qkv, grad_bias = backward_op(grad_out, qkv, out, lse, ctx.scale, query_bias)

@@ -27,7 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_tensor
-from .launching import TYPE_NAMES, Launch, can_run, launch, operator, planned, recording, scratch
+from .launching import (
+    TYPE_NAMES,
+    Launch,
+    can_run,
+    first_derivative_only,
+    launch,
+    operator,
+    planned,
+    recording,
+    scratch,
+)
 from .rows import as_rows, common_vector, launch_sum, max_programs, row_tile
 
 __all__ = ["bias_gelu"]
@@ -208,7 +218,7 @@ class _BiasGelu(torch.autograd.Function):
         return forward_op(x, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         for_x, for_bias = ctx.needs_input_grad
         grad_x, grad_bias = backward_op(grad, *ctx.saved_tensors, for_x, for_bias)

@@ -43,6 +43,7 @@ from .launching import (
     TYPE_NAMES,
     Launch,
     can_run,
+    first_derivative_only,
     launch,
     on_gpu,
     operator,
@@ -282,7 +283,7 @@ class _BiasGeluLinear(torch.autograd.Function):
         return F.linear(activation, multiplied, out_bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, weight, activation = ctx.saved_tensors
         for_x, for_bias, for_weight, _, for_out_bias = ctx.needs_input_grad

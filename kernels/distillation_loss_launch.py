@@ -16,7 +16,17 @@ from torch import Tensor
 
 from . import distillation_loss_kernels as kernels
 from .distillation_loss_reference import TAILS, factors
-from .launching import DTYPES, TYPE_NAMES, Launch, launch, operator, planned, recording, scratch
+from .launching import (
+    DTYPES,
+    TYPE_NAMES,
+    Launch,
+    first_derivative_only,
+    launch,
+    operator,
+    planned,
+    recording,
+    scratch,
+)
 from .rows import contiguous
 
 MAX_TOPK = 2048  # ids of a row, which the kernel keeps in registers
@@ -339,7 +349,7 @@ class _Loss(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return (None,) * 16

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launching import first_derivative_only
+
 KINDS = ("none", "soft", "hard")
 REDUCTIONS = ("numel", "batchmean")
 TAILS = ("bucket", "uniform", "renorm", "drop")
@@ -298,7 +300,7 @@ class _Losses(torch.autograd.Function):
         return total, base_loss, distill_loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return (None,) * 10

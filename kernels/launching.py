@@ -75,6 +75,27 @@ def can_run(x: Tensor, *others: Tensor | None) -> bool:
 # Operators
 # ---------------------------------------------------------------------------------------------
 
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a Function's backward whose result cannot be differentiated again.
+
+    It refuses ``create_graph=True``, which torch.compile refuses itself. ``once_differentiable``
+    goes on: where ``torch.autograd.grad`` asks for the second derivative to some tensors only, it
+    leaves out this Function's part of it and raises nothing.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "deit_fast's kernels have no second derivative, so no create_graph=True: call "
+                "deit_fast.unfuse(model) first, and use a loss of plain PyTorch"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 _library = torch.library.Library("deit_fast", "FRAGMENT")
 
 

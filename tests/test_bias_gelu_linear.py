@@ -214,9 +214,8 @@ def test_dtypes_are_those_of_a_linear_layer(
 def test_no_second_derivative(tiles: Tiles) -> None:
     x, *rest = leaves_of((5, 64), 64, weights=BF16)
     y = bias_gelu_linear(x.requires_grad_(), *rest)
-    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
 
 
 @interpreted

@@ -324,10 +324,11 @@ def test_messages_of_the_operations_page_are_those_of_the_code():
             assert part in code, f"{part!r} of the message {message!r} is not in the code"
 
 
-def test_tests_of_the_operations_page_exist():
-    page = (ROOT / "docs" / "operations.md").read_text()
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
-    assert len(named) == page.count(".py::")
+@pytest.mark.parametrize("page", ["operations.md", "kernels.md"])
+def test_tests_that_a_page_names_exist(page):
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert named and len(named) == text.count(".py::")
     for file, name in named:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
 

@@ -15,12 +15,18 @@ import pytest
 import torch
 from timm.models._features_fx import create_feature_extractor
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
+from deit_fast.errors import InputError
+from deit_fast.kernels import distillation_loss
 from deit_fast.models import fuse, swapped, unfuse
+from deit_fast.models.fused import FusedForward
+from deit_fast.models.shadow import Shadows
 from deit_fast.train.step import compile_blocks
-from helpers.fused import FEW_IMAGES, IMAGES, KERNELS, SMALL, assert_same, build, run
+from helpers.fused import FEW_IMAGES, FOLDS, IMAGES, KERNELS, SMALL, assert_same, build, run
 from helpers.kernels import DEVICE
 
 fusing = sys.modules["deit_fast.models.fuse"]  # the name in the package is the function's
@@ -201,6 +207,10 @@ def test_fx_sees_timms_own_graph(kernels: tuple[str, ...], kind: str) -> None:
     theirs, mine = torch.fx.symbolic_trace(plain), torch.fx.symbolic_trace(model)
     assert [str(node) for node in mine.graph.nodes] == [str(node) for node in theirs.graph.nodes]
     torch.testing.assert_close(mine(FEW_IMAGES), plain(FEW_IMAGES), rtol=0, atol=0)
+    if kind == "average":  # timm's resampling of positions is no part of the graph
+        plain, model = (
+            f(build(kind, dynamic_img_size=True).eval()) for f in (nn.Module.eval, fuse)
+        )
     nodes = ["blocks.1.add_1", "blocks.2.mlp.fc1"]
     got, expected = (create_feature_extractor(m, nodes)(FEW_IMAGES) for m in (model, plain))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -275,3 +285,142 @@ def test_transforms_of_torch_func(kernels: tuple[str, ...]) -> None:
         each(unfused_attention(model)), each(unfused_attention(plain)), strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@FUSED
+def test_second_derivatives(kernels: tuple[str, ...]) -> None:
+    """On a CPU the kernels are plain PyTorch; test_bias_gelu_linear.py shows a kernel refuse."""
+
+    def penalty(model: nn.Module) -> list[Tensor]:
+        images = FEW_IMAGES.clone().requires_grad_()
+        loss = unfused_attention(model)(images).square().sum()
+        (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(model.parameters())))
+
+    plain, model = build("plain").eval(), fuse(build("plain").eval(), kernels=kernels)
+    if FOLDS and kernels:
+        with pytest.raises(RuntimeError, match=r"no second derivative.*unfuse\(model\) first"):
+            penalty(model)
+        unfuse(model)
+    for got, expected in zip(penalty(model), penalty(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_refuses_second_derivatives() -> None:
+    logits = torch.randn(4, 7, requires_grad=True)
+    loss = distillation_loss(
+        logits, None, torch.arange(4), None, kind="none", alpha=0.0, tau=1.0, reduction="numel"
+    )
+    with pytest.raises(RuntimeError, match=r"no second derivative.*a loss of plain PyTorch"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# fuse and unfuse themselves
+# ---------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("order", ["fuse first", "parametrize first"])
+def test_parametrized_models_stay_parametrized(order: str) -> None:
+    model = build("plain").eval()
+    if order == "fuse first":
+        fuse(model, kernels=KERNELS)
+    parametrize.register_parametrization(model, "pos_embed", Doubled(), unsafe=True)
+    if order == "parametrize first":
+        fuse(model, kernels=KERNELS)
+    plain = build("plain").eval()
+    with torch.no_grad():
+        plain.pos_embed.mul_(2)
+    assert isinstance(model, FusedForward)
+    torch.testing.assert_close(model(FEW_IMAGES), plain(FEW_IMAGES))
+    with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
+        pickle.dumps(model)
+    unfuse(model)
+    assert not isinstance(model, FusedForward) and parametrize.is_parametrized(model)
+    torch.testing.assert_close(model(FEW_IMAGES), plain(FEW_IMAGES), rtol=0, atol=0)
+    fuse(model, kernels=KERNELS)
+    parametrize.remove_parametrizations(model, "pos_embed")
+    assert type(model).__name__ == "FusedVisionTransformer"
+    torch.testing.assert_close(model(FEW_IMAGES), plain(FEW_IMAGES))
+
+
+def test_unfuse_restores_classes_under_those_of_a_wrapper() -> None:
+    """As fully_shard changes classes; it needs a process group, so the class is made here."""
+    model = fuse(build("plain").eval(), kernels=KERNELS)
+
+    class Wrapper(nn.Module):
+        pass
+
+    for module in (model, *model.blocks):
+        kind = type(module)
+        module.__class__ = type(f"Wrapped{kind.__name__}", (Wrapper, kind), {})
+    for again in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(InputError, match=r"WrappedFused\w+ has no pickle.*save state_dict\(\)"):
+            again(model)
+    unfuse(model)
+    assert [base.__name__ for base in type(model).__mro__[:3]] == [
+        "WrappedVisionTransformer", "Wrapper", "VisionTransformer"
+    ]  # fmt: skip
+    assert {type(block).__name__ for block in model.blocks} == {"WrappedBlock"}
+    assert not any(isinstance(module, swapped.Swapped) for module in model.modules())
+    torch.testing.assert_close(model(FEW_IMAGES), build("plain").eval()(FEW_IMAGES))
+
+
+def test_unfuse_removes_what_fuse_and_a_run_set() -> None:
+    model = build("deit3").train()
+    before = [sorted(vars(module)) for module in model.modules()]
+    fuse(model, kernels=KERNELS, residual="bfloat16")
+    Shadows(model, torch.bfloat16)
+    fusing.set_batch_part(model, 0, 6)
+    compile_blocks(model, backend="eager")
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)  # the model says so once
+    model(FEW_IMAGES)
+    unfuse(model)
+    assert [sorted(vars(module)) for module in model.modules()] == before
+
+
+@FUSED
+@pytest.mark.parametrize("kind", ["distilled", "average"])
+def test_timms_methods_do_the_same(kernels: tuple[str, ...], kind: str) -> None:
+    plain, model = build(kind).eval(), fuse(build(kind).eval(), kernels=kernels)
+    images = torch.rand(2, 3, 48, 32, device=DEVICE)
+
+    def same(call: Callable[[nn.Module], object], tolerance: float = 1e-4) -> None:
+        torch.testing.assert_close(call(model), call(plain), rtol=tolerance, atol=tolerance)
+
+    same(lambda m: m.forward_intermediates(FEW_IMAGES))
+    same(lambda m: m.get_intermediate_layers(FEW_IMAGES, n=2, norm=True))
+    for changed in (plain, model):
+        changed.reset_classifier(5)
+        changed.load_state_dict(plain.state_dict())
+    same(lambda m: m(FEW_IMAGES))
+    same(lambda m: m.set_input_size((48, 32)) or m(images))
+    same(lambda m: m.set_grad_checkpointing() or m.train()(images))
+    same(lambda m: m.set_grad_checkpointing(False) or m.eval()(images))
+    same(lambda m: m.to(torch.bfloat16)(images.bfloat16()), tolerance=0.1)
+    same(lambda m: m.double()(images.double()))
+    same(lambda m: m.prune_intermediate_layers([0, 1]) and m.float()(images))
+    assert len(model.blocks) == 2 and list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrap, name",
+    [(nn.DataParallel, "module"), (torch.compile, "_orig_mod"), (ModelEmaV3, "module")],
+)
+def test_a_wrapped_model_is_refused_by_name(
+    wrap: Callable[[nn.Module], nn.Module], name: str
+) -> None:
+    wrapped = wrap(build("plain"))
+    kind = type(wrapped).__name__
+    with pytest.raises(
+        InputError, match=rf"not {kind}: fuse\(model\.{name}\) before it is wrapped"
+    ):
+        fuse(wrapped)
+    fuse(getattr(wrapped, name))
+    unfuse(wrapped)
+    assert type(getattr(wrapped, name)) is VisionTransformer

@@ -77,6 +77,9 @@ _FUSED: dict[type, type] = {
     Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, PatchEmbed: FusedPatchEmbed,
 }  # fmt: skip
 
+_WRAPPED = ("module", "_orig_mod", "model")
+"""Where DDP, DataParallel and averages, torch.compile, and timm's feature extractor keep it."""
+
 
 # ---------------------------------------------------------------------------------------------
 # What can be fused
@@ -169,7 +172,11 @@ def fuse(
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if not isinstance(model, VisionTransformer):
-        raise InputError(f"fuse takes a timm VisionTransformer, not {type(model).__name__}")
+        inside = [n for n in _WRAPPED if isinstance(getattr(model, n, None), VisionTransformer)]
+        raise InputError(
+            f"fuse takes a timm VisionTransformer, not {type(model).__name__}"
+            + (f": fuse(model.{inside[0]}) before it is wrapped" if inside else "")
+        )
     unfuse(model)
     reasons: dict[str, list[int]] = {}
     for number, block in enumerate(model.blocks):

@@ -42,7 +42,7 @@ from deit_fast.models.stream import (
     drops_patches,
     layer_scale,
 )  # fmt: skip
-from deit_fast.models.swapped import Swapped, SwappedModel, is_traced
+from deit_fast.models.swapped import Swapped, SwappedModel, is_traced, traced
 
 log = logging.getLogger("deit_fast")
 
@@ -237,6 +237,7 @@ class FusedBlock(Swapped, Block):
         """
         attention: Any = self.attn
         takes_queries = why_not_attention(attention) is None and is_plain(attention.qkv, LINEAR)
+        takes_queries = takes_queries and attention.fused_attn
         if not takes_queries or (stream.subset and drop_rate(self.drop_path1) > 0):
             self._run_attention(stream)
             stream.keep_tokens(tokens)
@@ -325,7 +326,10 @@ class FusedForward(SwappedModel, VisionTransformer):
     reads_shadows: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        if attn_mask is not None or is_causal or is_traced(x) or not self.runs_stream():
+        if is_traced(x):
+            with traced(x, VisionTransformer.forward):
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal or not self.runs_stream():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.forward_head(self.forward_stream(x))
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.kernels.bias_gelu_linear import matmul
+from deit_fast.kernels.launching import first_derivative_only
 from deit_fast.models.plain import LINEAR, is_plain
 
 
@@ -40,7 +41,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, shadow, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, shadow = ctx.saved_tensors
         grad_x = grad @ shadow if ctx.needs_input_grad[0] else None

@@ -8,12 +8,15 @@ that subclasses of timm's can be fused too. A wrapper may make a class of its ow
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import _autowrap_check, _Patcher
 from torch.nn.utils import parametrize
 
 from deit_fast.errors import InputError
@@ -112,7 +115,8 @@ _BY_TYPE = ("__dict__", "__weakref__")  # what type() adds to every class
 def _with_bases(wrapper: type, bases: list[type]) -> type:
     """The class that a wrapper made, made from other classes."""
     own = {name: value for name, value in vars(wrapper).items() if name not in _BY_TYPE}
-    return type(wrapper.__name__, tuple(bases), own)
+    name = wrapper.__name__.replace(wrapper.__bases__[-1].__name__, bases[-1].__name__)
+    return type(name, tuple(bases), own)
 
 
 def _plain_copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
@@ -145,3 +149,15 @@ def is_traced(x: Any) -> bool:
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
+
+
+@contextlib.contextmanager
+def traced(x: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let torch.fx leave out what it leaves out while it traces timm's ``forward``.
+
+    It does so where a name of the traced forward's module is one of the functions left out.
+    """
+    left_out: set[int] = getattr(getattr(x, "tracer", None), "_autowrap_function_ids", set())
+    with _Patcher() as patcher:
+        _autowrap_check(patcher, forward.__globals__, left_out)
+        yield
