@@ -135,6 +135,9 @@ def test_a_branch_is_the_run_that_was_planned_so(
     train(wsd(world, tmp_path / "planned", epochs, decay))
     assert_same_end(tmp_path / "branch", tmp_path / "planned", step)
     assert before == {path: path.read_bytes() for path in trunk.rglob("*") if path.is_file()}
+    result = json.loads((tmp_path / "branch/result.json").read_text())
+    assert result["metrics"] == {"rows": len(read_metrics(tmp_path / "branch/metrics.jsonl")),
+                                 "lost": 0}  # fmt: skip
     config = json.loads((tmp_path / "branch/config.json").read_text())
     assert config["epochs"] == epochs and config["resume_from"] == point(trunk, step)
 

@@ -31,7 +31,7 @@ from deit_fast.precompute import precompute
 from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
-from deit_fast.train import checkpoints, state
+from deit_fast.train import checkpoints, loop, state
 from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
 from helpers.processes import redirect, start_forked
@@ -226,9 +226,15 @@ def test_nan_never_reaches_the_weights_of_others(world, tmp_path, monkeypatch, n
     """LAMB and Muon have no found_inf, so the host reads the result. They resume bit for bit."""
     monkeypatch.setenv("UNRULY", "nan:7")
     optim = {"name": name, "layer_decay": 0.8, "clip_grad": 1.0, "ema_decay": 0.9}
+    made = []
+    create = loop.create_state
+    monkeypatch.setattr(
+        loop, "create_state", lambda *given: made.append(create(*given)) or made[-1]
+    )
     with pytest.raises(FloatingPointError, match="step 8: the loss of rank 0 is not finite"):
         train(unruly(world, tmp_path / "nan", optim=optim))
-    assert last_state(tmp_path / "nan")["step"] == 7
+    saved = last_state(tmp_path / "nan")
+    assert saved["step"] == 7 and equal(dict(made[0].model.state_dict()), dict(saved["model"]))
     monkeypatch.delenv("UNRULY")
     train(unruly(world, tmp_path / "nan", optim=optim))
     train(unruly(world, tmp_path / "whole", optim=optim))
