@@ -6,8 +6,10 @@ DEIT_FAST_SWEEP=N tries N random pairs of class lists instead of 150.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -393,6 +395,32 @@ def test_a_cache_of_permuted_classes_is_not_that_of_the_teacher_as_it_stands(tmp
         train(plain)
     with pytest.raises(CacheMismatch, match=r"differs in one field: .*teacher\.columns"):
         verify_against_teacher(str(plain.cache), str(plain.teacher), plain.data)
+
+
+def test_a_cache_of_data_whose_classes_are_renumbered_is_refused(tmp_path):
+    """The labels of shards get their names from classes.txt alone."""
+    images = write_images(tmp_path / "images", ["0", "1"])
+    for split in ("train", "val"):
+        (tmp_path / "tars" / split).mkdir(parents=True)
+        with tarfile.open(tmp_path / "tars" / split / "0.tar", "w") as archive:
+            for path in sorted((images / split).glob("*/*.png")):
+                label, key = path.parent.name, f"{path.parent.name}-{path.stem}"
+                for name, content in ((f"{key}.png", path.read_bytes()), (f"{key}.cls", label)):
+                    data = content.encode() if isinstance(content, str) else content
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    write_lines(tmp_path / "tars/classes.txt", ["ant", "bee"])
+    config = digits_student().replace(
+        epochs=1, num_views=1, batch_size=4, compile="none", output=str(tmp_path / "run"),
+        teacher=SPEC, cache=str(tmp_path / "cache"), model={"args": TWO_BLOCKS},
+        view={"repeats": 1},
+        data={"root": str(tmp_path / "tars"), "source": "tar", "workers": 0},
+    )  # fmt: skip
+    precompute(config)
+    write_lines(tmp_path / "tars/classes.txt", ["bee", "ant"])
+    with pytest.raises(CacheMismatch, match=r"dataset\.sha256"):
+        train(config.replace(teacher=None))
 
 
 def test_selected_logits_under_compile(subset, monkeypatch):
