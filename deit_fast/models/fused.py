@@ -297,8 +297,9 @@ class FusedPatchEmbed(Swapped, PatchEmbed):
         return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-_HEADS = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
-"""They read only prefix tokens where the pooling is that of a token."""
+PREFIX_HEADS: set[Any] = {VisionTransformer.forward_head, VisionTransformerDistilled.forward_head}
+"""Methods that read only prefix tokens where the pooling is that of a token. A subclass of ours is
+added where it is defined."""
 
 
 def _call(block: nn.Module, stream: Stream, residual_dtype: torch.dtype | None) -> None:
@@ -388,7 +389,7 @@ class FusedForward(SwappedModel, VisionTransformer):
         if "forward_head" in self.__dict__ or "pool" in self.__dict__:
             return False
         kind = type(self)
-        if kind.pool is not VisionTransformer.pool or kind.forward_head not in _HEADS:
+        if kind.pool is not VisionTransformer.pool or kind.forward_head not in PREFIX_HEADS:
             return False
         return is_plain(self.norm, IDENTITY) or is_plain_norm(self.norm)
 

@@ -18,6 +18,7 @@ from torch import nn
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import fuse, head_tokens
+from deit_fast.models.fused import PREFIX_HEADS
 from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.padded_head import pad_heads
 
@@ -58,6 +59,7 @@ class OneHeadTrained(VisionTransformerDistilled):
         return x[:, index] if pre_logits else getattr(self, head)(x[:, index])
 
 
+PREFIX_HEADS.add(OneHeadTrained.forward_head)
 _TRAINED = {"class": (0, "head"), "distillation": (1, "head_dist")}  # its token and its name
 
 
