@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
@@ -17,6 +18,7 @@ from deit_fast.errors import InputError
 from deit_fast.evaluate import build_eval_loader, load_run
 from deit_fast.models import forward_heads, load_teacher
 from deit_fast.models.teacher import load_class_matched_teacher
+from deit_fast.models.weights import class_names
 from deit_fast.models.weights_facts import FACTS_KEY, ModelFacts, read_facts
 from deit_fast.recipes import digits_student
 from deit_fast.train.loop import train
@@ -102,7 +104,34 @@ def test_weights_say_what_their_model_is(root):
         name=NAME, args=ARGS, image_size=32, mean=MEAN, std=STD,
         classes=tuple(CLASSES),
     )  # fmt: skip
-    assert read_facts(root / "nothing.pth") is None  # has no such texts
+    torch.save(load_file(weights(root, "convnet")), root / "plain.pth")
+    assert read_facts(root / "plain.pth") is None  # has no such texts
+
+
+@pytest.mark.parametrize("run", ["convnet", "transformer", "factory"])
+@pytest.mark.parametrize("key", ["", "#model"])
+def test_a_checkpoint_and_a_key_say_what_the_weights_say(root, run, key):
+    name = {"convnet": "timm:test_resnet", "transformer": f"timm:{NAME}", "factory": FACTORY}[run]
+    (checkpoint,) = (root / run / "checkpoints").glob("*.pt")
+    assert read_facts(f"{checkpoint}{key}") == read_facts(weights(root, run))
+    assert class_names(f"{checkpoint}{key}") == CLASSES
+    images = torch.randn(4, 3, 32, 32)
+    expected = load_teacher(f"{name}@{weights(root, run)}", num_classes=10)
+    teacher = load_teacher(f"{name}@{checkpoint}{key}", num_classes=10)
+    assert (teacher.mean, teacher.class_names) == (MEAN, CLASSES)
+    assert type(teacher.model) is type(expected.model)  # the head that was trained
+    assert torch.equal(teacher(images), expected(images))
+
+
+def test_a_prefix_in_a_safetensors_file_keeps_its_facts(root, tmp_path):
+    path = tmp_path / "w.safetensors"
+    with safe_open(weights(root, "convnet"), "pt") as file:
+        texts = file.metadata()
+    state = load_file(weights(root, "convnet"))
+    texts = {key: texts[key] for key in (FACTS_KEY, "identity")}
+    save_file({f"net.{key}": value for key, value in state.items()}, path, texts)
+    assert load_teacher(f"timm:test_resnet@{path}#net").mean == MEAN
+    assert class_names(f"{path}#net") == CLASSES
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +33,9 @@ from deit_fast.models.teacher_outputs import (
     take_logits,
 )
 from deit_fast.models.weights import digest_weights
+from deit_fast.models.weights_facts import file_texts
 from deit_fast.runtime.distributed import has_bf16
-from deit_fast.runtime.weights_header import HEAD_KEY, read_texts
+from deit_fast.runtime.weights_header import HEAD_KEY
 
 log = logging.getLogger("deit_fast")
 
@@ -317,8 +317,8 @@ def load_teacher(
         resample_positions(model, image_size, name)
     else:
         model, facts = build_factory_network(name, weights, num_classes)
-    if weights.endswith(".safetensors"):
-        keep_trained_head(model, read_texts(Path(weights)).get(HEAD_KEY, "both"))
+    if weights:
+        keep_trained_head(model, file_texts(weights).get(HEAD_KEY, "both"))
     views = Normalisation(tuple(input_mean), tuple(input_std))
     own, source = choose_normalisation(name, model, not weights, facts, given, views)
     log.info("teacher %s: %s %s", name, own, source)

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.models.weights_facts import file_texts, split_key
 from deit_fast.models.weights_layout import MissingKey, adapt_layout, find_state, held_weights
 from deit_fast.runtime.files import (
     SEAL_KEY,
@@ -54,7 +54,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing or damaged, is not a weights file, or holds no tensors.
     """
-    file, key = _split_key(path)
+    file, key = split_key(path)
     try:
         saved = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
         tensors, keys = find_state(saved, key)
@@ -69,14 +69,6 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         more = f"; there is also {', '.join(others)}" if others else ""
         log.info("weights file %s: %s is taken%s", file, ".".join(keys), more)
     return tensors
-
-
-def _split_key(path: str | Path) -> tuple[Path, str | None]:
-    """FILE and KEY of FILE#KEY; a file of that name comes first."""
-    file, mark, key = str(path).rpartition("#")
-    if not mark or not file or os.path.lexists(path):
-        return Path(path), None
-    return Path(file), key
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -111,7 +103,11 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    text = read_metadata(path).get("identity", "{}")
+    return _identity(read_metadata(path), path)
+
+
+def _identity(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    text = texts.get("identity", "{}")
     return parse_object(text.encode(), f"weights file {path}: its identity")
 
 
@@ -257,10 +253,7 @@ def _heads(model: nn.Module) -> tuple[str, ...]:
 
 def class_names(path: str | Path) -> list[str] | None:
     """Names of the classes, in the order of the logits, where a file of `train` has them."""
-    file, _ = _split_key(path)
-    if file.suffix != ".safetensors":
-        return None
-    names: Any = read_identity(file).get("data.classes")
+    names: Any = _identity(file_texts(path), path).get("data.classes")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names or None if is_list and len(set(names)) == len(names) else None
 

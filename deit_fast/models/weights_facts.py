@@ -1,20 +1,25 @@
 """What a weights file says about its model: how it was built and which images it was trained on.
 
-`train` writes these facts as JSON under `model` in the file's `__metadata__`.
+`train` writes these facts as JSON under `model` in the `__metadata__` of safetensors files. Its
+checkpoints hold the run's configuration and identity, from which the same facts are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from deit_fast.config import Deviation, ModelConfig, RunConfig, Share, check_all
+from deit_fast.config import Deviation, LossConfig, ModelConfig, RunConfig, Share, check_all
+from deit_fast.config_file import by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import parse_object
-from deit_fast.runtime.weights_header import read_texts
+from deit_fast.runtime.torch_files import map_torch
+from deit_fast.runtime.weights_header import HEAD_KEY, read_texts
 
 FACTS_KEY = "model"
 
@@ -53,24 +58,68 @@ class ModelFacts:
 
 def facts_text(config: RunConfig, classes: Sequence[str]) -> str:
     """The facts of a run's model, as they stand in its weights files."""
-    view, model = config.view, config.model
-    return json.dumps({
-        "name": model.name, "args": model.args, "image_size": view.image_size,
-        "mean": view.mean, "std": view.std, "classes": list(classes),
-    })  # fmt: skip
+    return _facts_text(by_dotted_key(to_dict(config)), classes)
+
+
+def _facts_text(settings: dict[str, Any], classes: Sequence[str]) -> str:
+    """``facts_text`` of settings by dotted key."""
+    keys = ("model.name", "model.args", "view.image_size", "view.mean", "view.std")
+    facts = {key.partition(".")[2]: settings[key] for key in keys}
+    return json.dumps(facts | {"classes": list(classes)})
+
+
+def split_key(path: str | Path) -> tuple[Path, str | None]:
+    """FILE and KEY of FILE#KEY; a file of that name comes first."""
+    file, mark, key = str(path).rpartition("#")
+    if not mark or not file or os.path.lexists(path):
+        return Path(path), None
+    return Path(file), key
+
+
+def file_texts(path: str | Path) -> dict[str, str]:
+    """The texts about its model in a weights file of `train`, of either kind.
+
+    Those of a checkpoint are made from its configuration; its tensors are not read. Checksums are
+    not compared here. A file of another program has none, or its own.
+
+    Args:
+        path: FILE or FILE#KEY.
+
+    Raises:
+        InputError: the file is no safetensors file though it is named so, or the checkpoint's
+            configuration is damaged.
+        OSError: names the path.
+    """
+    file, _ = split_key(path)
+    if file.suffix == ".safetensors":
+        return read_texts(file)
+    saved = map_torch(file)
+    is_own = isinstance(saved, dict) and all(
+        isinstance(saved.get(key), str) for key in ("config", "identity")
+    )
+    return _checkpoint_texts(saved, f"weights file {printable(file)}") if is_own else {}
+
+
+def _checkpoint_texts(saved: dict[str, Any], where: str) -> dict[str, str]:
+    values = parse_object(saved["config"].encode(), f"{where}: its configuration")
+    classes = parse_object(saved["identity"].encode(), f"{where}: its identity").get("data.classes")
+    try:
+        settings = by_dotted_key(to_dict(RunConfig())) | by_dotted_key(from_earlier(values))
+        loss = LossConfig(kind=settings["loss.kind"], alpha=settings["loss.alpha"])
+    except InputError as error:
+        raise InputError(f"{where}: its configuration: {error}") from None
+    texts = {"identity": saved["identity"], HEAD_KEY: loss.trained_head}
+    return texts | ({FACTS_KEY: _facts_text(settings, classes)} if classes else {})
 
 
 def read_facts(path: str | Path) -> ModelFacts | None:
     """The facts in a weights file; None where it is of another program or of an earlier version.
 
-    The file's checksum is not compared here.
-
     Raises:
-        InputError: the file is no safetensors file though it is named so, or a fact is damaged.
+        InputError: as ``file_texts``, or a fact is damaged.
         OSError: names the path.
     """
-    path = Path(path)
-    text = read_texts(path).get(FACTS_KEY, "") if path.suffix == ".safetensors" else ""
+    text = file_texts(path).get(FACTS_KEY, "")
     if not text.startswith("{"):
         return None
     where = f"weights file {printable(path)}"

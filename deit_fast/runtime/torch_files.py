@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from deit_fast.errors import printable
-from deit_fast.runtime.files import SEAL, crc32c, is_end_intact, open_atomically, seal
+from deit_fast.errors import is_out_of_memory, printable
+from deit_fast.runtime.files import SEAL, crc32c, is_end_intact, open_atomically, open_regular, seal
 
 log = logging.getLogger("deit_fast")
 
@@ -75,6 +75,26 @@ def load_torch(file: BinaryIO) -> tuple[Any, bool]:
             if "weights_only" not in str(error):
                 raise
             raise ValueError(_why_unsafe(str(error))) from None
+
+
+def map_torch(path: Path) -> Any:
+    """What torch.save wrote, its tensors mapped and not read, without a check of their bytes.
+
+    None where the file is no archive, or holds more than tensors and plain values.
+
+    Raises:
+        InputError: as ``open_regular``.
+        OSError: names the path.
+    """
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen types
+        if is_out_of_memory(error):
+            raise
+        return None
 
 
 def _why_unsafe(text: str) -> str:
