@@ -327,10 +327,10 @@ class FusedForward(SwappedModel, VisionTransformer):
     reads_shadows: bool = False
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        if is_traced(x):
+        if isinstance(x, torch.fx.Proxy):
             with traced(x, VisionTransformer.forward):
                 return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if attn_mask is not None or is_causal or not self.runs_stream():
+        if attn_mask is not None or is_causal or is_traced(x) or not self.runs_stream():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.forward_head(self.forward_stream(x))
 

@@ -142,7 +142,8 @@ def is_traced(x: Any) -> bool:
     kernels.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # torch.compiler.is_exporting() is True in all that torch 2.11 compiles.
+        return torch.compiler._is_exporting_flag
     return (
         isinstance(x, torch.fx.Proxy)
         or torch._C._are_functorch_transforms_active()
