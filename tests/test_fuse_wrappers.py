@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from deit_fast.models import fuse
@@ -238,3 +241,43 @@ def test_a_shadow_is_not_read_for_a_wrapped_layer() -> None:
     Shadows(model, torch.bfloat16)
     assert set(model.blocks[0].mlp.shadows) == {"fc1"}
     assert set(model.blocks[1].mlp.shadows) == {"fc1", "fc2"}
+
+
+def _fused_alike(options: tuple[str, ...], change: Callable[[Any], object]) -> None:
+    """A fused model that is changed before or after fusing computes what timm's changed one does,
+    in both modes, with the same random draws."""
+    for training, kernels, fused_first in itertools.product(*[(False, True)] * 3):
+        results = []
+        for is_fused in (False, True):
+            model: Any = make(options)
+            names = KERNELS if kernels else ()
+            if is_fused and fused_first:
+                fuse(model, kernels=names)
+            torch.manual_seed(7)
+            change(model.train(training))
+            if is_fused and not fused_first:
+                fuse(model, kernels=names)
+            (output,), _ = run(model, IMAGES)
+            results.append((output, torch.get_rng_state()))
+        (theirs, their_state), (mine, state) = results
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert torch.equal(state, their_state)
+
+
+def test_a_block_may_stand_at_several_positions() -> None:
+    def share(model: Any) -> None:
+        block = model.blocks[1]
+        model.blocks = nn.Sequential(block, model.blocks[0], block)
+
+    def share_parts(model: Any) -> None:
+        model.blocks[0].attn, model.blocks[0].mlp = model.blocks[1].attn, model.blocks[1].mlp
+
+    _fused_alike(("none",), share)
+    _fused_alike(("none",), share_parts)
+
+
+@pytest.mark.parametrize("name", ["ls1", "ls2", "drop_path1", "drop_path2"])
+def test_another_module_in_the_place_of_a_scale_is_called(name: str) -> None:
+    _fused_alike(
+        ("init_values",), lambda model: setattr(model.blocks[1], name, nn.Linear(48, 48).to(DEVICE))
+    )

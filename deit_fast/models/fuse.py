@@ -214,7 +214,7 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
             continue
         reason = why_not(part)
         if reason is None:
-            part.__class__ = _FUSED[type(part)]
+            part.__class__ = _FUSED.get(type(part), type(part))  # shared parts are fused already
         else:
             reasons.append(f"{name}: {reason}")
     if "mlp_backward" in kernels and type(block.mlp) is FusedMlp:

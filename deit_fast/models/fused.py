@@ -18,9 +18,11 @@ from deit_fast.kernels.bias_gelu import bias_gelu
 from deit_fast.kernels.bias_gelu_linear import bias_gelu_linear
 from deit_fast.models.plain import (
     ATTENTIONS,
+    DROP_PATHS,
     GELU,
     IDENTITY,
     LINEAR,
+    SCALES,
     TOKENWISE,
     Part,
     called_parts,
@@ -238,6 +240,8 @@ class FusedBlock(Swapped, Block):
         attention: Any = self.attn
         takes_queries = why_not_attention(attention) is None and is_plain(attention.qkv, LINEAR)
         takes_queries = takes_queries and attention.fused_attn
+        takes_queries = takes_queries and is_plain(self.ls1, SCALES)
+        takes_queries = takes_queries and is_plain(self.drop_path1, DROP_PATHS)
         if not takes_queries or (stream.subset and drop_rate(self.drop_path1) > 0):
             self._run_attention(stream)
             stream.keep_tokens(tokens)
@@ -358,14 +362,15 @@ class FusedForward(SwappedModel, VisionTransformer):
         ahead = not stream.subset and not any(called)
         if ahead:
             scales[:] = draw_keep_scales(blocks, x, stream.part)
-        for block, runs, parts, drawn in zip(blocks, fused, called, scales, strict=True):
+        for number, block in enumerate(blocks):  # one object may stand at several positions
+            runs, parts, drawn = fused[number], called[number], scales[number]
             if not runs:
                 _call(block, stream, self.residual_dtype)
                 continue
             if not ahead and block.draws_ahead(parts):
                 drawn = draw_keep_scales([block], x, stream.part)[0]
             stream.keep_scales = drawn
-            if block is blocks[-1] and not parts and self._heads_read_prefix():
+            if number == len(blocks) - 1 and not parts and self._heads_read_prefix():
                 block.run_last(stream, self.num_prefix_tokens)
             else:
                 block.run(stream)
