@@ -396,7 +396,7 @@ class OptimConfig:
     layer_decay: PositiveShare | None = None
     """Fine-tuning: learning rate of a block relative to that of the next block."""
     lr: Annotated[float, Within(0, 100, above=True)] = 5e-4
-    """Peak learning rate for 512 samples per step; it is scaled linearly with batch_size."""
+    """Peak learning rate for 512 samples per step; it is scaled linearly with the step's batch."""
     min_lr: Rate = 1e-5
     """Learning rate at the end of the decay."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -465,6 +465,9 @@ class RunConfig:
     """Number of passes over the data; an epoch has about as many views as there are samples."""
     batch_size: Count = 256
     """Samples per step over all ranks (global batch)."""
+    batch_schedule: tuple[tuple[Passes, Count], ...] = ()
+    """Batch sizes of later epochs: pairs of a first epoch, 1 or later, and the samples per step
+    from then on, such as `30 2048 60 4096`. Empty: batch_size in every epoch."""
     compat: Literal["none", "deit"] = "none"
     """`deit`: as DeiT's code, use the order of its RASampler, mix each rank's batch with its
     reverse, update the learning rate once per epoch, one epoch late, and decay `dist_token`. Not
@@ -569,6 +572,20 @@ class RunConfig:
         )
         if self.view.size_schedule:
             self._check_size_schedule()
+        if self.batch_schedule:
+            self._check_batch_schedule()
+
+    def _check_batch_schedule(self) -> None:
+        firsts = [first for first, _ in self.batch_schedule]
+        _require(
+            firsts == sorted(set(firsts)),
+            f"batch_schedule={shown(self.batch_schedule)}: its epochs must rise",
+        )
+        for setting, is_set, remedy in (
+            ("compat=deit", self.compat == "deit", "DeiT's code has one batch size"),
+            ("cuda_graphs", self.cuda_graphs, "a graph has one size; choose --no-cuda-graphs"),
+        ):
+            _require(not is_set, f"batch_schedule does not go with {setting}: {remedy}")
 
     def _check_size_schedule(self) -> None:
         views = self._views_of_all_epochs

@@ -19,6 +19,7 @@ from deit_fast.runtime.metrics import read_metrics
 from deit_fast.train.checkpoints import list_checkpoints
 from deit_fast.train.loop import train
 from deit_fast.train.optim import learning_rate, require_schedule
+from deit_fast.views.steps import RunSteps
 from helpers.runs import (
     comparable_rows,
     in_a_child,
@@ -82,7 +83,7 @@ def test_the_rate_warms_up_stays_and_falls_with_the_root() -> None:
     config = RunConfig(epochs=10, batch_size=512).replace(
         optim={"schedule": "wsd", "decay_epochs": 2.0, "warmup_epochs": 1.0}
     )
-    rates = [learning_rate(step, config, steps_per_epoch=10, steps=100) for step in range(100)]
+    rates = [learning_rate(step, config, RunSteps(5120, ((0, 512),), 10)) for step in range(100)]
     assert rates[:10] == pytest.approx([1e-6 + (5e-4 - 1e-6) * step / 10 for step in range(10)])
     assert set(rates[10:81]) == {5e-4}
     for step in range(80, 100):
@@ -90,7 +91,7 @@ def test_the_rate_warms_up_stays_and_falls_with_the_root() -> None:
         assert rates[step] == pytest.approx(1e-5 + (5e-4 - 1e-5) * share)
     longer = config.replace(epochs=30)
     assert rates[:80] == [
-        learning_rate(step, longer, steps_per_epoch=10, steps=300) for step in range(80)
+        learning_rate(step, longer, RunSteps(5120, ((0, 512),), 30)) for step in range(80)
     ], "before its decay a run does not depend on its length"
 
 

@@ -483,11 +483,13 @@ def test_recipe_is_documented_and_its_model_fits_its_views(name: str) -> None:
 def test_fine_tuning_at_384_has_the_published_schedule() -> None:
     """DeiT's command: 2 nodes of 8 GPUs with 32 images, lr = min_lr = 5e-6, weight decay 1e-8."""
     from deit_fast.train.optim import learning_rate
+    from deit_fast.views.steps import RunSteps
 
     config = RECIPES["deit_base_distilled_384"]()
     assert config.batch_size == 2 * 8 * 32 and config.optim.weight_decay == 1e-8
     assert config.epochs == 30
-    rates = [learning_rate(step, config, steps_per_epoch=10, steps=300) for step in range(300)]
+    steps = RunSteps(5120, ((0, 512),), 30)
+    rates = [learning_rate(step, config, steps) for step in range(300)]
     assert rates[0] == 1e-6 and rates[25] == pytest.approx(3e-6)
     assert rates[50:] == pytest.approx([5e-6] * 250)
 

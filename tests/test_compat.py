@@ -58,7 +58,7 @@ def test_the_order_is_timms(num_samples, processes, repeats):
         batches = DeitBatches(recipe, SEED, num_samples, share * processes, 8, rank, processes)
         for epoch in (0, 1, 7):
             theirs = timms_lists(num_samples, repeats, epoch, processes)[rank]
-            steps = batches.steps_per_epoch
+            steps = batches.steps.first(1)
             assert steps == len(theirs) // share  # drop_last, as DeiT's loader
             entries = [batches[epoch * steps + step] for step in range(steps)]
             ours = np.concatenate([samples for samples, _, _ in entries])
@@ -71,7 +71,7 @@ def test_imagenets_epoch_is_the_one_that_was_measured():
     """427,008 samples three times each, for any number of processes."""
     for processes in (1, 8):
         batches = DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300, 0, processes)
-        assert batches.steps_per_epoch == 1251
+        assert batches.steps.first(1) == 1251
     entries = [DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300)[step] for step in range(1251)]
     samples = np.concatenate([entry[0] for entry in entries])
     assert np.unique(np.unique(samples, return_counts=True)[1]).tolist() == [3]
@@ -86,10 +86,10 @@ def test_every_repeat_is_a_view_of_its_own():
         for samples, views, _ in rank
         for key in zip(samples.tolist(), views.tolist(), strict=True)
     ]
-    assert len(set(keys)) == len(keys) == 4 * 4 * batches[0].steps_per_epoch * 6
+    assert len(set(keys)) == len(keys) == 4 * 4 * batches[0].steps.first(1) * 6
     epochs = {view // 3 for _, view in keys}
     assert epochs == set(range(4))
-    _, views, _ = batches[0][batches[0].steps_per_epoch]  # the first of epoch 1
+    _, views, _ = batches[0][batches[0].steps.first(1)]  # the first of epoch 1
     assert (views // 3 == 1).all() and {view % 3 for view in views.tolist()} == {0, 1, 2}
 
 

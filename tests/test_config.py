@@ -24,10 +24,13 @@ from deit_fast.errors import InputError
 BASE = RunConfig().replace(view={"augment": "none", "repeats": 1})  # no setting excludes another
 NOT_NUMBERS = ["x", "", [], {}, None, True]
 ACCEPTED = {
+    "batch_schedule": [(), ((1, 1),), ((1, 2**31 - 1), (10**6, 1))],
     "model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")],
     "view.size_schedule": [(), ((0, 224),), ((0, 8192), (3, 1), (999_999, 224))],
 }
 REFUSED: dict[str, list[Any]] = {
+    "batch_schedule": [((0, 64),), ((2, 64), (2, 32)), ((3, 64), (1, 32)), ((1, 0),),
+                       ((1, 2**31),), ((10**6 + 1, 64),), ((1, 64, 2),), (1, 64)],
     "model.args": [("depth",), ("depth=-1",), ("depth=1e3",), ("depth=1000000000",), ("=1",),
                    ("depth=6=6",), ("fused=1",), ("img_size=8",), ("num_classes=8",), "depth=6"],
     "track": [("wandb", "wandb")],
@@ -76,7 +79,8 @@ def values(hint: Any) -> tuple[list[Any], list[Any]]:
     if origin is Literal:
         return list(arguments), ["x", "", 0, None, [], arguments[0].upper()]
     if origin is tuple:
-        good, bad = values(arguments[0])
+        good, _ = values(arguments[0])
+        _, bad = values(arguments[0 if arguments[-1] is Ellipsis else -1])
         length = 1 if arguments[-1] is Ellipsis else len(arguments)
         wrong = [(good[0],) * (length - 1) + (value,) for value in bad]
         if arguments[-1] is not Ellipsis:

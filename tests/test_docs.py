@@ -35,6 +35,8 @@ STAND_INS = {
     "timm:regnety_160@weights.safetensors":
         "deit_fast.models.convnet:small_convnet@weights.safetensors",  # 84 million weights
     "--data.root DIR --compat deit": "--data.root more --compat deit",  # RASampler needs 256 images
+    "--batch-size 1024 --batch-schedule 30 2048 60 4096":
+        "--batch-size 16 --batch-schedule 1 32 2 8 --max-steps 4",  # two steps, one, four
     "--optim.decay-epochs 30": "--optim.decay-epochs 1",  # epochs 3, of two steps
     "--optim.decay-epochs 10": "--optim.decay-epochs 1",
     "step-000125100": "step-000000002",

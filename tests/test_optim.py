@@ -34,6 +34,7 @@ from deit_fast.train.optim import (
 )
 from deit_fast.train.step import compile_blocks, gradient_norms
 from deit_fast.train.step_graph import require_capturable
+from deit_fast.views.steps import RunSteps
 
 
 def student(**options) -> torch.nn.Module:
@@ -55,10 +56,8 @@ def names_by_group(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 def test_compat_gives_the_learning_rates_of_deits_code():
     """Printed by facebookresearch/deit with timm 0.3.2 at batch 1024: one epoch late."""
     config = RunConfig(batch_size=1024, compat="deit")  # else DeiT's defaults
-    rates = [
-        learning_rate(epoch * 10 + 7, config, steps_per_epoch=10, steps=3000)
-        for epoch in range(300)
-    ]
+    steps = RunSteps(10240, ((0, 1024),), 300)
+    rates = [learning_rate(epoch * 10 + 7, config, steps) for epoch in range(300)]
     published = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4]
     assert rates[:8] == pytest.approx(published, rel=5e-5)
     assert rates[299] == pytest.approx(1.0109e-5, rel=5e-5)
@@ -402,7 +401,7 @@ def test_conflicting_settings_are_named():
 def test_the_schedule_changes_at_every_step():
     optim = OptimConfig(warmup_epochs=2)
     config = RunConfig(batch_size=512, optim=optim)
-    rates = [learning_rate(step, config, steps_per_epoch=10, steps=100) for step in range(100)]
+    rates = [learning_rate(step, config, RunSteps(5120, ((0, 512),), 10)) for step in range(100)]
     assert len(set(rates)) == 100
     assert rates[0] == optim.warmup_lr
     assert rates[19] == pytest.approx(optim.warmup_lr + (optim.lr - optim.warmup_lr) * 19 / 20)

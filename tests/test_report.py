@@ -365,6 +365,19 @@ def test_long_training_curves_are_smoothed_and_kept_as_logged(tmp_path: Path) ->
     assert "a: 1 at epoch 0.1" in titles  # an end has no neighbours on both sides
 
 
+def test_a_step_has_the_epoch_of_the_evaluations_around_it(tmp_path: Path) -> None:
+    """Epochs of 8, 8 and 4 steps, the first evaluated before its end too; the last goes on."""
+    run = make_run(tmp_path / "a")
+    ends = {4: 1, 8: 1, 16: 2, 20: 3}
+    rows = [{"kind": "eval", "step": s, "epoch": e, "top1": 0.5} for s, e in ends.items()]
+    losses = {4: 9.0, 12: 8.0, 18: 7.0, 21: 6.0}
+    rows += [{"kind": "train", "step": s, "epoch": 1, "loss": loss} for s, loss in losses.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titles = re.findall(r"<title>(a: .*?)</title>", build_report([run], "t"))
+    expected = {"a: 9 at epoch 0.5", "a: 8 at epoch 1.5", "a: 7 at epoch 2.5", "a: 6 at epoch 3.25"}
+    assert expected <= {*titles}
+
+
 def test_smoothing_is_the_mean_of_neighbours_and_keeps_straight_lines() -> None:
     slope = [(float(x), 3.0 * x) for x in range(200)]
     smoothed, width = charts.smooth(slope)

@@ -26,6 +26,7 @@ from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_chec
 from deit_fast.train.loop import train
 from deit_fast.train.optim import create_optimizer, learning_rate
 from deit_fast.train.teacher import RunTeacher
+from deit_fast.views.steps import RunSteps
 from helpers.runs import comparable_rows, run_config, weights_equal
 
 
@@ -54,14 +55,16 @@ def test_a_checkpoint_between_two_reports_holds_the_training_time(world, tmp_pat
 def test_time_inside_a_pause_is_not_training_time(monkeypatch):
     clock = iter([0.0, 2.0, 5.0, 9.0, 10.0]).__next__
     monkeypatch.setattr("deit_fast.runtime.speed.time", SimpleNamespace(perf_counter=clock))
-    meter = StepMeter(8, ProcessGroup(), torch.device("cpu"))
-    meter.steps = 2
+    meter = StepMeter(ProcessGroup(), torch.device("cpu"))
+    for _ in range(2):
+        meter.count(8)
     laps = [meter.lap()]  # at 2 s
     with meter.paused():  # from 5 s to 9 s
         pass
     laps.append(meter.lap())  # at 10 s
     assert laps == [2.0, 4.0]
-    assert meter.read(5, {})["step_ms"] == 3000
+    speed = meter.read(40, {})
+    assert speed["step_ms"] == 3000 and speed["seconds_left"] == 15
 
 
 def test_a_run_that_fails_at_its_start_closes_what_it_opened(world, tmp_path, monkeypatch):
@@ -96,7 +99,7 @@ def test_learning_rate_equals_timms_cosine_schedule():
     )
     for step in range(100):
         scheduler.step_update(step)
-        ours = learning_rate(step, config, steps_per_epoch=10, steps=100)
+        ours = learning_rate(step, config, RunSteps(5120, ((0, 512),), 10))
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
 
 

@@ -80,9 +80,6 @@ def peak_flops(device: torch.device) -> float | None:
 class StepMeter:
     """Speed of the training steps since the last reading; time inside ``paused`` does not count.
 
-    Args:
-        batch_size: samples of a step over all ranks.
-
     Attributes:
         utilisation: model FLOPs utilisation at one image a second over all ranks, which depends on
             the size of the images; None: unknown.
@@ -90,9 +87,15 @@ class StepMeter:
 
     utilisation: float | None = None
 
-    def __init__(self, batch_size: int, group: ProcessGroup, device: torch.device) -> None:
-        self.batch_size, self.group, self.device = batch_size, group, device
-        self.steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, time.perf_counter()
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.steps, self._images = 0, 0
+        self._seconds, self._waited, self._since = 0.0, 0.0, time.perf_counter()
+
+    def count(self, images: int) -> None:
+        """A step was trained on so many images over all ranks."""
+        self.steps += 1
+        self._images += images
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time until each one arrives counts as waiting for data."""
@@ -116,27 +119,27 @@ class StepMeter:
         self._seconds += seconds
         return seconds
 
-    def read(self, steps_left: int, others: dict[str, float]) -> dict[str, float]:
+    def read(self, images_left: int, others: dict[str, float]) -> dict[str, float]:
         """The speed of the laps since the last reading, as columns of a row.
 
         ``mfu`` is absent on an unknown GPU, ``peak_memory_bytes`` on a CPU.
 
         Args:
-            steps_left: of the run.
+            images_left: of the run, over all ranks.
             others: more columns. They and ``data_wait`` are the maximum over the ranks, so all
                 ranks must call this together, with the same names.
         """
         seconds, waited, steps = self._seconds, self._waited, self.steps
-        self.steps, self._seconds, self._waited = 0, 0.0, 0.0
+        rate = self._images / seconds
+        self.steps, self._images, self._seconds, self._waited = 0, 0, 0.0, 0.0
         largest = {"data_wait": waited / seconds, **others}
         values = torch.tensor([*largest.values()], dtype=torch.float64, device=self.device)
         self.group.maximum(values)
-        rate = steps * self.batch_size / seconds
         speed = {
             "step_ms": 1e3 * seconds / steps,
             "images_per_s": rate,
             "images_per_s_per_process": rate / self.group.world_size,
-            "seconds_left": steps_left * seconds / steps,
+            "seconds_left": images_left / rate,
         }
         if self.utilisation is not None:
             speed["mfu"] = rate * self.utilisation

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -25,10 +25,18 @@ _FORMATS = (1, FORMAT)
 _NAME = re.compile(r"step-(\d{9,})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_every: int = 0) -> Path:
+Stays: TypeAlias = Callable[[int], bool]
+"""Whether the checkpoint of a step stays when newer ones are written."""
+
+
+def never(step: int) -> bool:
+    return False
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], stays: Stays = never) -> Path:
     """Write ``state`` (tensors and plain values) atomically as ``folder/step-N.pt``.
 
-    Keeps the newest ``KEEP`` checkpoints up to this step, and those of every ``keep_every`` steps.
+    Keeps the newest ``KEEP`` checkpoints up to this step, and those of steps that ``stays`` names.
     Files of later steps, which this run did not write, stay.
 
     Raises:
@@ -39,7 +47,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_every: 
     save_torch(path, {"format": FORMAT, **state})
     up_to_here = [other for other in list_checkpoints(folder) if _step_of(other) <= step]
     for old in up_to_here[:-KEEP]:
-        if not keep_every or _step_of(old) % keep_every:
+        if not stays(_step_of(old)):
             old.unlink()
     return path
 
@@ -49,13 +57,13 @@ class CheckpointWriter:
 
     Args:
         require_owned: raises where the folder is no longer the run's; called before each write.
-        keep_every: of ``save_checkpoint``.
+        stays: of ``save_checkpoint``.
     """
 
     def __init__(
-        self, folder: Path, require_owned: Callable[[], None], keep_every: int = 0
+        self, folder: Path, require_owned: Callable[[], None], stays: Stays = never
     ) -> None:
-        self.folder, self._require_owned, self._keep_every = folder, require_owned, keep_every
+        self.folder, self._require_owned, self._stays = folder, require_owned, stays
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -75,7 +83,7 @@ class CheckpointWriter:
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         self._require_owned()
         try:
-            return save_checkpoint(self.folder, step, state, self._keep_every)
+            return save_checkpoint(self.folder, step, state, self._stays)
         except OSError:
             self._require_owned()  # says where the folder was moved meanwhile
             raise

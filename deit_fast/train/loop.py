@@ -87,8 +87,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         ExitStack() as resources,
     ):
         processes = f" over {group.world_size} processes" if group.world_size > 1 else ""
+        largest = max(size for _, size in ((0, config.batch_size), *config.batch_schedule))
         sizes = (
-            f"batch_size={config.batch_size}{processes} in accumulate={config.accumulate} parts: "
+            f"batch_size={largest}{processes} in accumulate={config.accumulate} parts: "
             f"a larger accumulate computes the same steps with less memory"
         )
         with translate_errors(device, sizes), signals.raising():
@@ -154,9 +155,7 @@ class _Run:
             self.eval_forward = compile_evaluation(mode, average)
 
         # -- output ----------------------------------------------------------------------------
-        self.writer = CheckpointWriter(
-            self.checkpoints, self._require_owned, (config.keep_every or 0) * self.steps_per_epoch
-        )
+        self.writer = CheckpointWriter(self.checkpoints, self._require_owned, self._is_kept)
         resources.callback(self._close_writer)
         self.metrics = group.agree(lambda: self._open_output(resources))
         if is_changed:
@@ -165,10 +164,12 @@ class _Run:
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
         log.info(
-            "training %s on %s x %d: %d samples of %d classes, %d epochs of %d steps, "
+            "training %s on %s x %d: %d samples of %d classes, %d epochs of %s steps, "
             "distillation: %s",
             config.model.name, device.type, group.world_size, self.source.num_samples,
-            len(self.source.classes), config.epochs, self.steps_per_epoch, config.loss.kind,
+            len(self.source.classes), config.epochs,
+            ", then ".join(str(phase.per_epoch) for phase, _ in self.steps.reached()),
+            config.loss.kind,
         )  # fmt: skip
         log_compile(config, device, state.model)
 
@@ -210,14 +211,10 @@ class _Run:
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = _batches(config, self.source.num_samples, group)
-        self.steps_per_epoch = len(self.batches) // config.epochs
-        self.config = config = settle(config, checkpoint, self.steps_per_epoch)
+        self.config = config = settle(config, checkpoint, self.batches.steps)
         self.batches = _batches(config, self.source.num_samples, group)
-        share = self.batches.share
-        if share % config.accumulate:
-            raise InputError(
-                f"accumulate={config.accumulate} does not divide the {share} samples of each rank"
-            )
+        self.batches.require_parts(config.accumulate)
+        self.steps = self.batches.steps
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
 
         # -- teacher ---------------------------------------------------------------------------
@@ -274,7 +271,7 @@ class _Run:
             stop=self.total,
             attach=self.teacher.attach(self.batches, state.step),
         )
-        meter = StepMeter(config.batch_size, self.group, self.device)
+        meter = StepMeter(self.group, self.device)
         utilisation = self._utilisation()
         profiled = config.profile_steps if self.group.is_first else 0
         with (
@@ -290,15 +287,10 @@ class _Run:
                     self._require_owned()
                     save_views(batch, config.view, self.output / "samples.png")
                 meter.utilisation = utilisation.get(batch.size)
-                lr = learning_rate(
-                    state.step,
-                    config,
-                    steps_per_epoch=self.steps_per_epoch,
-                    steps=len(self.batches),
-                )
+                lr = learning_rate(state.step, config, self.steps)
                 if state.step not in state.skipped:
                     state.add(self.step_once(batch, state.step, lr, self._stop_requested()))
-                    meter.steps += 1
+                    meter.count(len(batch) * self.group.world_size)
                 state.step += 1
                 state.substituted.update(batch.substituted)
                 due = self._due()
@@ -327,25 +319,31 @@ class _Run:
     @property
     def _epoch(self) -> int:
         """Epochs begun, counted from 1."""
-        return -(-self.state.step // self.steps_per_epoch)
+        return self.steps.begun(self.state.step)
 
     def _due(self) -> _Due:
         config, step, epoch = self.config, self.state.step, self._epoch
         done = step == self.total
-        at_epoch_end = step % self.steps_per_epoch == 0
+        at_epoch_end = self.steps.locate(step)[1] == 0
         report = done or at_epoch_end or step % config.log_every == 0
         return _Due(
             report=report,
             evaluate=done or self._is_evaluation_due(),
             save=done
             or (at_epoch_end and epoch % config.save_every == 0)
-            or (at_epoch_end and config.keep_every is not None and epoch % config.keep_every == 0)
+            or self._is_kept(step)
             or (config.save_steps is not None and step % config.save_steps == 0),
         )
 
+    def _is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of a step stays."""
+        epoch, rest = self.steps.locate(step)
+        every = self.config.keep_every
+        return every is not None and rest == 0 and epoch % every == 0
+
     def _is_evaluation_due(self) -> bool:
         """Whether the last step ended an epoch that is evaluated."""
-        epoch, rest = divmod(self.state.step, self.steps_per_epoch)
+        epoch, rest = self.steps.locate(self.state.step)
         return epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
 
     def _utilisation(self) -> dict[int, float]:
@@ -366,7 +364,8 @@ class _Run:
         if meter.steps == 0:  # every step since the last report was left out
             return ""
         means = state.take_means()
-        speed = meter.read(self.total - state.step, self.teacher.differences())
+        images_left = self.steps.samples(self.total) - self.steps.samples(state.step)
+        speed = meter.read(images_left, self.teacher.differences())
         row = {"step": state.step, "epoch": self._epoch, **means, "lr": lr, **speed}
         self._write_row("train", row)
         return row_text(row, self.total)
@@ -511,7 +510,9 @@ class _Run:
         substituted = {path for paths in self.group.gather(
             sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
         }  # fmt: skip
-        trained = state.step - sum(skipped < state.step for skipped in state.skipped)
+        left_out = [skipped for skipped in state.skipped if skipped < state.step]
+        trained = self.steps.samples(state.step)
+        trained -= sum(self.steps.phase_of(skipped).batch_size for skipped in left_out)
         result = {
             **self.evaluation,
             "best_top1": state.best_top1,
@@ -522,7 +523,7 @@ class _Run:
             "skipped_steps": state.skipped,
             "processes": self.group.world_size,
             "train_seconds": round(state.train_seconds, 3),
-            "images_per_s": round(trained * config.batch_size / state.train_seconds, 2),
+            "images_per_s": round(trained / state.train_seconds, 2),
             "substituted": sorted(substituted),
             "distill": config.loss.kind,
             "teacher": self.teacher.describe(),
@@ -571,4 +572,4 @@ def _batches(
     if config.compat == "deit":
         return DeitBatches(config.view, config.seed, num_samples, *sizes)
     order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
-    return TrainBatches(order, *sizes)
+    return TrainBatches(order, *sizes, config.batch_schedule)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime.environment import find_apex
+from deit_fast.views.steps import RunSteps
 
 log = logging.getLogger("deit_fast")
 
@@ -210,13 +211,28 @@ def require_schedule(config: RunConfig) -> None:
         )
 
 
-def decay_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
+def _decay_steps(optim: OptimConfig, per_epoch: int) -> int:
     """Steps of the decay of `wsd`, at least one."""
-    return max(1, round((optim.decay_epochs or 0) * steps_per_epoch))
+    return max(1, round((optim.decay_epochs or 0) * per_epoch))
 
 
-def learning_rate(step: int, config: RunConfig, *, steps_per_epoch: int, steps: int) -> float:
+def decay_start(optim: OptimConfig, steps: RunSteps) -> int:
+    """The last step that `wsd` trains at the peak, after which the rate falls."""
+    start = 0
+    for phase, end in reversed(steps.reached()):
+        left = (steps.epochs - phase.epoch) * phase.per_epoch
+        start = min(phase.step + left - _decay_steps(optim, phase.per_epoch), end)
+        if start >= phase.step:
+            break
+    return start
+
+
+def learning_rate(step: int, config: RunConfig, steps: RunSteps) -> float:
     """Learning rate of ``step`` (0-based): linear warm-up, then a decay down to ``min_lr``.
+
+    Where the batch size changes between epochs, it is the rate of a run with the step's batch size
+    alone, at the same epoch and position. So the schedule is one over epochs, and the rate jumps
+    with the batch.
 
     The peak is ``lr * batch_size / lr_batch`` (Goyal et al. 2017; DeiT, section 6). As in DeiT's
     recipe the cosine spans the whole run, warm-up included. With ``compat="deit"`` it changes as in
@@ -224,14 +240,17 @@ def learning_rate(step: int, config: RunConfig, *, steps_per_epoch: int, steps: 
     `wsd` falls with 1 - sqrt(share of the decay) (Haegele et al. 2024, arXiv 2405.18392).
     """
     optim = config.optim
-    peak = optim.lr * config.batch_size / optim.lr_batch
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    first_epoch, first_step, batch_size, per_epoch = steps.phase_of(step)
+    step += first_epoch * per_epoch - first_step
+    total = steps.epochs * per_epoch
+    peak = optim.lr * batch_size / optim.lr_batch
+    warmup = round(optim.warmup_epochs * per_epoch)
     if config.compat == "deit":
-        step = max(step // steps_per_epoch - 1, 0) * steps_per_epoch
+        step = max(step // per_epoch - 1, 0) * per_epoch
     if step < warmup:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
-    share = (1 + math.cos(math.pi * step / steps)) / 2
+    share = (1 + math.cos(math.pi * step / total)) / 2
     if optim.schedule == "wsd":
-        length = decay_steps(optim, steps_per_epoch)
-        share = 1 - math.sqrt(max(0, step - (steps - length)) / length)
+        length = _decay_steps(optim, per_epoch)
+        share = 1 - math.sqrt(max(0, step - (total - length)) / length)
     return optim.min_lr + (peak - optim.min_lr) * share

@@ -6,11 +6,12 @@ rolls back to it after a step that was not finite.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +30,10 @@ from deit_fast.train.identity import require_same
 from deit_fast.train.optim import (
     create_average,
     create_optimizer,
-    decay_steps,
+    decay_start,
     require_schedule,
 )
+from deit_fast.views.steps import RunSteps
 
 log = logging.getLogger("deit_fast")
 
@@ -188,8 +190,8 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
         return Checkpoint(path, saved, from_earlier(json.loads(saved["config"])), is_branch)
 
 
-def settle(config: RunConfig, checkpoint: Checkpoint | None, steps_per_epoch: int) -> RunConfig:
-    """``config`` with what the checkpoint decides.
+def settle(config: RunConfig, checkpoint: Checkpoint | None, steps: RunSteps) -> RunConfig:
+    """``config`` with what the checkpoint decides; ``steps`` are those of a run as configured.
 
     A moving average that warms up goes on doing so, as in all runs of earlier versions. A branch
     ends ``decay_epochs`` after its checkpoint, at the end of an epoch.
@@ -202,7 +204,7 @@ def settle(config: RunConfig, checkpoint: Checkpoint | None, steps_per_epoch: in
         with _named(checkpoint.path):
             config = _with_warm_up(config, checkpoint)
             if config.resume_from is not None and config.optim.schedule == "wsd":
-                config = _with_epochs(config, checkpoint, steps_per_epoch)
+                config = _with_epochs(config, checkpoint, steps)
     require_schedule(config)
     return config
 
@@ -215,7 +217,7 @@ def _with_warm_up(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     return config.replace(optim={"ema_warmup": True})
 
 
-def _with_epochs(config: RunConfig, checkpoint: Checkpoint, steps_per_epoch: int) -> RunConfig:
+def _with_epochs(config: RunConfig, checkpoint: Checkpoint, steps: RunSteps) -> RunConfig:
     path, settings = checkpoint.path, checkpoint.settings
     if not checkpoint.is_branch:
         return config.replace(epochs=settings["epochs"])  # as it began
@@ -226,13 +228,17 @@ def _with_epochs(config: RunConfig, checkpoint: Checkpoint, steps_per_epoch: int
             f"learning rate falls from the start: branch from one with optim.schedule=wsd"
         )
     its = OptimConfig(schedule="wsd", decay_epochs=optim["decay_epochs"])
-    start = settings["epochs"] * steps_per_epoch - decay_steps(its, steps_per_epoch)
+    start = decay_start(its, replace(steps, epochs=settings["epochs"]))
     if step > start:
         raise InputError(
             f"{path} is of step {step}, but its run decays from step {start}: branch from an "
             f"earlier checkpoint (keep_every keeps them)"
         )
-    epochs = -(-(step + decay_steps(config.optim, steps_per_epoch)) // steps_per_epoch)
+    fewest = max(1, steps.locate(step)[0] + int(config.optim.decay_epochs or 0) - 1)
+    epochs = next(
+        epochs for epochs in itertools.count(fewest)
+        if decay_start(config.optim, replace(steps, epochs=epochs)) >= step
+    )  # fmt: skip
     log.info("branching from %s, step %d: %d epochs in all", path, step, epochs)
     return config.replace(epochs=epochs)
 

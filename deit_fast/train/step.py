@@ -179,7 +179,8 @@ class TrainStep:
 
     def _seed(self, part: Part) -> None:
         """Seed the generator for the draws of the part's forward."""
-        fused = set_batch_part(self.model, part.offset, self.config.batch_size)
+        batch_size = len(part.batch) * self.config.accumulate * self.group.world_size
+        fused = set_batch_part(self.model, part.offset, batch_size)
         words = (
             (self.config.seed, part.step) if fused else (self.config.seed, part.step, part.offset)
         )

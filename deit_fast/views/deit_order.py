@@ -23,6 +23,7 @@ from deit_fast.errors import InputError
 from deit_fast.views.order import RankBatches
 from deit_fast.views.plan import BatchMix
 from deit_fast.views.rng import Array, Purpose, draw_mix, frozen
+from deit_fast.views.steps import RunSteps
 
 _ROUND = 256  # RASampler cuts an epoch to a multiple of this many views over all ranks
 
@@ -47,8 +48,8 @@ class DeitBatches(RankBatches):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(batch_size, epochs, rank, world_size)
-        share = self.share
+        super().__init__(batch_size, rank, world_size)
+        share = batch_size // world_size
         if share % 2:
             raise InputError(
                 f"compat=deit mixes each process's share of a batch with its own reverse, so it "
@@ -61,18 +62,18 @@ class DeitBatches(RankBatches):
                 f"processes {offered} views, fewer than its {share} of batch_size={batch_size}"
             )
         self.view, self.seed, self.num_samples = view, seed, num_samples
-        self.steps_per_epoch = offered // share
+        self.steps = RunSteps(offered * world_size, self.batch_sizes, epochs)
 
-    def _batch(self, epoch: int, position: int) -> tuple[Array, Array, BatchMix]:
+    def _batch(self, epoch: int, position: int, share: int) -> tuple[Array, Array, BatchMix]:
         # Rank r has entries r, r + world_size, ... of the list of all ranks, which begins again
         # at its end.
-        entries = np.arange(position * self.share, (position + 1) * self.share)
+        entries = np.arange(position * share, (position + 1) * share)
         entries = self.rank + self.world_size * entries
         repeats = self.view.repeats
         indices, repeat = np.divmod(entries % (self.num_samples * repeats), repeats)
         samples = _shuffled(self.num_samples, epoch)[indices]
         views = (epoch * repeats + repeat).astype(np.int32)
-        step = np.array([epoch * self.steps_per_epoch + position])
+        step = np.array([self.steps.first(epoch) + position])
         kind, box, lam = draw_mix(
             self.view, self.seed, step, np.array([self.rank]), Purpose.BATCH_MIX
         )

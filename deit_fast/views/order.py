@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from deit_fast.errors import InputError
 from deit_fast.views.rng import Array, Purpose, frozen, permutation
+from deit_fast.views.steps import BatchSchedule, RunSteps
 
 # Tables are kept for two readers, the loader and the reader of the teacher cache some steps ahead:
 # near the end of an epoch each of them needs another epoch's tables. At 1.28 M samples an epoch's
@@ -102,35 +103,65 @@ class RankBatches(Sequence[Any]):
 
     Args:
         batch_size: samples per step over all ranks.
-        epochs: number of epochs.
+        schedule: batch sizes of later epochs.
+
+    Attributes:
+        steps: epoch and batch size of each step; the subclass sets it.
 
     Raises:
         InputError: a batch that `world_size` does not divide, or a rank outside of it.
     """
 
-    steps_per_epoch: int
+    steps: RunSteps
 
-    def __init__(self, batch_size: int, epochs: int, rank: int, world_size: int) -> None:
-        if batch_size % world_size:
-            raise InputError(f"batch_size={batch_size} is not divisible by {world_size} processes")
+    def __init__(
+        self, batch_size: int, rank: int, world_size: int, schedule: BatchSchedule = ()
+    ) -> None:
+        self.batch_sizes = ((0, batch_size), *schedule)
+        for name, size in self._named_sizes():
+            if size % world_size:
+                raise InputError(f"{name} is not divisible by {world_size} processes")
         if not 0 <= rank < world_size:
             raise InputError(f"rank {rank} is not one of {world_size} processes")
-        self.epochs, self.rank, self.world_size = epochs, rank, world_size
-        self.share = batch_size // world_size
+        self.rank, self.world_size = rank, world_size
+
+    def _named_sizes(self) -> Iterator[tuple[str, int]]:
+        """Each batch size, by its name in a message."""
+        for index, (_, size) in enumerate(self.batch_sizes):
+            yield f"batch_schedule's batch_size={size}" if index else f"batch_size={size}", size
+
+    def require_parts(self, count: int) -> None:
+        """
+        Raises:
+            InputError: the share of a rank cannot be divided into ``count`` equal parts.
+        """
+        for name, size in self._named_sizes():
+            share = size // self.world_size
+            if share % count:
+                raise InputError(
+                    f"accumulate={count} does not divide the {share} samples of each rank ({name})"
+                )
 
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.epochs
+        return self.steps.total
 
     def __getitem__(self, step: Any) -> Any:
         if isinstance(step, slice):
             return [self[index] for index in range(*step.indices(len(self)))]
         if not -len(self) <= step < len(self):
             raise IndexError(f"step {step} of a run of {len(self)} steps")
-        return self._batch(*divmod(step % len(self), self.steps_per_epoch))
+        step %= len(self)
+        epoch, position = self.steps.locate(step)
+        return self._batch(epoch, position, self.steps.phase_of(step).batch_size // self.world_size)
 
     @abstractmethod
-    def _batch(self, epoch: int, position: int) -> tuple[Any, ...]:
-        """Sample ids int64, view ids int32 and perhaps a `BatchMix` of this rank's batch."""
+    def _batch(self, epoch: int, position: int, share: int) -> tuple[Any, ...]:
+        """Sample ids int64, view ids int32 and perhaps a `BatchMix` of this rank's batch.
+
+        Args:
+            position: of the step in its epoch.
+            share: samples of each rank.
+        """
 
 
 class TrainBatches(RankBatches):
@@ -145,18 +176,20 @@ class TrainBatches(RankBatches):
     """
 
     def __init__(
-        self, order: EpochOrder, batch_size: int, epochs: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        super().__init__(batch_size, epochs, rank, world_size)
-        if order.length < batch_size:
-            raise InputError(
-                f"an epoch of {order.num_samples} samples with {order.repeats} repeats offers "
-                f"{order.length} views, fewer than one batch of batch_size={batch_size}"
-            )
+        self, order: EpochOrder, batch_size: int, epochs: int, rank: int = 0, world_size: int = 1,
+        schedule: BatchSchedule = (),
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, rank, world_size, schedule)
+        for name, size in self._named_sizes():
+            if order.length < size:
+                raise InputError(
+                    f"an epoch of {order.num_samples} samples with {order.repeats} repeats offers "
+                    f"{order.length} views, fewer than one batch of {name}"
+                )
         self.order = order
-        self.steps_per_epoch = order.length // batch_size
+        self.steps = RunSteps(order.length, self.batch_sizes, epochs)
 
-    def _batch(self, epoch: int, position: int) -> tuple[Array, Array]:
-        start = (position * self.world_size + self.rank) * self.share
+    def _batch(self, epoch: int, position: int, share: int) -> tuple[Array, Array]:
+        start = (position * self.world_size + self.rank) * share
         samples, views = self.order.epoch(epoch)
-        return samples[start : start + self.share], views[start : start + self.share]
+        return samples[start : start + share], views[start : start + share]

@@ -6,6 +6,7 @@ The sections of an analysis get only the runs that `deit-fast analyze` has measu
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -213,16 +214,28 @@ def _training_curve(
 
 def _points(run: Run, rows: list[dict[str, Any]], key: str) -> Points:
     """(epoch, value) of the rows that have both; the step gives fractions of an epoch."""
-    last = max(run.evaluations, key=lambda row: _number(row, "step") or 0, default={})
-    steps, epochs = _number(last, "step"), _number(last, "epoch")
-    scale = epochs / steps if steps and epochs else None
+    found = [(_number(row, "epoch"), _number(row, "step")) for row in run.evaluations]
+    ends = {epoch: step for epoch, step in found if epoch and step}
     points = []
     for row in rows:
         value, step = _number(row, key), _number(row, "step")
-        x = step * scale if step is not None and scale is not None else _number(row, "epoch")
+        x = _epoch_at(step, ends) if step is not None and ends else _number(row, "epoch")
         if x is not None and value is not None:
             points.append((x, value))
     return sorted(points)
+
+
+def _epoch_at(step: float, ends: dict[float, float]) -> float:
+    """The epoch of a step, between the ends of epochs, whose steps may differ in number.
+
+    Args:
+        ends: last step by epoch; at least one.
+    """
+    epochs, steps = zip((0.0, 0.0), *sorted(ends.items()), strict=True)
+    right = min(max(1, bisect_left(steps, step)), len(steps) - 1)
+    length = steps[right] - steps[right - 1]
+    share = (step - steps[right - 1]) / length if length > 0 else 1.0
+    return epochs[right - 1] + share * (epochs[right] - epochs[right - 1])
 
 
 def samples(runs: list[Run]) -> list[Picture]:
