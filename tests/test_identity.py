@@ -401,7 +401,7 @@ OTHER: dict[str, Any] = {
     "loss.reduction": "numel", "optim.name": "lamb", "optim.impl": "torch",
     "codec.name": "hard", "data.loader": "dali-cpu", "data.source": "synthetic", "compat": "deit",
     "check_teacher_every": 1, "optim.schedule": "wsd", "optim.decay_epochs": 1.0,
-    "resume_from": "other.pt", "view.size_schedule": [[0, 16]],
+    "resume_from": "other.pt", "view.size_schedule": [[0, 16]], "batch_schedule": [[1, 4]],
     "teacher_mean": [0.1, 0.2, 0.3], "teacher_std": [0.1, 0.2, 0.3],
 }  # fmt: skip
 
