@@ -235,6 +235,41 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(tmp_path: Path, cap
         load_weights(f"{path}#ema")
 
 
+def test_only_tensors_count_as_the_weights_under_a_key(tmp_path: Path) -> None:
+    """Settings may have the same keys, and a teacher of another network is no average."""
+    path = tmp_path / "w.pth"
+    own, average = two_states()
+    smaller = {"weight": torch.zeros(3, 3)}
+    wrapped = {f"module.{name}": value for name, value in own.items()}
+    for saved, expected in (
+        ({"model": own, "ema": {"decay": 0.999, "updates": torch.tensor(3)}}, own),
+        ({"model": own, "ema": {"decay": 0.999, "shadow_params": list(average.values())}}, own),
+        ({"model": own, "teacher": {"name": "regnet"}}, own),
+        ({"state_dict": own, "model": {"arch": "vit"}}, own),
+        ({"model": own, "teacher": average}, own),
+        ({"student": own, "teacher": smaller}, own),
+        ({"student": wrapped | {"mask": torch.zeros(3)}, "teacher": average}, average),
+        ({"teacher": average}, average),
+    ):
+        torch.save(saved, path)
+        assert equal(load_weights(path), expected), saved.keys()
+    torch.save({"arch": "vit", "ema": {"decay": 0.9}}, path)
+    with pytest.raises(InputError, match="holds no tensors; its keys are arch, ema$"):
+        load_weights(path)
+    torch.save(own, path)
+    with pytest.raises(InputError, match="no weights under the key 'head.weight'; its keys are"):
+        load_weights(f"{path}#head.weight")
+
+
+@pytest.mark.parametrize("key", ["", "#net"])
+def test_a_checkpoint_that_holds_itself_is_one_line(key: str, tmp_path: Path) -> None:
+    saved: dict[str, Any] = {"weight": torch.zeros(3)}
+    saved["model"] = saved["student"] = saved["teacher"] = saved
+    torch.save(saved, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w\.pth holds itself under '(model|teacher)'"):
+        load_weights(f"{tmp_path}/w.pth{key}")
+
+
 def test_a_file_name_may_have_the_mark_of_a_key(tmp_path: Path) -> None:
     own, _ = two_states()
     save_file(own, tmp_path / "run#2.safetensors")

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.weights_facts import file_texts, split_key
-from deit_fast.models.weights_layout import MissingKey, adapt_layout, find_state, held_weights
+from deit_fast.models.weights_layout import (
+    MissingKey,
+    adapt_layout,
+    find_state,
+    held_weights,
+    shown_keys,
+)
 from deit_fast.runtime.files import (
     SEAL_KEY,
     SEAL_ZEROS,
@@ -63,7 +69,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     except MissingKey as error:
         raise InputError(f"weights file {printable(file)} {error}") from None
     if not tensors:
-        raise InputError(f"weights file {path} holds no tensors")
+        raise InputError(f"weights file {path} holds no tensors{shown_keys(saved)}")
     if keys:
         others = [f"{file}#{name}" for name in held_weights(saved) if name not in keys]
         more = f"; there is also {', '.join(others)}" if others else ""

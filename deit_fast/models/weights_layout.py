@@ -24,9 +24,11 @@ class MissingKey(Exception):
 
 
 # Where checkpoints keep weights, first the averages, as timm's load_checkpoint prefers them:
-# timm, facebookresearch/deit, others, this package; in DINO `teacher` is the average of `student`.
+# timm, facebookresearch/deit, others, this package; DINO, see ``held_weights``.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")
 _KEYS = (*_AVERAGES, "state_dict", "model", "model_state_dict", "student", "encoder")
+
+_MAX_DEPTH = 4  # of mappings around weights
 
 # torch.compile, FSDP and activation checkpointing of a module inside the model.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -43,20 +45,21 @@ def find_state(saved: Mapping[str, Any], key: str | None) -> tuple[dict[str, Ten
             where there is one.
 
     Raises:
-        MissingKey: there is no such key.
+        MissingKey: there is no such key, or the checkpoint holds itself.
     """
     path: list[str] = []
+    keys = shown_keys(saved)
     while key is not None and key not in path:
-        found = saved.get(key) or _under(f"{key}.", saved)
+        found = saved[key] if isinstance(saved.get(key), Mapping) else _under(f"{key}.", saved)
         names = held_weights(saved)
-        if isinstance(found, Mapping) and found:
+        if _has_weights(found):
             path, saved = [*path, key], found
         elif names:
-            path, saved = [*path, names[0]], saved[names[0]]
+            path, saved = _descend(path, saved, names[0])
         else:
-            raise MissingKey(f"has no weights under the key {printable(key)!r}")
+            raise MissingKey(f"has no weights under the key {printable(key)!r}{keys}")
     while names := held_weights(saved):
-        path, saved = [*path, names[0]], saved[names[0]]
+        path, saved = _descend(path, saved, names[0])
     state = {
         _without_wrappers(name): value
         for name, value in saved.items()
@@ -68,8 +71,62 @@ def find_state(saved: Mapping[str, Any], key: str | None) -> tuple[dict[str, Ten
 
 
 def held_weights(saved: Mapping[str, Any]) -> list[str]:
-    """The keys under which a checkpoint holds weights, the preferred one first."""
-    return [key for key in _KEYS if isinstance(saved.get(key), Mapping) and saved[key]]
+    """The keys under which a checkpoint holds weights, the preferred one first.
+
+    `teacher` is preferred only as the average of `student`.
+    """
+    held = [key for key in _KEYS if _has_weights(saved.get(key))]
+    if "teacher" in held and not _is_average(saved["teacher"], saved.get("student")):
+        held.remove("teacher")
+        held.append("teacher")
+    return held
+
+
+def shown_keys(saved: Mapping[str, Any]) -> str:
+    """The end of a message: a checkpoint's first keys."""
+    names = [printable(key)[:40] for key in list(saved)[:8]]
+    return f"; its keys are {', '.join(names)}{', ...' * (len(saved) > len(names))}" * bool(names)
+
+
+def _descend(path: list[str], saved: Mapping[str, Any], key: str) -> tuple[list[str], Any]:
+    """
+    Raises:
+        MissingKey: the mappings hold each other without an end.
+    """
+    if len(path) == _MAX_DEPTH:
+        raise MissingKey(
+            f"holds itself under {printable(key)!r}: save the model's state dict alone"
+        )
+    return [*path, key], saved[key]
+
+
+def _has_weights(value: Any, depth: int = _MAX_DEPTH) -> bool:
+    """Whether a mapping, or one inside it, has a tensor that is no scalar, such as a decay."""
+    if not isinstance(value, Mapping):
+        return False
+    if any(isinstance(inner, Tensor) and inner.dim() > 0 for inner in value.values()):
+        return True
+    return depth > 0 and any(_has_weights(inner, depth - 1) for inner in value.values())
+
+
+def _is_average(teacher: Mapping[str, Any], student: Any) -> bool:
+    """Whether all tensors of DINO's teacher are those of its student, which may have more: one
+    that distils has another network under `teacher`."""
+    own = _shapes(student)
+    return bool(own) and _shapes(teacher).items() <= own.items()
+
+
+def _shapes(value: Any, depth: int = _MAX_DEPTH) -> dict[str, Any]:
+    """The shape of each tensor in a mapping, by its name there."""
+    if not isinstance(value, Mapping) or not depth:
+        return {}
+    shapes: dict[str, Any] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Tensor):
+            shapes[_without_wrappers(str(name)).removeprefix("module.")] = inner.shape
+        else:
+            shapes |= _shapes(inner, depth - 1)
+    return shapes
 
 
 def _under(prefix: str, names: Mapping[str, Any]) -> dict[str, Any]:
