@@ -16,6 +16,7 @@ from torch import nn
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.config_file import from_earlier, load_config, to_dict
 from deit_fast.errors import InputError
+from deit_fast.evaluate import evaluate, evaluate_model
 from deit_fast.recipes import RECIPES
 from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
@@ -160,6 +161,43 @@ def test_the_average_of_a_run_is_that_of_its_steps(
     saved = load_file(tmp_path / "ema.safetensors")
     for key, value in saved.items():
         torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7)
+
+
+class HalfPrecision(nn.Module):
+    """A student in bfloat16 that casts its images by name, and not to its weights' dtype."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3 * 16 * 16)
+        self.layer = nn.Linear(3 * 16 * 16, num_classes)
+        self.to(torch.bfloat16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.norm(images.flatten(1).bfloat16()))
+
+
+def test_evaluate_measures_the_average_of_a_half_precision_student_as_training_did(
+    world: Path, tmp_path: Path
+) -> None:
+    model = f"{__name__}:HalfPrecision"
+    config = run_config(
+        world, tmp_path, epochs=1, max_steps=3, teacher=None, loss={"kind": "none"},
+        model={"name": model, "drop_path": 0.0, "args": ()}, optim={"ema_decay": 0.7},
+    )  # fmt: skip
+    losses: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        from deit_fast.train import loop
+
+        def noted(*args: Any, **options: Any) -> dict[str, Any]:
+            result = evaluate_model(*args, **options)
+            losses.append(result["loss"])
+            return result
+
+        patch.setattr(loop, "evaluate_model", noted)
+        result = train(config)
+    assert load_file(tmp_path / "ema.safetensors")["layer.weight"].dtype == torch.float32
+    found = evaluate(str(tmp_path), ema=True, models=[model])
+    assert found["top1"] == result["ema_top1"] and found["loss"] == losses[1] != losses[0]
 
 
 def written_before_the_warm_up(folder: Path) -> None:

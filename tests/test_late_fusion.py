@@ -65,6 +65,15 @@ def test_the_classifier_is_scikit_learns_logistic_regression() -> None:
     assert torch.equal(again.weight, ours.weight) and not again.weight.requires_grad
 
 
+def test_a_classifier_without_convergence_is_named(monkeypatch, caplog) -> None:
+    features, labels = torch.randn(90, 6), torch.arange(90) % 4
+    fit_classifier(features, labels, 4)
+    assert not caplog.text
+    monkeypatch.setattr("deit_fast.models.late_fusion.ITERATIONS", 3)
+    fit_classifier(features, labels, 4)
+    assert "L-BFGS stopped after 3 iterations without convergence" in caplog.text
+
+
 def tokens_of(world: Path, split: str, ids: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Both embeddings of images, by timm's own forward, [N, 2, D]; labels."""
     from deit_fast.data.open import open_source

@@ -335,3 +335,23 @@ def test_a_factory_without_a_file_is_said_to_make_its_own_weights(caplog: Any) -
     caplog.clear()
     Teacher(nn.Sequential(Holder(), nn.Softmax(1)), "t")
     assert "t returns probabilities, not logits" in caplog.text
+
+
+class InPlace(nn.Module):
+    """A network that normalises its input in place."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.mul_(0.9).sub_(0.5).mean((2, 3)))
+
+
+def test_a_network_that_works_in_place_leaves_the_students_images_as_they_are() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    before = images.clone()
+    Teacher(InPlace(), "in-place", image_size=8)(images)
+    assert torch.equal(images, before)

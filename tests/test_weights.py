@@ -254,10 +254,10 @@ def test_only_tensors_count_as_the_weights_under_a_key(tmp_path: Path) -> None:
         torch.save(saved, path)
         assert equal(load_weights(path), expected), saved.keys()
     torch.save({"arch": "vit", "ema": {"decay": 0.9}}, path)
-    with pytest.raises(InputError, match="holds no tensors; its keys are arch, ema$"):
+    with pytest.raises(InputError, match=r"holds no tensors; its keys are arch, ema$"):
         load_weights(path)
     torch.save(own, path)
-    with pytest.raises(InputError, match="no weights under the key 'head.weight'; its keys are"):
+    with pytest.raises(InputError, match=r"no weights under the key 'head\.weight'; its keys are"):
         load_weights(f"{path}#head.weight")
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+log = logging.getLogger("deit_fast")
 
 FUSIONS = ("sum", "concatenation")
 ITERATIONS = 200  # of L-BFGS at most
@@ -43,6 +47,11 @@ def fit_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
 
     with torch.enable_grad():
         optimizer.step(loss)
+    if next(iter(optimizer.state.values()))["n_iter"] >= ITERATIONS:
+        log.warning(
+            "late fusion: L-BFGS stopped after %d iterations without convergence: the classifier "
+            "on %d features is not at its optimum", ITERATIONS, features.shape[1],
+        )  # fmt: skip
     return head.requires_grad_(False)
 
 

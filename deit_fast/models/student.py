@@ -21,6 +21,7 @@ from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.fused import PREFIX_HEADS
 from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.padded_head import pad_heads
+from deit_fast.models.teacher_outputs import describe
 
 log = logging.getLogger("deit_fast")
 
@@ -142,6 +143,7 @@ def create_student(
         model = build_from_factory(name, num_classes)
         keep_trained_head(model, trained_head)
         _require_sizes(name, model, other_sizes)
+        _require_logits(name, model, img_size)
         return model
     arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path}
     if is_transformer:
@@ -191,6 +193,23 @@ def _try_arguments(name: str, arguments: dict[str, Any]) -> None:
             ) from None
     if shape != (1, classes):
         raise InputError(f"model {name!r} with args {arguments}: its output is {tuple(shape)}")
+
+
+def _require_logits(name: str, model: nn.Module, size: int) -> None:
+    """
+    Raises:
+        InputError: a factory's model runs on images of ``size`` pixels and returns no logits.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size))
+    except Exception:  # it may need a GPU: the first step says what it lacks
+        return
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != 2:
+        raise InputError(
+            f"model {name!r} returns in evaluation mode, for 2 images, {describe(output)}, "
+            f"not a tensor of logits [2, C]"
+        )
 
 
 def _require_sizes(name: str, model: nn.Module, sizes: Sequence[int]) -> None:

@@ -161,6 +161,8 @@ class Teacher(nn.Module):
             self.model.eval()
         if self.renormalises:
             images = images * self.scale + self.shift
+        else:
+            images = images.clone()  # the network may work in place, and these are the student's
         logits = take_logits(self._run(images), self._place)
         if logits.dtype not in (torch.float32, torch.bfloat16):
             logits = logits.float()
@@ -327,6 +329,8 @@ def load_teacher(
             "teacher %s was trained on images of %d pixels, the views have %d",
             name, facts.image_size, image_size,
         )  # fmt: skip
+    classes = None if facts is None else facts.classes
+    asked = num_classes if classes is None else len(classes)  # as the network was built
     return Teacher(
         model,
         name,
@@ -335,8 +339,8 @@ def load_teacher(
         input_mean=input_mean,
         input_std=input_std,
         image_size=image_size,
-        num_classes=None if is_timm else num_classes,
-        class_names=facts.classes if facts is not None else None,
+        num_classes=None if is_timm else asked,
+        class_names=classes,
         device=device,
     )
 

@@ -41,7 +41,7 @@ def find_logits(output: Any, rows: int, num_classes: int | None) -> Place:
     if (isinstance(output, Mapping) and "logits" in output) or hasattr(output, "logits"):
         return "logits"
     if not isinstance(output, (tuple, list)):
-        raise InputError(f"its output is {_describe(output)} without `logits`; {_REMEDY}")
+        raise InputError(f"its output is {describe(output)} without `logits`; {_REMEDY}")
     fitting = [
         index
         for index, entry in enumerate(output)
@@ -51,7 +51,7 @@ def find_logits(output: Any, rows: int, num_classes: int | None) -> Place:
     if len(fitting) > 1:
         fitting = [index for index in fitting if output[index].shape[1] == num_classes]
     if len(fitting) != 1:
-        raise InputError(f"which part of its output, {_describe(output)}, is the logits is not "
+        raise InputError(f"which part of its output, {describe(output)}, is the logits is not "
                          f"clear; {_REMEDY}")  # fmt: skip
     return fitting[0]
 
@@ -66,7 +66,7 @@ def check_logits(logits: Any, rows: int) -> None:
         InputError: they are no finite floats [rows, C]; the message is the end of a sentence.
     """
     if not isinstance(logits, Tensor):
-        raise InputError(f"its logits are {_describe(logits)}, not a tensor")
+        raise InputError(f"its logits are {describe(logits)}, not a tensor")
     if logits.dim() != 2 or len(logits) != rows or not logits.numel():
         raise InputError(
             f"its logits of {rows} images have the shape {tuple(logits.shape)}, not ({rows}, C)"
@@ -84,11 +84,12 @@ def are_probabilities(logits: Tensor) -> bool:
     return rows.shape[1] > 1 and bool((rows >= 0).all() & sums_to_one)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a network returned, for a message."""
     if isinstance(value, Tensor):
         return str(tuple(value.shape))
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} of {', '.join(map(str, list(value)[:8])) or 'nothing'}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(map(_describe, value[:8])) or 'nothing'}"
+        return f"a {type(value).__name__} of {', '.join(map(describe, value[:8])) or 'nothing'}"
     return f"a {type(value).__name__}"

@@ -37,7 +37,7 @@ from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
-from deit_fast.train.optim import learning_rate
+from deit_fast.train.optim import evaluated_average, learning_rate
 from deit_fast.train.state import create_state, find_checkpoint, resume, roll_back, settle
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
@@ -460,7 +460,8 @@ class _Run:
         state, epoch = self.state, self._epoch
         evaluation = self._evaluate_model(state.model)
         if state.ema is not None:
-            evaluation["ema_top1"] = self._evaluate_model(state.ema.module)["top1"]
+            average = evaluated_average(state.ema.module, state.model)
+            evaluation["ema_top1"] = self._evaluate_model(average)["top1"]
         if evaluation["top1"] > state.best_top1:
             state.best_top1, state.best_epoch = evaluation["top1"], epoch
         log.info(

@@ -12,6 +12,7 @@ In all 44, and 48 with clipping. A separate clip would read and write the gradie
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -142,7 +143,8 @@ def create_average(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
     """The moving average of the weights; None where ``ema_decay`` is 0.
 
     As in timm's trainer, it is a copy of the weights after the first step. Weights and buffers in
-    bfloat16 or float16 are averaged in float32: a share of 4e-5 is lost in their rounding.
+    bfloat16 or float16 are averaged and saved in float32: a share of 4e-5 is lost in their
+    rounding. They are evaluated in the model's dtype, see ``evaluated_average``.
     """
     if not config.ema_decay:
         return None
@@ -155,6 +157,24 @@ def create_average(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
         if tensor.dtype in (torch.bfloat16, torch.float16):
             tensor.data = tensor.data.float()
     return ema
+
+
+def evaluated_average(average: nn.Module, model: nn.Module) -> nn.Module:
+    """The average in the dtypes of ``model``, as `evaluate` loads it; itself if it has these.
+
+    A model in half precision may cast its input to that dtype, which float32 weights do not take.
+    """
+    pairs = [
+        *zip(average.parameters(), model.parameters(), strict=True),
+        *zip(average.buffers(), model.buffers(), strict=True),
+    ]
+    if all(mine.dtype == its.dtype for mine, its in pairs):
+        return average
+    rounded = copy.deepcopy(average)
+    own = (*rounded.parameters(), *rounded.buffers())
+    for tensor, (_, its) in zip(own, pairs, strict=True):
+        tensor.data = tensor.data.to(its.dtype)
+    return rounded
 
 
 class Average:

@@ -216,9 +216,11 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         raise CacheError(f"cache {config.cache}: {error}; {remedy}") from None
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
+        # With several sizes num_views is the number of epochs.
+        fewer = "" if config.view.size_schedule else ", or train with a smaller --num-views"
         raise InputError(
             f"cache {config.cache} lacks {len(missing)} of the run's {config.views_used} views, "
-            f"the first is {missing[0]}: precompute them, or train with a smaller --num-views"
+            f"the first is {missing[0]}: precompute them{fewer}"
         )
     require_same_pixels(
         pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.models.fuse import FusedAttention
+from deit_fast.models.fused import expect_hooks
 from deit_fast.runtime.files import write_atomically
 
 TILE, GAP = 160, 8  # of a strip: least side of a tile, and distance of two tiles, pixels
@@ -46,6 +47,7 @@ def recorded_cosines(model: Any) -> Iterator[list[Tensor]]:
 
     with ExitStack() as hooks:
         if isinstance(model, VisionTransformerDistilled):
+            expect_hooks(model, "")
             first = model.blocks[0]
             hooks.enter_context(first.register_forward_pre_hook(lambda *call: record(call[1][0])))
             for layer in (*model.blocks, model.norm):
@@ -95,6 +97,7 @@ def attention_weights(model: Any, images: Tensor) -> list[Tensor]:
         images: [B, 3, S, S], normalised.
     """
     packed: list[Tensor] = []
+    expect_hooks(model, "attn.qkv")
     with ExitStack() as hooks:
         for block in model.blocks:
             qkv = block.attn.qkv
