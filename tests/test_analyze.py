@@ -443,7 +443,9 @@ def test_token_cosines_are_measured_over_all_images(world: Path, found: dict[str
     assert layers[0]["std"] == pytest.approx(0, abs=1e-6)
 
 
-def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, dict]) -> None:
+def test_missing_parts_are_reported_with_a_reason(
+    world: Path, found: dict[str, dict], caplog
+) -> None:
     assert "tokens" not in found["none"] and "heads" not in found["none"]
     assert found["none"]["left_out"]["tokens"] == "the student has no distillation token"
     assert "attention" in found["none"]
@@ -452,6 +454,7 @@ def test_missing_parts_are_reported_with_a_reason(world: Path, found: dict[str, 
     })  # fmt: skip
     alone = make_run(world, "alone", "hard")
     convnet, hard = analyze([run]), analyze([alone], maps=1)
+    assert "not fused" not in caplog.text, "its own hooks"
     assert convnet[0]["left_out"]["attention"] == "the student is not a timm VisionTransformer"
     assert "trained without a teacher" in convnet[0]["left_out"]["teacher"]
     assert hard[0]["left_out"]["undistilled"].startswith("no run with loss.kind none")
