@@ -281,3 +281,45 @@ def test_another_module_in_the_place_of_a_scale_is_called(name: str) -> None:
     _fused_alike(
         ("init_values",), lambda model: setattr(model.blocks[1], name, nn.Linear(48, 48).to(DEVICE))
     )
+
+
+def test_the_dropout_of_attention_follows_the_attention_not_the_dropout() -> None:
+    """With ``fused_attn`` timm reads the dropout's rate alone."""
+
+    def still(model: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+
+    _fused_alike(("attn_drop_rate",), still)
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+def test_another_scale_of_attention_counts_where_timm_reads_it(fused_attn: bool) -> None:
+    def scale(model: Any) -> None:
+        for block in model.blocks:
+            block.attn.scale, block.attn.fused_attn = 0.01, fused_attn
+
+    _fused_alike(("none",), scale)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm"])
+def test_a_norm_whose_weight_is_a_buffer_is_called(name: str) -> None:
+    def freeze(model: Any) -> None:
+        norm = model.norm if name == "norm" else model.blocks[1].norm1
+        weight = norm.weight.detach()
+        del norm.weight
+        norm.register_buffer("weight", weight)
+
+    _fused_alike(("none",), freeze)
+
+
+def test_a_replaced_norm_before_the_blocks_runs_after_the_patches_are_dropped() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(1, keepdim=True)
+
+    def replace(model: Any) -> None:
+        model.norm_pre = Centred()
+
+    _fused_alike(("patch_drop_rate",), replace)

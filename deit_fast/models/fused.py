@@ -19,6 +19,7 @@ from deit_fast.kernels.bias_gelu_linear import bias_gelu_linear
 from deit_fast.models.plain import (
     ATTENTIONS,
     DROP_PATHS,
+    DROPOUTS,
     GELU,
     IDENTITY,
     LINEAR,
@@ -26,6 +27,7 @@ from deit_fast.models.plain import (
     TOKENWISE,
     Part,
     called_parts,
+    drops_attention,
     has_global_hooks,
     is_idle,
     is_plain,
@@ -86,11 +88,14 @@ class FusedAttention(_Shadowed, Attention):
 
     def _is_packed(self) -> bool:
         """Whether between the projections there is only the softmax attention."""
-        return is_idle(self._modules["attn_drop"]) and why_not_attention(self) is None
+        if not is_plain(self._modules["attn_drop"], DROPOUTS) or drops_attention(self):
+            return False
+        has_scale = self.fused_attn or self.scale == self.head_dim**-0.5  # fused_attn reads none
+        return has_scale and why_not_attention(self) is None
 
     def _attend(self, qkv: Tensor, query_bias: Tensor | None) -> Tensor:
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
-        return attention_qkvpacked(qkv, self.scale, query_bias=query_bias).flatten(2)
+        return attention_qkvpacked(qkv, self.head_dim**-0.5, query_bias=query_bias).flatten(2)
 
     def without_bias_gradient(self, x: Tensor, shadows: bool) -> tuple[Tensor, Tensor | None]:
         """The output, and a tensor whose gradient is the column sums of the output's gradient.
@@ -189,7 +194,7 @@ def why_not_mlp(module: Any) -> str | None:
     act, layer = parts["act"], parts["fc1"]
     if not is_plain(act, GELU) or act.approximate != "none":
         return f"has activation {act}, not the exact GELU"
-    if not is_plain(layer, LINEAR) or layer._parameters["bias"] is None:
+    if not is_plain(layer, LINEAR) or layer._parameters.get("bias") is None:
         return "has a first layer that is no linear layer with a bias"
     return None
 
@@ -276,7 +281,7 @@ def _attend(
     bias_q, bias_kv = (None, None) if bias is None else bias.split((width, 2 * width))
     q = F.linear(x[:, :tokens], weight_q, bias_q).unflatten(2, (heads, -1)).transpose(1, 2)
     k, v = F.linear(x, weight_kv, bias_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-    x = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    x = F.scaled_dot_product_attention(q, k, v, scale=attention.head_dim**-0.5)
     x, proj = x.transpose(1, 2).flatten(2), attention.proj
     if folds_bias and is_plain(proj, LINEAR):
         return linear(x, proj, None), proj.bias
@@ -349,6 +354,7 @@ class FusedForward(SwappedModel, VisionTransformer):
         x = self.embed(x)
         if drops_patches(self.patch_drop):
             x = drop_patches(x, self.patch_drop, self.batch_part)
+            x = x if self._norms_early() else self._to_residual(self.norm_pre(x))
         blocks: list[Any] = list(self.blocks)
         fused = [is_plain(block, (FusedBlock,)) for block in blocks]
         called = [
@@ -419,7 +425,15 @@ class FusedForward(SwappedModel, VisionTransformer):
         ``forward_stream`` drops patches afterwards, outside of what is compiled.
         """
         x = self._pos_embed(self.patch_embed(x))
-        x = self.norm_pre(x if drops_patches(self.patch_drop) else self.patch_drop(x))
+        if not drops_patches(self.patch_drop):
+            return self._to_residual(self.norm_pre(self.patch_drop(x)))
+        return self._to_residual(self.norm_pre(x)) if self._norms_early() else x
+
+    def _norms_early(self) -> bool:
+        """Whether the dropped patches do not change what norm_pre makes of the others."""
+        return is_plain(self.norm_pre, IDENTITY) or is_plain_norm(self.norm_pre)
+
+    def _to_residual(self, x: Tensor) -> Tensor:
         # Computed in its own dtype and rounded once.
         return x.to(self.residual_dtype) if self.residual_dtype and x.dtype == torch.float32 else x
 

@@ -87,12 +87,22 @@ def is_plain_norm(norm: Any) -> TypeGuard[nn.LayerNorm]:
     if not is_plain(norm, NORMS) or len(norm.normalized_shape) != 1:
         return False
     weights = norm._parameters  # norm.weight takes twice as long as all of is_plain
-    return weights["weight"] is not None and weights["bias"] is not None
+    # a weight that is a buffer has no entry
+    return weights.get("weight") is not None and weights.get("bias") is not None
 
 
 def draws(drop: Any) -> bool:
     """Whether a dropout draws random numbers when it is called."""
     return isinstance(drop, nn.Dropout) and drop.training and drop.p > 0
+
+
+def drops_attention(attention: Any) -> bool:
+    """Whether timm's attention drops weights: with ``fused_attn`` it reads only the dropout's rate,
+    and its own mode."""
+    drop = attention._modules["attn_drop"]
+    if not attention.fused_attn:
+        return draws(drop)
+    return attention.training and (type(drop) is not nn.Dropout or drop.p > 0)
 
 
 def is_idle(drop: Any) -> bool:
@@ -123,7 +133,9 @@ def _find(parent: nn.Module, path: str, found: list[Part]) -> None:
         if module is None:
             continue
         is_known = is_plain(module, ATTENTIONS if name == "attn" else TOKENWISE)
-        if not is_known or (type(module) is nn.Dropout and draws(module)):
+        of_attention = name == "attn_drop" and type(module) is nn.Dropout
+        is_drawing = drops_attention(parent) if of_attention else draws(module)
+        if not is_known or is_drawing:
             found.append(Part(path + name, module))
         elif module._modules:
             _find(module, f"{path}{name}.", found)
