@@ -545,3 +545,51 @@ def test_a_checkpoint_of_a_run_starts_another(tmp_path: Path, caplog) -> None:
     assert equal(student.state_dict(), run.model.state_dict())
     start_from(student, load_weights(path), path)
     assert equal(student.state_dict(), run.ema.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.to("meta"), "has no values: save dense weights"),
+        (lambda w: w.to_sparse(), "is quantised or sparse: save dense weights"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantised or sparse"),
+        (lambda w: (w * 100).to(torch.int8), "is of torch.int8 there, of torch.float32 in the"),
+        (lambda w: w.to(torch.complex64), "is of torch.complex64 there, of torch.float32 in the"),
+    ],
+    ids=["meta", "sparse", "quantised", "int8", "complex"],
+)
+def test_tensors_that_are_no_dense_floats_are_refused_by_name(
+    change: Callable[[Tensor], Tensor], words: str, tmp_path: Path
+) -> None:
+    state = dict(transformer().state_dict())
+    state["blocks.0.mlp.fc1.weight"] = change(state["blocks.0.mlp.fc1.weight"])
+    path = tmp_path / "w.pth"
+    torch.save(state, path)
+    with pytest.raises(InputError, match=re.escape(f"blocks.0.mlp.fc1.weight {words}")):
+        start_from(transformer(), load_weights(path), path)
+
+
+def test_a_file_that_names_fewer_classes_than_its_head_has_is_refused(tmp_path: Path) -> None:
+    state = transformer().state_dict()
+    path = with_classes(tmp_path / "w.safetensors", state, NAMES[:-1])
+    with pytest.raises(InputError, match="it names 9 classes, head has 10"):
+        start_from(transformer(), load_weights(path), path, NAMES)
+
+
+@pytest.mark.parametrize("heads", [("head_dist",), ("head", "head_dist")])
+def test_heads_that_a_distilled_file_lacks_keep_their_initial_values(
+    heads: tuple[str, ...], tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "deit_fast")
+    state = randomised(transformer()).state_dict()
+    path = tmp_path / "w.pth"
+    torch.save({n: v for n, v in state.items() if n.rpartition(".")[0] not in heads}, path)
+    student = transformer()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    start_from(student, load_weights(path), path)
+    for name, value in student.state_dict().items():
+        expected = before if name.rpartition(".")[0] in heads else state
+        assert torch.equal(value, expected[name]), name
+    assert sum("is not there: it keeps its initial values" in x for x in lines(caplog)) == len(
+        heads
+    )

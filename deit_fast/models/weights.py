@@ -74,6 +74,10 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         others = [f"{file}#{name}" for name in held_weights(saved) if name not in keys]
         more = f"; there is also {', '.join(others)}" if others else ""
         log.info("weights file %s: %s is taken%s", file, ".".join(keys), more)
+    for name, value in tensors.items():
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            kind = "has no values" if value.is_meta else "is quantised or sparse"
+            raise InputError(f"weights file {path}: {printable(name)} {kind}: save dense weights")
     return tensors
 
 
@@ -157,6 +161,11 @@ def _load(
                 f"weights file {path}: {name} is {tuple(state[name].shape)} there, "
                 f"{tuple(value.shape)} in the model"
             )
+        if value.is_floating_point() != state[name].is_floating_point():
+            raise InputError(
+                f"weights file {path}: {name} is of {state[name].dtype} there, of {value.dtype} in "
+                f"the model"
+            )
     unknown = sorted(set(state) - set(own))
     if unknown:
         raise InputError(f"weights file {path} has {unknown[0]}, which the model lacks")
@@ -216,13 +225,18 @@ def _adapt_heads(
     for name in heads:
         weight, bias = f"{name}.weight", f"{name}.bias"
         why = ""
-        if name == heads[0] and not {weight, bias} & state.keys():
+        is_new = name == "head_dist" and "dist_token" not in state  # see _adapt_distillation
+        if not is_new and not {weight, bias} & state.keys():
             why = "is not there"
         elif {weight, bias} <= state.keys():
             count, ours = state[weight].shape[:1], own[weight].shape[:1]
             is_head = state[weight].shape[1:] == own[weight].shape[1:]
             if not is_head or state[bias].shape != count:
                 continue
+            if theirs is not None and len(theirs) != len(state[bias]):
+                raise InputError(
+                    f"weights file {path}: it names {len(theirs)} classes, {name} has {count[0]}"
+                )
             if count != ours:
                 why = f"has {count[0]} classes there, {ours[0]} here"
             elif theirs and classes and sorted(theirs) != sorted(classes):
@@ -237,7 +251,7 @@ def _adapt_heads(
         return
     names = " and ".join(equal)
     if theirs is None:
-        yield f"it does not name its classes: {names} is taken as in the order of the data's"
+        yield f"it does not name its classes: those of {names} count in the order of the data's"
         return
     rows = [theirs.index(name) for name in classes]
     for name in equal:
