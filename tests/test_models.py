@@ -250,6 +250,22 @@ def test_errors_about_unknown_names_suggest_a_similar_one():
         load_teacher("no_such_package:model")
 
 
+class TwoOutputs(nn.Module):
+    """A student that returns a pair in evaluation mode."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = small_convnet(num_classes, 4)
+
+    def forward(self, images):
+        return self.net(images) if self.training else (self.net(images), images)
+
+
+def test_a_student_that_returns_no_logits_is_refused_when_it_is_built():
+    with pytest.raises(InputError, match=r"returns in evaluation mode.* a tuple of \(2, 5\)"):
+        create_student(f"{__name__}:TwoOutputs", 5, img_size=32)
+
+
 def test_teacher_is_frozen_and_stays_in_eval_mode():
     teacher = load_teacher("deit_fast.models.convnet:small_convnet", num_classes=5)
     wrapper = nn.ModuleList([teacher]).train()

@@ -196,6 +196,13 @@ def test_a_cache_of_other_sizes_is_refused(cached, tmp_path):
             train(other)
 
 
+def test_a_cache_that_lacks_views_is_no_reason_for_fewer_views(world, tmp_path):
+    config = sized(world, tmp_path / "run", cache=str(tmp_path / "cache"))
+    precompute(config, range(1))
+    with pytest.raises(InputError, match=r"lacks 1 of the run's 2 views.*: precompute them$"):
+        train(config)
+
+
 def test_bytes_depend_on_neither_process_count_nor_interruption(world, tmp_path):
     def start(name: str, *more: str, **variables: str):
         size = ["--view.image-size", "16", "--view.size-schedule", "0", "8", "1", "16"]

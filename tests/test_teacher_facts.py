@@ -3,6 +3,7 @@ for it, and the log names what is assumed."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from deit_fast.data.eval import EvalLoader
 from deit_fast.errors import InputError
 from deit_fast.evaluate import build_eval_loader, load_run
 from deit_fast.models import forward_heads, load_teacher
+from deit_fast.models.convnet import small_convnet
 from deit_fast.models.teacher import load_class_matched_teacher
-from deit_fast.models.weights import class_names
-from deit_fast.models.weights_facts import FACTS_KEY, ModelFacts, read_facts
+from deit_fast.models.weights import class_names, save_weights
+from deit_fast.models.weights_facts import FACTS_KEY, ModelFacts, facts_text, read_facts
 from deit_fast.recipes import digits_student
 from deit_fast.train.loop import train
 from helpers.digits import write_patterns
@@ -184,3 +186,29 @@ def test_flags_say_what_a_file_does_not_and_may_not_contradict_it(root, tmp_path
         load_class_matched_teacher(said.replace(teacher_mean=(0.4, 0.5, 0.5)), CLASSES)
     with pytest.raises(InputError, match="teacher_mean and teacher_std go together"):
         load_class_matched_teacher(given.replace(teacher_std=None), CLASSES)
+
+
+class WithEmbedding(torch.nn.Module):
+    """Logits, and an embedding that is as wide as a subset of the classes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = small_convnet(num_classes, 4)
+
+    def forward(self, images):
+        embedding = images.mean((2, 3)).repeat(1, 2)[:, :4]
+        return embedding, self.net(images)
+
+
+def test_the_classes_of_the_file_say_which_output_is_the_logits(tmp_path):
+    config = digits_student().replace(
+        model={"name": f"{__name__}:WithEmbedding", "args": ()}, view={"image_size": 32}
+    )
+    texts = {
+        "identity": json.dumps({"data.classes": CLASSES}),
+        FACTS_KEY: facts_text(config, CLASSES),
+    }
+    path = tmp_path / "w.safetensors"
+    save_weights(path, WithEmbedding(10).state_dict(), texts)
+    teacher = load_teacher(f"{__name__}:WithEmbedding@{path}", num_classes=4, image_size=32)
+    assert teacher(torch.rand(2, 3, 32, 32)).shape == (2, 10)
