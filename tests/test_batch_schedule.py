@@ -25,9 +25,10 @@ from deit_fast.views.plan import ViewPlan
 from deit_fast.views.steps import RunSteps
 from helpers.runs import (
     assert_close_runs,
+    assert_stops_change_nothing,
+    assert_two_processes_continue,
     comparable_rows,
     run_config,
-    torchrun,
     train_rows,
     unruly,
     weights_equal,
@@ -204,20 +205,12 @@ def test_rows_evaluations_and_speed_follow_the_epochs(world, online, tmp_path) -
 
 def test_a_run_stopped_inside_a_phase_and_at_its_border_is_bit_equal(world, online, tmp_path):
     config = scheduled(world, tmp_path / "parts")
-    for steps in (3, BORDER, BORDER + 2):
-        train(config.replace(max_steps=steps))
-    train(config)
-    assert weights_equal(tmp_path / "parts", online)
-    assert train_rows(comparable_rows(tmp_path / "parts")) == train_rows(comparable_rows(online))
+    assert_stops_change_nothing(config, (3, BORDER, BORDER + 2), online)
 
 
 @pytest.mark.dist
 def test_two_processes_continue_a_run_of_one_over_the_border(world, online, tmp_path):
-    config = scheduled(world, tmp_path / "run", save_steps=1)
-    train(config.replace(max_steps=BORDER - 2))
-    status, stderr = torchrun(config)
-    assert status == 0, stderr[-3000:]
-    assert_close_runs(tmp_path / "run", online)
+    assert_two_processes_continue(scheduled(world, tmp_path / "run"), BORDER - 2, online)
 
 
 def test_parts_of_each_batch_drop_what_the_whole_drops(world, online, tmp_path):

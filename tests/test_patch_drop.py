@@ -23,12 +23,11 @@ from deit_fast.train.loop import train
 from helpers.runs import (
     TWO_BLOCKS,
     assert_close_runs,
+    assert_stops_change_nothing,
+    assert_two_processes_continue,
     comparable_rows,
     run_config,
-    torchrun,
-    train_rows,
     unruly,
-    weights_equal,
 )
 
 SHAPE = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
@@ -153,11 +152,7 @@ def whole(world, tmp_path_factory) -> Path:
 
 def test_an_interrupted_run_is_bit_equal(world, whole, tmp_path):
     config = run_config(world, tmp_path / "parts", model=MODEL)
-    for steps in (4, 6):
-        train(config.replace(max_steps=steps))
-    train(config)
-    assert weights_equal(tmp_path / "parts", whole)
-    assert train_rows(comparable_rows(tmp_path / "parts")) == train_rows(comparable_rows(whole))
+    assert_stops_change_nothing(config, (4, 6), whole)
 
 
 def test_a_run_is_evaluated_with_every_patch(whole):
@@ -172,11 +167,7 @@ def test_accumulation_drops_the_same_patches(world, whole, tmp_path):
 
 @pytest.mark.dist
 def test_two_processes_continue_a_run_of_one(world, whole, tmp_path):
-    config = run_config(world, tmp_path / "run", model=MODEL, save_steps=1)
-    train(config.replace(max_steps=4))
-    status, stderr = torchrun(config)
-    assert status == 0, stderr[-3000:]
-    assert_close_runs(tmp_path / "run", whole)
+    assert_two_processes_continue(run_config(world, tmp_path / "run", model=MODEL), 4, whole)
 
 
 def test_a_rollback_leaves_a_step_out(world, tmp_path, monkeypatch):

@@ -33,11 +33,10 @@ from deit_fast.views.rng import CUTMIX
 from helpers import small_blocks
 from helpers.processes import start_forked
 from helpers.runs import (
-    assert_close_runs,
+    assert_stops_change_nothing,
+    assert_two_processes_continue,
     comparable_rows,
     run_config,
-    torchrun,
-    train_rows,
     unruly,
     weights_equal,
 )
@@ -259,20 +258,12 @@ def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypat
 
 def test_a_run_stopped_inside_a_size_and_at_its_border_is_bit_equal(world, online, tmp_path):
     config = sized(world, tmp_path / "parts")
-    for steps in (3, BORDER, BORDER + 2):
-        train(config.replace(max_steps=steps))
-    train(config)
-    assert weights_equal(tmp_path / "parts", online)
-    assert train_rows(comparable_rows(tmp_path / "parts")) == train_rows(comparable_rows(online))
+    assert_stops_change_nothing(config, (3, BORDER, BORDER + 2), online)
 
 
 @pytest.mark.dist
 def test_two_processes_continue_a_run_of_one_over_the_border(world, online, tmp_path):
-    config = sized(world, tmp_path / "run", save_steps=1)
-    train(config.replace(max_steps=BORDER - 2))
-    status, stderr = torchrun(config)
-    assert status == 0, stderr[-3000:]
-    assert_close_runs(tmp_path / "run", online)
+    assert_two_processes_continue(sized(world, tmp_path / "run"), BORDER - 2, online)
 
 
 @pytest.mark.parametrize("bad", [BORDER - 1, BORDER])

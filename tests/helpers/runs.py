@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,24 @@ def assert_close_runs(run: Path, undisturbed: Path) -> None:
     for left, right in zip(mine, theirs, strict=True):
         for key in ("loss", "base_loss", "distill_loss", "grad_norm"):
             assert left[key] == pytest.approx(right[key], rel=2e-4), (key, left["step"])
+
+
+def assert_stops_change_nothing(config: RunConfig, stops: Sequence[int], undisturbed: Path) -> None:
+    """A run that is stopped after each of these steps is bit for bit the undisturbed one."""
+    for steps in stops:
+        train(config.replace(max_steps=steps))
+    train(config)
+    run = Path(config.output)
+    assert weights_equal(run, undisturbed)
+    assert train_rows(comparable_rows(run)) == train_rows(comparable_rows(undisturbed))
+
+
+def assert_two_processes_continue(config: RunConfig, step: int, undisturbed: Path) -> None:
+    """A run of one process up to a step, then of two, is close to the undisturbed one of one."""
+    train(config.replace(max_steps=step, save_steps=1))
+    status, stderr = torchrun(config.replace(save_steps=1))
+    assert status == 0, stderr[-3000:]
+    assert_close_runs(Path(config.output), undisturbed)
 
 
 def main(*arguments: str) -> None:
