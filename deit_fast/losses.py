@@ -24,7 +24,7 @@ def _is_timms(criterion: Any) -> bool:
 def _fusible_smoothing(criterion: Any) -> float | None:
     """Label smoothing of timm's cross-entropies, which the fused kernel can compute, or None.
 
-    nn.CrossEntropyLoss is none of them: it ignores rows with the label -100. Nor is a criterion
+    nn.CrossEntropyLoss is neither of them: it ignores rows with the label -100. Nor is a criterion
     whose ``smoothing`` was changed without its ``confidence``.
     """
     if type(criterion) is SoftTargetCrossEntropy:

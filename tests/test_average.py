@@ -222,7 +222,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_warm_up(
         caplog.clear()
         with caplog.at_level("INFO"):
             train(config.replace(max_steps=steps))
-        assert "its moving average goes on with optim.ema_warmup" in caplog.text
+        assert "its moving average continues with optim.ema_warmup" in caplog.text
     old, new = (last_state(tmp_path / name)["ema"] for name in ("old", "whole"))
     assert all(torch.equal(old[key], new[key]) for key in new)
     assert json.loads((tmp_path / "old/config.json").read_text())["optim"]["ema_warmup"] is True

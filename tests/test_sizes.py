@@ -89,7 +89,7 @@ def plans(request) -> tuple[ViewPlan, dict[int, ViewPlan]]:
 
 
 def test_a_view_is_that_of_a_run_with_its_size_alone(world, plans):
-    """Plan, crop, weights of the labels and pixels, of each view, whatever stands beside it."""
+    """Plan, crop, weights of the labels and pixels, whatever the other views of the batch are."""
     both, alone = plans
     data = DataConfig(root=str(world / "data"))
     source = open_source(data, "train", 16)

@@ -165,7 +165,7 @@ def test_a_teacher_above_the_floor_goes_on(good, tried):
 
 
 def test_a_wrong_normalisation_is_asked_for(good, said, monkeypatch):
-    """The same network, told of other statistics: better than chance, far from what it can do."""
+    """The same network, with other statistics: better than chance, far from what it can do."""
     accuracy = check(good)
     source = open_source(good.data, "train", 16)
     teacher = load_class_matched_teacher(good, source.classes)

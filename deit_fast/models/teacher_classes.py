@@ -127,7 +127,7 @@ def read_class_file(path: str) -> list[str]:
 
 
 def imagenet_synsets(count: int, classes: Sequence[str]) -> Sequence[str] | None:
-    """The names of the classes of timm's list of ImageNet that has so many.
+    """The names of the classes of timm's list of ImageNet that has ``count`` of them.
 
     The count is only a hint, so one of the data's classes, at least, must be in the list; all of
     them where the data has as many classes. Else None.

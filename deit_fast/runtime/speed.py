@@ -93,7 +93,7 @@ class StepMeter:
         self._seconds, self._waited, self._since = 0.0, 0.0, time.perf_counter()
 
     def count(self, images: int) -> None:
-        """A step was trained on so many images over all ranks."""
+        """Record a step and its number of images over all ranks."""
         self.steps += 1
         self._images += images
 

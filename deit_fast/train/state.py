@@ -158,7 +158,7 @@ def _compare_normalisation(config: RunConfig, weights: str) -> None:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that a run goes on from."""
+    """The checkpoint from which a run continues."""
 
     path: Path
     saved: dict[str, Any]  # of ``TrainState.to_checkpoint``
@@ -193,7 +193,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
 def settle(config: RunConfig, checkpoint: Checkpoint | None, steps: RunSteps) -> RunConfig:
     """``config`` with what the checkpoint decides; ``steps`` are those of a run as configured.
 
-    A moving average that warms up goes on doing so, as in all runs of earlier versions. A branch
+    A moving average that warms up continues to do so, as in all runs of earlier versions. A branch
     ends ``decay_epochs`` after its checkpoint, at the end of an epoch.
 
     Raises:
@@ -213,7 +213,7 @@ def _with_warm_up(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     warms_up = checkpoint.settings["optim"].get("ema_warmup", False) is True
     if not warms_up or config.optim.ema_warmup or not config.optim.ema_decay:
         return config
-    log.info("%s: its moving average goes on with optim.ema_warmup, as begun", checkpoint.path)
+    log.info("%s: its moving average continues with optim.ema_warmup, as begun", checkpoint.path)
     return config.replace(optim={"ema_warmup": True})
 
 

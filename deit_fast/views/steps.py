@@ -62,7 +62,7 @@ class RunSteps:
         return phase.epoch + epochs, position
 
     def begun(self, step: int) -> int:
-        """Epochs that have begun after so many steps."""
+        """Number of epochs that have begun at a step."""
         epoch, position = self.locate(step)
         return epoch + (position > 0)
 
