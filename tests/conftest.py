@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -224,3 +225,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The command line and long sweeps set the level of the package's logger."""
+    log = logging.getLogger("deit_fast")
+    level = log.level
+    yield
+    log.setLevel(level)
