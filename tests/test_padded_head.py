@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,6 +46,34 @@ def test_logits_and_gradients_are_those_of_a_linear_layer(dtype: torch.dtype, bi
         results.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert padded(rows).stride(0) * dtype.itemsize % 16 == 0 and not padded(rows).is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fused", (True, False))
+@pytest.mark.parametrize("head", ("both", "class", "distillation"))
+def test_tools_see_plain_linear_layers(head: str, fused: bool) -> None:
+    """Programs do not need this package, and torch.func has a rule for every operation."""
+    plain = student(False, fused=False, trained_head=head).eval()
+    padded = student(True, fused=fused, trained_head=head).eval()
+    padded.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    program, theirs = (torch.export.export(model, (images,)) for model in (padded, plain))
+    assert [n.target for n in program.graph.nodes] == [n.target for n in theirs.graph.nodes]
+    for run in (
+        torch.jit.script(padded), torch.jit.script(padded.train()).eval(),
+        torch.jit.trace(padded.eval(), images), torch.fx.symbolic_trace(padded), program.module(),
+        torch.func.vmap(lambda image: padded(image[None])[0]),
+    ):  # fmt: skip
+        torch.testing.assert_close(run(images), plain(images))
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        call = partial(torch.func.functional_call, model, args=(images,))
+        return torch.func.grad(lambda weights: call(weights).square().sum())(
+            dict(model.named_parameters())
+        )
+
+    torch.testing.assert_close(gradients(padded), gradients(plain))
+    assert type(padded.head) is PaddedLinear
 
 
 def test_the_operator_passes_opcheck() -> None:

@@ -8,11 +8,13 @@ parameters, their names and the checkpoint do not change.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.kernels.launching import operator
 from deit_fast.models.plain import has_plain_weights
+from deit_fast.models.swapped import is_traced
 
 ALIGNMENT = 16  # bytes
 
@@ -53,21 +55,28 @@ padded_linear = operator(
 torch.library.register_autograd("deit_fast::padded_linear", _backward, setup_context=_save)
 
 
+def _padded(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight, bias, kind = layer.weight, layer.bias, x.device.type
+    if is_traced(x) or x.dim() != 2 or not has_plain_weights(layer):
+        return F.linear(x, weight, bias)
+    autocasts = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocasts else weight.dtype
+    if layer.out_features * dtype.itemsize % ALIGNMENT == 0:
+        return F.linear(x, weight, bias)
+    cast = None if bias is None else bias.to(dtype)
+    return padded_linear(x.to(dtype), weight.to(dtype), cast)  # type: ignore[no-any-return]
+
+
 class PaddedLinear(nn.Linear):
     """``nn.Linear`` whose output rows are aligned to 16 bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] to [B, C], a view of [B, C rounded up to 16 bytes]. Other shapes stay unpadded."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        else:
-            dtype = self.weight.dtype
-        is_aligned = self.out_features * dtype.itemsize % ALIGNMENT == 0
-        if is_aligned or x.dim() != 2 or not has_plain_weights(self):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return padded_linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[no-any-return]
+        if torch.jit.is_scripting():
+            y = F.linear(x, self.weight, self.bias)
+        else:  # torch.jit.script does not read this branch
+            y = _padded(self, x)
+        return y
 
 
 def pad_heads(model: nn.Module) -> nn.Module:

@@ -53,11 +53,13 @@ class OneHeadTrained(VisionTransformerDistilled):
     a head that is still random. In training mode it returns both, as timm's class.
     """
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Any:
-        if self.training and not pre_logits:
+    # In statements that torch.jit.script compiles; scripted, it returns one head in both modes.
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.training and not pre_logits and not torch.jit.is_scripting():
             return super().forward_head(x)
-        index, head = _TRAINED[trained_head(self)]
-        return x[:, index] if pre_logits else getattr(self, head)(x[:, index])
+        if self.trained_head == "class":
+            return x[:, 0] if pre_logits else self.head(x[:, 0])
+        return x[:, 1] if pre_logits else self.head_dist(x[:, 1])
 
 
 PREFIX_HEADS.add(OneHeadTrained.forward_head)
