@@ -197,6 +197,29 @@ def test_the_mean_after_a_bfloat16_stream_is_not_rounded(kernels: tuple[str, ...
     assert (narrow - true).norm() <= 0.05 * true.norm()
 
 
+@pytest.mark.parametrize("kernels", [(), KERNELS])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("path", ["blocks.0.norm1", "blocks.1.norm2", "norm"])
+def test_a_norm_without_weights_is_not_given_bfloat16(
+    kernels: tuple[str, ...], autocast: bool, path: str
+) -> None:
+    """It gets the dtype of the model's weights, which the next layer needs without autocast."""
+    results = []
+    for residual in ("float32", "bfloat16"):
+        model = fuse(build_wide("plain").train(), kernels=kernels, residual=residual)
+        model.set_submodule(path, nn.LayerNorm(96, elementwise_affine=False))
+        seen: list[torch.dtype] = []
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, x, s=seen: s.append(x[0].dtype)
+        )
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            (output, *_), _ = run(model, FEW_IMAGES)
+        assert seen == [torch.float32]
+        results.append(output)
+    true, narrow = results
+    assert narrow.dtype == true.dtype and (narrow - true).norm() <= 0.05 * true.norm()
+
+
 @pytest.mark.skipif(not FOLDS, reason="the reference saves float32 copies")
 def test_a_bfloat16_stream_saves_bfloat16_rows() -> None:
     """No float32 tensor of the stream's size is saved for the backward."""

@@ -380,18 +380,16 @@ class FusedForward(SwappedModel, VisionTransformer):
                 block.run_last(stream, self.num_prefix_tokens)
             else:
                 block.run(stream)
-        normed = stream.add_norm(self.norm)
-        if isinstance(self.norm, nn.Identity) and normed.dtype == self.residual_dtype:
-            # Mean pooling and its norm run in float32.
-            normed = normed.to(next(self.blocks.parameters()).dtype)
-        return normed
+        return stream.add_norm(self.norm)
 
     def _stream(self, x: Tensor, blocks: list[Any], fused: list[bool]) -> Stream:
         """The stream at the first block; all fused blocks have the same options."""
         first = blocks[fused.index(True)] if any(fused) else None
         kernels, subset = (first.kernels, first.subset) if first else (frozenset[str](), False)
         part = self.batch_part if self.training else None
-        return Stream(x, kernels, subset, part, folds_bias=True, shadows=self.reads_shadows)
+        dtype = next(self.blocks.parameters(), x).dtype if self.residual_dtype else None
+        shadows = self.reads_shadows
+        return Stream(x, kernels, subset, part, dtype=dtype, folds_bias=True, shadows=shadows)
 
     def _heads_read_prefix(self) -> bool:
         """Whether nothing behind the last block reads other tokens than the first ones."""

@@ -122,24 +122,31 @@ def _add(residual: Tensor, branch: Branch | None) -> Tensor:
     return (residual + value).to(residual.dtype)
 
 
-def _cast_for(norm: nn.Module, residual: Tensor) -> Tensor:
-    """The residual in the dtype of the norm's weights: a bfloat16 residual is normed in float32."""
+def _cast_for(norm: nn.Module, residual: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The residual in the dtype of the norm's weights: a bfloat16 residual is normed in float32.
+
+    Args:
+        dtype: for a norm without weights; None: the residual's.
+    """
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):  # of a wrapper
         weight = next(norm.parameters(), None)
-    return residual if weight is None else residual.to(weight.dtype)
+    if weight is not None:
+        dtype = weight.dtype
+    return residual if dtype is None else residual.to(dtype)
 
 
 def _add_norm(
-    residual: Tensor, branch: Branch | None, norm: nn.Module, kernels: frozenset[str]
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor, branch: Branch | None, norm: nn.Module, kernels: frozenset[str],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum, and the sum normed."""
     if "add_layer_norm" not in kernels or not is_plain_norm(norm):
         residual = _add(residual, branch)
-        return residual, norm(_cast_for(norm, residual))
+        return residual, norm(_cast_for(norm, residual, dtype))
     if branch is None and not torch.is_autocast_enabled(residual.device.type):
         # The kernel returns the dtype of its input, which the next product may not accept.
-        rows = _cast_for(norm, residual)
+        rows = _cast_for(norm, residual, dtype)
         return residual, add_layer_norm(rows, None, norm.weight, norm.bias, eps=norm.eps)[1]
     value, gamma, keep_scale, bias = branch or (None, None, None, None)
     return add_layer_norm(
@@ -155,6 +162,7 @@ class Stream:
         pending: the branch that the next norm adds.
         subset: efficient stochastic depth (Oquab et al. 2023, DINOv2, appendix): see ``fuse``.
         keep_scales: of the next block, if they were drawn ahead; otherwise the block draws them.
+        dtype: what a norm without weights takes; None: the residual's.
         folds_bias: whether every branch ends in add_layer_norm's kernel, which can compute the
             gradient of the branch's last bias.
         shadows: whether products read the shadow weights (``deit_fast.models.shadow``).
@@ -162,9 +170,11 @@ class Stream:
 
     def __init__(
         self, residual: Tensor, kernels: frozenset[str], subset: bool,
-        part: BatchPart | None = None, *, folds_bias: bool = False, shadows: bool = False,
+        part: BatchPart | None = None, *, dtype: torch.dtype | None = None,
+        folds_bias: bool = False, shadows: bool = False,
     ) -> None:  # fmt: skip
         self.residual, self.kernels, self.subset, self.part = residual, kernels, subset, part
+        self.dtype = dtype
         self.folds_bias = (
             folds_bias and not subset and "add_layer_norm" in kernels and uses_kernels(residual)
         )
@@ -212,13 +222,17 @@ class Stream:
         samples = len(residual)
         kept = max(1, round(samples * (1 - rate)))
         chosen = torch.randperm(samples, device=residual.device)[:kept]
-        _, normed = _add_norm(residual.index_select(0, chosen), None, norm, self.kernels)
+        _, normed = _add_norm(
+            residual.index_select(0, chosen), None, norm, self.kernels, self.dtype
+        )
         value = scale(function(normed, **options)).to(residual.dtype)
         self.residual = residual.index_add(0, chosen, value, alpha=samples / kept)
 
     def add_norm(self, norm: nn.Module) -> Tensor:
         """Add the pending branch; returns the residual normed."""
-        self.residual, normed = _add_norm(self.residual, self.pending, norm, self.kernels)
+        self.residual, normed = _add_norm(
+            self.residual, self.pending, norm, self.kernels, self.dtype
+        )
         self.pending = None
         return normed
 
