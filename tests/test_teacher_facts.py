@@ -20,8 +20,14 @@ from deit_fast.evaluate import build_eval_loader, load_run
 from deit_fast.models import forward_heads, load_teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.teacher import load_class_matched_teacher
-from deit_fast.models.weights import class_names, save_weights
-from deit_fast.models.weights_facts import FACTS_KEY, ModelFacts, facts_text, read_facts
+from deit_fast.models.weights import save_weights
+from deit_fast.models.weights_facts import (
+    FACTS_KEY,
+    ModelFacts,
+    class_names,
+    facts_text,
+    read_facts,
+)
 from deit_fast.recipes import digits_student
 from deit_fast.train.loop import train
 from helpers.digits import write_patterns
@@ -212,3 +218,61 @@ def test_the_classes_of_the_file_say_which_output_is_the_logits(tmp_path):
     save_weights(path, WithEmbedding(10).state_dict(), texts)
     teacher = load_teacher(f"{__name__}:WithEmbedding@{path}", num_classes=4, image_size=32)
     assert teacher(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights of earlier versions
+# ---------------------------------------------------------------------------------------------
+
+
+def _of_the_first_version(root: Path, copy: Path, classes: list[str]) -> Path:
+    """A run whose weights say nothing of themselves; its result has the names of the classes."""
+    copy.mkdir()
+    (copy / "result.json").write_text(json.dumps({"top1": 0.5, "classes": classes}))
+    return _without_facts(weights(root, "factory"), copy / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["identity", "result", "checkpoint"])
+def test_a_factory_gets_the_classes_that_the_file_or_its_run_names(root, tmp_path, kind):
+    """Three of the file's ten classes, in another order."""
+    run = tmp_path / "run"
+    path = _of_the_first_version(root, run, CLASSES)
+    state = load_file(path)
+    if kind == "identity":
+        (run / "result.json").unlink()
+        save_weights(path, state, {"identity": json.dumps({"data.classes": CLASSES})})
+    if kind == "checkpoint":
+        (run / "checkpoints").mkdir()
+        path = run / "checkpoints/step-000000001.pt"
+        torch.save({"format": 1, "model": state}, path)
+    teacher = load_class_matched_teacher(student(root, teacher=f"{FACTORY}@{path}"), ["7", "2"])
+    assert teacher.class_names == CLASSES and teacher.columns.tolist() == [7, 2]
+
+
+def test_names_beside_a_file_count_only_where_the_run_wrote_both(root, tmp_path):
+    path = _of_the_first_version(root, tmp_path / "run", CLASSES)
+    assert class_names(path) == CLASSES
+    other = path.with_name("teacher.safetensors")
+    path.rename(other)
+    assert class_names(other) is None
+    other.rename(path)
+    result = {"classes": CLASSES, "weights": {"model.safetensors": "0" * 64}}
+    path.with_name("result.json").write_text(json.dumps(result))
+    assert class_names(path) is None  # the weights of that version name their classes themselves
+
+
+def test_another_number_of_classes_names_the_flag(root, tmp_path):
+    path = _without_facts(weights(root, "factory"), tmp_path / "w.safetensors")
+    chosen = student(root, teacher=f"{FACTORY}@{path}")
+    with pytest.raises(InputError, match=r"is \(10, 64\) there, \(2, 64\) in .*--teacher-classes"):
+        load_class_matched_teacher(chosen, ["7", "2"])
+    lines = tmp_path / "classes.txt"
+    lines.write_text("\n".join(CLASSES))
+    teacher = load_class_matched_teacher(chosen.replace(teacher_classes=str(lines)), ["7", "2"])
+    assert teacher.columns.tolist() == [7, 2]
+    state = load_file(path)
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    save_file(state | {name: state[name][:, :1].contiguous()}, path)
+    with pytest.raises(InputError) as caught:  # another tensor than a head
+        load_class_matched_teacher(chosen, CLASSES)
+    assert "--teacher-classes" not in str(caught.value)

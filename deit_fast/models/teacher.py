@@ -33,7 +33,7 @@ from deit_fast.models.teacher_outputs import (
     take_logits,
 )
 from deit_fast.models.weights import digest_weights
-from deit_fast.models.weights_facts import file_texts
+from deit_fast.models.weights_facts import class_names, file_texts
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.weights_header import HEAD_KEY
 
@@ -329,7 +329,9 @@ def load_teacher(
             "teacher %s was trained on images of %d pixels, the views have %d",
             name, facts.image_size, image_size,
         )  # fmt: skip
-    classes = None if facts is None else facts.classes
+    classes: Sequence[str] | None = None if facts is None else facts.classes
+    if facts is None and weights:
+        classes = class_names(weights)
     asked = num_classes if classes is None else len(classes)  # as the network was built
     return Teacher(
         model,

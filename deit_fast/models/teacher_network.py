@@ -14,7 +14,7 @@ from torch import nn
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.weights import adapt_names, fit_weights, load_weights
-from deit_fast.models.weights_facts import ModelFacts, read_facts
+from deit_fast.models.weights_facts import ModelFacts, class_names, read_facts
 
 log = logging.getLogger("deit_fast")
 
@@ -68,12 +68,18 @@ def build_factory_network(
         return in_float32(build_from_factory(name, num_classes), name), None
     state = load_weights(weights)
     facts = read_facts(weights)
-    count = num_classes if facts is None else len(facts.classes)
-    model = in_float32(build_from_factory(name, count), name)
+    classes = class_names(weights) if facts is None else facts.classes
+    model = in_float32(build_from_factory(name, len(classes) if classes else num_classes), name)
     _say_other_name(name, facts, is_same=facts is not None and facts.name == name)
     _say_dtypes(name, state.values())
-    fit_weights(model, state, weights)
+    fit_weights(model, state, weights, of_other_count=_OTHER_COUNT)
     return model, facts
+
+
+_OTHER_COUNT = (
+    "; if it has other classes than the data, give --teacher-classes a FILE with a line for each "
+    "of its outputs"
+)
 
 
 def _architecture(name: str) -> str:

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
-from deit_fast.models.weights_facts import file_texts, split_key
+from deit_fast.models.weights_facts import class_names, identity_of, split_key
 from deit_fast.models.weights_layout import (
     MissingKey,
     adapt_layout,
@@ -113,24 +113,25 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    return _identity(read_metadata(path), path)
+    return identity_of(read_metadata(path), path)
 
 
-def _identity(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
-    text = texts.get("identity", "{}")
-    return parse_object(text.encode(), f"weights file {path}: its identity")
-
-
-def fit_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def fit_weights(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, of_other_count: str = ""
+) -> None:
     """Load ``state`` into ``model``; every name and shape must fit.
 
     Other names for the same weights, such as those of original repositories, are converted as timm
     does, and a prefix is removed; a line of the log says so.
 
+    Args:
+        of_other_count: end of the message about a tensor that differs in its number of rows alone,
+            as those of a head do that has other classes.
+
     Raises:
         InputError: names the first missing, unknown or differently shaped tensor.
     """
-    _load(model, *adapt_names(model, state, path), path)
+    _load(model, *adapt_names(model, state, path), path, of_other_count)
 
 
 def adapt_names(
@@ -148,8 +149,9 @@ def adapt_names(
 
 
 def _load(
-    model: nn.Module, state: Mapping[str, Tensor], notes: Sequence[str], path: str | Path
-) -> None:
+    model: nn.Module, state: Mapping[str, Tensor], notes: Sequence[str], path: str | Path,
+    of_other_count: str = "",
+) -> None:  # fmt: skip
     own = model.state_dict()
     for name, value in own.items():
         if name not in state:
@@ -157,9 +159,10 @@ def _load(
                 continue
             raise InputError(f"weights file {path} lacks {name}")
         if state[name].shape != value.shape:
+            same_rows = state[name].dim() > 0 and state[name].shape[1:] == value.shape[1:]
             raise InputError(
                 f"weights file {path}: {name} is {tuple(state[name].shape)} there, "
-                f"{tuple(value.shape)} in the model"
+                f"{tuple(value.shape)} in the model{of_other_count if same_rows else ''}"
             )
         if value.is_floating_point() != state[name].is_floating_point():
             raise InputError(
@@ -269,13 +272,6 @@ def _heads(model: nn.Module) -> tuple[str, ...]:
     if named:
         return (named,) if isinstance(named, str) else tuple(named)
     return tuple([name for name, part in model.named_modules() if isinstance(part, nn.Linear)][-1:])
-
-
-def class_names(path: str | Path) -> list[str] | None:
-    """Names of the classes, in the order of the logits, where a file of `train` has them."""
-    names: Any = _identity(file_texts(path), path).get("data.classes")
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names or None if is_list and len(set(names)) == len(names) else None
 
 
 def _adapt_distillation(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:

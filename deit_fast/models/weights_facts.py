@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from deit_fast.config import Deviation, LossConfig, ModelConfig, RunConfig, Share, check_all
 from deit_fast.config_file import by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, printable
-from deit_fast.runtime.files import parse_object
+from deit_fast.runtime.files import parse_object, read_json
 from deit_fast.runtime.torch_files import map_torch
-from deit_fast.runtime.weights_header import HEAD_KEY, read_texts
+from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts
 
 FACTS_KEY = "model"
 
@@ -131,3 +131,44 @@ def read_facts(path: str | Path) -> ModelFacts | None:
         return ModelFacts(**{name: values[name] for name in names})
     except InputError as error:
         raise InputError(f"{where}: its facts about the model: {error}") from None
+
+
+def identity_of(texts: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """What the run was made of that wrote a weights file, from the file's texts; may be empty.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    text = texts.get("identity", "{}")
+    return parse_object(text.encode(), f"weights file {printable(path)}: its identity")
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """Names of the classes, in the order of the logits, that a file of `train` or its run says.
+
+    Weights of the first versions have no names; the result.json of their run has them.
+
+    Args:
+        path: FILE or FILE#KEY.
+
+    Raises:
+        InputError: as ``file_texts``, or the identity or result.json is damaged.
+    """
+    names: Any = identity_of(file_texts(path), path).get("data.classes")
+    if names is None:
+        names = _classes_of_run(split_key(path)[0])
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names or None if is_list and len(set(names)) == len(names) else None
+
+
+def _classes_of_run(file: Path) -> Any:
+    """Those in the result.json of a run that wrote the file, unless its weights have an identity.
+
+    A result that names the digests of its weights is of a later version, whose weights have one.
+    """
+    is_checkpoint = file.suffix == ".pt" and file.parent.name == "checkpoints"
+    if not is_checkpoint and file.name not in (MODEL_FILE, EMA_FILE):
+        return None
+    path = (file.parent.parent if is_checkpoint else file.parent) / "result.json"
+    result = read_json(path) if os.path.lexists(path) else {}
+    return None if "weights" in result else result.get("classes")
