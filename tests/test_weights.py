@@ -593,3 +593,67 @@ def test_heads_that_a_distilled_file_lacks_keep_their_initial_values(
     assert sum("is not there: it keeps its initial values" in x for x in lines(caplog)) == len(
         heads
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Heads that are no linear layer with a bias
+# ---------------------------------------------------------------------------------------------
+
+
+class ConvolutionalHead(nn.Sequential):
+    """As torchvision's SqueezeNet: a 1 x 1 convolution decides. The linear layer is no head."""
+
+    def __init__(self, bias: bool = True, projections: int = 0) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 6)
+        self.features = nn.Conv2d(3, 6, 3)
+        self.classifier = nn.Conv2d(6, 10, 1, bias=bias)
+        self.projections = nn.ModuleList(nn.Conv2d(10, 4, 1) for _ in range(projections))
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "timm": (
+        lambda: timm.create_model("resnetv2_18", num_classes=10, channels=(16, 16, 16, 32)),
+        "head.fc",
+    ),
+    "factory": (ConvolutionalHead, "classifier"),
+    "without bias": (lambda: ConvolutionalHead(bias=False), "classifier"),
+    "linear without bias": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(), nn.Linear(6, 10, bias=False)),
+        "2",
+    ),
+    "before other layers": (lambda: ConvolutionalHead(projections=2), "classifier"),
+}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [NAMES[::-1], [*NAMES[:-1], "another"], NAMES[:4]],
+    ids=["permuted", "others", "fewer"],
+)
+@pytest.mark.parametrize("model", list(HEADS))
+def test_any_head_follows_the_names_of_the_classes(
+    model: str, theirs: list[str], tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "deit_fast")
+    make, head = HEADS[model]
+    state = randomised(make()).state_dict()
+    if len(theirs) < 10:
+        state |= {k: v[: len(theirs)] for k, v in state.items() if k.startswith(f"{head}.")}
+    path = with_classes(tmp_path / "w.safetensors", state, theirs)
+    student = make()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    start_from(student, load_weights(path), path, NAMES)
+    for name, value in student.state_dict().items():
+        expected = state[name]
+        if name.startswith(f"{head}."):
+            expected = state[name].flip(0) if theirs == NAMES[::-1] else before[name]
+        assert torch.equal(value, expected), name
+    words = {
+        10: "is of other classes there, such as 'another': it keeps its initial values",
+        4: "has 4 classes there, 10 here: it keeps its initial values",
+    }[len(theirs)]
+    if theirs == NAMES[::-1]:
+        words = f"its classes are in another order: the rows of {head} follow their names"
+    (line,) = lines(caplog)
+    assert line.endswith(words) and head in line

@@ -222,21 +222,23 @@ def _adapt_heads(
     model: nn.Module, state: dict[str, Tensor], classes: Sequence[str] | None, path: str | Path
 ) -> Iterator[str]:
     own = model.state_dict()
-    heads = [name for name in _heads(model) if {f"{name}.weight", f"{name}.bias"} <= own.keys()]
     theirs = class_names(path) if classes is not None else None
     equal = []
-    for name in heads:
-        weight, bias = f"{name}.weight", f"{name}.bias"
+    for name in _heads(model, None if classes is None else len(classes)):
+        weight = f"{name}.weight"
+        keys = [key for key in (weight, f"{name}.bias") if key in own]
+        if weight not in keys:
+            continue
         why = ""
         is_new = name == "head_dist" and "dist_token" not in state  # see _adapt_distillation
-        if not is_new and not {weight, bias} & state.keys():
+        if not is_new and not {*keys} & state.keys():
             why = "is not there"
-        elif {weight, bias} <= state.keys():
+        elif {*keys} <= state.keys():
             count, ours = state[weight].shape[:1], own[weight].shape[:1]
             is_head = state[weight].shape[1:] == own[weight].shape[1:]
-            if not is_head or state[bias].shape != count:
+            if not is_head or any(state[key].shape[:1] != count for key in keys):
                 continue
-            if theirs is not None and len(theirs) != len(state[bias]):
+            if theirs is not None and len(theirs) != count[0]:
                 raise InputError(
                     f"weights file {path}: it names {len(theirs)} classes, {name} has {count[0]}"
                 )
@@ -246,32 +248,41 @@ def _adapt_heads(
                 other = next(item for item in theirs if item not in classes)
                 why = f"is of other classes there, such as {printable(other)!r}"
             else:
-                equal.append(name)
+                equal += keys
         if why:
-            state |= {weight: own[weight], bias: own[bias]}
+            state |= {key: own[key] for key in keys}
             yield f"{name} {why}: it keeps its initial values"
     if not classes or not equal or theirs == list(classes):
         return
-    names = " and ".join(equal)
+    names = " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in equal))
     if theirs is None:
         yield f"it does not name its classes: those of {names} count in the order of the data's"
         return
     rows = [theirs.index(name) for name in classes]
-    for name in equal:
-        for key in (f"{name}.weight", f"{name}.bias"):
-            state[key] = state[key][rows]
+    for key in equal:
+        state[key] = state[key][rows]
     yield f"its classes are in another order: the rows of {names} follow their names"
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
-    """Names of the model's heads: those of timm's entry, or its last linear layer."""
+def _heads(model: nn.Module, count: int | None) -> tuple[str, ...]:
+    """Names of the model's heads: those of timm's entry, or its last layer that can be one.
+
+    That is a linear layer or a 1 x 1 convolution, with ``count`` outputs where it has such a layer.
+    """
     if isinstance(model, VisionTransformer):
         return "head", "head_dist"
     entry = getattr(model, "pretrained_cfg", None)
     named = entry.get("classifier") if isinstance(entry, dict) else None
     if named:
         return (named,) if isinstance(named, str) else tuple(named)
-    return tuple([name for name, part in model.named_modules() if isinstance(part, nn.Linear)][-1:])
+    outputs = {name: len(part.weight) for name, part in model.named_modules() if _can_be_head(part)}
+    fitting = [name for name, number in outputs.items() if number == count] or [*outputs]
+    return tuple(fitting[-1:])
+
+
+def _can_be_head(part: Any) -> bool:
+    is_convolution = isinstance(part, nn.Conv2d) and part.groups == 1
+    return isinstance(part, nn.Linear) or (is_convolution and part.kernel_size == (1, 1))
 
 
 def _adapt_distillation(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:
