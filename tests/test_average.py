@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEma, ModelEmaV3
 from torch import nn
 
 from deit_fast.config import OptimConfig, RunConfig
@@ -91,6 +91,31 @@ def test_the_average_is_that_of_timms_trainer(warms_up: bool) -> None:
         theirs = timms.module.state_dict()
         for key, value in mine.module.state_dict().items():
             assert torch.equal(value, theirs[key]), (key, step)
+
+
+@pytest.mark.parametrize("decay", [0.99996, 0.9])
+def test_the_average_is_deits_but_for_the_first_step(decay: float) -> None:
+    """DeiT's main.py uses timm's first class, whose average begins at the initial weights w_0, this
+    one at those after the first step: after n steps they differ by d^n (w_1 - w_0)."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7)).double()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    deits = ModelEma(model, decay=decay)
+    average = Average(mine := create_average(model, OptimConfig(ema_decay=decay)), model)
+    for step in range(20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        if step == 0:
+            first = {key: value.clone() for key, value in model.state_dict().items()}
+            late = ModelEma(model, decay=decay)
+        average.update(step)
+        deits.update(model)
+        late.update(model)
+        for key, value in mine.module.state_dict().items():
+            torch.testing.assert_close(value, late.ema.state_dict()[key], rtol=1e-13, atol=1e-15)
+            rest = decay ** (step + 1) * (first[key] - initial[key])
+            expected = deits.ema.state_dict()[key] + rest
+            torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
