@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import reprlib
 import types
 import typing
@@ -58,6 +59,7 @@ ShareBelowOne = Annotated[float, Within(0, 1, below=True)]
 Rate = Annotated[float, Within(0, 100)]
 Deviation = Annotated[float, Within(0.001, 10)]
 Temperature = Annotated[float, Within(0.01, 1000)]
+MOST_INITIAL_SHARE = 0.1  # of a moving average in its initial weights; above it the log says so
 LONGEST_TEXT = 4096  # characters; the longest path that Linux takes
 
 
@@ -427,6 +429,15 @@ class OptimConfig:
             self.impl != "apex" or self.name in ("adamw", "lamb"),
             f"optim.impl=apex has no {self.name}: choose auto or torch",
         )
+
+    def initial_share(self, steps: int) -> float:
+        """The share that the weights after the first step (with warm-up the second) have in the
+        moving average after ``steps`` steps: the product of the decays since then."""
+        since = max(0, steps - (2 if self.ema_warmup else 1))
+        if not self.ema_warmup:
+            return self.ema_decay**since
+        decays = (1 - (1 + step) ** (-2 / 3) for step in range(1, min(since, 1000) + 1))
+        return math.prod(min(decay, self.ema_decay) for decay in decays)  # 1e-12 after 1000
 
 
 @dataclass(frozen=True, kw_only=True)

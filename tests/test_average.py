@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from timm.utils import ModelEma, ModelEmaV3
 from torch import nn
 
-from deit_fast.config import OptimConfig, RunConfig
+from deit_fast.config import MOST_INITIAL_SHARE, OptimConfig, RunConfig
 from deit_fast.config_file import from_earlier, load_config, to_dict
 from deit_fast.errors import InputError
 from deit_fast.evaluate import evaluate, evaluate_model
+from deit_fast.models import load_weights
 from deit_fast.recipes import RECIPES
 from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.train.loop import train
@@ -138,6 +139,28 @@ def test_a_half_precision_average_is_kept_in_float32(dtype: torch.dtype) -> None
         torch.testing.assert_close(saved[key].double(), expected[key], rtol=1e-5, atol=0)
     assert saved["0.weight"].min() > 1.0
     assert model[0].weight.dtype == dtype
+
+
+@pytest.mark.parametrize("decay", [0.99996, 0.5])
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_the_share_of_the_initial_weights_is_that_in_the_average(
+    decay: float, warms_up: bool
+) -> None:
+    """Weights of 1 at first, then of 0: the average is the share of the first."""
+    config = OptimConfig(ema_decay=decay, ema_warmup=warms_up)
+    model = nn.Linear(1, 1, bias=False).double()
+    average = Average(ema := create_average(model, config), model)
+    for step in range(40):
+        nn.init.constant_(model.weight, float(step < 1 + warms_up))
+        average.update(step)
+        share = ema.module.weight.item()
+        assert config.initial_share(step + 1) == pytest.approx(share, rel=1e-12), step
+    assert config.initial_share(10**6) < 1e-10
+
+
+def test_the_stated_number_of_steps_of_the_default_decay() -> None:
+    default = OptimConfig()
+    assert default.initial_share(57_564) > MOST_INITIAL_SHARE >= default.initial_share(57_565)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,3 +294,42 @@ def test_only_files_of_runs_of_before_had_the_warm_up() -> None:
     assert warms_up(before | {"ema_decay": 0.0}) is False
     assert warms_up(now) is False
     assert warms_up({"ema_decay": 0.9998}) is None, "a user's file has some of the settings"
+
+
+@pytest.mark.parametrize(
+    ("optim", "steps", "share"),
+    [
+        ({"ema_decay": 0.99996}, 6, "100.0"),
+        ({"ema_decay": 0.7}, 7, "11.8"),
+        ({"ema_decay": 0.7}, 8, None),  # 8.2 %
+        ({"ema_decay": 0.99996, "ema_warmup": True}, 8, None),
+        ({"ema_decay": 0.0}, 6, None),
+    ],
+    ids=["DeiTs", "just-too-short", "long-enough", "with-warm-up", "none"],
+)  # fmt: skip
+def test_an_average_of_mostly_initial_weights_is_named_where_it_is_made_and_read(
+    world: Path, tmp_path: Path, caplog, optim: dict[str, Any], steps: int, share: str | None
+) -> None:
+    train(run_config(world, tmp_path, optim=optim, max_steps=steps))
+    said = [line for line in caplog.messages if "the initial weights" in line]
+    expected = [
+        f"the moving average is {share} % the initial weights after {steps} steps: use "
+        f"model.safetensors, or train with a smaller optim.ema_decay or with optim.ema_warmup"
+    ]
+    assert said == (expected if share else [])
+    caplog.clear()
+    checkpoint = list_checkpoints(tmp_path / "checkpoints")[-1]
+    for name in (checkpoint, f"{checkpoint}#model", tmp_path / "ema.safetensors"):
+        if optim["ema_decay"] or name == checkpoint:
+            load_weights(name)
+    assert caplog.messages == (
+        [f"weights file {checkpoint}: its average is {share} % the initial weights of its run: "
+         f"{checkpoint}#model is what was trained"] if share else []
+    )  # fmt: skip
+
+
+def test_a_checkpoint_of_another_program_has_no_such_share(tmp_path: Path, caplog) -> None:
+    state = nn.Linear(2, 2).state_dict()
+    torch.save({"ema": state, "model": state, "config": "a.yaml", "step": 3}, tmp_path / "w.pt")
+    load_weights(tmp_path / "w.pt")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -19,8 +19,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deit_fast.config import MOST_INITIAL_SHARE
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
-from deit_fast.models.weights_facts import class_names, identity_of, split_key
+from deit_fast.models.weights_facts import class_names, identity_of, initial_share, split_key
 from deit_fast.models.weights_layout import (
     MissingKey,
     adapt_layout,
@@ -74,6 +75,15 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         others = [f"{file}#{name}" for name in held_weights(saved) if name not in keys]
         more = f"; there is also {', '.join(others)}" if others else ""
         log.info("weights file %s: %s is taken%s", file, ".".join(keys), more)
+    if (
+        key is None
+        and keys == ["ema"]
+        and (share := initial_share(saved, file)) > MOST_INITIAL_SHARE
+    ):
+        log.warning(
+            "weights file %s: its average is %.1f %% the initial weights of its run: %s#model is "
+            "what was trained", file, 100 * share, file,
+        )  # fmt: skip
     for name, value in tensors.items():
         if value.is_meta or value.is_quantized or value.layout != torch.strided:
             kind = "has no values" if value.is_meta else "is quantised or sparse"

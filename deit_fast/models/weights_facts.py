@@ -9,12 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit_fast.config import Deviation, LossConfig, ModelConfig, RunConfig, Share, check_all
+from deit_fast.config import (
+    Deviation,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    Share,
+    check_all,
+)
 from deit_fast.config_file import by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import parse_object, read_json
@@ -94,22 +103,49 @@ def file_texts(path: str | Path) -> dict[str, str]:
     if file.suffix == ".safetensors":
         return read_texts(file)
     saved = map_torch(file)
-    is_own = isinstance(saved, dict) and all(
+    return _checkpoint_texts(saved, f"weights file {printable(file)}") if _is_own(saved) else {}
+
+
+def _is_own(saved: Any) -> bool:
+    """Whether it is what a checkpoint of `train` holds."""
+    return isinstance(saved, dict) and all(
         isinstance(saved.get(key), str) for key in ("config", "identity")
     )
-    return _checkpoint_texts(saved, f"weights file {printable(file)}") if is_own else {}
 
 
 def _checkpoint_texts(saved: dict[str, Any], where: str) -> dict[str, str]:
-    values = parse_object(saved["config"].encode(), f"{where}: its configuration")
     classes = parse_object(saved["identity"].encode(), f"{where}: its identity").get("data.classes")
-    try:
-        settings = by_dotted_key(to_dict(RunConfig())) | by_dotted_key(from_earlier(values))
+    with _settings(saved, where) as settings:
         loss = LossConfig(kind=settings["loss.kind"], alpha=settings["loss.alpha"])
-    except InputError as error:
-        raise InputError(f"{where}: its configuration: {error}") from None
     texts = {"identity": saved["identity"], HEAD_KEY: loss.trained_head}
     return texts | ({FACTS_KEY: _facts_text(settings, classes)} if classes else {})
+
+
+@contextmanager
+def _settings(saved: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The settings of a checkpoint's run by dotted key; names them where one is out of range."""
+    values = parse_object(saved["config"].encode(), f"{where}: its configuration")
+    try:
+        yield by_dotted_key(to_dict(RunConfig())) | by_dotted_key(from_earlier(values))
+    except InputError as error:
+        raise InputError(f"{where}: its configuration: {error}") from None
+
+
+def initial_share(saved: Mapping[str, Any], path: str | Path) -> float:
+    """``OptimConfig.initial_share`` of the average in a checkpoint of `train`; 0 in others.
+
+    Args:
+        saved: what the file holds.
+
+    Raises:
+        InputError: the checkpoint's configuration is damaged.
+    """
+    if not _is_own(saved) or not isinstance(saved.get("step"), int):
+        return 0.0
+    names = ("ema_decay", "ema_warmup")
+    with _settings(saved, f"weights file {printable(path)}") as settings:
+        optim = OptimConfig(**{name: settings[f"optim.{name}"] for name in names})
+    return optim.initial_share(saved["step"])
 
 
 def read_facts(path: str | Path) -> ModelFacts | None:

@@ -37,7 +37,7 @@ from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
-from deit_fast.train.optim import evaluated_average, learning_rate
+from deit_fast.train.optim import evaluated_average, learning_rate, warn_of_initial_share
 from deit_fast.train.state import create_state, find_checkpoint, resume, roll_back, settle
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
@@ -539,6 +539,7 @@ class _Run:
             result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
             if state.ema is not None:
                 result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
+                warn_of_initial_share(config.optim, state.step)
             write_json(self.output / "result.json", result)
         warn_of_substitutes(sorted(substituted))
         self.finished = True
