@@ -286,6 +286,32 @@ def test_a_run_is_evaluated_at_its_last_size(world, online):
     build_model(plain, 10).load_state_dict(state)  # the weights of any student of that size
 
 
+def test_a_run_that_ends_before_its_last_size_says_so_once(world, online, tmp_path, caplog):
+    """One that is cut short, one of fewer epochs, and a branch; not one that reaches it."""
+    said = "the run ends at 8 pixels, before the last size of view.size_schedule: it is evaluated"
+
+    def lines(config: RunConfig) -> list[str]:
+        caplog.clear()
+        result = train(config)
+        assert result["top1"] == evaluate(config.output)["top1"]
+        return [line for line in caplog.messages if line.startswith("the run ends at")]
+
+    short = sized(world, tmp_path / "short", eval_every=1)
+    (line,) = lines(short.replace(max_steps=BORDER - 1))
+    assert line == f"{said} at view.image_size=16"
+    assert len(lines(short.replace(max_steps=BORDER))) == 1
+    assert lines(short.replace(max_steps=BORDER + 1)) == []
+    optim = {"schedule": "wsd", "decay_epochs": 1.0, "warmup_epochs": 0.5}
+    view = {"image_size": 16, "size_schedule": ((0, 8), (3, 16)), "repeats": 1}
+    long = sized(world, tmp_path / "long", epochs=5, optim=optim, view=view, save_steps=3)
+    assert len(lines(long.replace(max_steps=BORDER))) == 1
+    branch = long.replace(
+        output=str(tmp_path / "branch"), optim={"decay_epochs": 0.5},
+        resume_from=str(tmp_path / f"long/checkpoints/step-{BORDER:09d}.pt"),
+    )  # fmt: skip
+    assert len(lines(branch)) == 1
+
+
 @pytest.mark.parametrize("kernels", [(), ("attention", "add_layer_norm", "bias_gelu")])
 def test_a_fused_student_takes_every_size_as_timm_does(kernels):
     shape = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}

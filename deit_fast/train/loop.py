@@ -458,6 +458,8 @@ class _Run:
 
     def _evaluate(self) -> None:
         state, epoch = self.state, self._epoch
+        if state.step == self.total:
+            self._say_last_size()
         evaluation = self._evaluate_model(state.model)
         if state.ema is not None:
             average = evaluated_average(state.ema.module, state.model)
@@ -473,6 +475,16 @@ class _Run:
             self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
+
+    def _say_last_size(self) -> None:
+        """Say where the run ended before the size that it is evaluated at."""
+        view = self.config.view
+        size = view.size_of(self.steps.locate(max(self.total - 1, 0))[0])
+        if size != view.image_size and self.group.is_first:
+            log.warning(
+                "the run ends at %d pixels, before the last size of view.size_schedule: it is "
+                "evaluated at view.image_size=%d", size, view.image_size,
+            )  # fmt: skip
 
     def _evaluate_model(self, model: torch.nn.Module) -> dict[str, Any]:
         """Evaluate on all held-out images, over all ranks.
