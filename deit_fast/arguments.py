@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import itertools
+import logging
 import os
 import re
 import sys
@@ -24,6 +25,9 @@ from deit_fast.recipes import find_recipe
 
 HELP = ("-h", "--help")
 _NONE = (["none"], ["None"])
+_OF_A_TEACHER = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
+
+log = logging.getLogger("deit_fast")
 
 
 def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any = None) -> Any:
@@ -233,8 +237,27 @@ def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arg
         base = find_recipe(name)()
     if path := _last_value(args, "--config"):
         base = load_config(path, base)
+    teacher = _last_value(args, "--teacher")
+    if base.teacher is not None and teacher is not None and [teacher] not in _NONE:
+        base = _with_teacher(base, teacher, args)
     arguments = parse(cls, verb, args, default=cls(**_fields(base)))
     return arguments, RunConfig(**_fields(arguments))
+
+
+def _with_teacher(base: RunConfig, teacher: str, args: list[str]) -> RunConfig:
+    """``base`` with the teacher of the command line; says which settings were another's."""
+    config = base.with_teacher(teacher)
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args}
+    dropped = [
+        name for name in _OF_A_TEACHER
+        if name not in given and getattr(config, name) != getattr(base, name)
+    ]  # fmt: skip
+    if dropped:
+        log.info(
+            "%s: not for teacher %s, but of %s: give their flags again if they hold for both",
+            ", ".join(dropped), teacher, base.teacher,
+        )  # fmt: skip
+    return config
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:

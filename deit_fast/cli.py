@@ -34,7 +34,7 @@ from deit_fast.arguments import (
     size_text,
     view_range,
 )
-from deit_fast.config import Count, CountOrZero, RunConfig, Seed, Workers
+from deit_fast.config import Count, CountOrZero, Deviation, RunConfig, Seed, Share, Workers
 from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
 from deit_fast.recipes import RECIPES, find_recipe
@@ -175,6 +175,8 @@ def analyze(
     *,
     teacher: str | None = None,
     teacher_classes: str | None = None,
+    teacher_mean: tuple[Share, Share, Share] | None = None,
+    teacher_std: tuple[Deviation, Deviation, Deviation] | None = None,
     data_root: str | None = None,
     ema: bool = False,
     model: str | None = None,
@@ -195,6 +197,8 @@ def analyze(
         teacher: The runs' teacher with its weights; none: the one that each run names, if it is of
             timm.
         teacher_classes: File with a line for each output of the teacher, as for `precompute`.
+        teacher_mean: Channel means that the teacher expects, as for `precompute`.
+        teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
         data_root: Image folder to measure on; none: the runs'.
         ema: Use the moving average of the weights.
         model: The runs' model, where it is `package.module:factory`: the file of a run does not
@@ -218,9 +222,9 @@ def analyze(
     from deit_fast.tools.run_folder import short_names
 
     results = measure(
-        list(runs), teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
-        ema=ema, max_images=max_images, sample=sample, maps=maps, device=device,
-        models=[model] if model else [],
+        list(runs), teacher=teacher, teacher_classes=teacher_classes, teacher_mean=teacher_mean,
+        teacher_std=teacher_std, data_root=data_root, ema=ema, max_images=max_images,
+        sample=sample, maps=maps, device=device, models=[model] if model else [],
         late_fusion=late_fusion,
     )  # fmt: skip
     if out is not None:

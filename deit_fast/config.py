@@ -627,6 +627,16 @@ class RunConfig:
         """Number of epochs, rounded up to a multiple of view.repeats."""
         return -(-self.epochs // self.view.repeats) * self.view.repeats
 
+    def with_teacher(self, spec: str) -> RunConfig:
+        """A copy with this teacher. Another one does not get the settings of the one before:
+        normalisation, classes and floor."""
+        if spec == self.teacher:
+            return self
+        return self.replace(
+            teacher=spec, teacher_mean=None, teacher_std=None, teacher_classes=None,
+            teacher_floor=None,
+        )  # fmt: skip
+
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with fields changed; a dict as the value of a group changes fields inside it."""
         nested = {

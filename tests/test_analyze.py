@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -499,6 +500,83 @@ def test_the_teacher_comes_from_the_run_or_from_its_cache_if_the_weights_match(
     gone = make_run(world, "gone", "soft", teacher=f"{factory}@{world}/gone.safetensors")
     (without,) = analyze([gone], maps=0)
     assert "gone.safetensors does not exist" in without["left_out"]["teacher"]
+
+
+def test_another_teacher_gets_nothing_of_the_runs_teacher(world: Path, tmp_path: Path) -> None:
+    """Neither its normalisation nor the names of its outputs; flags give a teacher its own."""
+    lines = tmp_path / "reversed.txt"
+    lines.write_text("\n".join(map(str, range(9, -1, -1))))
+    mine = f"test_analyze:fixed_teacher@{world}/fixed.safetensors"
+    other = f"{CONVNET}@{world}/teacher.safetensors"
+    mean, std = (0.4, 0.5, 0.6), (0.4, 0.5, 0.6)
+    run = make_run(
+        world, "of another", "soft", teacher=mine, teacher_mean=mean, teacher_std=std,
+        teacher_classes=str(lines),
+    )  # fmt: skip
+
+    def measured(spec: str, **flags: Any) -> list[float]:
+        """Accuracy and entropy, which tell orders of outputs and normalisations apart."""
+        (found,) = analyze([run], teacher=spec, maps=0, **flags)
+        return [found["teacher"]["top1"], found["teacher"]["temperatures"][0]["entropy"]]
+
+    def expected(spec: str, reverse: bool = False, **statistics: Any) -> Any:
+        half = {"input_mean": (0.5,) * 3, "input_std": (0.5,) * 3}
+        images, labels = held_out(world)
+        logits = load_teacher(spec, num_classes=10, **half, **statistics)(images)
+        logits = logits.flip(1) if reverse else logits
+        right = (logits.argmax(1) == labels).float().mean().item()
+        rows = logits.double().log_softmax(1)
+        return pytest.approx([right, -(rows.exp() * rows).sum(1).mean().item()], rel=1e-4)
+
+    views = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    given = {"mean": mean, "std": std}
+    values = [expected(other, **views), expected(other, **given), expected(other, True, **given)]
+    assert all(one.expected != two for one, two in itertools.permutations(values, 2))
+    assert measured(other) == values[0]
+    assert measured(other, teacher_mean=mean, teacher_std=std) == values[1]
+    flags = {"teacher_classes": str(lines), "teacher_mean": mean, "teacher_std": std}
+    assert measured(other, **flags) == values[2]
+    assert measured(mine) == expected(mine, True, **given), "the run's own keeps what it had"
+
+
+def test_the_runs_teacher_in_another_place_is_known_by_its_weights(world: Path, caplog) -> None:
+    factory, mean, std = "test_analyze:fixed_teacher", (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
+    spec, moved = f"{factory}@{world}/fixed.safetensors", world / "moved.safetensors"
+    moved.write_bytes((world / "fixed.safetensors").read_bytes())
+    known = load_teacher(spec, num_classes=10, mean=mean, std=std).fingerprint()
+    run = make_run(world, "moved", "soft", cache="gone")
+    (run / "result.json").write_text(json.dumps({"teacher": known}))
+    caplog.set_level(logging.WARNING, "deit_fast")
+    analyze([run], teacher=f"{factory}@{moved}", maps=0)
+    (said,) = [line for line in caplog.messages if "the run's teacher" in line]
+    assert said.endswith(
+        "has the weights of the run's teacher, but is used otherwise: give --teacher-mean and "
+        "--teacher-std as then"
+    )
+    caplog.clear()
+    analyze([run], teacher=f"{factory}@{moved}", teacher_mean=mean, teacher_std=std, maps=0)
+    assert "the run's teacher" not in caplog.text
+
+
+def test_a_teacher_that_the_cache_names_has_the_normalisation_that_it_records(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory, mean, std = "test_analyze:fixed_teacher", (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
+    monkeypatch.setattr("deit_fast.models.student._OWN_FACTORIES", (factory, CONVNET))
+    half = {"input_mean": (0.5,) * 3, "input_std": (0.5,) * 3}
+    teacher = load_teacher(factory, num_classes=10, mean=mean, std=std, **half)
+    run = make_run(world, "recorded", "soft")
+    known = teacher.fingerprint()
+    (run / "result.json").write_text(json.dumps({"teacher": known}))
+    (found,) = analyze([run], maps=0)
+    logits = teacher(held_out(world)[0]).double().softmax(1)
+    confidence = logits.gather(1, logits.argmax(1)[:, None]).mean().item()
+    bins = found["teacher"]["calibration"]["bins"]
+    mean_confidence = sum(b["count"] * (b["confidence"] or 0) for b in bins) / 60
+    assert mean_confidence == pytest.approx(confidence, rel=1e-4)
+    (run / "result.json").write_text(json.dumps({"teacher": known | {"teacher.columns": "0"}}))
+    (selected,) = analyze([run], maps=0)
+    assert "is used otherwise: give --teacher-classes as then" in selected["left_out"]["teacher"]
 
 
 def test_the_undistilled_run_has_the_same_model_and_seed_if_possible() -> None:

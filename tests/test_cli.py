@@ -139,6 +139,36 @@ def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_p
     assert config == recipe.replace(epochs=7, seed=9, optim={"clip_grad": 2.0})
 
 
+def test_another_teacher_does_not_get_the_settings_of_the_files(
+    capsys: pytest.CaptureFixture, tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "deit_fast")
+    own = {"teacher_mean": (0.1, 0.2, 0.3), "teacher_std": (0.4, 0.5, 0.6),
+           "teacher_classes": "lines.txt", "teacher_floor": 0.7}  # fmt: skip
+    file = tmp_path / "config.json"
+    run = RunConfig(teacher="timm:a", teacher_batch=9, **own)
+    file.write_text(json.dumps(to_dict(run)))
+    for verb in ("train", "precompute"):
+        caplog.clear()
+        config = resolved(capsys, verb, "--config", str(file), "--teacher=timm:b")
+        assert config == RunConfig(teacher="timm:b", teacher_batch=9)
+        assert caplog.messages == [
+            "teacher_mean, teacher_std, teacher_classes, teacher_floor: not for teacher timm:b, "
+            "but of timm:a: give their flags again if they hold for both"
+        ]
+    caplog.clear()
+    words = ("train", "--config", str(file))
+    config = resolved(capsys, *words, "--teacher", "timm:b", "--teacher-floor", "0.2")
+    assert config == RunConfig(teacher="timm:b", teacher_batch=9, teacher_floor=0.2)
+    assert caplog.messages[0].startswith("teacher_mean, teacher_std, teacher_classes: not for")
+    caplog.clear()
+    assert resolved(capsys, *words) == resolved(capsys, *words, "--teacher", "timm:a") == run
+    file.write_text(json.dumps(own))  # of a user, for the teacher on the command line
+    config = resolved(capsys, *words, "--teacher", "timm:b")
+    assert config == RunConfig(teacher="timm:b", **own)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_print_config_is_a_config_file(
     name: str, capsys: pytest.CaptureFixture, tmp_path: Path

@@ -95,6 +95,8 @@ def open_run(
     *,
     teacher: str | None,
     teacher_classes: str | None,
+    teacher_mean: tuple[float, float, float] | None,
+    teacher_std: tuple[float, float, float] | None,
     data_root: str | None,
     ema: bool,
     max_images: int | None,
@@ -114,9 +116,13 @@ def open_run(
         )
     file = path / "result.json"  # a run without it can be analysed: its weights are there
     result = read_object(file) if os.path.lexists(file) else {}
-    if teacher_classes is not None:
-        config = config.replace(teacher_classes=teacher_classes)
-    found, reason = find_teacher(path, config, result, teacher, source.classes)
+    if teacher is not None:
+        config = config.with_teacher(teacher)
+    flags = {
+        "teacher_classes": teacher_classes, "teacher_mean": teacher_mean, "teacher_std": teacher_std
+    }  # fmt: skip
+    config = config.replace(**{name: flag for name, flag in flags.items() if flag is not None})
+    found, reason = find_teacher(path, config, result, teacher is not None, source.classes)
     model.to(device).eval()
     reason_against, heads = None, {}
     if late_fusion is not None:
@@ -170,33 +176,41 @@ def find_teacher(
     run: Path,
     config: RunConfig,
     result: dict[str, Any],
-    spec: str | None,
+    is_given: bool,
     classes: Sequence[str],
 ) -> tuple[Teacher | None, str]:
     """The teacher of a run, or the reason why there is none.
 
-    It is named by ``spec``, or else by the run's configuration, or else by the run's cache; the
-    last two only if it is a timm model whose weights have the digest that the run recorded.
+    It is named by the configuration, or else by the run's cache, with the normalisation that the
+    cache records. One that the user did not give must be a timm model whose weights have the
+    digest that the run recorded.
 
     Args:
+        config: of the run, with what the user gives in place of the run's teacher.
         result: content of the run's result.json, or empty.
+        is_given: whether the user names the teacher.
         classes: of the data.
 
     Raises:
-        InputError: ``spec`` cannot be loaded, or its classes do not fit.
+        InputError: a given teacher cannot be loaded, or its classes do not fit.
     """
     recorded = _recorded_by_cache(config, result)
     digest = recorded.get("teacher.weights_sha256")
-    if spec is not None:
-        teacher = load_class_matched_teacher(config.replace(teacher=spec), classes)
+    if is_given:
+        teacher = load_class_matched_teacher(config, classes)
         if digest is not None and digest != digest_weights(teacher.model):
-            log.warning("%s is not the teacher that the run was trained with", spec)
+            log.warning("%s is not the teacher that the run was trained with", config.teacher)
+        elif flags := _differing_flags(teacher, recorded):
+            log.warning("%s has the weights of the run's teacher, but %s", config.teacher, flags)
         return teacher, ""
     if config.loss.kind == "none":
         return None, "the run was trained without a teacher; --teacher SPEC adds one"
     spec = config.teacher or recorded.get("teacher.spec")
     if not isinstance(spec, str):
         return None, "neither the run nor its cache names a teacher; name it by --teacher SPEC"
+    if config.teacher is None and "teacher.mean" in recorded:
+        mean, std = recorded["teacher.mean"], recorded["teacher.std"]
+        config = config.replace(teacher_mean=mean, teacher_std=std)
     try:
         if not spec.startswith("timm:"):
             require_no_code(spec.partition("@")[0], (), str(run), "--teacher")
@@ -204,7 +218,8 @@ def find_teacher(
     except InputError as error:
         return None, f"{error}; name it by --teacher SPEC"
     if digest == digest_weights(teacher.model) or (digest is None and config.teacher is not None):
-        return teacher, ""
+        flags = _differing_flags(teacher, recorded)
+        return (None, f"{spec}: {flags}") if flags else (teacher, "")
     if config.teacher is None:
         return None, (
             f"the cache names {spec} but not the file of its weights; name it by "
@@ -214,6 +229,19 @@ def find_teacher(
         f"the weights of {spec} have changed since the training; name the run's teacher by "
         f"--teacher SPEC"
     )
+
+
+def _differing_flags(teacher: Teacher, recorded: dict[str, Any]) -> str:
+    """What to do where the run's teacher had another normalisation or other classes; or empty."""
+    flags = {"mean": "--teacher-mean", "std": "--teacher-std", "columns": "--teacher-classes"}
+    if "teacher.mean" not in recorded:
+        return ""
+    own = teacher.expected_fields(recorded)
+    differing = [
+        flag for name, flag in flags.items()
+        if own.get(f"teacher.{name}") != recorded.get(f"teacher.{name}")
+    ]  # fmt: skip
+    return f"is used otherwise: give {' and '.join(differing)} as then" if differing else ""
 
 
 def _recorded_by_cache(config: RunConfig, result: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def analyze(
     *,
     teacher: str | None = None,
     teacher_classes: str | None = None,
+    teacher_mean: tuple[float, float, float] | None = None,
+    teacher_std: tuple[float, float, float] | None = None,
     data_root: str | None = None,
     ema: bool = False,
     max_images: int | None = None,
@@ -45,7 +47,8 @@ def analyze(
     Args:
         paths: run folders with config.json and model.safetensors (ema.safetensors with ``ema``).
         teacher: spec of the teacher of all runs; none: each run's own, see ``find_teacher``.
-        teacher_classes: file of its classes, as the setting; none: each run's own.
+        teacher_classes, teacher_mean, teacher_std: as the settings; none: without ``teacher`` each
+            run's own, with it what the teacher's weights or timm say.
         data_root: another image folder than that of the runs.
         max_images: use at most this many images, evenly spaced; none: all.
         sample: id of the held-out image that is shown at all temperatures and whose attention map
@@ -72,8 +75,9 @@ def analyze(
     where = choose_device(device)
     runs = [
         open_run(
-            path, where, teacher=teacher, teacher_classes=teacher_classes, data_root=data_root,
-            ema=ema, max_images=max_images, sample=sample, models=models, late_fusion=late_fusion,
+            path, where, teacher=teacher, teacher_classes=teacher_classes,
+            teacher_mean=teacher_mean, teacher_std=teacher_std, data_root=data_root, ema=ema,
+            max_images=max_images, sample=sample, models=models, late_fusion=late_fusion,
         )
         for path in paths
     ]  # fmt: skip
