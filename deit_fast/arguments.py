@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from deit_fast.config import RunConfig, check
-from deit_fast.config_file import RETIRED, dotted_keys, explain_retired, load_config
+from deit_fast.config_file import (
+    RETIRED,
+    describe_setting,
+    dotted_keys,
+    explain_retired,
+    load_config,
+)
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.recipes import find_recipe
 
@@ -68,6 +74,9 @@ def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any =
                 flags = [*inspect.signature(target).parameters]
                 flags += dotted_keys() if isinstance(default, RunConfig) else []
                 message = _explain(box.getvalue(), args, flags)
+                if unread := re.match(r"--(\S+) cannot be read from", message):
+                    kind = describe_setting(unread[1].replace("-", "_")) if not function else ""
+                    message += f": it takes {kind}" if kind else ""
                 message += f"; see `deit-fast {verb} --help`"
                 raise _input_error(stop) or InputError(message) from None
             sys.stdout.flush()

@@ -72,7 +72,7 @@ def check(name: str, hint: Any, value: Any) -> Any:
     try:
         return _fit(hint, value)
     except (TypeError, OverflowError):
-        what = f"{name} must be {_describe(hint)}, not {shown(value)}"
+        what = f"{name} must be {describe(hint)}, not {shown(value)}"
         raise InputError(what) from None
 
 
@@ -101,17 +101,20 @@ def _fit(hint: Any, value: Any) -> Any:
     raise TypeError
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """What a value of a type is, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return f"{_describe(arguments[0])} in {arguments[1]}"
+        return f"{describe(arguments[0])} in {arguments[1]}"
     if origin in (typing.Union, types.UnionType):
-        return f"{_describe(arguments[0])}, or none"
+        return f"{describe(arguments[0])}, or none"
     if origin is Literal:
         return "one of " + ", ".join(arguments)
+    if origin is tuple and typing.get_origin(arguments[0]) is tuple:  # any number of pairs
+        return "pairs of " + " and ".join(map(describe, typing.get_args(arguments[0])))
     if origin is tuple:
         count = "any number of" if arguments[-1] is Ellipsis else len(arguments)
-        kinds = dict.fromkeys(_describe(kind) for kind in arguments if kind is not Ellipsis)
+        kinds = dict.fromkeys(describe(kind) for kind in arguments if kind is not Ellipsis)
         return f"{count} values, each {' or '.join(kinds)}"
     names = {int: "a whole number", float: "a number", bool: "true or false"}
     if hint in (str, Path):

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from deit_fast.config import OptimConfig, RunConfig, constants, shown
+from deit_fast.config import OptimConfig, RunConfig, constants, describe, shown
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.runtime.files import read_json
 
@@ -124,6 +124,14 @@ def by_dotted_key(values: dict[str, Any]) -> dict[str, Any]:
 def dotted_keys() -> list[str]:
     """The dotted keys of all settings."""
     return list(by_dotted_key(to_dict(RunConfig())))
+
+
+def describe_setting(key: str) -> str:
+    """What a value of a setting is, by its dotted key; empty where there is no such setting."""
+    group, dot, name = key.rpartition(".")
+    cls = _GROUPS.get(group + dot)
+    hint = typing.get_type_hints(cls, include_extras=True).get(name) if cls else None
+    return describe(hint) if hint is not None else ""
 
 
 def load_config(path: str, base: RunConfig) -> RunConfig:

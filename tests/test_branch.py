@@ -201,12 +201,13 @@ def test_two_processes_branch_as_one(world: Path, trunk: Path, tmp_path: Path) -
     [
         ({"seed": 1}, r"is of another configuration \(seed 0 there, 1 here\): a branch keeps all"),
         ({"optim": {"lr": 1.0}}, r"optim\.lr 0\.008 there, 1\.0 here"),
-        ({"resume_from": "absent.pt"}, r"checkpoint absent\.pt cannot be read"),
+        ({"resume_from": "absent.pt"}, r"checkpoint absent\.pt cannot be read \(No such file or d"),
+        ({"resume_from": "."}, r"checkpoint \. is a folder: choose one of its files step-N\.pt"),
         ({"optim": {"decay_epochs": None}}, r"optim\.schedule=wsd needs optim\.decay_epochs"),
         ({"optim": {"schedule": "cosine"}}, r"needs optim\.schedule=wsd, not cosine"),
         ({"data": {"root": "more"}}, r"is of a run that was made of something else"),
     ],
-    ids=["seed", "rate", "absent", "length", "cosine", "data"],
+    ids=["seed", "rate", "absent", "folder", "length", "cosine", "data"],
 )
 def test_a_branch_of_something_else_is_refused(
     world: Path, trunk: Path, tmp_path: Path, changes, message: str

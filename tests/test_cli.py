@@ -235,7 +235,21 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("train --device gpu", "--device needs one of 'auto', 'cpu', 'cuda', not 'gpu'"),
         ("train --codec.k some", "--codec.k needs a whole number, not 'some'; see `deit-fast"),
         ("train --view.crop_scale 0.1", "--view.crop-scale needs 2 value(s)"),
-        ("train --codec.temperatures 1 x", "--codec.temperatures cannot be read from '1', 'x'"),
+        (
+            "train --codec.temperatures 1 x",
+            "--codec.temperatures cannot be read from '1', 'x': it takes any number of values, "
+            "each a number in [0.01, 1000], or none; see `deit-fast",
+        ),
+        (
+            "train --batch-schedule 2 64 3",
+            "--batch-schedule cannot be read from '2', '64', '3': it takes pairs of a whole number "
+            "in [1, 1000000] and a whole number in [1, 2147483647]; see",
+        ),
+        (
+            "train --view.size-schedule 0 -8 2 16",
+            "view.size_schedule must be pairs of a whole number in [0, 1000000] and a whole number "
+            "in [1, 8192], not 0 -8 2 16",
+        ),
         (
             "train --track foo",
             "--track needs one of 'tensorboard', 'wandb', 'mlflow', 'trackio', not",

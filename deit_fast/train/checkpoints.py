@@ -160,12 +160,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InputError: it is missing, broken or of another version.
         MemoryError, RuntimeError: the memory ran out.
     """
+    if path.is_dir():
+        raise InputError(f"checkpoint {path} is a folder: choose one of its files step-N.pt")
     try:
         state = _read(path)
     except Exception as error:  # torch raises half a dozen types for a broken file
         if is_out_of_memory(error):
             raise
-        reason = printable(first_line(error, 80))
+        reason = printable(getattr(error, "strerror", None) or first_line(error, 80))
         raise InputError(f"checkpoint {path} cannot be read ({reason}): choose another") from None
     _require_format(path, state)
     return state
