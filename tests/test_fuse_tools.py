@@ -198,6 +198,7 @@ def test_a_part_is_scripted_and_traced_by_fx(kernels: tuple[str, ...], part: str
     torch.testing.assert_close(torch.jit.script(module)(x), expected, rtol=0, atol=0)
     traced = torch.fx.symbolic_trace(module)
     torch.testing.assert_close(traced(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.jit.script(traced)(x), expected, rtol=0, atol=0)
 
 
 @FUSED
@@ -206,7 +207,9 @@ def test_fx_sees_timms_own_graph(kernels: tuple[str, ...], kind: str) -> None:
     plain, model = build(kind).eval(), fuse(build(kind).eval(), kernels=kernels)
     theirs, mine = torch.fx.symbolic_trace(plain), torch.fx.symbolic_trace(model)
     assert [str(node) for node in mine.graph.nodes] == [str(node) for node in theirs.graph.nodes]
-    torch.testing.assert_close(mine(FEW_IMAGES), plain(FEW_IMAGES), rtol=0, atol=0)
+    scripted = torch.jit.script(mine)
+    for graph in (mine, scripted):
+        torch.testing.assert_close(graph(FEW_IMAGES), plain(FEW_IMAGES), rtol=0, atol=0)
     if kind == "average":  # timm's resampling of positions is no part of the graph
         plain, model = (
             f(build(kind, dynamic_img_size=True).eval()) for f in (nn.Module.eval, fuse)

@@ -46,7 +46,7 @@ from deit_fast.models.stream import (
     drops_patches,
     layer_scale,
 )  # fmt: skip
-from deit_fast.models.swapped import Swapped, SwappedModel, is_traced, traced
+from deit_fast.models.swapped import Swapped, SwappedModel, annotated_as, is_traced, traced
 
 log = logging.getLogger("deit_fast")
 
@@ -78,6 +78,7 @@ class FusedAttention(_Shadowed, Attention):
     swapped_from = Attention
     shadowed_layers = ("qkv", "proj")
 
+    @annotated_as(Attention.forward)
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -136,6 +137,7 @@ class FusedMlp(_Shadowed, Mlp):
     fc2: nn.Linear
     joins_backward: bool = False
 
+    @annotated_as(Mlp.forward)
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or why_not_mlp(self) is not None:
             return super().forward(x)
@@ -213,6 +215,7 @@ class FusedBlock(Swapped, Block):
     kernels: frozenset[str]
     subset: bool
 
+    @annotated_as(Block.forward)
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -293,6 +296,7 @@ class FusedPatchEmbed(Swapped, PatchEmbed):
 
     swapped_from = PatchEmbed
 
+    @annotated_as(PatchEmbed.forward)
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) or x.dim() != 3:
             return super().forward(x)
@@ -335,6 +339,7 @@ class FusedForward(SwappedModel, VisionTransformer):
     residual_dtype: torch.dtype | None = None
     reads_shadows: bool = False
 
+    @annotated_as(VisionTransformer.forward)
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         if isinstance(x, torch.fx.Proxy):
             with traced(x, VisionTransformer.forward):

@@ -152,6 +152,20 @@ def is_traced(x: Any) -> bool:
     )
 
 
+def annotated_as(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that gives a forward the annotations of timm's.
+
+    torch.fx writes those of the traced forward into its code, which torch.jit.script may compile:
+    they must be types. Those of this package are strings.
+    """
+
+    def annotate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        forward.__annotations__ = dict(original.__annotations__)
+        return forward
+
+    return annotate
+
+
 @contextlib.contextmanager
 def traced(x: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Let torch.fx leave out what it leaves out while it traces timm's ``forward``.
