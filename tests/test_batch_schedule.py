@@ -203,6 +203,15 @@ def test_rows_evaluations_and_speed_follow_the_epochs(world, online, tmp_path) -
     assert [int(path.stem.removeprefix("step-")) for path in kept] == [6, 9, 12, 15]
 
 
+def test_a_batch_size_after_the_last_epoch_is_named(world, tmp_path, caplog) -> None:
+    said = "batch_schedule: the batch size %d from epoch %d on is not used, the run has 2 epochs"
+    for schedule, unused in ((SCHEDULE, []), ((*SCHEDULE, (2, 16), (5, 8)), [(16, 2), (8, 5)])):
+        caplog.clear()
+        train(scheduled(world, tmp_path / str(len(unused)), batch_schedule=schedule, max_steps=1))
+        found = [text for text in caplog.messages if text.startswith("batch_schedule")]
+        assert found == [said % values for values in unused]
+
+
 def test_a_run_stopped_inside_a_phase_and_at_its_border_is_bit_equal(world, online, tmp_path):
     config = scheduled(world, tmp_path / "parts")
     assert_stops_change_nothing(config, (3, BORDER, BORDER + 2), online)

@@ -171,6 +171,7 @@ class _Run:
             ", then ".join(str(phase.per_epoch) for phase, _ in self.steps.reached()),
             config.loss.kind,
         )  # fmt: skip
+        self._say_unused_batches()
         log_compile(config, device, state.model)
 
     def _own_folder(self, resources: ExitStack) -> Lock | None:
@@ -475,6 +476,15 @@ class _Run:
             self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
+
+    def _say_unused_batches(self) -> None:
+        """Say which batch sizes begin after the last epoch."""
+        unused = self.steps.phases[len(self.steps.reached()) :] if self.group.is_first else ()
+        for phase in unused:
+            log.warning(
+                "batch_schedule: the batch size %d from epoch %d on is not used, the run has %d "
+                "epochs", phase.batch_size, phase.epoch, self.config.epochs,
+            )  # fmt: skip
 
     def _say_last_size(self) -> None:
         """Say where the run ended before the size that it is evaluated at."""
