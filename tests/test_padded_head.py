@@ -76,6 +76,22 @@ def test_tools_see_plain_linear_layers(head: str, fused: bool) -> None:
     assert type(padded.head) is PaddedLinear
 
 
+def test_logits_change_in_place_and_other_dtypes_raise_as_those_of_a_linear_layer() -> None:
+    plain, padded = linears(torch.float32)
+    rows, weights = torch.randn(6, 24), torch.randn(6, 1001)
+    results = []
+    for layer in (plain, padded):
+        out = layer(rows)
+        out.mul_(2).add_(1)[1:3].zero_()
+        (out * weights).sum().backward()
+        results.append([out.detach(), *(p.grad for p in layer.parameters())])
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            layer(rows.double())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    logits = padded(rows).detach()
+    assert logits.untyped_storage().nbytes() == 6 * logits.stride(0) * 4, "the last row is padded"
+
+
 def test_the_operator_passes_opcheck() -> None:
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.deit_fast.padded_linear.default, (x, weight, None))

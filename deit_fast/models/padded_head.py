@@ -19,10 +19,24 @@ from deit_fast.models.swapped import is_traced
 ALIGNMENT = 16  # bytes
 
 
+def _row_length(weight: Tensor, dtype: torch.dtype) -> int:
+    vector = ALIGNMENT // dtype.itemsize
+    return -(-weight.shape[0] // vector) * vector
+
+
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Memory for [B, C] whose rows, the last included, are padded to a multiple of 16 bytes."""
-    classes, vector = weight.shape[0], ALIGNMENT // x.dtype.itemsize
-    return x.new_empty((x.shape[0], -(-classes // vector) * vector))[:, :classes]
+    """Memory for [B, C] whose rows, the last included, are padded to a multiple of 16 bytes.
+
+    It is no view of the whole rows: autograd refuses to change the view of an operator in place.
+    """
+    length = _row_length(weight, x.dtype)
+    storage = x.new_empty((x.shape[0], length)).untyped_storage()
+    return x.new_empty(0).set_(storage, 0, (x.shape[0], weight.shape[0]), (length, 1))
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    strides = _row_length(weight, x.dtype), 1
+    return x.new_empty_strided((x.shape[0], weight.shape[0]), strides)
 
 
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,7 +64,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 padded_linear = operator(
     "padded_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _padded_linear, lambda x, weight, bias: _rows(x, weight),
+    _padded_linear, _fake,
 )  # fmt: skip
 torch.library.register_autograd("deit_fast::padded_linear", _backward, setup_context=_save)
 
@@ -61,7 +75,8 @@ def _padded(layer: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     autocasts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocasts else weight.dtype
-    if layer.out_features * dtype.itemsize % ALIGNMENT == 0:
+    is_aligned = layer.out_features * dtype.itemsize % ALIGNMENT == 0
+    if is_aligned or not (autocasts or x.dtype == dtype):
         return F.linear(x, weight, bias)
     cast = None if bias is None else bias.to(dtype)
     return padded_linear(x.to(dtype), weight.to(dtype), cast)  # type: ignore[no-any-return]
