@@ -65,6 +65,14 @@ def test_the_classifier_is_scikit_learns_logistic_regression() -> None:
     assert torch.equal(again.weight, ours.weight) and not again.weight.requires_grad
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_embeddings_that_are_not_finite_are_one_line(value: float) -> None:
+    features = torch.zeros(20, 8)
+    features[3:5, 1] = value
+    with pytest.raises(InputError, match="the embeddings of 2 of 20 images are not finite"):
+        fit_classifier(features, torch.arange(20) % 5, 5)
+
+
 def test_a_classifier_without_convergence_is_named(monkeypatch, caplog) -> None:
     features, labels = torch.randn(90, 6), torch.arange(90) % 4
     fit_classifier(features, labels, 4)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from deit_fast.errors import InputError
+
 log = logging.getLogger("deit_fast")
 
 FUSIONS = ("sum", "concatenation")
@@ -29,7 +31,15 @@ def fit_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     Args:
         features: float32 [N, D].
         labels: int64 [N].
+
+    Raises:
+        InputError: features that are not finite.
     """
+    if bad := int((~features.isfinite()).any(1).sum()):
+        raise InputError(
+            f"late fusion: the embeddings of {bad} of {len(features)} images are not finite: "
+            f"the student has diverged, or its weights file is damaged"
+        )
     head = nn.Linear(features.shape[1], classes, device=features.device)
     with torch.no_grad():
         head.weight.zero_(), head.bias.zero_()
