@@ -228,9 +228,6 @@ def seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """The command line and long sweeps set the level of the package's logger."""
-    log = logging.getLogger("deit_fast")
-    level = log.level
-    yield
-    log.setLevel(level)
+def log_level() -> None:
+    """The command line sets the level of the package's logger, also in fixtures of a module."""
+    logging.getLogger("deit_fast").setLevel(logging.NOTSET)
