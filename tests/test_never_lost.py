@@ -351,7 +351,9 @@ def test_file_size_limit_during_a_run(world, whole, tmp_path, capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2 and "File too large" in line and ".pt" in line
-    assert_goes_on(config, whole, step=4)
+    step = last_state(tmp_path / "run")["step"]
+    assert step in (3, 4), "that of step 4 may still be on its thread"
+    assert_goes_on(config, whole, step)
 
 
 def test_newest_checkpoint_truncated(world, whole, tmp_path, caplog):
