@@ -159,6 +159,16 @@ def test_a_teacher_below_the_floor_is_refused_before_anything_is_written(random,
     assert not list(Path(config.output).glob("checkpoints/*"))
 
 
+def test_a_floor_for_a_cache_is_named_as_not_checked(good, said, tried):
+    precompute(good)
+    tried.clear()
+    for floor, count in ((0.99, 1), (0.0, 0), (None, 0)):
+        said.clear()
+        train(good.replace(teacher_floor=floor, max_steps=1, output=f"{good.output}-{floor}"))
+        assert len(lines(said, "teacher_floor=.* is not checked by this run")) == count
+    assert tried == []
+
+
 def test_a_teacher_above_the_floor_goes_on(good, tried):
     assert precompute(good.replace(teacher_floor=0.3))["blocks"] > 0
     assert tried == [100]

@@ -241,6 +241,12 @@ class _Run:
 
     def _check_teacher(self) -> None:
         """Try a teacher that is run online, in the first rank alone."""
+        floor, cache = self.config.teacher_floor, self.config.cache
+        if floor and cache is not None and self.group.is_first:
+            log.warning(
+                "teacher_floor=%g is not checked by this run, whose logits are those of cache %s: "
+                "give it to precompute", floor, cache,
+            )  # fmt: skip
         network = self.teacher.network if self.teacher.is_online else None
         if network is not None and self.group.is_first:
             check_accuracy(network, self.config, self.device, self.source, self.held_out)
