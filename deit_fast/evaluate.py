@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -329,7 +330,8 @@ def evaluate(
             ``evaluate_late_fusion``.
 
     Raises:
-        InputError: as ``load_run``, or the run's student has no late fusion.
+        InputError: as ``load_run``, the run's student has no late fusion, or its logits are not
+            finite.
         MemoryError, ChildProcessError: as ``translate_errors``.
     """
     chosen = choose_device(device)
@@ -344,5 +346,10 @@ def evaluate(
         if late_fusion is not None:
             heads = train_late_fusion(config, source.classes, model.eval(), chosen, late_fusion)
             result["late_fusion"] = evaluate_late_fusion(model, heads, loader, chosen)
+    if not math.isfinite(result["loss"]):
+        raise InputError(
+            f"{run}: the student's logits are not finite: it has diverged, or its weights file is "
+            f"damaged"
+        )
     warn_of_substitutes(loader.substituted)
     return result

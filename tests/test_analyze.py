@@ -728,8 +728,9 @@ def test_damaged_files_and_logits_that_are_not_finite_are_errors(
     state = load_file(run / "model.safetensors")
     state["head.bias"][3] = math.nan
     save_file(state, run / "model.safetensors")
-    assert main(["analyze", str(run)]) == 2
-    assert "the student's logits are not finite" in capsys.readouterr().err
+    for verb in ("evaluate", "analyze"):
+        assert main([verb, str(run)]) == 2
+        assert "the student's logits are not finite" in capsys.readouterr().err
     assert not (run / "analysis").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
