@@ -3,7 +3,7 @@
     python -m bench.checks --out FILE [--pairs 300]
 
 A fused model asks at each forward which of its modules are plain (deit_fast/models/plain.py). In
-half of the steps these functions look up the answer that they gave before. Both halves belong to
+half of the steps these functions look up their earlier results. Both halves belong to
 one model in one process: two processes of the same code differ by up to 3 % here. Each pair runs in
 random order, and the clock is the CPU time of the thread.
 """
@@ -46,13 +46,13 @@ def checks() -> Functions:
 
 
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    answers: dict[tuple[int, ...], Any] = {}
+    results: dict[tuple[int, ...], Any] = {}
 
     def look_up(*arguments: Any) -> Any:
         key = tuple(map(id, arguments))
-        if key not in answers:
-            answers[key] = function(*arguments)
-        return answers[key]
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
 
     return look_up
 
@@ -98,10 +98,7 @@ def compare(step: Callable[[], float], pairs: int) -> dict[str, Any]:
         use(checked)
     ratios = sorted(a / b for a, b in zip(times[True], times[False], strict=True))
     reach = 0.98 * pairs**0.5
-    low, high = (
-        ratios[max(0, int(pairs / 2 - reach))],
-        ratios[min(pairs - 1, int(pairs / 2 + reach))],
-    )
+    low, high = (ratios[min(max(int(pairs / 2 + x), 0), pairs - 1)] for x in (-reach, reach))
     return {
         "ms": round(1e3 * statistics.median(times[True]), 2),
         "ratio": round(statistics.median(ratios), 4),

@@ -86,7 +86,7 @@ class PaddedLinear(nn.Linear):
     """``nn.Linear`` whose output rows are aligned to 16 bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D] to [B, C], a view of [B, C rounded up to 16 bytes]. Other shapes stay unpadded."""
+        """[B, D] to [B, C] in rows of a multiple of 16 bytes. Other shapes stay unpadded."""
         if torch.jit.is_scripting():
             y = F.linear(x, self.weight, self.bias)
         else:  # torch.jit.script does not read this branch
