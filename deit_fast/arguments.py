@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from deit_fast.config import RunConfig, check
+from deit_fast.config import TEACHER_SETTINGS, RunConfig, check
 from deit_fast.config_file import (
     RETIRED,
     describe_setting,
@@ -31,7 +31,6 @@ from deit_fast.recipes import find_recipe
 
 HELP = ("-h", "--help")
 _NONE = (["none"], ["None"])
-_OF_A_TEACHER = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
 
 log = logging.getLogger("deit_fast")
 
@@ -258,7 +257,7 @@ def _with_teacher(base: RunConfig, teacher: str, args: list[str]) -> RunConfig:
     config = base.with_teacher(teacher)
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args}
     dropped = [
-        name for name in _OF_A_TEACHER
+        name for name in TEACHER_SETTINGS
         if name not in given and getattr(config, name) != getattr(base, name)
     ]  # fmt: skip
     if dropped:

@@ -59,6 +59,8 @@ ShareBelowOne = Annotated[float, Within(0, 1, below=True)]
 Rate = Annotated[float, Within(0, 100)]
 Deviation = Annotated[float, Within(0.001, 10)]
 Temperature = Annotated[float, Within(0.01, 1000)]
+TEACHER_SETTINGS = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
+"""Settings of RunConfig that hold for one teacher."""
 MOST_INITIAL_SHARE = 0.1  # of a moving average in its initial weights; above it the log says so
 LONGEST_TEXT = 4096  # characters; the longest path that Linux takes
 
@@ -631,14 +633,11 @@ class RunConfig:
         return -(-self.epochs // self.view.repeats) * self.view.repeats
 
     def with_teacher(self, spec: str) -> RunConfig:
-        """A copy with this teacher. Another one does not get the settings of the one before:
-        normalisation, classes and floor."""
+        """A copy with this teacher. Another one does not get ``TEACHER_SETTINGS`` of the one
+        before."""
         if spec == self.teacher:
             return self
-        return self.replace(
-            teacher=spec, teacher_mean=None, teacher_std=None, teacher_classes=None,
-            teacher_floor=None,
-        )  # fmt: skip
+        return self.replace(teacher=spec, **dict.fromkeys(TEACHER_SETTINGS))
 
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with fields changed; a dict as the value of a group changes fields inside it."""

@@ -159,13 +159,21 @@ def test_a_teacher_below_the_floor_is_refused_before_anything_is_written(random,
     assert not list(Path(config.output).glob("checkpoints/*"))
 
 
-def test_a_floor_for_a_cache_is_named_as_not_checked(good, said, tried):
+def test_settings_of_a_teacher_that_a_cache_replaces_are_named(good, said, tried):
     precompute(good)
     tried.clear()
-    for floor, count in ((0.99, 1), (0.0, 0), (None, 0)):
+    alone = good.replace(teacher=None, teacher_classes="absent.txt", teacher_floor=0.99)
+    cases = (
+        (good.replace(teacher_floor=0.99), "teacher_floor"),
+        (alone, "teacher_classes, teacher_floor"),
+        (good.replace(teacher_floor=0.0), ""),
+        (good, ""),
+    )
+    for number, (config, named) in enumerate(cases):
         said.clear()
-        train(good.replace(teacher_floor=floor, max_steps=1, output=f"{good.output}-{floor}"))
-        assert len(lines(said, "teacher_floor=.* is not checked by this run")) == count
+        train(config.replace(max_steps=1, output=f"{good.output}-{number}"))
+        found = [record.getMessage() for record in lines(said, "not read by this run")]
+        assert [text.partition(":")[0] for text in found] == ([named] if named else [])
     assert tried == []
 
 

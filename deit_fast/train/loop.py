@@ -37,7 +37,13 @@ from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.train.checkpoints import CheckpointWriter
 from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
 from deit_fast.train.identity import in_short
-from deit_fast.train.optim import evaluated_average, learning_rate, warn_of_initial_share
+from deit_fast.train.optim import evaluated_average, learning_rate
+from deit_fast.train.remarks import (
+    say_initial_share,
+    say_last_size,
+    say_unread_teacher_settings,
+    say_unused_batches,
+)
 from deit_fast.train.state import create_state, find_checkpoint, resume, roll_back, settle
 from deit_fast.train.step import TrainStep
 from deit_fast.train.teacher import open_teacher
@@ -171,7 +177,9 @@ class _Run:
             ", then ".join(str(phase.per_epoch) for phase, _ in self.steps.reached()),
             config.loss.kind,
         )  # fmt: skip
-        self._say_unused_batches()
+        if group.is_first:
+            say_unread_teacher_settings(config)
+            say_unused_batches(config, self.steps)
         log_compile(config, device, state.model)
 
     def _own_folder(self, resources: ExitStack) -> Lock | None:
@@ -241,12 +249,6 @@ class _Run:
 
     def _check_teacher(self) -> None:
         """Try a teacher that is run online, in the first rank alone."""
-        floor, cache = self.config.teacher_floor, self.config.cache
-        if floor and cache is not None and self.group.is_first:
-            log.warning(
-                "teacher_floor=%g is not checked by this run, whose logits are those of cache %s: "
-                "give it to precompute", floor, cache,
-            )  # fmt: skip
         network = self.teacher.network if self.teacher.is_online else None
         if network is not None and self.group.is_first:
             check_accuracy(network, self.config, self.device, self.source, self.held_out)
@@ -465,8 +467,8 @@ class _Run:
 
     def _evaluate(self) -> None:
         state, epoch = self.state, self._epoch
-        if state.step == self.total:
-            self._say_last_size()
+        if state.step == self.total and self.group.is_first:
+            say_last_size(self.config, self.steps, self.total)
         evaluation = self._evaluate_model(state.model)
         if state.ema is not None:
             average = evaluated_average(state.ema.module, state.model)
@@ -482,25 +484,6 @@ class _Run:
             self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
-
-    def _say_unused_batches(self) -> None:
-        """Say which batch sizes begin after the last epoch."""
-        unused = self.steps.phases[len(self.steps.reached()) :] if self.group.is_first else ()
-        for phase in unused:
-            log.warning(
-                "batch_schedule: the batch size %d from epoch %d on is not used, the run has %d "
-                "epochs", phase.batch_size, phase.epoch, self.config.epochs,
-            )  # fmt: skip
-
-    def _say_last_size(self) -> None:
-        """Say where the run ended before the size that it is evaluated at."""
-        view = self.config.view
-        size = view.size_of(self.steps.locate(max(self.total - 1, 0))[0])
-        if size != view.image_size and self.group.is_first:
-            log.warning(
-                "the run ends at %d pixels, before the last size of view.size_schedule: it is "
-                "evaluated at view.image_size=%d", size, view.image_size,
-            )  # fmt: skip
 
     def _evaluate_model(self, model: torch.nn.Module) -> dict[str, Any]:
         """Evaluate on all held-out images, over all ranks.
@@ -567,7 +550,7 @@ class _Run:
             result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
             if state.ema is not None:
                 result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
-                warn_of_initial_share(config.optim, state.step)
+                say_initial_share(config.optim, state.step)
             write_json(self.output / "result.json", result)
         warn_of_substitutes(sorted(substituted))
         self.finished = True

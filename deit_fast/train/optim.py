@@ -24,10 +24,9 @@ from timm.optim import Lamb, Muon, param_groups_layer_decay, param_groups_weight
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from deit_fast.config import MOST_INITIAL_SHARE, OptimConfig, RunConfig
+from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime.environment import find_apex
-from deit_fast.runtime.weights_header import MODEL_FILE
 from deit_fast.views.steps import RunSteps
 
 log = logging.getLogger("deit_fast")
@@ -176,17 +175,6 @@ def evaluated_average(average: nn.Module, model: nn.Module) -> nn.Module:
     for tensor, (_, its) in zip(own, pairs, strict=True):
         tensor.data = tensor.data.to(its.dtype)
     return rounded
-
-
-def warn_of_initial_share(config: OptimConfig, steps: int) -> None:
-    """Say where a run was too short for its moving average."""
-    share = config.initial_share(steps)
-    if share > MOST_INITIAL_SHARE:
-        log.warning(
-            "the moving average is %.1f %% the initial weights after %d steps: use %s, or train "
-            "with a smaller optim.ema_decay or with optim.ema_warmup",
-            100 * share, steps, MODEL_FILE,
-        )  # fmt: skip
 
 
 class Average:

@@ -1,0 +1,54 @@
+"""What a run says of settings that have no effect in it, or another one than it seems."""
+
+from __future__ import annotations
+
+import logging
+
+from deit_fast.config import MOST_INITIAL_SHARE, TEACHER_SETTINGS, OptimConfig, RunConfig
+from deit_fast.runtime.weights_header import MODEL_FILE
+from deit_fast.views.steps import RunSteps
+
+log = logging.getLogger("deit_fast")
+
+
+def say_unread_teacher_settings(config: RunConfig) -> None:
+    """Name the settings of a teacher that a run from a cache does not read."""
+    if config.cache is None:
+        return
+    # a teacher beside the cache is compared with it, but not measured
+    names = TEACHER_SETTINGS if config.teacher is None else ("teacher_floor",)
+    if unread := [name for name in names if getattr(config, name)]:
+        log.warning(
+            "%s: not read by this run, whose logits are those of cache %s: give it to precompute",
+            ", ".join(unread), config.cache,
+        )  # fmt: skip
+
+
+def say_unused_batches(config: RunConfig, steps: RunSteps) -> None:
+    """Name the batch sizes that begin after the last epoch."""
+    for phase in steps.phases[len(steps.reached()) :]:
+        log.warning(
+            "batch_schedule: the batch size %d from epoch %d on is not used, the run has %d epochs",
+            phase.batch_size, phase.epoch, config.epochs,
+        )  # fmt: skip
+
+
+def say_last_size(config: RunConfig, steps: RunSteps, total: int) -> None:
+    """Say where a run of ``total`` steps ends before the size that it is evaluated at."""
+    size = config.view.size_of(steps.locate(max(total - 1, 0))[0])
+    if size != config.view.image_size:
+        log.warning(
+            "the run ends at %d pixels, before the last size of view.size_schedule: it is "
+            "evaluated at view.image_size=%d", size, config.view.image_size,
+        )  # fmt: skip
+
+
+def say_initial_share(config: OptimConfig, steps: int) -> None:
+    """Say where a run was too short for its moving average."""
+    share = config.initial_share(steps)
+    if share > MOST_INITIAL_SHARE:
+        log.warning(
+            "the moving average is %.1f %% the initial weights after %d steps: use %s, or train "
+            "with a smaller optim.ema_decay or with optim.ema_warmup",
+            100 * share, steps, MODEL_FILE,
+        )  # fmt: skip
