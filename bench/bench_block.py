@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from deit_fast.models.fuse import KERNELS, fuse
-from deit_fast.train.compiling import compile_blocks
+from deit_fast.training.compiling import compile_blocks
 
 from .common import Case, Lazy
 

@@ -1,9 +1,9 @@
 """One whole training step from uint8 pixels, ours beside timm's own task.
 
-Ours is ``deit_fast.train.step.TrainStep`` with ingest, both heads' loss, backward, AdamW. The peer
-is timm's TokenDistillationTask with the same student, teacher, pixels and optimiser settings; it is
-given labels instead of mixed pairs, which saves it a little work. Weights are random: the figures
-are times, and the cache holds the logits of the same random teacher.
+Ours is ``deit_fast.training.step.TrainStep`` with ingest, both heads' loss, backward, AdamW. The
+peer is timm's TokenDistillationTask with the same student, teacher, pixels and optimiser settings;
+it is given labels instead of mixed pairs, which saves it a little work. Weights are random: the
+figures are times, and the cache holds the logits of the same random teacher.
 
 "student": the teacher's logits are in memory on both sides. "teacher": ours reads them from a cache
 or runs the teacher; timm runs the teacher. On CUDA both sides are compiled, ours block by block as
@@ -51,9 +51,9 @@ from deit_fast.models.student import build_model
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.pack import pack
-from deit_fast.train.optim import create_optimizer
-from deit_fast.train.step import PHASES, TrainStep
-from deit_fast.train.teacher import RunTeacher
+from deit_fast.training.optim import create_optimizer
+from deit_fast.training.step import PHASES, TrainStep
+from deit_fast.training.teacher import RunTeacher
 from deit_fast.views.plan import ViewPlan
 
 from .bench_loader import Endless, write_photographs

@@ -62,9 +62,9 @@ def config_of(family: str, folder: Path) -> RunConfig:
 
 def curve(family: str) -> list[float]:
     """The loss of each of the first STEPS steps."""
-    from deit_fast.precompute import precompute
+    from deit_fast.precomputation import precompute
     from deit_fast.runtime.metrics import read_metrics
-    from deit_fast.train.loop import train
+    from deit_fast.training.loop import train
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,12 +26,12 @@ import torch
 
 from bench.record import to_text
 from deit_fast.config import RunConfig
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.recipes import digits_student, digits_teacher
 from deit_fast.runtime.environment import describe_environment
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.tools.demo import write_digits
-from deit_fast.train.loop import train
+from deit_fast.training.loop import train
 
 RESIDUALS = ("float32", "bfloat16")
 FASHION = Path("/usr/share/datasets/fashion-mnist")

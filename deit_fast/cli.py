@@ -93,7 +93,7 @@ def train(args: list[str]) -> str:
         return json.dumps(to_dict(config), indent=2)
     if read_process_group().is_first:
         require_writable("--output", config.output)
-    from deit_fast.train.loop import train as run
+    from deit_fast.training.loop import train as run
 
     return summary({"run": config.output, **run(config)})
 
@@ -108,13 +108,13 @@ def precompute(args: list[str]) -> str:
         return _dry_run(config, views)
     if config.cache is not None:
         require_writable("--cache", config.cache)
-    from deit_fast.precompute import precompute as run
+    from deit_fast.precomputation import precompute as run
 
     return summary({"cache": config.cache, **run(config, views)})
 
 
 def _dry_run(config: RunConfig, views: range | None) -> str:
-    from deit_fast.precompute import estimate
+    from deit_fast.precomputation import estimate
     from deit_fast.runtime.metrics import duration
 
     found = estimate(config, views)
@@ -158,7 +158,7 @@ def evaluate(
         late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
             embeddings, on this many training images, evenly spaced; none: without.
     """
-    from deit_fast.evaluate import evaluate as measure
+    from deit_fast.evaluation import evaluate as measure
 
     result = measure(
         run, data_root=data_root, batch_size=batch_size, device=device, ema=ema,

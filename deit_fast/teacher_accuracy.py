@@ -13,7 +13,7 @@ from deit_fast.data.eval import Subset, spaced_ids
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, evaluate_model
+from deit_fast.evaluation import build_eval_loader, evaluate_model
 from deit_fast.models.teacher import Teacher
 
 log = logging.getLogger("deit_fast")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from own_data import small_run, write_images
 
-from deit_fast.precompute import precompute
-from deit_fast.train.loop import train
+from deit_fast.precomputation import precompute
+from deit_fast.training.loop import train
 
 
 def edges(num_classes: int) -> torch.nn.Module:

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from deit_fast.config import LossConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from deit_fast.evaluate import evaluate
-from deit_fast.train.loop import train
+from deit_fast.evaluation import evaluate
+from deit_fast.training.loop import train
 
 CLASSES = ("wide", "medium", "narrow")
 SIZE = 16

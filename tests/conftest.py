@@ -29,7 +29,12 @@ pytest.register_assert_rewrite("helpers")
 
 # Processes that a test starts are forked from one that has imported what they need.
 multiprocessing.set_forkserver_preload(
-    ["deit_fast.train.loop", "deit_fast.precompute", "timm", "torch.distributed.launcher.api"]
+    [
+        "deit_fast.training.loop",
+        "deit_fast.precomputation",
+        "timm",
+        "torch.distributed.launcher.api",
+    ]
 )
 
 # Two cores shared by test processes and loader workers: a second thread mostly waits for the first.

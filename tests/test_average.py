@@ -16,12 +16,12 @@ from torch import nn
 from deit_fast.config import MOST_INITIAL_SHARE, OptimConfig, RunConfig
 from deit_fast.config_file import from_earlier, load_config, to_dict
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate, evaluate_model
+from deit_fast.evaluation import evaluate, evaluate_model
 from deit_fast.models import load_weights
 from deit_fast.recipes import RECIPES
-from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
-from deit_fast.train.loop import train
-from deit_fast.train.optim import Average, create_average
+from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.training.loop import train
+from deit_fast.training.optim import Average, create_average
 from helpers.runs import last_state, run_config, unruly
 
 # Training images of the data sets of the recipes that state an age.
@@ -234,7 +234,7 @@ def test_evaluate_measures_the_average_of_a_half_precision_student_as_training_d
     )  # fmt: skip
     losses: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        from deit_fast.train import loop
+        from deit_fast.training import loop
 
         def noted(*args: Any, **options: Any) -> dict[str, Any]:
             result = evaluate_model(*args, **options)

@@ -15,11 +15,11 @@ import torch
 from deit_fast.config import DataConfig, RunConfig, ViewConfig
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import InputError
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime.files import read_json
-from deit_fast.train.checkpoints import list_checkpoints, save_checkpoint
-from deit_fast.train.loop import train
-from deit_fast.train.optim import decay_start, learning_rate
+from deit_fast.training.checkpoints import list_checkpoints, save_checkpoint
+from deit_fast.training.loop import train
+from deit_fast.training.optim import decay_start, learning_rate
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
 from deit_fast.views.steps import RunSteps
@@ -275,7 +275,7 @@ def trunk(world, tmp_path_factory) -> Path:
     """A run of ten epochs, stopped after its second, with a checkpoint of every step."""
     output = tmp_path_factory.mktemp("trunk") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deit_fast.train.checkpoints.KEEP", 99)
+        patch.setattr("deit_fast.training.checkpoints.KEEP", 99)
         train(wsd(world, output, 10, 1.0).replace(max_steps=TOTAL))
     return output
 

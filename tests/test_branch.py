@@ -14,11 +14,11 @@ import torch
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime.metrics import read_metrics
-from deit_fast.train.checkpoints import list_checkpoints
-from deit_fast.train.loop import train
-from deit_fast.train.optim import learning_rate, require_schedule
+from deit_fast.training.checkpoints import list_checkpoints
+from deit_fast.training.loop import train
+from deit_fast.training.optim import learning_rate, require_schedule
 from deit_fast.views.steps import RunSteps
 from helpers.runs import (
     comparable_rows,

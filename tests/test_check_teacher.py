@@ -8,8 +8,8 @@ import pytest
 
 from deit_fast.cache import CacheMismatch
 from deit_fast.errors import CacheError, InputError
-from deit_fast.precompute import precompute
-from deit_fast.train.loop import train
+from deit_fast.precomputation import precompute
+from deit_fast.training.loop import train
 from helpers.runs import comparable_rows, last_state, train_rows, unruly, weights_equal
 
 

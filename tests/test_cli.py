@@ -526,7 +526,7 @@ def test_recipe_is_documented_and_its_model_fits_its_views(name: str) -> None:
 
 def test_fine_tuning_at_384_has_the_published_schedule() -> None:
     """DeiT's command: 2 nodes of 8 GPUs with 32 images, lr = min_lr = 5e-6, weight decay 1e-8."""
-    from deit_fast.train.optim import learning_rate
+    from deit_fast.training.optim import learning_rate
     from deit_fast.views.steps import RunSteps
 
     config = RECIPES["deit_base_distilled_384"]()

@@ -19,8 +19,8 @@ from deit_fast.config_file import from_dict, to_dict
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
 from deit_fast.data.loader import make_batch
 from deit_fast.errors import InputError
-from deit_fast.precompute import precompute
-from deit_fast.train.loop import train
+from deit_fast.precomputation import precompute
+from deit_fast.training.loop import train
 from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.plan import BatchMix, ViewPlan
 from deit_fast.views.rng import CUTMIX, LAM_ONE, MIXUP, NO_MIX, Purpose, draw_mix

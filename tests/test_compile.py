@@ -23,13 +23,13 @@ from deit_fast.errors import InputError
 from deit_fast.models import Teacher, fuse, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import set_batch_part
-from deit_fast.precompute import _Job, precompute
+from deit_fast.precomputation import _Job, precompute
 from deit_fast.recipes import RECIPES
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.train.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
-from deit_fast.train.loop import train
-from deit_fast.train.step import TrainStep, parallel
-from deit_fast.train.teacher import open_teacher
+from deit_fast.training.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
+from deit_fast.training.loop import train
+from deit_fast.training.step import TrainStep, parallel
+from deit_fast.training.teacher import open_teacher
 from helpers.fused import KERNELS, assert_same, build, run
 from helpers.runs import TWO_BLOCKS, comparable_rows, run_config, weights_equal
 
@@ -300,7 +300,7 @@ def test_a_copy_of_a_compiled_model_uses_its_own_weights(counter):
 def on_cuda(monkeypatch):
     """`auto` decides as with a GPU while everything runs on the CPU."""
     for module in ("loop", "step", "teacher"):
-        name = f"deit_fast.train.{module}.resolve_compile"
+        name = f"deit_fast.training.{module}.resolve_compile"
         monkeypatch.setattr(
             name, lambda config, _, student=None: resolve_compile(config, CUDA, student)
         )

@@ -23,7 +23,7 @@ from deit_fast.config import LossConfig, RunConfig
 from deit_fast.models import fuse
 from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.train.step import parallel
+from deit_fast.training.step import parallel
 
 CPU = torch.device("cpu")
 RANKS, SHARE, DEPTH = 2, 4, 3

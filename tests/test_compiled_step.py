@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from helpers.runs import run_config
 from helpers.step_watch import steps_of
 

@@ -356,10 +356,10 @@ def test_a_child_that_collects_garbage_at_once_does_not_wait_for_a_dead_pipeline
 
 def test_a_cache_serves_the_loaders_of_its_pixels(tmp_path):
     from deit_fast.models.convnet import small_convnet
-    from deit_fast.precompute import estimate, precompute
+    from deit_fast.precomputation import estimate, precompute
     from deit_fast.recipes import digits_student
     from deit_fast.tools.verify_against_teacher import verify_against_teacher
-    from deit_fast.train.teacher import open_teacher
+    from deit_fast.training.teacher import open_teacher
 
     write_split(tmp_path / "train", 10, 2)
     save_file(small_convnet(10).state_dict(), tmp_path / "teacher.safetensors")

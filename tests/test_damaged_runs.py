@@ -21,15 +21,15 @@ import torch
 from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.evaluate import read_run_config
+from deit_fast.evaluation import read_run_config
 from deit_fast.models.weights import load_weights, read_metadata, save_weights
 from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.trackers import read_tracked_runs
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.run_folder import read_run
-from deit_fast.train.checkpoints import load_newest
-from deit_fast.train.loop import train
+from deit_fast.training.checkpoints import load_newest
+from deit_fast.training.loop import train
 from helpers.damage import damaged, not_waiting
 from helpers.runs import run_config, weights_equal
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deit_fast.config import RunConfig
-from deit_fast.train.loop import train
+from deit_fast.training.loop import train
 from helpers.runs import STEPS, assert_close_runs, comparable_rows, last_state, run_config, torchrun
 
 CHANGE = 5  # in the middle of the first epoch of six steps

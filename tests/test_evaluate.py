@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate_model
+from deit_fast.evaluation import evaluate_model
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]

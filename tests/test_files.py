@@ -33,7 +33,7 @@ from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.speed import WARM_UP, StepProfiler
 from deit_fast.runtime.torch_files import load_torch, save_torch
 from deit_fast.tools.report.page import write_report
-from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from helpers.damage import NO_FILES, not_waiting
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.models import create_student, fuse, unfuse
-from deit_fast.train.step import compile_blocks
+from deit_fast.training.step import compile_blocks
 from helpers.fused import IMAGES, KERNELS, NAMES, SMALL, FlopCount, assert_same, build, run
 from helpers.kernels import DEVICE, outer_run, run_in_the_interpreter
 

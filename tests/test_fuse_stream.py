@@ -19,7 +19,7 @@ from deit_fast.kernels import add_layer_norm, ingest
 from deit_fast.models import create_student, fuse, unfuse
 from deit_fast.models.fuse import patch_side
 from deit_fast.models.shadow import Shadows
-from deit_fast.train.compiling import compile_blocks
+from deit_fast.training.compiling import compile_blocks
 from helpers.fused import (
     FEW_IMAGES,
     FOLDS,

@@ -25,7 +25,7 @@ from deit_fast.kernels import distillation_loss
 from deit_fast.models import fuse, swapped, unfuse
 from deit_fast.models.fused import FusedForward
 from deit_fast.models.shadow import Shadows
-from deit_fast.train.step import compile_blocks
+from deit_fast.training.step import compile_blocks
 from helpers.fused import FEW_IMAGES, FOLDS, IMAGES, KERNELS, SMALL, assert_same, build, run
 from helpers.kernels import DEVICE
 

@@ -24,7 +24,7 @@ from deit_fast.models import fuse
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.models.student import forward_heads
-from deit_fast.train.compiling import compile_blocks
+from deit_fast.training.compiling import compile_blocks
 from helpers.fuse_cases import ATTACHMENTS, Adapter, Case, Scaled, draw, global_hook, make
 from helpers.fused import IMAGES, KERNELS, FlopCount, assert_same, run
 from helpers.kernels import DEVICE

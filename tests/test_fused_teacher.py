@@ -15,8 +15,8 @@ from deit_fast.data.open import open_source
 from deit_fast.models import Teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import KERNELS, FusedBlock
-from deit_fast.precompute import precompute
-from deit_fast.train.teacher import open_teacher
+from deit_fast.precomputation import precompute
+from deit_fast.training.teacher import open_teacher
 from helpers.runs import run_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

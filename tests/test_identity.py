@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from deit_fast.config import Fact, RunConfig
 from deit_fast.config_file import by_dotted_key, dotted_keys, from_dict, to_dict
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate
+from deit_fast.evaluation import evaluate
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.weights import read_identity
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime.files import read_json
 from deit_fast.tools.analysis.runs import analyze
-from deit_fast.train.checkpoints import save_checkpoint
-from deit_fast.train.identity import in_short
-from deit_fast.train.loop import train
+from deit_fast.training.checkpoints import save_checkpoint
+from deit_fast.training.identity import in_short
+from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
 from helpers.runs import last_state, run_config, weights_equal
 

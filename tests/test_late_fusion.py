@@ -16,7 +16,7 @@ from deit_fast.cli import main
 from deit_fast.config_file import to_dict
 from deit_fast.data.eval import spaced_ids
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, evaluate, load_run
+from deit_fast.evaluation import build_eval_loader, evaluate, load_run
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.late_fusion import fit_classifier
 from deit_fast.models.student import build_model

@@ -47,7 +47,7 @@ from deit_fast.views.plan import ViewPlan
 from helpers.images import encode, folder_of, picture, write_split
 
 PLAIN = ViewConfig(image_size=32, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
-evaluate_module = importlib.import_module("deit_fast.evaluate")  # not the function
+evaluate_module = importlib.import_module("deit_fast.evaluation")  # not the function
 SOURCES = ["folder", "tar", "packed-uint8", "packed-jpeg"]
 OF_ONE_FILE = {"ENOENT", "EACCES", "EPERM", "ELOOP", "ENOTDIR", "ENXIO", "ENODEV"}
 LOADERS = ["pillow", pytest.param("dali-cpu", marks=pytest.mark.dali)]

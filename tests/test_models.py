@@ -18,7 +18,7 @@ from deit_fast.errors import InputError
 from deit_fast.models import create_student, forward_heads, load_teacher, load_weights
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.weights import digest_weights, fit_weights, start_from
-from deit_fast.train.state import create_state
+from deit_fast.training.state import create_state
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -27,13 +27,13 @@ import torch
 from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
-from deit_fast.train import checkpoints, loop, state
-from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
-from deit_fast.train.loop import train
+from deit_fast.training import checkpoints, loop, state
+from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.training.loop import train
 from helpers.processes import redirect, start_forked
 from helpers.runs import (
     STEPS,
@@ -154,9 +154,9 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
 def test_an_evaluation_interrupted_by_a_signal_is_made_up(
     world, whole, tmp_path, monkeypatch
 ):  # fmt: skip
-    from deit_fast import evaluate
+    from deit_fast import evaluation
 
-    forward_heads, calls = evaluate.forward_heads, []
+    forward_heads, calls = evaluation.forward_heads, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -166,7 +166,7 @@ def test_an_evaluation_interrupted_by_a_signal_is_made_up(
 
     config = unruly(world, tmp_path, save_steps=None)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "forward_heads", interrupted)
+        patch.setattr(evaluation, "forward_heads", interrupted)
         with pytest.raises(Preempted, match="saved step 6"):
             train(config)
     assert last_state(tmp_path)["evaluated_step"] == 0
@@ -491,7 +491,7 @@ def test_a_folder_moved_during_a_run_stops_it(world, whole, tmp_path, capsys, is
     assert status == 2 and f"{run}/.lock-run was moved, deleted or replaced" in line
     assert run.exists() == is_replaced and not list(run.rglob("*"))
     step = last_state(away)["step"]
-    assert step in (4, 5)
+    assert 3 <= step <= 5, "a checkpoint that is being written then is lost"
     assert_goes_on(unruly(world, away), whole, step)
 
 

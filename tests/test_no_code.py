@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from deit_fast.cli import main
 from deit_fast.config_file import to_dict
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate
+from deit_fast.evaluation import evaluate
 from deit_fast.models.convnet import small_convnet
 from deit_fast.runtime.files import read_json, write_json
 from deit_fast.tools.analysis.runs import analyze

@@ -23,7 +23,7 @@ from deit_fast.models import create_student
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.environment import find_apex
 from deit_fast.runtime.speed import training_flops
-from deit_fast.train.optim import (
+from deit_fast.training.optim import (
     Average,
     clip_gradients,
     create_optimizer,
@@ -32,8 +32,8 @@ from deit_fast.train.optim import (
     set_learning_rate,
     skips_on_device,
 )
-from deit_fast.train.step import compile_blocks, gradient_norms
-from deit_fast.train.step_graph import require_capturable
+from deit_fast.training.step import compile_blocks, gradient_norms
+from deit_fast.training.step_graph import require_capturable
 from deit_fast.views.steps import RunSteps
 
 
@@ -203,7 +203,7 @@ def test_the_stated_cost_of_muon(width: int, name: str) -> None:
 
 
 def test_a_muon_whose_adamw_ignores_the_schedule_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr("deit_fast.train.optim.Muon", lambda groups, lr, adamw_lr=None: None)
+    monkeypatch.setattr("deit_fast.training.optim.Muon", lambda groups, lr, adamw_lr=None: None)
     with pytest.raises(InputError, match=r"optim\.name=nmuon needs timm 1\.0\.27 or newer"):
         create_optimizer(student(), OptimConfig(name="nmuon"))
 

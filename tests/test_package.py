@@ -43,9 +43,9 @@ LAYERS = [
         "deit_fast/arguments.py",
     },
     {"deit_fast/data", "deit_fast/models", "deit_fast/losses.py", "deit_fast/cache"},
-    {"deit_fast/evaluate.py", "deit_fast/teacher_accuracy.py"},
-    {"deit_fast/train"},
-    {"deit_fast/precompute.py"},
+    {"deit_fast/evaluation.py", "deit_fast/teacher_accuracy.py"},
+    {"deit_fast/training"},
+    {"deit_fast/precomputation.py"},
     {"deit_fast/tools"},
     {"deit_fast/cli.py", "deit_fast/cache_verbs.py", "deit_fast/__main__.py"},
 ]
@@ -206,9 +206,9 @@ def test_engine_imports_without_the_packages_of_cli_reports_and_dali():
 import importlib, sys
 sys.modules.update(dict.fromkeys({sorted(LATE)!r}))  # None: the import fails
 for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_fast.views.plan",
-             "deit_fast.data.loader", "deit_fast.models", "deit_fast.train.loop",
-             "deit_fast.precompute", "deit_fast.tools.verify_against_teacher",
-             "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluate",
+             "deit_fast.data.loader", "deit_fast.models", "deit_fast.training.loop",
+             "deit_fast.precomputation", "deit_fast.tools.verify_against_teacher",
+             "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluation",
              "deit_fast.tools.report.page",
              "deit_fast.tools.doctor", "bench.common", *{benches!r}):
     importlib.import_module(name)

@@ -14,12 +14,12 @@ from torch._dynamo.testing import CompileCounter
 
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate
+from deit_fast.evaluation import evaluate
 from deit_fast.models import create_student, load_weights, unfuse
 from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.runtime.speed import training_flops
-from deit_fast.train.compiling import compile_blocks
-from deit_fast.train.loop import train
+from deit_fast.training.compiling import compile_blocks
+from deit_fast.training.loop import train
 from helpers.runs import (
     TWO_BLOCKS,
     assert_close_runs,

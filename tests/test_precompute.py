@@ -24,7 +24,7 @@ from deit_fast.data.open import open_loader
 from deit_fast.errors import InputError
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import TeacherCalls, _Job, estimate, precompute
+from deit_fast.precomputation import TeacherCalls, _Job, estimate, precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import Progress, duration
 from helpers import small_blocks
@@ -346,7 +346,7 @@ def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):
 def teach(config: RunConfig):
     """What `train` does before its first step."""
     from deit_fast.data.open import open_source
-    from deit_fast.train.teacher import open_teacher
+    from deit_fast.training.teacher import open_teacher
 
     return open_teacher(config, open_source(config.data, "train", 16), torch.device("cpu"))
 

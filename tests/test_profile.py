@@ -14,10 +14,10 @@ import torch
 
 from deit_fast import cli
 from deit_fast.config_file import to_dict
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime.speed import WARM_UP, gc_paused
-from deit_fast.train.loop import train
-from deit_fast.train.step import TrainStep
+from deit_fast.training.loop import train
+from deit_fast.training.step import TrainStep
 from helpers.runs import AtStep, comparable_rows, last_state, run_config, unruly, weights_equal
 from helpers.step_watch import Operators, Python, steps_of
 

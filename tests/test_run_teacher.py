@@ -15,9 +15,9 @@ from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
 from deit_fast.data.open import DeviceLoader
 from deit_fast.models import Teacher
 from deit_fast.models.weights import digest_weights
-from deit_fast.precompute import precompute
-from deit_fast.train.loop import train
-from deit_fast.train.teacher import RunTeacher
+from deit_fast.precomputation import precompute
+from deit_fast.training.loop import train
+from deit_fast.training.teacher import RunTeacher
 from deit_fast.views.order import EpochOrder, TrainBatches
 from helpers.caches import equal, make_manifest, reading_threads, write_cache
 from helpers.runs import unruly

@@ -18,16 +18,16 @@ from deit_fast.data.augment import augment_table
 from deit_fast.data.loader import MixOperands, ViewLoader, make_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import InputError
-from deit_fast.evaluate import evaluate
+from deit_fast.evaluation import evaluate
 from deit_fast.kernels.augment import TABLE_COLUMNS
 from deit_fast.models import create_student, load_weights
 from deit_fast.models.fuse import patch_side
 from deit_fast.models.student import build_model
-from deit_fast.precompute import estimate, precompute
+from deit_fast.precomputation import estimate, precompute
 from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.verify_against_teacher import leading_labels, verify_against_teacher
-from deit_fast.train.compiling import compile_blocks
-from deit_fast.train.loop import train
+from deit_fast.training.compiling import compile_blocks
+from deit_fast.training.loop import train
 from deit_fast.views.plan import ViewPlan, lam_of
 from deit_fast.views.rng import CUTMIX
 from helpers import small_blocks
@@ -242,7 +242,7 @@ def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypat
         asked.append((count, view))
         return seconds[view]
 
-    monkeypatch.setattr("deit_fast.precompute._Job.time_batch", time_batch)
+    monkeypatch.setattr("deit_fast.precomputation._Job.time_batch", time_batch)
     planned = cached.replace(cache=str(tmp_path / "cache"), teacher_batch=32)
     found = estimate(planned)
     assert sorted(asked) == [(32, 0), (32, 1)] and found["images"] == 420

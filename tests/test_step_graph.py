@@ -20,14 +20,14 @@ from deit_fast.kernels.ingest import PLAN_COLUMNS
 from deit_fast.models import Teacher, create_student, fuse, load_weights
 from deit_fast.models.fuse import KERNELS, set_batch_part
 from deit_fast.models.student import build_model
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.train.loop import train
-from deit_fast.train.optim import create_optimizer
-from deit_fast.train.step import TrainStep
-from deit_fast.train.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
-from deit_fast.train.teacher import RunTeacher
+from deit_fast.training.loop import train
+from deit_fast.training.optim import create_optimizer
+from deit_fast.training.step import TrainStep
+from deit_fast.training.step_graph import WARM_UP, Part, Rates, StaticPart, require_capturable
+from deit_fast.training.teacher import RunTeacher
 from helpers.runs import TWO_BLOCKS, run_config
 from helpers.step_watch import Operators, Python, steps_of
 
@@ -137,7 +137,7 @@ def test_the_work_does_not_wait_for_a_gpu(monkeypatch, optimizer):
     """
     here = torch.device("cuda", 0)
     monkeypatch.setattr("deit_fast.kernels.launching._runs_kernels", lambda device: True)
-    monkeypatch.setattr("deit_fast.train.step.has_bf16", lambda device: True)
+    monkeypatch.setattr("deit_fast.training.step.has_bf16", lambda device: True)
     module = sys.modules["deit_fast.kernels.ingest"]
     for name in ("normalised_values", "normal_quantiles"):  # no cache may keep such tensors
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)

@@ -18,12 +18,12 @@ from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, evaluate, evaluate_model
+from deit_fast.evaluation import build_eval_loader, evaluate, evaluate_model
 from deit_fast.models.teacher import load_class_matched_teacher
-from deit_fast.precompute import TeacherCalls, _Job, precompute
+from deit_fast.precomputation import TeacherCalls, _Job, precompute
 from deit_fast.recipes import digits_teacher
 from deit_fast.teacher_accuracy import check_accuracy, is_near_chance, spread_ids
-from deit_fast.train.loop import train
+from deit_fast.training.loop import train
 from helpers.runs import run_config
 
 CPU = torch.device("cpu")

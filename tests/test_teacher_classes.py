@@ -28,11 +28,11 @@ from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import teacher as teacher_module
 from deit_fast.models import teacher_classes
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher, load_teacher
-from deit_fast.precompute import _Job, precompute
+from deit_fast.precomputation import _Job, precompute
 from deit_fast.recipes import digits_student
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.verify_against_teacher import verify_against_teacher
-from deit_fast.train.loop import train
+from deit_fast.training.loop import train
 from helpers.images import picture
 from helpers.runs import TWO_BLOCKS
 

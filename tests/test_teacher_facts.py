@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.data.eval import EvalLoader
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, load_run
+from deit_fast.evaluation import build_eval_loader, load_run
 from deit_fast.models import forward_heads, load_teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.teacher import load_class_matched_teacher
@@ -29,7 +29,7 @@ from deit_fast.models.weights_facts import (
     read_facts,
 )
 from deit_fast.recipes import digits_student
-from deit_fast.train.loop import train
+from deit_fast.training.loop import train
 from helpers.digits import write_patterns
 
 MEAN, STD = (0.3, 0.4, 0.6), (0.2, 0.3, 0.7)  # neither ImageNet's nor timm's for test_resnet

@@ -22,8 +22,8 @@ from deit_fast.errors import InputError
 from deit_fast.runtime import trackers
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.signals import Preempted
-from deit_fast.train.checkpoints import list_checkpoints
-from deit_fast.train.loop import train
+from deit_fast.training.checkpoints import list_checkpoints
+from deit_fast.training.loop import train
 from helpers.runs import in_a_child, run_config, torchrun, unruly
 
 Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order

@@ -16,16 +16,16 @@ from deit_fast.config import CodecConfig, OptimConfig, RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precompute import precompute
+from deit_fast.precomputation import precompute
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.speed import StepMeter, training_flops
-from deit_fast.train import loop
-from deit_fast.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
-from deit_fast.train.loop import train
-from deit_fast.train.optim import create_optimizer, learning_rate
-from deit_fast.train.teacher import RunTeacher
+from deit_fast.training import loop
+from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.training.loop import train
+from deit_fast.training.optim import create_optimizer, learning_rate
+from deit_fast.training.teacher import RunTeacher
 from deit_fast.views.steps import RunSteps
 from helpers.runs import comparable_rows, run_config, weights_equal
 

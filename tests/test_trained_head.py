@@ -18,14 +18,14 @@ from torch import Tensor
 
 from deit_fast.config import LossConfig, RunConfig
 from deit_fast.errors import InputError
-from deit_fast.evaluate import build_eval_loader, evaluate, load_run
+from deit_fast.evaluation import build_eval_loader, evaluate, load_run
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse
 from deit_fast.models.student import build_model, keep_trained_head, trained_head
 from deit_fast.models.weights import read_metadata
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.report.page import build_report
-from deit_fast.train.compiling import compile_evaluation
-from deit_fast.train.loop import train
+from deit_fast.training.compiling import compile_evaluation
+from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
 from helpers.runs import run_config
 

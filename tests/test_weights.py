@@ -34,7 +34,7 @@ from deit_fast.errors import InputError
 from deit_fast.models import create_student, load_teacher, load_weights
 from deit_fast.models.weights import fit_weights, save_weights, start_from
 from deit_fast.models.weights_facts import FACTS_KEY, facts_text
-from deit_fast.train.state import create_state
+from deit_fast.training.state import create_state
 
 CASES = int(os.environ.get("WEIGHTS_CASES", "40"))
 CPU = torch.device("cpu")

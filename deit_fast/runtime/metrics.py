@@ -1,6 +1,6 @@
 """metrics.jsonl of a run, its rows as text, and the progress bar.
 
-The columns come from `train/step.py` (losses) and `runtime/speed.py` (speed); `train/loop.py`
+The columns come from `training/step.py` (losses) and `runtime/speed.py` (speed); `training/loop.py`
 makes the rows.
 """
 

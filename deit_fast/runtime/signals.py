@@ -1,8 +1,9 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the run saves its state and ends with exit status 75, or 130.
 
-The handler only records the signal. `train/loop.py` polls it after every step, and all ranks leave
-after the same step. Before the first step there is nothing to save, so the handler ends the run at
-once: compiling takes minutes, and a scheduler kills the process about ten seconds after SIGTERM.
+The handler only records the signal. `training/loop.py` polls it after every step, and all ranks
+leave after the same step. Before the first step there is nothing to save, so the handler ends the
+run at once: compiling takes minutes, and a scheduler kills the process about ten seconds after
+SIGTERM.
 
 A second Ctrl-C ends the run without saving. The terminal sends Ctrl-C to every process, and
 torchrun passes it on to each of them again: one that follows within a second is the same one.

@@ -42,12 +42,12 @@ def demo(
         line per observation of DeiT's authors, with how often it holds here; `seconds`; `report`:
         path.
     """
-    from deit_fast.precompute import precompute
+    from deit_fast.precomputation import precompute
     from deit_fast.runtime.files import write_json
     from deit_fast.tools.analysis.runs import analyze
     from deit_fast.tools.analysis.table import observed, write_summary
     from deit_fast.tools.report.page import write_report
-    from deit_fast.train.loop import train
+    from deit_fast.training.loop import train
 
     if not seeds:
         raise InputError("demo needs at least one seed")

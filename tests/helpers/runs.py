@@ -20,8 +20,8 @@ from deit_fast.config_file import to_dict
 from deit_fast.models import load_weights
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import read_metrics
-from deit_fast.train.checkpoints import list_checkpoints
-from deit_fast.train.loop import train
+from deit_fast.training.checkpoints import list_checkpoints
+from deit_fast.training.loop import train
 from helpers.processes import forked, redirect
 
 TEACHER = "helpers.unruly_teacher:convnet@{}/teacher.safetensors"

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.config import RunConfig
 from deit_fast.data.open import open_loader, open_source
-from deit_fast.train.state import create_state
-from deit_fast.train.step import TrainStep
-from deit_fast.train.teacher import open_teacher
+from deit_fast.training.state import create_state
+from deit_fast.training.step import TrainStep
+from deit_fast.training.teacher import open_teacher
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
 

@@ -23,7 +23,7 @@ from deit_fast.config import RunConfig
 from deit_fast.data.eval import Subset, spaced_ids
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
-from deit_fast.evaluate import (
+from deit_fast.evaluation import (
     build_eval_loader,
     load_run,
     train_late_fusion,

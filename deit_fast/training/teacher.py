@@ -22,7 +22,7 @@ from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
-from deit_fast.train.compiling import resolve_compile
+from deit_fast.training.compiling import resolve_compile
 from deit_fast.views.plan import ViewPlan
 
 PIXEL_CHECKS = 32  # views made again before training on a cache: under a second

@@ -25,12 +25,12 @@ from deit_fast.kernels.distillation_loss import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.runtime.distributed import ProcessGroup, has_bf16
-from deit_fast.train.compiling import compile_blocks, raise_recompile_limit, resolve_compile
-from deit_fast.train.optim import Average, clip_gradients, set_learning_rate, skips_on_device
-from deit_fast.train.step_graph import Part, StepGraph, StepOutput, require_capturable
+from deit_fast.training.compiling import compile_blocks, raise_recompile_limit, resolve_compile
+from deit_fast.training.optim import Average, clip_gradients, set_learning_rate, skips_on_device
+from deit_fast.training.step_graph import Part, StepGraph, StepOutput, require_capturable
 
 if TYPE_CHECKING:
-    from deit_fast.train.teacher import RunTeacher
+    from deit_fast.training.teacher import RunTeacher
 
 NUMBERS = ("loss", "base_loss", "distill_loss")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")

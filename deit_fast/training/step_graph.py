@@ -21,7 +21,7 @@ from torch import Tensor
 from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.train.optim import skips_on_device
+from deit_fast.training.optim import skips_on_device
 
 WARM_UP = 3  # steps before the capture: they compile, choose algorithms, allocate moments
 _IMAGES_PER_VIEW = 2  # at most: its own and that of the sample mixed into it

@@ -25,9 +25,9 @@ from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.models.weights_facts import read_facts
-from deit_fast.train.checkpoints import list_checkpoints, load_checkpoint, load_newest
-from deit_fast.train.identity import require_same
-from deit_fast.train.optim import (
+from deit_fast.training.checkpoints import list_checkpoints, load_checkpoint, load_newest
+from deit_fast.training.identity import require_same
+from deit_fast.training.optim import (
     create_average,
     create_optimizer,
     decay_start,

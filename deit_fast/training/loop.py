@@ -18,7 +18,7 @@ from deit_fast.data.fingerprint import identify
 from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.evaluate import build_eval_loader, evaluate_model, warn_of_substitutes
+from deit_fast.evaluation import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.normalisation import require_normalisation
 from deit_fast.models.student import trained_head
@@ -34,19 +34,24 @@ from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flo
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, HEAD_KEY, MODEL_FILE
 from deit_fast.teacher_accuracy import check_accuracy
-from deit_fast.train.checkpoints import CheckpointWriter
-from deit_fast.train.compiling import CompileCount, compile_evaluation, log_compile, resolve_compile
-from deit_fast.train.identity import in_short
-from deit_fast.train.optim import evaluated_average, learning_rate
-from deit_fast.train.remarks import (
+from deit_fast.training.checkpoints import CheckpointWriter
+from deit_fast.training.compiling import (
+    CompileCount,
+    compile_evaluation,
+    log_compile,
+    resolve_compile,
+)
+from deit_fast.training.identity import in_short
+from deit_fast.training.optim import evaluated_average, learning_rate
+from deit_fast.training.remarks import (
     say_initial_share,
     say_last_size,
     say_unread_teacher_settings,
     say_unused_batches,
 )
-from deit_fast.train.state import create_state, find_checkpoint, resume, roll_back, settle
-from deit_fast.train.step import TrainStep
-from deit_fast.train.teacher import open_teacher
+from deit_fast.training.state import create_state, find_checkpoint, resume, roll_back, settle
+from deit_fast.training.step import TrainStep
+from deit_fast.training.teacher import open_teacher
 from deit_fast.views.deit_order import DeitBatches
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
