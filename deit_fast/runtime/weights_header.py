@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import open_regular, parse_object
 
-MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"  # in the run's folder
+# In the folder of a run: its last weights, their moving average, those of its best evaluation.
+MODEL_FILE, EMA_FILE, BEST_FILE = "model.safetensors", "ema.safetensors", "best.safetensors"
+WeightsChoice = Literal["last", "ema", "best"]
+WEIGHTS_FILES: dict[WeightsChoice, str] = {"last": MODEL_FILE, "ema": EMA_FILE, "best": BEST_FILE}
 DIGEST_KEY = "digest"  # in `__metadata__`: SHA-256 over names and values of all tensors
 HEAD_KEY = "trained_head"  # there too: class or distillation, where a run trained one of two heads
 _MAX_HEADER_BYTES = 1 << 27
