@@ -217,6 +217,13 @@ for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_f
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_extras_that_messages_name_are_in_pyproject():
+    project = (ROOT / "pyproject.toml").read_text()
+    for path in python_files():
+        for name in re.findall(r"deit-fast\[(\w+)\]", path.read_text()):
+            assert f"\n{name} = [" in project, f"{path.name} names the extra {name!r}"
+
+
 def test_public_surface():
     import deit_fast
 

@@ -120,7 +120,7 @@ def _write_parquet(cache: LogitCache, views: list[int], file: BinaryIO) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[export]'") from None
+        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[parquet]'") from None
 
     def column(values: Tensor) -> Any:
         if values.dtype == torch.bfloat16:  # Arrow has no such type
