@@ -14,6 +14,7 @@ from timm.scheduler import CosineLRScheduler
 from deit_fast.cache import CacheMismatch, ReadAhead
 from deit_fast.config import CodecConfig, OptimConfig, RunConfig
 from deit_fast.errors import InputError
+from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precomputation import precompute
@@ -25,6 +26,7 @@ from deit_fast.training import loop
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.training.loop import train
 from deit_fast.training.optim import create_optimizer, learning_rate
+from deit_fast.training.step import _agreement
 from deit_fast.training.teacher import RunTeacher
 from deit_fast.views.steps import RunSteps
 from helpers.runs import comparable_rows, run_config, weights_equal
@@ -42,6 +44,22 @@ def test_the_log_line_shows_the_row_of_metrics(world, tmp_path, caplog):
     assert row["images_per_s"] == pytest.approx(32e3 / row["step_ms"])
     assert row["seconds_left"] == pytest.approx(2e-3 * row["step_ms"])
     assert lines[1].endswith("0:00:00 left")
+
+
+def test_agreement_is_the_share_of_views_with_the_teachers_class(world, tmp_path):
+    heads = [torch.tensor(rows, dtype=torch.float32) for rows in
+             ([[5, 0, 1], [0, 3, 1], [0, 1, 2]], [[0, 4, 0], [0, 1, 0], [0, 9, 0]])]  # fmt: skip
+    dense = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [1.0, 2.0, 0.0]])
+    best = TopK(torch.tensor([[2, 1]] * 3), torch.tensor([[-3.0, -0.1]] * 3), torch.zeros(3))
+    for teacher in (dense, best, torch.tensor([1, 1, 1])):
+        shares = [_agreement(part, teacher).item() for part in ([heads[0]], [heads[1]], heads)]
+        assert shares == pytest.approx([1 / 3, 1, 2 / 3])
+    train(run_config(world, tmp_path / "soft", max_steps=2, loss={"kind": "soft"}))
+    train(run_config(world, tmp_path / "none", max_steps=2, loss={"kind": "none"}, teacher=None))
+    soft, none = (read_metrics(tmp_path / kind / "metrics.jsonl") for kind in ("soft", "none"))
+    shares = [32 * row["agreement"] for row in soft if row["kind"] == "train"]
+    assert len(shares) == 2 and all(share == pytest.approx(round(share)) for share in shares)
+    assert not any("agreement" in row for row in none)
 
 
 def test_a_checkpoint_between_two_reports_holds_the_training_time(world, tmp_path):

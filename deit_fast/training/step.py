@@ -32,7 +32,7 @@ from deit_fast.training.step_graph import Part, StepGraph, StepOutput, require_c
 if TYPE_CHECKING:
     from deit_fast.training.teacher import RunTeacher
 
-NUMBERS = ("loss", "base_loss", "distill_loss")
+NUMBERS = ("loss", "base_loss", "distill_loss", "agreement")
 PHASES = ("ingest", "teacher", "forward", "loss", "backward", "optimizer")
 _NAMED = 3  # parameters in a message
 
@@ -93,7 +93,8 @@ class TrainStep:
     def __call__(
         self, batch: ViewBatch, step: int, lr: float, stop: bool = False
     ) -> dict[str, Tensor]:
-        """Returns loss, base_loss and distill_loss, means over the ranks, and grad_norm.
+        """Returns the losses, means over the ranks, and grad_norm; with a teacher also agreement,
+        the share of the views to which student and teacher give the same class.
 
         Args:
             batch: this rank's share of the step's views.
@@ -163,6 +164,8 @@ class TrainStep:
             self.average.update(step)
         self.finite.record(step, output.flags, output.norms)
         numbers = dict(zip(NUMBERS, output.means.unbind(), strict=True))
+        if self.config.loss.kind == "none":
+            del numbers["agreement"]
         return numbers | {"grad_norm": output.total_norm}
 
     def _update(self, found_inf: Tensor) -> None:
@@ -187,7 +190,7 @@ class TrainStep:
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def _backward(self, part: Part, share: float) -> list[Tensor]:
-        """Accumulate the gradients of one part; returns its share of the losses, as NUMBERS."""
+        """Accumulate the gradients of one part; returns its share of the NUMBERS."""
         batch, logits = part.batch, part.batch.teacher
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
@@ -201,13 +204,13 @@ class TrainStep:
             outputs = self.forward(images)
         self.teacher.join()
         with phase("loss"):
-            total, base, distill = self._loss(outputs, batch, logits)
+            numbers = self._loss(outputs, batch, logits)
         with phase("backward"):
-            (total if share == 1 else total * share).backward()
-        return [value.detach() * share for value in (total, base, distill)]
+            (numbers[0] if share == 1 else numbers[0] * share).backward()
+        return [value.detach() * share for value in numbers]
 
-    def _loss(self, outputs: Any, batch: ViewBatch, logits: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to differentiate, and its two parts."""
+    def _loss(self, outputs: Any, batch: ViewBatch, logits: Any) -> tuple[Tensor, ...]:
+        """The NUMBERS, the first of which is the loss to differentiate."""
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
@@ -229,7 +232,30 @@ class TrainStep:
         if isinstance(logits, Tensor) and logits.is_floating_point():
             # Hard distillation would hide them: the argmax of logits with NaN is some class.
             total = torch.where(torch.isfinite(logits).all(), total, float("nan"))
-        return total, base, distill
+        heads = {"class": [class_logits], "distillation": [distill_logits]}
+        scored = heads.get(loss.trained_head, [class_logits, distill_logits])
+        return total, base, distill, _agreement(scored, logits)
+
+
+@torch.no_grad()
+def _agreement(heads: list[Tensor], teacher: Any) -> Tensor:
+    """Share of the views to which the mean of the heads gives the teacher's class, float32 [].
+
+    0 without a teacher.
+
+    Args:
+        heads: logits [B, C].
+        teacher: as of ``distillation_loss``.
+    """
+    if teacher is None:
+        return torch.zeros((), device=heads[0].device)
+    if isinstance(teacher, TopK):
+        first = teacher.log_probs.argmax(1, keepdim=True)
+        theirs = teacher.ids.long().gather(1, first)[:, 0]
+    else:
+        theirs = teacher.argmax(1) if teacher.is_floating_point() else teacher
+    total = heads[0] if len(heads) == 1 else heads[0] + heads[1]
+    return (total.argmax(1) == theirs).float().mean()
 
 
 def parallel(

@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
     """Results of a step on the device; none of them has been read."""
 
     flags: Tensor  # of ``FiniteCheck.check``
-    means: Tensor  # float32 [3], as ``step.NUMBERS``
+    means: Tensor  # float32 [4], as ``step.NUMBERS``
     norms: Tensor  # float32 [P], of the gradients
     total_norm: Tensor  # float32 []
 
