@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deit_fast.losses import DistillationLoss
     from deit_fast.models import create_student, load_teacher
     from deit_fast.models.fuse import fuse, unfuse
+    from deit_fast.prediction import load_student
     from deit_fast.tools.analysis.measures import soften
     from deit_fast.views.plan import ViewPlan
 
@@ -24,6 +25,7 @@ __all__ = [
     "ViewPlan",
     "create_student",
     "fuse",
+    "load_student",
     "load_teacher",
     "soften",
     "unfuse",
@@ -38,6 +40,7 @@ _HOMES = {
     "fuse": "deit_fast.models",
     "soften": "deit_fast.tools.analysis.measures",
     "unfuse": "deit_fast.models",
+    "load_student": "deit_fast.prediction",
     "load_teacher": "deit_fast.models",
 }
 

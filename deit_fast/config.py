@@ -58,7 +58,9 @@ PositiveShare = Annotated[float, Within(0, 1, above=True)]
 ShareBelowOne = Annotated[float, Within(0, 1, below=True)]
 Rate = Annotated[float, Within(0, 100)]
 Deviation = Annotated[float, Within(0.001, 10)]
+EvalCrop = Annotated[float, Within(0.1, 1)]
 Temperature = Annotated[float, Within(0.01, 1000)]
+Residual = Literal["float32", "bfloat16"]
 TEACHER_SETTINGS = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
 """Settings of RunConfig that hold for one teacher."""
 MOST_INITIAL_SHARE = 0.1  # of a moving average in its initial weights; above it the log says so
@@ -280,7 +282,7 @@ class DataConfig:
     """Decoding processes per rank, or threads with DALI. 0: the main process decodes."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
-    eval_crop: Annotated[float, Within(0.1, 1)] = 0.875
+    eval_crop: EvalCrop = 0.875
     """Evaluation: side of the centre crop as a share of the resized shorter side."""
     synthetic_samples: Annotated[int, Within(4, 2**31 - 1)] = 1024
     """Training samples of the synthetic source; it holds out a quarter as many."""
@@ -310,7 +312,7 @@ class ModelConfig:
     patch_drop: Annotated[float, Within(0, 0.95)] = 0.0
     """Patch dropout: share of the patches that training leaves out after the embedding, others for
     each sample. For timm's vision transformers."""
-    residual: Literal["float32", "bfloat16"] = "float32"
+    residual: Residual = "float32"
     """Dtype of a fused transformer's residual stream. `bfloat16` halves the norms' memory traffic
     and rounds each sum; see docs/performance.md."""
     pad_head: bool = False

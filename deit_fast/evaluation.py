@@ -27,6 +27,7 @@ from deit_fast.models.student import (
     apply_heads,
     build_model,
     forward_heads,
+    mean_logits,
     require_no_code,
     trained_head,
 )  # fmt: skip
@@ -81,7 +82,7 @@ def evaluate_model(
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
         two_heads = distill_logits is not None
-        mean = class_logits if distill_logits is None else (class_logits + distill_logits) / 2
+        mean = mean_logits(class_logits, distill_logits)
         loss += cross_entropy(mean.float(), labels, reduction="sum")
         right = mean.argmax(1) == labels
         hits[0] += right.sum()

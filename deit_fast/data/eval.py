@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from deit_fast.data.loader import Batches, load_readable
 from deit_fast.data.resize import resize_shorter_side
-from deit_fast.data.sources import Source
+from deit_fast.data.sources import Source, in_rgb
 from deit_fast.errors import InputError
 
 
@@ -84,8 +85,7 @@ class EvalLoader:
         self.batch_size, self.num_images = batch_size, len(ids)
         self.substituted: list[str] = []
         self.device = torch.device(device)
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
-        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1).to(device)
+        self._normalise = Normalise(mean, std, self.device)
         self._loader = Batches(
             partial(_make_batch, source, image_size, crop, batches, on_error),
             source.paths,
@@ -100,9 +100,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for pixels, labels, ids, substituted in self._loader:
             self.substituted += [path for path in substituted if path not in self.substituted]
-            channels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            images = (channels.to(torch.float32) / 255 - self._mean) / self._std
-            yield images.contiguous(), labels.to(self.device, non_blocking=True), ids
+            images = self._normalise(pixels.to(self.device, non_blocking=True))
+            yield images, labels.to(self.device, non_blocking=True), ids
 
 
 def _make_batch(
@@ -124,6 +123,49 @@ def _make_batch(
         whole = source.finished
         pixels[row] = np.asarray(image) if whole else eval_pixels(image, image_size, crop)
     return *map(torch.from_numpy, (pixels, source.labels[taken], ids)), substituted
+
+
+class Normalise:
+    """Turns pixels, uint8 [B, S, S, 3], into float32 [B, 3, S, S] of mean 0 and deviation 1.
+
+    Args:
+        mean, std: channel statistics, for pixels in [0, 1].
+        device: where the pixels are.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+    ) -> None:
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1).to(device)
+        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        channels = pixels.permute(0, 3, 1, 2)
+        return ((channels.to(torch.float32) / 255 - self._mean) / self._std).contiguous()
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The pixels of evaluation: a PIL image of any mode becomes float32 [3, S, S], on the CPU.
+
+    Attributes:
+        image_size: S, pixels.
+        crop: side of the centre crop as a share of the resized shorter side.
+        mean, std: channel statistics, for pixels in [0, 1].
+    """
+
+    image_size: int
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Resized and cropped: uint8 [S, S, 3]."""
+        return eval_pixels(in_rgb(image), self.image_size, self.crop)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(self.pixels(image).copy())
+        return Normalise(self.mean, self.std, "cpu")(pixels[None])[0]
 
 
 def eval_pixels(image: Image.Image | np.ndarray, size: int, crop: float) -> np.ndarray:

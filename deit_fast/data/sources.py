@@ -62,7 +62,7 @@ def decode(encoded: bytes, path: str) -> Image.Image:
         with Image.open(io.BytesIO(encoded)) as image:
             width, height = image.size
             image.load()  # the whole file, not draft mode, which changes pixels
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return in_rgb(image)
     except Image.UnidentifiedImageError:  # its text is the address of the buffer
         raise UnreadableImage(path, "UnidentifiedImageError: no format of an image") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
@@ -74,6 +74,11 @@ def decode(encoded: bytes, path: str) -> Image.Image:
         if isinstance(error, MemoryError) or not _is_free(width * height * _DECODER_BYTES):
             raise out_of_memory(path, f"this image of {width} x {height} pixels") from None
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, 8 bits a channel."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _webp_size(encoded: bytes) -> tuple[int, int]:
@@ -319,19 +324,7 @@ class ImageFolder(Source):
             )  # fmt: skip
 
     def read(self, index: int) -> bytes:
-        path = self.paths[index]
-        try:
-            with open_regular(path) as file:
-                return file.read()
-        except InputError:  # a folder, FIFO or device, or a link to nothing
-            raise UnreadableImage(path, "InputError: there is no regular file") from None
-        except MemoryError:
-            raise out_of_memory(path, "this file") from None
-        except OSError as error:
-            # Without its folder it is a lost mount or a changed data set, not one bad file.
-            if error.errno in _ERRORS_OF_A_FILE and os.path.isdir(os.path.dirname(path)):
-                raise UnreadableImage(path, f"{type(error).__name__}: {error.strerror}") from None
-            raise OSError(error.errno, error.strerror, path) from None
+        return read_image_file(self.paths[index])
 
     def _sha256(self) -> str:
         """Over relative path, byte size and class of every file; opens no file."""
@@ -351,6 +344,27 @@ class ImageFolder(Source):
             for part in pool.map(lines, range(0, len(labels), _LINES)):
                 digest.update(part)
         return digest.hexdigest()
+
+
+def read_image_file(path: str) -> bytes:
+    """The encoded image in a file.
+
+    Raises:
+        UnreadableImage, OSError: as ``Source.read``.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except InputError:  # a folder, FIFO or device, or a link to nothing
+        raise UnreadableImage(path, "InputError: there is no regular file") from None
+    except MemoryError:
+        raise out_of_memory(path, "this file") from None
+    except OSError as error:
+        # Without its folder it is a lost mount or a changed data set, not one bad file.
+        folder = os.path.dirname(path) or os.curdir
+        if error.errno in _ERRORS_OF_A_FILE and os.path.isdir(folder):
+            raise UnreadableImage(path, f"{type(error).__name__}: {error.strerror}") from None
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 def _size(path: str) -> int:

@@ -298,6 +298,11 @@ def forward_heads(
     return apply_heads(model, head_tokens(model, images))
 
 
+def mean_logits(class_logits: torch.Tensor, distill_logits: torch.Tensor | None) -> torch.Tensor:
+    """The mean of what ``forward_heads`` returns, as DeiT's code (its paper: of softmaxes)."""
+    return class_logits if distill_logits is None else (class_logits + distill_logits) / 2
+
+
 def apply_heads(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``forward_heads`` of a distilled transformer from its ``head_tokens``."""
     if (only := trained_head(model)) != "both":

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.config import (
+    DataConfig,
     Deviation,
+    EvalCrop,
     LossConfig,
     ModelConfig,
     OptimConfig,
+    Residual,
     RunConfig,
     Share,
     check_all,
@@ -31,6 +34,10 @@ from deit_fast.runtime.torch_files import map_torch
 from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts
 
 FACTS_KEY = "model"
+_SETTINGS = (  # the facts that are settings of the run
+    "model.name", "model.args", "model.fused", "model.kernels", "model.residual", "model.pad_head",
+    "view.image_size", "view.mean", "view.std", "data.eval_crop",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class ModelFacts:
         image_size: side of the training images, pixels.
         mean, std: channel statistics of their normalisation, for pixels in [0, 1].
         classes: class names, in the order of the logits.
+        eval_crop: as in ``DataConfig``.
+        fused, kernels, residual, pad_head: as in ``ModelConfig``.
     """
 
     name: str
@@ -50,6 +59,12 @@ class ModelFacts:
     mean: tuple[Share, Share, Share]
     std: tuple[Deviation, Deviation, Deviation]
     classes: tuple[str, ...]
+    # Files of earlier versions do not say these.
+    eval_crop: EvalCrop = DataConfig.eval_crop
+    fused: bool = ModelConfig.fused
+    kernels: tuple[str, ...] | None = ModelConfig.kernels
+    residual: Residual = ModelConfig.residual
+    pad_head: bool = ModelConfig.pad_head
 
     def __post_init__(self) -> None:
         check_all(self, f"{FACTS_KEY}.")
@@ -72,8 +87,7 @@ def facts_text(config: RunConfig, classes: Sequence[str]) -> str:
 
 def _facts_text(settings: dict[str, Any], classes: Sequence[str]) -> str:
     """``facts_text`` of settings by dotted key."""
-    keys = ("model.name", "model.args", "view.image_size", "view.mean", "view.std")
-    facts = {key.partition(".")[2]: settings[key] for key in keys}
+    facts = {key.partition(".")[2]: settings[key] for key in _SETTINGS}
     return json.dumps(facts | {"classes": list(classes)})
 
 
@@ -160,11 +174,12 @@ def read_facts(path: str | Path) -> ModelFacts | None:
         return None
     where = f"weights file {printable(path)}"
     values = parse_object(text.encode(), f"{where}: its facts about the model")
-    names = [item.name for item in dataclasses.fields(ModelFacts)]
-    if missing := [name for name in names if name not in values]:
+    fields = dataclasses.fields(ModelFacts)
+    needed = [item.name for item in fields if item.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
         raise InputError(f"{where}: its facts about the model lack {missing[0]}")
     try:
-        return ModelFacts(**{name: values[name] for name in names})
+        return ModelFacts(**{x.name: values[x.name] for x in fields if x.name in values})
     except InputError as error:
         raise InputError(f"{where}: its facts about the model: {error}") from None
 
