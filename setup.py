@@ -10,6 +10,7 @@ Objects stay in build/native-*, so a second build does only what changed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -30,6 +31,7 @@ SOURCES = [
     "csrc/view_table.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/record_codec.cu"]
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
 CUDA_ARCHITECTURES = ("80", "90", "100")
 # No contraction: host and device round alike (csrc/arithmetic.h). No trapping: loops vectorise.
 CXX_FLAGS = (
@@ -169,7 +171,23 @@ class NinjaBuild(build_ext):
         shutil.copy2(library, target)
 
 
+def package_description() -> str:
+    """README.md for a package index, which has none of the files that it links to.
+
+    Outside code, a relative link becomes its text and a relative picture is left out.
+    """
+    parts = re.split(r"(^```.*?^```$)", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    for index in range(0, len(parts), 2):
+        text = re.sub(r"<picture>.*?</picture>\n?", "", parts[index], flags=re.S)
+        text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n?", "", text)
+        parts[index] = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+    return "".join(parts)
+
+
+# A source archive takes `depends` along; ninja finds the headers by itself.
 setup(
-    ext_modules=[Extension("deit_fast._C", SOURCES)],
+    ext_modules=[Extension("deit_fast._C", SOURCES, depends=[*CUDA_SOURCES, *HEADERS])],
     cmdclass={"build_ext": NinjaBuild},
+    long_description=package_description(),
+    long_description_content_type="text/markdown",
 )
