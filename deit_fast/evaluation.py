@@ -20,6 +20,7 @@ from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader, Subset, spaced_ids
 from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source, digest_images
+from deit_fast.decisions import Decisions
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.fuse import head_tokens
 from deit_fast.models.late_fusion import apply_late_fusion, fit_late_fusion
@@ -51,6 +52,7 @@ def evaluate_model(
     between_batches: Callable[[], None] = lambda: None,
     forward: Heads | None = None,
     rows: int | None = None,
+    decisions: Decisions | None = None,
 ) -> dict[str, Any]:
     """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper: of softmaxes).
 
@@ -64,6 +66,7 @@ def evaluate_model(
         forward: computes both heads' logits; by default ``forward_heads``.
         rows: images in each forward. A smaller batch is padded with zeros and the padding's logits
             are dropped, so that compiled code sees one batch size.
+        decisions: collects the decision about each image of this process.
 
     Returns:
         `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy,
@@ -78,12 +81,14 @@ def evaluate_model(
     samples, two_heads = 0, False
     group = group or ProcessGroup()
     rounds = max(group.gather(len(loader))) if group.world_size > 1 else 0  # shares differ by one
-    for images, labels, _ in loader:
+    for images, labels, ids in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
         two_heads = distill_logits is not None
         mean = mean_logits(class_logits, distill_logits)
         loss += cross_entropy(mean.float(), labels, reduction="sum")
+        if decisions is not None:
+            decisions.add(ids, labels, mean)
         right = mean.argmax(1) == labels
         hits[0] += right.sum()
         hits[1] += (class_logits.argmax(1) == labels).sum()

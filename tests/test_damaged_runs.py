@@ -97,6 +97,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rows in a report": ("metrics.jsonl", whole_run),
     "rows on resume": ("metrics.jsonl", resumed_rows),
     "analysis": ("analysis/analysis.json", whole_run),
+    "predictions": ("predictions.json", whole_run),
+    "predictions of an analysis": ("analysis/predictions.json", whole_run),
     "views": ("samples.png", whole_run),
     "map": ("analysis/attention-0.png", whole_run),
     "trackers": ("trackers.json", lambda run: read_tracked_runs(run / "trackers.json")),
@@ -160,11 +162,13 @@ def verb(name: str, run: Path, steps: int = STEPS) -> int:
 
 
 FILES = {
-    "train": f"{NEWEST} config.json metrics.jsonl model.safetensors ema.safetensors result.json",
+    "train": f"{NEWEST} config.json metrics.jsonl model.safetensors ema.safetensors "
+    "predictions.json result.json",
     "evaluate": "config.json model.safetensors",
     "evaluate --ema": "ema.safetensors",
     "analyze": "config.json model.safetensors result.json analysis/analysis.json",
     "report": "config.json result.json metrics.jsonl samples.png model.safetensors "
+    "predictions.json "
     "analysis/analysis.json analysis/attention-0.png ../page.html",
 }
 CASES = [(name, file) for name, files in FILES.items() for file in files.split()]
@@ -237,6 +241,19 @@ def test_weights_result_and_analysis_of_different_runs_are_told_apart(run, copy,
         assert verb("evaluate --ema" if name == "ema" else "evaluate", copy) == 0
         assert f"{theirs} has other weights than the run that wrote" in caplog.text
         theirs.write_bytes(ours)
+
+
+def test_predictions_of_other_weights_are_not_shown(copy):
+    known = whole_run(copy)["predictions"]
+    assert known == read_json(copy / "analysis/predictions.json")
+    (copy / "analysis/predictions.json").unlink()
+    assert whole_run(copy)["predictions"] == read_json(copy / "predictions.json")
+    write_json(copy / "predictions.json", {**known, "weights_digest": "0" * 64})
+    assert whole_run(copy)["predictions"] == {}
+    write_json(copy / "analysis/predictions.json", {**known, "images": 1})  # analyze --max-images
+    assert whole_run(copy)["predictions"]["images"] == 1
+    write_json(copy / "predictions.json", known)
+    assert whole_run(copy)["predictions"]["images"] == known["images"]
 
 
 def test_runs_of_earlier_versions_do_not_say_which_weights_they_had(run, copy, caplog):

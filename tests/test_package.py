@@ -43,7 +43,12 @@ LAYERS = [
         "deit_fast/arguments.py",
     },
     {"deit_fast/data", "deit_fast/models", "deit_fast/losses.py", "deit_fast/cache"},
-    {"deit_fast/evaluation.py", "deit_fast/prediction.py", "deit_fast/teacher_accuracy.py"},
+    {
+        "deit_fast/evaluation.py",
+        "deit_fast/prediction.py",
+        "deit_fast/decisions.py",
+        "deit_fast/teacher_accuracy.py",
+    },
     {"deit_fast/training"},
     {"deit_fast/precomputation.py"},
     {"deit_fast/tools"},

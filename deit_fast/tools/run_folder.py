@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.config import LossConfig
+from deit_fast.decisions import PREDICTIONS_FILE, PREDICTIONS_FORMAT
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import read_file, read_json
 from deit_fast.runtime.metrics import METRICS, read_metrics
@@ -30,6 +31,7 @@ class Run:
     Attributes:
         index: position among the runs that are shown, which decides the colour.
         analysis: empty where `deit-fast analyze` has not run, or saw other weights.
+        predictions: see ``describe_decisions``; empty in runs of earlier versions.
         train, evaluations: rows of the log.
         samples: PNG of the first training views.
         maps: PNG files of the analysis that show attention, by name.
@@ -40,6 +42,7 @@ class Run:
     config: dict[str, Any]
     result: dict[str, Any]
     analysis: dict[str, Any]
+    predictions: dict[str, Any]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: bytes | None
@@ -85,6 +88,7 @@ def read_run(path: Path, name: str, index: int) -> Run:
         config=_printable(config),
         result=_printable(result),
         analysis=_printable(analysis),
+        predictions=_printable(_read_predictions(path, bool(analysis), weights[MODEL_FILE])),
         train=[_printable(row) for row in rows if row["kind"] == "train"],
         evaluations=[_printable(row) for row in rows if row["kind"] == "eval"],
         samples=_read_png(samples) if os.path.lexists(samples) else None,
@@ -169,6 +173,30 @@ def _read_analysis(path: Path, weights: Mapping[str, str | None], head: str) -> 
         )
         return {}
     return analysis
+
+
+def _read_predictions(run: Path, is_analysed: bool, expected: str | None) -> dict[str, Any]:
+    """Content of predictions.json: of the analysis, which knows the teacher's decisions too, where
+    that is of the last weights and as many images; else of the run."""
+    own = _predictions_of(run / PREDICTIONS_FILE, expected)
+    if is_analysed:
+        other = _predictions_of(run / ANALYSIS_FOLDER / PREDICTIONS_FILE, expected)
+        if other and other.get("images") == own.get("images", other.get("images")):
+            return other
+    return own
+
+
+def _predictions_of(path: Path, expected: str | None) -> dict[str, Any]:
+    if not os.path.lexists(path):
+        return {}
+    content = read_object(path)
+    if content.get("format") != PREDICTIONS_FORMAT:
+        raise InputError(
+            f"{path} has format {content.get('format')!r}, this version reads "
+            f"{PREDICTIONS_FORMAT}: remove it"
+        )
+    found = content.get("weights_digest")
+    return content if expected is None or found == expected else {}
 
 
 def _rename_means(analysis: dict[str, Any]) -> None:

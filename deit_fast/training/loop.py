@@ -17,6 +17,12 @@ from deit_fast.config_file import to_dict
 from deit_fast.data.fingerprint import identify
 from deit_fast.data.ingest import save_views
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
+from deit_fast.decisions import (
+    PREDICTIONS_FILE,
+    Decisions,
+    describe_decisions,
+    join_rows,
+)  # fmt: skip
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.evaluation import build_eval_loader, evaluate_model, warn_of_substitutes
 from deit_fast.models.fuse import unfuse
@@ -63,7 +69,7 @@ log = logging.getLogger("deit_fast")
 STOP_POLL_EVERY = 8
 # Files of the run's folder that a run replaces.
 OUTPUTS = (
-    "config.json", "samples.png", METRICS, MODEL_FILE, EMA_FILE, "result.json",
+    "config.json", "samples.png", METRICS, MODEL_FILE, EMA_FILE, PREDICTIONS_FILE, "result.json",
 )  # fmt: skip
 
 LOCK_FILE = ".lock-run"  # in the run's folder, while it is trained
@@ -73,8 +79,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train one model, in this process or, under torchrun, together with others.
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
-    checkpoints/, model.safetensors, ema.safetensors and result.json; if configured, also
-    trackers.json, tensorboard/ and profile/.
+    checkpoints/, model.safetensors, ema.safetensors, predictions.json and result.json; if
+    configured, also trackers.json, tensorboard/ and profile/.
 
     Returns:
         The content of result.json.
@@ -174,6 +180,7 @@ class _Run:
             self._wait_for_checkpoint()
         self.rollbacks = self.batches_evaluated = 0
         self.evaluation: dict[str, Any] | None = None
+        self.decisions: Decisions | None = None
         log.info(
             "training %s on %s x %d: %d samples of %d classes, %d epochs of %s steps, "
             "distillation: %s",
@@ -474,7 +481,8 @@ class _Run:
         state, epoch = self.state, self._epoch
         if state.step == self.total and self.group.is_first:
             say_last_size(self.config, self.steps, self.total)
-        evaluation = self._evaluate_model(state.model)
+        self.decisions = Decisions() if state.step == self.total else None
+        evaluation = self._evaluate_model(state.model, self.decisions)
         if state.ema is not None:
             average = evaluated_average(state.ema.module, state.model)
             evaluation["ema_top1"] = self._evaluate_model(average)["top1"]
@@ -490,7 +498,9 @@ class _Run:
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
 
-    def _evaluate_model(self, model: torch.nn.Module) -> dict[str, Any]:
+    def _evaluate_model(
+        self, model: torch.nn.Module, decisions: Decisions | None = None
+    ) -> dict[str, Any]:
         """Evaluate on all held-out images, over all ranks.
 
         The result is that of `deit-fast evaluate`, unless training is compiled: then evaluation is
@@ -505,6 +515,7 @@ class _Run:
             self._poll_stop_in_evaluation,
             forward=self.eval_forward,
             rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
+            decisions=decisions,
         )
 
     def _poll_stop_in_evaluation(self) -> None:
@@ -523,7 +534,8 @@ class _Run:
         config, state = self.config, self.state
         if self.evaluation is None:  # resumed from the last checkpoint of a finished run
             self._evaluate()
-        assert self.evaluation is not None
+        assert self.evaluation is not None and self.decisions is not None
+        decisions = join_rows(self.group.gather(self.decisions.rows()))
         substituted = {path for paths in self.group.gather(
             sorted(state.substituted.union(self.eval_loader.substituted))) for path in paths
         }  # fmt: skip
@@ -553,6 +565,9 @@ class _Run:
             self.metrics.sync()
             result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
             result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
+            predictions = describe_decisions(decisions, self.held_out)
+            predictions["weights_digest"] = result["weights"][MODEL_FILE]
+            write_json(self.output / PREDICTIONS_FILE, predictions)
             if state.ema is not None:
                 result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
                 say_initial_share(config.optim, state.step)

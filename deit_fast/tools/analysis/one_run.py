@@ -22,6 +22,7 @@ from deit_fast.cache.format import read_manifest
 from deit_fast.config import RunConfig
 from deit_fast.data.eval import Subset, spaced_ids
 from deit_fast.data.sources import Source
+from deit_fast.decisions import Decisions, Rows
 from deit_fast.errors import CacheError, InputError
 from deit_fast.evaluation import (
     build_eval_loader,
@@ -57,6 +58,7 @@ class OpenRun:
         late_fusion: classifiers on both tokens' embeddings; none: not asked for, or not possible.
         no_late_fusion: why it is not possible.
         student, taught: values per image of student and teacher, see ``measure``.
+        decisions: of the classifier that ``main`` names.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class OpenRun:
     no_late_fusion: str | None = None
     student: Values = field(default_factory=dict)
     taught: Values = field(default_factory=dict)
+    decisions: Rows | None = None
 
     @property
     def main(self) -> str:
@@ -280,10 +283,11 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
     log.info("%s: %d held-out images", label, len(run.ids))
     student: list[Values] = []
     taught: list[Values] = []
+    decisions = Decisions()
     loader = build_eval_loader(run.config, Subset(run.source, run.ids), device)
     bar = Progress(label, len(run.ids), unit="image")
     with recorded_cosines(run.model) as cosines, bar:
-        for images, labels, _ in loader:
+        for images, labels, ids in loader:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
                 if run.late_fusion:
                     both = head_tokens(run.model, images)  # type: ignore[arg-type]
@@ -291,6 +295,7 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
                 else:
                     heads = forward_heads(run.model, images)
             values = {"labels": labels, **student_values(*heads, only=trained_head(run.model))}
+            decisions.add(ids, labels, heads[0] if heads[1] is None else (heads[0] + heads[1]) / 2)
             if run.late_fusion:
                 for fusion, logits in apply_late_fusion(run.late_fusion, both).items():
                     values |= _decide(f"fusion_{fusion}", logits, logits.softmax(1))
@@ -302,6 +307,8 @@ def measure(run: OpenRun, earlier: Sequence[OpenRun], device: torch.device) -> N
                 taught.append(_teacher_values(run.teacher(images)))
             bar.advance(len(labels))
     warn_of_substitutes(loader.substituted)
+    found = decisions.rows()
+    run.decisions = found._replace(ids=run.ids[found.ids])
     run.student = _join(student, f"{label}: the student's logits")
     run.taught = _join(taught, f"{label}: the teacher's logits") if known is None else known.taught
 

@@ -1,6 +1,7 @@
 """`analyze`: measure runs, compare them, write the findings into the folder of each.
 
-Each run folder gets `analysis/analysis.json` and pictures, which the report shows.
+Each run folder gets `analysis/analysis.json`, `analysis/predictions.json` and pictures; the report
+shows them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.data.eval import spaced_ids
+from deit_fast.decisions import PREDICTIONS_FILE, describe_decisions
 from deit_fast.errors import InputError
 from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
@@ -71,7 +73,8 @@ def analyze(
     if read_process_group().world_size > 1:
         raise InputError("analyze runs in one process: start it without torchrun")
     for path in paths:
-        require_replaceable(path / ANALYSIS_FOLDER / ANALYSIS_FILE)
+        for name in (ANALYSIS_FILE, PREDICTIONS_FILE):
+            require_replaceable(path / ANALYSIS_FOLDER / name)
     where = choose_device(device)
     runs = [
         open_run(
@@ -105,8 +108,19 @@ def _write(
         found |= _attention(run, first, maps, folder, device)
     else:
         found["left_out"]["attention"] = reason
+    write_json(folder / PREDICTIONS_FILE, _predictions(run))
     write_json(folder / ANALYSIS_FILE, found)
     return found
+
+
+def _predictions(run: OpenRun) -> dict[str, Any]:
+    """The content of predictions.json, with the teacher's decisions where there is one."""
+    assert run.decisions is not None
+    teacher = None
+    if run.taught:
+        teacher = run.taught["decision"].numpy(), run.taught["confidence"].numpy()
+    content = describe_decisions(run.decisions, run.source, teacher)
+    return {**content, "weights_digest": run.weights_digest}
 
 
 def describe(
