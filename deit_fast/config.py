@@ -328,8 +328,9 @@ class ModelConfig:
     """Whole-number arguments of timm's transformer, in place of the named model's, such as
     `patch_size=4 depth=6`."""
     weights: str | None = None
-    """Checkpoint to start from (.pth or .safetensors); FILE#KEY takes the state dict under a key,
-    where an average of the weights is preferred. none: random weights."""
+    """Weights to start from: a file (.pth or .safetensors); FILE#KEY for the state dict under a
+    key, where an average of the weights is preferred; `timm:NAME` for timm's pretrained weights.
+    none: random weights."""
 
     def __post_init__(self) -> None:
         check_all(self, "model.")

@@ -245,6 +245,71 @@ def funmatch_small() -> RunConfig:
     )
 
 
+def finetune_teacher() -> RunConfig:
+    """Fine-tune a convnet on your own images, to be their teacher.
+
+    It starts from timm's pretrained RegNetY-1.6GF, the family of DeiT's teacher, or from any other
+    network: --model.name NAME --model.weights FILE. Layers of other classes start afresh; lines of
+    the log name them. Crops keep at least 35 % of the image, and nothing is mixed: a short training
+    does not need more. Flips assume that a mirrored image keeps its class (--view.flip-prob 0).
+
+    Command: deit-fast train --recipe finetune_teacher --data.root DIR --output runs/teacher
+    Time: not measured yet. Accuracy: depends on the images; not run.
+    """
+    return RunConfig(
+        recipe="finetune_teacher",
+        output="runs/finetune_teacher",
+        epochs=30,
+        batch_size=32,
+        view=ViewConfig(
+            crop_scale=(0.35, 1.0),
+            augment="none",
+            erase_prob=0.0,
+            mixup_alpha=0.0,
+            cutmix_alpha=0.0,
+            repeats=1,
+        ),
+        model=ModelConfig(name="regnety_016", drop_path=0.0, weights="timm:regnety_016.tv2_in1k"),
+        loss=LossConfig(kind="none", smoothing=0.1),
+        optim=OptimConfig(lr=4e-3, warmup_epochs=1.0, ema_decay=0.0),
+        log_every=10,
+        eval_every=5,
+        save_every=5,
+    )
+
+
+def own_images() -> RunConfig:
+    """DeiT-Ti on a few thousand own images, from ImageNet's weights, hard distillation.
+
+    The student starts from DeiT's own distilled DeiT-Ti; its heads start afresh. Another student:
+    --model.name NAME --model.weights timm:NAME, or --model.weights none for random weights, which
+    need more images and epochs. Crops keep at least 25 % of the image.
+
+    Command: deit-fast train --recipe finetune_teacher --data.root DIR --output runs/teacher, then
+    deit-fast precompute --recipe own_images --data.root DIR
+    --teacher timm:regnety_016@runs/teacher/model.safetensors --cache CACHE, then
+    deit-fast train --recipe own_images --data.root DIR --cache CACHE --output runs/student
+    Time: not measured yet. Accuracy: depends on the images; not run.
+    """
+    return RunConfig(
+        recipe="own_images",
+        output="runs/own_images",
+        epochs=100,
+        batch_size=32,
+        view=ViewConfig(crop_scale=(0.25, 1.0), repeats=1),
+        model=ModelConfig(
+            name="deit_tiny_distilled_patch16_224",
+            drop_path=0.0,
+            weights="timm:deit_tiny_distilled_patch16_224.fb_in1k",
+        ),
+        loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
+        optim=OptimConfig(lr=1e-3, warmup_epochs=2.0, ema_decay=0.0),
+        log_every=10,
+        eval_every=5,
+        save_every=5,
+    )
+
+
 def imagenet_100_small() -> RunConfig:
     """DeiT-S on 100 classes of ImageNet (about 127,000 images), hard distillation.
 
@@ -369,6 +434,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         deit3_small,
         deit3_base,
         funmatch_small,
+        finetune_teacher,
+        own_images,
         imagenet_100_small,
         cifar_32,
         digits_teacher,

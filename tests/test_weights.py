@@ -525,7 +525,7 @@ def test_another_normalisation_of_the_weights_is_said(
     save_weights(path, state, {FACTS_KEY: facts_text(other, NAMES)})
     model = dataclasses.replace(model, weights=str(path))
     create_state(RunConfig(model=model, view=ViewConfig(image_size=32)), 10, CPU)
-    said = [line for line in lines(caplog) if "trained on images of mean (0.5, 0.5, 0.5)" in line]
+    said = [line for line in lines(caplog) if "trained on images of mean 0.5 0.5 0.5" in line]
     assert len(said) == (mean != IMAGENET_MEAN)
 
 

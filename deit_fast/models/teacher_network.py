@@ -11,8 +11,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from deit_fast.errors import InputError, did_you_mean, first_line
+from deit_fast.errors import InputError
 from deit_fast.models.names import build_from_factory, is_timm_transformer
+from deit_fast.models.pretrained import load_pretrained, require_timm_name
 from deit_fast.models.weights import adapt_names, fit_weights, load_weights
 from deit_fast.models.weights_facts import ModelFacts, class_names, read_facts
 
@@ -20,18 +21,9 @@ log = logging.getLogger("deit_fast")
 
 
 def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts | None]:
-    if ":" in name or not timm.is_model(name.partition(".")[0]):
-        hint = did_you_mean(name, timm.list_models(), "timm:")
-        raise InputError(f"unknown teacher 'timm:{name}'{hint}")
     if not weights:
-        try:
-            return timm.create_model(name, pretrained=True), None
-        except (OSError, RuntimeError) as error:
-            reason = first_line(error)
-            raise InputError(
-                f"teacher 'timm:{name}': no pretrained weights ({reason}); "
-                f"pass a file as timm:{name}@FILE"
-            ) from None
+        return load_pretrained(name, "teacher", f"pass a file as timm:{name}@FILE"), None
+    require_timm_name(name, "teacher")
     state = load_weights(weights)
     facts = read_facts(weights)
     head = timm.get_pretrained_cfg_value(name, "classifier") or "head"

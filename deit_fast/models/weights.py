@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deit_fast.config import MOST_INITIAL_SHARE
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.models.pretrained import load_pretrained, pretrained_name
 from deit_fast.models.weights_facts import class_names, identity_of, initial_share, split_key
 from deit_fast.models.weights_layout import (
     MissingKey,
@@ -53,14 +54,18 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: FILE, or FILE#KEY: the state dict under the key, or the tensors whose names begin with
-            the key and a dot.
+            the key and a dot. Or `timm:NAME`: timm's pretrained weights.
 
     Returns:
         Name to tensor, on the CPU.
 
     Raises:
-        InputError: the file is missing or damaged, is not a weights file, or holds no tensors.
+        InputError: the file is missing or damaged, is not a weights file, or holds no tensors; timm
+            has no such weights.
     """
+    if (name := pretrained_name(path)) is not None:
+        remedy = "give --model.weights FILE, or none to start from random weights"
+        return load_pretrained(name, "weights", remedy).state_dict()
     file, key = split_key(path)
     try:
         saved = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)

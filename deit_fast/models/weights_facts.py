@@ -29,6 +29,7 @@ from deit_fast.config import (
 )
 from deit_fast.config_file import by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, printable
+from deit_fast.models.pretrained import pretrained_name
 from deit_fast.runtime.files import parse_object, read_json
 from deit_fast.runtime.torch_files import map_torch
 from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts
@@ -106,13 +107,15 @@ def file_texts(path: str | Path) -> dict[str, str]:
     not compared here. A file of another program has none, or its own.
 
     Args:
-        path: FILE or FILE#KEY.
+        path: FILE or FILE#KEY; timm's pretrained weights, `timm:NAME`, have none.
 
     Raises:
         InputError: the file is no safetensors file though it is named so, or the checkpoint's
             configuration is damaged.
         OSError: names the path.
     """
+    if pretrained_name(path) is not None:
+        return {}
     file, _ = split_key(path)
     if file.suffix == ".safetensors":
         return read_texts(file)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.models.normalisation import Normalisation
+from deit_fast.models.pretrained import pretrained_name
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.models.weights_facts import read_facts
@@ -134,7 +137,7 @@ def create_state(
     if config.model.weights is not None:
         weights = load_weights(config.model.weights)
         identity["model.weights"] = digest_state(weights)
-        start_from(model, weights, config.model.weights, classes)
+        _start_from(model, weights, config, classes)
         _compare_normalisation(config, config.model.weights)
     model.to(device).train()
     average = create_average(model, config.optim)
@@ -142,14 +145,32 @@ def create_state(
     return TrainState(model, average, optimizer, identity=identity)
 
 
+def _start_from(
+    model: nn.Module, weights: dict[str, Tensor], config: RunConfig, classes: Sequence[str] | None
+) -> None:
+    """``start_from``; where timm's weights do not fit, the message says whose they are."""
+    path = str(config.model.weights)
+    try:
+        start_from(model, weights, path, classes)
+    except InputError as error:
+        ours, theirs = config.model.name.partition(".")[0], pretrained_name(path)
+        if theirs is None or theirs.partition(".")[0] == ours:
+            raise
+        raise InputError(f"{error}: they are not of model.name {ours}: give --model.weights "
+                         f"timm:{ours}, a file, or none") from None  # fmt: skip
+
+
 def _compare_normalisation(config: RunConfig, weights: str) -> None:
-    """Say where a weights file names other channel statistics than the run's images have."""
-    facts, view = read_facts(weights), config.view
-    if facts is not None and (facts.mean, facts.std) != (view.mean, view.std):
-        log.info(
-            "weights file %s: trained on images of mean %s and std %s, here they have %s and %s",
-            weights, facts.mean, facts.std, view.mean, view.std,
-        )  # fmt: skip
+    """Say where weights were trained with other channel statistics than the run's images have."""
+    ours = Normalisation(config.view.mean, config.view.std)
+    theirs: Normalisation | None = None
+    if (name := pretrained_name(weights)) is not None:
+        entry: Any = timm.get_pretrained_cfg(name)
+        theirs = Normalisation(tuple(entry.mean), tuple(entry.std))
+    elif (facts := read_facts(weights)) is not None:
+        theirs = Normalisation(facts.mean, facts.std)
+    if theirs is not None and not theirs.is_close(ours):
+        log.info("weights %s: trained on images of %s, here they have %s", weights, theirs, ours)
 
 
 # ---------------------------------------------------------------------------------------------
