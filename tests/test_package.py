@@ -238,9 +238,9 @@ def test_public_surface():
         deit_fast.nope  # noqa: B018
 
 
-def test_readme_tree_matches_the_disk():
+def test_tree_of_contributing_matches_the_disk():
     """Each path of the annotated tree exists, and each folder of the project is in it."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = text.split("```tree\n")[1].split("```")[0]
     named, stack = set(), []
     for line in tree.splitlines():
@@ -250,15 +250,15 @@ def test_readme_tree_matches_the_disk():
         name = line.split()[0]
         stack = [*stack[:depth], name]
         path = "".join(stack)
-        assert (ROOT / path).exists(), f"README names {path}, which is not there"
+        assert (ROOT / path).exists(), f"CONTRIBUTING.md names {path}, which is not there"
         named.add(path.rstrip("/"))
     for path in python_files():
         parts = path.relative_to(ROOT).parts
         if path.name in ("__init__.py", "__main__.py"):
             continue
         room = "/".join(parts[:2]) if parts[0] == "deit_fast" else parts[0]
-        assert room in named, f"{room} is not in README's tree"
+        assert room in named, f"{room} is not in the tree of CONTRIBUTING.md"
     for path in ROOT.iterdir():
         kept = not path.name.startswith(".") and path.name not in LEFT_OUT
         if kept and (path.is_file() or any(path.glob("*.*"))):
-            assert path.name in named, f"{path.name} is not in README's tree"
+            assert path.name in named, f"{path.name} is not in the tree of CONTRIBUTING.md"
