@@ -8,6 +8,7 @@ from typing import Any, Literal
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.config import Count, Deviation, Rate, Seed, Share
 from deit_fast.errors import CheckFailed, InputError
+from deit_fast.inputs import require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
 
 BINS = 12  # of the histogram of entropies
@@ -31,6 +32,8 @@ def info(
     """
     if html is not None:
         require_writable("--html", html, is_folder=False)
+    if data_root is not None:
+        require_data_root(data_root, "train")
     from deit_fast import cache
 
     facts = cache.info(path)
@@ -108,6 +111,9 @@ def verify(
     """
     if (teacher is None) != (data_root is None):
         raise InputError("--teacher and --data-root go together: the teacher needs the images")
+    if teacher is not None and data_root is not None:
+        require_teacher(teacher)
+        require_data_root(data_root, "train")
     from deit_fast import cache
     from deit_fast.runtime.metrics import Progress
 
@@ -200,7 +206,7 @@ def _draw_records(
     import numpy as np
 
     from deit_fast.cache import LogitCache
-    from deit_fast.cache.verify import draw_records
+    from deit_fast.cache.statistics import draw_records
 
     cache = LogitCache.open(path)
     drawn = draw_records(cache)

@@ -34,9 +34,26 @@ from deit_fast.arguments import (
     size_text,
     view_range,
 )
-from deit_fast.config import Count, CountOrZero, Deviation, RunConfig, Seed, Share, Workers
+from deit_fast.config import (
+    Count,
+    CountOrZero,
+    DataConfig,
+    Deviation,
+    RunConfig,
+    Seed,
+    Share,
+    Workers,
+)
 from deit_fast.config_file import by_dotted_key, to_dict
 from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
+from deit_fast.inputs import (
+    require_data_root,
+    require_images,
+    require_precompute_inputs,
+    require_run,
+    require_teacher,
+    require_train_inputs,
+)
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
@@ -93,6 +110,8 @@ def train(args: list[str]) -> str:
         return json.dumps(to_dict(config), indent=2)
     if read_process_group().is_first:
         require_writable("--output", config.output)
+    if _checks_inputs():
+        require_train_inputs(config)
     from deit_fast.training.loop import train as run
 
     return summary({"run": config.output, **run(config)})
@@ -104,13 +123,20 @@ def precompute(args: list[str]) -> str:
     views = view_range(arguments.views)
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
+    if config.cache is not None and not arguments.dry_run:
+        require_writable("--cache", config.cache)
+    if _checks_inputs():
+        require_precompute_inputs(config)
     if arguments.dry_run:
         return _dry_run(config, views)
-    if config.cache is not None:
-        require_writable("--cache", config.cache)
     from deit_fast.precomputation import precompute as run
 
     return summary({"cache": config.cache, **run(config, views)})
+
+
+def _checks_inputs() -> bool:
+    """Whether this process may fail alone: others would wait for one that ends before it joins."""
+    return read_process_group().world_size == 1
 
 
 def _dry_run(config: RunConfig, views: range | None) -> str:
@@ -158,6 +184,9 @@ def evaluate(
         late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
             embeddings, on this many training images, evenly spaced; none: without.
     """
+    require_run(run)
+    if data_root is not None:
+        require_data_root(data_root, "val")
     from deit_fast.evaluation import evaluate as measure
 
     result = measure(
@@ -217,6 +246,12 @@ def analyze(
         require_writable("the run's folder", run / "analysis")
     if out is not None:
         require_writable("--out", out, is_folder=False)
+    for run in runs:
+        require_run(run)
+    if data_root is not None:
+        require_data_root(data_root, "val")
+    if teacher is not None:
+        require_teacher(teacher)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
     from deit_fast.tools.run_folder import short_names
@@ -265,7 +300,7 @@ def pack(
         workers: Number of processes.
     """
     require_writable("OUT", out)
-    from deit_fast.config import DataConfig
+    require_images(DataConfig(root=root, source=source), ("train", "val"))
     from deit_fast.tools.pack import pack as write
 
     data = DataConfig(root=root, source=source, workers=workers)
@@ -290,6 +325,8 @@ def report(
     """
     _require_runs("report", runs)
     require_writable("--out", out, is_folder=False)
+    for run in runs:
+        require_run(run)
     from deit_fast.tools.report.page import write_report
 
     write_report(runs, out, title)

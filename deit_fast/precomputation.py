@@ -26,7 +26,8 @@ from deit_fast.data.batch import ViewBatch, main_labels
 from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
-from deit_fast.errors import CacheError, InputError, translate_errors
+from deit_fast.errors import CacheError, translate_errors
+from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.metrics import Progress
@@ -205,9 +206,8 @@ class _Job:
     """Source, plan, teacher and manifest, checked; nothing is written yet."""
 
     def __init__(self, config: RunConfig) -> None:
-        if config.teacher is None or config.cache is None:
-            missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
-            raise InputError(f"precompute needs {missing}")
+        require_precompute_inputs(config)
+        assert config.cache is not None
         self.config, self.view, self.folder = config, config.view, Path(config.cache)
         self.device = choose_device(config.device)
         self.source = open_source(config.data, "train", config.view.image_size)

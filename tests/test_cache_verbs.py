@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from deit_fast import cli
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
+from deit_fast.cache.statistics import draw_records
 from deit_fast.cache.tinyvit import import_tinyvit
-from deit_fast.cache.verify import draw_records, record_errors
+from deit_fast.cache.verify import record_errors
 from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
@@ -191,7 +192,7 @@ def test_entropy_and_agreement_are_right(tmp_path):
     logits[torch.arange(50), torch.arange(50) % 12] = torch.linspace(0, 9, 50)
     logs = torch.log_softmax(logits.double(), 1)
     exact = -(logs.exp() * logs).sum(1).numpy()
-    for name, tolerance in [("dense-fp32", 1e-6), ("topk", 2e-2)]:
+    for name, tolerance in [("dense-fp32", 1e-6), ("dense-bf16", 3e-2), ("topk", 2e-2)]:
         manifest = build_manifest(CodecConfig(name=name, k=None if name != "topk" else 3),
                                   num_classes=12, num_samples=50, tau=1.0,
                                   fingerprint={})  # fmt: skip

@@ -247,6 +247,20 @@ def test_a_split_without_images_of_a_class(tmp_path, caplog):
     assert "'class1': its folder is empty" in caplog.text
     shutil.rmtree(tmp_path / "val" / "class1")
     require_trained_classes(train, open_source(data, "val", SIZE))
+    assert "the accuracy does not count" not in caplog.text  # neither split has the class
+    for file in (tmp_path / "val" / "class2").iterdir():
+        file.unlink()
+    require_trained_classes(train, open_source(data, "val", SIZE))
+    assert "no image of 1 of the 3 classes, such as 'class2': the accuracy does not" in caplog.text
+
+
+def test_images_of_unknown_formats_alone_are_named(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        (tmp_path / "train" / label / "1.heic").touch()
+    words = r"no images in its 2 class folders: there are files such as 'cat/1.heic', convert them"
+    with pytest.raises(InputError, match=words):
+        open_source(DataConfig(root=str(tmp_path)), "train", SIZE)
 
 
 def test_one_class_is_refused(tmp_path):

@@ -42,7 +42,13 @@ LAYERS = [
         "kernels",
         "deit_fast/arguments.py",
     },
-    {"deit_fast/data", "deit_fast/models", "deit_fast/losses.py", "deit_fast/cache"},
+    {
+        "deit_fast/data",
+        "deit_fast/models",
+        "deit_fast/losses.py",
+        "deit_fast/cache",
+        "deit_fast/inputs.py",
+    },
     {
         "deit_fast/evaluation.py",
         "deit_fast/prediction.py",

@@ -123,7 +123,7 @@ def test_numbers_are_names_where_all_are_found(monkeypatch):
     ("classes", "names", "text"),
     [
         (["cat", "dog"], ["cat", "dot", "eel"], r"lacks 1 of the data's 2 classes, such as 'dog' "
-         r"\(did you mean dot\?\): say which output is which by --teacher-classes FILE"),
+         r"\(did you mean dot\?\): fine-tune it first: .*; or say which output is which by"),
         (["cat", "dog"], ["cat", "cow"], "lacks 1 of the data's 2 classes, such as 'dog'"),
         (["a", "b"], ["a", "b", "a"], "has class 'a' twice, as outputs 0 and 2"),
         (["a", "a"], ["a", "b"], "classes 0 and 1 of the data are both named 'a'"),

@@ -1,6 +1,7 @@
 """Codecs: teacher logits to records of a fixed size, and back.
 
-Records are decoded by csrc/, on the CPU and on CUDA. To add a codec follow docs/extend.md.
+Records are decoded by csrc/, on the CPU and on CUDA. To add a codec follow docs/extend.md. torch is
+imported where logits are encoded or decoded: `cache info` describes a cache without it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deit_fast import _C
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError, RowError
-from deit_fast.kernels.distillation_loss import TopK
 
-_DENSE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from deit_fast.kernels.distillation_loss import TopK
+
+_DENSE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _MAX_TOPK_CLASSES = 2**18  # more integer terms of csrc/arithmetic.h could overflow their sum
 _CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/record_codec.cu takes
-_CUDA_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FloatType in csrc/cuda
+# FloatType in csrc/cuda, by torch's names
+_CUDA_FLOATS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Codec(ABC):
         Raises:
             CacheError: the records hold nothing for temperature ``tau``.
         """
+        import torch
+
         device = records.device
         on_cuda = records.is_cuda and _C.with_cuda
         stored = records.contiguous() if on_cuda else records.cpu().contiguous()
@@ -102,9 +108,18 @@ class Codec(ABC):
             id_bytes=id_bytes(self.num_classes),
         )
 
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shapes and dtypes of the tensors that csrc/ decodes ``count`` records to."""
+        return (((count, self.num_classes), "float32"),)
+
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        """The tensors that csrc/ decodes ``count`` records to, uninitialised."""
-        return (torch.empty((count, self.num_classes), device=device),)
+        """Those tensors, uninitialised."""
+        import torch
+
+        return tuple(
+            torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for shape, dtype in self.outputs(count)
+        )
 
     def form(self, outputs: tuple[Tensor, ...]) -> Tensor | TopK:
         """Those tensors, filled, as ``decode`` returns them."""
@@ -131,13 +146,15 @@ class HardCodec(Codec):
         return _bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
 
     def decode(self, records: Tensor, tau: float) -> Tensor:
+        import torch
+
         dtype = torch.int16 if self.record_bytes == 2 else torch.int32
         ids = records.contiguous().view(dtype)[:, 0].long()
         return ids & (2 ** (8 * self.record_bytes) - 1)  # the stored ids have no sign
 
-    def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        """int64 [n] class ids."""
-        return (torch.empty(count, dtype=torch.int64, device=device),)
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Class ids."""
+        return (((count,), "int64"),)
 
 
 @dataclass(frozen=True)
@@ -198,6 +215,8 @@ class TopKCodec(Codec):
     def encode(self, logits: Tensor) -> Tensor:
         """On CUDA a kernel on the current stream; checking for values that are not finite then
         waits for it."""
+        import torch
+
         _require_logits(logits, self.num_classes)
         z = logits.detach()
         on_cuda = (
@@ -208,7 +227,7 @@ class TopKCodec(Codec):
         )
         if not on_cuda:
             z = z.cpu().float()
-        elif z.dtype not in _CUDA_FLOATS:
+        elif str(z.dtype) not in _CUDA_FLOATS:
             z = z.float()
         z = z.contiguous()
         size = self.record_bytes - 4 * self.true_class
@@ -225,7 +244,7 @@ class TopKCodec(Codec):
             stream = torch.cuda.current_stream(z.device).cuda_stream
             with torch.cuda.device(z.device):
                 _C.encode_topk_cuda(
-                    *arguments, _CUDA_FLOATS[z.dtype], len(z), records.data_ptr(),
+                    *arguments, _CUDA_FLOATS[str(z.dtype)], len(z), records.data_ptr(),
                     first.data_ptr(), z.get_device(), stream,
                 )  # fmt: skip
             found = int(first)
@@ -250,15 +269,13 @@ class TopKCodec(Codec):
             tau=tau,
         )
 
-    def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        """ids int32 [n, k], log-probabilities float32 [n, k], log tail mass float32 [n]."""
-        return (
-            torch.empty((count, self.k), dtype=torch.int32, device=device),
-            torch.empty((count, self.k), dtype=torch.float32, device=device),
-            torch.empty(count, dtype=torch.float32, device=device),
-        )
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Class ids, log-probabilities, log tail mass."""
+        return ((count, self.k), "int32"), ((count, self.k), "float32"), ((count,), "float32")
 
     def form(self, outputs: tuple[Tensor, ...]) -> TopK:
+        from deit_fast.kernels.distillation_loss import TopK
+
         ids, log_probs, log_tail = outputs
         return TopK(ids, log_probs, log_tail)
 
@@ -288,22 +305,25 @@ class DenseCodec(Codec):
 
     @property
     def record_bytes(self) -> int:
-        return self.num_classes * _DENSE_DTYPES[self.format].itemsize
+        return self.num_classes * (4 if self.format == "fp32" else 2)
 
     def encode(self, logits: Tensor) -> Tensor:
+        import torch
+
         z = _finite_float32(logits, self.num_classes)
-        stored = z.to(_DENSE_DTYPES[self.format])
+        stored = z.to(getattr(torch, _DENSE_DTYPES[self.format]))
         _refuse_rows(~torch.isfinite(stored), z, f"does not fit {self.format}")
         return _bytes_of(stored)
 
     def decode(self, records: Tensor, tau: float) -> Tensor:
         """The records' own memory."""
-        return records.contiguous().view(_DENSE_DTYPES[self.format])
+        import torch
 
-    def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-        """Logits [n, C] in the stored dtype."""
-        shape, dtype = (count, self.num_classes), _DENSE_DTYPES[self.format]
-        return (torch.empty(shape, dtype=dtype, device=device),)
+        return records.contiguous().view(getattr(torch, _DENSE_DTYPES[self.format]))
+
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Logits in the stored dtype."""
+        return (((count, self.num_classes), _DENSE_DTYPES[self.format]),)
 
 
 @dataclass(frozen=True)
@@ -323,6 +343,8 @@ class DenseInt8Codec(Codec):
         return 8 + self.num_classes
 
     def encode(self, logits: Tensor) -> Tensor:
+        import torch
+
         z = _finite_float32(logits, self.num_classes)
         low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
         step = ((high.double() - low.double()) / 255).float()
@@ -347,6 +369,8 @@ class DenseFp8Codec(Codec):
         return 8 + self.num_classes
 
     def encode(self, logits: Tensor) -> Tensor:
+        import torch
+
         z = _finite_float32(logits, self.num_classes)
         top, low = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
         scale = ((top.double() - low.double()) / 448).float()
@@ -439,6 +463,8 @@ def id_bytes(num_classes: int) -> int:
 
 def _bytes_of(values: Tensor) -> Tensor:
     """[n, m] of any dtype as uint8 [n, m * itemsize], in the machine's order: little-endian."""
+    import torch
+
     return values.contiguous().view(torch.uint8)
 
 
@@ -451,6 +477,8 @@ def _require_logits(logits: Tensor, num_classes: int) -> None:
 
 
 def _finite_float32(logits: Tensor, num_classes: int) -> Tensor:
+    import torch
+
     _require_logits(logits, num_classes)
     z = logits.detach().float()
     _refuse_rows(~torch.isfinite(z), logits, "is not finite")

@@ -7,22 +7,21 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.runtime.files import open_atomically
-from deit_fast.runtime.torch_files import write_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = (".parquet", ".safetensors", ".pt")
 _SAFETENSORS = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32",
+    "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32",
 }  # fmt: skip
 
 
@@ -60,6 +59,8 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
         if target.suffix == ".parquet":
             _write_parquet(cache, ids, file)
         elif target.suffix == ".pt":
+            from deit_fast.runtime.torch_files import write_torch
+
             write_torch(file, _tensors(cache, ids))
         else:
             _write_safetensors(_tensors(cache, ids), _metadata(cache), file)
@@ -72,6 +73,8 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
 
 
 def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:
+    from deit_fast.kernels.distillation_loss import TopK
+
     logits = cache.gather(samples, view, tau=cache.codec.first_temperature)
     if isinstance(logits, TopK):
         return {"ids": logits.ids, "log_probs": logits.log_probs, "log_tail": logits.log_tail}
@@ -101,10 +104,12 @@ def _write_safetensors(
 ) -> None:
     """As safetensors.torch.save_file, whose files only their owner may read, or with twice the
     memory as safetensors.torch.save."""
+    import torch
+
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, tensor in tensors.items():
-        kind = _SAFETENSORS[tensor.dtype]
+        kind = _SAFETENSORS[str(tensor.dtype)]
         offsets = [offset, offset + tensor.nbytes]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
         offset += tensor.nbytes
@@ -116,6 +121,8 @@ def _write_safetensors(
 
 
 def _write_parquet(cache: LogitCache, views: list[int], file: BinaryIO) -> None:
+    import torch
+
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -152,6 +159,8 @@ def _tensors(cache: LogitCache, views: list[int]) -> dict[str, Tensor]:
     Raises:
         InputError: they do not fit half of the memory.
     """
+    import torch
+
     count = cache.manifest["num_samples"]
     needed = len(views) * sum(
         value.nbytes for value in _decode(cache, np.arange(1), views[0]).values()

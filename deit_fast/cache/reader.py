@@ -7,11 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import Codec, codec_from_manifest
@@ -25,7 +23,12 @@ from deit_fast.cache.format import (
     views_on_disk,
 )
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels.distillation_loss import TopK
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from deit_fast.kernels.distillation_loss import TopK
 
 # Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
 # many others is mapped and verified again.
@@ -57,7 +60,8 @@ class LogitCache:
             record_bytes=self.codec.record_bytes,
             num_classes=self.codec.num_classes,
         )
-        self._like = 0, self.codec.empty(0, None)  # of the last `gather`, by number of samples
+        # of the last `gather`, by number of samples
+        self._like: tuple[int, tuple[Tensor, ...]] = -1, ()
 
     @classmethod
     def open(cls, path: str | Path) -> LogitCache:
@@ -122,6 +126,8 @@ class LogitCache:
             CacheError: a view that is not there, is incomplete or damaged, naming file and block;
                 a temperature that was not recorded.
         """
+        import torch
+
         if device != "cpu" and torch.device(device).type != "cpu":
             # Records cross the bus rather than decoded logits, which are up to four times as large.
             pinned = torch.device(device).type == "cuda"
@@ -134,18 +140,36 @@ class LogitCache:
             like = self.codec.empty(samples.size, None)
             self._like = samples.size, like
         outputs = tuple(map(torch.empty_like, like))  # takes half as long as `empty`
-        self._gather(samples, views, layout, outputs)
+        self._gather(samples, views, layout, [output.data_ptr() for output in outputs])
         return self.codec.form(outputs)
+
+    def gather_arrays(self, samples: np.ndarray, views: np.ndarray, tau: float) -> list[np.ndarray]:
+        """As ``gather``, in numpy: the tensors of ``Codec.outputs``, bfloat16 as float32.
+
+        Args:
+            samples, views: int64 [n], contiguous.
+        """
+        names = {"bfloat16": "uint16"}
+        outputs = self.codec.outputs(len(samples))
+        arrays = [np.empty(shape, names.get(dtype, dtype)) for shape, dtype in outputs]
+        layout = self._layout(tau)
+        self._gather(samples, views, layout, [array.ctypes.data for array in arrays])
+        return [
+            (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+            for array, (_, dtype) in zip(arrays, outputs, strict=True)
+        ]
 
     def gather_records(self, sample_ids: Any, view_ids: Any, *, pin_memory: bool = False) -> Tensor:
         """The stored bytes, uint8 [n, record_bytes], that ``gather`` decodes. Raises as it does."""
+        import torch
+
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
         shape = samples.size, self.codec.record_bytes
         if pin_memory:
             records = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             records = torch.empty(shape, dtype=torch.uint8)  # half as long as with `False`
-        self._gather(samples, views, self._raw, (records,))
+        self._gather(samples, views, self._raw, [records.data_ptr()])
         return records
 
     def prefetch(self, batches: Sequence, *, ahead: int = 16, start: int = 0) -> ReadAhead:
@@ -166,9 +190,8 @@ class LogitCache:
         samples: np.ndarray,
         views: np.ndarray,
         layout: _C.RecordLayout,
-        outputs: tuple[Tensor, ...],
+        addresses: list[int],
     ) -> None:
-        addresses = [output.data_ptr() for output in outputs]
         try:
             self._open_views.gather(samples, views, layout, addresses)
         except _C.IdError as error:
@@ -278,7 +301,8 @@ def host_ids(ids: Any, name: str) -> np.ndarray:
     """Contiguous int64 in host memory."""
     if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.flags.c_contiguous:
         return ids  # the usual case; the checks below take as long as thirty records
-    values = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
+    is_tensor = not isinstance(ids, np.ndarray) and hasattr(ids, "numpy")
+    values = ids.numpy(force=True) if is_tensor else np.asarray(ids)
     if values.dtype == np.int64 and values.flags.c_contiguous:
         return values
     if values.size and values.dtype.kind not in "iu":

@@ -13,10 +13,9 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from deit_fast.cache.format import build_manifest
 from deit_fast.cache.writer import LogitCacheWriter
@@ -24,6 +23,9 @@ from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import open_regular, read_file, write_atomically
 from deit_fast.runtime.locks import owned_folder
+
+if TYPE_CHECKING:
+    import torch
 
 KEYS_FILE = "keys.txt"  # line i is the key of sample i
 _LEAST = 2.0**-25  # for a probability that float16 rounded to zero: half its least step
@@ -158,6 +160,8 @@ class _Epoch:
         rest = np.minimum(tail / max(outside, 1), probs.min(1, keepdims=True) * 0.999)
         logits = np.repeat(np.log(rest), num_classes, axis=1)
         np.put_along_axis(logits, ids, np.log(probs), axis=1)
+        import torch
+
         return torch.from_numpy(logits)
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import Codec
@@ -29,16 +26,41 @@ from deit_fast.cache.format import (
     views_on_disk,
 )
 from deit_fast.cache.reader import LogitCache
+from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.errors import CacheError, InputError
-from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.runtime.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deit_fast.kernels.distillation_loss import TopK
 
 PIXELS_SUFFIX = ".pixels.json"
 PIXEL_SAMPLES = 64  # samples a view whose pixels are recorded
 THRESHOLD = 1e-3  # nats, for arithmetic: other batch sizes, another device
-DRAWN_BLOCKS, DRAWN_RECORDS = 64, 128  # of statistics; a block is read whole to be verified
 _DIGEST_HEX = 32
 _MAX_FILE_BYTES = 1 << 20
+
+
+def open_for_run(path: str | Path, tau: float) -> LogitCache:
+    """The cache that a run of this temperature reads.
+
+    Raises:
+        InputError: it was imported from TinyViT.
+        CacheError: it is damaged, or records nothing for the temperature.
+    """
+    cache = LogitCache.open(path)
+    if is_tinyvit(cache.manifest):
+        raise InputError(
+            f"cache {path} was imported from TinyViT: its views are made by TinyViT's own "
+            f"augmentation code, which this loader cannot replay; it serves info and export"
+        )
+    try:
+        cache.codec.layout(tau)
+    except CacheError as error:
+        remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
+        raise CacheError(f"cache {path}: {error}; {remedy}") from None
+    return cache
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -311,6 +333,8 @@ def compare_logits(
         logits: computed anew [n, C], in the dtype of the teacher.
         tau: temperature.
     """
+    import torch
+
     exact = torch.log_softmax(logits.double() / tau, 1)
     again = codec.decode(codec.encode(logits), tau)
     rounding = record_errors(again, exact, tau)
@@ -324,6 +348,10 @@ def record_errors(logits: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
     For `topk` the log tail mass counts too. For `hard` it is the log-probability by which the
     stored class is below the best.
     """
+    import torch
+
+    from deit_fast.kernels.distillation_loss import TopK
+
     if isinstance(logits, TopK):
         ids = logits.ids.long()
         inside = (logits.log_probs.double() - exact.gather(1, ids)).abs().amax(1)
@@ -334,82 +362,3 @@ def record_errors(logits: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
     if logits.dim() == 1:
         return exact.amax(1) - exact.gather(1, logits[:, None])[:, 0]
     return (torch.log_softmax(logits.double() / tau, 1) - exact).abs().amax(1)
-
-
-# ---------------------------------------------------------------------------------------------
-# Statistics
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RecordSample:
-    """Records drawn from a cache.
-
-    Attributes:
-        samples, views: int64 [n].
-        top1: the teacher's class, int64 [n].
-        entropy: of the teacher's distribution, nats, float64 [n]; None for `hard`. For `topk` an
-            upper bound: the tail mass counts as spread evenly.
-        tau: temperature of ``entropy``.
-    """
-
-    samples: np.ndarray
-    views: np.ndarray
-    top1: np.ndarray
-    entropy: np.ndarray | None
-    tau: float
-
-
-def draw_records(cache: LogitCache) -> RecordSample:
-    """Records of up to 64 random blocks of the complete views, the same at every call.
-
-    Raises:
-        CacheError: no view is complete, or a block is damaged.
-    """
-    samples, views = _draw_ids(cache)
-    tau = cache.codec.first_temperature
-    logits = cache.gather(samples, views, tau=tau)
-    if isinstance(logits, TopK):
-        top1 = logits.ids[:, 0]
-        entropy = _topk_entropy(logits, cache.codec.num_classes)
-    elif logits.dim() == 1:
-        return RecordSample(samples, views, logits.numpy(), None, tau)
-    else:
-        top1 = logits.argmax(1)
-        logs = torch.log_softmax(logits.double() / tau, 1)
-        entropy = -(logs.exp() * logs).sum(1)
-    return RecordSample(samples, views, top1.long().numpy(), entropy.numpy(), tau)
-
-
-def _draw_ids(cache: LogitCache) -> tuple[np.ndarray, np.ndarray]:
-    """Sample and view ids, int64 [n], of up to 128 records of each of up to 64 blocks, drawn
-    without replacement from the complete views.
-
-    Raises:
-        CacheError: no view is complete.
-    """
-    complete = cache.views
-    if not complete:
-        raise CacheError(f"cache {cache.path} has no complete view")
-    count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
-    per_view = -(-count // size)
-    blocks = len(complete) * per_view
-    draw = np.random.default_rng(0)
-    chosen = draw.choice(blocks, min(DRAWN_BLOCKS, blocks), False)
-    samples, views = [], []
-    for index in np.sort(chosen).tolist():
-        view, block = complete[index // per_view], index % per_view
-        start, stop = block * size, min((block + 1) * size, count)
-        ids = start + np.sort(draw.choice(stop - start, min(DRAWN_RECORDS, stop - start), False))
-        samples.append(ids)
-        views.append(np.full(len(ids), view))
-    return np.concatenate(samples), np.concatenate(views)
-
-
-def _topk_entropy(logits: TopK, num_classes: int) -> Tensor:
-    logs, tail = logits.log_probs.double(), logits.log_tail.double()
-    inside = -(logs.exp() * logs).sum(1)
-    outside = num_classes - logits.ids.shape[1]
-    if outside == 0:
-        return inside
-    return inside - tail.exp() * (tail - np.log(outside)).clamp(min=-1e30)

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_manifest
@@ -26,6 +25,9 @@ from deit_fast.cache.locks import BlockLocks
 from deit_fast.cache.reader import host_ids
 from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.runtime.files import remove_orphans, temporary_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("deit_fast")
 

@@ -15,9 +15,10 @@ from deit_fast.config import DataConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.loader import ViewLoader
 from deit_fast.data.packed_shards import PackedImages, read_manifest
-from deit_fast.data.sources import ImageFolder, Source, Synthetic, class_folders
+from deit_fast.data.sources import ImageFolder, Source, Synthetic
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
+from deit_fast.inputs import class_folders, require_classes
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -41,10 +42,8 @@ def open_source(
             split, or ``classes``, lacks.
     """
     source = _open_split(data, split, image_size)
-    if split == "train" and len(source.classes) == 1:
-        raise InputError(
-            f"{source.folder} has one class, {source.classes[0]!r}: a classifier needs two or more"
-        )
+    if split == "train":
+        require_classes(source.folder, source.classes)
     if split != "train":
         owner = "the training split" if classes is None else "the run"
         source.follow(classes or _training_classes(data) or source.classes, owner)
@@ -80,7 +79,8 @@ def _training_classes(data: DataConfig) -> list[str] | None:
 
 
 def require_trained_classes(train: Source, held_out: Source) -> None:
-    """
+    """Warns of classes that have training images and no held-out images.
+
     Raises:
         InputError: a class has held-out images and no training images; names it.
     """
@@ -92,6 +92,13 @@ def require_trained_classes(train: Source, held_out: Source) -> None:
             f"{train.folder} has no image of {len(untrained)} of the held-out classes, such as "
             f"{names}: add some, or remove these classes from {held_out.folder}"
         )
+    unmeasured = np.flatnonzero((counts[0] > 0) & (counts[1] == 0)).tolist()
+    if unmeasured:
+        log.warning(
+            "%s has no image of %d of the %d classes, such as %r: the accuracy does not count "
+            "them; move some of their images there", held_out.folder, len(unmeasured),
+            len(train.classes), train.classes[unmeasured[0]],
+        )  # fmt: skip
 
 
 def open_loader(

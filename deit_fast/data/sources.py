@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, did_you_mean
+from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list, require_image_folder
 from deit_fast.runtime.files import open_regular
 from deit_fast.views.rng import philox
 
@@ -25,13 +26,13 @@ log = logging.getLogger("deit_fast")
 
 _IMAGES_DIGESTED = 32  # of a split, at each start of a run: a fraction of a second
 _STAT_THREADS, _LINES = 16, 1024  # of a folder's fingerprint
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 # What one file can be to blame for: it is missing, or may not be read. All else is the machine's.
 _ERRORS_OF_A_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV
 }  # fmt: skip
+_NO_IMAGE = "files that are no image"
 _DECODER_BYTES = 16  # a pixel: decoders' own copies included
 
 
@@ -122,6 +123,10 @@ class LeftOut:
         count, first = self._found.get(kind, (0, name))
         self._found[kind] = count + 1, first
 
+    def first(self, kind: str) -> str:
+        """Name of the first of a kind; empty if there is none."""
+        return self._found.get(kind, (0, ""))[1]
+
     def __str__(self) -> str:
         """`3 links (first: 'a.tar/1.jpg'); ...`, empty if there is nothing."""
         return "; ".join(
@@ -189,7 +194,10 @@ class Source(ABC):
         unknown = [name for name in used if name not in position]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise InputError(f"{self.folder} has class {unknown[0]!r}{more}, which {owner} lacks")
+            raise InputError(
+                f"{self.folder} has class {unknown[0]!r}{more}, which {owner} lacks"
+                f"{did_you_mean(unknown[0], classes)}: rename the folder, or remove it"
+            )
         for names in (classes, self.classes):
             twice = [name for name in used if list(names).count(name) > 1]
             if twice:
@@ -281,15 +289,8 @@ class ImageFolder(Source):
     """
 
     def __init__(self, root: str, split: str) -> None:
-        expected = f"expected {os.path.join(root, split, '<class>', '<image>')}"
-        if not os.path.isdir(root):
-            raise InputError(f"image folder {root} does not exist; {expected}")
+        self.classes = require_image_folder(root, split)
         self.folder = os.path.join(root, split)
-        if not os.path.isdir(self.folder):
-            raise InputError(f"image folder {root} has no split {split!r}; {expected}")
-        self.classes = class_folders(self.folder)
-        if not self.classes:
-            raise InputError(f"{self.folder} has no class folders; {expected}")
         places, left_out = _places(self.folder, self.classes), LeftOut()
         for name in sorted({*os.listdir(self.folder)} - {*self.classes}):
             left_out.add("files and hidden folders beside the classes", name)
@@ -301,8 +302,8 @@ class ImageFolder(Source):
             labels += [label] * len(files)
         if not names:
             raise InputError(
-                f"{self.folder} has no images in its {len(self.classes)} class folders; "
-                f"expected {', '.join(EXTENSIONS)}"
+                f"{self.folder} has no images in its {len(self.classes)} class folders"
+                f"{_other_files(left_out)}; expected {', '.join(IMAGE_SUFFIXES)}"
             )
         self.left_out = str(left_out)
         self.labels = np.array(labels, np.int64)
@@ -320,7 +321,7 @@ class ImageFolder(Source):
                 "%s has no image of %d of its classes, the first is %r: %s",
                 self.folder, len(empty), empty[0],
                 "its folder is empty" if file is None
-                else f"it holds files such as {file!r}, expected {', '.join(EXTENSIONS)}",
+                else f"it holds files such as {file!r}, expected {', '.join(IMAGE_SUFFIXES)}",
             )  # fmt: skip
 
     def read(self, index: int) -> bytes:
@@ -367,6 +368,12 @@ def read_image_file(path: str) -> bytes:
         raise OSError(error.errno, error.strerror, path) from None
 
 
+def _other_files(left_out: LeftOut) -> str:
+    """End of a message: the file in place of images."""
+    first = left_out.first(_NO_IMAGE)
+    return f": there are files such as {first!r}, convert them to JPEG or PNG" if first else ""
+
+
 def _size(path: str) -> int:
     """In bytes; -1 for a file that is gone."""
     try:
@@ -383,25 +390,6 @@ def equal_names(names: Sequence[str]) -> tuple[str, int, int] | None:
         if first != position:
             return name, first, position
     return None
-
-
-def class_folders(folder: str) -> list[str]:
-    """Names of the class folders, sorted.
-
-    Raises:
-        InputError: the folder cannot be listed, or holds a link to nothing: a class would be lost.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-            for entry in visible:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise InputError(
-                        f"{entry.path} is a link to nothing; mount its target or remove it"
-                    )
-            return sorted(entry.name for entry in visible if entry.is_dir())
-    except OSError as error:
-        raise _cannot_list(error) from None
 
 
 def _places(folder: str, classes: list[str]) -> dict[tuple[int, int], str]:
@@ -424,12 +412,8 @@ def _place(folder: str) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _cannot_list(error) from None
+        raise cannot_list(error) from None
     return status.st_dev, status.st_ino
-
-
-def _cannot_list(error: OSError) -> InputError:
-    return InputError(f"cannot list {error.filename}: {error.strerror}")
 
 
 def _image_files(
@@ -446,7 +430,7 @@ def _image_files(
     """
 
     def refuse(error: OSError) -> None:
-        raise _cannot_list(error) from None
+        raise cannot_list(error) from None
 
     top = os.path.join(folder, name)
     images = []
@@ -466,10 +450,10 @@ def _image_files(
             path = os.path.join(relative, item)
             if item.startswith("."):
                 left_out.add("hidden files", path)
-            elif item.lower().endswith(EXTENSIONS):
+            elif item.lower().endswith(IMAGE_SUFFIXES):
                 images.append((directory, item, os.fsencode(path)))
             else:
-                left_out.add("files that are no image", path)
+                left_out.add(_NO_IMAGE, path)
     return [path for _, _, path in sorted(images)]
 
 

@@ -25,7 +25,6 @@ import numpy as np
 
 from deit_fast.data.shard_files import ShardFiles, stamps_of
 from deit_fast.data.sources import (
-    EXTENSIONS,
     LeftOut,
     Paths,
     Source,
@@ -34,6 +33,7 @@ from deit_fast.data.sources import (
 )
 from deit_fast.data.tar_members import Member, members, read_content
 from deit_fast.errors import InputError
+from deit_fast.inputs import IMAGE_SUFFIXES
 from deit_fast.runtime.files import (
     cache_folder,
     open_regular,
@@ -50,7 +50,7 @@ _FORMAT = 3
 _INDEX = ".deit-fast-index.npz"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int64,
             "name_end": np.int64}  # fmt: skip
-_IMAGES = {extension[1:].encode() for extension in EXTENSIONS}
+_IMAGES = {extension[1:].encode() for extension in IMAGE_SUFFIXES}
 _LABELS = {b"cls", b"json"}
 _MAX_CLASSES = 1 << 20  # each has a name in memory
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed

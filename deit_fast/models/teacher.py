@@ -14,6 +14,7 @@ from torch import nn
 
 from deit_fast.config import IMAGENET_MEAN, IMAGENET_STD, RunConfig
 from deit_fast.errors import InputError, first_line, is_out_of_memory
+from deit_fast.inputs import require_teacher
 from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.normalisation import Normalisation, choose_normalisation, read_normalisation
 from deit_fast.models.student import keep_trained_head, trained_head
@@ -303,11 +304,8 @@ def load_teacher(
         InputError: unknown model, weights that are missing or of another model, a normalisation
             that contradicts the file's, or as ``Teacher``.
     """
+    require_teacher(spec)
     name, _, weights = spec.partition("@")
-    if ":" not in name:
-        raise InputError(
-            f"teacher {spec!r} is neither timm:NAME[@FILE] nor package.module:factory[@FILE]"
-        )
     if (mean is None) != (std is None):
         raise InputError(f"teacher {name}: teacher_mean and teacher_std go together: give both")
     given = None

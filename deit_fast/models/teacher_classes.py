@@ -14,11 +14,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from deit_fast.config import RunConfig
 from deit_fast.data.sources import equal_names
 from deit_fast.errors import InputError, did_you_mean, printable
+from deit_fast.inputs import fine_tune_command
 from deit_fast.runtime.files import read_file
 
 log = logging.getLogger("deit_fast")
 
-_ASK = "say which output is which by --teacher-classes FILE, or fine-tune the teacher"
 _CORRECT = "give each class of the data one line"
 
 
@@ -46,7 +46,10 @@ def choose_columns(
     owner = f"teacher {config.teacher}"
     if lines is None:
         names = _both_have_names(own, classes)
-        columns = match_classes(classes, names, count, owner, _ASK)
+        name, _, weights = (config.teacher or "").partition("@")
+        command = fine_tune_command(name, weights, config.data.root)
+        ask = f"{command}; or say which output is which by --teacher-classes FILE"
+        columns = match_classes(classes, names, count, owner, ask)
     else:
         names, what = lines, f"teacher_classes {printable(config.teacher_classes)}"
         if len(names) != count:

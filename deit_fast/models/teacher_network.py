@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.errors import InputError
+from deit_fast.inputs import fine_tune_command
 from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.pretrained import load_pretrained, require_timm_name
 from deit_fast.models.weights import adapt_names, fit_weights, load_weights
@@ -64,14 +65,12 @@ def build_factory_network(
     model = in_float32(build_from_factory(name, len(classes) if classes else num_classes), name)
     _say_other_name(name, facts, is_same=facts is not None and facts.name == name)
     _say_dtypes(name, state.values())
-    fit_weights(model, state, weights, of_other_count=_OTHER_COUNT)
+    other_count = (
+        f": if it has other classes than the data, {fine_tune_command(name, weights)}; or name its "
+        f"outputs by --teacher-classes FILE, a line for each"
+    )
+    fit_weights(model, state, weights, of_other_count=other_count)
     return model, facts
-
-
-_OTHER_COUNT = (
-    "; if it has other classes than the data, give --teacher-classes a FILE with a line for each "
-    "of its outputs"
-)
 
 
 def _architecture(name: str) -> str:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from deit_fast.config import MOST_INITIAL_SHARE
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.inputs import require_weights_file
 from deit_fast.models.pretrained import load_pretrained, pretrained_name
-from deit_fast.models.weights_facts import class_names, identity_of, initial_share, split_key
+from deit_fast.models.weights_facts import class_names, identity_of, initial_share
 from deit_fast.models.weights_layout import (
     MissingKey,
     adapt_layout,
@@ -40,6 +41,7 @@ from deit_fast.runtime.files import (
     seal,
 )
 from deit_fast.runtime.torch_files import load_torch
+from deit_fast.runtime.weights_header import split_key
 
 log = logging.getLogger("deit_fast")
 
@@ -66,12 +68,11 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     if (name := pretrained_name(path)) is not None:
         remedy = "give --model.weights FILE, or none to start from random weights"
         return load_pretrained(name, "weights", remedy).state_dict()
+    require_weights_file(path)
     file, key = split_key(path)
     try:
         saved = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
         tensors, keys = find_state(saved, key)
-    except FileNotFoundError:
-        raise InputError(f"weights file {path} does not exist") from None
     except MissingKey as error:
         raise InputError(f"weights file {printable(file)} {error}") from None
     if not tensors:

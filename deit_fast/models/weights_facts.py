@@ -32,7 +32,7 @@ from deit_fast.errors import InputError, printable
 from deit_fast.models.pretrained import pretrained_name
 from deit_fast.runtime.files import parse_object, read_json
 from deit_fast.runtime.torch_files import map_torch
-from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts
+from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts, split_key
 
 FACTS_KEY = "model"
 _SETTINGS = (  # the facts that are settings of the run
@@ -90,14 +90,6 @@ def _facts_text(settings: dict[str, Any], classes: Sequence[str]) -> str:
     """``facts_text`` of settings by dotted key."""
     facts = {key.partition(".")[2]: settings[key] for key in _SETTINGS}
     return json.dumps(facts | {"classes": list(classes)})
-
-
-def split_key(path: str | Path) -> tuple[Path, str | None]:
-    """FILE and KEY of FILE#KEY; a file of that name comes first."""
-    file, mark, key = str(path).rpartition("#")
-    if not mark or not file or os.path.lexists(path):
-        return Path(path), None
-    return Path(file), key
 
 
 def file_texts(path: str | Path) -> dict[str, str]:

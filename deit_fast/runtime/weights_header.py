@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,14 @@ WEIGHTS_FILES: dict[WeightsChoice, str] = {"last": MODEL_FILE, "ema": EMA_FILE, 
 DIGEST_KEY = "digest"  # in `__metadata__`: SHA-256 over names and values of all tensors
 HEAD_KEY = "trained_head"  # there too: class or distillation, where a run trained one of two heads
 _MAX_HEADER_BYTES = 1 << 27
+
+
+def split_key(path: str | Path) -> tuple[Path, str | None]:
+    """FILE and KEY of FILE#KEY; a file of that name comes first."""
+    file, mark, key = str(path).rpartition("#")
+    if not mark or not file or os.path.lexists(path):
+        return Path(path), None
+    return Path(file), key
 
 
 def read_digest(path: Path) -> str | None:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
 from deit_fast.cache.format import manifest_sha256
-from deit_fast.cache.tinyvit import is_tinyvit
-from deit_fast.cache.verify import compare_logits, pick_pixels
+from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, map_teacher
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.sources import Source
 from deit_fast.errors import CacheError, InputError
+from deit_fast.inputs import require_teacher_settings
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.training.compiling import resolve_compile
@@ -182,38 +182,19 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         CacheError: a view is missing or damaged; the loader makes other pixels than the teacher
             saw.
     """
-    every = config.check_teacher_every
-    if every is not None and None in (config.cache, config.teacher):
-        raise InputError(
-            f"check_teacher_every={every} compares a cache with its teacher: give --cache and "
-            f"--teacher, not {config.cache} and {config.teacher}"
-        )
+    require_teacher_settings(config)
     if config.loss.kind == "none":
         return RunTeacher(config, device)
-    if config.teacher is None and config.cache is None:
-        raise InputError(
-            f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
-        )
     teacher = load_class_matched_teacher(config, source.classes, device) if config.teacher else None
     if config.cache is None:
         assert teacher is not None
         compiled = resolve_compile(config, device) != "none"
         network = teacher.to_device(device, compiled, config.model.fused)
         return RunTeacher(config, device, network=network)
-    cache = LogitCache.open(config.cache)
-    if is_tinyvit(cache.manifest):
-        raise InputError(
-            f"cache {config.cache} was imported from TinyViT: its views are made by TinyViT's own "
-            f"augmentation code, which this loader cannot replay; it serves info and export"
-        )
+    cache = open_for_run(config.cache, config.loss.tau)
     expected = views_fingerprint(config, source)
     stored = cache.manifest["fingerprint"]
     cache.require(expected | (teacher.expected_fields(stored) if teacher else {}))
-    try:
-        cache.codec.layout(config.loss.tau)
-    except CacheError as error:
-        remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
-        raise CacheError(f"cache {config.cache}: {error}; {remedy}") from None
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
         # With several sizes num_views is the number of epochs.
@@ -230,7 +211,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
         device=device,
         where=f"cache {config.cache}",
     )
-    if teacher is None or every is None:
+    if teacher is None or config.check_teacher_every is None:
         return RunTeacher(config, device, cache=cache)
     # As in `precompute`: under `auto` neither compiled nor fused.
     network = teacher.to_device(device, config.compile not in ("auto", "none"))

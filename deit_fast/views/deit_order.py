@@ -59,7 +59,8 @@ class DeitBatches(RankBatches):
         if offered < share:
             raise InputError(
                 f"under compat=deit an epoch of {num_samples} samples offers each of {world_size} "
-                f"processes {offered} views, fewer than its {share} of batch_size={batch_size}"
+                f"processes {offered} views, fewer than its {share} of batch_size={batch_size}: "
+                f"the largest is --batch-size {offered // 2 * 2 * world_size}"
             )
         self.view, self.seed, self.num_samples = view, seed, num_samples
         self.steps = RunSteps(offered * world_size, self.batch_sizes, epochs)

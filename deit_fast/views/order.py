@@ -184,7 +184,8 @@ class TrainBatches(RankBatches):
             if order.length < size:
                 raise InputError(
                     f"an epoch of {order.num_samples} samples with {order.repeats} repeats offers "
-                    f"{order.length} views, fewer than one batch of {name}"
+                    f"{order.length} views, fewer than one batch of {name}: the largest is "
+                    f"--batch-size {order.length // world_size * world_size}"
                 )
         self.order = order
         self.steps = RunSteps(order.length, self.batch_sizes, epochs)

@@ -1,0 +1,369 @@
+"""What a command reads. Its paths are checked before torch is imported, so that an answer to a
+wrong one takes no longer than help does; the engine checks the same where it opens them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from deit_fast.config import DataConfig, RunConfig
+from deit_fast.errors import InputError, did_you_mean, printable
+from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.weights_header import MODEL_FILE, split_key
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+_MOST_LOOKED_AT = 200  # entries of a folder, where a message looks for what was meant
+
+
+# ---------------------------------------------------------------------------------------------
+# What a verb needs
+# ---------------------------------------------------------------------------------------------
+
+
+def require_train_inputs(config: RunConfig) -> None:
+    """The paths that `train` reads.
+
+    Raises:
+        InputError: one is missing or of the wrong kind, or distillation has no teacher.
+    """
+    require_images(config.data, ("train", "val"))
+    require_teacher_settings(config)
+    has_checkpoint = any(Path(config.output, "checkpoints").glob("step-*.pt"))
+    weights = config.model.weights
+    if weights is not None and not weights.startswith("timm:") and not has_checkpoint:
+        require_weights_file(weights)
+    if config.resume_from is not None and not os.path.exists(config.resume_from):
+        near = nearest_path(config.resume_from)
+        raise InputError(f"resume_from: checkpoint {config.resume_from} does not exist{near}")
+    if config.loss.kind == "none":
+        return
+    if config.cache is not None:
+        from deit_fast.cache.verify import open_for_run
+
+        open_for_run(config.cache, config.loss.tau)
+    _require_teacher_files(config)
+
+
+def require_precompute_inputs(config: RunConfig) -> None:
+    """As ``require_train_inputs``, for `precompute`, which needs a teacher and a cache."""
+    if config.teacher is None or config.cache is None:
+        missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
+        raise InputError(f"precompute needs {missing}")
+    require_images(config.data, ("train",))
+    _require_teacher_files(config)
+
+
+def require_teacher_settings(config: RunConfig) -> None:
+    """
+    Raises:
+        InputError: distillation without teacher or cache, or a check of a cache without both.
+    """
+    every = config.check_teacher_every
+    if every is not None and None in (config.cache, config.teacher):
+        raise InputError(
+            f"check_teacher_every={every} compares a cache with its teacher: give --cache and "
+            f"--teacher, not {config.cache} and {config.teacher}"
+        )
+    if config.loss.kind != "none" and config.teacher is None and config.cache is None:
+        raise InputError(
+            f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"
+        )
+
+
+def _require_teacher_files(config: RunConfig) -> None:
+    if config.teacher is None:
+        return
+    require_teacher(config.teacher)
+    if config.teacher_classes is not None and not os.path.exists(config.teacher_classes):
+        near = nearest_path(config.teacher_classes)
+        raise InputError(f"teacher_classes: file {config.teacher_classes} does not exist{near}")
+
+
+def require_run(path: str | Path) -> None:
+    """
+    Raises:
+        InputError: there is no folder of a run.
+    """
+    if not os.path.isdir(path):
+        if os.path.exists(path):
+            raise InputError(f"{path} is a file: name the folder of the run, {Path(path).parent}")
+        raise InputError(f"run folder {path} does not exist{nearest_path(path)}")
+    if os.path.lexists(Path(path, "config.json")):
+        return
+    runs = [name for name in _folders(path) if os.path.exists(Path(path, name, "config.json"))]
+    hint = f"; it holds runs: name one of them, such as {Path(path, runs[0])}" if runs else ""
+    raise InputError(f"{path} is not the folder of a run: {path}/config.json does not exist{hint}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+
+def require_images(data: DataConfig, splits: Iterable[str]) -> None:
+    """The folders of a configuration's images; what is in the class folders is not looked at.
+
+    Raises:
+        InputError: as ``require_image_folder`` and ``require_classes``, or data.root is not set.
+    """
+    if data.source == "synthetic":
+        return
+    if data.root is None:
+        raise InputError(
+            "data.root is not set; expected a folder with train/<class>/<image> and "
+            "val/<class>/<image>, or with shards (data.source)"
+        )
+    for split in splits:
+        if data.source == "folder":
+            names = require_image_folder(data.root, split)
+            if split == "train":
+                require_classes(os.path.join(data.root, split), names)
+        elif not os.path.isdir(data.root):
+            raise InputError(f"image folder {data.root} {_why_no_folder(data.root)}")
+
+
+def require_data_root(root: str, split: str) -> None:
+    """A folder in place of a run's: of images, or of shards where the split holds no folders.
+
+    Raises:
+        InputError: as ``require_image_folder``.
+    """
+    names = [*_entries(os.path.join(root, split))]
+    if not any(name.endswith(".tar") or name == "manifest.json" for name in names):
+        require_image_folder(root, split)
+
+
+def require_image_folder(root: str, split: str) -> list[str]:
+    """The names of the class folders of a split, sorted.
+
+    Raises:
+        InputError: no root, split or class folder; says what the folder is instead.
+    """
+    expected = f"expected {os.path.join(root, split, '<class>', '<image>')}"
+    if not os.path.isdir(root):
+        raise InputError(f"image folder {root} {_why_no_folder(root)}; {expected}")
+    folder = os.path.join(root, split)
+    if not os.path.isdir(folder):
+        instead = _instead_of_split(root, split)
+        raise InputError(f"image folder {root} has no split {split!r}{instead}; {expected}")
+    names = class_folders(folder)
+    if not names:
+        instead = _instead_of_classes(folder)
+        raise InputError(f"{folder} has no class folders{instead}; {expected}")
+    return names
+
+
+def require_classes(folder: str | Path, names: list[str]) -> None:
+    """
+    Args:
+        folder: of the training split.
+
+    Raises:
+        InputError: it has one class.
+    """
+    if len(names) != 1:
+        return
+    hint, inner = "", os.path.join(folder, names[0])
+    if os.path.isdir(inner) and not _has_images(inner) and len(below := _folders(inner)) > 1:
+        hint = (
+            f"; its folders, such as {below[0]!r} and {below[1]!r}, look like the classes: move "
+            f"them up into {folder}"
+        )
+    raise InputError(f"{folder} has one class, {names[0]!r}: a classifier needs two or more{hint}")
+
+
+def class_folders(folder: str) -> list[str]:
+    """Names of the class folders, sorted.
+
+    Raises:
+        InputError: the folder cannot be listed, or holds a link to nothing: a class would be lost.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            for entry in visible:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise InputError(
+                        f"{entry.path} is a link to nothing; mount its target or remove it"
+                    )
+            return sorted(entry.name for entry in visible if entry.is_dir())
+    except OSError as error:
+        raise cannot_list(error) from None
+
+
+def cannot_list(error: OSError) -> InputError:
+    return InputError(f"cannot list {error.filename}: {error.strerror}")
+
+
+_OTHER_NAMES = {
+    "train": {"train", "training", "trainset", "train_set", "train_images", "trn"},
+    "val": {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout", "held-out"},
+}
+
+
+def _instead_of_split(root: str, split: str) -> str:
+    """What a folder without the split seems to be, and what to name or to do."""
+    parent = os.path.dirname(os.path.normpath(root)) or os.curdir
+    above = os.path.dirname(os.path.normpath(parent)) or os.curdir
+    name = os.path.basename(os.path.abspath(root)).lower()
+    if name in _OTHER_NAMES["train"] | _OTHER_NAMES["val"] and _is_dir(parent, "train"):
+        return f": it is a split; did you mean its parent, --data.root {parent}?"
+    splits = {os.path.join(above, other) for other in ("train", "val")}
+    if os.path.normpath(parent) in map(os.path.normpath, splits) and _is_dir(above, "train"):
+        return f": it is the folder of one class; did you mean --data.root {above}?"
+    folders = _folders(root)
+    inner = [item for item in folders if _is_dir(root, item, split)]
+    if inner:
+        return f": its folder {inner[0]!r} has it; did you mean --data.root {root}/{inner[0]}?"
+    other = [item for item in folders if item.lower() in _OTHER_NAMES.get(split, ())]
+    if other:
+        return f": rename its folder {other[0]!r}, or link it: `ln -s {other[0]} {root}/{split}`"
+    if split == "val" and _is_dir(root, "train"):
+        return ": move some images of each class from train/<class> to val/<class>"
+    if any(_has_images(os.path.join(root, item)) for item in folders[:20]):
+        return (
+            f": its folders, such as {folders[0]!r}, look like classes: move most images of each "
+            f"to {root}/train/<class>, the others to {root}/val/<class>"
+        )
+    if _has_images(root):
+        return ": it holds images, which need a folder for each class, in train/ and val/"
+    return ""
+
+
+def _instead_of_classes(folder: str) -> str:
+    names = list(_entries(folder))
+    if any(name.endswith(".tar") for name in names):
+        return ": it holds tar shards, which --data.source tar reads"
+    if "manifest.json" in names:
+        return ": it holds packed images, which --data.source packed reads"
+    if _has_images(folder):
+        return ": it holds images, which need a folder for each class"
+    return ""
+
+
+def _has_images(folder: str) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in _entries(folder))
+
+
+def _folders(folder: str | Path) -> list[str]:
+    names = (name for name in _entries(folder) if not name.startswith("."))
+    return sorted(name for name in names if _is_dir(folder, name))
+
+
+def _entries(folder: str | Path) -> Iterator[str]:
+    """The first names in a folder; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in islice(entries, _MOST_LOOKED_AT))
+    except OSError:
+        return
+
+
+def _is_dir(*parts: str | Path) -> bool:
+    return os.path.isdir(os.path.join(*parts))
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights and teachers
+# ---------------------------------------------------------------------------------------------
+
+
+def require_teacher(spec: str) -> None:
+    """
+    Raises:
+        InputError: it is no spec of a teacher, or its weights file is none.
+    """
+    name, mark, weights = spec.partition("@")
+    if ":" not in name:
+        hint = ""
+        if os.path.isfile(spec):
+            hint = f": a file needs its model's name before it, timm:NAME@{spec}"
+        elif name.replace("_", "").replace(".", "").isalnum() and not os.path.exists(spec):
+            hint = f" (did you mean timm:{spec}?)"
+        raise InputError(
+            f"teacher {spec!r} is neither timm:NAME[@FILE] nor package.module:factory[@FILE]{hint}"
+        )
+    if mark and not weights:
+        raise InputError(f"teacher {spec!r} names no file after @: write timm:NAME@FILE")
+    if weights:
+        require_weights_file(weights)
+
+
+def fine_tune_command(name: str, weights: str, root: str | None = None) -> str:
+    """What fits a teacher to other classes: `fine-tune it first: COMMAND`.
+
+    Args:
+        name: the teacher's spec without its weights file.
+        weights: that file, or empty.
+        root: the images.
+    """
+    start = weights or (name if name.startswith("timm:") else "FILE")
+    return (
+        f"fine-tune it first: deit-fast train --recipe finetune_teacher --data.root "
+        f"{root or 'DIR'} --model.name {name.removeprefix('timm:')} --model.weights {start}"
+    )
+
+
+def require_weights_file(path: str | Path) -> None:
+    """Look at the first bytes of a weights file.
+
+    Args:
+        path: FILE or FILE#KEY.
+
+    Raises:
+        InputError: there is no such file, or it cannot hold weights; says what it is.
+        OSError: names the path.
+    """
+    file, _ = split_key(path)
+    where = f"weights file {printable(file)}"
+    if os.path.isdir(file):
+        inner = file / MODEL_FILE
+        hint = f"; did you mean {printable(inner)}?" if inner.exists() else ""
+        raise InputError(f"{where} is a folder, not a file{hint}")
+    try:
+        with open_regular(file) as opened:
+            first = opened.read(512)
+    except FileNotFoundError:
+        near = nearest_path(file)
+        raise InputError(f"weights file {printable(path)} does not exist{near}") from None
+    text = first.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not first:
+        raise InputError(f"{where} is empty: download it again")
+    if text.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{where} is a pointer of git-lfs, not the weights: run `git lfs pull` in its "
+            f"repository, or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
+        raise InputError(
+            f"{where} is a web page, not weights: download the file that the page links to, for "
+            f"example with `curl -L`"
+        )
+    if text.startswith((b'{"', b"{'")) or text in (b"{}", b"{"):
+        raise InputError(f"{where} is JSON text, not weights: download the weights file itself")
+    is_torch, is_safetensors = first.startswith(b"PK\x03\x04"), first[8:9] == b"{"
+    if file.suffix == ".safetensors" and is_torch:
+        raise InputError(f"{where} is a checkpoint of torch.save: rename it to {file.stem}.pth")
+    if file.suffix in (".pth", ".pt", ".bin", ".ckpt") and is_safetensors:
+        raise InputError(f"{where} is a safetensors file: rename it to {file.stem}.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------
+
+
+def nearest_path(path: str | Path) -> str:
+    """End of a message about a path that does not exist: the most similar name beside it."""
+    folder, name = os.path.split(os.path.normpath(path))
+    near = did_you_mean(name, _entries(folder or os.curdir), f"{folder}/" if folder else "")
+    return printable(near)
+
+
+def _why_no_folder(path: str) -> str:
+    if os.path.exists(path):
+        return "is a file, not a folder"
+    return f"does not exist{nearest_path(path)}"
