@@ -58,6 +58,7 @@ from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.signals import Preempted
+from deit_fast.runtime.weights_header import WeightsChoice
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
@@ -167,7 +168,7 @@ def evaluate(
     data_root: str | None = None,
     batch_size: Count | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    ema: bool = False,
+    weights: WeightsChoice = "last",
     model: str | None = None,
     late_fusion: Count | None = None,
 ) -> str:
@@ -178,7 +179,7 @@ def evaluate(
         data_root: Image folder to measure on; none: the run's.
         batch_size: Images per step; none: the run's.
         device: `auto`: CUDA where available.
-        ema: Use the moving average of the weights.
+        weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.
         model: The run's model, where it is `package.module:factory`: the file of a run does not
             decide which code is run.
         late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
@@ -190,7 +191,7 @@ def evaluate(
     from deit_fast.evaluation import evaluate as measure
 
     result = measure(
-        run, data_root=data_root, batch_size=batch_size, device=device, ema=ema,
+        run, data_root=data_root, batch_size=batch_size, device=device, weights=weights,
         models=[model] if model else [], late_fusion=late_fusion,
     )  # fmt: skip
     for name, row in result.pop("late_fusion", {}).items():
@@ -207,7 +208,7 @@ def analyze(
     teacher_mean: tuple[Share, Share, Share] | None = None,
     teacher_std: tuple[Deviation, Deviation, Deviation] | None = None,
     data_root: str | None = None,
-    ema: bool = False,
+    weights: WeightsChoice = "last",
     model: str | None = None,
     max_images: Count | None = None,
     sample: CountOrZero | None = None,
@@ -229,7 +230,7 @@ def analyze(
         teacher_mean: Channel means that the teacher expects, as for `precompute`.
         teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
         data_root: Image folder to measure on; none: the runs'.
-        ema: Use the moving average of the weights.
+        weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.
         model: The runs' model, where it is `package.module:factory`: the file of a run does not
             decide which code is run.
         max_images: Number of held-out images, evenly spaced; none: all.
@@ -258,7 +259,7 @@ def analyze(
 
     results = measure(
         list(runs), teacher=teacher, teacher_classes=teacher_classes, teacher_mean=teacher_mean,
-        teacher_std=teacher_std, data_root=data_root, ema=ema, max_images=max_images,
+        teacher_std=teacher_std, data_root=data_root, weights=weights, max_images=max_images,
         sample=sample, maps=maps, device=device, models=[model] if model else [],
         late_fusion=late_fusion,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from deit_fast.models.student import (
 from deit_fast.models.weights import digest_state, fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 from deit_fast.runtime.files import read_json
-from deit_fast.runtime.weights_header import EMA_FILE, MODEL_FILE
+from deit_fast.runtime.weights_header import WeightsChoice, require_weights
 
 log = logging.getLogger("deit_fast")
 
@@ -164,7 +164,10 @@ def read_run_config(run: str | Path) -> RunConfig:
 
 
 def load_run(
-    run: str | Path, data_root: str | None = None, ema: bool = False, models: Sequence[str] = ()
+    run: str | Path,
+    data_root: str | None = None,
+    weights: WeightsChoice = "last",
+    models: Sequence[str] = (),
 ) -> tuple[RunConfig, Source, nn.Module]:
     """Configuration, held-out images and model of a finished run.
 
@@ -172,9 +175,9 @@ def load_run(
     its classes have no image, and that these are not the run's images.
 
     Args:
-        run: run folder with config.json and model.safetensors (ema.safetensors with ``ema``).
+        run: run folder with config.json and the chosen weights.
         data_root: image folder; None: the run's own.
-        ema: load the moving average of the weights.
+        weights: those of the last step, their moving average, or those of the best evaluation.
         models: factories that the run may name: code runs only if the user names it.
 
     Raises:
@@ -185,15 +188,15 @@ def load_run(
     require_no_code(config.model.name, models, str(Path(run) / "config.json"), "--model")
     if data_root is not None:
         config = config.replace(data={"root": data_root})
-    weights = Path(run) / (EMA_FILE if ema else MODEL_FILE)
-    state = load_weights(weights)
-    _compare_result(weights, state)
-    facts = read_identity(weights)
+    file = require_weights(run, weights)
+    state = load_weights(file)
+    _compare_result(file, state)
+    facts = read_identity(file)
     classes = _recorded_classes(Path(run), facts)
     source = open_source(config.data, "val", config.view.image_size, classes)
     _compare_images(run, source, classes, facts)
     model = build_model(config, len(source.classes))
-    fit_weights(model, state, weights)
+    fit_weights(model, state, file)
     return config, source, model
 
 
@@ -322,14 +325,14 @@ def evaluate(
     data_root: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
-    ema: bool = False,
+    weights: WeightsChoice = "last",
     models: Sequence[str] = (),
     late_fusion: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run's weights on its held-out images.
 
     Args:
-        run, data_root, ema, models: as of ``load_run``.
+        run, data_root, weights, models: as of ``load_run``.
         batch_size: images of each forward; None: the run's.
         device: auto, cpu or cuda.
         late_fusion: as `images` of ``train_late_fusion``: the result has `late_fusion` too, see
@@ -341,7 +344,7 @@ def evaluate(
         MemoryError, ChildProcessError: as ``translate_errors``.
     """
     chosen = choose_device(device)
-    config, source, model = load_run(run, data_root, ema, models)
+    config, source, model = load_run(run, data_root, weights, models)
     if batch_size is not None:
         config = config.replace(batch_size=batch_size)
     if late_fusion is not None and (reason := why_no_late_fusion(model)):

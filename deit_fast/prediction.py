@@ -19,7 +19,12 @@ from deit_fast.models.student import create_student, forward_heads, mean_logits,
 from deit_fast.models.weights import fit_weights, load_weights
 from deit_fast.models.weights_facts import ModelFacts, file_texts, read_facts, split_key
 from deit_fast.runtime.distributed import choose_device, has_bf16
-from deit_fast.runtime.weights_header import HEAD_KEY, WEIGHTS_FILES, WeightsChoice
+from deit_fast.runtime.weights_header import (
+    HEAD_KEY,
+    WEIGHTS_FILES,
+    WeightsChoice,
+    require_weights,
+)
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 ImageLike: TypeAlias = "PathLike | Image.Image"
@@ -176,15 +181,4 @@ def weights_path(run: PathLike, weights: WeightsChoice) -> str:
                 f"weights={weights} chooses a file of a run's folder, and {printable(run)} is none"
             )
         return os.fspath(run)
-    paths = {name: os.path.join(run, file) for name, file in WEIGHTS_FILES.items()}
-    if os.path.lexists(paths[weights]):
-        return paths[weights]
-    missing = f"{printable(paths[weights])} does not exist"
-    others = [name for name, path in paths.items() if os.path.lexists(path)]
-    if others:
-        raise InputError(f"{missing}; the run has the weights {', '.join(others)}")
-    if os.path.lexists(os.path.join(run, "config.json")):
-        raise InputError(
-            f"{missing}: the run has not finished; name one of its checkpoints to use that"
-        )
-    raise InputError(f"{printable(run)} is no run folder: {missing}")
+    return str(require_weights(run, weights))

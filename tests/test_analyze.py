@@ -615,7 +615,7 @@ def test_max_images_and_sample_select_images(world: Path, found: dict[str, dict]
 def test_ema_analyses_the_averaged_weights(world: Path) -> None:
     run = make_run(world, "averaged", "hard")
     (run / "ema.safetensors").write_bytes((world / "soft/model.safetensors").read_bytes())
-    (averaged,) = analyze([run], ema=True, maps=0)
+    (averaged,) = analyze([run], weights="ema", maps=0)
     assert averaged["weights"] == "ema"
     assert averaged["accuracy"]["class"] == pytest.approx(
         evaluate(str(world / "soft"))["top1_class"], abs=1e-6
@@ -694,7 +694,7 @@ def test_terminal_table_and_report_show_the_figures(
     [
         (["nowhere"], "nowhere is no run folder"),
         (["none", "--sample", "60"], "--sample 60: held-out images of "),
-        (["none", "--ema"], "weights file "),
+        (["none", "--weights", "ema"], "none/ema.safetensors does not exist; the run has"),
         (
             ["none", "--max-images", "0"],
             "--max-images must be a whole number in [1, 2147483647], or none, not 0",

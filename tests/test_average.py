@@ -244,7 +244,7 @@ def test_evaluate_measures_the_average_of_a_half_precision_student_as_training_d
         patch.setattr(loop, "evaluate_model", noted)
         result = train(config)
     assert load_file(tmp_path / "ema.safetensors")["layer.weight"].dtype == torch.float32
-    found = evaluate(str(tmp_path), ema=True, models=[model])
+    found = evaluate(str(tmp_path), weights="ema", models=[model])
     assert found["top1"] == result["ema_top1"] and found["loss"] == losses[1] != losses[0]
 
 

@@ -289,7 +289,7 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ),
         ("train --views 0:2", "unknown flag --views"),
         ("evaluate", "evaluate needs RUN Folder of the run"),
-        ("evaluate --ema", "evaluate needs RUN"),
+        ("evaluate --weights ema", "evaluate needs RUN"),
         ("evaluate a b", "unexpected argument 'b'"),
         ("evaluate a --batch-size 0", "--batch-size must be a whole number in [1, 2147483647], "),
         ("report", "report needs the folder of a run; see `deit-fast report --help`"),

@@ -26,6 +26,7 @@ from deit_fast.models.weights import load_weights, read_metadata, save_weights
 from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.trackers import read_tracked_runs
+from deit_fast.runtime.weights_header import WEIGHTS_FILES
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.run_folder import read_run
 from deit_fast.training.checkpoints import load_newest
@@ -153,19 +154,18 @@ def verb(name: str, run: Path, steps: int = STEPS) -> int:
     arguments = {
         "train": ["--config", f"{run.parent}/config.json", "--output", run, "--max-steps", steps],
         "evaluate": [run],
-        "evaluate --ema": [run],
         "analyze": [run, "--maps", "1"],
-        "analyze --ema": [run, "--maps", "1"],
         "report": [run, "--out", run.parent / "page.html"],
-    }[name]
+    }[name.split()[0]]
     return cli.main([*name.split(), *map(str, arguments)])
 
 
 FILES = {
     "train": f"{NEWEST} config.json metrics.jsonl model.safetensors ema.safetensors "
-    "predictions.json result.json",
+    "best.safetensors predictions.json result.json",
     "evaluate": "config.json model.safetensors",
-    "evaluate --ema": "ema.safetensors",
+    "evaluate --weights ema": "ema.safetensors",
+    "evaluate --weights best": "best.safetensors",
     "analyze": "config.json model.safetensors result.json analysis/analysis.json",
     "report": "config.json result.json metrics.jsonl samples.png model.safetensors "
     "predictions.json "
@@ -230,15 +230,15 @@ def test_weights_result_and_analysis_of_different_runs_are_told_apart(run, copy,
     assert not reported(copy, caplog)[0] and "run `deit-fast analyze` again" in caplog.text
     assert verb("analyze", copy) == 0
     assert reported(copy, caplog) == (True, "")
-    assert verb("analyze --ema", copy) == 0
+    assert verb("analyze --weights ema", copy) == 0
     assert reported(copy, caplog) == (True, "")
-    for name in ("model", "ema"):
-        theirs = copy / f"{name}.safetensors"
+    for choice, file in WEIGHTS_FILES.items():
+        theirs = copy / file
         ours = theirs.read_bytes()
         shutil.copy(run / theirs.name, theirs)
         with pytest.raises(InputError, match=rf"{theirs} has other weights than .*result\.json"):
             read_run(copy, "run", 0)
-        assert verb("evaluate --ema" if name == "ema" else "evaluate", copy) == 0
+        assert verb(f"evaluate --weights {choice}", copy) == 0
         assert f"{theirs} has other weights than the run that wrote" in caplog.text
         theirs.write_bytes(ours)
 

@@ -27,10 +27,13 @@ import torch
 from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
+from deit_fast.evaluation import evaluate
+from deit_fast.models.weights import load_weights
 from deit_fast.precomputation import precompute
 from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
+from deit_fast.runtime.weights_header import WEIGHTS_FILES, read_digest, read_texts
 from deit_fast.training import checkpoints, loop, state
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.training.loop import train
@@ -72,9 +75,10 @@ def equal(left: object, right: object) -> bool:
 
 def assert_arrived(run: Path, undisturbed: Path) -> None:
     """Weights, moving average, optimiser, counts and rows of metrics equal the other run's."""
-    assert weights_equal(run, undisturbed)
+    assert weights_equal(run, undisturbed, WEIGHTS_FILES.values())
     mine, theirs = last_state(run), last_state(undisturbed)
-    for key in ("model", "ema", "optimizer", "step", "evaluated_step", "best_top1", "skipped"):
+    for key in ("model", "ema", "optimizer", "step", "evaluated_step", "best_top1", "best",
+                "skipped"):  # fmt: skip
         assert equal(mine[key], theirs[key]), key
     assert comparable_rows(run) == comparable_rows(undisturbed)
 
@@ -277,7 +281,33 @@ def test_rollback_leaves_the_step_out(world, tmp_path, monkeypatch, name):
     state = torch.load(path, weights_only=True)
     save_checkpoint(path.parent, state["step"], state | {"skipped": [7]})
     train(clean)
-    assert weights_equal(tmp_path / "rolled", tmp_path / "clean")
+    assert weights_equal(tmp_path / "rolled", tmp_path / "clean", WEIGHTS_FILES.values())
+
+
+def test_the_best_weights_are_kept(world, tmp_path, monkeypatch, caplog):
+    """The teacher's answers turn round after the second epoch: the accuracy falls."""
+    monkeypatch.setenv("UNRULY", "drift:12")
+    config = unruly(world, tmp_path / "run", save_steps=None, keep_every=1, epochs=4,
+                    loss={"kind": "hard", "alpha": 0.9})  # fmt: skip
+    train(config.replace(max_steps=20))
+    result = train(config)  # after the best evaluation, resumed within an epoch
+    run = Path(config.output)
+    best = result["best_epoch"]
+    assert best < 4 and result["best_metric"] == "top1"
+    kept = torch.load(run / f"checkpoints/step-{6 * best:09d}.pt", weights_only=True)["model"]
+    assert equal(load_weights(run / "best.safetensors"), kept)
+    assert not equal(load_weights(run / "model.safetensors"), kept)
+    assert evaluate(str(run), weights="best")["top1"] == result["best_top1"]
+    assert result["weights"]["best.safetensors"] == read_digest(run / "best.safetensors")
+    assert json.loads(read_texts(run / "best.safetensors")["best"]) == {
+        "metric": "top1", "value": result["best_top1"], "epoch": best, "step": 6 * best,
+    }  # fmt: skip
+    # Checkpoints of earlier versions have no best weights: those of the file may be others.
+    state = last_state(run)
+    del state["best"], state["best_step"]
+    save_checkpoint(run / "checkpoints", state["step"], state)
+    assert "best.safetensors" not in train(config)["weights"]
+    assert not (run / "best.safetensors").exists() and "best.safetensors is not" in caplog.text
 
 
 def test_rollbacks_are_limited(world, tmp_path, monkeypatch):
@@ -320,8 +350,12 @@ def assert_goes_on(config: RunConfig, undisturbed: Path, step: int) -> None:
 
 @pytest.fixture
 def small_disk(whole, tmp_path):
-    """A file system of two and a half checkpoints, and a function that enlarges it."""
+    """A file system of two and a half checkpoints, and a function that enlarges it.
+
+    The size is that before the first evaluation, from which on a checkpoint has the best weights.
+    """
     checkpoint = list_checkpoints(whole / "checkpoints")[-1].stat().st_size
+    checkpoint -= sum(value.nbytes for value in (last_state(whole)["best"] or {}).values())
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk), "-o"]

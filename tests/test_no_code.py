@@ -15,6 +15,7 @@ from deit_fast.errors import InputError
 from deit_fast.evaluation import evaluate
 from deit_fast.models.convnet import small_convnet
 from deit_fast.runtime.files import read_json, write_json
+from deit_fast.runtime.weights_header import WEIGHTS_FILES
 from deit_fast.tools.analysis.runs import analyze
 from helpers.runs import run_config
 
@@ -37,7 +38,7 @@ def planted(world, tmp_path, monkeypatch) -> tuple[Path, Path]:
     write_json(run / "result.json", {"top1": 0.1, "teacher": teacher})
     (run / "metrics.jsonl").write_text("")
     torch.manual_seed(0)
-    for name in ("model.safetensors", "ema.safetensors"):
+    for name in WEIGHTS_FILES.values():
         save_file(small_convnet(10).state_dict(), run / name)
     return run, marker
 
@@ -48,7 +49,7 @@ def set_model(run: Path, name: str, **changes: object) -> None:
     write_json(run / "config.json", values | changes)
 
 
-VERBS = ["evaluate RUN", "evaluate RUN --ema", "analyze RUN", "analyze RUN RUN --maps 0",
+VERBS = ["evaluate RUN", "evaluate RUN --weights best", "analyze RUN", "analyze RUN RUN --maps 0",
          "report RUN --out RUN/page.html", "doctor --report --output RUN"]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from deit_fast.evaluation import build_eval_loader, load_run
 from deit_fast.models.student import forward_heads, mean_logits
 from deit_fast.models.weights_facts import FACTS_KEY
 from deit_fast.recipes import digits_student
-from deit_fast.runtime.weights_header import WEIGHTS_FILES
+from deit_fast.runtime.weights_header import WEIGHTS_FILES, WeightsChoice
 from deit_fast.training.loop import train
 from helpers.images import odd_files, write_split
 
@@ -68,9 +68,9 @@ def settings(root: Path, name: str) -> RunConfig:
 
 
 @torch.no_grad()
-def evaluated(run: Path, ema: bool = False) -> tuple[Tensor, list[str]]:
+def evaluated(run: Path, weights: WeightsChoice = "last") -> tuple[Tensor, list[str]]:
     """The logits that `evaluate` computes, and the paths of their images."""
-    config, source, model = load_run(run, ema=ema)
+    config, source, model = load_run(run, weights=weights)
     loader = build_eval_loader(config, source, torch.device("cpu"))
     parts = [mean_logits(*forward_heads(model.eval(), images)) for images, _, _ in loader]
     return torch.cat(parts), list(source.paths)
@@ -113,7 +113,7 @@ def test_a_student_called_with_images_gives_probabilities(root):
 
 
 def test_weights_of_a_run_are_chosen_by_name(root, tmp_path):
-    expected, paths = evaluated(root / "both", ema=True)
+    expected, paths = evaluated(root / "both", weights="ema")
     student = deit_fast.load_student(root / "both", weights="ema")
     assert student.path == root / "both" / WEIGHTS_FILES["ema"]
     torch.testing.assert_close(student(paths), expected.softmax(1))

@@ -143,7 +143,7 @@ def test_no_figure_of_a_run_has_the_untrained_head(name: str, world: Path, caplo
     result = json.loads((run / "result.json").read_text())
     assert "top1_distill" not in result and "top1_class" not in result
     with caplog.at_level(logging.INFO, "deit_fast"):
-        found = evaluate(str(run), ema=True)
+        found = evaluate(str(run), weights="ema")
         measured = evaluate(str(run))
     said = [record.getMessage() for record in caplog.records if "head alone" in record.getMessage()]
     assert len(said) == 2 and f"trains the {head} head alone" in said[0]  # once for each call

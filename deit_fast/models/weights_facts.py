@@ -32,7 +32,7 @@ from deit_fast.errors import InputError, printable
 from deit_fast.models.pretrained import pretrained_name
 from deit_fast.runtime.files import parse_object, read_json
 from deit_fast.runtime.torch_files import map_torch
-from deit_fast.runtime.weights_header import EMA_FILE, HEAD_KEY, MODEL_FILE, read_texts, split_key
+from deit_fast.runtime.weights_header import HEAD_KEY, WEIGHTS_FILES, read_texts, split_key
 
 FACTS_KEY = "model"
 _SETTINGS = (  # the facts that are settings of the run
@@ -213,7 +213,7 @@ def _classes_of_run(file: Path) -> Any:
     A result that names the digests of its weights is of a later version, whose weights have one.
     """
     is_checkpoint = file.suffix == ".pt" and file.parent.name == "checkpoints"
-    if not is_checkpoint and file.name not in (MODEL_FILE, EMA_FILE):
+    if not is_checkpoint and file.name not in WEIGHTS_FILES.values():
         return None
     path = (file.parent.parent if is_checkpoint else file.parent) / "result.json"
     result = read_json(path) if os.path.lexists(path) else {}

@@ -141,7 +141,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 _KEPT = {
     "config.json", "result.json", "metrics.jsonl", "analysis.json", "trackers.json",
-    "manifest.json", "model.safetensors", "ema.safetensors",
+    "manifest.json", "model.safetensors", "ema.safetensors", "best.safetensors",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import open_regular, parse_object
 
 # In the folder of a run: its last weights, their moving average, those of its best evaluation.
@@ -15,6 +15,8 @@ WeightsChoice = Literal["last", "ema", "best"]
 WEIGHTS_FILES: dict[WeightsChoice, str] = {"last": MODEL_FILE, "ema": EMA_FILE, "best": BEST_FILE}
 DIGEST_KEY = "digest"  # in `__metadata__`: SHA-256 over names and values of all tensors
 HEAD_KEY = "trained_head"  # there too: class or distillation, where a run trained one of two heads
+BEST_KEY = "best"  # in the best weights: JSON with `metric`, its `value`, `epoch` and `step`
+BEST_METRIC = "top1"  # of the mean of the heads' logits on the held-out images
 _MAX_HEADER_BYTES = 1 << 27
 
 
@@ -24,6 +26,26 @@ def split_key(path: str | Path) -> tuple[Path, str | None]:
     if not mark or not file or os.path.lexists(path):
         return Path(path), None
     return Path(file), key
+
+
+def require_weights(run: str | os.PathLike[str], choice: WeightsChoice) -> Path:
+    """The file of a run's weights.
+
+    Raises:
+        InputError: the run lacks it, names what it has; or ``run`` is no run folder.
+    """
+    path = Path(run) / WEIGHTS_FILES[choice]
+    if os.path.lexists(path):
+        return path
+    missing = f"{printable(path)} does not exist"
+    others = [other for other, name in WEIGHTS_FILES.items() if os.path.lexists(Path(run) / name)]
+    if others:
+        raise InputError(f"{missing}; the run has the weights {', '.join(others)}")
+    if os.path.lexists(Path(run) / "config.json"):
+        raise InputError(
+            f"{missing}: the run has not finished; name one of its checkpoints to use that"
+        )
+    raise InputError(f"{printable(run)} is no run folder: {missing}")
 
 
 def read_digest(path: Path) -> str | None:

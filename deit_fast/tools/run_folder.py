@@ -16,7 +16,7 @@ from deit_fast.decisions import PREDICTIONS_FILE, PREDICTIONS_FORMAT
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import read_file, read_json
 from deit_fast.runtime.metrics import METRICS, read_metrics
-from deit_fast.runtime.weights_header import EMA_FILE, MODEL_FILE, read_digest
+from deit_fast.runtime.weights_header import MODEL_FILE, WEIGHTS_FILES, read_digest
 
 log = logging.getLogger("deit_fast")
 
@@ -119,7 +119,7 @@ def _read_weights(run: Path, known: object) -> dict[str, str | None]:
         InputError: the folder has other weights.
     """
     weights: dict[str, str | None] = {}
-    for name in (MODEL_FILE, EMA_FILE):
+    for name in WEIGHTS_FILES.values():
         path, expected = run / name, known.get(name) if isinstance(known, dict) else None
         found = read_digest(path) if os.path.lexists(path) else expected
         if expected is not None and found != expected:
@@ -158,8 +158,9 @@ def _read_analysis(path: Path, weights: Mapping[str, str | None], head: str) -> 
             f"{path} has format {analysis.get('format')!r}, this version reads {ANALYSIS_FORMAT}: "
             f"run `deit-fast analyze` again"
         )
+    files = {str(choice): name for choice, name in WEIGHTS_FILES.items()}  # earlier: `model`
     found = analysis.get("weights_digest")  # earlier versions do not say
-    expected = weights[EMA_FILE if analysis.get("weights") == "ema" else MODEL_FILE]
+    expected = weights[files.get(str(analysis.get("weights")), MODEL_FILE)]
     if found is not None and expected is not None and found != expected:
         log.warning(
             "%s is left out: it is of other weights; run `deit-fast analyze` again", printable(path)

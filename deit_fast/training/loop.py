@@ -38,7 +38,15 @@ from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
-from deit_fast.runtime.weights_header import DIGEST_KEY, EMA_FILE, HEAD_KEY, MODEL_FILE
+from deit_fast.runtime.weights_header import (
+    BEST_FILE,
+    BEST_KEY,
+    BEST_METRIC,
+    DIGEST_KEY,
+    EMA_FILE,
+    HEAD_KEY,
+    MODEL_FILE,
+)
 from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.training.checkpoints import CheckpointWriter
 from deit_fast.training.compiling import (
@@ -69,7 +77,8 @@ log = logging.getLogger("deit_fast")
 STOP_POLL_EVERY = 8
 # Files of the run's folder that a run replaces.
 OUTPUTS = (
-    "config.json", "samples.png", METRICS, MODEL_FILE, EMA_FILE, PREDICTIONS_FILE, "result.json",
+    "config.json", "samples.png", METRICS, MODEL_FILE, EMA_FILE, BEST_FILE, PREDICTIONS_FILE,
+    "result.json",
 )  # fmt: skip
 
 LOCK_FILE = ".lock-run"  # in the run's folder, while it is trained
@@ -79,7 +88,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train one model, in this process or, under torchrun, together with others.
 
     The first rank writes into ``config.output``: config.json, samples.png, metrics.jsonl,
-    checkpoints/, model.safetensors, ema.safetensors, predictions.json and result.json; if
+    checkpoints/, the weights (see ``WEIGHTS_FILES``), predictions.json and result.json; if
     configured, also trackers.json, tensorboard/ and profile/.
 
     Returns:
@@ -488,6 +497,9 @@ class _Run:
             evaluation["ema_top1"] = self._evaluate_model(average)["top1"]
         if evaluation["top1"] > state.best_top1:
             state.best_top1, state.best_epoch = evaluation["top1"], epoch
+            state.best_step = state.step
+            if self.group.is_first:
+                state.keep_best()
         log.info(
             "epoch %d  top-1 %.2f %%  loss %.4f",
             epoch, 100 * evaluation["top1"], evaluation["loss"],
@@ -546,6 +558,7 @@ class _Run:
             **self.evaluation,
             "best_top1": state.best_top1,
             "best_epoch": state.best_epoch,
+            "best_metric": BEST_METRIC,
             "classes": self.source.classes,
             "steps": state.step,
             "epochs": config.epochs,
@@ -564,28 +577,47 @@ class _Run:
             self._require_owned()
             self.metrics.sync()
             result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
-            result["weights"] = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model)}
+            result["weights"] = self._write_weights()
             predictions = describe_decisions(decisions, self.held_out)
             predictions["weights_digest"] = result["weights"][MODEL_FILE]
             write_json(self.output / PREDICTIONS_FILE, predictions)
-            if state.ema is not None:
-                result["weights"][EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module)
-                say_initial_share(config.optim, state.step)
             write_json(self.output / "result.json", result)
         warn_of_substitutes(sorted(substituted))
         self.finished = True
         return result
 
-    def _save_weights(self, name: str, model: torch.nn.Module) -> str:
-        """Write a model's weights into the run's folder; returns their digest."""
-        weights = model.state_dict()
+    def _write_weights(self) -> dict[str, str]:
+        """Write all weights of the run into its folder; returns their digests by file."""
+        state = self.state
+        digests = {MODEL_FILE: self._save_weights(MODEL_FILE, state.model.state_dict())}
+        if state.ema is not None:
+            digests[EMA_FILE] = self._save_weights(EMA_FILE, state.ema.module.state_dict())
+            say_initial_share(self.config.optim, state.step)
+        if state.best is None:
+            log.warning(
+                "%s is not written: the run goes on from a checkpoint of an earlier version, "
+                "which lacks the best weights",
+                BEST_FILE,
+            )
+            (self.output / BEST_FILE).unlink(missing_ok=True)
+            return digests
+        best = {"metric": BEST_METRIC, "value": state.best_top1, "epoch": state.best_epoch,
+                "step": state.best_step}  # fmt: skip
+        texts = {BEST_KEY: json.dumps(best)}
+        return digests | {BEST_FILE: self._save_weights(BEST_FILE, state.best, texts)}
+
+    def _save_weights(
+        self, name: str, weights: dict[str, torch.Tensor], more: dict[str, str] | None = None
+    ) -> str:
+        """Write weights and texts about them into the run's folder; returns the weights' digest."""
         digest = digest_state(weights)
         texts = {
             "identity": json.dumps(self.state.identity),
             FACTS_KEY: facts_text(self.config, self.source.classes),
             DIGEST_KEY: digest,
+            **(more or {}),
         }
-        if (head := trained_head(model)) != "both":
+        if (head := trained_head(self.state.model)) != "both":
             texts[HEAD_KEY] = head
         save_weights(self.output / name, weights, texts)
         return digest

@@ -73,6 +73,8 @@ class TrainState:
     summed: int = 0  # number of these steps
     best_top1: float = -1.0
     best_epoch: int = 0
+    best_step: int = -1  # -1: not known, in checkpoints of earlier versions
+    best: dict[str, Tensor] | None = None  # weights of this step, in host memory
     train_seconds: float = 0.0
     substituted: set[str] = field(default_factory=set)
     rows: int = 0  # of metrics.jsonl when the state was saved
@@ -90,6 +92,11 @@ class TrainState:
         self.sums, self.summed = {}, 0
         return means
 
+    def keep_best(self) -> None:
+        """Copy the weights: they are those of the best evaluation so far."""
+        weights = self.model.state_dict()
+        self.best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+
     def to_checkpoint(self, config: RunConfig) -> dict[str, Any]:
         """Tensors and plain values only, so that ``weights_only=True`` can load them."""
         return {
@@ -97,6 +104,8 @@ class TrainState:
             "identity": json.dumps(self.identity),
             **{name: getattr(self, name) for name in _COUNTS},
             "rows": self.rows,
+            "best_step": self.best_step,
+            "best": self.best if self.best_step != self.step else None,  # else it is `model`
             "skipped": list(self.skipped),
             "sums": dict(self.sums),
             "substituted": sorted(self.substituted),
@@ -115,6 +124,8 @@ class TrainState:
         for name in _COUNTS:
             setattr(self, name, saved[name])
         self.rows = saved.get("rows", 0)  # absent in earlier versions
+        self.best_step = saved.get("best_step", -1)  # absent in earlier versions
+        self.best = saved["model"] if self.best_step == self.step else saved.get("best")
         device = next(self.model.parameters()).device
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
         self.skipped, self.substituted = list(saved["skipped"]), set(saved["substituted"])

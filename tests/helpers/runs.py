@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from deit_fast.config_file import to_dict
 from deit_fast.models import load_weights
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.metrics import read_metrics
+from deit_fast.runtime.weights_header import EMA_FILE, MODEL_FILE
 from deit_fast.training.checkpoints import list_checkpoints
 from deit_fast.training.loop import train
 from helpers.processes import forked, redirect
@@ -48,8 +49,10 @@ def run_config(world: Path, output: Path, **changes) -> RunConfig:
     return config.replace(**changes)
 
 
-def weights_equal(left: Path, right: Path) -> bool:
-    for name in ("model.safetensors", "ema.safetensors"):
+def weights_equal(left: Path, right: Path, names: Iterable[str] = (MODEL_FILE, EMA_FILE)) -> bool:
+    """Whether files of weights are equal. The best ones of a run that stopped at ``max_steps`` may
+    differ: it evaluates there too."""
+    for name in names:
         a, b = load_weights(left / name), load_weights(right / name)
         if set(a) != set(b) or not all(torch.equal(a[key], b[key]) for key in a):
             return False

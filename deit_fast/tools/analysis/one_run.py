@@ -38,6 +38,7 @@ from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.weights_header import WeightsChoice
 from deit_fast.tools.analysis.measures import softening
 from deit_fast.tools.analysis.tokens import recorded_cosines
 from deit_fast.tools.run_folder import read_object
@@ -101,7 +102,7 @@ def open_run(
     teacher_mean: tuple[float, float, float] | None,
     teacher_std: tuple[float, float, float] | None,
     data_root: str | None,
-    ema: bool,
+    weights: WeightsChoice,
     max_images: int | None,
     sample: int | None,
     models: Sequence[str],
@@ -112,7 +113,7 @@ def open_run(
     Raises:
         InputError: the run, its weights or its data are missing or damaged.
     """
-    config, source, model = load_run(path, data_root, ema, models)
+    config, source, model = load_run(path, data_root, weights, models)
     if sample is not None and not 0 <= sample < source.num_samples:
         raise InputError(
             f"--sample {sample}: held-out images of {path} are 0 to {source.num_samples - 1}"

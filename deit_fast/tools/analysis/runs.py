@@ -22,6 +22,7 @@ from deit_fast.runtime.distributed import choose_device, read_process_group
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import require_replaceable, write_json
 from deit_fast.runtime.locks import owned_folder
+from deit_fast.runtime.weights_header import WeightsChoice
 from deit_fast.tools.analysis import measures, tokens
 from deit_fast.tools.analysis.one_run import OpenRun, measure, open_run, undistilled
 from deit_fast.tools.analysis.table import CLASSIFIERS
@@ -36,7 +37,7 @@ def analyze(
     teacher_mean: tuple[float, float, float] | None = None,
     teacher_std: tuple[float, float, float] | None = None,
     data_root: str | None = None,
-    ema: bool = False,
+    weights: WeightsChoice = "last",
     max_images: int | None = None,
     sample: int | None = None,
     maps: int = 4,
@@ -47,7 +48,7 @@ def analyze(
     """Analyse finished runs on their held-out images; runs on the same images are compared.
 
     Args:
-        paths: run folders with config.json and model.safetensors (ema.safetensors with ``ema``).
+        paths: run folders with config.json and the chosen ``weights``, see ``load_run``.
         teacher: spec of the teacher of all runs; none: each run's own, see ``find_teacher``.
         teacher_classes, teacher_mean, teacher_std: as the settings; none: without ``teacher`` each
             run's own, with it what the teacher's weights or timm say.
@@ -79,8 +80,9 @@ def analyze(
     runs = [
         open_run(
             path, where, teacher=teacher, teacher_classes=teacher_classes,
-            teacher_mean=teacher_mean, teacher_std=teacher_std, data_root=data_root, ema=ema,
-            max_images=max_images, sample=sample, models=models, late_fusion=late_fusion,
+            teacher_mean=teacher_mean, teacher_std=teacher_std, data_root=data_root,
+            weights=weights, max_images=max_images, sample=sample, models=models,
+            late_fusion=late_fusion,
         )
         for path in paths
     ]  # fmt: skip
@@ -89,15 +91,15 @@ def analyze(
             locks.enter_context(owned_folder(folder, ".lock-analysis", "the analysis"))
         for number, run in enumerate(runs):
             measure(run, runs[:number], where)
-        return [_write(run, runs, ema, sample, maps, where) for run in runs]
+        return [_write(run, runs, weights, sample, maps, where) for run in runs]
 
 
 def _write(
-    run: OpenRun, runs: list[OpenRun], ema: bool, sample: int | None, maps: int,
+    run: OpenRun, runs: list[OpenRun], weights: WeightsChoice, sample: int | None, maps: int,
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a run's analysis into its folder; returns the content of its analysis.json."""
-    found = describe(run, undistilled(run, runs), ema, device)
+    found = describe(run, undistilled(run, runs), weights, device)
     folder = run.path / ANALYSIS_FOLDER
     first = sample
     if run.teacher is not None:
@@ -124,7 +126,7 @@ def _predictions(run: OpenRun) -> dict[str, Any]:
 
 
 def describe(
-    run: OpenRun, plain: OpenRun | None, ema: bool, device: torch.device
+    run: OpenRun, plain: OpenRun | None, weights: WeightsChoice, device: torch.device
 ) -> dict[str, Any]:
     """All findings about a run except those about single images.
 
@@ -142,7 +144,7 @@ def describe(
         "model": config.model.name,
         "distillation": config.loss.kind,
         "seed": config.seed,
-        "weights": "ema" if ema else "model",
+        "weights": weights,
         "weights_digest": run.weights_digest,
         "images": len(student["labels"]),
         "held_out": run.source.num_samples,
