@@ -216,6 +216,8 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
 
 def as_markdown(results: Sequence[Result], page: Path, folder: Path) -> str:
     """One section per result: where it was measured, its charts, its rows."""
+    from . import record
+
     parts = []
     for result in results:
         source = os.path.relpath(result.path, page.parent)
@@ -230,8 +232,8 @@ def as_markdown(results: Sequence[Result], page: Path, folder: Path) -> str:
         for stem in charts(result):
             image = os.path.relpath(folder / f"{stem}.svg", page.parent)
             parts.append(f"![{stem}]({image})\n")
-        parts.append(f"<!-- measured: {_from_root(result.path)} -->")
-        parts.append(_table(result))
+        rows = f"<!-- measured: {_from_root(result.path)} -->\n{_table(result)}"
+        parts.append(record.folded(f"All {len(result.rows)} rows", rows))
     return "\n".join([*parts, _predictions()]).rstrip()
 
 
@@ -240,8 +242,8 @@ def _predictions() -> str:
     from . import record
 
     known = record.predictions()
+    head = f"### Predicted for an {known['device']}, before any measurement\n"
     lines = [
-        f"### Predicted for an {known['device']}, before any measurement\n",
         "<!-- computed: bench/predictions.json -->",
         "| bench | case | implementation | predicted, ms | from |",
         "|---|---|---|---|---|",
@@ -250,7 +252,8 @@ def _predictions() -> str:
         low, high = row["ms"]
         cells = (row["bench"], row["case"], row["impl"], f"{low:g} to {high:g}", row["from"])
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = record.folded(f"All {len(known['rows'])} predictions", "\n".join(lines))
+    return f"{head}\n{rows}"
 
 
 def _from_root(path: Path) -> str:

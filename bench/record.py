@@ -60,6 +60,11 @@ def require_folder(file: Path | None) -> None:
         raise SystemExit(f"{file}: there is no such folder")
 
 
+def folded(summary: str, body: str) -> str:
+    """Markdown of which a page shows one line until a reader opens it."""
+    return f"<details><summary>{summary}</summary>\n\n{body.strip()}\n\n</details>\n"
+
+
 def replace_between(page: Path, marks: tuple[str, str], body: str) -> None:
     """Replace the lines between two marks of a page.
 
