@@ -1,12 +1,12 @@
-# Every command for developers. On a fresh machine `make demo` and `make test` first create .venv and
-# install the project into it.
+# Every command for developers. On a fresh machine they first create .venv and install the project into
+# it: `make demo` with what a user needs, the others with the tools of development too.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # A module is compiled when it is first imported, which most of the 20,000 never are.
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+PIP_OPTIONS := --disable-pip-version-check --no-compile
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 
 # The machine code of the kernels is checked with the triton version of the GPU machines and the newest.
@@ -31,10 +31,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo 'python3-venv is missing: apt-get install python3-venv'; exit 1; }
 
 $(INSTALLED): $(BIN)/python pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)
+# An environment of development has all that the demo needs.
+DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
+
+$(VENV)/.installed-demo: $(BIN)/python pyproject.toml $(NATIVE)
+	@echo "Installing into $(VENV): 3 GB to download, 6 GB on disk, nearly all of it PyTorch with NVIDIA's"
+	@echo "libraries. docs/faq.md says how to install less on a machine without an NVIDIA GPU."
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -e .
+	@touch $@
+
+demo: $(DEMO_INSTALLED)
 	$(BIN)/deit-fast demo
 
 # Of tests that need another triton or torch.
@@ -44,13 +53,13 @@ test: $(INSTALLED) environments
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 $(VENV)/triton-%/.installed: | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --upgrade \
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --upgrade \
 	  --target $(@D) triton==$*
 	@touch $@
 
 $(TORCH_OLDEST)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(@D)
-	$(@D)/bin/python -m pip install $(PIP_OPTIONS) $(TORCH_PACKAGES)
+	$(@D)/bin/python -m pip install --quiet $(PIP_OPTIONS) $(TORCH_PACKAGES)
 	@touch $@
 
 # Counts the launches of a compiled block and its memory traffic on an H100; needs no GPU.

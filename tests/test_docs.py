@@ -54,6 +54,7 @@ SMALL_TRAIN = {"--max-steps": "2", "--log-every": "1", "--optim.warmup-epochs": 
 SMALL_MODEL = {"--model.args": "patch_size=8 embed_dim=32 depth=2 num_heads=2"}
 NOT_RUN = {
     r"make [\w-]+( \w+=\S+)*$": "test_make_targets_exist; what they run has tests of its own",
+    r"python3 -m venv ": "the tests run inside an environment",
     r"source ": "the tests run inside an environment",
     r"python -m pip ": "installs",
     r"deit-fast demo": "minutes; tests/test_demo.py",
