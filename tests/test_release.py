@@ -90,6 +90,73 @@ def test_citation_names_this_version():
     assert re.search(r"^license: (.*)$", text, re.M)[1] == "Apache-2.0"
 
 
+# --------------------------------------------------------------------------- make, and Dockerfile
+
+
+@pytest.mark.parametrize(
+    ("stamps", "target", "installed"),
+    [
+        ([], "demo", ["."]),
+        ([], "lint", [".[dev]"]),
+        ([".installed-demo"], "demo", []),
+        ([".installed-demo"], "lint", [".[dev]"]),
+        ([".installed"], "demo", []),
+        ([".installed"], "lint", []),
+    ],
+)
+def test_make_installs_what_a_target_needs(tmp_path, stamps, target, installed):
+    """An environment of development serves the demo too; that of the demo is completed."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    for stamp in stamps:
+        (tmp_path / stamp).touch()
+    commands = run("make", "--dry-run", target, f"VENV={tmp_path}", cwd=ROOT)
+    assert re.findall(r" -e '?(\S+?)'?$", commands, re.M) == installed
+
+
+def pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def dockerfile() -> str:
+    """Its instructions, each on one line, without comments."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M)
+    return text.replace("\\\n", "")
+
+
+def test_image_is_built_from_the_files_that_a_wheel_needs():
+    """`COPY . .` takes what .dockerignore allows."""
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert "*" in rules
+    licences = set(pyproject()["project"]["license-files"])
+    assert allowed == {*PACKAGED, *licences, "README.md", "pyproject.toml", "setup.py"}
+    assert all((ROOT / name).exists() for name in allowed)
+    assert re.findall(r"^COPY (.*)$", dockerfile(), re.M) == [". .", "--from=wheel /wheels /wheels"]
+
+
+def test_image_installs_what_the_project_names():
+    """System packages as the build's own messages name them, extras and CUDA of pyproject.toml."""
+    messages = (ROOT / "setup.py").read_text() + (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"apt-get install ([\w+-]+)", messages))
+    named -= {"ninja-build"}  # pip brings ninja
+    stages = re.findall(r"--no-install-recommends (.*?) *&&", dockerfile())
+    assert len(stages) == 2 and all(set(stage.split()) == named for stage in stages)
+
+    extras = pyproject()["project"]["optional-dependencies"]
+    [requested] = re.findall(r"\.whl\)\[(.*?)\]", dockerfile())
+    assert set(requested.split(",")) <= extras.keys()
+    [cuda] = set(re.findall(r"nvidia/cuda:(\d+\.\d+)", dockerfile()))
+    assert extras["dali"][0].startswith(f"nvidia-dali-cuda{cuda.replace('.', '')}>")
+    wheels = pyproject()["tool"]["cibuildwheel"]
+    assert f"cuda-nvcc-{cuda.replace('.', '-')} " in wheels["before-all"][1]
+    assert wheels["environment"]["CUDA_HOME"].endswith(f"-{cuda}")
+
+
+# ----------------------------------------------------------------------- source archive and wheel
+
+
 @pytest.mark.slow
 def test_source_archive_holds_what_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
