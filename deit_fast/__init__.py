@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deit_fast.losses import DistillationLoss
     from deit_fast.models import create_student, load_teacher
     from deit_fast.models.fuse import fuse, unfuse
-    from deit_fast.prediction import load_student
+    from deit_fast.prediction import load_student, predict
     from deit_fast.tools.analysis.measures import soften
     from deit_fast.views.plan import ViewPlan
 
@@ -27,6 +27,7 @@ __all__ = [
     "fuse",
     "load_student",
     "load_teacher",
+    "predict",
     "soften",
     "unfuse",
 ]
@@ -42,6 +43,7 @@ _HOMES = {
     "unfuse": "deit_fast.models",
     "load_student": "deit_fast.prediction",
     "load_teacher": "deit_fast.models",
+    "predict": "deit_fast.prediction",
 }
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast import cache_verbs
+from deit_fast import cache_verbs, predict_verb
 from deit_fast.arguments import (
     HELP,
     PrecomputeArguments,
@@ -388,6 +388,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "train": train,
     "precompute": precompute,
     "evaluate": evaluate,
+    "predict": predict_verb.predict,
     "analyze": analyze,
     "report": report,
     "cache info": cache_verbs.info,
@@ -455,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
             text, status = _dispatch(words), 0
         except CheckFailed as failed:
             text, status = str(failed), 1
-        if _rank() == 0:
+        if _rank() == 0 and text:
             with quiet_pipe():
                 print(_for_terminal(text), flush=True)
         return status

@@ -12,7 +12,13 @@ from pathlib import Path
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, printable
 from deit_fast.runtime.files import open_regular
-from deit_fast.runtime.weights_header import MODEL_FILE, split_key
+from deit_fast.runtime.weights_header import (
+    MODEL_FILE,
+    WEIGHTS_FILES,
+    WeightsChoice,
+    require_weights,
+    split_key,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _MOST_LOOKED_AT = 200  # entries of a folder, where a message looks for what was meant
@@ -266,9 +272,64 @@ def _is_dir(*parts: str | Path) -> bool:
     return os.path.isdir(os.path.join(*parts))
 
 
+def list_images(images: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Paths of files and of the images in folders and their subfolders, in the order given.
+
+    Those of a folder are sorted by directory, then by name. Hidden files and folders are left out,
+    and a folder that is met again through a link.
+
+    Raises:
+        InputError: a path does not exist, a folder cannot be listed, or there is no image.
+    """
+    given = [os.fspath(image) for image in images]
+    paths: list[str] = []
+    for path in given:
+        if not os.path.lexists(path):
+            raise InputError(f"image {printable(path)} does not exist{nearest_path(path)}")
+        paths += _images_in(path) if os.path.isdir(path) else [path]
+    if not paths:
+        where = f"no image in {', '.join(map(printable, given))}" if given else "no image was given"
+        raise InputError(f"{where}; expected {', '.join(IMAGE_SUFFIXES)}")
+    return paths
+
+
+def _images_in(folder: str) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise cannot_list(error) from None
+
+    met: set[str] = set()
+    found = []
+    for directory, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(directory)) in met:
+            folders.clear()
+            continue
+        met.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = (name for name in names if not name.startswith("."))
+        found += [(directory, x) for x in visible if x.lower().endswith(IMAGE_SUFFIXES)]
+    return [os.path.join(*pair) for pair in sorted(found)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Weights and teachers
 # ---------------------------------------------------------------------------------------------
+
+
+def weights_path(run: str | os.PathLike[str], weights: WeightsChoice) -> str:
+    """The chosen weights file in a run's folder; a file, or FILE#KEY, is itself the one.
+
+    Raises:
+        InputError: the folder has no such file; ``weights`` is no choice, or chooses of a file.
+    """
+    if weights not in WEIGHTS_FILES:
+        raise InputError(f"weights must be one of {', '.join(WEIGHTS_FILES)}, not {weights!r}")
+    if not os.path.isdir(run):
+        if weights != "last":
+            raise InputError(
+                f"weights={weights} chooses a file of a run's folder, and {printable(run)} is none"
+            )
+        return os.fspath(run)
+    return str(require_weights(run, weights))
 
 
 def require_teacher(spec: str) -> None:

@@ -1,34 +1,46 @@
-"""A student in use: its model, its pixels and its classes from a weights file alone."""
+"""A student in use: its model, its pixels and its classes from a weights file alone.
+
+`predict` gives the most probable classes of images, batch by batch.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deit_fast.data.eval import EvalTransform
-from deit_fast.data.sources import UnreadableImage, decode, read_image_file
-from deit_fast.errors import InputError, printable
+from deit_fast.config import Count, Workers, check
+from deit_fast.data.eval import EvalTransform, Normalise
+from deit_fast.data.loader import Batches
+from deit_fast.data.sources import (
+    UnreadableImage,
+    decode,
+    read_image_file,
+)
+from deit_fast.data.watch import note_sample
+from deit_fast.errors import InputError, printable, translate_errors
+from deit_fast.inputs import list_images, weights_path
 from deit_fast.models.student import create_student, forward_heads, mean_logits, require_no_code
 from deit_fast.models.weights import fit_weights, load_weights
-from deit_fast.models.weights_facts import ModelFacts, file_texts, read_facts, split_key
+from deit_fast.models.weights_facts import ModelFacts, file_texts, read_facts
 from deit_fast.runtime.distributed import choose_device, has_bf16
-from deit_fast.runtime.weights_header import (
-    HEAD_KEY,
-    WEIGHTS_FILES,
-    WeightsChoice,
-    require_weights,
-)
+from deit_fast.runtime.weights_header import HEAD_KEY, WeightsChoice, split_key
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 ImageLike: TypeAlias = "PathLike | Image.Image"
 BATCH_SIZE = 64
+_MOST_WORKERS = 4
+
+log = logging.getLogger("deit_fast")
 
 
 @dataclass(frozen=True)
@@ -167,18 +179,111 @@ def load_student(
     return Student(network.to(chosen).eval(), transform, facts, chosen, split_key(path)[0])
 
 
-def weights_path(run: PathLike, weights: WeightsChoice) -> str:
-    """The weights file of a run's folder; a file, or FILE#KEY, is itself the one.
+# ---------------------------------------------------------------------------------------------
+# Predictions
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image.
+
+    Attributes:
+        path: the file.
+        names: class names, the most probable first.
+        probabilities: of these classes; those of all classes sum to 1.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(
+    run: PathLike | Student,
+    images: PathLike | Iterable[PathLike],
+    *,
+    top: int = 5,
+    weights: WeightsChoice = "last",
+    batch_size: int = BATCH_SIZE,
+    workers: int | None = None,
+    device: str = "auto",
+    model: str | None = None,
+) -> list[Prediction]:
+    """The most probable classes of images. One that cannot be read is left out with a warning.
+
+    Args:
+        run, weights, device, model: as of ``load_student``; or a student, with which they have no
+            effect.
+        images: files, and folders, which are searched with their subfolders.
+        top: classes of each prediction, or all where there are fewer.
+        batch_size: images of each forward.
+        workers: processes that load images, 0: this one; None: by the cores and the images.
 
     Raises:
-        InputError: the folder has no such file; ``weights`` is no choice, or chooses of a file.
+        InputError: as ``load_student``; or there is no such image, or none at all.
+        OSError: the machine cannot read a file.
+        MemoryError, ChildProcessError: as ``translate_errors``.
     """
-    if weights not in WEIGHTS_FILES:
-        raise InputError(f"weights must be one of {', '.join(WEIGHTS_FILES)}, not {weights!r}")
-    if not os.path.isdir(run):
-        if weights != "last":
-            raise InputError(
-                f"weights={weights} chooses a file of a run's folder, and {printable(run)} is none"
-            )
-        return os.fspath(run)
-    return str(require_weights(run, weights))
+    paths = list_images([images] if isinstance(images, (str, os.PathLike)) else images)
+    if not isinstance(run, Student):
+        run = load_student(run, weights=weights, device=device, model=model)
+    found = []
+    for item in iterate_predictions(run, paths, top, batch_size, workers):
+        if isinstance(item, Prediction):
+            found.append(item)
+        else:
+            log.warning("%s", printable(item))
+    return found
+
+
+def iterate_predictions(
+    student: Student, paths: Sequence[str], top: int, batch_size: int, workers: int | None = None
+) -> Iterator[Prediction | UnreadableImage]:
+    """Each image's prediction, or why it cannot be read; holds a few batches of images.
+
+    Arguments and errors as of ``predict``.
+    """
+    top = min(check("top", Count, top), len(student.classes))
+    check("batch_size", Count, batch_size)
+    starts = range(0, len(paths), batch_size)
+    workers = check("workers", Workers | None, workers)
+    if workers is None:
+        workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)), len(starts) - 1)
+    make = partial(_load_batch, student.transform, paths, batch_size)
+    normalise = Normalise(student.mean, student.std, student.device)
+    batches = Batches(make, paths, starts, workers, pin_memory=student.device.type == "cuda")
+    with translate_errors(student.device, f"batch_size={batch_size}: a smaller one needs less"):
+        for start, (pixels, unreadable) in zip(starts, batches, strict=True):
+            rows: list[tuple[list[float], list[int]]] = []
+            if len(pixels):
+                images = normalise(pixels.to(student.device, non_blocking=True))
+                best = student.logits(images).softmax(1).topk(top)
+                rows = list(zip(best.values.tolist(), best.indices.tolist(), strict=True))
+            readable = iter(rows)
+            for index in range(start, min(start + batch_size, len(paths))):
+                if index in unreadable:
+                    yield UnreadableImage(paths[index], unreadable[index])
+                    continue
+                probabilities, labels = next(readable)
+                names = tuple(student.classes[label] for label in labels)
+                yield Prediction(paths[index], names, tuple(probabilities))
+
+
+def _load_batch(
+    transform: EvalTransform, paths: Sequence[str], batch_size: int, start: int
+) -> tuple[Tensor, dict[int, str]]:
+    """Pixels of the readable images, uint8 [N, S, S, 3], and why others are not, by index."""
+    pixels: list[np.ndarray] = []
+    unreadable = {}
+    for index in range(start, min(start + batch_size, len(paths))):
+        note_sample(index)
+        try:
+            image = decode(read_image_file(paths[index]), paths[index])
+        except UnreadableImage as error:
+            unreadable[index] = error.why
+            continue
+        pixels.append(transform.pixels(image))
+    size = transform.image_size
+    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+    return torch.from_numpy(stacked), unreadable

@@ -58,7 +58,12 @@ LAYERS = [
     {"deit_fast/training"},
     {"deit_fast/precomputation.py"},
     {"deit_fast/tools"},
-    {"deit_fast/cli.py", "deit_fast/cache_verbs.py", "deit_fast/__main__.py"},
+    {
+        "deit_fast/cli.py",
+        "deit_fast/cache_verbs.py",
+        "deit_fast/predict_verb.py",
+        "deit_fast/__main__.py",
+    },
 ]
 
 

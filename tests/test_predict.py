@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import deit_fast
+from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
-from deit_fast.evaluation import build_eval_loader, load_run
+from deit_fast.evaluation import build_eval_loader, evaluate, load_run
 from deit_fast.models.student import forward_heads, mean_logits
 from deit_fast.models.weights_facts import FACTS_KEY
 from deit_fast.recipes import digits_student
@@ -29,7 +32,7 @@ from helpers.images import odd_files, write_split
 MEAN, STD = (0.3, 0.4, 0.6), (0.2, 0.3, 0.7)
 ARGS = ("patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
 RUNS: dict[str, dict[str, Any]] = {
-    "both": {"loss": {"kind": "hard"}, "teacher_floor": 0.0,
+    "both": {"loss": {"kind": "soft", "alpha": 0.1}, "teacher_floor": 0.0,
              "teacher": "deit_fast.models.convnet:small_convnet"},
     "class": {"loss": {"kind": "none"}, "model": {"fused": False}},
     "convnet": {"loss": {"kind": "none"}, "model": {"name": "test_resnet", "args": ()}},
@@ -46,6 +49,7 @@ def root(tmp_path_factory) -> Path:
             _tint(path)
     for name, content in odd_files().items():
         (root / "data" / "val" / "class1" / name).write_bytes(content)
+    torch.manual_seed(5)  # of the teacher
     for name, changes in RUNS.items():
         train(settings(root, name).replace(**changes))
     return root
@@ -188,3 +192,116 @@ def test_logits_that_are_not_finite_are_refused(root, tmp_path):
     save_file(state | {"head.bias": state["head.bias"] * float("nan")}, path, texts)
     with pytest.raises(InputError, match="logits are not finite"):
         deit_fast.load_student(path)(Image.new("RGB", (40, 40)))
+
+
+# ---------------------------------------------------------------------------------------------
+# predict
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_predictions_are_those_that_evaluate_counts(root, workers):
+    """Bit for bit, in the order of the held-out images."""
+    run, val = root / "both", root / "data" / "val"
+    expected, paths = evaluated(run)
+    found = deit_fast.predict(run, val, top=2, batch_size=20, workers=workers)
+    assert [item.path for item in found] == paths
+    best = expected.softmax(1).topk(2)
+    assert [item.probabilities for item in found] == [*map(tuple, best.values.tolist())]
+    classes = deit_fast.load_student(run).classes
+    assert [item.names for item in found] == [
+        tuple(classes[label] for label in row) for row in best.indices.tolist()
+    ]
+    right = [item.names[0] == Path(item.path).parent.name for item in found]
+    assert sum(right) / len(right) == pytest.approx(evaluate(str(run))["top1"])
+    assert 0 < sum(right) < len(right)
+
+
+def test_folders_are_searched_and_files_keep_their_order(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = root / "data" / "val" / "class0" / "000.jpg"
+    for name in ("b/z.jpg", "b/deep/a.PNG", "b/.hidden.jpg", "b/.git/x.jpg", "b/notes.txt", "last"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, name)
+    Path("b/deep/again").symlink_to(tmp_path / "b")
+    student = deit_fast.load_student(root / "class")
+    found = deit_fast.predict(student, ["last", Path("b"), "last"])
+    assert [item.path for item in found] == ["last", "b/z.jpg", "b/deep/a.PNG", "last"]
+    (single,) = deit_fast.predict(student, "last", top=1)
+    assert len(found[0].names) == 3 and single.names == found[0].names[:1]
+    assert sum(found[0].probabilities) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(["nowhere.jpg"], "image nowhere.jpg does not exist"), (["empty"], "no image in empty; "),
+     ([], "no image was given")],
+    ids=["missing", "empty", "none"],
+)  # fmt: skip
+def test_no_image_is_one_clear_line(root, tmp_path, monkeypatch, images, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        deit_fast.predict(root / "class", images)
+
+
+@pytest.fixture
+def pictures(root, tmp_path, monkeypatch) -> list[str]:
+    """Five files, the second and the last two of which are no images; one has an odd name."""
+    monkeypatch.chdir(tmp_path)
+    names = ["in/a.jpg", "in/b.jpg", "in/c\n\udcff.jpg", "in/d.jpg", "in/e.jpg"]
+    Path("in").mkdir()
+    for name in names:
+        shutil.copy(root / "data" / "val" / "class0" / "000.jpg", name)
+    for name in (names[1], *names[3:]):
+        Path(name).write_bytes(b"no image")
+    return names
+
+
+def test_unreadable_images_are_left_out_with_a_warning(root, pictures, caplog):
+    found = deit_fast.predict(root / "both", "in", batch_size=3)  # the last batch has none
+    assert [item.path for item in found] == [pictures[0], pictures[2]]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"cannot read image {pictures[index]}" for index in (1, 3, 4)
+    ]
+
+
+def test_the_verb_prints_lines_that_a_person_reads(root, pictures, capsys, caplog):
+    assert main(["predict", str(root / "both"), "in", "--top", "2"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert (first[:18], second[:18]) == ("in/a.jpg          ", r"in/c\n\udcff.jpg  ")
+    assert first[18:] == second[18:]
+    assert re.fullmatch(r"class\d +\d+\.\d %  class\d +\d+\.\d %", first[18:])
+    lines = [line for line in caplog.messages if "cannot" in line]
+    assert lines[0].startswith("cannot read image in/b.jpg: ")
+    assert lines[-1] == "3 of 5 images cannot be read" and len(lines) == 4
+
+
+def test_the_verb_writes_exact_names_for_programs(root, pictures, capsys):
+    run = str(root / "both")
+    expected = deit_fast.predict(run, [pictures[0], pictures[2]], batch_size=64)
+    capsys.readouterr()
+    assert main(["predict", run, pictures[0], pictures[2], "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in rows] == [pictures[0], pictures[2]]
+    assert [(row["names"], row["probabilities"]) for row in rows] == [
+        ([*item.names], [*item.probabilities]) for item in expected
+    ]
+    assert main(["predict", run, pictures[0], "--csv", "--top", "2"]) == 0
+    rows = [*csv.reader(capsys.readouterr().out.splitlines())]
+    assert rows[0] == ["path", "rank", "name", "probability"]
+    pairs = zip("12", expected[0].names, map(str, expected[0].probabilities), strict=False)
+    assert rows[1:] == [[pictures[0], *pair] for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("RUN", "needs an image or a folder"), ("RUN in --json --csv", "choose one"),
+     ("nowhere in", "weights file nowhere does not exist"),
+     ("RUN nowhere", "image nowhere does not exist")],
+    ids=["no-image", "two-forms", "no-run", "no-such-image"],
+)  # fmt: skip
+def test_wrong_words_are_one_line(root, pictures, capsys, words, message):
+    assert main(["predict", *words.replace("RUN", str(root / "both")).split()]) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
