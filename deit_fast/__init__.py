@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deit_fast.models.fuse import fuse, unfuse
     from deit_fast.prediction import load_student, predict
     from deit_fast.tools.analysis.measures import soften
+    from deit_fast.tools.export.exporting import export
     from deit_fast.views.plan import ViewPlan
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "LogitCacheWriter",
     "ViewPlan",
     "create_student",
+    "export",
     "fuse",
     "load_student",
     "load_teacher",
@@ -38,6 +40,7 @@ _HOMES = {
     "LogitCacheWriter": "deit_fast.cache",
     "ViewPlan": "deit_fast.views.plan",
     "create_student": "deit_fast.models",
+    "export": "deit_fast.tools.export.exporting",
     "fuse": "deit_fast.models",
     "soften": "deit_fast.tools.analysis.measures",
     "unfuse": "deit_fast.models",

@@ -58,7 +58,7 @@ from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.signals import Preempted
-from deit_fast.runtime.weights_header import WeightsChoice
+from deit_fast.runtime.weights_header import WeightsChoice, split_key
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
@@ -334,6 +334,43 @@ def report(
     return f"wrote {out}"
 
 
+def export(
+    run: str,
+    /,
+    *,
+    format: Literal["timm", "onnx", "torch", "hf"],
+    output: Path | None = None,
+    weights: WeightsChoice = "last",
+    model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Write a student for timm, ONNX Runtime, torch.export or the Hugging Face Hub.
+
+    The logits of the exported student are compared with those of the run's model on held-out
+    images. Nothing is uploaded, and no existing output is replaced.
+
+    Args:
+        run: Folder of the run, or a weights file of one.
+        format: `timm`: a state dict as safetensors. `onnx`: one ONNX file. `torch`: a program of
+            torch.export. `hf`: a folder with weights, config.json and model card.
+        output: File to write, or folder of `hf`; none: in RUN/export/.
+        weights: Which weights of the run: the last, their moving average, or the best.
+        model: The run's model, where it is `package.module:factory`: a file does not decide which
+            code is run.
+        license: Licence that the model card of `hf` names, such as `mit`; none: it names none.
+    """
+    if not split_key(run)[0].is_file():
+        require_run(run)
+    from deit_fast.tools.export.exporting import export as write
+
+    result = write(
+        run, format=format, output=output, weights=weights, model=model, license=license
+    )  # fmt: skip
+    rows = [("wrote", f"{result.path}"), ("figures", f"{result.figures}"),
+            ("compared", f"{result.parity}"), ("load", result.load)]  # fmt: skip
+    return columns(rows)
+
+
 def doctor(*, output: Path = Path("runs"), workers: Workers = 4, report: bool = False) -> str:
     """Check this machine: what it has, what is slow on it, and what to do about it.
 
@@ -391,6 +428,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "predict": predict_verb.predict,
     "analyze": analyze,
     "report": report,
+    "export": export,
     "cache info": cache_verbs.info,
     "cache verify": cache_verbs.verify,
     "cache export": cache_verbs.export,

@@ -24,6 +24,7 @@ import pytest
 
 from helpers.caches import tinyvit_rows, write_tinyvit
 from helpers.digits import write_few_digits
+from helpers.images import picture
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,6 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     teacher.mkdir(parents=True)
     shutil.copy("weights.safetensors", teacher / "model.safetensors")
     (folder / "runs/demo/data").symlink_to(folder / "images")
+    picture(1, 120, 90).save("photo.jpg")
     write_shards(folder / "images", folder / "SHARDS")
     for epoch in (0, 1):
         rows = tinyvit_rows([f"n01/{i}.JPEG" for i in range(6)], 5, 1000, epoch)

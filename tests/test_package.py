@@ -24,6 +24,9 @@ LATE = {
     "wandb",
     "apex",
     "pyarrow",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 }
 
 # Layers from the bottom up, by path; for each path the longest entry that it begins with. A file
@@ -225,7 +228,7 @@ for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_f
              "deit_fast.data.loader", "deit_fast.models", "deit_fast.training.loop",
              "deit_fast.precomputation", "deit_fast.tools.verify_against_teacher",
              "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluation",
-             "deit_fast.tools.report.page",
+             "deit_fast.tools.report.page", "deit_fast.tools.export.exporting",
              "deit_fast.tools.doctor", "bench.common", *{benches!r}):
     importlib.import_module(name)
 """

@@ -329,7 +329,8 @@ def render(findings: list[Finding], tty: bool = False) -> str:
 
 PACKAGES = (
     "deit-fast", "torch", "torchvision", "triton", "timm", "numpy", "pillow", "safetensors", "tyro",
-    "rich", "matplotlib", "nvidia-dali-cuda130", "apex", "pyarrow", "liger-kernel",
+    "rich", "matplotlib", "nvidia-dali-cuda130", "apex", "pyarrow", "onnx",
+    "onnxscript", "onnxruntime", "liger-kernel",
 )  # fmt: skip
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING",

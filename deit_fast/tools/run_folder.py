@@ -49,6 +49,12 @@ class Run:
     maps: dict[str, bytes]
 
 
+def folder_of(weights: Path) -> Path:
+    """The folder of the run that a weights file or a checkpoint is in."""
+    folder = weights.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def short_names(runs: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that distinguish the runs."""
     parts = [path.absolute().parts for path in runs]

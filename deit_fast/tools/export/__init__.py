@@ -1,0 +1,1 @@
+"""`deit-fast export`: a student in the formats of other programs."""
