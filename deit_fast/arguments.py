@@ -217,7 +217,7 @@ class TrainArguments(RunConfig):
     recipe: str = "custom"
     """Start from this recipe; `deit-fast recipes list` names them."""
     config: str | None = None
-    """Start from this JSON file; every run writes one, config.json."""
+    """Start from this file: JSON, as every run writes (config.json), or .yaml, .yml or .toml."""
     print_config: bool = False
     """Print the resolved settings as JSON, ready for --config, and exit."""
 

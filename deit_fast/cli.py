@@ -53,6 +53,7 @@ from deit_fast.inputs import (
     require_run,
     require_teacher,
     require_train_inputs,
+    why_download,
 )
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
@@ -207,6 +208,7 @@ def analyze(
     teacher_classes: str | None = None,
     teacher_mean: tuple[Share, Share, Share] | None = None,
     teacher_std: tuple[Deviation, Deviation, Deviation] | None = None,
+    download: bool = False,
     data_root: str | None = None,
     weights: WeightsChoice = "last",
     model: str | None = None,
@@ -229,6 +231,7 @@ def analyze(
         teacher_classes: File with a line for each output of the teacher, as for `precompute`.
         teacher_mean: Channel means that the teacher expects, as for `precompute`.
         teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
+        download: Let timm fetch the weights of a teacher `timm:NAME` without a file.
         data_root: Image folder to measure on; none: the runs'.
         weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.
         model: The runs' model, where it is `package.module:factory`: the file of a run does not
@@ -253,13 +256,16 @@ def analyze(
         require_data_root(data_root, "val")
     if teacher is not None:
         require_teacher(teacher)
+        if not download and (reason := why_download(teacher)):
+            raise InputError(reason)
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
     from deit_fast.tools.run_folder import short_names
 
     results = measure(
         list(runs), teacher=teacher, teacher_classes=teacher_classes, teacher_mean=teacher_mean,
-        teacher_std=teacher_std, data_root=data_root, weights=weights, max_images=max_images,
+        teacher_std=teacher_std, download=download, data_root=data_root, weights=weights,
+        max_images=max_images,
         sample=sample, maps=maps, device=device, models=[model] if model else [],
         late_fusion=late_fusion,
     )  # fmt: skip

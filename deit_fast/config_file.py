@@ -1,16 +1,18 @@
-"""Configurations as dictionaries, JSON files and dotted keys such as `view.image_size`."""
+"""Configurations as dictionaries, files (JSON, YAML, TOML) and dotted keys: `view.image_size`."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from deit_fast.config import OptimConfig, RunConfig, constants, describe, shown
-from deit_fast.errors import InputError, did_you_mean
-from deit_fast.runtime.files import read_json
+from deit_fast.errors import InputError, did_you_mean, first_line
+from deit_fast.runtime.files import read_file, read_json
 
 log = logging.getLogger("deit_fast")
 
@@ -135,15 +137,69 @@ def describe_setting(key: str) -> str:
 
 
 def load_config(path: str, base: RunConfig) -> RunConfig:
-    """Read a JSON config file over ``base``; the file that every run writes is one."""
+    """Read a config file over ``base``: YAML or TOML by its suffix, else JSON, as every run writes.
+
+    In all of them the text `none` is also None, where a setting takes it: TOML has no other word.
+
+    Raises:
+        InputError: the file is missing or damaged (of YAML and TOML it names the line), or as
+            ``from_dict``.
+    """
+    read = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml}
     try:
-        values = read_json(Path(path))
+        values = read.get(Path(path).suffix.lower(), read_json)(Path(path))
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist") from None
     try:
         return from_dict(base, from_earlier(values))
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
+
+
+_MAX_TEXT_BYTES = 1 << 20  # a run writes some kilobytes
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """YAML 1.2: `1e-3` is a number, `no` and `on` are text, and a key twice is an error."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        values = YAML(typ="safe", pure=True).load(_read_text(path))
+    except (YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise InputError(f"config file {path}{line}: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} is no mapping of settings to values")
+    return _text_keys(values, path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(_read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        raise InputError(f"config file {path}: {first_line(error)}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_file(path, _MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"config file {path} is damaged: not UTF-8 text") from None
+
+
+def _text_keys(values: dict[Any, Any], path: Path) -> dict[str, Any]:
+    for key, value in values.items():
+        for name in (key, *(value if isinstance(value, dict) else ())):
+            if not isinstance(name, str):
+                raise InputError(f"config file {path}: the key {shown(name)} is no text")
+    return values
 
 
 def from_dict(base: Any, values: dict[str, Any], prefix: str = "") -> Any:
@@ -173,9 +229,16 @@ def from_dict(base: Any, values: dict[str, Any], prefix: str = "") -> Any:
             changes[name] = from_dict(getattr(base, name), value, f"{key}.")
         elif key == "loss.reduction" and value == "hinton":
             raise InputError(f"loss.reduction=hinton is no longer a setting; {_HINTON}")
+        elif value == "none" and _takes_none(hints[name]):
+            changes[name] = None
         else:
             changes[name] = value
     return dataclasses.replace(base, **changes)
+
+
+def _takes_none(hint: Any) -> bool:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return is_union and type(None) in typing.get_args(hint)
 
 
 def _nearest(name: str, prefix: str, names: list[str]) -> str:

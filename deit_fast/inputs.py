@@ -353,6 +353,16 @@ def require_teacher(spec: str) -> None:
         require_weights_file(weights)
 
 
+def why_download(spec: str) -> str:
+    """Why a teacher would come over a network, and what to do instead; empty where it would not."""
+    if not spec.startswith("timm:") or "@" in spec:
+        return ""
+    return (
+        f"teacher {spec} names no weights file, so timm would download one: give --teacher "
+        f"{spec}@FILE, or --download"
+    )
+
+
 def fine_tune_command(name: str, weights: str, root: str | None = None) -> str:
     """What fits a teacher to other classes: `fine-tune it first: COMMAND`.
 

@@ -500,6 +500,9 @@ def test_the_teacher_comes_from_the_run_or_from_its_cache_if_the_weights_match(
     gone = make_run(world, "gone", "soft", teacher=f"{factory}@{world}/gone.safetensors")
     (without,) = analyze([gone], maps=0)
     assert "gone.safetensors does not exist" in without["left_out"]["teacher"]
+    hub = make_run(world, "hub", "soft", teacher="timm:resnet18")
+    (offline,) = analyze([hub], maps=0)
+    assert offline["left_out"]["teacher"].startswith("teacher timm:resnet18 names no weights file")
 
 
 def test_another_teacher_gets_nothing_of_the_runs_teacher(world: Path, tmp_path: Path) -> None:
@@ -692,7 +695,7 @@ def test_terminal_table_and_report_show_the_figures(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is no run folder"),
+        (["nowhere"], "run folder nowhere does not exist"),
         (["none", "--sample", "60"], "--sample 60: held-out images of "),
         (["none", "--weights", "ema"], "none/ema.safetensors does not exist; the run has"),
         (
@@ -700,9 +703,14 @@ def test_terminal_table_and_report_show_the_figures(
             "--max-images must be a whole number in [1, 2147483647], or none, not 0",
         ),
         (["none", "--maps", "-1"], "--maps must be a whole number in [0, 2147483647], not -1"),
-        (["hard", "--teacher", "timm:nope"], "unknown teacher 'timm:nope'"),
+        (["hard", "--teacher", "timm:nope", "--download"], "unknown teacher 'timm:nope'"),
+        (
+            ["hard", "--teacher", "timm:resnet18"],
+            "teacher timm:resnet18 names no weights file, so timm would download one: give "
+            "--teacher timm:resnet18@FILE, or --download",
+        ),
         (["none", "--data-root", "nowhere"], "image folder nowhere does not exist"),
-        (["none", "nowhere"], "nowhere is no run folder"),
+        (["none", "nowhere"], "run folder nowhere does not exist"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -180,6 +180,38 @@ def test_config_file_with_a_fault(capsys, tmp_path, fault):
     assert words in line and str(path) in line and len(line) < 500
 
 
+FAULTY_TEXTS = {
+    "key twice.yaml": ("seed: 1\nepochs: 2\nseed: 3\n", ', line 3: found duplicate key "seed"'),
+    "open list.yml": ("track: [wandb\n", ", line 2: expected ',' or ']'"),
+    "tab.yaml": ("view:\n\timage_size: 3\n", ", line 2: found character"),
+    "python.yaml": (
+        "seed: !!python/object:os.system 1\n",
+        ", line 1: could not determine a constr",
+    ),
+    "two.yaml": ("seed: 1\n---\nseed: 2\n", ", line 2: but found another document"),
+    "list.yaml": ("- seed\n", " is no mapping of settings to values"),
+    "empty.yaml": ("", " is no mapping of settings to values"),
+    "number.yaml": ("view:\n  1: 2\n", ": the key 1 is no text"),
+    "date.yaml": ("output: 2026-01-01\n", "output must be a text of 1 to"),
+    "deep.yaml": ("seed: " + "[" * 5000, ": maximum recursion depth"),
+    "nul.yaml": ("seed: \0", ": unacceptable character"),
+    "itself.yaml": ("track: &a [*a]", "track must be any number of values"),
+    "near.yaml": ("view:\n  image_sise: 3\n", "'view.image_sise' (did you mean view.image_size?)"),
+    "key twice.toml": ("seed = 1\nseed = 2\n", ": Cannot overwrite a value (at line 2"),
+    "no value.toml": ("seed = \n", ": Invalid value (at line 1"),
+    "type.toml": ("seed = 1.5\n", ": seed must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY_TEXTS)
+def test_a_yaml_or_toml_file_with_a_fault(capsys, tmp_path, name):
+    content, words = FAULTY_TEXTS[name]
+    path = tmp_path / name
+    path.write_text(content)
+    line = refused(capsys, "train", "--config", path, "--print-config")
+    assert f"config file {path}" in line and words in line and len(line) < 500
+
+
 def test_a_nul_in_the_name_of_a_config_file(capsys):
     assert cli.main(["train", "--config", "a\0b"]) == 2
     assert "is no path: it holds a NUL character" in capsys.readouterr().err

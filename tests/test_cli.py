@@ -139,6 +139,33 @@ def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_p
     assert config == recipe.replace(epochs=7, seed=9, optim={"clip_grad": 2.0})
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "run.yaml",
+            "epochs: 7\noptim: {lr: 1e-3, clip_grad: 2}\ncodec:\n  k: null\n"
+            "view:\n  augment: none\n  size_schedule: [[0, 32], [3, 224]]\nteacher: none\n",
+        ),
+        (
+            "run.TOML",
+            'epochs = 7\nteacher = "none"\n[optim]\nlr = 1e-3\nclip_grad = 2\n[codec]\nk = "none"\n'
+            '[view]\naugment = "none"\nsize_schedule = [[0, 32], [3, 224]]\n',
+        ),
+    ],
+)
+def test_yaml_and_toml_are_config_files(capsys, tmp_path, name, text) -> None:
+    """`none` of a choice stays a word; of a setting that takes None it is None."""
+    (tmp_path / name).write_text(text)
+    base = RunConfig(teacher="timm:x").replace(codec={"k": 3})
+    expected = RunConfig(epochs=7).replace(
+        optim={"lr": 1e-3, "clip_grad": 2.0},
+        view={"augment": "none", "size_schedule": ((0, 32), (3, 224))},
+    )
+    assert load_config(str(tmp_path / name), base) == expected
+    assert resolved(capsys, "train", "--config", str(tmp_path / name)) == expected
+
+
 def test_another_teacher_does_not_get_the_settings_of_the_files(
     capsys: pytest.CaptureFixture, tmp_path: Path, caplog
 ) -> None:

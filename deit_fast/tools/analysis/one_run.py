@@ -31,6 +31,7 @@ from deit_fast.evaluation import (
     warn_of_substitutes,
     why_no_late_fusion,
 )  # fmt: skip
+from deit_fast.inputs import why_download
 from deit_fast.models.fuse import head_tokens
 from deit_fast.models.late_fusion import apply_late_fusion
 from deit_fast.models.student import apply_heads, forward_heads, require_no_code, trained_head
@@ -101,6 +102,7 @@ def open_run(
     teacher_classes: str | None,
     teacher_mean: tuple[float, float, float] | None,
     teacher_std: tuple[float, float, float] | None,
+    download: bool,
     data_root: str | None,
     weights: WeightsChoice,
     max_images: int | None,
@@ -126,7 +128,9 @@ def open_run(
         "teacher_classes": teacher_classes, "teacher_mean": teacher_mean, "teacher_std": teacher_std
     }  # fmt: skip
     config = config.replace(**{name: flag for name, flag in flags.items() if flag is not None})
-    found, reason = find_teacher(path, config, result, teacher is not None, source.classes)
+    found, reason = find_teacher(
+        path, config, result, teacher is not None, source.classes, download
+    )
     model.to(device).eval()
     reason_against, heads = None, {}
     if late_fusion is not None:
@@ -182,6 +186,7 @@ def find_teacher(
     result: dict[str, Any],
     is_given: bool,
     classes: Sequence[str],
+    download: bool,
 ) -> tuple[Teacher | None, str]:
     """The teacher of a run, or the reason why there is none.
 
@@ -194,6 +199,7 @@ def find_teacher(
         result: content of the run's result.json, or empty.
         is_given: whether the user names the teacher.
         classes: of the data.
+        download: let timm fetch weights that no file has.
 
     Raises:
         InputError: a given teacher cannot be loaded, or its classes do not fit.
@@ -201,6 +207,9 @@ def find_teacher(
     recorded = _recorded_by_cache(config, result)
     digest = recorded.get("teacher.weights_sha256")
     if is_given:
+        assert config.teacher is not None
+        if not download and (why := why_download(config.teacher)):
+            raise InputError(why)
         teacher = load_class_matched_teacher(config, classes)
         if digest is not None and digest != digest_weights(teacher.model):
             log.warning("%s is not the teacher that the run was trained with", config.teacher)
@@ -215,6 +224,8 @@ def find_teacher(
     if config.teacher is None and "teacher.mean" in recorded:
         mean, std = recorded["teacher.mean"], recorded["teacher.std"]
         config = config.replace(teacher_mean=mean, teacher_std=std)
+    if not download and (why := why_download(spec)):
+        return None, why
     try:
         if not spec.startswith("timm:"):
             require_no_code(spec.partition("@")[0], (), str(run), "--teacher")

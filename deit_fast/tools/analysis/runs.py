@@ -36,6 +36,7 @@ def analyze(
     teacher_classes: str | None = None,
     teacher_mean: tuple[float, float, float] | None = None,
     teacher_std: tuple[float, float, float] | None = None,
+    download: bool = False,
     data_root: str | None = None,
     weights: WeightsChoice = "last",
     max_images: int | None = None,
@@ -52,6 +53,8 @@ def analyze(
         teacher: spec of the teacher of all runs; none: each run's own, see ``find_teacher``.
         teacher_classes, teacher_mean, teacher_std: as the settings; none: without ``teacher`` each
             run's own, with it what the teacher's weights or timm say.
+        download: let timm fetch the weights of a teacher without a file; else such a teacher of a
+            run is left out, and a given one refused.
         data_root: another image folder than that of the runs.
         max_images: use at most this many images, evenly spaced; none: all.
         sample: id of the held-out image that is shown at all temperatures and whose attention map
@@ -80,9 +83,9 @@ def analyze(
     runs = [
         open_run(
             path, where, teacher=teacher, teacher_classes=teacher_classes,
-            teacher_mean=teacher_mean, teacher_std=teacher_std, data_root=data_root,
-            weights=weights, max_images=max_images, sample=sample, models=models,
-            late_fusion=late_fusion,
+            teacher_mean=teacher_mean, teacher_std=teacher_std, download=download,
+            data_root=data_root, weights=weights,
+            max_images=max_images, sample=sample, models=models, late_fusion=late_fusion,
         )
         for path in paths
     ]  # fmt: skip
