@@ -27,9 +27,10 @@ from deit_fast.config_file import (
     load_config,
 )
 from deit_fast.errors import InputError, did_you_mean
+from deit_fast.flags import short_help
 from deit_fast.recipes import find_recipe
 
-HELP = ("-h", "--help")
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 _NONE = (["none"], ["None"])
 
 log = logging.getLogger("deit_fast")
@@ -60,6 +61,7 @@ def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any =
         return functools.partial(target)  # so that `doctor` works without tyro
     import tyro
 
+    args = [HELP[1] if token == HELP_ALL else token for token in args]
     # tyro writes the switch that turns off `--model.fused` as `--model.no-fused`.
     args = [re.sub(r"^--no-((?:\w+\.)+)", r"--\1no-", token) for token in args]
     keywords: dict[str, Any] = {} if function else {"default": default}
@@ -248,6 +250,10 @@ def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arg
     teacher = _last_value(args, "--teacher")
     if base.teacher is not None and teacher is not None and [teacher] not in _NONE:
         base = _with_teacher(base, teacher, args)
+    if any(token in HELP for token in args):
+        with quiet_pipe():
+            print(short_help(verb, cls, base), flush=True)
+        raise SystemExit(0)
     arguments = parse(cls, verb, args, default=cls(**_fields(base)))
     return arguments, RunConfig(**_fields(arguments))
 

@@ -425,6 +425,31 @@ def recipes_show(name: str, /) -> str:
     return text + columns(rows, indent="  ")
 
 
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> str:
+    """Print a script that completes verbs, flags and their values in a shell.
+
+    For bash put `eval "$(deit-fast completion bash)"` into ~/.bashrc.
+
+    Args:
+        shell: The shell that reads the script.
+    """
+    from deit_fast.completion import Verb, script
+    from deit_fast.flags import function_flags, settings_flags
+
+    verbs = {}
+    for name, function in VERBS.items():
+        if name in _READ_THEIR_ARGUMENTS:
+            flags = settings_flags(_READ_THEIR_ARGUMENTS[name])
+            verbs[name] = Verb(_purpose(name), tuple(flags))
+            continue
+        positional, flags = function_flags(function)
+        values = positional[0].choices if positional else ()
+        if name == "recipes show":
+            values = tuple(RECIPES)
+        verbs[name] = Verb(_purpose(name), tuple(flags), values)
+    return script(shell, verbs)
+
+
 VERBS: dict[str, Callable[..., str]] = {
     "demo": demo,
     "pack": pack,
@@ -442,8 +467,12 @@ VERBS: dict[str, Callable[..., str]] = {
     "doctor": doctor,
     "recipes list": recipes_list,
     "recipes show": recipes_show,
+    "completion": completion,
 }
-_READ_THEIR_ARGUMENTS = ("train", "precompute")
+_READ_THEIR_ARGUMENTS: dict[str, type] = {
+    "train": TrainArguments,
+    "precompute": PrecomputeArguments,
+}
 
 # ---------------------------------------------------------------------------------------------
 # Text
@@ -458,6 +487,7 @@ def overview(group: str = "") -> str:
         "Distillation engine for vision transformers.\n\n"
         f"{columns(rows, indent='  ')}\n\n"
         "`deit-fast VERB --help` lists a verb's flags, `deit-fast --version` the version.\n"
+        'Tab completion: eval "$(deit-fast completion bash)", or zsh; fish: ... | source\n'
         "Several GPUs: torchrun --nproc-per-node N -m deit_fast VERB ..."
     )
 

@@ -107,7 +107,7 @@ def test_verb_help_shows_flags_their_meaning_and_the_recipes_defaults(
     capsys: pytest.CaptureFixture,
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--recipe", "digits_student", "--epochs", "7", "--help"])
+        cli.main(["train", "--recipe", "digits_student", "--epochs", "7", "--help-all"])
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "--optim.lr" in out and "--print-config" in out

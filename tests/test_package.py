@@ -44,6 +44,8 @@ LAYERS = [
         "deit_fast/views",
         "kernels",
         "deit_fast/arguments.py",
+        "deit_fast/flags.py",
+        "deit_fast/completion.py",
     },
     {
         "deit_fast/data",
