@@ -501,7 +501,7 @@ def summary(result: dict[str, Any]) -> str:
         if isinstance(value, float):
             value = (
                 f"{100 * value:.2f} %"
-                if "top1" in key or key == "teacher_agreement"
+                if "top1" in key or key in ("top5", "teacher_agreement")
                 else f"{value:.4g}"
             )
         if isinstance(value, (str, int)):

@@ -70,12 +70,13 @@ def evaluate_model(
 
     Returns:
         `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy,
-        without classes that have no samples); for two heads `top1_class` and `top1_distill`.
+        without classes that have no samples); for two heads `top1_class` and `top1_distill`; with
+        more than five classes `top5` (of the mean).
     """
     was_training = model.training
     model.eval()
     count = len(classes)
-    hits = torch.zeros(3, device=device)
+    hits = torch.zeros(4, device=device)
     loss = torch.zeros((), device=device)
     per_class = torch.zeros(2, count, device=device)
     samples, two_heads = 0, False
@@ -94,6 +95,8 @@ def evaluate_model(
         hits[1] += (class_logits.argmax(1) == labels).sum()
         if distill_logits is not None:
             hits[2] += (distill_logits.argmax(1) == labels).sum()
+        if count > 5:
+            hits[3] += (mean.topk(5).indices == labels[:, None]).sum()
         # bincount and labels[right] would make the host wait for the GPU at every batch.
         per_class[0].index_add_(0, labels, right.float())
         per_class[1].index_add_(0, labels, torch.ones_like(right, dtype=torch.float32))
@@ -112,6 +115,8 @@ def evaluate_model(
     result: dict[str, Any] = {"top1": shares[0], "loss": total_loss / samples, "samples": samples}
     if two_heads:
         result |= {"top1_class": shares[1], "top1_distill": shares[2]}
+    if count > 5:
+        result["top5"] = shares[3]
     right_of, total_of = per_class.tolist()
     result["per_class"] = {
         name: right / total
@@ -301,6 +306,16 @@ def evaluate_late_fusion(
         samples += len(labels)
     shares = {name: (both / samples).tolist() for name, both in sums.items()}
     return {name: {"top1": top1, "loss": loss} for name, (top1, loss) in shares.items()}
+
+
+def evaluation_text(result: dict[str, Any]) -> str:
+    """An evaluation as text for the log: that of the mean, of each head and of the average."""
+    parts = (("class", "top1_class"), ("distillation", "top1_distill"), ("average", "ema_top1"))
+    others = [f"{name} {100 * result[key]:.2f} %" for name, key in parts if key in result]
+    text = f"top-1 {100 * result['top1']:.2f} %" + (f" ({', '.join(others)})" if others else "")
+    if "top5" in result:
+        text += f"  top-5 {100 * result['top5']:.2f} %"
+    return f"{text}  loss {result['loss']:.4f}"
 
 
 def warn_of_substitutes(paths: Sequence[str]) -> None:

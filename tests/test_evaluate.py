@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.errors import InputError
-from deit_fast.evaluation import evaluate_model
+from deit_fast.evaluation import evaluate_model, evaluation_text
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]
@@ -51,7 +51,21 @@ def test_results_equal_direct_counts() -> None:
         name: pytest.approx(right[labels == label].float().mean().item())
         for label, name in enumerate(CLASSES[:3])
     }
-    assert model.training and "top1_distill" not in found
+    assert model.training and not {"top1_distill", "top5"} & found.keys()
+
+
+def test_top5_counts_where_there_are_more_than_five_classes() -> None:
+    """Twelve pixels are the logits of twelve classes; five would always be among five."""
+    data = [(torch.randn(40, 3, 2, 2), torch.randint(12, (40,)), None)]
+    (images, labels, _), model = data[0], nn.Flatten()
+    found = evaluate_model(model, data, [f"class {i}" for i in range(12)], CPU)
+    ranks = images.flatten(1).argsort(1, descending=True).argsort(1)
+    among = ranks.gather(1, labels[:, None]) < 5
+    assert 0.2 < found["top5"] < 0.7 and found["top5"] == pytest.approx(among.float().mean().item())
+    assert evaluation_text(found | {"top1": 0.5, "top1_class": 0.25, "ema_top1": 1.0}) == (
+        f"top-1 50.00 % (class 25.00 %, average 100.00 %)  top-5 {100 * found['top5']:.2f} %  "
+        f"loss {found['loss']:.4f}"
+    )
 
 
 def test_the_last_batch_is_padded_for_compiled_code() -> None:

@@ -14,6 +14,7 @@ from timm.scheduler import CosineLRScheduler
 from deit_fast.cache import CacheMismatch, ReadAhead
 from deit_fast.config import CodecConfig, OptimConfig, RunConfig
 from deit_fast.errors import InputError
+from deit_fast.evaluation import evaluation_text
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
@@ -35,7 +36,7 @@ from helpers.runs import comparable_rows, run_config, weights_equal
 def test_the_log_line_shows_the_row_of_metrics(world, tmp_path, caplog):
     config = run_config(world, tmp_path, max_steps=4, log_every=2)
     with caplog.at_level(logging.INFO, "deit_fast"):
-        train(config)
+        result = train(config)
     lines = [r.message for r in caplog.records if r.message.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
     row = next(row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train")
@@ -44,6 +45,25 @@ def test_the_log_line_shows_the_row_of_metrics(world, tmp_path, caplog):
     assert row["images_per_s"] == pytest.approx(32e3 / row["step_ms"])
     assert row["seconds_left"] == pytest.approx(2e-3 * row["step_ms"])
     assert lines[1].endswith("0:00:00 left")
+    (epoch,) = [r.message for r in caplog.records if r.message.startswith("epoch ")]
+    assert epoch == f"epoch 1  {evaluation_text(result)}"
+    assert "distillation " in epoch and "average " in epoch and "top-5 " in epoch
+    *_, row = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["kind"] == "eval" and row["top5"] == result["top5"]
+    names = ("model.safetensors", "ema.safetensors", "best.safetensors")
+    paths = ", ".join(str(tmp_path / name) for name in names)
+    assert caplog.messages[-1] == f"finished; the weights are {paths}"
+    assert read_json(tmp_path / "result.json")["weights_path"] == str(tmp_path / names[0])
+
+
+def test_rows_come_at_the_steps_that_were_asked_for(world, tmp_path):
+    """Every fifth step and the last; epochs of six steps, a resume and accumulation change none."""
+    config = run_config(world, tmp_path, log_every=5, accumulate=2, save_steps=4, epochs=2)
+    train(config.replace(max_steps=7))
+    train(config)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [5, 7, 10, 12]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [6, 7, 12]
 
 
 def test_agreement_is_the_share_of_views_with_the_teachers_class(world, tmp_path):

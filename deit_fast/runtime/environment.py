@@ -6,10 +6,12 @@ Imports only the standard library, so that `doctor` works where a package is mis
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import shlex
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,9 +39,25 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def describe_command() -> str:
-    """The command line of this process, without the program's folder."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["deit-fast" if program == "__main__.py" else program, *sys.argv[1:]])
+    """The command that started this process, torchrun and its arguments included, for a shell."""
+    words = sys.orig_argv
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(OSError):  # systems without /proc
+            launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
+            arguments = sys.argv[1:]
+            if launcher[len(launcher) - len(arguments) :] == arguments:
+                words = launcher
+    return shlex.join(_without_folders(words))
+
+
+def _without_folders(words: list[str]) -> list[str]:
+    """A command line by the names of its programs; a console script without its interpreter."""
+    if not words:
+        return words
+    program, *rest = words
+    if rest and Path(rest[0]).is_absolute() and Path(rest[0]).parent.name == "bin":
+        program, *rest = rest
+    return [Path(program).name, *rest]
 
 
 def package_version(package: str) -> str | None:

@@ -149,7 +149,7 @@ def _of_one_head(row: dict[str, Any], head: str) -> dict[str, Any]:
     own = row.get("top1_class" if head == "class" else "top1_distill")
     if own is None:
         return row
-    mixed = ("top1_class", "top1_distill", "loss", "per_class", "ema_top1", "best_top1")
+    mixed = ("top1_class", "top1_distill", "top5", "loss", "per_class", "ema_top1", "best_top1")
     return {key: value for key, value in row.items() if key not in mixed} | {"top1": own}
 
 

@@ -24,7 +24,12 @@ from deit_fast.decisions import (
     join_rows,
 )  # fmt: skip
 from deit_fast.errors import InputError, translate_errors
-from deit_fast.evaluation import build_eval_loader, evaluate_model, warn_of_substitutes
+from deit_fast.evaluation import (
+    build_eval_loader,
+    evaluate_model,
+    evaluation_text,
+    warn_of_substitutes,
+)
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.normalisation import require_normalisation
 from deit_fast.models.student import trained_head
@@ -324,9 +329,9 @@ class _Run:
                 state.step += 1
                 state.substituted.update(batch.substituted)
                 due = self._due()
-                # Before a report or a save every step is polled, so neither has one that is not
+                # Before what is due every step is polled, so that nothing has one that is not
                 # finite. All ranks must agree on `keep`.
-                stop = self._poll_stop(keep=0 if due.report or due.save else 1)
+                stop = self._poll_stop(keep=0 if any(due) else 1)
                 state.train_seconds += meter.lap()
                 progress.advance(note=self._report(meter, lr) if due.report else None)
                 if due.report:
@@ -355,7 +360,7 @@ class _Run:
         config, step, epoch = self.config, self.state.step, self._epoch
         done = step == self.total
         at_epoch_end = self.steps.locate(step)[1] == 0
-        report = done or at_epoch_end or step % config.log_every == 0
+        report = done or step % config.log_every == 0
         return _Due(
             report=report,
             evaluate=done or self._is_evaluation_due(),
@@ -500,10 +505,7 @@ class _Run:
             state.best_step = state.step
             if self.group.is_first:
                 state.keep_best()
-        log.info(
-            "epoch %d  top-1 %.2f %%  loss %.4f",
-            epoch, 100 * evaluation["top1"], evaluation["loss"],
-        )  # fmt: skip
+        log.info("epoch %d  %s", epoch, evaluation_text(evaluation))
         if state.evaluated_step < state.step:
             row = {key: value for key, value in evaluation.items() if key != "per_class"}
             self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
@@ -578,11 +580,15 @@ class _Run:
             self.metrics.sync()
             result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
             result["weights"] = self._write_weights()
+            result["weights_path"] = str(self.output / MODEL_FILE)
             predictions = describe_decisions(decisions, self.held_out)
             predictions["weights_digest"] = result["weights"][MODEL_FILE]
             write_json(self.output / PREDICTIONS_FILE, predictions)
             write_json(self.output / "result.json", result)
         warn_of_substitutes(sorted(substituted))
+        if self.metrics is not None:
+            paths = ", ".join(str(self.output / name) for name in result["weights"])
+            log.info("finished; the weights are %s", paths)
         self.finished = True
         return result
 
