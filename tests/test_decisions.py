@@ -82,6 +82,7 @@ def test_the_teacher_may_agree_with_a_mistake() -> None:
 def test_a_run_and_its_analysis_leave_the_decisions_that_evaluation_counts(world, tmp_path) -> None:
     teacher = f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors"
     result = train(run_config(world, tmp_path, max_steps=3, loss={"kind": "soft"}))
+    assert result["parameters"] > 20_000 and result["forward_flops"] > 40_000
     analyze([tmp_path], teacher=teacher, maps=0)
     digest = result["weights"]["model.safetensors"]
     for file in ("predictions.json", "analysis/predictions.json"):

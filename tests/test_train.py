@@ -22,7 +22,7 @@ from deit_fast.precomputation import precompute
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
-from deit_fast.runtime.speed import StepMeter, training_flops
+from deit_fast.runtime.speed import StepMeter, model_costs, training_flops
 from deit_fast.training import loop
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.training.loop import train
@@ -126,6 +126,15 @@ def test_training_flops_agree_with_the_published_table():
     assert training_flops(create_student("resnet18", 10), 224) == pytest.approx(
         6 * 1.81e9, rel=0.02
     )
+
+
+def test_costs_of_a_model_are_its_parameters_and_the_forward_of_an_image():
+    """DeiT-S with two heads: 22.4 million parameters (timm's table); resnet18: 11.7 million."""
+    found = model_costs(create_student("deit_small_distilled_patch16_224", 1000, fused=False), 224)
+    assert found["parameters"] == pytest.approx(22.4e6, rel=0.005)
+    assert found["forward_flops"] == pytest.approx(2 * 4.6e9, rel=0.02)
+    counted = torch.nn.Linear(2, 3)  # it takes no images
+    assert model_costs(counted, 224) == {"parameters": 9}
 
 
 def test_learning_rate_equals_timms_cosine_schedule():

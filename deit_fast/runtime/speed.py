@@ -59,9 +59,28 @@ def training_flops(model: nn.Module, image_size: int) -> int:
     for module in model.modules():
         if isinstance(module, PatchDropout):
             module.train()
+    return 3 * _count_flops(model, image_size)
+
+
+def model_costs(model: nn.Module, image_size: int) -> dict[str, int]:
+    """`parameters` (their count) and `forward_flops` of one image, a multiply-add as two FLOPs.
+
+    torch's FlopCounterMode counts them: products of matrices, convolutions, attention. Models that
+    cannot run on the meta device have no `forward_flops`.
+
+    Args:
+        model, image_size: as of ``training_flops``.
+    """
+    costs = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    with suppress(Exception):  # code of others, at the end of a long run
+        costs["forward_flops"] = _count_flops(model.to("meta").eval(), image_size)
+    return costs
+
+
+def _count_flops(model: nn.Module, image_size: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return 3 * counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -41,7 +41,14 @@ from deit_fast.runtime.files import remove_orphans, require_replaceable, write_j
 from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
 from deit_fast.runtime.signals import Preempted, Signals
-from deit_fast.runtime.speed import StepMeter, StepProfiler, gc_paused, peak_flops, training_flops
+from deit_fast.runtime.speed import (
+    StepMeter,
+    StepProfiler,
+    gc_paused,
+    model_costs,
+    peak_flops,
+    training_flops,
+)
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.runtime.weights_header import (
     BEST_FILE,
@@ -581,6 +588,7 @@ class _Run:
             result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
             result["weights"] = self._write_weights()
             result["weights_path"] = str(self.output / MODEL_FILE)
+            result |= model_costs(unfuse(copy.deepcopy(state.model)), config.view.image_size)
             predictions = describe_decisions(decisions, self.held_out)
             predictions["weights_digest"] = result["weights"][MODEL_FILE]
             write_json(self.output / PREDICTIONS_FILE, predictions)
