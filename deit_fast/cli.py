@@ -320,23 +320,28 @@ def report(
     runs: tuple[Path, ...],
     /,
     *,
-    out: Path = Path("report.html"),
+    out: Path | None = None,
     title: str = "deit_fast runs",
+    pictures: bool = True,
 ) -> str:
     """Write one self-contained HTML page about one or more runs.
 
+    Runs that differ by their seed alone are shown by their mean.
+
     Args:
         runs: Folders of the runs.
-        out: File to write.
+        out: File to write. None: report.html, in the folder of a single run, else in this folder.
         title: Heading of the page.
+        pictures: Show images of the data set; leave them out where they are private.
     """
     _require_runs("report", runs)
-    require_writable("--out", out, is_folder=False)
     for run in runs:
         require_run(run)
-    from deit_fast.tools.report.page import write_report
+    from deit_fast.tools.report.page import default_page, write_report
 
-    write_report(runs, out, title)
+    out = default_page(runs) if out is None else out
+    require_writable("--out", out, is_folder=False)
+    write_report(runs, out, title, pictures)
     return f"wrote {out}"
 
 

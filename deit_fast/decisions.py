@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from deit_fast.data.sources import Source
 
 PREDICTIONS_FILE, PREDICTIONS_FORMAT = "predictions.json", 1  # in the folders of run and analysis
 MISTAKES, AGREED, GRID = 24, 12, 12  # examples, at most 48 pictures together
@@ -154,6 +155,8 @@ def _example(
 
 def _picture(source: Source, index: int) -> str | None:
     """The image as a small JPEG in base64; None where it cannot be read."""
+    from deit_fast.data.sources import UnreadableImage  # with torch, which a report does without
+
     try:
         image = source.load(index)
     except (UnreadableImage, OSError, InputError):

@@ -304,7 +304,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     out = tmp_path / "page.html"
     out.write_text("old")
-    monkeypatch.setattr(page, "build_report", lambda runs, title: title * 2000)
+    monkeypatch.setattr(page, "build_report", lambda runs, title, pictures: title * 2000)
     with small_files(1000), pytest.raises(OSError, match=r"File too large.*page\.html"):
         write_report([], out, "title")
     assert out.read_text() == "old"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import struct
@@ -14,9 +16,14 @@ from typing import Any
 from deit_fast.config import LossConfig
 from deit_fast.decisions import PREDICTIONS_FILE, PREDICTIONS_FORMAT
 from deit_fast.errors import InputError, printable
-from deit_fast.runtime.files import read_file, read_json
+from deit_fast.runtime.files import parse_object, read_file, read_json
 from deit_fast.runtime.metrics import METRICS, read_metrics
-from deit_fast.runtime.weights_header import MODEL_FILE, WEIGHTS_FILES, read_digest
+from deit_fast.runtime.weights_header import (
+    MODEL_FILE,
+    WEIGHTS_FILES,
+    read_digest,
+    read_texts,
+)
 
 log = logging.getLogger("deit_fast")
 
@@ -33,6 +40,7 @@ class Run:
         analysis: empty where `deit-fast analyze` has not run, or saw other weights.
         predictions: see ``describe_decisions``; empty in runs of earlier versions.
         train, evaluations: rows of the log.
+        data_id: tells apart the images, of training and held out, that runs were made with.
         samples: PNG of the first training views.
         maps: PNG files of the analysis that show attention, by name.
     """
@@ -45,6 +53,7 @@ class Run:
     predictions: dict[str, Any]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    data_id: str
     samples: bytes | None
     maps: dict[str, bytes]
 
@@ -97,6 +106,7 @@ def read_run(path: Path, name: str, index: int) -> Run:
         predictions=_printable(_read_predictions(path, bool(analysis), weights[MODEL_FILE])),
         train=[_printable(row) for row in rows if row["kind"] == "train"],
         evaluations=[_printable(row) for row in rows if row["kind"] == "eval"],
+        data_id=_data_id(path / MODEL_FILE, config, result),
         samples=_read_png(samples) if os.path.lexists(samples) else None,
         # only the last part of a name, so that no name leads out of the folder
         maps={printable(name): _read_png(folder / Path(name).name) for name in pictures},
@@ -135,6 +145,20 @@ def _read_weights(run: Path, known: object) -> dict[str, str | None]:
             )
         weights[name] = found
     return weights
+
+
+def _data_id(weights: Path, config: dict[str, Any], result: dict[str, Any]) -> str:
+    """A digest of the fingerprints of both splits, which the weights' header names; where it names
+    none, of the data's folder, classes and number of held-out images."""
+    facts: list[Any] = []
+    if os.path.lexists(weights):
+        identity = parse_object(read_texts(weights).get("identity", "{}").encode(), str(weights))
+        facts = [identity.get(f"{split}.images") for split in ("data", "val")]
+    if None in facts or not facts:
+        data = config.get("data")
+        folder = (data.get("root"), data.get("source")) if isinstance(data, dict) else None
+        facts = [folder, result.get("classes"), result.get("samples")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _trained_head(config: dict[str, Any]) -> str:

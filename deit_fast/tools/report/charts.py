@@ -24,6 +24,7 @@ PROPERTIES = {f"--c{index}": colour for index, colour in enumerate(COLOURS)} | {
 }
 DASHES = ("", "7 3", "2 2.5", "10 3 2 3")  # of the lines 0 to 7, 8 to 15, ...
 MAX_POINTS = 240  # of a line; a screen cannot show more
+MAX_DOTS = 40  # of a line: points with a hover title, most of a chart's bytes
 SMOOTH_SHARE = 20  # a training curve is averaged over this fraction of its points: 1/20
 
 
@@ -38,11 +39,15 @@ class Line:
     Attributes:
         index: position among all runs, which decides the colour; None: a grey reference line.
         points: (x, y), ascending in x.
+        band: the least and the largest values where ``points`` are means; None: no band.
+        faint: the values before they were smoothed; drawn behind the line.
     """
 
     name: str
     index: int | None
     points: Points
+    band: tuple[Points, Points] | None = None
+    faint: Points | None = None
 
     @property
     def colour(self) -> str:
@@ -51,12 +56,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart and its legend; ``raw`` is the same chart without smoothing."""
+    """A drawn chart.
+
+    Attributes:
+        legend: of phones too, which have no hover titles.
+    """
 
     caption: str
     svg: str
-    lines: list[Line]
-    raw: str | None = None
+    legend: list[Key]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A line of the legend."""
+
+    name: str
+    index: int | None
+    note: str
 
 
 def short_percent(value: float) -> str:
@@ -73,8 +90,9 @@ def dash(index: int | None) -> str:
 
 
 def line_chart(
-    caption: str, lines: list[Line], x_name: str, show: Show, floor: float | None = None
-) -> Chart | None:
+    caption: str, lines: list[Line], x_name: str, show: Show, floor: float | None = None,
+    best: bool = False, last: bool = False,
+) -> Chart | None:  # fmt: skip
     """A chart as an SVG element without identifiers, so that a page can hold many.
 
     Args:
@@ -83,8 +101,10 @@ def line_chart(
         x_name: name of the horizontal axis.
         show: formats a value for ticks and hover titles.
         floor: a value that the vertical axis includes; None: the axis fits the data.
+        best: mark the largest value of each line and name it in the legend.
+        last: name the last value of each line in the legend.
     """
-    lines = [Line(line.name, line.index, thin(line.points)) for line in lines if line.points]
+    lines = [_thin_line(line) for line in lines if line.points]
     if not lines:
         return None
     import matplotlib
@@ -103,6 +123,12 @@ def line_chart(
         axes = figure.add_subplot()
         for number, line in enumerate(lines):
             dashes = tuple(float(part) for part in dash(line.index).split())
+            if line.band is not None:
+                low, high = line.band
+                outline = zip(*low, *reversed(high), strict=True)
+                axes.fill(*outline, color=line.colour, alpha=0.16, linewidth=0)
+            if line.faint is not None:
+                axes.plot(*zip(*line.faint, strict=True), color=line.colour, alpha=0.3, linewidth=1)
             axes.plot(
                 *zip(*line.points, strict=True), gid=f"line-{number}", color=line.colour,
                 marker="o", clip_on=False, linestyle=(0, dashes) if dashes else "-",
@@ -124,22 +150,40 @@ def line_chart(
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(content, format="svg", transparent=True, metadata=metadata)
     root = ElementTree.fromstring(content.getvalue())
+    legend = []
     for number, line in enumerate(lines):
         titles = [f"{line.name}: {show(y)} at {x_name} {x:.4g}" for x, y in line.points]
-        _add_titles(root, f"line-{number}", line.colour, titles)
-    return Chart(caption, _inline(root, caption), lines)
+        top = max(range(len(titles)), key=[y for _, y in line.points].__getitem__) if best else -1
+        _add_titles(root, f"line-{number}", line.colour, titles, top)
+        note = show(line.points[-1][1]) if last else ""
+        if best and top < len(titles) - 1:
+            note += f", best {show(line.points[top][1])} at {x_name} {line.points[top][0]:.4g}"
+        legend.append(Key(line.name, line.index, note))
+    return Chart(caption, _inline(root, caption), legend)
 
 
-def _add_titles(root: ElementTree.Element, gid: str, colour: str, titles: list[str]) -> None:
-    """Turn the markers of a line into circles with hover titles; the style sheet hides them."""
+def _thin_line(line: Line) -> Line:
+    band = line.band and (thin(line.band[0]), thin(line.band[1]))
+    return Line(line.name, line.index, thin(line.points), band, line.faint and thin(line.faint))
+
+
+def _add_titles(
+    root: ElementTree.Element, gid: str, colour: str, titles: list[str], best: int
+) -> None:
+    """Turn some markers of a line into circles with hover titles; the style sheet hides most."""
     group = next(element for element in root.iter() if element.get("id") == gid)
     markers = [element for element in group.iter() if element.tag.endswith("}use")]
-    for marker, title in zip(markers, titles, strict=True):
+    every = math.ceil(len(markers) / MAX_DOTS)
+    for position, (marker, title) in enumerate(zip(markers, titles, strict=True)):
+        if position % every and position not in (best, len(markers) - 1):
+            continue  # ``_inline`` removes it
         across, down = marker.attrib["x"], marker.attrib["y"]
         marker.clear()
         marker.tag = "circle"
         marker.attrib = {"class": "dot", "cx": across, "cy": down, "r": "4", "fill": colour}
         ElementTree.SubElement(marker, "title").text = title
+        if position == best:
+            marker.set("class", "dot best")
     markers[-1].set("class", "dot last")
 
 

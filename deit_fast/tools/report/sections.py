@@ -1,251 +1,44 @@
-"""The data of the report's sections, each a function of the runs that are shown.
+"""The report's sections about views, analysis, settings and environment.
 
-The sections of an analysis get only the runs that `deit-fast analyze` has measured.
+The sections of an analysis get only the groups with runs that `deit-fast analyze` has measured;
+runs of one group are shown by their means.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
-
-from markupsafe import Markup
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import RETIRED, by_dotted_key, dotted_keys, to_dict
 from deit_fast.tools.analysis import table
-from deit_fast.tools.analysis.table import DASH, count, percent
-from deit_fast.tools.report.charts import (
-    COLOURS,
-    Chart,
-    Line,
-    Points,
-    Show,
-    line_chart,
-    short,
-    short_percent,
-    smooth,
-)  # fmt: skip
+from deit_fast.tools.analysis.table import DASH
+from deit_fast.tools.report.charts import Chart, Line, line_chart, short, short_percent
+from deit_fast.tools.report.groups import Group, average, group_lines
+from deit_fast.tools.report.parts import DARKEST, Picture, Table, shade
 from deit_fast.tools.run_folder import Run
 
-LARGEST = 1e100  # of a number that is shown: sums and axes of larger ones overflow
 RELIABILITY_CURVES = {"class": "class", "distillation": "distillation", "mean_logits": "mean"}
+FEWEST = 10  # images of a bin of a reliability curve that is drawn
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows under a head; the first cell of a row is its heading.
-
-    Attributes:
-        head, rows: texts, or runs that are shown by colour key and name.
-        style: classes of CSS.
-    """
-
-    head: list[Any]
-    rows: Sequence[Sequence[Any]]
-    style: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG inside the page."""
-
-    caption: str
-    alt: str
-    png: bytes
-
-
-def shade(text: str, share: float, colour: int = 0) -> Markup:
-    """A cell whose background shows ``share``, in [0, 1], in one of the page's colours."""
-    style = f"--w:{100 * share:.1f}%;--c:var(--c{colour})"
-    return Markup('<span style="{}">{}</span>').format(style, text)
-
-
-# ---------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------
-
-
-def _number(values: dict[str, Any], key: str) -> float | None:
-    """A number of at most ``LARGEST``, or None."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        return None
-    return float(value)
-
-
-def _result(key: str, show: Callable[[float | None], str]) -> Callable[[Run], str]:
-    return lambda run: show(_number(run.result, key))
-
-
-def _kind(run: Run) -> str:
-    return run.result.get("distill") or run.config["loss"]["kind"]
-
-
-def _distillation(run: Run) -> str:
-    teacher = run.result.get("teacher")
-    if not teacher:
-        return _kind(run)
-    cached = " (cached)" if teacher.get("from") == "cache" else ""
-    return f"{_kind(run)}, {teacher.get('teacher.spec', 'unnamed teacher')}{cached}"
-
-
-def _best_epoch(run: Run) -> str:
-    top1, epoch = _number(run.result, "best_top1"), _number(run.result, "best_epoch")
-    return DASH if top1 is None or epoch is None else f"{epoch:.0f} ({percent(top1)})"
-
-
-def _data_wait(run: Run) -> str:
-    shares = [share for row in run.train if (share := _number(row, "data_wait")) is not None]
-    return percent(fmean(shares) if shares else None)
-
-
-COLUMNS: dict[str, Callable[[Run], str]] = {
-    "distillation": _distillation,
-    "top-1": _result("top1", percent),
-    "class head": _result("top1_class", percent),
-    "distil. head": _result("top1_distill", percent),
-    "average (EMA)": _result("ema_top1", percent),
-    "best epoch": _best_epoch,
-    "epochs": _result("epochs", count),
-    "steps": _result("steps", count),
-    "img/s": _result("images_per_s", count),
-    "data wait": _data_wait,
-    "substituted": lambda run: str(len(run.result.get("substituted") or [])),
-}
-
-
-def lead(runs: list[Run]) -> list[tuple[str, str, str]]:
-    """Name, value and detail of the figures at the top of the page."""
-    figures = [("Runs", str(len(runs)), "")]
-    scored = [(top1, run) for run in runs if (top1 := _number(run.result, "top1")) is not None]
-    if not scored:
-        return figures
-    top1, best = max(scored, key=lambda pair: pair[0])
-    figures.append(("Highest top-1 accuracy", percent(top1), best.name))
-    plain = [value for value, run in scored if _kind(run) == "none"]
-    if plain and _kind(best) != "none":
-        gain = f"{100 * (top1 - max(plain)):.2f} points"
-        figures.append(("Gain by distillation", gain, "above the best run without distillation"))
-    return figures
-
-
-def results(runs: list[Run]) -> Table:
-    texts = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
-    used = {name: column for name, column in texts.items() if set(column) != {DASH}}
-    scores = [_number(run.result, "top1") for run in runs]
-    if len(runs) > 1 and "top-1" in used:
-        best = max(score for score in scores if score is not None)
-        used["top-1"] = [
-            Markup("<b>{}</b>").format(text) if score == best else text
-            for text, score in zip(used["top-1"], scores, strict=True)
-        ]
-    rows = [[run, *(column[i] for column in used.values())] for i, run in enumerate(runs)]
-    return Table(["run", *used], rows, "cards")
-
-
-def per_class(runs: list[Run]) -> Table | None:
-    """Accuracies as bars, the classes with the lowest means over the runs first."""
-    tables = [run.result.get("per_class") or {} for run in runs]
-    names = dict.fromkeys(name for accuracies in tables for name in accuracies)
-
-    def mean(name: str) -> float:
-        return fmean(accuracies[name] for accuracies in tables if name in accuracies)
-
-    def bar(run: Run, accuracy: float | None) -> str:
-        if accuracy is None:
-            return DASH
-        return shade(f"{100 * accuracy:.1f} %", accuracy, run.index % len(COLOURS))
-
-    rows = [
-        [name, *(bar(run, of_run.get(name)) for run, of_run in zip(runs, tables, strict=True))]
-        for name in sorted(names, key=mean)
-    ]
-    return Table(["class", *runs], rows, "bars") if rows else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Curves and views
-# ---------------------------------------------------------------------------------------------
-
-
-def curves(runs: list[Run]) -> list[Chart]:
-    charts = [
-        _curve(runs, "top1", "Top-1 accuracy on held-out images", short_percent),
-        _curve(runs, "ema_top1", "Top-1 accuracy of the averaged weights", short_percent),
-        _curve(runs, "loss", "Cross-entropy on held-out images", short),
-        _training_curve(runs, "loss", "Training loss", short, None),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def throughput(runs: list[Run]) -> list[Chart]:
-    waiting = "Share of time spent waiting for images"
-    charts = [
-        _training_curve(runs, "images_per_s", "Images per second", short, 0.0),
-        _training_curve(runs, "data_wait", waiting, short_percent, 0.0),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def _curve(runs: list[Run], key: str, caption: str, show: Show) -> Chart | None:
-    lines = [Line(run.name, run.index, _points(run, run.evaluations, key)) for run in runs]
-    return line_chart(caption, lines, "epoch", show)
-
-
-def _training_curve(
-    runs: list[Run], key: str, caption: str, show: Show, floor: float | None
-) -> Chart | None:
-    """The smoothed curve; where smoothing changes it, with the logged one."""
-    logged = [Line(run.name, run.index, _points(run, run.train, key)) for run in runs]
-    smoothed = [smooth(line.points) for line in logged]
-    width = max(width for _, width in smoothed)
-    raw = line_chart(caption, logged, "epoch", show, floor)
-    if raw is None or width == 1:
-        return raw
-    means = [replace(line, points=mean) for line, (mean, _) in zip(logged, smoothed, strict=True)]
-    title = f"{caption}, mean of {width} neighbouring values"
-    chart = line_chart(title, means, "epoch", show, floor)
-    return chart and replace(chart, raw=raw.svg)
-
-
-def _points(run: Run, rows: list[dict[str, Any]], key: str) -> Points:
-    """(epoch, value) of the rows that have both; the step gives fractions of an epoch."""
-    found = [(_number(row, "epoch"), _number(row, "step")) for row in run.evaluations]
-    ends = {epoch: step for epoch, step in found if epoch and step}
-    points = []
-    for row in rows:
-        value, step = _number(row, key), _number(row, "step")
-        x = _epoch_at(step, ends) if step is not None and ends else _number(row, "epoch")
-        if x is not None and value is not None:
-            points.append((x, value))
-    return sorted(points)
-
-
-def _epoch_at(step: float, ends: dict[float, float]) -> float:
-    """The epoch of a step, between the ends of epochs, whose steps may differ in number.
-
-    Args:
-        ends: last step by epoch; at least one.
-    """
-    epochs, steps = zip((0.0, 0.0), *sorted(ends.items()), strict=True)
-    right = min(max(1, bisect_left(steps, step)), len(steps) - 1)
-    length = steps[right] - steps[right - 1]
-    share = (step - steps[right - 1]) / length if length > 0 else 1.0
-    return epochs[right - 1] + share * (epochs[right] - epochs[right - 1])
-
-
-def samples(runs: list[Run]) -> list[Picture]:
+def samples(groups: list[Group]) -> list[Picture]:
     """Each distinct picture once, with the names of the runs that share it."""
     owners: dict[bytes, list[str]] = {}
-    for run in runs:
+    for run in _runs(groups):
         if run.samples is not None:
             owners.setdefault(run.samples, []).append(run.name)
     named = [(", ".join(names), png) for png, names in owners.items()]
-    return [Picture(names, f"first views of {names}", png) for names, png in named]
+    return [Picture(names, f"first views of {names}", _text(png)) for names, png in named]
+
+
+def _runs(groups: list[Group]) -> list[Run]:
+    return [run for group in groups for run in group.runs]
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,63 +46,89 @@ def samples(runs: list[Run]) -> list[Picture]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _figures(runs: list[Run], figures: list[table.Figure]) -> Table:
-    rows = table.compare([run.analysis for run in runs], figures)
-    return Table(["", *runs], rows, "numbers")
+def _figures(groups: list[Group], figures: list[table.Figure]) -> Table:
+    means = [average([run.analysis for run in group.runs]) for group in groups]
+    return Table(["", *groups], table.compare(means, figures), "numbers")
 
 
-def tokens(runs: list[Run]) -> dict[str, Any] | None:
+def tokens(groups: list[Group]) -> dict[str, Any] | None:
     """Cosine of the two tokens by layer, and similarity of the heads."""
-    lines = []
-    for run in runs:
+
+    def points(run: Run) -> list[tuple[float, float]]:
         layers = table.look_up(run.analysis, "tokens.layers") or []
-        points = [(float(x), layer["mean"]) for x, layer in enumerate(layers[:-1])]  # no norm
-        lines.append(Line(run.name, run.index, points))
+        return [(float(x), layer["mean"]) for x, layer in enumerate(layers[:-1])]  # no norm
+
     caption = "Cosine of class and distillation token after each block"
-    chart = line_chart(caption, lines, "block (0: input)", short)
-    return {"chart": chart, "table": _figures(runs, table.TOKEN_FIGURES)} if chart else None
+    chart = line_chart(caption, group_lines(groups, points), "block (0: input)", short)
+    return {"chart": chart, "table": _figures(groups, table.TOKEN_FIGURES)} if chart else None
 
 
-def classifiers(runs: list[Run]) -> dict[str, Any] | None:
+def classifiers(groups: list[Group]) -> dict[str, Any] | None:
     """Accuracy and calibration of heads, their means and the teacher; reliability curves."""
-    if not runs:
+    if not groups:
         return None
-    charts = [_reliability(run) for run in runs]
-    return {"table": _figures(runs, table.CLASSIFIER_FIGURES), "charts": charts}
+    charts = [chart for group in groups if (chart := _reliability(group))]
+    return {"table": _figures(groups, table.CLASSIFIER_FIGURES), "charts": charts}
 
 
-def _reliability(run: Run) -> Chart | None:
+def _reliability(group: Group) -> Chart | None:
+    """The curves of the group's runs together, without bins of few images."""
     keys = {name: f"calibration.{key}.bins" for key, name in RELIABILITY_CURVES.items()}
     keys["teacher"] = "teacher.calibration.bins"
     lines = []
     for index, (name, key) in enumerate(keys.items()):
-        bins = table.look_up(run.analysis, key) or []
-        lines.append(Line(name, index, [(row["confidence"], row["accuracy"]) for row in bins]))
+        bins: dict[float, tuple[float, float, float]] = {}  # images, confidence, accuracy: sums
+        for run in group.runs:
+            for row in table.look_up(run.analysis, key) or []:
+                n, sure, right = bins.get(row["low"], (0.0, 0.0, 0.0))
+                own = float(row["count"])
+                sure, right = sure + own * row["confidence"], right + own * row["accuracy"]
+                bins[row["low"]] = (n + own, sure, right)
+        points = [(sure / n, right / n) for _, (n, sure, right) in sorted(bins.items())
+                  if n >= FEWEST]  # fmt: skip
+        lines.append(Line(name, index, points))
     lines.append(Line("ideal", None, [(0.0, 0.0), (1.0, 1.0)]))
     return line_chart(
-        f"Accuracy by confidence: {run.name}", lines, "confidence", short_percent, 0.0
+        f"Accuracy by confidence: {group.name}", lines, "confidence", short_percent, 0.0
     )
 
 
-def disagreement(runs: list[Run]) -> list[tuple[Run, Table]]:
-    """Share of different decisions for each pair of classifiers (DeiT, table 4)."""
+def agreement(groups: list[Group]) -> list[tuple[Group, Table]]:
+    """Percentage of equal decisions for each pair of classifiers; DeiT's table 4 counts the others.
+
+    The fourth power of a share decides its colour: most shares are close to 1.
+    """
     items = []
-    for run in runs:
-        head, rows = table.disagreement(run.analysis)
-        shaded = [[name, *(shade(text, float(text)) for text in texts)] for name, *texts in rows]
-        items.append((run, Table(head, shaded, "numbers shades")))
+    for group in groups:
+        found = average([run.analysis["disagreement"] for run in group.runs])
+        head, shares = found["names"], found["shares"]
+        rows = [
+            [
+                name,
+                *(shade(f"{100 * (1 - share):.1f}", DARKEST * (1 - share) ** 4) for share in row),
+            ]
+            for name, row in zip(head, shares, strict=True)
+        ]
+        items.append((group, Table(["", *head], rows, "numbers shades")))
     return items
 
 
-def teachers(runs: list[Run]) -> list[dict[str, Any]]:
-    """Each teacher at several temperatures; equal ones once, with all their runs."""
-    items = []
+def teachers(groups: list[Group]) -> list[dict[str, Any]]:
+    """Each teacher at several temperatures; of those with one name, a seed each, the first."""
+    runs = _runs(groups)
+    by_name: dict[str, dict[str, Any]] = {}
     for teacher, owners in table.teachers([run.analysis for run in runs], runs):
+        name = str(teacher["spec"]).partition("@")[0]
+        if name in by_name:
+            by_name[name]["others"] += owners
+            continue
         title, head, rows = table.temperatures(teacher)
         chart = _temperature_chart(teacher["temperatures"])
         values = Table(head, rows, "numbers")
-        items.append({"runs": owners, "title": title, "table": values, "chart": chart})
-    return items
+        by_name[name] = {
+            "runs": owners, "others": [], "title": title, "table": values, "chart": chart
+        }  # fmt: skip
+    return list(by_name.values())
 
 
 def _temperature_chart(rows: list[dict[str, Any]]) -> Chart | None:
@@ -323,10 +142,11 @@ def _temperature_chart(rows: list[dict[str, Any]]) -> Chart | None:
     return line_chart(caption, lines, "temperature", short_percent, 0.0)
 
 
-def attention(runs: list[Run]) -> list[dict[str, Any]]:
-    """Strips of attention maps: of the last block, and through all blocks."""
+def attention(groups: list[Group]) -> list[dict[str, Any]]:
+    """Strips of attention maps of each group's first run: last block, and through all blocks."""
     items = []
-    for run in runs:
+    for group in groups:
+        run = group.runs[0]
         samples = table.look_up(run.analysis, "attention.samples")
         if not samples:
             continue
@@ -335,7 +155,7 @@ def attention(runs: list[Run]) -> list[dict[str, Any]]:
             Picture(
                 f"image {row['id']}, label {row['label']}",
                 f"{order} of image {row['id']}, {run.name}",
-                run.maps[row["picture"]],
+                _text(run.maps[row["picture"]]),
             )
             for row in samples
         ]
@@ -343,9 +163,9 @@ def attention(runs: list[Run]) -> list[dict[str, Any]]:
     return items
 
 
-def left_out(runs: list[Run]) -> list[tuple[Run, str]]:
+def left_out(groups: list[Group]) -> list[tuple[Run, str]]:
     """The parts of each analysis that are missing, by reason."""
-    return [(run, text) for run in runs for text in table.left_out(run.analysis)]
+    return [(run, text) for run in _runs(groups) for text in table.left_out(run.analysis)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,29 +181,36 @@ def _setting(value: Any) -> str:
     return DASH if value is None else str(value)
 
 
-def settings(runs: list[Run]) -> dict[str, Any]:
-    """Settings that differ between the runs; those of one run that differ from the defaults."""
+def settings(groups: list[Group]) -> dict[str, Any]:
+    """Settings that differ between the groups; those of one group that differ from the defaults."""
     heading = "Settings that differ between the runs"
-    columns = [by_dotted_key(run.config) for run in runs]
+    columns = [by_dotted_key(group.runs[0].config) for group in groups]
     compared = columns
-    if len(runs) == 1:
+    if len(groups) == 1:
         heading = "Settings that differ from the defaults"
         defaults = json.loads(json.dumps(to_dict(RunConfig())))  # tuples to lists, as in the file
         compared = [*columns, by_dotted_key(defaults)]
     keys = dict.fromkeys([*dotted_keys(), *(key for column in columns for key in column)])
     rows = [
-        [key, *(_setting(column.get(key)) for column in columns)]
+        [key, *(_settings_of(group, key) for group in groups)]
         for key in keys
         if key != "output"
         and len({json.dumps(column.get(key, RETIRED.get(key))) for column in compared}) > 1
     ]
-    configs = [(run.name, json.dumps(run.config, indent=2)) for run in runs]
-    return {"heading": heading, "table": Table(["setting", *runs], rows, "text code"),
+    configs = [(group.runs[0].name, json.dumps(group.runs[0].config, indent=2)) for group in groups]
+    return {"heading": heading, "table": Table(["setting", *groups], rows, "text code"),
             "configs": configs}  # fmt: skip
 
 
-def environment(runs: list[Run]) -> Table | None:
+def _settings_of(group: Group, key: str) -> str:
+    """The value of a setting, or those of the runs of a group."""
+    values = [_setting(by_dotted_key(run.config).get(key)) for run in group.runs]
+    return "; ".join(dict.fromkeys(values))
+
+
+def environment(groups: list[Group]) -> Table | None:
     """One column where all runs agree."""
+    runs = _runs(groups)
     columns = [run.result.get("environment") or {} for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
     head: list[Any] = ["", *runs]
@@ -393,5 +220,10 @@ def environment(runs: list[Run]) -> Table | None:
     return Table(head, rows, "text") if rows else None
 
 
-def commands(runs: list[Run]) -> list[tuple[Run, str]]:
-    return [(run, command) for run in runs if (command := run.result.get("command"))]
+def commands(groups: list[Group]) -> list[tuple[list[Run], str]]:
+    """Each distinct command with the runs that it started."""
+    owners: dict[str, list[Run]] = {}
+    for run in _runs(groups):
+        if command := run.result.get("command"):
+            owners.setdefault(str(command), []).append(run)
+    return [(runs, command) for command, runs in owners.items()]
