@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from deit_fast.errors import InputError
 from deit_fast.tools.analysis.table import DASH, count
 from deit_fast.tools.report.groups import Group, by_data
 from deit_fast.tools.report.parts import DARKEST, Picture, Table, shade
+from deit_fast.tools.report.results import best_group
 from deit_fast.tools.run_folder import Run
 
 MOST_IN_TABLE, MOST_IN_PICTURE = 20, 100  # classes
@@ -172,7 +172,7 @@ def examples(groups: list[Group], pictures: bool) -> list[tuple[Run, dict[str, l
     for members in by_data(groups):
         known = [group for group in members if any(run.predictions for run in group.runs)]
         if known:
-            best = max(known, key=lambda group: fmean(group.scores() or [0.0]))
+            best = best_group(known)
             run = next(run for run in best.runs if run.predictions)
             found.append((run, _boxes(run, pictures)))
     return found

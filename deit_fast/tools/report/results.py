@@ -46,6 +46,14 @@ class Results:
     seeds: Table | None
 
 
+def best_group(groups: Sequence[Group]) -> Group:
+    """Of the groups with the most runs the one with the highest mean: with fewer seeds a lucky one
+    would win."""
+    most = max(len(group.scores()) for group in groups)
+    longest = [group for group in groups if len(group.scores()) == most]
+    return max(longest, key=lambda group: fmean(group.scores() or [0.0]))
+
+
 def kind_of(run: Run) -> str:
     return run.result.get("distill") or run.config["loss"]["kind"]
 
@@ -69,7 +77,7 @@ def _tiles(groups: list[Group]) -> list[Tile]:
     scored = [group for group in groups if group.scores()]
     if not scored:
         return tiles
-    best = max(scored, key=lambda group: fmean(group.scores()))
+    best = best_group(scored)
     name = "Top-1 accuracy" if len(scored) == 1 else "Highest top-1 accuracy"
     tiles.append(Tile(name, mean_and_deviation(best.scores()), _best_detail(best)))
     if (gain := _gain(best, scored)) is not None:
@@ -218,12 +226,11 @@ def _columns(groups: Sequence[Group], columns: dict[str, Column]) -> dict[str, l
 
 def _accuracies(groups: list[Group]) -> Table:
     used = _columns(groups, RESULT_COLUMNS)
-    means = [mean(group.scores()) for group in groups]
     if len(groups) > 1 and "top-1" in used:
-        best = max(score for score in means if score is not None)
+        best = mean(best_group(groups).scores())
         used["top-1"] = [
-            Markup("<b>{}</b>").format(text) if score == best else text
-            for text, score in zip(used["top-1"], means, strict=True)
+            Markup("<b>{}</b>").format(text) if mean(group.scores()) == best else text
+            for text, group in zip(used["top-1"], groups, strict=True)
         ]
     rows = [[group, *(column[i] for column in used.values())] for i, group in enumerate(groups)]
     return Table(["run", *used], rows, "cards")
