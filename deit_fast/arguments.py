@@ -222,6 +222,9 @@ class TrainArguments(RunConfig):
     """Start from this file: JSON, as every run writes (config.json), or .yaml, .yml or .toml."""
     print_config: bool = False
     """Print the resolved settings as JSON, ready for --config, and exit."""
+    dry_run: bool = False
+    """Print what the run has and needs: data, cache, memory, steps, and time, measured on a few
+    images; write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,9 @@ def train(args: list[str]) -> str:
     if read_process_group().is_first:
         require_writable("--output", config.output)
     if _checks_inputs():
-        require_train_inputs(config)
+        require_train_inputs(config, arguments.dry_run)
+    if arguments.dry_run:
+        return _dry_training(config)
     from deit_fast.training.loop import train as run
 
     return summary({"run": config.output, **run(config)})
@@ -134,6 +136,38 @@ def precompute(args: list[str]) -> str:
     from deit_fast.precomputation import precompute as run
 
     return summary({"cache": config.cache, **run(config, views)})
+
+
+def _dry_training(config: RunConfig) -> str:
+    from deit_fast.runtime.metrics import duration
+    from deit_fast.training.dry_run import dry_run
+
+    found = dry_run(config)
+    start = f"resumes after step {found['step']}" if found["step"] else "new"
+    rows = [
+        ("run", f"{config.output} ({start})"),
+        ("data", f"{found['images']} images of {found['classes']} classes, "
+                 f"{found['held_out']} held out"),
+        ("model", f"{config.model.name}: {found['parameters'] / 1e6:.2f} million parameters"),
+        ("teacher", "the cache" if found["cache"] else plain(found["teacher"])),
+    ]  # fmt: skip
+    if (cache := found["cache"]) is not None:
+        missing, needed = cache["missing"], config.views_used
+        text = f"all {needed} views that the run needs"
+        if missing:
+            few = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+            text = f"LACKS {len(missing)} of the {needed} views ({few}): precompute them first"
+        rows.append(("cache", f"{cache['path']}: {text}; {size_text(cache['bytes'])}"))
+    steps = f"{found['steps_per_epoch']} an epoch of batch {found['batch_size']}"
+    rows += [
+        ("steps", f"{found['steps']}: {found['epochs']} epochs, {steps}"),
+        ("memory", f"about {size_text(found['memory'])} on {found['device']}, beside the loader"),
+        ("time", f"about {duration(found['seconds'])}, {found['step_seconds']:.3g} s a step"),
+        ("measured", f"a step of {found['measured_images']} images: loading in one process "
+                     f"{found['loading_seconds']:.3g} s, training {found['training_seconds']:.3g} s"
+                     ", without torch.compile"),
+    ]  # fmt: skip
+    return columns(rows)
 
 
 def _checks_inputs() -> bool:

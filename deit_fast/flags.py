@@ -152,6 +152,7 @@ COMMON = {
         "recipe", "config", "data.root", "teacher", "cache", "output", "model.name",
         "model.weights", "view.image_size", "epochs", "batch_size", "optim.lr", "data.workers",
         "seed",
+        "dry_run",
     ),
     "precompute": (
         "recipe", "config", "data.root", "teacher", "teacher_classes", "cache", "view.image_size",
@@ -168,6 +169,8 @@ EXAMPLES = {
          "deit-fast train --recipe deit_small_distilled --data.root DIR --cache CACHE"),
         ("a student, with the teacher in every step",
          f"deit-fast train --recipe deit_small_distilled --data.root DIR --teacher {_FILE}"),
+        ("what a run has and needs, before it starts",
+         "deit-fast train --recipe finetune_teacher --data.root DIR --dry-run"),
     ),
     "precompute": (
         ("every view that a run of the recipe needs",

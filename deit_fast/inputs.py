@@ -29,8 +29,11 @@ _MOST_LOOKED_AT = 200  # entries of a folder, where a message looks for what was
 # ---------------------------------------------------------------------------------------------
 
 
-def require_train_inputs(config: RunConfig) -> None:
+def require_train_inputs(config: RunConfig, is_dry: bool = False) -> None:
     """The paths that `train` reads.
+
+    Args:
+        is_dry: the cache need not be there yet.
 
     Raises:
         InputError: one is missing or of the wrong kind, or distillation has no teacher.
@@ -46,7 +49,7 @@ def require_train_inputs(config: RunConfig) -> None:
         raise InputError(f"resume_from: checkpoint {config.resume_from} does not exist{near}")
     if config.loss.kind == "none":
         return
-    if config.cache is not None:
+    if config.cache is not None and not (is_dry and not os.path.lexists(config.cache)):
         from deit_fast.cache.verify import open_for_run
 
         open_for_run(config.cache, config.loss.tau)

@@ -31,6 +31,7 @@ from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.pipeline_time import pipeline_seconds, processes_here
 from deit_fast.teacher_accuracy import check_accuracy, say_agreement
 from deit_fast.views.plan import ViewPlan
 
@@ -153,8 +154,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     """What ``precompute`` would write and how long it would take; writes nothing.
 
     The time is that of one batch of views of each size, loaded in this process and run through the
-    teacher twice; the second run is timed. The estimate assumes that loading is ``data.workers``
-    times as fast and overlaps with the teacher, and that the processes share the blocks evenly.
+    teacher twice; the second run is timed. Both are put together as ``pipeline_seconds`` says. The
+    processes are assumed to share the blocks evenly.
 
     Returns:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
@@ -183,8 +184,13 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         share = images_of[side] / images if images else 1.0
         seconds = job.time_batch(config, batch_size, view_of[side])
         loading, forward = loading + share * seconds[0], forward + share * seconds[1]
-    workers = config.data.workers
-    per_batch = max(loading / workers, forward) if workers else loading + forward
+    per_batch = pipeline_seconds(
+        loading,
+        forward,
+        workers=config.data.workers,
+        threads=torch.get_num_threads() if job.device.type == "cpu" else 0,
+        processes=processes_here(),
+    )
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
     return {
         "views": len(requested),
@@ -236,9 +242,11 @@ class _Job:
 
     def time_batch(self, config: RunConfig, count: int, view: int) -> tuple[float, float]:
         """Seconds to load ``count`` samples at a view, and to run the teacher on them."""
-        ids = np.arange(count), np.full(count, view, np.int32)
+        few = min(count, 2)  # the first batch also makes the tables of the plan
+        calls = [(np.arange(n), np.full(n, view, np.int32)) for n in (few, count)]
         data = dataclasses.replace(config.data, workers=0)
-        loader = iter(open_loader(data, self.source, self.plan, [ids], device=self.device))
+        loader = iter(open_loader(data, self.source, self.plan, calls, device=self.device))
+        next(loader)
         started = time.perf_counter()
         batch = next(loader)
         loading = time.perf_counter() - started

@@ -60,6 +60,7 @@ from deit_fast.runtime.weights_header import (
     MODEL_FILE,
 )
 from deit_fast.teacher_accuracy import check_accuracy
+from deit_fast.training.batches import run_batches
 from deit_fast.training.checkpoints import CheckpointWriter
 from deit_fast.training.compiling import (
     CompileCount,
@@ -78,8 +79,6 @@ from deit_fast.training.remarks import (
 from deit_fast.training.state import create_state, find_checkpoint, resume, roll_back, settle
 from deit_fast.training.step import TrainStep
 from deit_fast.training.teacher import open_teacher
-from deit_fast.views.deit_order import DeitBatches
-from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -252,9 +251,9 @@ class _Run:
         require_trained_classes(self.source, held_out)
         self.eval_loader = build_eval_loader(config, held_out, device, group)
         self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
-        self.batches = _batches(config, self.source.num_samples, group)
+        self.batches = run_batches(config, self.source.num_samples, group)
         self.config = config = settle(config, checkpoint, self.batches.steps)
-        self.batches = _batches(config, self.source.num_samples, group)
+        self.batches = run_batches(config, self.source.num_samples, group)
         self.batches.require_parts(config.accumulate)
         self.steps = self.batches.steps
         self.total = min(len(self.batches), config.max_steps or len(self.batches))
@@ -641,14 +640,3 @@ class _Run:
             self.writer.wait()
         except (OSError, InputError) as error:
             log.warning("the newest checkpoint could not be written: %s", error)
-
-
-def _batches(
-    config: RunConfig, num_samples: int, group: ProcessGroup
-) -> TrainBatches | DeitBatches:
-    """This rank's samples and views of every step."""
-    sizes = (config.batch_size, config.epochs, group.rank, group.world_size)
-    if config.compat == "deit":
-        return DeitBatches(config.view, config.seed, num_samples, *sizes)
-    order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
-    return TrainBatches(order, *sizes, config.batch_schedule)

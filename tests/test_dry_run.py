@@ -1,0 +1,110 @@
+"""Dry runs: what they say is what a run then has, and they write nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deit_fast import cli
+from deit_fast.models.convnet import small_convnet
+from deit_fast.runtime.pipeline_time import pipeline_seconds
+from deit_fast.training.dry_run import dry_run
+from deit_fast.training.loop import train
+from helpers.digits import write_few_digits
+from helpers.runs import run_config
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Digits, and a teacher's weights."""
+    root = tmp_path_factory.mktemp("dry-run")
+    write_few_digits(root / "data")
+    torch.manual_seed(0)
+    save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
+    return root
+
+
+def tree(root: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file and folder."""
+    paths = [root, *root.rglob("*")]
+    return {str(path): (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths}
+
+
+def said(capsys: pytest.CaptureFixture, *args: str) -> dict[str, str]:
+    capsys.readouterr()
+    assert cli.main([*args]) == 0
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_dry_run_says_what_the_run_then_has_and_writes_nothing(world, tmp_path):
+    config = run_config(world, tmp_path / "run", loss={"kind": "hard"}, model={"drop_path": 0.0})
+    before = tree(world), tree(tmp_path)
+    found = dry_run(config)
+    assert (tree(world), tree(tmp_path)) == before
+    assert (found["images"], found["classes"], found["held_out"]) == (210, 10, 100)
+    assert found["step"] == 0 and found["cache"] is None and found["teacher"] == config.teacher
+    assert found["seconds"] > 0 and 2 <= found["measured_images"] <= 32
+    weights = 4 * found["parameters"]
+    assert 5 * weights < found["memory"] < 2**30  # weights, gradients, two moments, average
+    result = train(config.replace(max_steps=5, save_steps=1))
+    assert found["steps"] == 12 and result["steps"] == 5
+    before = tree(tmp_path)
+    again = dry_run(config)
+    assert tree(tmp_path) == before
+    assert again["step"] == 5 and again["steps"] == 12
+
+
+def test_the_command_names_the_views_that_a_cache_lacks(world, tmp_path, capsys):
+    settings = [
+        "--recipe", "digits_student", "--view.repeats", "1", "--batch-size", "32", "--epochs", "3",
+        "--data.root", f"{world}/data", "--data.workers", "0", "--cache", f"{tmp_path}/cache",
+        "--output", f"{tmp_path}/run",
+    ]  # fmt: skip
+    rows = said(capsys, "train", *settings, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    assert f"{tmp_path}/cache: LACKS 3 of the 3 views (0, 1, 2): precompute them" in rows["cache"]
+    assert rows["run"] == f"{tmp_path}/run (new)" and rows["teacher"] == "the cache"
+    assert rows["steps"] == "18: 3 epochs, 6 an epoch of batch 32"
+    teacher = f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors"
+    said(capsys, "precompute", *settings, "--teacher", teacher, "--views", "0:2")
+    before = tree(tmp_path)
+    rows = said(capsys, "train", *settings, "--dry-run")
+    assert "LACKS 1 of the 3 views (2): precompute them first" in rows["cache"]
+    said(capsys, "precompute", *settings, "--teacher", teacher)
+    rows = said(capsys, "train", *settings, "--dry-run")
+    assert f"{tmp_path}/cache: all 3 views that the run needs" in rows["cache"]
+    assert before.keys() < tree(tmp_path).keys() and not (tmp_path / "run").exists()
+    assert cli.main(["train", *settings, "--seed", "5", "--dry-run"]) == 2
+    assert "view.seed" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(world, tmp_path, capsys):
+    config = run_config(world, tmp_path / "run", batch_size=500)
+    path = tmp_path / "config.json"
+    from deit_fast.config_file import to_dict
+
+    path.write_text(json.dumps(to_dict(config)))
+    assert cli.main(["train", "--config", str(path), "--dry-run"]) == 2
+    assert "the largest is --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "processes", "seconds"),
+    [
+        (0, 2, 1, 8.0),  # one after the other
+        (4, 2, 1, 6.0),  # both want the two cores: loading takes 4 / 2
+        (1, 1, 1, 4.0),  # a core each: the larger
+        (4, 0, 1, 4.0),  # a GPU computes, two cores load: the larger, 4
+        (1, 0, 1, 4.0),
+        (4, 2, 2, 8.0),  # a core for each of two processes
+    ],
+)
+def test_batches_of_a_pipeline(monkeypatch, workers, threads, processes, seconds):
+    monkeypatch.setattr("deit_fast.runtime.pipeline_time.usable_cores", lambda: 2)
+    found = pipeline_seconds(4.0, 4.0, workers=workers, threads=threads, processes=processes)
+    assert found == seconds
