@@ -115,7 +115,7 @@ def verify(
         require_teacher(teacher)
         require_data_root(data_root, "train")
     from deit_fast import cache
-    from deit_fast.runtime.metrics import Progress
+    from deit_fast.runtime.progress import Progress
 
     total = sum(row["blocks"] for row in cache.info(path)["views"])
     with Progress("verify", total, unit="block") as bar:

@@ -177,7 +177,7 @@ def _checks_inputs() -> bool:
 
 def _dry_run(config: RunConfig, views: range | None) -> str:
     from deit_fast.precomputation import estimate
-    from deit_fast.runtime.metrics import duration
+    from deit_fast.runtime.progress import duration
 
     found = estimate(config, views)
     speed = f"{found['images_per_s']:.0f} img/s a process, {found['processes']} of them"
@@ -605,6 +605,14 @@ class _LogFormat(logging.Formatter):
         return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
 
 
+class _StderrHandler(logging.StreamHandler[typing.TextIO]):
+    """Writes to the stderr of the moment: a bar replaces it, to show lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _for_terminal(text: str) -> str:
     """A verb's text, whose only control characters are colours on a terminal and line feeds."""
     parts = re.split("(\n|\x1b\\[[0-9;]*m)" if sys.stdout.isatty() else "(\n)", text)
@@ -612,7 +620,7 @@ def _for_terminal(text: str) -> str:
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(_LogFormat())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # The other ranks would repeat the same lines.

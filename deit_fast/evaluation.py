@@ -35,6 +35,7 @@ from deit_fast.models.student import (
 from deit_fast.models.weights import digest_state, fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 from deit_fast.runtime.files import read_json
+from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.weights_header import WeightsChoice, require_weights
 
 log = logging.getLogger("deit_fast")
@@ -366,7 +367,9 @@ def evaluate(
         raise InputError(f"--late-fusion: {reason} in {run}")
     loader = build_eval_loader(config, source, chosen)
     with translate_errors(chosen, f"batch_size={config.batch_size}: a smaller one needs less"):
-        result = evaluate_model(model.to(chosen), loader, source.classes, chosen)
+        with Progress(f"evaluate {run}", source.num_samples, unit="image") as progress:
+            batches = progress.counted(loader)
+            result = evaluate_model(model.to(chosen), batches, source.classes, chosen)
         if late_fusion is not None:
             heads = train_late_fusion(config, source.classes, model.eval(), chosen, late_fusion)
             result["late_fusion"] = evaluate_late_fusion(model, heads, loader, chosen)

@@ -16,7 +16,7 @@ from deit_fast.arguments import quiet_pipe
 from deit_fast.config import Count, Workers
 from deit_fast.errors import CheckFailed, InputError, printable
 from deit_fast.inputs import list_images, require_weights_file, weights_path
-from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.weights_header import WeightsChoice
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
 from deit_fast.precomputation import TeacherCalls, _Job, estimate, precompute
 from deit_fast.recipes import digits_student
-from deit_fast.runtime.metrics import Progress, duration
+from deit_fast.runtime.progress import Progress, duration
 from helpers import small_blocks
 from helpers.digits import write_few_digits
 from helpers.processes import start_forked
@@ -318,7 +318,7 @@ def test_dry_run_estimates_and_writes_nothing(config, reference, tmp_path):
 
 def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr("deit_fast.runtime.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("deit_fast.runtime.progress.time.perf_counter", lambda: now[0])
     progress, before = Progress("precompute", 1000, unit="image"), 0
     with caplog.at_level("INFO", "deit_fast"):
         for now[0], done in [(0.5, 100), (2, 120), (3, 130), (40, 140), (41, 180), (42, 200)]:

@@ -42,7 +42,7 @@ from deit_fast.runtime.files import (
     unique_keys,
     write_arrays,
 )
-from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.progress import Progress
 
 log = logging.getLogger("deit_fast")
 

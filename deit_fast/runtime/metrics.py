@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run, its rows as text, and the progress bar.
+"""metrics.jsonl of a run, and its rows as text.
 
 The columns come from `training/step.py` (losses) and `runtime/speed.py` (speed); `training/loop.py`
 makes the rows.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -222,80 +221,11 @@ def row_text(row: dict[str, Any], total: int) -> str:
     return "  ".join(part for part in parts if part)
 
 
-class Progress:
-    """A rich progress bar on a terminal, elsewhere log lines.
-
-    Args:
-        label: names the work.
-        total, done: number of units, and how many an earlier process did.
-        unit: name of a unit.
-        paced: show the rate beside the bar, and log it with the time left every 30 s, and every
-            5 % that took a second. Otherwise the caller gives notes.
-    """
-
-    def __init__(
-        self, label: str, total: int, done: int = 0, unit: str = "step", paced: bool = True
-    ) -> None:
-        self._label, self._total, self._units, self._paced = label, total, f"{unit}s", paced
-        self._done = self._earlier = self._logged = done
-        self._started = self._logged_at = time.perf_counter()
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn(self._units + "  {task.fields[note]}"),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(label, total=total, completed=done, note="")
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Advance the bar. ``note`` is shown beside it; without a bar the note is logged."""
-        self._done += count
-        if self._paced:
-            note = self._pace()
-        if self._bar is None and note:
-            log.info("%s", note)
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
-            if note is not None:
-                self._bar.update(self._task, note=note)
-
-    def _pace(self) -> str | None:
-        """The rate for the bar; for the log a line, where one is due."""
-        now = time.perf_counter()
-        rate = (self._done - self._earlier) / max(now - self._started, 1e-9)
-        if self._bar is not None:
-            return f"{rate:.0f} {self._units}/s"
-        since, share = now - self._logged_at, (self._done - self._logged) / self._total
-        if since < 1 or (since < 30 and share < 0.05):
-            return None
-        self._logged_at, self._logged = now, self._done
-        return (
-            f"{self._label}: {self._done} of {self._total} {self._units} "
-            f"({100 * self._done / self._total:.0f} %), {rate:.0f} {self._units}/s, "
-            f"{duration((self._total - self._done) / rate)} left"
-        )
-
-
-def duration(seconds: float) -> str:
-    """`3 h 12 min`, `4 min 5 s`, `6 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def row_figures(row: dict[str, Any]) -> dict[str, str]:
+    """A training row as the texts beside the bar, see ``progress.FIGURES``."""
+    return {
+        "speed": f"{row['images_per_s']:.0f} img/s",
+        "loss": f"loss {row['loss']:.3f}",
+        "lr": f"lr {row['lr']:.1e}",
+        "wait": f"wait {100 * row['data_wait']:.0f} %",
+    }

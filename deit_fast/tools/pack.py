@@ -30,7 +30,7 @@ from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import open_atomically, remove_orphans, write_arrays, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
-from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.progress import Progress
 from deit_fast.tools.run_folder import read_object
 
 log = logging.getLogger("deit_fast")

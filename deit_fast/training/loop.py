@@ -39,7 +39,8 @@ from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_pr
 from deit_fast.runtime.environment import describe_command, describe_environment
 from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
-from deit_fast.runtime.metrics import METRICS, MetricsFile, Progress, row_text
+from deit_fast.runtime.metrics import METRICS, MetricsFile, row_figures, row_text
+from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import (
     StepMeter,
@@ -291,12 +292,14 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         """All remaining steps, rolled back where numbers are not finite; returns the result."""
-        while True:
-            try:
-                self._train_steps()
-                return self._finish()
-            except _NotFinite as error:
-                self._roll_back(error)
+        with Progress("train", self.total, self.state.step, paced=False) as self.progress:
+            while True:
+                try:
+                    self._train_steps()
+                    return self._finish()
+                except _NotFinite as error:
+                    self._roll_back(error)
+                    self.progress.go_back(self.state.step)
 
     def _train_steps(self) -> None:
         """From the state's step to the last one."""
@@ -317,7 +320,6 @@ class _Run:
         profiled = config.profile_steps if self.group.is_first else 0
         with (
             gc_paused() as freeze_garbage,
-            Progress("train", self.total, state.step, paced=False) as progress,
             StepProfiler(profiled, self.output / "profile", self.device) as profiler,
             ExitStack() as first_step,
         ):
@@ -339,7 +341,11 @@ class _Run:
                 # finite. All ranks must agree on `keep`.
                 stop = self._poll_stop(keep=0 if any(due) else 1)
                 state.train_seconds += meter.lap()
-                progress.advance(note=self._report(meter, lr) if due.report else None)
+                row = self._report(meter, lr) if due.report else None
+                if row is None:
+                    self.progress.advance()
+                else:
+                    self.progress.advance(line=row_text(row, self.total), figures=row_figures(row))
                 if due.report:
                     self.compile_count.report(state.step)
                 first_step.close()
@@ -399,17 +405,17 @@ class _Run:
             for size in self.config.view.sizes
         }
 
-    def _report(self, meter: StepMeter, lr: float) -> str:
-        """Write a row of metrics and return its text; all ranks must call this together."""
+    def _report(self, meter: StepMeter, lr: float) -> dict[str, Any] | None:
+        """Write a row of metrics and return it; all ranks must call this together."""
         state = self.state
         if meter.steps == 0:  # every step since the last report was left out
-            return ""
+            return None
         means = state.take_means()
         images_left = self.steps.samples(self.total) - self.steps.samples(state.step)
         speed = meter.read(images_left, self.teacher.differences())
         row = {"step": state.step, "epoch": self._epoch, **means, "lr": lr, **speed}
         self._write_row("train", row)
-        return row_text(row, self.total)
+        return row
 
     def _write_row(self, kind: str, row: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -512,6 +518,7 @@ class _Run:
             if self.group.is_first:
                 state.keep_best()
         log.info("epoch %d  %s", epoch, evaluation_text(evaluation))
+        self.progress.show({"top1": f"top-1 {100 * evaluation['top1']:.1f} %"})
         if state.evaluated_step < state.step:
             row = {key: value for key, value in evaluation.items() if key != "per_class"}
             self._write_row("eval", {"step": state.step, "epoch": epoch, **row})
@@ -526,17 +533,23 @@ class _Run:
         The result is that of `deit-fast evaluate`, unless training is compiled: then evaluation is
         compiled too, for batches of one size, to which the last batch is padded.
         """
-        return evaluate_model(
-            model,
-            self.eval_loader,
-            self.source.classes,
-            self.device,
-            self.group,
-            self._poll_stop_in_evaluation,
-            forward=self.eval_forward,
-            rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
-            decisions=decisions,
-        )
+        with self.progress.part("eval", len(self.eval_loader)) as count:
+
+            def after_batch() -> None:
+                count()
+                self._poll_stop_in_evaluation()
+
+            return evaluate_model(
+                model,
+                self.eval_loader,
+                self.source.classes,
+                self.device,
+                self.group,
+                after_batch,
+                forward=self.eval_forward,
+                rows=self.eval_loader.batch_size if self.eval_forward is not None else None,
+                decisions=decisions,
+            )
 
     def _poll_stop_in_evaluation(self) -> None:
         # With several ranks a poll communicates and waits for the device: not after every batch.

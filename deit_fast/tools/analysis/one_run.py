@@ -38,7 +38,7 @@ from deit_fast.models.student import apply_heads, forward_heads, require_no_code
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.weights import digest_weights
 from deit_fast.runtime.distributed import has_bf16
-from deit_fast.runtime.metrics import Progress
+from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.weights_header import WeightsChoice
 from deit_fast.tools.analysis.measures import softening
 from deit_fast.tools.analysis.tokens import recorded_cosines
