@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from deit_fast.errors import first_line
+from deit_fast.runtime.files import read_file
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def describe_command() -> str:
     words = sys.orig_argv
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with suppress(OSError):  # systems without /proc
-            launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
+            launcher = read_file(Path(f"/proc/{os.getppid()}/cmdline")).decode().split("\0")[:-1]
             arguments = sys.argv[1:]
             if launcher[len(launcher) - len(arguments) :] == arguments:
                 words = launcher
