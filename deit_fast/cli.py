@@ -139,7 +139,7 @@ def precompute(args: list[str]) -> str:
 
 
 def _dry_training(config: RunConfig) -> str:
-    from deit_fast.runtime.metrics import duration
+    from deit_fast.runtime.progress import duration
     from deit_fast.training.dry_run import dry_run
 
     found = dry_run(config)
