@@ -599,8 +599,8 @@ class _Run:
             self.metrics.sync()
             result["metrics"] = {"rows": self.metrics.rows, "lost": self.metrics.lost}
             result["weights"] = self._write_weights()
-            result["weights_path"] = str(self.output / MODEL_FILE)
             result |= model_costs(unfuse(copy.deepcopy(state.model)), config.view.image_size)
+            result["weights_path"] = str(self.output / MODEL_FILE)
             predictions = describe_decisions(decisions, self.held_out)
             predictions["weights_digest"] = result["weights"][MODEL_FILE]
             write_json(self.output / PREDICTIONS_FILE, predictions)

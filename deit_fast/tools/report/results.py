@@ -84,7 +84,10 @@ def _tiles(groups: list[Group]) -> list[Tile]:
         tiles.append(gain)
     agreements = [_teacher_agreement(run) for run in best.runs]
     if (agreement := mean(agreements)) is not None:
-        tiles.append(Tile("Teacher-student agreement", percent(agreement), best.name))
+        images = mean([number(run.analysis, "images") for run in best.runs])
+        runs_of = "" if len(best.runs) == 1 else f", mean of {_runs_of(best)}"
+        detail = f"{best.name}{runs_of}, n = {count(images)} images"
+        tiles.append(Tile("Teacher-student agreement", percent(agreement), detail))
     return tiles
 
 
