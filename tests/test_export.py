@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
@@ -29,7 +32,7 @@ from deit_fast.models.student import build_model, forward_heads, mean_logits
 from deit_fast.models.weights import save_weights
 from deit_fast.models.weights_facts import FACTS_KEY, facts_text
 from deit_fast.runtime.weights_header import HEAD_KEY
-from deit_fast.tools.export import parity
+from deit_fast.tools.export import formats, parity
 from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
 from helpers.images import picture
@@ -110,6 +113,25 @@ def test_onnxruntime_gives_the_logits_of_evaluate(exported, evaluated):
     assert json.loads(facts["mean"]) == [*MEAN] and facts["image_size"] == str(SIZE)
     assert facts["crop_pct"] == str(CROP)
     assert not [*path.parent.glob("*.data")], "weights beside the file"
+
+
+def test_the_guides_program_without_torch_gives_what_predict_gives(exported, root, monkeypatch):
+    """Its steps from file to probabilities, on a picture that is resized and cropped."""
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    [program] = re.findall("```python\n(.*?)```", page, re.S)
+    assert "import torch" not in program
+    monkeypatch.chdir(root)
+    picture(3, 61, 43).save("photo.jpg")
+    names: dict[str, Any] = {}
+    exec(program.replace("runs/mine", "run"), names)
+    pixels = deit_fast.load_student("run").transform(Image.open("photo.jpg"))
+    assert np.allclose(names["pixels"].transpose(2, 0, 1), pixels, atol=1e-5)
+    [predicted] = deit_fast.predict("run", "photo.jpg", top=10)
+    logits = names["logits"][0]
+    found = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    order = found.argsort()[::-1]
+    assert [str(index) for index in order] == [*predicted.names]
+    assert np.allclose(found[order], predicted.probabilities, atol=1e-4)
 
 
 def test_a_program_of_torch_export_takes_any_batch(exported, evaluated):
@@ -313,6 +335,13 @@ def test_wrong_requests_name_the_remedy(root, tmp_path, monkeypatch):
         deit_fast.export(root / "run", format="onnx", output=tmp_path / "a.onnx")
     with pytest.raises(InputError, match=r"a file of --format torch ends in \.pt2"):
         deit_fast.export(root / "run", format="torch", output=tmp_path / "a.pt")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_weights_that_an_onnx_file_cannot_hold_are_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "ONNX_BYTES", 50_000)
+    with pytest.raises(InputError, match=r"an ONNX file holds 2 GB.*choose --format torch"):
+        deit_fast.export(root / "run", format="onnx", output=tmp_path / "new" / "a.onnx")
     assert not [*tmp_path.iterdir()]
 
 

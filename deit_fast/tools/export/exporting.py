@@ -109,6 +109,7 @@ def export(
             f"--format onnx or torch"
         )
     images, pixels = sample_images(student)
+    log.info("writing %s; its logits are compared on %s", target, pixels)
     expected = _reference(student, images)
     nearest = next(folder for folder in target.absolute().parents if folder.exists())
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=nearest) as scratch:

@@ -35,7 +35,7 @@ Classifier: TypeAlias = "Callable[[Tensor], Tensor]"
 
 INPUT, OUTPUT, BATCH_AXIS = "images", "logits", "batch"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_ONNX_BYTES = 2**31 - 2**24  # protobuf's limit, less what the graph takes
+ONNX_BYTES = 2**31 - 2**24  # protobuf's limit, less what the graph takes
 
 
 def require_packages() -> None:
@@ -128,7 +128,7 @@ def write_onnx(student: Student, path: Path) -> Classifier:
 
     network = deployed(student)
     size = sum(value.nbytes for value in network.state_dict().values())
-    if size > _ONNX_BYTES:
+    if size > ONNX_BYTES:
         raise InputError(
             f"an ONNX file holds 2 GB, the student's weights have {size / 2**30:.1f} GiB: choose "
             f"--format torch"
