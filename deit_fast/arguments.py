@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -245,14 +245,11 @@ Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
 
 def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arguments, RunConfig]:
     """All arguments of a verb, and the run's settings: recipe, then config file, then flags."""
-    base = RunConfig()
-    if name := _last_value(args, "--recipe"):
-        base = find_recipe(name)()
-    if path := _last_value(args, "--config"):
-        base = load_config(path, base)
+    base = first_settings(_last_value(args, "--recipe"), _last_value(args, "--config"))
     teacher = _last_value(args, "--teacher")
-    if base.teacher is not None and teacher is not None and [teacher] not in _NONE:
-        base = _with_teacher(base, teacher, args)
+    if [teacher] not in _NONE:
+        given = (word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args)
+        base = with_teacher(base, teacher, [*given])
     if any(token in HELP for token in args):
         with quiet_pipe():
             print(short_help(verb, cls, base), flush=True)
@@ -261,10 +258,22 @@ def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arg
     return arguments, RunConfig(**_fields(arguments))
 
 
-def _with_teacher(base: RunConfig, teacher: str, args: list[str]) -> RunConfig:
-    """``base`` with the teacher of the command line; says which settings were another's."""
+def first_settings(recipe: str | None, file: str | None) -> RunConfig:
+    """The settings of a recipe, changed by those of a config file; without both the defaults."""
+    base = find_recipe(recipe)() if recipe else RunConfig()
+    return load_config(file, base) if file else base
+
+
+def with_teacher(base: RunConfig, teacher: str | None, given: Container[str]) -> RunConfig:
+    """``base`` with another teacher than its own; says which settings were those of its own.
+
+    Args:
+        teacher: None changes nothing.
+        given: names of the settings that the user gave with the teacher.
+    """
+    if base.teacher is None or teacher is None:
+        return base
     config = base.with_teacher(teacher)
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args}
     dropped = [
         name for name in TEACHER_SETTINGS
         if name not in given and getattr(config, name) != getattr(base, name)

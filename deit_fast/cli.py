@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast import cache_verbs, predict_verb
+from deit_fast import api, cache_verbs, predict_verb
 from deit_fast.arguments import (
     HELP,
     PrecomputeArguments,
@@ -110,15 +110,9 @@ def train(args: list[str]) -> str:
     arguments, config = read_settings(TrainArguments, "train", args)
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
-    if read_process_group().is_first:
-        require_writable("--output", config.output)
-    if _checks_inputs():
-        require_train_inputs(config, arguments.dry_run)
     if arguments.dry_run:
         return _dry_training(config)
-    from deit_fast.training.loop import train as run
-
-    return summary({"run": config.output, **run(config)})
+    return summary({"run": config.output, **api.train(config).details})
 
 
 def precompute(args: list[str]) -> str:
@@ -127,18 +121,14 @@ def precompute(args: list[str]) -> str:
     views = view_range(arguments.views)
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
-    if config.cache is not None and not arguments.dry_run:
-        require_writable("--cache", config.cache)
-    if _checks_inputs():
-        require_precompute_inputs(config)
     if arguments.dry_run:
         return _dry_run(config, views)
-    from deit_fast.precomputation import precompute as run
-
-    return summary({"cache": config.cache, **run(config, views)})
+    return summary({"cache": config.cache, **api.precompute(config, views=views).details})
 
 
 def _dry_training(config: RunConfig) -> str:
+    require_writable("--output", config.output)
+    require_train_inputs(config, True)
     from deit_fast.runtime.progress import duration
     from deit_fast.training.dry_run import dry_run
 
@@ -170,12 +160,8 @@ def _dry_training(config: RunConfig) -> str:
     return columns(rows)
 
 
-def _checks_inputs() -> bool:
-    """Whether this process may fail alone: others would wait for one that ends before it joins."""
-    return read_process_group().world_size == 1
-
-
 def _dry_run(config: RunConfig, views: range | None) -> str:
+    require_precompute_inputs(config)
     from deit_fast.precomputation import estimate
     from deit_fast.runtime.progress import duration
 
@@ -220,15 +206,10 @@ def evaluate(
         late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
             embeddings, on this many training images, evenly spaced; none: without.
     """
-    require_run(run)
-    if data_root is not None:
-        require_data_root(data_root, "val")
-    from deit_fast.evaluation import evaluate as measure
-
-    result = measure(
+    result = api.evaluate(
         run, data_root=data_root, batch_size=batch_size, device=device, weights=weights,
-        models=[model] if model else [], late_fusion=late_fusion,
-    )  # fmt: skip
+        model=model, late_fusion=late_fusion,
+    ).details  # fmt: skip
     for name, row in result.pop("late_fusion", {}).items():
         result |= {f"{name}_{key}": value for key, value in row.items()}
     return summary({"run": run, **result})

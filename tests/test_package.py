@@ -63,6 +63,7 @@ LAYERS = [
     {"deit_fast/training"},
     {"deit_fast/precomputation.py"},
     {"deit_fast/tools"},
+    {"deit_fast/api.py"},
     {
         "deit_fast/cli.py",
         "deit_fast/cache_verbs.py",
