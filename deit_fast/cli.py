@@ -163,9 +163,11 @@ def _dry_training(config: RunConfig) -> str:
 def _dry_run(config: RunConfig, views: range | None) -> str:
     require_precompute_inputs(config)
     from deit_fast.precomputation import estimate
+    from deit_fast.runtime.pipeline_time import loading_processes
     from deit_fast.runtime.progress import duration
 
     found = estimate(config, views)
+    workers = loading_processes(config.data.workers)
     speed = f"{found['images_per_s']:.0f} img/s a process, {found['processes']} of them"
     rows = [
         ("cache", str(config.cache)),
@@ -176,7 +178,7 @@ def _dry_run(config: RunConfig, views: range | None) -> str:
                   f"{size_text(found['free'])} free"),
         ("time", f"{duration(found['seconds'])} at {speed}"),
         ("measured", f"one batch of {found['batch']} views: loading "
-                     f"{found['loader_seconds']:.3g} s (shared by {config.data.workers} workers), "
+                     f"{found['loader_seconds']:.3g} s (shared by {workers} workers), "
                      f"teacher {found['teacher_seconds']:.3g} s"),
     ]  # fmt: skip
     return columns(rows)
@@ -305,7 +307,7 @@ def pack(
     short_side: int = 256,
     quality: int = 92,
     source: Literal["folder", "tar"] = "folder",
-    workers: Workers = 4,
+    workers: Workers | None = None,
 ) -> str:
     """Decode each image once and write shards that load without decoding.
 
@@ -319,7 +321,7 @@ def pack(
         short_side: Larger images are reduced to this shorter side, in pixels.
         quality: JPEG quality, 1 to 100.
         source: What `root` holds.
-        workers: Number of processes.
+        workers: Number of processes; none: one less than there are cores, between 1 and 4.
     """
     require_writable("OUT", out)
     require_images(DataConfig(root=root, source=source), ("train", "val"))
@@ -397,22 +399,26 @@ def export(
     return columns(rows)
 
 
-def doctor(*, output: Path = Path("runs"), workers: Workers = 4, report: bool = False) -> str:
+def doctor(
+    *, output: Path = Path("runs"), workers: Workers | None = None, report: bool = False
+) -> str:
     """Check this machine: what it has, what is slow on it, and what to do about it.
 
     Args:
         output: Folder of the runs, whose disk is measured.
-        workers: Number of decoding processes, for which shared memory must suffice.
+        workers: Number of decoding processes, for which shared memory must suffice; none: as for a
+            run, by the cores.
         report: Write deit-fast-report.txt instead, for a bug report: this, versions, the newest
             run's settings and last log rows. Variables that may hold a secret are left out.
     """
     from deit_fast.runtime.files import write_atomically
+    from deit_fast.runtime.pipeline_time import loading_processes
     from deit_fast.tools.doctor import bug_report, examine, has_problem, render
 
     path = Path("deit-fast-report.txt")
     if report:
         require_writable("the report", path, is_folder=False)
-    findings = examine(output, workers)
+    findings = examine(output, loading_processes(workers))
     if report:
         text = bug_report(findings, output, os.environ)
         write_atomically(path, text.encode(errors="backslashreplace"))

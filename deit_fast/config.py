@@ -278,8 +278,9 @@ class DataConfig:
     """`pillow`: Pillow, in worker processes. `dali-cpu`: NVIDIA DALI decodes in threads, the kernel
     `augment` does the rest, to the pixels of `pillow`. `dali-gpu`: DALI decodes on the GPU, to
     slightly other pixels. A cache serves only loaders that make its pixels."""
-    workers: Workers = 4
-    """Decoding processes per rank, or threads with DALI. 0: the main process decodes."""
+    workers: Workers | None = None
+    """Decoding processes per rank, or threads with DALI. 0: the main process decodes. none: one
+    less than a rank has cores, between 1 and 4."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
     eval_crop: EvalCrop = 0.875

@@ -35,6 +35,7 @@ from deit_fast.models.student import (
 from deit_fast.models.weights import digest_state, fit_weights, load_weights, read_identity
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, has_bf16
 from deit_fast.runtime.files import read_json
+from deit_fast.runtime.pipeline_time import loading_processes
 from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.weights_header import WeightsChoice, require_weights
 
@@ -149,7 +150,7 @@ def build_eval_loader(
         mean=config.view.mean,
         std=config.view.std,
         batch_size=max(1, config.batch_size // group.world_size),
-        workers=config.data.workers,
+        workers=loading_processes(config.data.workers),
         on_error=config.data.on_error,
         device=device,
         rank=group.rank,

@@ -30,7 +30,11 @@ from deit_fast.errors import CacheError, translate_errors
 from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
-from deit_fast.runtime.pipeline_time import pipeline_seconds, processes_here
+from deit_fast.runtime.pipeline_time import (
+    loading_processes,
+    pipeline_seconds,
+    processes_here,
+)
 from deit_fast.runtime.progress import Progress
 from deit_fast.teacher_accuracy import check_accuracy, say_agreement
 from deit_fast.views.plan import ViewPlan
@@ -187,7 +191,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     per_batch = pipeline_seconds(
         loading,
         forward,
-        workers=config.data.workers,
+        workers=loading_processes(config.data.workers),
         threads=torch.get_num_threads() if job.device.type == "cpu" else 0,
         processes=processes_here(),
     )

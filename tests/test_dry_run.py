@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from deit_fast import cli
 from deit_fast.models.convnet import small_convnet
-from deit_fast.runtime.pipeline_time import pipeline_seconds
+from deit_fast.runtime.pipeline_time import loading_processes, pipeline_seconds, usable_cores
 from deit_fast.training.dry_run import dry_run
 from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
@@ -108,3 +108,15 @@ def test_batches_of_a_pipeline(monkeypatch, workers, threads, processes, seconds
     monkeypatch.setattr("deit_fast.runtime.pipeline_time.usable_cores", lambda: 2)
     found = pipeline_seconds(4.0, 4.0, workers=workers, threads=threads, processes=processes)
     assert found == seconds
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(1, 1, 1), (2, 1, 1), (4, 1, 3), (64, 1, 4), (16, 8, 1)]
+)
+def test_by_default_loading_leaves_a_core_free(cores, ranks, expected, monkeypatch):
+    """torch warns where a loader has more processes than there are cores."""
+    assert 1 <= loading_processes(None) <= usable_cores()
+    monkeypatch.setattr("deit_fast.runtime.pipeline_time.usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert loading_processes(None) == expected
+    assert [loading_processes(workers) for workers in (0, 9)] == [0, 9]

@@ -40,6 +40,7 @@ from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.data.watch import POLL_SECONDS, Watch, note_sample
 from deit_fast.errors import InputError
 from deit_fast.kernels.augment import AugmentTable, augment
+from deit_fast.runtime.pipeline_time import loading_processes
 from deit_fast.views.plan import ViewPlan
 
 CHUNK = 256  # views that are made at once: bounds DALI's memory for any batch size
@@ -85,7 +86,7 @@ class DaliLoader:
         if self._on_gpu and self.device.type != "cuda":
             raise InputError(f"data.loader=dali-gpu needs a CUDA device, not {self.device}")
         augment_table(plan.view, plan.rows([], []), [], [])  # refuses unsupported settings
-        self._threads = max(1, data.workers)
+        self._threads = max(1, loading_processes(data.workers))
         index = index_files(source, self._threads) if index is None else index
         self._files = _Files(source, index)
         # Without a GPU this host's own functions make the kernel's bytes, and are faster.

@@ -19,6 +19,7 @@ from deit_fast.data.sources import ImageFolder, Source, Synthetic
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.inputs import class_folders, require_classes
+from deit_fast.runtime.pipeline_time import loading_processes
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -129,7 +130,7 @@ def open_loader(
         dali = DaliLoader(source, plan, batches, data, device, start=start, stop=stop)
         return DeviceLoader(dali, device, attach)
     loader = ViewLoader(
-        source, plan, batches, workers=data.workers, on_error=data.on_error,
+        source, plan, batches, workers=loading_processes(data.workers), on_error=data.on_error,
         start=start, stop=stop, pin_memory=device.type == "cuda",
     )  # fmt: skip
     return DeviceLoader(loader, device, attach)

@@ -30,6 +30,13 @@ def pipeline_seconds(
     return max(loading / min(workers, cores), computing, work / cores)
 
 
+def loading_processes(workers: int | None) -> int:
+    """Processes of a loader: as set, or up to four that leave a core for computing."""
+    if workers is not None:
+        return workers
+    return max(1, min(4, usable_cores() // processes_here() - 1))
+
+
 def processes_here() -> int:
     """Processes of the run on this machine, as torchrun says."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")

@@ -30,6 +30,7 @@ from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import open_atomically, remove_orphans, write_arrays, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
+from deit_fast.runtime.pipeline_time import loading_processes
 from deit_fast.runtime.progress import Progress
 from deit_fast.tools.run_folder import read_object
 
@@ -89,6 +90,7 @@ def _pack(
     started = time.perf_counter()
     total: Counter[str] = Counter()
     unreadable: list[str] = []
+    workers = loading_processes(data.workers)
     for split in ("train", "val"):
         source = open_source(data, split, image_size=1)
         manifest = FORMAT | {
@@ -100,7 +102,7 @@ def _pack(
         folder = Path(out) / split
         lock.require_held()
         _write_or_compare_manifest(folder, manifest)
-        counts, lost = _pack_split(Packer(source, folder, manifest), data.workers, split)
+        counts, lost = _pack_split(Packer(source, folder, manifest), workers, split)
         total.update(counts)
         unreadable += lost
     if unreadable:

@@ -19,7 +19,11 @@ from deit_fast.data.open import open_loader, open_source, require_trained_classe
 from deit_fast.data.sources import Source
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, read_process_group
-from deit_fast.runtime.pipeline_time import pipeline_seconds, processes_here
+from deit_fast.runtime.pipeline_time import (
+    loading_processes,
+    pipeline_seconds,
+    processes_here,
+)
 from deit_fast.training.batches import run_batches
 from deit_fast.training.state import TrainState, create_state, find_checkpoint, settle
 from deit_fast.training.step import TrainStep
@@ -85,7 +89,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
     per_image = 1 / found.images
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    options = {"workers": config.data.workers, "threads": threads, "processes": processes_here()}
+    workers = loading_processes(config.data.workers)
+    options = {"workers": workers, "threads": threads, "processes": processes_here()}
     training, evaluating = (
         pipeline_seconds(found.loading * per_image, seconds * per_image, **options)
         for seconds in (found.training * _size_share(config), found.evaluating)
