@@ -629,10 +629,10 @@ def test_a_second_analysis_writes_the_same_files(world: Path, found: dict[str, d
     folder = world / "hard/analysis"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     pictures = {row["picture"] for row in found["hard"]["attention"]["samples"]}
-    assert set(before) == {"analysis.json", *pictures} and len(pictures) == 4
+    assert set(before) == {"analysis.json", "predictions.json", *pictures} and len(pictures) == 4
     runs = [world / name for name in ("none", "hard")]
     analyze(runs, teacher=f"{CONVNET}@{world}/teacher.safetensors")
-    for path in folder.glob("*.png"):
+    for path in (*folder.glob("*.png"), folder / "predictions.json"):
         assert path.read_bytes() == before[path.name]
     again = json.loads((folder / "analysis.json").read_text())
     assert again | {"meta": None} == found["hard"] | {"meta": None}
