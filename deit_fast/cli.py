@@ -544,6 +544,12 @@ def _purpose(verb: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+_KEPT = {  # what is on the disk when a verb is interrupted
+    "precompute": "; complete blocks are kept, the same command makes the others",
+    "pack": "; complete shards are kept, the same command writes the others",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -569,7 +575,8 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as error:
         return _fail(str(error), status=error.status)
     except KeyboardInterrupt:
-        print("deit-fast: interrupted", file=sys.stderr)
+        kept = _KEPT.get(words[0], "") if words else ""
+        print(f"deit-fast: interrupted{kept}", file=sys.stderr)
         return 130
 
 

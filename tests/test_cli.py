@@ -489,6 +489,11 @@ def test_interrupt_is_one_line_and_130(
     monkeypatch.setitem(cli.VERBS, "train", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "deit-fast: interrupted\n"
+    monkeypatch.setitem(cli.VERBS, "pack", interrupt)
+    monkeypatch.setattr(cli, "_READ_THEIR_ARGUMENTS", {"pack"})
+    assert cli.main(["pack"]) == 130
+    kept = "; complete shards are kept, the same command writes the others"
+    assert capsys.readouterr().err == f"deit-fast: interrupted{kept}\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

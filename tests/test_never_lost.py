@@ -7,6 +7,7 @@ Several processes are started by torchrun, over gloo.
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -133,12 +134,14 @@ def test_a_signal_at_any_step_saves_and_the_run_is_resumed(
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_a_second_ctrl_c_ends_at_once_but_not_one_that_torchrun_passes_on(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_but_not_one_that_torchrun_passes_on(monkeypatch, caplog):
     monkeypatch.setattr(signals, "RELAY_SECONDS", 3600)
+    caplog.set_level(logging.INFO, "deit_fast")
     with Signals() as received:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
         assert received.received == "Ctrl-C"
+        assert caplog.messages == ["Ctrl-C: saving after this step; Ctrl-C again stops at once"]
         monkeypatch.setattr(signals, "RELAY_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

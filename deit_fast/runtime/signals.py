@@ -74,7 +74,8 @@ class Signals:
         if self._raises:
             raise Preempted(name, _NOTHING_LOST)
         if is_first:
-            log.info("%s: saving after this step", name)
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            log.info("%s: saving after this step%s", name, again)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
