@@ -177,7 +177,7 @@ def test_timm_reads_the_folder_with_its_pixels(exported, evaluated, root):
     assert other.head.out_features == other.head_dist.out_features == 5
 
 
-def test_the_model_card_says_what_is_known_and_marks_what_is_not(exported, root, tmp_path):
+def test_the_model_card_says_what_is_known_and_marks_what_is_not(exported, root, monkeypatch):
     text = (exported["hf"].path / "README.md").read_text()
     result = json.loads((root / "run" / "result.json").read_text())
     _, front, body = text.split("---\n", 2)
@@ -191,6 +191,14 @@ def test_the_model_card_says_what_is_known_and_marks_what_is_not(exported, root,
     assert "on 100 held-out images" in body and "pretrained=True" in body
     assert body.count("**To be filled in:**") == 2
     assert "deit_fast.models.convnet:small_convnet" in body
+    with_timm, with_ours = re.findall("```python\n(.*?)```", body, re.S)
+    assert not re.search("deit_fast", with_timm)
+    monkeypatch.chdir(root)
+    picture(3, 61, 43).save("photo.jpg")
+    names: dict[str, Any] = {}
+    exec((with_timm + with_ours).replace("FOLDER", str(exported["hf"].path)), names)
+    probabilities = names["student"]("photo.jpg")
+    assert torch.allclose(names["logits"].softmax(1), probabilities, atol=1e-5)
     ema = deit_fast.export(root / "run", format="hf", weights="ema", license="mit")
     assert ema.path.name == "student-ema-hf"
     _, front, body = (ema.path / "README.md").read_text().split("---\n", 2)

@@ -97,7 +97,6 @@ With timm. Without `pretrained=True` it would have random weights:
 
 ```python
 import timm
-from timm.models import PretrainedCfg
 import torch
 from PIL import Image
 
