@@ -22,12 +22,11 @@ from deit_fast.config import TEACHER_SETTINGS, RunConfig, check
 from deit_fast.config_file import (
     RETIRED,
     describe_setting,
-    dotted_keys,
     explain_retired,
     load_config,
 )
 from deit_fast.errors import InputError, did_you_mean
-from deit_fast.flags import short_help
+from deit_fast.flags import settings_flags, short_help
 from deit_fast.recipes import find_recipe
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
@@ -72,8 +71,10 @@ def parse(target: Callable[..., Any], verb: str, args: list[str], default: Any =
             return tyro.cli(_deferred(target) if function else target, args=args, **keywords)
         except SystemExit as stop:
             if stop.code:
-                flags = [*inspect.signature(target).parameters]
-                flags += dotted_keys() if isinstance(default, RunConfig) else []
+                if isinstance(default, RunConfig):
+                    flags = [flag.key for flag in settings_flags(type(default))]
+                else:
+                    flags = [*inspect.signature(target).parameters]
                 message = _explain(box.getvalue(), args, flags)
                 if unread := re.match(r"--(\S+) cannot be read from", message):
                     kind = describe_setting(unread[1].replace("-", "_")) if not function else ""
@@ -134,7 +135,8 @@ def _value_types() -> Any:
             if words in _NONE:
                 return None
             if count not in (None, len(words)):
-                raise ValueError(f"needs {count} values, or none, not {' '.join(words)}")
+                given = f", not {' '.join(words)}" if words else ""
+                raise ValueError(f"needs {count} value(s), or none{given}")
             return inner.instance_from_str(words)
 
         return PrimitiveConstructorSpec(
@@ -166,6 +168,7 @@ _REWORDED = [
     (r"Exceeds the limit .*", "needs a number of fewer digits"),
     (r"could not convert string to float: ", "needs a number, not "),
     (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot be read from \1"),
+    (r"^(.+ needs .+)\.$", r"\1"),
     (r"Could not parse arguments \[(.*?)\] into .*", r"cannot be read from \1"),
 ]  # fmt: skip
 
@@ -186,7 +189,9 @@ def _explain(box: str, args: list[str], flags: Iterable[str]) -> str:
     if not unknown[1].startswith("-"):
         return f"unexpected argument {unknown[1]!r}{after}"
     valid = [flag.replace("_", "-") for flag in flags]
-    name = unknown[1].lstrip("-").replace("_", "-")
+    name = unknown[1].partition("=")[0].lstrip("-").replace("_", "-")
+    if name == "ema" and "weights" in valid:
+        return f"{unknown[1]} is now --weights ema"
     if (key := name.removeprefix("no-").replace("-", "_")) in RETIRED:
         return f"{unknown[1]} {explain_retired(key)}"
     return f"unknown flag {unknown[1]}{did_you_mean(name, valid, prefix='--')}"

@@ -5,6 +5,7 @@ wrong one takes no longer than help does; the engine checks the same where it op
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from deit_fast.runtime.weights_header import (
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+_TEXT_BYTES = frozenset(b"\t\n\r\f") | frozenset(range(32, 127))
 _MOST_LOOKED_AT = 200  # entries of a folder, where a message looks for what was meant
 
 
@@ -98,7 +100,7 @@ def require_run(path: str | Path) -> None:
     """
     if not os.path.isdir(path):
         if os.path.exists(path):
-            raise InputError(f"{path} is a file: name the folder of the run, {Path(path).parent}")
+            raise InputError(f"{path} is a file: name the folder of the run")
         raise InputError(f"run folder {path} does not exist{nearest_path(path)}")
     if os.path.lexists(Path(path, "config.json")):
         return
@@ -157,7 +159,8 @@ def require_image_folder(root: str, split: str) -> list[str]:
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
         instead = _instead_of_split(root, split)
-        raise InputError(f"image folder {root} has no split {split!r}{instead}; {expected}")
+        instead = instead or f"; {expected}"
+        raise InputError(f"image folder {root} has no split {split!r}{instead}")
     names = class_folders(folder)
     if not names:
         instead = _instead_of_classes(folder)
@@ -219,14 +222,14 @@ def _instead_of_split(root: str, split: str) -> str:
     above = os.path.dirname(os.path.normpath(parent)) or os.curdir
     name = os.path.basename(os.path.abspath(root)).lower()
     if name in _OTHER_NAMES["train"] | _OTHER_NAMES["val"] and _is_dir(parent, "train"):
-        return f": it is a split; did you mean its parent, --data.root {parent}?"
+        return f": it is a split; did you mean its parent, {parent}?"
     splits = {os.path.join(above, other) for other in ("train", "val")}
     if os.path.normpath(parent) in map(os.path.normpath, splits) and _is_dir(above, "train"):
-        return f": it is the folder of one class; did you mean --data.root {above}?"
+        return f": it is the folder of one class; did you mean {above}?"
     folders = _folders(root)
     inner = [item for item in folders if _is_dir(root, item, split)]
     if inner:
-        return f": its folder {inner[0]!r} has it; did you mean --data.root {root}/{inner[0]}?"
+        return f": its folder {inner[0]!r} has it; did you mean {root}/{inner[0]}?"
     other = [item for item in folders if item.lower() in _OTHER_NAMES.get(split, ())]
     if other:
         return f": rename its folder {other[0]!r}, or link it: `ln -s {other[0]} {root}/{split}`"
@@ -400,6 +403,7 @@ def require_weights_file(path: str | Path) -> None:
     try:
         with open_regular(file) as opened:
             first = opened.read(512)
+            is_archive = zipfile.is_zipfile(opened)
     except FileNotFoundError:
         near = nearest_path(file)
         raise InputError(f"weights file {printable(path)} does not exist{near}") from None
@@ -418,11 +422,15 @@ def require_weights_file(path: str | Path) -> None:
         )
     if text.startswith((b'{"', b"{'")) or text in (b"{}", b"{"):
         raise InputError(f"{where} is JSON text, not weights: download the weights file itself")
+    if all(byte in _TEXT_BYTES for byte in first):
+        raise InputError(f"{where} is a text file, not weights")
     is_torch, is_safetensors = first.startswith(b"PK\x03\x04"), first[8:9] == b"{"
     if file.suffix == ".safetensors" and is_torch:
         raise InputError(f"{where} is a checkpoint of torch.save: rename it to {file.stem}.pth")
     if file.suffix in (".pth", ".pt", ".bin", ".ckpt") and is_safetensors:
         raise InputError(f"{where} is a safetensors file: rename it to {file.stem}.safetensors")
+    if is_torch and not is_archive:
+        raise InputError(f"{where} is cut off: its end is missing; download it again")
 
 
 # ---------------------------------------------------------------------------------------------
