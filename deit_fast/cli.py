@@ -324,6 +324,8 @@ def pack(
         workers: Number of processes; none: one less than there are cores, between 1 and 4.
     """
     require_writable("OUT", out)
+    if os.path.realpath(root) == os.path.realpath(out):
+        raise InputError(f"OUT {out} is ROOT itself: name a folder of its own for the shards")
     require_images(DataConfig(root=root, source=source), ("train", "val"))
     from deit_fast.tools.pack import pack as write
 
@@ -623,7 +625,7 @@ def _log_to_stderr() -> None:
 
 def _dispatch(words: list[str]) -> str:
     """Find the verb, of one or two words, and run it with the rest."""
-    if not words or words[0] in HELP:
+    if not words or words[0] in (*HELP, "help"):
         return overview()
     if words[0] == "--version":
         from deit_fast.runtime.environment import package_version

@@ -34,6 +34,7 @@ WRONG = {
     "precompute --teacher timm:resnet18 --cache new --data.root flat": "look like classes",
     "evaluate run --data-root data/val": "did you mean its parent, data?",
     "analyze run --data-root nowhere": "image folder nowhere does not exist",
+    "pack data data/": "OUT data/ is ROOT itself: name a folder of its own for the shards",
     "pack data/train out": "did you mean its parent, data?",
     "cache info empty --data-root nowhere": "image folder nowhere does not exist",
     # weights and teachers
