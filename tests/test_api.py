@@ -33,7 +33,7 @@ def settings(world: Path) -> dict[str, Any]:
         "teacher": f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors",
         "data": {"root": world / "data", "workers": 0},
         "model": {"args": TWO_BLOCKS},
-        "teacher_floor": 0.0,
+        "teacher_floor": 0.0, "device": "cpu",
         "epochs": 2, "batch_size": 32, "num_views": 3, "log_every": 1, "save_every": 1,
         "optim": {"ema_decay": 0.9},
         "loss": LossConfig(kind="soft", reduction="batchmean"),
@@ -57,7 +57,7 @@ def test_results_name_files_and_figures(runs):
     assert run.weights.samefile(root / "run" / "model.safetensors") and run.best.is_file()
     assert run.details == read_json(run.path / "result.json")
     assert 0 <= run.top1 <= run.best_top1 <= 1 and run.top1_distill is not None
-    measured = deit_fast.evaluate(run.path)
+    measured = deit_fast.evaluate(run.path, device="cpu")
     assert (measured.top1, measured.top1_class, measured.top1_distill) == (
         run.top1, run.top1_class, run.top1_distill
     )  # fmt: skip

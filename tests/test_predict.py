@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from deit_fast.runtime.weights_header import WEIGHTS_FILES, WeightsChoice
 from deit_fast.training.loop import train
 from helpers.images import odd_files, write_split
 
+# Bits are compared, which depend on the device.
+load_student = partial(deit_fast.load_student, device="cpu")
+predict = partial(deit_fast.predict, device="cpu")
 MEAN, STD = (0.3, 0.4, 0.6), (0.2, 0.3, 0.7)
 ARGS = ("patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
 RUNS: dict[str, dict[str, Any]] = {
@@ -89,7 +93,7 @@ def evaluated(run: Path, weights: WeightsChoice = "last") -> tuple[Tensor, list[
 def test_a_lone_weights_file_gives_the_logits_of_evaluate(root, tmp_path, name):
     """Bit for bit where the batches agree; also through the transform, image by image."""
     file = shutil.copy(root / name / "model.safetensors", tmp_path / "lone.safetensors")
-    student = deit_fast.load_student(file)
+    student = load_student(file)
     expected, paths = evaluated(root / name)
     assert len(expected.argmax(1).unique()) > 1  # not constant
     images = torch.stack([student.transform(Image.open(path)) for path in paths])
@@ -102,7 +106,7 @@ def test_a_lone_weights_file_gives_the_logits_of_evaluate(root, tmp_path, name):
 
 
 def test_a_student_called_with_images_gives_probabilities(root):
-    student = deit_fast.load_student(root / "both")
+    student = load_student(root / "both")
     expected, paths = evaluated(root / "both")
     pictures = [Image.open(path) for path in paths]
     for images in (paths, pictures, [Path(paths[0]), *pictures[1:]]):
@@ -118,19 +122,19 @@ def test_a_student_called_with_images_gives_probabilities(root):
 
 def test_weights_of_a_run_are_chosen_by_name(root, tmp_path):
     expected, paths = evaluated(root / "both", weights="ema")
-    student = deit_fast.load_student(root / "both", weights="ema")
+    student = load_student(root / "both", weights="ema")
     assert student.path == root / "both" / WEIGHTS_FILES["ema"]
     torch.testing.assert_close(student(paths), expected.softmax(1))
-    last = deit_fast.load_student(root / "both")
+    last = load_student(root / "both")
     assert not torch.equal(last(paths), student(paths))
     (checkpoint,) = (root / "both" / "checkpoints").glob("*.pt")
-    assert torch.equal(deit_fast.load_student(f"{checkpoint}#model")(paths), last(paths))
+    assert torch.equal(load_student(f"{checkpoint}#model")(paths), last(paths))
 
 
 def test_a_run_without_the_chosen_weights_is_one_clear_line(root, tmp_path):
     def message(run: Path, **options: Any) -> str:
         with pytest.raises(InputError) as error:
-            deit_fast.load_student(run, **options)
+            load_student(run, **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -156,10 +160,10 @@ def test_weights_of_an_earlier_version_have_its_defaults(root, tmp_path):
         del facts[name]
     old = tmp_path / "old.safetensors"
     save_file(load_file(path), old, {FACTS_KEY: json.dumps(facts), "trained_head": "class"})
-    student = deit_fast.load_student(old)
+    student = load_student(old)
     assert student.transform.crop == 0.875
     images = torch.randn(2, 3, 32, 32)
-    expected = deit_fast.load_student(path).logits(images)
+    expected = load_student(path).logits(images)
     torch.testing.assert_close(student.logits(images), expected)
 
 
@@ -172,10 +176,10 @@ def test_a_file_does_not_decide_which_code_is_run(root, tmp_path):
         load_file(root / "convnet" / "model.safetensors"), path, {FACTS_KEY: json.dumps(facts)}
     )
     with pytest.raises(InputError, match="a file may not decide which code is run"):
-        deit_fast.load_student(path)
+        load_student(path)
     images = torch.randn(2, 3, 32, 32)
-    expected = deit_fast.load_student(root / "convnet").logits(images)
-    assert torch.equal(deit_fast.load_student(path, model=mine).logits(images), expected)
+    expected = load_student(root / "convnet").logits(images)
+    assert torch.equal(load_student(path, model=mine).logits(images), expected)
 
 
 def my_resnet(num_classes: int) -> torch.nn.Module:
@@ -191,7 +195,7 @@ def test_logits_that_are_not_finite_are_refused(root, tmp_path):
     state = load_file(root / "class" / "model.safetensors")
     save_file(state | {"head.bias": state["head.bias"] * float("nan")}, path, texts)
     with pytest.raises(InputError, match="logits are not finite"):
-        deit_fast.load_student(path)(Image.new("RGB", (40, 40)))
+        load_student(path)(Image.new("RGB", (40, 40)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,16 +208,16 @@ def test_predictions_are_those_that_evaluate_counts(root, workers):
     """Bit for bit, in the order of the held-out images."""
     run, val = root / "both", root / "data" / "val"
     expected, paths = evaluated(run)
-    found = deit_fast.predict(run, val, top=2, batch_size=20, workers=workers)
+    found = predict(run, val, top=2, batch_size=20, workers=workers)
     assert [item.path for item in found] == paths
     best = expected.softmax(1).topk(2)
     assert [item.probabilities for item in found] == [*map(tuple, best.values.tolist())]
-    classes = deit_fast.load_student(run).classes
+    classes = load_student(run).classes
     assert [item.names for item in found] == [
         tuple(classes[label] for label in row) for row in best.indices.tolist()
     ]
     right = [item.names[0] == Path(item.path).parent.name for item in found]
-    assert sum(right) / len(right) == pytest.approx(evaluate(str(run))["top1"])
+    assert sum(right) / len(right) == pytest.approx(evaluate(str(run), device="cpu")["top1"])
     assert 0 < sum(right) < len(right)
 
 
@@ -224,10 +228,10 @@ def test_folders_are_searched_and_files_keep_their_order(root, tmp_path, monkeyp
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, name)
     Path("b/deep/again").symlink_to(tmp_path / "b")
-    student = deit_fast.load_student(root / "class")
-    found = deit_fast.predict(student, ["last", Path("b"), "last"])
+    student = load_student(root / "class")
+    found = predict(student, ["last", Path("b"), "last"])
     assert [item.path for item in found] == ["last", "b/z.jpg", "b/deep/a.PNG", "last"]
-    (single,) = deit_fast.predict(student, "last", top=1)
+    (single,) = predict(student, "last", top=1)
     assert len(found[0].names) == 3 and single.names == found[0].names[:1]
     assert sum(found[0].probabilities) == pytest.approx(1)
 
@@ -242,7 +246,7 @@ def test_no_image_is_one_clear_line(root, tmp_path, monkeypatch, images, message
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
-        deit_fast.predict(root / "class", images)
+        predict(root / "class", images)
 
 
 @pytest.fixture
@@ -259,7 +263,7 @@ def pictures(root, tmp_path, monkeypatch) -> list[str]:
 
 
 def test_unreadable_images_are_left_out_with_a_warning(root, pictures, caplog):
-    found = deit_fast.predict(root / "both", "in", batch_size=3)  # the last batch has none
+    found = predict(root / "both", "in", batch_size=3)  # the last batch has none
     assert [item.path for item in found] == [pictures[0], pictures[2]]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         f"cannot read image {pictures[index]}" for index in (1, 3, 4)
@@ -267,7 +271,7 @@ def test_unreadable_images_are_left_out_with_a_warning(root, pictures, caplog):
 
 
 def test_the_verb_prints_lines_that_a_person_reads(root, pictures, capsys, caplog):
-    assert main(["predict", str(root / "both"), "in", "--top", "2"]) == 1
+    assert main(["predict", str(root / "both"), "in", "--top", "2", "--device", "cpu"]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert (first[:18], second[:18]) == ("in/a.jpg          ", r"in/c\n\udcff.jpg  ")
     assert first[18:] == second[18:]
@@ -279,15 +283,15 @@ def test_the_verb_prints_lines_that_a_person_reads(root, pictures, capsys, caplo
 
 def test_the_verb_writes_exact_names_for_programs(root, pictures, capsys):
     run = str(root / "both")
-    expected = deit_fast.predict(run, [pictures[0], pictures[2]], batch_size=64)
+    expected = predict(run, [pictures[0], pictures[2]], batch_size=64)
     capsys.readouterr()
-    assert main(["predict", run, pictures[0], pictures[2], "--json"]) == 0
+    assert main(["predict", run, pictures[0], pictures[2], "--json", "--device", "cpu"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["path"] for row in rows] == [pictures[0], pictures[2]]
     assert [(row["names"], row["probabilities"]) for row in rows] == [
         ([*item.names], [*item.probabilities]) for item in expected
     ]
-    assert main(["predict", run, pictures[0], "--csv", "--top", "2"]) == 0
+    assert main(["predict", run, pictures[0], "--csv", "--top", "2", "--device", "cpu"]) == 0
     rows = [*csv.reader(capsys.readouterr().out.splitlines())]
     assert rows[0] == ["path", "rank", "name", "probability"]
     pairs = zip("12", expected[0].names, map(str, expected[0].probabilities), strict=False)
