@@ -19,7 +19,7 @@ from deit_fast.config import RunConfig
 from deit_fast.config_file import load_config
 from deit_fast.data.eval import EvalLoader, Subset, spaced_ids
 from deit_fast.data.open import open_source
-from deit_fast.data.sources import Source, digest_images
+from deit_fast.data.sources import Source, digest_images, say_warnings
 from deit_fast.decisions import Decisions
 from deit_fast.errors import InputError, translate_errors
 from deit_fast.models.fuse import head_tokens
@@ -321,7 +321,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
 
 
 def warn_of_substitutes(paths: Sequence[str]) -> None:
-    """Say that others were evaluated in place of unreadable images."""
+    """Say that others were evaluated in place of unreadable images, and that Pillow warned."""
+    say_warnings()
     if paths:
         log.warning("%d unreadable images were substituted, the first is %s", len(paths), paths[0])
 

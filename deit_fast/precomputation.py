@@ -26,6 +26,7 @@ from deit_fast.data.batch import ViewBatch, main_labels
 from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
+from deit_fast.data.sources import say_warnings
 from deit_fast.errors import CacheError, translate_errors
 from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
@@ -131,6 +132,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
                 substituted.update(batch.substituted)
                 progress.advance(len(batch.sample_ids))
     seconds = time.perf_counter() - started
+    say_warnings()
     if substituted:
         log.warning(
             "%d unreadable images were substituted, the first is %s",

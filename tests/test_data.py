@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import math
 import os
@@ -36,6 +37,7 @@ from deit_fast.data.eval import eval_pixels
 from deit_fast.data.loader import make_batch
 from deit_fast.data.open import require_trained_classes
 from deit_fast.data.resize import crop_and_resize
+from deit_fast.data.sources import decode, say_warnings
 from deit_fast.errors import InputError
 from deit_fast.views.order import EpochOrder, TrainBatches
 from deit_fast.views.plan import RANDAUGMENT_OPERATIONS, ViewPlan
@@ -361,6 +363,25 @@ def test_every_mode_becomes_rgb(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_warnings_of_images_are_counted_in_one_line(caplog, recwarn):
+    """Also those in the processes of a loader, which are forked."""
+    image, file = Image.new("P", (8, 8)), io.BytesIO()
+    image.putpalette([0] * 768)
+    image.save(file, "PNG", transparency=bytes(range(256)))
+    with pytest.warns(UserWarning, match="Palette images"):
+        Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+    assert decode(file.getvalue(), "a.png").mode == "RGB"
+    if not (child := os.fork()):
+        decode(file.getvalue(), "a.png")
+        os._exit(0)
+    os.waitpid(child, 0)
+    say_warnings()
+    say_warnings()
+    (line,) = caplog.messages
+    assert line.startswith("Pillow warned at about 2 readings of images")
+    assert not recwarn.list
+
+
 def test_every_broken_file_is_unreadable_with_its_path(tmp_path):
     source = folder_of(tmp_path, broken_files())
     for index in range(source.num_samples):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import hashlib
 import io
 import logging
 import os
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +65,7 @@ def decode(encoded: bytes, path: str) -> Image.Image:
     """
     width = height = 0
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _counted_warnings(), Image.open(io.BytesIO(encoded)) as image:
             width, height = image.size
             image.load()  # the whole file, not draft mode, which changes pixels
             return in_rgb(image)
@@ -75,6 +80,36 @@ def decode(encoded: bytes, path: str) -> Image.Image:
         if isinstance(error, MemoryError) or not _is_free(width * height * _DECODER_BYTES):
             raise out_of_memory(path, f"this image of {width} x {height} pixels") from None
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from None
+
+
+# Images of which Pillow has warned. Processes that are forked later count here too; an image that
+# two of them count at once may count as one.
+_warned = RawValue(ctypes.c_int64)
+
+
+@contextmanager
+def _counted_warnings() -> Iterator[None]:
+    """Count warnings instead of printing them, for each image and in each process again.
+
+    Python's filters are one for all threads: other threads than the main one leave them alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    _warned.value += bool(caught)
+
+
+def say_warnings() -> None:
+    """One line about the images of which Pillow has warned since the last one."""
+    count, _warned.value = _warned.value, 0
+    if count:
+        log.warning(
+            "Pillow warned at about %d readings of images, of their metadata, palette or size; "
+            "they were read", count,
+        )  # fmt: skip
 
 
 def in_rgb(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from deit_fast.config import DataConfig
 from deit_fast.data.open import open_source
 from deit_fast.data.packed_shards import FORMAT, FORMS, read_index, shard_name
 from deit_fast.data.resize import resize_shorter_side
-from deit_fast.data.sources import Source, UnreadableImage
+from deit_fast.data.sources import Source, UnreadableImage, say_warnings
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import open_atomically, remove_orphans, write_arrays, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
@@ -158,6 +158,7 @@ def _pack_split(packer: Packer, workers: int, split: str) -> tuple[dict[str, int
             written += length
             lost += unreadable
             progress.advance(len(packer.shards[number]))
+    say_warnings()
     counts = {
         "images": packer.source.num_samples, "shards": len(missing), "kept": kept, "bytes": written
     }  # fmt: skip
