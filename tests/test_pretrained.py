@@ -6,7 +6,6 @@ import logging
 import re
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from deit_fast.recipes import RECIPES, finetune_teacher
 from deit_fast.training.loop import train
 from deit_fast.training.state import create_state
 from helpers.digits import write_few_digits
-from helpers.hub import write_pretrained
+from helpers.hub import use_hub, write_pretrained
 
 CPU = torch.device("cpu")
 NAMES = [f"class {label}" for label in range(10)]
@@ -33,8 +32,7 @@ def hub(tmp_path_factory) -> tuple[Path, dict]:
 @pytest.fixture
 def offline(hub, monkeypatch) -> dict:
     """The hub's cache without a network; the state dict of NET."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub[0]))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    use_hub(hub[0], monkeypatch)
     return hub[1]
 
 

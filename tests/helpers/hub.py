@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub.constants
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
@@ -27,3 +29,9 @@ def write_pretrained(cache: Path, *names: str) -> dict[str, dict[str, torch.Tens
         (repository / "snapshots" / COMMIT).mkdir(parents=True)
         save_file(states[name], repository / "snapshots" / COMMIT / "model.safetensors")
     return states
+
+
+def use_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_HUB_CACHE and HF_HUB_OFFLINE do, in a process that has read them."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from deit_fast.config import ViewConfig
 from deit_fast.data import ImageFolder, ingest_batch
@@ -35,6 +36,24 @@ def write_split(folder: Path, classes: int, per_class: int, seed: int = 0) -> No
             width, height = (int(side) for side in rng.integers(20, 90, 2))
             image = picture(seed + 100 * label + number, width, height)
             image.save(folder / f"class{label}" / f"{number:03d}.jpg", quality=90)
+
+
+def write_photographs(folder: Path, classes: int, each: int, seed: int = 0) -> None:
+    """JPEGs of shapes on a plain ground, ``folder/class_N/``; the class is the colour."""
+    rng = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class_{label}").mkdir(parents=True)
+        for number in range(each):
+            width, height = (int(side) for side in rng.integers(90, 140, 2))
+            ground = tuple(int(value) for value in rng.integers(150, 230, 3))
+            image = Image.new("RGB", (width, height), ground)
+            draw = ImageDraw.Draw(image)
+            for _ in range(6):
+                hue = (label + 0.15 * rng.uniform(-1, 1)) / classes % 1
+                colour = tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9, 0.8))
+                x, y, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(15, 35)
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            image.save(folder / f"class_{label}" / f"{number:03d}.jpg", quality=88)
 
 
 def digests(batches, recipe=RECIPE) -> dict[tuple[int, int], str]:
