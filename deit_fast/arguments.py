@@ -24,6 +24,7 @@ from deit_fast.config_file import (
     describe_setting,
     explain_retired,
     load_config,
+    recipe_of,
 )
 from deit_fast.errors import InputError, did_you_mean
 from deit_fast.flags import settings_flags, short_help
@@ -264,8 +265,21 @@ def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arg
 
 
 def first_settings(recipe: str | None, file: str | None) -> RunConfig:
-    """The settings of a recipe, changed by those of a config file; without both the defaults."""
-    base = find_recipe(recipe)() if recipe else RunConfig()
+    """The settings of a recipe, changed by those of a config file; without both the defaults.
+
+    The file may name the recipe itself, by `recipe`.
+
+    Raises:
+        InputError: an unknown recipe, a wrong file, or the two name different recipes.
+    """
+    named = recipe_of(file) if file else None
+    if recipe and named and recipe != named:
+        raise InputError(
+            f"--recipe {recipe}, but config file {file} changes settings of the recipe {named}: "
+            f"name one recipe"
+        )
+    name = recipe or named
+    base = find_recipe(name)() if name else RunConfig()
     return load_config(file, base) if file else base
 
 

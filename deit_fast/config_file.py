@@ -145,15 +145,36 @@ def load_config(path: str, base: RunConfig) -> RunConfig:
         InputError: the file is missing or damaged (of YAML and TOML it names the line), or as
             ``from_dict``.
     """
-    read = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml}
     try:
-        values = read.get(Path(path).suffix.lower(), read_json)(Path(path))
-    except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist") from None
-    try:
-        return from_dict(base, from_earlier(values))
+        return from_dict(base, from_earlier(read_settings_file(path)))
     except InputError as error:
         raise InputError(f"config file {path}: {error}") from None
+
+
+def read_settings_file(path: str) -> dict[str, Any]:
+    """The values of a config file as they stand there.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    read = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml}
+    try:
+        return read.get(Path(path).suffix.lower(), read_json)(Path(path))
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist") from None
+
+
+def recipe_of(path: str) -> str | None:
+    """The recipe whose settings a config file changes; None where it has every setting itself.
+
+    Raises:
+        InputError: as ``read_settings_file``.
+    """
+    values = read_settings_file(path)
+    name = values.get("recipe")
+    if not isinstance(name, str) or name == RunConfig.recipe:
+        return None
+    return None if {*dotted_keys()} <= by_dotted_key(values).keys() else name
 
 
 _MAX_TEXT_BYTES = 1 << 20  # a run writes some kilobytes

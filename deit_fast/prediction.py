@@ -169,11 +169,12 @@ def load_student(
         )
     require_no_code(facts.name, [model] if model else [], f"weights file {path}", "--model")
     options: dict[str, Any] = facts.arguments()
-    network = create_student(
-        facts.name, len(facts.classes), img_size=facts.image_size, fused=facts.fused,
-        kernels=facts.kernels, residual=facts.residual, pad_head=facts.pad_head,
-        trained_head=file_texts(path).get(HEAD_KEY, "both"), **options,
-    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        network = create_student(
+            facts.name, len(facts.classes), img_size=facts.image_size, fused=facts.fused,
+            kernels=facts.kernels, residual=facts.residual, pad_head=facts.pad_head,
+            trained_head=file_texts(path).get(HEAD_KEY, "both"), **options,
+        )  # fmt: skip
     fit_weights(network, state, path)
     transform = EvalTransform(facts.image_size, facts.eval_crop, facts.mean, facts.std)
     return Student(network.to(chosen).eval(), transform, facts, chosen, split_key(path)[0])

@@ -139,6 +139,25 @@ def test_recipe_then_config_file_then_flags(capsys: pytest.CaptureFixture, tmp_p
     assert config == recipe.replace(epochs=7, seed=9, optim={"clip_grad": 2.0})
 
 
+def test_a_config_file_may_name_the_recipe_that_it_changes(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    recipe = RECIPES["digits_student"]()
+    file = tmp_path / "settings.yaml"
+    file.write_text("recipe: digits_student\nepochs: 7\n")
+    assert resolved(capsys, "train", "--config", str(file)) == recipe.replace(epochs=7)
+    named = ("--recipe", "digits_student", "--config", str(file))
+    assert resolved(capsys, "train", *named) == recipe.replace(epochs=7)
+    assert cli.main(["train", "--recipe", "deit_small", "--config", str(file)]) == 2
+    assert "changes settings of the recipe digits_student: name one" in capsys.readouterr().err
+    file.write_text("recipe: digits_studnt\nepochs: 7\n")
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert "unknown recipe 'digits_studnt' (did you mean digits_stud" in capsys.readouterr().err
+    whole = tmp_path / "config.json"  # as a run writes it: the name is only a name
+    whole.write_text(json.dumps(to_dict(RunConfig(recipe="digits_student"))))
+    assert resolved(capsys, "train", "--config", str(whole)) == RunConfig(recipe="digits_student")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
