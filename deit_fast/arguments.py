@@ -161,7 +161,6 @@ def _input_error(error: BaseException | None) -> InputError | None:
 # tyro's wording -> ours; a text that matches none stays as it is
 _REWORDED = [
     (r"^Error parsing (--\S+): ", r"\1 "),
-    (r"^Missing from deit-fast (.+?): (.+?) \(required\)", r"\1 needs \2"),
     (r"^Missing value for argument '(\S+)'\. Expected (\d+) values", r"\1 needs \2 value(s)"),
     (r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.+)\)",
      r"\2 needs one of \3, not \1"),
@@ -179,6 +178,8 @@ def _explain(box: str, args: list[str], flags: Iterable[str]) -> str:
     text = re.sub("[│╭╮╰╯]", " ", box)
     # the frame has a title, a rule, the message, and perhaps more parts after more rules
     message = " ".join(re.split("[─-]{5,}", text)[1].split()).rstrip(".")
+    if missing := re.match(r"Missing from deit-fast (.+?): (.+)", message):
+        return f"{missing[1]} needs {_describe_missing(missing[2])}"
     for pattern, replacement in _REWORDED:
         message = re.sub(pattern, replacement, message)
     unknown = re.match(r"Unrecognized options: (\S+?)(,|$)", message)
@@ -196,6 +197,18 @@ def _explain(box: str, args: list[str], flags: Iterable[str]) -> str:
     if (key := name.removeprefix("no-").replace("-", "_")) in RETIRED:
         return f"{unknown[1]} {explain_retired(key)}"
     return f"unknown flag {unknown[1]}{did_you_mean(name, valid, prefix='--')}"
+
+
+def _describe_missing(text: str) -> str:
+    """`RUN (folder of the run) and --format (timm, onnx)` of tyro's list of required arguments."""
+    found = []
+    for item in filter(None, (part.strip() for part in text.split("(required)"))):
+        name, _, rest = item.partition(" ")
+        choices = re.match(r"\{(.+?)\}", rest)
+        sentence = re.split(r"\.( |$)", rest)[0]
+        meaning = choices[1].replace(",", ", ") if choices else sentence[:1].lower() + sentence[1:]
+        found.append(f"{name} ({meaning})" if meaning else name)
+    return " and ".join(found)
 
 
 @contextlib.contextmanager
