@@ -205,6 +205,8 @@ def _describe_missing(text: str) -> str:
     for item in filter(None, (part.strip() for part in text.split("(required)"))):
         name, _, rest = item.partition(" ")
         choices = re.match(r"\{(.+?)\}", rest)
+        if name.startswith("--"):
+            rest = rest.partition(" ")[2]  # after the kind of its value
         sentence = re.split(r"\.( |$)", rest)[0]
         meaning = choices[1].replace(",", ", ") if choices else sentence[:1].lower() + sentence[1:]
         found.append(f"{name} ({meaning})" if meaning else name)

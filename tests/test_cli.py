@@ -252,7 +252,7 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
     [
         ("trian", "unknown verb 'trian' (did you mean train?); see `deit-fast --help`"),
         ("cache", "cache needs a verb: one of cache info, cache verify, cache export, cache imp"),
-        ("cache export x", "cache export needs --out STR"),
+        ("cache export x", "cache export needs --out (file to write; its suffix .parquet"),
         ("cache export x --out y --views 2", "--views needs A:B"),
         ("cache export x --out y.csv", "--out needs a name that ends in .parquet, .safetensors"),
         ("cache import-tinyvit tests --out y --num-classes 9", "tests has no folder logits_top"),

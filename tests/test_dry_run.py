@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast import cli
+from deit_fast.errors import InputError
 from deit_fast.models.convnet import small_convnet
 from deit_fast.runtime.pipeline_time import loading_processes, pipeline_seconds, usable_cores
 from deit_fast.training.dry_run import dry_run
@@ -57,6 +58,8 @@ def test_a_dry_run_says_what_the_run_then_has_and_writes_nothing(world, tmp_path
     again = dry_run(config)
     assert tree(tmp_path) == before
     assert again["step"] == 5 and again["steps"] == 12
+    with pytest.raises(InputError, match="of another configuration"):
+        dry_run(config.replace(loss={"kind": "soft"}))
 
 
 def test_the_command_names_the_views_that_a_cache_lacks(world, tmp_path, capsys):
@@ -75,6 +78,8 @@ def test_the_command_names_the_views_that_a_cache_lacks(world, tmp_path, capsys)
     before = tree(tmp_path)
     rows = said(capsys, "train", *settings, "--dry-run")
     assert "LACKS 1 of the 3 views (2): precompute them first" in rows["cache"]
+    assert cli.main(["train", *settings, "--seed", "5", "--dry-run"]) == 2
+    assert "view.seed" in capsys.readouterr().err
     said(capsys, "precompute", *settings, "--teacher", teacher)
     rows = said(capsys, "train", *settings, "--dry-run")
     assert f"{tmp_path}/cache: all 3 views that the run needs" in rows["cache"]

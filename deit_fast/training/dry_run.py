@@ -14,6 +14,7 @@ from deit_fast.cache.format import views_on_disk
 from deit_fast.cache.verify import info, open_for_run
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
+from deit_fast.data.fingerprint import identify, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.data.sources import Source
@@ -25,7 +26,13 @@ from deit_fast.runtime.pipeline_time import (
     processes_here,
 )
 from deit_fast.training.batches import run_batches
-from deit_fast.training.state import TrainState, create_state, find_checkpoint, settle
+from deit_fast.training.state import (
+    TrainState,
+    create_state,
+    find_checkpoint,
+    require_same_run,
+    settle,
+)
 from deit_fast.training.step import TrainStep
 from deit_fast.training.teacher import RunTeacher, open_teacher
 from deit_fast.views.plan import ViewPlan
@@ -80,8 +87,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     done = 0 if checkpoint is None else int(checkpoint.saved["step"])
     total = min(len(batches), config.max_steps or len(batches))
 
-    cache = _cache(config)
+    cache = _cache(config, source)
     teacher = _teacher(config, source, device, cache)
+    if checkpoint is not None:
+        require_same_run(checkpoint, config, identify(source, held_out) | teacher.identity())
     share = config.batch_size // group.world_size
     micro = share // config.accumulate
     found = _measure(config, source, teacher, device, micro, checkpoint is not None)
@@ -124,14 +133,19 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _cache(config: RunConfig) -> dict[str, Any] | None:
-    """The state of the run's cache; None for a run that reads none."""
+def _cache(config: RunConfig, source: Source) -> dict[str, Any] | None:
+    """The state of the run's cache; None for a run that reads none.
+
+    Raises:
+        CacheMismatch: it is of other images or views.
+    """
     if config.cache is None or config.loss.kind == "none":
         return None
     needed = range(config.views_used)
     if not os.path.exists(config.cache):
         return {"path": config.cache, "views": 0, "missing": [*needed], "bytes": 0}
     cache = open_for_run(config.cache, config.loss.tau)
+    cache.require(views_fingerprint(config, source))
     complete = {*cache.views} if views_on_disk(cache.path) else set()
     missing = [view for view in needed if view not in complete]
     size = info(config.cache)["bytes"]
@@ -145,7 +159,10 @@ def _teacher(
     if cache is None or not cache["missing"]:
         return open_teacher(config, source, device)
     if config.teacher is not None:
-        load_class_matched_teacher(config, source.classes, device)
+        teacher = load_class_matched_teacher(config, source.classes, device)
+        if os.path.exists(cache["path"]):
+            stored = open_for_run(cache["path"], config.loss.tau)
+            stored.require(teacher.expected_fields(stored.manifest["fingerprint"]))
     return RunTeacher(config, device)
 
 

@@ -283,7 +283,7 @@ def resume(config: RunConfig, state: TrainState, checkpoint: Checkpoint) -> None
             else than ``state.identity`` (names all that differs with both values).
     """
     with _named(checkpoint.path):
-        _require_same_run(checkpoint, config, state.identity)
+        require_same_run(checkpoint, config, state.identity)
         state.restore(checkpoint.saved)
         if checkpoint.is_branch:
             state.rows = 0  # those of metrics.jsonl are in the other run's folder
@@ -312,7 +312,7 @@ def roll_back(folder: Path, state: TrainState) -> bool:
     return found is not None
 
 
-def _require_same_run(
+def require_same_run(
     checkpoint: Checkpoint, config: RunConfig, identity: dict[str, Any]
 ) -> None:  # fmt: skip
     path, saved = checkpoint.path, checkpoint.saved
