@@ -62,9 +62,9 @@ WRONG = {
     # caches and runs
     "train --data.root data": "loss.kind=hard needs --teacher SPEC or --cache DIR, or --loss.kind",
     "train --data.root data --cache empty": "empty is not a cache: it has no manifest.json",
-    "cache info nowhere": "nowhere is not a cache: it has no manifest.json",
-    "cache verify nowhere": "nowhere is not a cache: it has no manifest.json",
-    "cache export nowhere --out x.pt": "nowhere is not a cache: it has no manifest.json",
+    "cache info nowhere": "nowhere is no cache: it does not exist; check the path",
+    "cache verify nowhere": "nowhere is no cache: it does not exist; check the path",
+    "cache export nowhere --out x.pt": "nowhere is no cache: it does not exist; check the path",
     "evaluate rum": "run folder rum does not exist (did you mean run?)",
     "evaluate page.pth": "page.pth is a file: name the folder of the run",
     "evaluate runs": "it holds runs: name one of them, such as runs/a",

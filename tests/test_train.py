@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
 from deit_fast.runtime.speed import StepMeter, model_costs, training_flops
-from deit_fast.training import loop
+from deit_fast.training import loop, remarks
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.training.loop import train
 from deit_fast.training.optim import create_optimizer, learning_rate
@@ -358,3 +359,15 @@ def test_wrong_teachers_and_caches_are_named(world, tmp_path):
 
 def seven_classes():
     return small_convnet(7)
+
+
+def test_a_slow_first_step_is_said(world, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "deit_fast")
+    config = run_config(world, tmp_path / "run", loss={"kind": "none"}).replace(max_steps=2)
+    train(config)
+    assert "the first step took" not in caplog.text
+    monkeypatch.setattr(remarks, "SLOW_STEP", 0.0)
+    train(config.replace(output=str(tmp_path / "slow")))
+    assert (
+        len(re.findall(r"the first step took .*; a line comes every \d+ steps", caplog.text)) == 1
+    )

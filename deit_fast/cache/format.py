@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -225,7 +226,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         values = read_json(path, _MAX_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(f"{folder} is not a cache: it has no {FILE_NAME}") from None
+        what = f"is not a cache: it has no {FILE_NAME}"
+        if not os.path.lexists(folder):
+            what = "is no cache: it does not exist; check the path, or make it by `precompute`"
+        raise CacheError(f"{folder} {what}") from None
     except InputError as error:
         raise CacheError(str(error)) from None
     return check_manifest(values, str(path))

@@ -74,6 +74,7 @@ from deit_fast.training.optim import evaluated_average, learning_rate
 from deit_fast.training.remarks import (
     say_initial_share,
     say_last_size,
+    say_slow_step,
     say_unread_teacher_settings,
     say_unused_batches,
 )
@@ -164,7 +165,7 @@ class _Run:
         resources: ExitStack,
     ) -> None:  # fmt: skip
         self.config, self.device, self.group, self.signals = config, device, group, signals
-        self.finished = False
+        self.finished = self.has_stepped = False
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
 
@@ -340,7 +341,11 @@ class _Run:
                 # Before what is due every step is polled, so that nothing has one that is not
                 # finite. All ranks must agree on `keep`.
                 stop = self._poll_stop(keep=0 if any(due) else 1)
-                state.train_seconds += meter.lap()
+                seconds = meter.lap()
+                state.train_seconds += seconds
+                if not self.has_stepped and self.group.is_first:
+                    say_slow_step(seconds, config.log_every)
+                self.has_stepped = True
                 row = self._report(meter, lr) if due.report else None
                 if row is None:
                     self.progress.advance()

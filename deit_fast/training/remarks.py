@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 
 from deit_fast.config import MOST_INITIAL_SHARE, TEACHER_SETTINGS, OptimConfig, RunConfig
+from deit_fast.runtime.progress import duration
 from deit_fast.runtime.weights_header import MODEL_FILE
 from deit_fast.views.steps import RunSteps
 
 log = logging.getLogger("deit_fast")
+
+SLOW_STEP = 5.0  # seconds
 
 
 def say_unread_teacher_settings(config: RunConfig) -> None:
@@ -52,3 +55,11 @@ def say_initial_share(config: OptimConfig, steps: int) -> None:
             "with a smaller optim.ema_decay or with optim.ema_warmup",
             100 * share, steps, MODEL_FILE,
         )  # fmt: skip
+
+
+def say_slow_step(seconds: float, log_every: int) -> None:
+    """Where the first step took long, how long, as the next line may come much later."""
+    if seconds >= SLOW_STEP:
+        log.info(
+            "the first step took %s; a line comes every %d steps", duration(seconds), log_every
+        )
