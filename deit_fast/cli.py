@@ -148,6 +148,8 @@ def _dry_training(config: RunConfig) -> str:
             few = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
             text = f"LACKS {len(missing)} of the {needed} views ({few}): precompute them first"
         rows.append(("cache", f"{cache['path']}: {text}; {size_text(cache['bytes'])}"))
+    if str(config.model.weights).startswith("timm:") and not found["step"]:
+        rows.append(("weights", f"{config.model.weights}: NOT CHECKED, `train` may download them"))
     steps = f"{found['steps_per_epoch']} an epoch of batch {found['batch_size']}"
     rows += [
         ("steps", f"{found['steps']}: {found['epochs']} epochs, {steps}"),

@@ -29,7 +29,13 @@ from deit_fast.data.sources import (
 from deit_fast.data.watch import note_sample
 from deit_fast.errors import InputError, printable, translate_errors
 from deit_fast.inputs import list_images, weights_path
-from deit_fast.models.student import create_student, forward_heads, mean_logits, require_no_code
+from deit_fast.models.student import (
+    create_student,
+    forward_heads,
+    mean_logits,
+    require_no_code,
+    top_classes,
+)
 from deit_fast.models.weights import fit_weights, load_weights
 from deit_fast.models.weights_facts import ModelFacts, file_texts, read_facts
 from deit_fast.runtime.distributed import choose_device, has_bf16
@@ -259,8 +265,10 @@ def iterate_predictions(
             rows: list[tuple[list[float], list[int]]] = []
             if len(pixels):
                 images = normalise(pixels.to(student.device, non_blocking=True))
-                best = student.logits(images).softmax(1).topk(top)
-                rows = list(zip(best.values.tolist(), best.indices.tolist(), strict=True))
+                logits = student.logits(images)
+                best = top_classes(logits, top)
+                values = logits.softmax(1).gather(1, best)
+                rows = list(zip(values.tolist(), best.tolist(), strict=True))
             readable = iter(rows)
             for index in range(start, min(start + batch_size, len(paths))):
                 if index in unreadable:

@@ -273,7 +273,6 @@ def finetune_teacher() -> RunConfig:
         loss=LossConfig(kind="none", smoothing=0.1),
         optim=OptimConfig(lr=4e-3, warmup_epochs=1.0, ema_decay=0.0),
         log_every=10,
-        eval_every=5,
         save_every=5,
     )
 
@@ -305,7 +304,6 @@ def own_images() -> RunConfig:
         loss=LossConfig(kind="hard", alpha=0.5, tau=1.0, reduction="batchmean"),
         optim=OptimConfig(lr=1e-3, warmup_epochs=2.0, ema_decay=0.0),
         log_every=10,
-        eval_every=5,
         save_every=5,
     )
 

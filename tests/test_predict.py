@@ -23,7 +23,7 @@ from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.evaluation import build_eval_loader, evaluate, load_run
-from deit_fast.models.student import forward_heads, mean_logits
+from deit_fast.models.student import forward_heads, mean_logits, top_classes
 from deit_fast.models.weights_facts import FACTS_KEY
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.weights_header import WEIGHTS_FILES, WeightsChoice
@@ -142,7 +142,10 @@ def test_a_run_without_the_chosen_weights_is_one_clear_line(root, tmp_path):
     run.mkdir()
     assert "is no run folder" in message(run)
     shutil.copy(root / "both" / "config.json", run)
-    assert "has not finished; name one of its checkpoints" in message(run)
+    assert (
+        "has not finished: run its train command again, or name one of its checkpoints"
+        in message(run)
+    )
     file = shutil.copy(root / "both" / "ema.safetensors", run)
     assert "does not exist; the run has the weights ema" in message(run)
     assert "must be one of last, ema, best, not 'first'" in message(run, weights="first")
@@ -219,6 +222,22 @@ def test_predictions_are_those_that_evaluate_counts(root, workers):
     right = [item.names[0] == Path(item.path).parent.name for item in found]
     assert sum(right) / len(right) == pytest.approx(evaluate(str(run), device="cpu")["top1"])
     assert 0 < sum(right) < len(right)
+
+
+def test_of_equal_logits_the_class_is_that_of_evaluate(root, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(root / "both", run)
+    weights = load_file(run / "model.safetensors")
+    with safe_open(run / "model.safetensors", "pt") as file:
+        texts = {key: text for key, text in file.metadata().items() if key == FACTS_KEY}
+    for name in ("head", "head_dist"):
+        weights[f"{name}.weight"].zero_()
+        weights[f"{name}.bias"].zero_()
+    save_file(weights, run / "model.safetensors", metadata=texts)
+    student = load_student(run)
+    found = predict(student, root / "data" / "val", top=3)
+    assert {item.names for item in found} == {student.classes[:3]}
+    assert top_classes(torch.zeros(2, 40), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_folders_are_searched_and_files_keep_their_order(root, tmp_path, monkeypatch):

@@ -66,14 +66,16 @@ def test_runs_on_different_data_are_not_ranked(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_in_the_weights_tells_data_apart(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name, top1=0.5) for name in "abc"]
-    for run, digest in zip(runs, ("1", "1", "2"), strict=True):
-        images = {"dataset.sha256": digest}
-        identity = json.dumps({"data.images": images, "val.images": images})
+    runs = [make_run(tmp_path / name, top1=0.5) for name in "abcd"]
+    for run, digest, pixel in zip(runs, "1121", "xxxy", strict=True):
+        images, pixels = {"dataset.sha256": digest}, {"class/0.bmp": pixel}
+        identity = json.dumps({
+            "data.images": images, "val.images": images, "data.pixels": pixels, "val.pixels": pixels
+        })  # fmt: skip
         header = json.dumps({"__metadata__": {"identity": identity}}).encode()
         (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     ids = [read_run(run, "r", 0).data_id for run in runs]
-    assert ids[0] == ids[1] != ids[2]
+    assert ids[0] == ids[1] and len({*ids}) == 3, "names and sizes, and pixels"
 
 
 def test_wilson_interval_equals_published_values() -> None:

@@ -303,6 +303,15 @@ def mean_logits(class_logits: torch.Tensor, distill_logits: torch.Tensor | None)
     return class_logits if distill_logits is None else (class_logits + distill_logits) / 2
 
 
+def top_classes(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """IDs of the classes with the ``count`` largest logits, int64 [B, count], the largest first.
+
+    Of equal logits, which bfloat16 often has, the lower ID comes first, as ``argmax`` decides.
+    ``topk`` may decide otherwise.
+    """
+    return logits.sort(stable=True, dim=1, descending=True).indices[:, :count]
+
+
 def apply_heads(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``forward_heads`` of a distilled transformer from its ``head_tokens``."""
     if (only := trained_head(model)) != "both":

@@ -43,7 +43,8 @@ def require_weights(run: str | os.PathLike[str], choice: WeightsChoice) -> Path:
         raise InputError(f"{missing}; the run has the weights {', '.join(others)}")
     if os.path.lexists(Path(run) / "config.json"):
         raise InputError(
-            f"{missing}: the run has not finished; name one of its checkpoints to use that"
+            f"{missing}: the run has not finished: run its train command again, or name one of its "
+            f"checkpoints"
         )
     raise InputError(f"{printable(run)} is no run folder: {missing}")
 

@@ -154,7 +154,9 @@ def _data_id(weights: Path, config: dict[str, Any], result: dict[str, Any]) -> s
     if os.path.lexists(weights):
         identity = parse_object(read_texts(weights).get("identity", "{}").encode(), str(weights))
         facts = [identity.get(f"{split}.images") for split in ("data", "val")]
-    if None in facts or not facts:
+        if None not in facts:
+            facts += [identity.get(f"{split}.pixels") for split in ("data", "val")]
+    if None in facts[:2] or not facts:
         data = config.get("data")
         folder = (data.get("root"), data.get("source")) if isinstance(data, dict) else None
         facts = [folder, result.get("classes"), result.get("samples")]
@@ -277,7 +279,11 @@ def _printable(value: Any) -> Any:
 
 
 def _unfinished(path: Path) -> str:
-    return ": the run has not finished" if path.name == "result.json" else ""
+    return (
+        ": the run has not finished: run its train command again"
+        if path.name == "result.json"
+        else ""
+    )
 
 
 def _read_rows(path: Path, known: object) -> list[dict[str, Any]]:

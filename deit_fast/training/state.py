@@ -159,16 +159,20 @@ def create_state(
 def _start_from(
     model: nn.Module, weights: dict[str, Tensor], config: RunConfig, classes: Sequence[str] | None
 ) -> None:
-    """``start_from``; where timm's weights do not fit, the message says whose they are."""
+    """``start_from``; where the weights are of another model, the message says whose they are."""
     path = str(config.model.weights)
     try:
         start_from(model, weights, path, classes)
     except InputError as error:
         ours, theirs = config.model.name.partition(".")[0], pretrained_name(path)
+        if theirs is None and (facts := read_facts(path)) is not None:
+            theirs = facts.name
         if theirs is None or theirs.partition(".")[0] == ours:
             raise
-        raise InputError(f"{error}: they are not of model.name {ours}: give --model.weights "
-                         f"timm:{ours}, a file, or none") from None  # fmt: skip
+        raise InputError(
+            f"{error}: they are of {theirs}, model.name is {ours}: give --model.weights "
+            f"timm:{ours}, a file, or none"
+        ) from None
 
 
 def _compare_normalisation(config: RunConfig, weights: str) -> None:
