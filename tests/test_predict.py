@@ -142,7 +142,7 @@ def test_a_run_without_the_chosen_weights_is_one_clear_line(root, tmp_path):
     run.mkdir()
     assert "is no run folder" in message(run)
     shutil.copy(root / "both" / "config.json", run)
-    assert (
+    assert "has not finished: run its train command again, or name one of its" in message(run)
         "has not finished: run its train command again, or name one of its checkpoints"
         in message(run)
     )

@@ -279,11 +279,9 @@ def _printable(value: Any) -> Any:
 
 
 def _unfinished(path: Path) -> str:
-    return (
-        ": the run has not finished: run its train command again"
-        if path.name == "result.json"
-        else ""
-    )
+    if path.name != "result.json":
+        return ""
+    return ": the run has not finished: run its train command again"
 
 
 def _read_rows(path: Path, known: object) -> list[dict[str, Any]]:
