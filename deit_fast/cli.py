@@ -356,6 +356,8 @@ def report(
         pictures: Show images of the data set; leave them out where they are private.
     """
     _require_runs("report", runs)
+    if out is not None:
+        require_writable("--out", out, is_folder=False)
     for run in runs:
         require_run(run)
     from deit_fast.tools.report.page import default_page, write_report
