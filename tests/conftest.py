@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,3 +237,11 @@ def seeds() -> None:
 def log_level() -> None:
     """The command line sets the level of the package's logger, also in fixtures of a module."""
     logging.getLogger("deit_fast").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Tests in the background of a script ignore SIGINT, as all jobs do there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

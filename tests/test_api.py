@@ -133,6 +133,7 @@ def test_wrong_paths_are_input_errors(world, tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_an_interrupt_saves_and_raises(world, runs, tmp_path):
     """As a notebook's interrupt, which is SIGINT in the main thread, with Python's handler."""
     root, _, run = runs

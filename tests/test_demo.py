@@ -36,7 +36,7 @@ def test_distilled_students_beat_their_undistilled_twin(tmp_path):
     page = (tmp_path / "demo/report.html").read_text()
     for kind in ("none", "hard", "soft"):
         assert f"{100 * row[kind]:.2f}" in page
-    assert "Disagreement between models" in page and "Attention of the class" in page
+    assert "Teacher-student agreement" in page and "Attention maps" in page
     analysis = json.loads((tmp_path / "analysis.json").read_text())
     assert [found["distillation"] for found in analysis["rows"]] == ["none", "hard", "soft"]
     for found in analysis["rows"]:

@@ -200,7 +200,7 @@ def test_a_broken_connection_of_a_file_system_is_no_dead_process():
         raise unnamed
 
 
-def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys):
+def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys, tmp_path):
     def dies(*_: object) -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
@@ -208,7 +208,9 @@ def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys)
     run = RunConfig(), source, torch.nn.Identity()
     monkeypatch.setattr(evaluate_module, "load_run", lambda *_: run)
     monkeypatch.setattr(evaluate_module, "evaluate_model", dies)
-    assert main(["evaluate", "runs/x", "--device", "cpu"]) == 2
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 2
     assert "a process that loads images died" in capsys.readouterr().err
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,14 +100,6 @@ def test_a_row_interrupted_twice_is_complete(world, tmp_path, monkeypatch):
     whole_row = train_rows(comparable_rows(tmp_path / "whole"))[-1]
     assert whole_row["step"] == 6
     assert train_rows(comparable_rows(tmp_path / "parts"))[-1] == whole_row
-
-
-@pytest.fixture
-def heeds_ctrl_c() -> Iterator[None]:
-    """Tests in the background of a script ignore SIGINT, as all jobs do there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")

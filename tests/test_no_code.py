@@ -94,5 +94,5 @@ def test_a_name_that_is_no_timm_model_is_refused(planted, name):
 def test_a_teacher_of_timm_is_a_name_and_no_address(planted):
     run, _ = planted
     set_model(run, "deit_fast.models.convnet:small_convnet", teacher="timm:resnet18.a:b")
-    (found,) = analyze([run], maps=0)
+    (found,) = analyze([run], maps=0, download=True)
     assert "unknown teacher" in found["left_out"]["teacher"]

@@ -156,7 +156,7 @@ def test_no_figure_of_a_run_has_the_untrained_head(name: str, world: Path, caplo
     assert analysis["left_out"]["heads"] == f"training used the {head} head alone"
     assert "student" in analysis["disagreement"]["names"]
     page = build_report([run], "runs")
-    assert f"{head} head, top-1" in page and "mean of logits" not in page
+    assert f"{head} head, top-1" in page and "mean of logits, top-1" not in page
 
 
 def test_the_head_is_that_of_timm_modules(world: Path) -> None:

@@ -17,6 +17,7 @@ from deit_fast.errors import InputError, first_line, is_out_of_memory
 from deit_fast.inputs import require_teacher
 from deit_fast.models.fuse import default_kernels, fuse
 from deit_fast.models.normalisation import Normalisation, choose_normalisation, read_normalisation
+from deit_fast.models.pretrained import pretrained_name, require_timm_name
 from deit_fast.models.student import keep_trained_head, trained_head
 from deit_fast.models.teacher_classes import choose_columns, imagenet_synsets, read_class_file
 from deit_fast.models.teacher_network import (
@@ -304,8 +305,10 @@ def load_teacher(
         InputError: unknown model, weights that are missing or of another model, a normalisation
             that contradicts the file's, or as ``Teacher``.
     """
-    require_teacher(spec)
     name, _, weights = spec.partition("@")
+    if (timm_name := pretrained_name(name)) is not None:
+        require_timm_name(timm_name, "teacher")
+    require_teacher(spec)
     if (mean is None) != (std is None):
         raise InputError(f"teacher {name}: teacher_mean and teacher_std go together: give both")
     given = None
