@@ -119,7 +119,7 @@ def train(
 ) -> TrainResult:
     """Train a student against a teacher, or against its cached logits; the same call resumes it.
 
-    An existing run is not overwritten: a call with the same settings goes on with it, and one with
+    An existing run is not overwritten: a call with the same settings resumes it, and one with
     others is refused.
 
     Args:

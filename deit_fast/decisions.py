@@ -52,8 +52,10 @@ class Decisions:
     def add(self, ids: Tensor, labels: Tensor, logits: Tensor) -> None:
         """Args: int64 [B], int64 [B], float [B, C]."""
         probabilities = logits.float().softmax(1)
-        confidences, decisions = probabilities.max(1)
-        of_label = probabilities.gather(1, labels[:, None])[:, 0]
+        decisions = logits.argmax(1)  # as evaluation decides, also where logits are equal
+        confidences, of_label = (
+            probabilities.gather(1, classes[:, None])[:, 0] for classes in (decisions, labels)
+        )
         self._batches.append((ids, labels, decisions, confidences, of_label))
 
     def rows(self) -> Rows:
