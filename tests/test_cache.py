@@ -525,7 +525,7 @@ def test_an_edited_fingerprint_is_refused_by_the_views(tmp_path):
 
 
 def test_no_cache_there(tmp_path):
-    with pytest.raises(CacheError, match=r"is not a cache: it has no manifest\.json"):
+    with pytest.raises(CacheError, match=r"is no cache: it does not exist; check the path, or make it by `precompute`"):
         LogitCache.open(tmp_path / "nowhere")
 
 
