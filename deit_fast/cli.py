@@ -155,9 +155,10 @@ def _dry_training(config: RunConfig) -> str:
         ("steps", f"{found['steps']}: {found['epochs']} epochs, {steps}"),
         ("memory", f"about {size_text(found['memory'])} on {found['device']}, beside the loader"),
         ("time", f"about {duration(found['seconds'])}, {found['step_seconds']:.3g} s a step"),
-        ("measured", f"a step of {found['measured_images']} images: loading in one process "
+        ("measured", f"steps of {found['measured_images']} images, without torch.compile; each "
+                     f"part alone, for a whole step: loading in one process "
                      f"{found['loading_seconds']:.3g} s, training {found['training_seconds']:.3g} s"
-                     ", without torch.compile"),
+                     ),
     ]  # fmt: skip
     return columns(rows)
 
@@ -179,8 +180,9 @@ def _dry_run(config: RunConfig, views: range | None) -> str:
         ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new files, "
                   f"{size_text(found['free'])} free"),
         ("time", f"{duration(found['seconds'])} at {speed}"),
-        ("measured", f"one batch of {found['batch']} views: loading "
-                     f"{found['loader_seconds']:.3g} s (shared by {workers} workers), "
+        ("measured", f"batches of {found['timed_batch']} images through the whole job; each part "
+                     f"alone, for a batch of {found['batch']}: loading in one process "
+                     f"{found['loader_seconds']:.3g} s (the job has {workers}), "
                      f"teacher {found['teacher_seconds']:.3g} s"),
     ]  # fmt: skip
     return columns(rows)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,22 +25,25 @@ from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, main_labels
 from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
-from deit_fast.data.open import open_loader, open_source
+from deit_fast.data.open import DeviceLoader, open_loader, open_source
 from deit_fast.data.sources import say_warnings
 from deit_fast.errors import CacheError, translate_errors
 from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
 from deit_fast.runtime.pipeline_time import (
+    Repeated,
+    images_to_time,
     loading_processes,
-    pipeline_seconds,
-    processes_here,
+    seconds_per_batch,
 )
 from deit_fast.runtime.progress import Progress
 from deit_fast.teacher_accuracy import check_accuracy, say_agreement
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
+
+TIMED_SECONDS = 10.0  # of an estimate's measurement at most, beside its start
 
 
 class TeacherCalls(Sequence):
@@ -159,15 +162,16 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     """What ``precompute`` would write and how long it would take; writes nothing.
 
-    The time is that of one batch of views of each size, loaded in this process and run through the
-    teacher twice; the second run is timed. Both are put together as ``pipeline_seconds`` says. The
-    processes are assumed to share the blocks evenly.
+    The job runs for half of its time, but no longer than ``TIMED_SECONDS``, with its loader's
+    processes, teacher and codec; it stores nothing. Its images are spread over the data set.
+    Several sizes of views share the time. Where full batches would take too long, smaller ones are
+    timed. The processes are assumed to share the blocks evenly.
 
     Returns:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
-        the disk), `batch`, `loader_seconds`, `teacher_seconds` (of such a batch; of
-        several sizes the mean over the images), `images_per_s` (of one process), `processes`,
-        `seconds`.
+        the disk), `batch`, `timed_batch` (images of a batch of the measurement),
+        `loader_seconds`, `teacher_seconds` (of a batch, in one process and each alone; of several
+        sizes the mean over the images), `images_per_s` (of one process), `processes`, `seconds`.
 
     Raises:
         As ``precompute``.
@@ -185,17 +189,16 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
 
     batch_size = min(config.teacher_batch, count)
     view_of = {config.view.size_of(view): view for view in reversed(requested)}
-    loading = forward = 0.0
-    for side in images_of or {config.view.size_of(requested[0])}:
-        share = images_of[side] / images if images else 1.0
-        seconds = job.time_batch(config, batch_size, view_of[side])
-        loading, forward = loading + share * seconds[0], forward + share * seconds[1]
-    per_batch = pipeline_seconds(
-        loading,
-        forward,
-        workers=loading_processes(config.data.workers),
-        threads=torch.get_num_threads() if job.device.type == "cpu" else 0,
-        processes=processes_here(),
+    sides = [*images_of] or [config.view.size_of(requested[0])]
+    limit = TIMED_SECONDS / len(sides)
+    times = [
+        job.time_batches(batch_size, view_of[side], images_of[side] or batch_size, limit)
+        for side in sides
+    ]
+    shares = [images_of[side] / images if images else 1.0 for side in sides]
+    loading, teacher, whole = (
+        batch_size * sum(share * seconds for share, seconds in zip(shares, column, strict=True))
+        for column in zip(*[(t.loading, t.teacher, t.whole) for t in times], strict=True)
     )
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
     return {
@@ -206,12 +209,22 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "bytes": new_bytes,
         "free": shutil.disk_usage(existing).free,
         "batch": batch_size,
+        "timed_batch": max(t.batch for t in times),
         "loader_seconds": round(loading, 4),
-        "teacher_seconds": round(forward, 4),
-        "images_per_s": round(batch_size / per_batch, 2),
+        "teacher_seconds": round(teacher, 4),
+        "images_per_s": round(batch_size / whole, 2),
         "processes": processes,
-        "seconds": round(images / batch_size * per_batch / processes, 1),
+        "seconds": round(images / batch_size * whole / processes, 1),
     }
+
+
+class _Times(NamedTuple):
+    """Seconds of an image: to load it alone, to run the teacher alone, and of the running job."""
+
+    batch: int  # images of a timed batch
+    loading: float
+    teacher: float
+    whole: float
 
 
 class _Job:
@@ -246,21 +259,52 @@ class _Job:
             | ({"teacher.fused": True} if self.teacher.is_fused else {}),
         )
 
-    def time_batch(self, config: RunConfig, count: int, view: int) -> tuple[float, float]:
-        """Seconds to load ``count`` samples at a view, and to run the teacher on them."""
-        few = min(count, 2)  # the first batch also makes the tables of the plan
-        calls = [(np.arange(n), np.full(n, view, np.int32)) for n in (few, count)]
-        data = dataclasses.replace(config.data, workers=0)
-        loader = iter(open_loader(data, self.source, self.plan, calls, device=self.device))
-        next(loader)
-        started = time.perf_counter()
-        batch = next(loader)
-        loading = time.perf_counter() - started
-        codec = codec_from_config(config.codec, len(self.source.classes), config.loss.tau)
-        codec.encode(self.logits(batch)).cpu()  # `cpu` waits for a GPU
-        started = time.perf_counter()
-        codec.encode(self.logits(batch)).cpu()
-        return loading, time.perf_counter() - started
+    def time_batches(self, most: int, view: int, images: int, limit: float) -> _Times:
+        """Run the job on samples at a view for half of the time that ``images`` take, or ``limit``.
+
+        Loading and teacher are timed alone first, on a few samples. A batch has ``most`` samples at
+        most.
+        """
+        codec = codec_from_config(self.config.codec, len(self.source.classes), self.config.loss.tau)
+
+        def encode(item: tuple[ViewBatch, torch.Tensor]) -> object:
+            return codec.encode(item[1]).cpu()  # `cpu` waits for a GPU
+
+        def alone(size: int) -> tuple[float, float]:
+            """Seconds of an image to load and to run the teacher on. The first batch makes tables
+            and buffers, the second is timed."""
+            moments, batches = [], iter(self._sampled(size, view, workers=0))
+            for _ in range(2):
+                moments.append(time.perf_counter())
+                batch = next(batches)
+                moments.append(time.perf_counter())
+                encode((batch, self.logits(batch)))
+            return (moments[3] - moments[2]) / size, (time.perf_counter() - moments[3]) / size
+
+        workers = loading_processes(self.config.data.workers)
+        size = most
+        if self.device.type == "cpu":  # a GPU would be slower on small batches
+            rough = sum(alone(min(most, 2)))
+            size = images_to_time(rough, workers=0, seconds=limit / 2, most=most)
+        loading, teacher = alone(size)
+        seconds = min(limit, images * (loading + teacher) / 2)
+        if self.device.type == "cpu":
+            size = images_to_time(loading + teacher, workers=workers, seconds=seconds, most=most)
+        batches = self._sampled(size, view, self.config.data.workers)
+        finished = map(encode, self.run(batches))
+        whole = seconds_per_batch(finished, workers=workers, seconds=seconds) / size
+        return _Times(size, loading, teacher, whole)
+
+    def _sampled(self, size: int, view: int, workers: int | None) -> DeviceLoader:
+        """Endless batches of samples at a view, from places all over the data set."""
+        golden = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
+        last = self.source.num_samples - size
+        calls = [
+            (np.arange(start, start + size), np.full(size, view, np.int32))
+            for start in [int(n * golden % 1 * (last + 1)) for n in range(1000)]
+        ]
+        data = dataclasses.replace(self.config.data, workers=workers)
+        return open_loader(data, self.source, self.plan, Repeated(calls), device=self.device)
 
     def check_teacher(self, views: range) -> None:
         """As ``check_accuracy``, if there is something to write."""

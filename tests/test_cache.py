@@ -525,7 +525,7 @@ def test_an_edited_fingerprint_is_refused_by_the_views(tmp_path):
 
 
 def test_no_cache_there(tmp_path):
-    with pytest.raises(CacheError, match=r"is no cache: it does not exist; check the path, or make it by `precompute`"):
+    with pytest.raises(CacheError, match="it does not exist; check the path, or make it by `prec"):
         LogitCache.open(tmp_path / "nowhere")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
     assert status == 0
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert rows["blocks"] == "6 to write, 0 there" and rows["images"] == "120"
-    assert "one batch of 60 views" in rows["measured"] and "img/s a process" in rows["time"]
+    assert re.match(r"batches of \d+ images through the whole job; ", rows["measured"])
+    assert ", for a batch of 60: loading in one process " in rows["measured"]
+    assert "img/s a process" in rows["time"]
     assert not (tmp_path / "x").exists()
 
 

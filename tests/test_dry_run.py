@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from deit_fast import cli
 from deit_fast.errors import InputError
 from deit_fast.models.convnet import small_convnet
-from deit_fast.runtime.pipeline_time import loading_processes, pipeline_seconds, usable_cores
+from deit_fast.runtime.pipeline_time import (
+    Repeated,
+    images_to_time,
+    loading_processes,
+    pipeline_seconds,
+    seconds_per_batch,
+    usable_cores,
+)
 from deit_fast.training.dry_run import dry_run
 from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
@@ -113,6 +120,44 @@ def test_batches_of_a_pipeline(monkeypatch, workers, threads, processes, seconds
     monkeypatch.setattr("deit_fast.runtime.pipeline_time.usable_cores", lambda: 2)
     found = pipeline_seconds(4.0, 4.0, workers=workers, threads=threads, processes=processes)
     assert found == seconds
+
+
+@pytest.mark.parametrize(
+    ("workers", "moments", "expected"),
+    [
+        (0, [9, 12, 13, 14, 15, 16], 1.0),  # the first two batches set up what later ones reuse
+        (1, [9, 12, 13, 14, 15, 16], 1.0),
+        (2, [9, 9, 9.5, 9.5, 10.5, 10.5, 11.5, 11.5, 12.5], 0.5),  # two come at once, each second
+        (2, [9, 9, 9.5, 9.5, 14.5, 99], 2.5),  # the time is over after a round
+        (3, [9, 9, 9, 9, 10, 10, 13, 13, 13], 4 / 3),  # the last round is not whole
+        (4, [1, 2, 3], 0.0),  # too few
+    ],
+)
+def test_only_whole_rounds_of_the_workers_are_timed(monkeypatch, workers, moments, expected):
+    now = [0.0]
+    monkeypatch.setattr("deit_fast.runtime.pipeline_time.time.perf_counter", lambda: now[0])
+
+    def finished():
+        for now[0] in moments:
+            yield
+
+    found = seconds_per_batch(finished(), workers=workers, seconds=3.0)
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("per_image", "workers", "most", "expected"),
+    [(0.1, 0, 64, 20), (0.1, 4, 64, 10), (0.01, 1, 64, 64), (100.0, 1, 64, 1), (0.0, 1, 64, 64)],
+)
+def test_timed_batches_fit_the_time(per_image, workers, most, expected):
+    found = images_to_time(per_image, workers=workers, seconds=8.0, most=most)
+    assert found == expected
+
+
+def test_repeated_items():
+    items = Repeated("abc")
+    assert [items[n] for n in (0, 2, 3, 2**39 + 1)] == ["a", "c", "a", "abc"[(2**39 + 1) % 3]]
+    assert len(items) > 10**9
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from deit_fast.kernels.augment import TABLE_COLUMNS
 from deit_fast.models import create_student, load_weights
 from deit_fast.models.fuse import patch_side
 from deit_fast.models.student import build_model
-from deit_fast.precomputation import estimate, precompute
+from deit_fast.precomputation import _Times, estimate, precompute
 from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.verify_against_teacher import leading_labels, verify_against_teacher
 from deit_fast.training.compiling import compile_blocks
@@ -235,20 +235,21 @@ def test_bytes_depend_on_neither_process_count_nor_interruption(world, tmp_path)
 
 
 def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypatch):
-    seconds = {0: (1.0, 4.0), 1: (2.0, 8.0)}  # of a batch of 32, by view
+    # Seconds of an image, by view: to load, of the teacher, of the job.
+    seconds = {0: (1.0, 4.0, 4.5), 1: (2.0, 8.0, 9.5)}
     asked = []
 
-    def time_batch(job, config, count, view):
-        asked.append((count, view))
-        return seconds[view]
+    def time_batches(job, most, view, images, limit):
+        asked.append((most, view, images))
+        return _Times(most, *seconds[view])
 
-    monkeypatch.setattr("deit_fast.precomputation._Job.time_batch", time_batch)
+    monkeypatch.setattr("deit_fast.precomputation._Job.time_batches", time_batches)
     planned = cached.replace(cache=str(tmp_path / "cache"), teacher_batch=32)
     found = estimate(planned)
-    assert sorted(asked) == [(32, 0), (32, 1)] and found["images"] == 420
-    assert (found["loader_seconds"], found["teacher_seconds"]) == (1.5, 6.0)
-    assert found["seconds"] == pytest.approx(210 / 32 * 5 + 210 / 32 * 10, rel=0.01)
-    assert estimate(planned, range(1))["seconds"] == pytest.approx(210 / 32 * 5, rel=0.01)
+    assert sorted(asked) == [(32, 0, 210), (32, 1, 210)] and found["images"] == 420
+    assert (found["loader_seconds"], found["teacher_seconds"]) == (32 * 1.5, 32 * 6.0)
+    assert found["seconds"] == pytest.approx(210 * (4.5 + 9.5), rel=0.01)
+    assert estimate(planned, range(1))["seconds"] == pytest.approx(210 * 4.5, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,61 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Repeated(Sequence[T]):
+    """The items over and over, as often as anyone asks."""
+
+    def __init__(self, items: Sequence[T]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> T:  # type: ignore[override]
+        return self._items[index % len(self._items)]
+
+
+def seconds_per_batch(finished: Iterable[object], *, workers: int, seconds: float) -> float:
+    """Seconds between two batches of a running pipeline, measured for about ``seconds``.
+
+    Workers that start together also finish together, so their batches come in rounds of ``workers``
+    at first. Only whole rounds are counted. The first round and one batch more are not: they
+    include the start of the workers.
+
+    Args:
+        finished: gives a value when the work of a batch is done; at least two rounds and a batch.
+        workers: loading processes.
+        seconds: after which no further round is begun.
+    """
+    a_round = max(1, workers)
+    count = -a_round - 1
+    started = elapsed = 0.0
+    for _ in finished:
+        count += 1
+        if count == 0:
+            started = time.perf_counter()
+        if count > 0 and count % a_round == 0:
+            elapsed = (time.perf_counter() - started) / count
+            if elapsed * count >= seconds:
+                break
+    return elapsed
+
+
+def images_to_time(per_image: float, *, workers: int, seconds: float, most: int) -> int:
+    """Images of a batch, so that ``seconds_per_batch`` sees four batches or two rounds.
+
+    Args:
+        per_image: seconds to load an image in one process and to compute on it.
+        workers, seconds: as of ``seconds_per_batch``.
+        most: images of a batch of the real work.
+    """
+    return max(1, min(most, int(seconds / max(4, 2 * workers) / max(per_image, 1e-9))))
 
 
 def pipeline_seconds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from deit_fast.data.sources import Source
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, read_process_group
 from deit_fast.runtime.pipeline_time import (
+    Repeated,
+    images_to_time,
     loading_processes,
     pipeline_seconds,
     processes_here,
+    seconds_per_batch,
 )
 from deit_fast.training.batches import run_batches
 from deit_fast.training.state import (
@@ -37,19 +41,21 @@ from deit_fast.training.step import TrainStep
 from deit_fast.training.teacher import RunTeacher, open_teacher
 from deit_fast.views.plan import ViewPlan
 
-SECONDS = 8.0  # that the timed step may take, about
+SECONDS = 10.0  # that the timed steps may take, about
 FEW = 2  # images of the first step, which sets up what later ones reuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One step of a few images in this process, without torch.compile.
+    """Steps of a few images, without torch.compile.
 
     Attributes:
-        images: of the step.
-        loading, training, evaluating: seconds of these images: loading in one process; forward,
-            backward and update; forward alone.
-        saved: bytes that the forward keeps for the backward.
+        images: of a timed step.
+        loading, training, evaluating: seconds of an image, each alone: loading in one process;
+            forward, backward and update; forward of an evaluation.
+        whole: seconds of an image of the running loop, without the update of the weights.
+        update: seconds of an update, whatever the number of images.
+        saved: bytes that the forward keeps for the backward of an image.
         state: of the run.
     """
 
@@ -57,7 +63,9 @@ class Measured:
     loading: float
     training: float
     evaluating: float
-    saved: int
+    whole: float
+    update: float
+    saved: float
     state: TrainState
 
 
@@ -70,7 +78,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         ids, `bytes`), `parameters`, `memory` (bytes of a process: weights, gradients, optimiser,
         averages and the images of a step, without loader processes), `batch_size`, `epochs`,
         `steps_per_epoch`, `steps`, `seconds` (of the steps that are left, evaluations included),
-        `step_seconds`, `measured_images`, `loading_seconds`, `training_seconds`.
+        `step_seconds`, `measured_images` (of a timed step), `loading_seconds` and
+        `training_seconds` (of a step of this process, each alone).
 
     Raises:
         As ``train`` before its first step; a cache may be missing or incomplete.
@@ -93,22 +102,22 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         require_same_run(checkpoint, config, identify(source, held_out) | teacher.identity())
     share = config.batch_size // group.world_size
     micro = share // config.accumulate
-    found = _measure(config, source, teacher, device, micro, checkpoint is not None)
+    steps = batches.steps
+    left = (steps.samples(total) - steps.samples(min(done, total))) // group.world_size
+    found = _measure(config, source, teacher, device, micro, left, checkpoint is not None)
     teacher.close()
 
-    per_image = 1 / found.images
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    workers = loading_processes(config.data.workers)
-    options = {"workers": workers, "threads": threads, "processes": processes_here()}
-    training, evaluating = (
-        pipeline_seconds(found.loading * per_image, seconds * per_image, **options)
-        for seconds in (found.training * _size_share(config), found.evaluating)
+    training = found.whole * _size_share(config)
+    evaluating = pipeline_seconds(
+        found.loading,
+        found.evaluating * (config.view.image_size / config.view.size_of(0)) ** 2,
+        workers=loading_processes(config.data.workers),
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        processes=processes_here(),
     )
-    steps = batches.steps
-    left = (steps.samples(total) - steps.samples(min(done, total))) / group.world_size
     evaluations = -(-(steps.begun(total) - steps.begun(min(done, total))) // config.eval_every)
     averages = 1 if found.state.ema is None else 2
-    seconds = left * training
+    seconds = left * training + (total - min(done, total)) * found.update
     seconds += evaluations * averages * held_out.num_samples / group.world_size * evaluating
     return {
         "output": config.output,
@@ -125,10 +134,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "steps_per_epoch": steps.phases[0].per_epoch,
         "steps": total,
         "seconds": seconds,
-        "step_seconds": share * training,
+        "step_seconds": share * training + found.update,
         "measured_images": found.images,
-        "loading_seconds": found.loading,
-        "training_seconds": found.training,
+        "loading_seconds": share * found.loading,
+        "training_seconds": share * found.training + found.update,
         "device": device.type,
     }
 
@@ -167,9 +176,9 @@ def _teacher(
 
 
 def _size_share(config: RunConfig) -> float:
-    """Mean number of pixels of a view, relative to one at the last size."""
+    """Mean number of pixels of a view, relative to one of the first epoch."""
     sides = [config.view.size_of(epoch) for epoch in range(config.epochs)]
-    return sum((side / config.view.image_size) ** 2 for side in sides) / len(sides)
+    return sum((side / sides[0]) ** 2 for side in sides) / len(sides)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,9 +188,16 @@ def _size_share(config: RunConfig) -> float:
 
 def _measure(
     config: RunConfig, source: Source, teacher: RunTeacher, device: torch.device, micro: int,
-    resumes: bool,
+    left: int, resumes: bool,
 ) -> Measured:  # fmt: skip
-    """Steps on the first images of the run; the weights that change are in memory only."""
+    """Steps on images of the first epoch, for half of the time that the run takes, but no longer
+    than SECONDS. The weights that change are in memory only.
+
+    Args:
+        micro: images of a part of this process's step.
+        left: images that this process has to train on.
+        resumes: whether a checkpoint has the weights.
+    """
     weights = config.model.weights
     if resumes or (weights is not None and weights.startswith("timm:")):
         weights = None  # the values do not matter, and timm would fetch them
@@ -189,65 +205,125 @@ def _measure(
         compile="none", cuda_graphs=False, accumulate=1, batch_schedule=(), profile_steps=0,
         check_teacher_every=None, model={"weights": weights},
     )  # fmt: skip
-    classes = source.classes
-    state = create_state(quick, len(classes), device, classes)
-    few = min(micro, FEW)
-    saved, _, seconds = _step(quick, source, teacher, state, device, few)
-    _, loading, seconds = _step(quick, source, teacher, state, device, few)
-    most = micro if device.type == "cuda" else int(SECONDS / max(seconds + loading, 1e-6) * few)
-    images = max(few, min(micro, most) // 2 * 2)
-    saved, loading, seconds = _step(quick, source, teacher, state, device, images)
-    batch = next(iter(_loader(quick, source, device, images)))
-    evaluating = _forward(state.model, ingest_batch(batch, quick.view, torch.float32), device)
-    return Measured(images, loading, seconds, evaluating, saved, state)
+    state = create_state(quick, len(source.classes), device, source.classes)
+    steps = _Steps(quick, source, teacher, state, device)
+    workers = loading_processes(config.data.workers)
+
+    few = size = min(micro, FEW)
+    steps.alone(few)  # sets up what later ones reuse
+    if device.type == "cuda":
+        few = size = micro
+    else:
+        found = steps.alone(few)
+        rough = found.loading + found.training
+        few = even(images_to_time(rough, workers=0, seconds=SECONDS / 2, most=micro))
+    found = steps.alone(few)
+    per_image = found.loading + found.training
+    seconds = min(SECONDS, left * per_image / 2)
+    if device.type == "cpu":
+        size = even(images_to_time(per_image, workers=workers, seconds=seconds, most=micro))
+    whole = seconds_per_batch(steps.run(size), workers=workers, seconds=seconds)
+    whole = max(whole - found.update, 0.0) / size
+    return dataclasses.replace(found, images=size, whole=whole)
 
 
-def _loader(config: RunConfig, source: Source, device: torch.device, images: int) -> Any:
-    config = config.replace(batch_size=images)
-    batches = run_batches(config, source.num_samples, ProcessGroup())
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
-    data = dataclasses.replace(config.data, workers=0)
-    return open_loader(data, source, plan, batches, device=device, stop=1)
+def even(count: int) -> int:
+    """The even number below, at least FEW: some views are mixed in pairs."""
+    return max(FEW, count // 2 * 2)
 
 
-def _step(
-    config: RunConfig, source: Source, teacher: RunTeacher, state: TrainState,
-    device: torch.device, images: int,
-) -> tuple[int, float, float]:  # fmt: skip
-    """Bytes kept for the backward, seconds to load, seconds to train, of one step."""
-    config = config.replace(batch_size=images)
-    step = TrainStep(config, state.model, teacher, state.optimizer, state.ema, device)
-    loader = iter(_loader(config, source, device, images))
-    started = time.perf_counter()
-    batch: ViewBatch = next(loader)
-    loading = time.perf_counter() - started
-    if config.loss.kind != "none" and not teacher.is_online:  # stands for stored logits
-        batch = dataclasses.replace(
-            batch, teacher=torch.randn(len(batch), len(source.classes), device=device)
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Training steps on images of the first epoch."""
+
+    config: RunConfig
+    source: Source
+    teacher: RunTeacher
+    state: TrainState
+    device: torch.device
+
+    def alone(self, images: int) -> Measured:
+        """One step, its loading, update and evaluation timed one after the other."""
+        step, batches = self._step(images), self._batches(images, workers=0)
+        started = time.perf_counter()
+        batch = next(batches)
+        loading = time.perf_counter() - started
+        kept: dict[int, int] = {}
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            training = self._seconds(lambda: step(batch, 0, self.config.optim.lr))
+        update = self._seconds(lambda: _update(step))
+        own = {value.untyped_storage().data_ptr() for value in self.state.model.parameters()}
+        saved = sum(size for key, size in kept.items() if key not in own)
+        pixels = ingest_batch(batch, self.config.view, torch.float32)
+        evaluating = self._seconds(lambda: _forward(self.state.model, pixels))
+        self.state.model.train()
+        training = max(training - update, 0.0)
+        return Measured(
+            images=images,
+            loading=loading / images,
+            training=training / images,
+            evaluating=evaluating / images,
+            whole=0.0,
+            update=update,
+            saved=saved / images,
+            state=self.state,
         )
-    kept: dict[int, int] = {}
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
+    def run(self, images: int) -> Iterator[None]:
+        """Steps with the run's loader, endless; gives None after each."""
+        step = self._step(images)
+        for batch in self._batches(images, self.config.data.workers):
+            step(batch, 0, self.config.optim.lr)
+            _wait(self.device)
+            yield
 
-    _wait(device)
-    started = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        step(batch, 0, config.optim.lr)
-    _wait(device)
-    seconds = time.perf_counter() - started
-    own = {value.untyped_storage().data_ptr() for value in state.model.parameters()}
-    return sum(size for key, size in kept.items() if key not in own), loading, seconds
+    def _step(self, images: int) -> TrainStep:
+        config, state = self.config.replace(batch_size=images), self.state
+        return TrainStep(config, state.model, self.teacher, state.optimizer, state.ema, self.device)
+
+    def _batches(self, images: int, workers: int | None) -> Iterator[ViewBatch]:
+        config = self.config.replace(batch_size=images)
+        batches = run_batches(config, self.source.num_samples, ProcessGroup())
+        first_epoch = [batches[n] for n in range(min(batches.steps.phases[0].per_epoch, 1000))]
+        plan = ViewPlan(config.view, config.seed, self.source.num_samples)
+        data = dataclasses.replace(config.data, workers=workers)
+        loader = open_loader(
+            data, self.source, plan, Repeated(first_epoch), device=self.device,
+            attach=self._with_logits,
+        )  # fmt: skip
+        return iter(loader)
+
+    def _with_logits(self, batch: ViewBatch) -> ViewBatch:
+        """The batch with random logits in place of stored ones, if the run reads such."""
+        if self.config.loss.kind == "none" or self.teacher.is_online:
+            return batch
+        logits = torch.randn(len(batch), len(self.source.classes))
+        return dataclasses.replace(batch, teacher=logits)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        _wait(self.device)
+        started = time.perf_counter()
+        work()
+        _wait(self.device)
+        return time.perf_counter() - started
+
+
+def _update(step: TrainStep) -> None:
+    """The update of a step again, with the gradients that it left."""
+    step.optimizer.step()
+    if step.average is not None:
+        step.average.update(0)
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, images: torch.Tensor, device: torch.device) -> float:
+def _forward(model: nn.Module, images: torch.Tensor) -> None:
     model.eval()
-    started = time.perf_counter()
     model(images)
-    _wait(device)
-    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
@@ -268,5 +344,7 @@ def _memory(found: Measured, teacher: RunTeacher, micro: int, config: RunConfig)
     average = 0 if state.ema is None else weights
     network = [] if teacher.network is None else teacher.network.parameters()
     view = 3 * config.view.image_size**2 * (1 + 4)  # uint8 and normalised
-    activations = (found.saved / found.images + view) * micro
+    largest = max(config.view.size_of(epoch) for epoch in range(config.epochs))
+    saved = found.saved * (largest / config.view.size_of(0)) ** 2
+    activations = (saved + view) * micro
     return int(2 * weights + average + optimizer + sum(v.nbytes for v in network) + activations)
