@@ -447,8 +447,35 @@ def test_another_manifest_names_every_difference(tmp_path):
         'teacher.name is "n\\u00e4ive", expected absent',
     ):
         assert part in text
-    assert "view.mean" not in text
+    assert "view.mean" not in text and "this cache fits" not in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flags"),
+    [
+        ("view.flip_prob", 0.25, "--view.flip-prob 0.25"),
+        ("view.crop_scale", [0.2, 1], "--view.crop-scale 0.2 1"),
+        ("view.augment", "none", "--view.augment none"),
+        ("view.augment", "no\nne", None),  # of a file that somebody else made
+        ("teacher.batch", 64, "--teacher-batch 64"),
+        ("view.size_schedule", [[0, 160], [5, 224]], None),
+        ("view.plan", 1, None),
+        ("dataset.sha256", "ab", None),
+    ],
+)
+def test_another_manifest_names_the_flags_that_fit(tmp_path, field, value, flags):
+    manifest, other = make_manifest(), make_manifest()
+    manifest["fingerprint"] |= {"view.seed": 7, field: value}
+    other["fingerprint"] |= {"view.seed": 8, field: 999}
+    write_cache(tmp_path, manifest)
+    with pytest.raises(CacheMismatch) as caught:
+        LogitCacheWriter(tmp_path, other)
+    if flags is None:
+        assert "this cache fits" not in str(caught.value)
+        return
+    named = str(caught.value).rpartition("; this cache fits with ")[2]
+    assert {*named.split()} == {*flags.split(), "--seed", "7"}
 
 
 def test_info_is_not_compared_and_numbers_by_value(tmp_path):

@@ -6,6 +6,7 @@ view that strays into another cache, or a manifest edited afterwards, is refused
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any
 
 from deit_fast import _C
 from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
-from deit_fast.config import CodecConfig
+from deit_fast.config import CodecConfig, ViewConfig
 from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.runtime.files import create_atomically, read_json, sealed_json
 
@@ -171,18 +172,37 @@ def require_equal(
             False: it may not.
 
     Raises:
-        CacheMismatch: names every differing field with both values.
+        CacheMismatch: names every differing field with both values, and the flags that give the
+            cache's values, if these are all that differs.
     """
     found, plain = fields(manifest), json.loads(json.dumps(fields(expected)))
     names = plain.keys() | (_OF_SOME_VIEWS if "view.image_size" in plain else set())
     differing = [
-        f"{name} is {_show(found, name)}, expected {_show(plain, name)}"
+        name
         for name in sorted(names if only else plain.keys() | found.keys())
         if (name in found) != (name in plain) or found.get(name) != plain.get(name)
     ]
     if differing:
         noun = "one field" if len(differing) == 1 else f"{len(differing)} fields"
-        raise CacheMismatch(f"cache {folder} differs in {noun}: {'; '.join(differing)}")
+        shown = [
+            f"{name} is {_show(found, name)}, expected {_show(plain, name)}" for name in differing
+        ]
+        flags = [_flag(name, found.get(name)) for name in differing]
+        remedy = "" if None in flags else f"; this cache fits with {' '.join(map(str, flags))}"
+        raise CacheMismatch(f"cache {folder} differs in {noun}: {'; '.join(shown)}{remedy}")
+
+
+def _flag(field: str, value: Any) -> str | None:
+    """The flags that give a compared field this value; None where no setting alone does."""
+    section, _, name = field.partition(".")
+    flag = {"view.seed": "--seed", "teacher.batch": "--teacher-batch"}.get(field)
+    if section == "view" and name in {item.name for item in dataclasses.fields(ViewConfig)}:
+        flag = f"--view.{name.replace('_', '-')}"
+    values = value if isinstance(value, list) else [value]
+    words = [
+        str(v) for v in values if type(v) in (int, float) or (type(v) is str and v.isidentifier())
+    ]
+    return None if flag is None or len(words) < len(values) else " ".join([flag, *words])
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:
