@@ -198,7 +198,10 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     missing = sorted(set(range(config.views_used)) - set(cache.views))
     if missing:
         # With several sizes num_views is the number of epochs.
-        fewer = "" if config.view.size_schedule else ", or train with a smaller --num-views"
+        some = missing[0] // config.view.repeats * config.view.repeats
+        fewer = f", or train with --num-views {some}"
+        if not some or config.view.size_schedule:
+            fewer = ""
         raise InputError(
             f"cache {config.cache} lacks {len(missing)} of the run's {config.views_used} views, "
             f"the first is {missing[0]}: precompute them{fewer}"
