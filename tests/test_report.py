@@ -211,7 +211,7 @@ def test_values_of_a_wrong_type_name_the_run(
     add_analysis(make_run(tmp_path / "a"))
     path = tmp_path / "a" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    assert main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "out.html")]) == 2
+    assert main(["report", str(tmp_path / "a"), "--output", str(tmp_path / "out.html")]) == 2
     line = capsys.readouterr().err
     assert "a file of a is damaged or was edited" in line and line.count("\n") == 1
     assert not (tmp_path / "out.html").exists()
@@ -286,7 +286,7 @@ def test_damage_is_named(
     else:
         (run / file).write_bytes(content)
     out = tmp_path / "out.html"
-    assert main(["report", str(run), "--out", str(out)]) == 2
+    assert main(["report", str(run), "--output", str(out)]) == 2
     line = capsys.readouterr().err
     assert line.startswith("deit-fast: error: ") and line.count("\n") == 1
     assert f"{run / file} {message}" in line
@@ -344,7 +344,7 @@ def test_the_report_verb_writes_the_file_and_prints_its_path(
 ) -> None:
     run = make_run(tmp_path / "a")
     out = tmp_path / "new" / "page.html"
-    assert main(["report", str(run), "--out", str(out), "--title", "My title"]) == 0
+    assert main(["report", str(run), "--output", str(out), "--title", "My title"]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert "<h1>My title</h1>" in out.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="is a folder"):
@@ -461,6 +461,17 @@ def test_one_point_and_many_lines_still_make_a_chart() -> None:
     numbers = [float(n) for n in re.findall(r'(?:cx|cy|x|y)="([-\d.]+)"', chart)]
     assert numbers and all(map(math.isfinite, numbers))
     assert "stroke-dasharray" in chart  # colours repeat after eight lines
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[(2.0, 0.1734)], [(1.0, 0.5), (2.0, 0.5)], [(0.0, 0.0), (1.0, 0.0)], [(3.0, 1e-4)]],
+    ids=["point", "level", "zeros", "small"],
+)
+def test_ticks_of_equal_values_differ(points: list[tuple[float, float]]) -> None:
+    chart = drawn("t", [charts.Line("a", None, points)], charts.short_percent)
+    ticks = re.findall(r">([^<>]+ %)</text>", chart)
+    assert len(ticks) == len({*ticks}) > 2 and not any(tick.startswith("-") for tick in ticks)
 
 
 def test_a_chart_takes_its_colours_from_the_page_and_its_axis_includes_the_floor() -> None:

@@ -133,11 +133,17 @@ def line_chart(
                 *zip(*line.points, strict=True), gid=f"line-{number}", color=line.colour,
                 marker="o", clip_on=False, linestyle=(0, dashes) if dashes else "-",
             )  # fmt: skip
-        low, high = axes.dataLim.intervaly
+        first, end = map(float, axes.dataLim.intervalx)
+        least, most = map(float, axes.dataLim.intervaly)
+        least = least if floor is None else min(least, floor)
+        margin = max(abs(least), abs(most)) / 10
+        if most - least <= margin / 100:  # one value: ticks would repeat
+            least, most = least - margin, most + (margin or 1.0)
         y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
-        rounded = y_ticks.tick_values(low if floor is None else min(low, floor), high)
+        rounded = y_ticks.tick_values(least, most)
         axes.set_ylim(rounded[0], rounded[-1])
-        axes.margins(x=0)
+        if first < end:
+            axes.set_xlim(first, end)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y", linewidth=1)
         axes.set_axisbelow(True)
