@@ -150,24 +150,24 @@ def verify(
     return columns(rows)
 
 
-def export(path: str, /, *, out: str, views: str | None = None) -> str:
+def export(path: str, /, *, output: str, views: str | None = None) -> str:
     """Write a cache as Parquet, or as dense tensors in a .safetensors or .pt file.
 
     Args:
         path: Folder of the cache.
-        out: File to write; its suffix .parquet, .safetensors or .pt says what.
+        output: File to write; its suffix .parquet, .safetensors or .pt says what.
         views: Only the views A to B-1, written A:B; none: all complete views.
     """
-    require_writable("--out", out, is_folder=False)
+    require_writable("--output", output, is_folder=False)
     from deit_fast.cache.export import export as run
 
-    result = run(path, out, view_range(views))
+    result = run(path, output, view_range(views))
     rows = [("wrote", result["out"]), ("records", str(result["records"])),
             ("size", size_text(result["bytes"]))]  # fmt: skip
     return columns(rows)
 
 
-def import_tinyvit(folder: str, /, *, out: str, num_classes: Count) -> str:
+def import_tinyvit(folder: str, /, *, output: str, num_classes: Count) -> str:
     """Import TinyViT's stored logits, for `info` and `export` only; no run can use them.
 
     Their views come from seeds of TinyViT's own augmentation code, which this project's loader
@@ -175,14 +175,14 @@ def import_tinyvit(folder: str, /, *, out: str, num_classes: Count) -> str:
 
     Args:
         folder: Folder with TinyViT's folders logits_top{K}_epoch{e}.
-        out: Folder of the new cache.
+        output: Folder of the new cache.
         num_classes: Number of the teacher's classes, which TinyViT does not store.
     """
-    require_writable("--out", out)
+    require_writable("--output", output)
     from deit_fast.cache.tinyvit import import_tinyvit as run
 
-    result = run(folder, out, num_classes)
-    rows = [("cache", out), ("views", str(result["views"])), ("samples", str(result["samples"])),
+    result = run(folder, output, num_classes)
+    rows = [("cache", output), ("views", str(result["views"])), ("samples", str(result["samples"])),
             ("dropped", f"{result['dropped']} keys that not every epoch has")]  # fmt: skip
     return columns(rows)
 

@@ -237,7 +237,7 @@ def analyze(
     sample: CountOrZero | None = None,
     maps: CountOrZero = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    out: Path | None = None,
+    output: Path | None = None,
     late_fusion: Count | None = None,
 ) -> str:
     """Analyse finished runs: tokens, heads, disagreement, calibration, attention, the teacher.
@@ -262,15 +262,15 @@ def analyze(
             which the teacher is least certain.
         maps: Number of images whose attention is drawn.
         device: `auto`: CUDA where available.
-        out: JSON file to write as well, with the figures of all runs, versions and command.
+        output: JSON file to write as well, with the figures of all runs, versions and command.
         late_fusion: Also train classifiers on the sum and on the concatenation of both tokens'
             embeddings, on this many training images, evenly spaced; none: without.
     """
     _require_runs("analyze", runs)
     for run in runs:
         require_writable("the run's folder", run / "analysis")
-    if out is not None:
-        require_writable("--out", out, is_folder=False)
+    if output is not None:
+        require_writable("--output", output, is_folder=False)
     for run in runs:
         require_run(run)
     if data_root is not None:
@@ -290,10 +290,10 @@ def analyze(
         sample=sample, maps=maps, device=device, models=[model] if model else [],
         late_fusion=late_fusion,
     )  # fmt: skip
-    if out is not None:
-        write_summary(results, out)
+    if output is not None:
+        write_summary(results, output)
     text = render(results, short_names(runs), tty=sys.stdout.isatty())
-    written = [*(run / "analysis" for run in runs), *([out] if out else [])]
+    written = [*(run / "analysis" for run in runs), *([output] if output else [])]
     return f"{text}\nwrote {', '.join(map(str, written))}"
 
 
@@ -343,7 +343,7 @@ def report(
     runs: tuple[Path, ...],
     /,
     *,
-    out: Path | None = None,
+    output: Path | None = None,
     title: str = "deit_fast runs",
     pictures: bool = True,
 ) -> str:
@@ -353,21 +353,21 @@ def report(
 
     Args:
         runs: Folders of the runs.
-        out: File to write. None: report.html, in the folder of a single run, else in this folder.
+        output: File to write. None: report.html, in the folder of a single run, else here.
         title: Heading of the page.
         pictures: Show images of the data set; leave them out where they are private.
     """
     _require_runs("report", runs)
-    if out is not None:
-        require_writable("--out", out, is_folder=False)
+    if output is not None:
+        require_writable("--output", output, is_folder=False)
     for run in runs:
         require_run(run)
     from deit_fast.tools.report.page import default_page, write_report
 
-    out = default_page(runs) if out is None else out
-    require_writable("--out", out, is_folder=False)
-    write_report(runs, out, title, pictures)
-    return f"wrote {out}"
+    output = default_page(runs) if output is None else output
+    require_writable("--output", output, is_folder=False)
+    write_report(runs, output, title, pictures)
+    return f"wrote {output}"
 
 
 def export(

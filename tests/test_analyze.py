@@ -328,7 +328,7 @@ def found(world: Path) -> dict[str, dict[str, Any]]:
     names = ("none", "hard", "soft")
     spec = f"{CONVNET}@{world}/teacher.safetensors"
     runs = [str(world / name) for name in names]
-    assert main(["analyze", *runs, "--teacher", spec, "--out", str(world / "out.json")]) == 0
+    assert main(["analyze", *runs, "--teacher", spec, "--output", str(world / "out.json")]) == 0
     return {n: json.loads((world / n / "analysis/analysis.json").read_text()) for n in names}
 
 

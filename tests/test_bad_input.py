@@ -235,12 +235,12 @@ OUTPUTS = {
     "demo --save-analysis": "file",
     "train --output": "folder",
     "precompute --cache": "folder",
-    "analyze run --out": "file",
+    "analyze run --output": "file",
     "pack run": "folder",
-    "report run --out": "file",
+    "report run --output": "file",
     "cache info run --html": "file",
-    "cache export run --out": "file",
-    "cache import-tinyvit run --num-classes 3 --out": "folder",
+    "cache export run --output": "file",
+    "cache import-tinyvit run --num-classes 3 --output": "folder",
 }
 
 

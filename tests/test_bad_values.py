@@ -79,11 +79,11 @@ def command(verb: str, root: Path, cache: str = "out/cache", output: str = "out/
         "precompute": settings,
         "evaluate": [run],
         "analyze": [run, "--max-images", "8", "--maps", "1"],
-        "report": [run, "--out", f"{out}/report.html"],
+        "report": [run, "--output", f"{out}/report.html"],
         "cache info": [made],
         "cache verify": [made],
-        "cache export": [made, "--out", f"{out}/cache.pt"],
-        "cache import-tinyvit": [made, "--out", out, "--num-classes", "10"],
+        "cache export": [made, "--output", f"{out}/cache.pt"],
+        "cache import-tinyvit": [made, "--output", out, "--num-classes", "10"],
         "recipes show": ["deit_small"],
     }
     return [*verb.split(), *words.get(verb, [])]

@@ -179,10 +179,10 @@ def test_a_name_that_no_view_has_is_reported(cache_folder, capsys, stem, suffix)
 @pytest.mark.parametrize("text", ["0:" + "1" * 23, "1" * 4096 + ":2", "0:2147483649", "2:1", "a:b"])
 def test_view_ids_that_cannot_be_are_refused(cache_folder, tmp_path, capsys, text):
     status, _, err = run(
-        capsys, "cache", "export", cache_folder, "--out", tmp_path / "a.pt", "--views", text
+        capsys, "cache", "export", cache_folder, "--output", tmp_path / "a.pt", "--views", text
     )
     assert status == 2 and err.count("\n") == 1 and "--views" in err and len(err) < 300
-    status, _, err = run(capsys, "cache", "export", cache_folder, "--out", tmp_path / "a.pt",
+    status, _, err = run(capsys, "cache", "export", cache_folder, "--output", tmp_path / "a.pt",
                          "--views", "0:2147483648")  # fmt: skip
     assert status == 2 and "does not have view 2 complete" in err
 
@@ -377,7 +377,7 @@ def test_what_is_no_file_is_refused_at_once(cache_folder, monkeypatch, capsys, n
     write_digests(cache_folder, 0)
     replace_by(kind, cache_folder / name)
     is_manifest = name == "manifest.json"
-    for words in (["info"], ["verify"], ["export", "--out", cache_folder / "out.pt"]):
+    for words in (["info"], ["verify"], ["export", "--output", cache_folder / "out.pt"]):
         status, out, err = run(capsys, "cache", words[0], cache_folder, *words[1:])
         assert "Traceback" not in err
         if is_manifest:

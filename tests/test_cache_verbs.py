@@ -231,8 +231,8 @@ def test_agreement_counts_the_label_of_larger_weight(root, capsys):
 
 def test_parquet_holds_every_record(root, capsys, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
-    status, out, _ = run(capsys, "cache", "export", root / "topk", "--out", tmp_path / "a.parquet",
-                         "--views", "1:3")  # fmt: skip
+    status, out, _ = run(capsys, "cache", "export", root / "topk", "--output",
+                         tmp_path / "a.parquet", "--views", "1:3")  # fmt: skip
     assert status == 0 and "120" in out
     table = pq.read_table(tmp_path / "a.parquet")
     assert table["sample"].to_pylist() == [*range(60)] * 2
@@ -249,7 +249,7 @@ def test_parquet_holds_every_record(root, capsys, tmp_path):
 @pytest.mark.parametrize(("codec", "name"), [("dense-fp16", "logits"), ("hard", "label")])
 def test_tensors_are_samples_by_views(root, capsys, tmp_path, suffix, codec, name):
     out = tmp_path / f"a.{suffix}"
-    assert run(capsys, "cache", "export", root / codec, "--out", out)[0] == 0
+    assert run(capsys, "cache", "export", root / codec, "--output", out)[0] == 0
     tensors = load_file(out) if suffix == "safetensors" else torch.load(out, weights_only=True)
     cache = LogitCache.open(root / codec)
     assert tensors["views"].tolist() == [0, 1, 2] and tensors[name].shape[:2] == (60, 3)
@@ -259,7 +259,7 @@ def test_tensors_are_samples_by_views(root, capsys, tmp_path, suffix, codec, nam
 
 
 def test_export_of_a_missing_view_leaves_nothing(root, capsys, tmp_path):
-    status, _, err = run(capsys, "cache", "export", root / "hard", "--out", tmp_path / "a.pt",
+    status, _, err = run(capsys, "cache", "export", root / "hard", "--output", tmp_path / "a.pt",
                          "--views", "1:5")  # fmt: skip
     assert status == 2 and "does not have view 3 complete" in err
     assert list(tmp_path.iterdir()) == []
@@ -277,8 +277,8 @@ def test_tinyvits_epochs_become_views(tmp_path, capsys):
         half = [dict(items[1::2]), dict(items[::2])]
         half[1][items[1][0]] = items[0][1]  # a padded key: the first rank's record counts
         write_tinyvit(tmp_path / "t", 5, epoch, half)
-    status, out, _ = run(capsys, "cache", "import-tinyvit", tmp_path / "t", "--out", tmp_path / "c",
-                         "--num-classes", 40000)  # fmt: skip
+    status, out, _ = run(capsys, "cache", "import-tinyvit", tmp_path / "t", "--output",
+                         tmp_path / "c", "--num-classes", 40000)  # fmt: skip
     assert status == 0 and "1 keys that not every epoch has" in out
     assert (tmp_path / "c/keys.txt").read_text().split() == sorted(names)
     cache = LogitCache.open(tmp_path / "c")
@@ -297,7 +297,7 @@ def test_tinyvits_epochs_become_views(tmp_path, capsys):
     assert big > 10, "no id that int16 wraps"
     assert run(capsys, "cache", "info", tmp_path / "c")[0] == 0
     assert run(capsys, "cache", "verify", tmp_path / "c")[0] == 0
-    assert run(capsys, "cache", "export", tmp_path / "c", "--out", tmp_path / "c.pt")[0] == 0
+    assert run(capsys, "cache", "export", tmp_path / "c", "--output", tmp_path / "c.pt")[0] == 0
 
 
 def test_a_second_import_into_the_same_cache_is_refused(tmp_path):

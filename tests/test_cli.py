@@ -252,11 +252,14 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
     [
         ("trian", "unknown verb 'trian' (did you mean train?); see `deit-fast --help`"),
         ("cache", "cache needs a verb: one of cache info, cache verify, cache export, cache imp"),
-        ("cache export x", "cache export needs --out (file to write; its suffix .parquet"),
-        ("cache export x --out y --views 2", "--views needs A:B"),
-        ("cache export x --out y.csv", "--out needs a name that ends in .parquet, .safetensors"),
-        ("cache import-tinyvit tests --out y --num-classes 9", "tests has no folder logits_top"),
-        ("cache import-tinyvit gone --out y --num-classes 9", "gone is not a folder"),
+        ("cache export x", "cache export needs --output (file to write; its suffix .parquet"),
+        ("cache export x --output y --views 2", "--views needs A:B"),
+        (
+            "cache export x --output y.csv",
+            "--output needs a name that ends in .parquet, .safetensors",
+        ),
+        ("cache import-tinyvit tests --output y --num-classes 9", "tests has no folder logits_top"),
+        ("cache import-tinyvit gone --output y --num-classes 9", "gone is not a folder"),
         ("cache verify x --teacher timm:y", "--teacher and --data-root go together"),
         (
             "cache verify x --samples 0",
@@ -350,7 +353,7 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("evaluate a b", "unexpected argument 'b'"),
         ("evaluate a --batch-size 0", "--batch-size must be a whole number in [1, 2147483647], "),
         ("report", "report needs the folder of a run; see `deit-fast report --help`"),
-        ("report nowhere also --out x --title y", "run folder nowhere does not exist"),
+        ("report nowhere also --output x --title y", "run folder nowhere does not exist"),
         ("recipes show deit_smal", "unknown recipe 'deit_smal' (did you mean deit_small?)"),
         ("demo --seeds 1 x", "--seeds cannot be read from '1', 'x'"),
         ("doctor --workers -", "--workers needs a whole number, not '-'"),

@@ -27,7 +27,7 @@ COMPLETED = {
     "deit-fast train --model.no": "--model.no-fused",
     "deit-fast precompute --dry": "--dry-run",
     "deit-fast evaluate runs/a --weights b": "best",
-    "deit-fast cache export x --o": "--out",
+    "deit-fast cache export x --o": "--output",
     "deit-fast recipes show own_images own": "",  # its one name is there
     "deit-fast train --data.root ": "",  # left to the shell, which completes paths
     "deit-fast nonsense ": "",

@@ -155,7 +155,7 @@ def verb(name: str, run: Path, steps: int = STEPS) -> int:
         "train": ["--config", f"{run.parent}/config.json", "--output", run, "--max-steps", steps],
         "evaluate": [run],
         "analyze": [run, "--maps", "1"],
-        "report": [run, "--out", run.parent / "page.html"],
+        "report": [run, "--output", run.parent / "page.html"],
     }[name.split()[0]]
     return cli.main([*name.split(), *map(str, arguments)])
 

@@ -216,10 +216,10 @@ def test_an_output_through_a_link_replaces_what_the_link_leads_to(tmp_path):
 
 def test_an_output_does_not_replace_a_file_of_a_run(tmp_path):
     path = tmp_path / "result.json"
-    files.require_writable("--out", path, is_folder=False)
+    files.require_writable("--output", path, is_folder=False)
     path.touch()
-    with pytest.raises(InputError, match=r"--out: .*result\.json is of a run or a cache"):
-        files.require_writable("--out", path, is_folder=False)
+    with pytest.raises(InputError, match=r"--output: .*result\.json is of a run or a cache"):
+        files.require_writable("--output", path, is_folder=False)
 
 
 def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):

@@ -64,11 +64,11 @@ WRONG = {
     "train --data.root data --cache empty": "empty is not a cache: it has no manifest.json",
     "cache info nowhere": "nowhere is no cache: it does not exist; check the path",
     "cache verify nowhere": "nowhere is no cache: it does not exist; check the path",
-    "cache export nowhere --out x.pt": "nowhere is no cache: it does not exist; check the path",
+    "cache export nowhere --output x.pt": "nowhere is no cache: it does not exist; check the path",
     "evaluate rum": "run folder rum does not exist (did you mean run?)",
     "evaluate page.pth": "page.pth is a file: name the folder of the run",
     "evaluate runs": "it holds runs: name one of them, such as runs/a",
-    "report empty --out page.html": "is not the folder of a run: empty/config.json does not exist",
+    "report empty --output page.html": "is not the folder of a run: empty/config.json does not",
     "analyze empty": "is not the folder of a run: empty/config.json does not exist",
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def set_model(run: Path, name: str, **changes: object) -> None:
 
 
 VERBS = ["evaluate RUN", "evaluate RUN --weights best", "analyze RUN", "analyze RUN RUN --maps 0",
-         "report RUN --out RUN/page.html", "doctor --report --output RUN"]  # fmt: skip
+         "report RUN --output RUN/page.html", "doctor --report --output RUN"]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

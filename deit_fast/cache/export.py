@@ -46,7 +46,7 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
     """
     target = Path(out)
     if target.suffix not in FORMATS:
-        raise InputError(f"--out needs a name that ends in {', '.join(FORMATS)}, not {out}")
+        raise InputError(f"--output needs a name that ends in {', '.join(FORMATS)}, not {out}")
     cache = LogitCache.open(path)
     complete = cache.views
     requested = complete if views is None else views
