@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -165,7 +166,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     The job runs for half of its time, but no longer than ``TIMED_SECONDS``, with its loader's
     processes, teacher and codec; it stores nothing. Its images are spread over the data set.
     Several sizes of views share the time. Where full batches would take too long, smaller ones are
-    timed. The processes are assumed to share the blocks evenly.
+    timed. The time is that of the process with most blocks, if all of its blocks are of mean size.
 
     Returns:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
@@ -200,6 +201,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         batch_size * sum(share * seconds for share, seconds in zip(shares, column, strict=True))
         for column in zip(*[(t.loading, t.teacher, t.whole) for t in times], strict=True)
     )
+    share_of_one = math.ceil(len(missing) / processes) / max(1, len(missing))
     existing = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())
     return {
         "views": len(requested),
@@ -214,7 +216,7 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "teacher_seconds": round(teacher, 4),
         "images_per_s": round(batch_size / whole, 2),
         "processes": processes,
-        "seconds": round(images / batch_size * whole / processes, 1),
+        "seconds": round(images / batch_size * whole * share_of_one, 1),
     }
 
 

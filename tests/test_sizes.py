@@ -250,6 +250,11 @@ def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypat
     assert (found["loader_seconds"], found["teacher_seconds"]) == (32 * 1.5, 32 * 6.0)
     assert found["seconds"] == pytest.approx(210 * (4.5 + 9.5), rel=0.01)
     assert estimate(planned, range(1))["seconds"] == pytest.approx(210 * 4.5, rel=0.01)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)  # one of the processes gets no block, the others one each
+    shared = estimate(planned)
+    assert (shared["processes"], shared["blocks"]) == (3, 2)
+    assert shared["seconds"] == pytest.approx(found["seconds"] / 2, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------

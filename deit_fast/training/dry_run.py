@@ -216,18 +216,20 @@ def _measure(
     else:
         found = steps.alone(few)
         rough = found.loading + found.training
-        few = even(images_to_time(rough, workers=0, seconds=SECONDS / 2, most=micro))
+        few = images_to_time(rough, workers=0, seconds=SECONDS / 2, most=micro)
+        few = min(micro, _even(few))
     found = steps.alone(few)
     per_image = found.loading + found.training
     seconds = min(SECONDS, left * per_image / 2)
     if device.type == "cpu":
-        size = even(images_to_time(per_image, workers=workers, seconds=seconds, most=micro))
+        size = images_to_time(per_image, workers=workers, seconds=seconds, most=micro)
+        size = min(micro, _even(size))
     whole = seconds_per_batch(steps.run(size), workers=workers, seconds=seconds)
     whole = max(whole - found.update, 0.0) / size
     return dataclasses.replace(found, images=size, whole=whole)
 
 
-def even(count: int) -> int:
+def _even(count: int) -> int:
     """The even number below, at least FEW: some views are mixed in pairs."""
     return max(FEW, count // 2 * 2)
 
