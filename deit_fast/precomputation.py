@@ -303,7 +303,7 @@ class _Job:
         last = self.source.num_samples - size
         calls = [
             (np.arange(start, start + size), np.full(size, view, np.int32))
-            for start in [int(n * golden % 1 * (last + 1)) for n in range(1000)]
+            for start in [int(n * golden % 1 * (last + 1)) for n in range(100)]
         ]
         data = dataclasses.replace(self.config.data, workers=workers)
         return open_loader(data, self.source, self.plan, Repeated(calls), device=self.device)

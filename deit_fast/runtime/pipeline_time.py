@@ -37,16 +37,16 @@ def seconds_per_batch(finished: Iterable[object], *, workers: int, seconds: floa
     """
     a_round = max(1, workers)
     count = -a_round - 1
-    started = elapsed = 0.0
+    started = mean = 0.0
     for _ in finished:
         count += 1
         if count == 0:
             started = time.perf_counter()
         if count > 0 and count % a_round == 0:
-            elapsed = (time.perf_counter() - started) / count
-            if elapsed * count >= seconds:
+            mean = (time.perf_counter() - started) / count
+            if mean * count >= seconds:
                 break
-    return elapsed
+    return mean
 
 
 def images_to_time(per_image: float, *, workers: int, seconds: float, most: int) -> int:

@@ -291,7 +291,7 @@ class _Steps:
     def _batches(self, images: int, workers: int | None) -> Iterator[ViewBatch]:
         config = self.config.replace(batch_size=images)
         batches = run_batches(config, self.source.num_samples, ProcessGroup())
-        first_epoch = [batches[n] for n in range(min(batches.steps.phases[0].per_epoch, 1000))]
+        first_epoch = [batches[n] for n in range(min(batches.steps.phases[0].per_epoch, 100))]
         plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         data = dataclasses.replace(config.data, workers=workers)
         loader = open_loader(
