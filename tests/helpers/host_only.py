@@ -6,6 +6,8 @@ Import it in a separate process, before a kernel is launched: it replaces Triton
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +88,27 @@ def in_launches(calls: dict[str, Callable[[], Any]], rounds: int = 150) -> dict[
             times[name].append(time.perf_counter() - start)
     least = {name: min(seen) for name, seen in times.items()}
     return {name: seconds / least["bare"] for name, seconds in least.items() if name != "bare"}
+
+
+def python_calls(calls: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """How many functions, of Python and C, one of many calls enters."""
+    counts = {}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        entered = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal entered
+            entered += event in ("call", "c_call")
+
+        gc.disable()  # its callbacks come at any time
+        sys.setprofile(count)
+        call()
+        sys.setprofile(None)
+        gc.enable()
+        counts[name] = entered
+    return counts
 
 
 def _randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
