@@ -101,7 +101,7 @@ def translate_errors(device: torch.device, remedy: str) -> Iterator[None]:
                 f"({_relevant_sentence(error)}); {remedy}"
             ) from error
         if _is_dead_worker(error):
-            reason = _relevant_sentence(_report_of_dead_worker(error))
+            reason = _relevant_sentence(error)
             raise ChildProcessError(
                 f"a process that loads images died ({reason}); the system kills one where memory "
                 f"runs out: see its log, and try fewer data.workers"
@@ -144,13 +144,14 @@ def _is_dead_worker(error: Exception) -> bool:
     return isinstance(error, (FileNotFoundError, ConnectionError, EOFError))
 
 
-def _report_of_dead_worker(error: Exception) -> Exception:
-    """torch's own error, which names process and signal.
+def report_of_dead_worker(error: Exception) -> Exception:
+    """torch's own error, which names process and signal, or ``error``, if there is none.
 
     The system reports a death after it has closed the process's sockets, so torch's handler may
-    raise it shortly after the socket failed.
+    raise it shortly after the socket failed. Call this at once: the handler interrupts whatever
+    runs then, also the code that handles errors.
     """
-    if isinstance(error, RuntimeError):
+    if not _is_dead_worker(error) or isinstance(error, RuntimeError):
         return error
     try:
         time.sleep(0.2)

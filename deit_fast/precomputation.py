@@ -87,7 +87,7 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     group = read_process_group()
     job = _Job(config)
     requested = range(config.views_used) if views is None else views
-    sizes = f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
+    sizes = _remedy(config)
     # Before anything is written. The processes share nothing: where one may refuse, all look.
     if group.is_first or config.teacher_floor is not None:
         with translate_errors(job.device, sizes):
@@ -160,6 +160,10 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     }
 
 
+def _remedy(config: RunConfig) -> str:
+    return f"teacher_batch={config.teacher_batch}: a smaller one needs less, in a new cache"
+
+
 def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     """What ``precompute`` would write and how long it would take; writes nothing.
 
@@ -192,10 +196,11 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
     view_of = {config.view.size_of(view): view for view in reversed(requested)}
     sides = [*images_of] or [config.view.size_of(requested[0])]
     limit = TIMED_SECONDS / len(sides)
-    times = [
-        job.time_batches(batch_size, view_of[side], images_of[side] or batch_size, limit)
-        for side in sides
-    ]
+    with translate_errors(job.device, _remedy(config)):
+        times = [
+            job.time_batches(batch_size, view_of[side], images_of[side] or batch_size, limit)
+            for side in sides
+        ]
     shares = [images_of[side] / images if images else 1.0 for side in sides]
     loading, teacher, whole = (
         batch_size * sum(share * seconds for share, seconds in zip(shares, column, strict=True))

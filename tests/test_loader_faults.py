@@ -200,6 +200,35 @@ def test_a_broken_connection_of_a_file_system_is_no_dead_process():
         raise unnamed
 
 
+def test_a_pass_waits_for_the_report_of_a_dead_process(roots, monkeypatch):
+    """torch's handler runs a moment after the socket failed, and would interrupt the handling."""
+
+    def report(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    class Dead:
+        def __next__(self) -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+        def __iter__(self) -> Dead:
+            return self
+
+    source = open_source(roots["folder"], "val", 32)
+    passed = ViewLoader(
+        source, ViewPlan(PLAIN, 0, source.num_samples), batches_of(source), workers=1,
+        on_error="fail",
+    )  # fmt: skip
+    monkeypatch.setattr(loader_module.Batches, "_loader", lambda *_: Dead())
+    before = signal.signal(signal.SIGALRM, report)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            list(passed)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys, tmp_path):
     def dies(*_: object) -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")

@@ -28,7 +28,7 @@ from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import build_rows
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.data.watch import POLL_SECONDS, Watch, note_sample
-from deit_fast.errors import InputError, first_line
+from deit_fast.errors import InputError, first_line, report_of_dead_worker
 from deit_fast.views.plan import BatchMix, ViewPlan, lam_of
 
 T = TypeVar("T")
@@ -277,6 +277,8 @@ class Batches:
                     if not str(error).startswith("DataLoader timed out"):
                         raise
                     item = _TIMED_OUT
+                except (OSError, EOFError) as error:
+                    item = _Failure(report_of_dead_worker(error))
                 if item is _TIMED_OUT:
                     watch.waited()
                 elif item is _END:

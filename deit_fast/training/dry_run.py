@@ -19,6 +19,7 @@ from deit_fast.data.fingerprint import identify, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.data.sources import Source
+from deit_fast.errors import translate_errors
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, read_process_group
 from deit_fast.runtime.pipeline_time import (
@@ -104,7 +105,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     micro = share // config.accumulate
     steps = batches.steps
     left = (steps.samples(total) - steps.samples(min(done, total))) // group.world_size
-    found = _measure(config, source, teacher, device, micro, left, checkpoint is not None)
+    parts = f"batch_size={config.batch_size} in accumulate={config.accumulate} parts"
+    with translate_errors(device, f"{parts}: a larger accumulate needs less"):
+        found = _measure(config, source, teacher, device, micro, left, checkpoint is not None)
     teacher.close()
 
     training = found.whole * _size_share(config)
