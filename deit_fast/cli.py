@@ -164,6 +164,8 @@ def _dry_training(config: RunConfig) -> str:
 
 
 def _dry_run(config: RunConfig, views: range | None) -> str:
+    if config.cache is not None:
+        require_writable("--cache", config.cache)
     require_precompute_inputs(config)
     from deit_fast.precomputation import estimate
     from deit_fast.runtime.pipeline_time import loading_processes
@@ -171,7 +173,7 @@ def _dry_run(config: RunConfig, views: range | None) -> str:
 
     found = estimate(config, views)
     workers = loading_processes(config.data.workers)
-    speed = f"{found['images_per_s']:.0f} img/s a process, {found['processes']} of them"
+    speed = f"{found['images_per_s']:.3g} img/s a process, {found['processes']} of them"
     rows = [
         ("cache", str(config.cache)),
         ("views", str(found["views"])),
@@ -583,7 +585,7 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as error:
         return _fail(str(error), status=error.status)
     except KeyboardInterrupt:
-        kept = _KEPT.get(words[0], "") if words else ""
+        kept = "" if not words or "--dry-run" in words else _KEPT.get(words[0], "")
         print(f"deit-fast: interrupted{kept}", file=sys.stderr)
         return 130
 

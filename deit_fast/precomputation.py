@@ -28,7 +28,7 @@ from deit_fast.data.fingerprint import digest_views, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import DeviceLoader, open_loader, open_source
 from deit_fast.data.sources import say_warnings
-from deit_fast.errors import CacheError, translate_errors
+from deit_fast.errors import CacheError, RowError, translate_errors
 from deit_fast.inputs import require_precompute_inputs
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import choose_device, has_bf16, read_process_group
@@ -275,7 +275,12 @@ class _Job:
         codec = codec_from_config(self.config.codec, len(self.source.classes), self.config.loss.tau)
 
         def encode(item: tuple[ViewBatch, torch.Tensor]) -> object:
-            return codec.encode(item[1]).cpu()  # `cpu` waits for a GPU
+            batch, logits = item
+            try:
+                return codec.encode(logits).cpu()  # `cpu` waits for a GPU
+            except RowError as error:
+                where = f"view {view} sample {batch.sample_ids[error.row]}"
+                raise CacheError(f"{where}: {error.reason}") from None
 
         def alone(size: int) -> tuple[float, float]:
             """Seconds of an image to load and to run the teacher on. The first batch makes tables

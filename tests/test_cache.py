@@ -460,6 +460,7 @@ def test_another_manifest_names_every_difference(tmp_path):
         ("view.augment", "no\nne", None),  # of a file that somebody else made
         ("teacher.batch", 64, "--teacher-batch 64"),
         ("view.size_schedule", [[0, 160], [5, 224]], None),
+        ("view.repeats", 3, None),  # --num-views depends on it
         ("view.plan", 1, None),
         ("dataset.sha256", "ab", None),
     ],

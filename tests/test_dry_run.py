@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast import cli
+from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models.convnet import small_convnet
 from deit_fast.runtime.pipeline_time import (
@@ -21,7 +23,7 @@ from deit_fast.runtime.pipeline_time import (
     seconds_per_batch,
     usable_cores,
 )
-from deit_fast.training.dry_run import dry_run
+from deit_fast.training.dry_run import _size_share, dry_run
 from deit_fast.training.loop import train
 from helpers.digits import write_few_digits
 from helpers.runs import run_config
@@ -95,6 +97,35 @@ def test_the_command_names_the_views_that_a_cache_lacks(world, tmp_path, capsys)
     assert "view.seed" in capsys.readouterr().err
 
 
+def test_what_a_dry_run_times_is_not_compiled(world, tmp_path, monkeypatch):
+    """Each number of images would be compiled anew, and its time measured."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert dry_run(run_config(world, tmp_path / "run", compile="model"))["seconds"] > 0
+
+
+def test_the_sizes_of_the_epochs_that_are_left_count():
+    view = {"size_schedule": ((0, 112), (2, 224)), "image_size": 224, "repeats": 1}
+    config = RunConfig().replace(epochs=4, view=view)
+    assert _size_share(config, range(4)) == (1 + 1 + 4 + 4) / 4
+    assert _size_share(config, range(2, 4)) == 4
+
+
+def test_a_dry_precomputation_refuses_what_the_job_would_refuse(
+    world, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").touch()
+    teacher = f"deit_fast.models.convnet:small_convnet@{world}/teacher.safetensors"
+    words = ["precompute", "--recipe", "digits_student", "--data.root", f"{world}/data",
+             "--teacher", teacher, "--dry-run", "--cache"]  # fmt: skip
+    assert cli.main([*words, f"{tmp_path}/file"]) == 2
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+    nan = torch.full((1000, 10), float("nan"))
+    monkeypatch.setattr("deit_fast.precomputation._Job.logits", lambda _, batch: nan[: len(batch)])
+    assert cli.main([*words, f"{tmp_path}/cache"]) == 2
+    assert re.search(r"view 0 sample \d+: teacher logit nan", capsys.readouterr().err)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(world, tmp_path, capsys):
     config = run_config(world, tmp_path / "run", batch_size=500)
     path = tmp_path / "config.json"
@@ -125,11 +156,13 @@ def test_batches_of_a_pipeline(monkeypatch, workers, threads, processes, seconds
 @pytest.mark.parametrize(
     ("workers", "moments", "expected"),
     [
-        (0, [9, 12, 13, 14, 15, 16], 1.0),  # the first two batches set up what later ones reuse
-        (1, [9, 12, 13, 14, 15, 16], 1.0),
-        (2, [9, 9, 9.5, 9.5, 10.5, 10.5, 11.5, 11.5, 12.5], 0.5),  # two come at once, each second
-        (2, [9, 9, 9.5, 9.5, 14.5, 99], 2.5),  # the time is over after a round
-        (3, [9, 9, 9, 9, 10, 10, 13, 13, 13], 4 / 3),  # the last round is not whole
+        (0, [1, 2, 3, 4, 5, 99], 1.0),  # the first two batches set up what later ones reuse
+        (1, [1, 2, 3, 4, 5, 99], 1.0),
+        (2, [1, 1, 1.5, 1.5, 2.5, 2.5, 3.5, 3.5, 4.5, 99], 0.5),  # two come at once, each second
+        (2, [1, 1, 1.5, 1.5, 6, 99], 2.25),  # the time is over after a round
+        (3, [1, 1, 1, 1, 2, 2, 5, 5, 5], 4 / 3),  # the last round is not whole
+        (4, [5, 10, 15], 5.0),  # so slow that one batch has to do
+        (4, [1, 2, 3.5, 4, 7, 99], 1.75),
         (4, [1, 2, 3], 0.0),  # too few
     ],
 )
@@ -152,6 +185,22 @@ def test_only_whole_rounds_of_the_workers_are_timed(monkeypatch, workers, moment
 def test_timed_batches_fit_the_time(per_image, workers, most, expected):
     found = images_to_time(per_image, workers=workers, seconds=8.0, most=most)
     assert found == expected
+
+
+def test_slow_work_is_timed_for_twice_the_time_at_most(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("deit_fast.runtime.pipeline_time.time.perf_counter", lambda: now[0])
+    for workers in range(5):
+        for cost in (0.1, 0.7, 2.0, 50.0):
+            now[0] = 0.0
+
+            def finished(cost=cost):
+                while True:
+                    now[0] += cost
+                    yield
+
+            found = seconds_per_batch(finished(), workers=workers, seconds=3.0)
+            assert found == pytest.approx(cost) and now[0] <= 6 + 2 * cost
 
 
 def test_repeated_items():

@@ -196,7 +196,8 @@ def _flag(field: str, value: Any) -> str | None:
     """The flags that give a compared field this value; None where no setting alone does."""
     section, _, name = field.partition(".")
     flag = {"view.seed": "--seed", "teacher.batch": "--teacher-batch"}.get(field)
-    if section == "view" and name in {item.name for item in dataclasses.fields(ViewConfig)}:
+    names = {item.name for item in dataclasses.fields(ViewConfig)} - {"repeats"}  # see num_views
+    if section == "view" and name in names:
         flag = f"--view.{name.replace('_', '-')}"
     values = value if isinstance(value, list) else [value]
     words = [

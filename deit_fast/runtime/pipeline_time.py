@@ -28,7 +28,8 @@ def seconds_per_batch(finished: Iterable[object], *, workers: int, seconds: floa
 
     Workers that start together also finish together, so their batches come in rounds of ``workers``
     at first. Only whole rounds are counted. The first round and one batch more are not: they
-    include the start of the workers.
+    include the start of the workers. Where these take longer than ``seconds``, or all twice as
+    long, one batch has to do.
 
     Args:
         finished: gives a value when the work of a batch is done; at least two rounds and a batch.
@@ -37,14 +38,17 @@ def seconds_per_batch(finished: Iterable[object], *, workers: int, seconds: floa
     """
     a_round = max(1, workers)
     count = -a_round - 1
+    begun = time.perf_counter()
     started = mean = 0.0
     for _ in finished:
+        now = time.perf_counter()
         count += 1
-        if count == 0:
-            started = time.perf_counter()
-        if count > 0 and count % a_round == 0:
-            mean = (time.perf_counter() - started) / count
-            if mean * count >= seconds:
+        if count == 0 or (count < 0 and now - begun > seconds):
+            count, started = 0, now
+        is_late = now - begun > 2 * seconds
+        if count > 0 and (count % a_round == 0 or is_late):
+            mean = (now - started) / count
+            if is_late or now - started >= seconds:
                 break
     return mean
 

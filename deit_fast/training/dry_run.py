@@ -98,7 +98,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     total = min(len(batches), config.max_steps or len(batches))
 
     cache = _cache(config, source)
-    teacher = _teacher(config, source, device, cache)
+    # Each number of images would be compiled anew, within the time that is measured.
+    teacher = _teacher(config.replace(compile="none", cuda_graphs=False), source, device, cache)
     if checkpoint is not None:
         require_same_run(checkpoint, config, identify(source, held_out) | teacher.identity())
     share = config.batch_size // group.world_size
@@ -110,7 +111,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         found = _measure(config, source, teacher, device, micro, left, checkpoint is not None)
     teacher.close()
 
-    training = found.whole * _size_share(config)
+    first = min(steps.begun(min(done, total)), config.epochs - 1)
+    training = found.whole * _size_share(config, range(first, config.epochs))
     evaluating = pipeline_seconds(
         found.loading,
         found.evaluating * (config.view.image_size / config.view.size_of(0)) ** 2,
@@ -178,10 +180,10 @@ def _teacher(
     return RunTeacher(config, device)
 
 
-def _size_share(config: RunConfig) -> float:
-    """Mean number of pixels of a view, relative to one of the first epoch."""
-    sides = [config.view.size_of(epoch) for epoch in range(config.epochs)]
-    return sum((side / sides[0]) ** 2 for side in sides) / len(sides)
+def _size_share(config: RunConfig, epochs: range) -> float:
+    """Mean number of pixels of these epochs' views, relative to one of the first epoch."""
+    first = config.view.size_of(0)
+    return sum((config.view.size_of(epoch) / first) ** 2 for epoch in epochs) / len(epochs)
 
 
 # ---------------------------------------------------------------------------------------------
