@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,12 @@ from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
 from deit_fast.runtime.weights_header import WEIGHTS_FILES, read_digest, read_texts
 from deit_fast.training import checkpoints, loop, state
-from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from deit_fast.training.checkpoints import (
+    CheckpointWriter,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+)
 from deit_fast.training.loop import train
 from helpers.processes import redirect, start_forked
 from helpers.runs import (
@@ -414,6 +420,35 @@ def test_loader_process_killed(world, whole, tmp_path, capsys):
     assert 3 <= step <= 6
     assert_goes_on(config, whole, step)
     assert multiprocessing.active_children() == []
+
+
+def test_an_interrupted_wait_is_waited_for_again(tmp_path, monkeypatch):
+    """torch's handler raises in whatever line the main thread is when a loader process dies."""
+    may_write = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed")
+
+    def slow(*_: object) -> Path:
+        may_write.wait(60)
+        (tmp_path / "written").touch()
+        return tmp_path
+
+    monkeypatch.setattr("deit_fast.training.checkpoints.save_checkpoint", slow)
+    writer = CheckpointWriter(tmp_path, lambda: None)
+    writer.save(1, {})
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(RuntimeError, match="is killed"):
+            writer.wait()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not (tmp_path / "written").exists()
+    threading.Timer(0.1, may_write.set).start()
+    writer.wait()
+    assert (tmp_path / "written").exists()
 
 
 def test_data_removed_during_a_run(world, whole, tmp_path, capsys):

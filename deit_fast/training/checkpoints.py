@@ -64,6 +64,7 @@ class CheckpointWriter:
         self, folder: Path, require_owned: Callable[[], None], stays: Stays = never
     ) -> None:
         self.folder, self._require_owned, self._stays = folder, require_owned, stays
+        self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Path] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -76,9 +77,9 @@ class CheckpointWriter:
         self.wait()
         self._require_owned()
         copy = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
-        executor = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = executor.submit(self._write, step, copy)
-        executor.shutdown(wait=False)  # the thread ends with the task
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = self._executor.submit(self._write, step, copy)
+        self._executor.shutdown(wait=False)  # the thread ends with the task
 
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         self._require_owned()
@@ -91,9 +92,13 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when the last state is on the disk.
 
+        A signal's handler may raise at any line here and in ``save``; the next call still waits.
+
         Raises:
             OSError, InputError: it could not be written.
         """
+        if self._executor is not None:
+            self._executor.shutdown()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
