@@ -53,7 +53,7 @@ class Measured:
     Attributes:
         images: of a timed step.
         loading, training, evaluating: seconds of an image, each alone: loading in one process;
-            forward, backward and update; forward of an evaluation.
+            forward and backward; forward of an evaluation.
         whole: seconds of an image of the running loop, without the update of the weights.
         update: seconds of an update, whatever the number of images.
         saved: bytes that the forward keeps for the backward of an image.
