@@ -61,6 +61,10 @@ Deviation = Annotated[float, Within(0.001, 10)]
 EvalCrop = Annotated[float, Within(0.1, 1)]
 Temperature = Annotated[float, Within(0.01, 1000)]
 Residual = Literal["float32", "bfloat16"]
+Target = Literal["logits", "cls", "mean", "pooled", "patches"]
+"""What a teacher gives; all but the logits are features."""
+FeatureLoss = Literal["cosine", "mse", "smooth_l1", "balanced", "dune", "similarity", "spectral"]
+Normaliser = Literal["none", "standard", "phi_s", "layer_norm"]
 TEACHER_SETTINGS = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
 """Settings of RunConfig that hold for one teacher."""
 MOST_INITIAL_SHARE = 0.1  # of a moving average in its initial weights; above it the log says so
@@ -472,6 +476,78 @@ class CodecConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """A teacher's features: which are taken, how they are stored, and how a student learns them.
+
+    A *term* of the loss belongs to each feature target of an online teacher, in the order of
+    ``targets``, or to each feature cache, in the order of ``cache`` and ``more_caches``. Settings
+    that are lists have one entry for each term, or one entry for all.
+    """
+
+    block: Annotated[int, Within(-(10**4), 10**4)] | None = None
+    """Take features from the output of this block of the teacher, counted from 0, a negative one
+    from the last. none: from the end of the network, after its final norm."""
+    norm: bool = True
+    """Apply the teacher's final norm to the output of `block`."""
+    grid: Pixels | None = None
+    """Side of the grid of `patches` after average pooling by a whole factor. none: the teacher's
+    own grid."""
+    codec: Literal["fp8", "int8", "int8-standard", "fp16", "bf16", "fp32"] = "fp8"
+    """How features are stored; see docs/cache-format.md. `fp8` and `int8` have a scale for each
+    token; `int8-standard` divides by each channel's standard deviation before."""
+    reduce: Literal["none", "pca", "random"] = "none"
+    """Store a projection of the channels: on their principal components, or on random axes."""
+    dim: Count | None = None
+    """Number of channels after `reduce`."""
+    fit_views: Count = 4096
+    """Views of which the statistics of a new cache are measured: means, deviations, axes."""
+    weights: tuple[Rate, ...] = (1.0,)
+    """Weight of each term in the total loss."""
+    losses: tuple[FeatureLoss, ...] = ("cosine",)
+    """Loss of each term. `balanced`: 0.9 cosine + 0.1 smooth L1, `dune`: half of each.
+    `similarity`: the similarities among tokens. `spectral`: the frequencies of the grid."""
+    normalise: tuple[Normaliser, ...] = ("none",)
+    """Of the teacher's features, by the statistics of its cache: `standard`: each channel to mean 0
+    and deviation 1. `phi_s`: rotated, so that all channels have one deviation. `layer_norm`: each
+    token by its own mean and deviation."""
+    projectors: tuple[Literal["linear", "mlp", "none"], ...] = ("linear",)
+    """Maps the student's tokens to the teacher's width; it is trained and left out of the weights
+    of the student. `none`: the widths are equal."""
+    hidden: Count = 2048
+    """Width inside a projector `mlp`."""
+    token: Literal["auto", "class", "distillation", "mean"] = "auto"
+    """The student's token that learns `cls`, `mean` and `pooled`; `mean` is that of its patches.
+    `auto`: the distillation token, else the class token, else the mean, as the student has them."""
+    student_block: Annotated[int, Within(-(10**4), 10**4)] | None = None
+    """Block of the student whose output learns, counted as `block`. none: the output of its final
+    norm."""
+    drop: Literal["none", "random", "dune"] = "none"
+    """With several teachers, leave some out for each view: `random`: each with probability 1/2, but
+    not all. `dune`: the one of largest loss stays, each other with probability 1/2."""
+
+    def __post_init__(self) -> None:
+        check_all(self, "features.")
+        for name in ("weights", "losses", "normalise", "projectors"):
+            _require(len(getattr(self, name)) > 0, f"features.{name} must hold an entry")
+
+    def of_terms(self, name: str, count: int) -> tuple[Any, ...]:
+        """A setting's values for ``count`` terms.
+
+        Raises:
+            InputError: the setting has another number of values than one or ``count``.
+        """
+        values: tuple[Any, ...] = getattr(self, name)
+        if len(values) == 1:
+            return values * count
+        _require(
+            len(values) == count,
+            f"features.{name} has {len(values)} values for {count} feature terms: give one for "
+            f"each term, or one for all",
+        )
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: data, views, model, loss, optimiser, teacher and cache."""
 
@@ -516,8 +592,15 @@ class RunConfig:
     teacher_floor: Share | None = None
     """Refuse a teacher with a lower top-1 accuracy on 512 held-out images, before anything is
     written or trained. none: only log it, with a warning where it is low. 0: do not measure it."""
+    targets: tuple[Target, ...] = ("logits",)
+    """What the teacher gives: `logits`, or features: `cls`, its class token; `mean`, the mean of
+    its patches; `pooled`, what its own head reads; `patches`, a token for each place of a grid.
+    `precompute` stores each in a cache of its own."""
     cache: str | None = None
-    """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher."""
+    """Folder of teacher logits: `precompute` writes it, `train` reads it instead of a teacher.
+    Features are in folders inside it, named as their target; `train` takes such a folder too."""
+    more_caches: tuple[str, ...] = ()
+    """`train`: further caches of the same views, logits or features, of this or other teachers."""
     log_every: Count = 50
     """Steps between log lines and between rows of metrics.jsonl."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
@@ -559,12 +642,16 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
 
     max_rollbacks: ClassVar[int] = 3  # of one run; then it stops after all
 
     def __post_init__(self) -> None:
         check_all(self, "")
-        _require(len(set(self.track)) == len(self.track), f"track names one twice: {self.track}")
+        for name in ("track", "targets", "more_caches"):
+            names = getattr(self, name)
+            _require(len({*names}) == len(names), f"{name} names one twice: {shown(names)}")
+        _require(self.targets != (), f"targets must name one of {describe(Target)[7:]}")
         _require(
             not self.cuda_graphs or self.accumulate == 1,
             f"cuda_graphs with accumulate={self.accumulate}: each part needs its own seed of the "
@@ -620,6 +707,16 @@ class RunConfig:
             ("data.source=synthetic", self.data.source == "synthetic", "its images have one size"),
         ):
             _require(not is_set, f"view.size_schedule does not go with {setting}: {remedy}")
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """All folders of teacher targets that `train` reads."""
+        return () if self.cache is None else (self.cache, *self.more_caches)
+
+    @property
+    def feature_targets(self) -> tuple[Target, ...]:
+        """``targets`` without the logits."""
+        return tuple(target for target in self.targets if target != "logits")
 
     @property
     def view_count(self) -> int:

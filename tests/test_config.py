@@ -39,6 +39,9 @@ REFUSED: dict[str, list[Any]] = {
                            ((0, 96), (3, 128)), ((0, 0), (3, 224)),
                            ((0, 8193), (3, 224)), ((0, 96, 3), (3, 224, 3)), (0, 96, 3, 224)],
     "codec.temperatures": [()],
+    "targets": [(), ("cls", "cls")],
+    "more_caches": [("a", "a")],
+    **{f"features.{name}": [()] for name in ("weights", "losses", "normalise", "projectors")},
 }  # fmt: skip
 
 

@@ -378,7 +378,7 @@ HARMLESS: dict[str, Any] = {
 }  # fmt: skip
 ROUNDING = {"accumulate": 2}
 GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "teacher_classes", "cache",
-         "data.root", "model.weights"}  # fmt: skip
+         "more_caches", "data.root", "model.weights"}  # fmt: skip
 # Refused before the checkpoint is read: they need other settings, a GPU, or other initial weights.
 EARLIER = {
     "optim.schedule",
@@ -404,7 +404,11 @@ OTHER: dict[str, Any] = {
     "codec.name": "hard", "data.loader": "dali-cpu", "data.source": "synthetic", "compat": "deit",
     "check_teacher_every": 1, "optim.schedule": "wsd", "optim.decay_epochs": 1.0,
     "resume_from": "other.pt", "view.size_schedule": [[0, 16]], "batch_schedule": [[1, 4]],
-    "teacher_mean": [0.1, 0.2, 0.3], "teacher_std": [0.1, 0.2, 0.3],
+    "teacher_mean": [0.1, 0.2, 0.3], "teacher_std": [0.1, 0.2, 0.3], "targets": ["cls"],
+    "features.block": 1, "features.grid": 2, "features.codec": "int8", "features.reduce": "pca",
+    "features.dim": 8, "features.weights": [2.0], "features.losses": ["mse"],
+    "features.normalise": ["standard"], "features.projectors": ["mlp"], "features.token": "mean",
+    "features.student_block": 1, "features.drop": "random",
 }  # fmt: skip
 
 
