@@ -6,7 +6,6 @@ The safetensors files that this package writes carry a checksum of all bytes in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,19 +30,14 @@ from deit_fast.models.weights_layout import (
     held_weights,
     shown_keys,
 )
-from deit_fast.runtime.files import (
-    SEAL_KEY,
-    SEAL_ZEROS,
-    is_intact,
-    open_atomically,
-    open_regular,
-    parse_object,
-    seal,
-)
+from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.tensor_files import digest_tensors, read_header, read_tensors, save_tensors
 from deit_fast.runtime.torch_files import load_torch
 from deit_fast.runtime.weights_header import split_key
 
 log = logging.getLogger("deit_fast")
+
+_NOUN = "weights file"
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -71,7 +65,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     require_weights_file(path)
     file, key = split_key(path)
     try:
-        saved = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+        saved = read_tensors(file, _NOUN) if file.suffix == ".safetensors" else _read_torch(file)
         tensors, keys = find_state(saved, key)
     except MissingKey as error:
         raise InputError(f"weights file {printable(file)} {error}") from None
@@ -103,12 +97,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         OSError: names ``path``, where the old file stays.
     """
-    from safetensors.torch import save
-
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    content = save(tensors, {**metadata, SEAL_KEY: SEAL_ZEROS})
-    with open_atomically(path) as file:
-        file.writelines(seal(content, _header_end(content)))
+    save_tensors(path, state, metadata)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -118,7 +107,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         InputError: the file is missing or damaged.
     """
     try:
-        return _read_header(Path(path))[1]
+        return read_header(Path(path), _NOUN)[1]
     except FileNotFoundError:
         raise InputError(f"weights file {path} does not exist") from None
 
@@ -337,46 +326,7 @@ def digest_weights(model: nn.Module) -> str:
 
 def digest_state(state: Mapping[str, Tensor]) -> str:
     """``digest_weights`` of a state dict."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        array = value.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _header_end(content: bytes) -> int:
-    """The header follows its length: uint64, little endian."""
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-def _read_header(path: Path) -> tuple[bytes, dict[str, str]]:
-    """Content and metadata of a safetensors file, checked by its checksum if it has one."""
-    with open_regular(path) as file:
-        content = file.read()
-    end = _header_end(content)
-    try:
-        metadata = parse_object(content[8:end], "its header").get("__metadata__")
-    except InputError as error:
-        raise _not_safetensors(path, error) from None
-    metadata = metadata if isinstance(metadata, dict) else {}
-    if SEAL_KEY in metadata and not is_intact(content, end):
-        raise InputError(f"weights file {printable(path)} is damaged: its checksum differs")
-    return content, {key: value for key, value in metadata.items() if key != SEAL_KEY}
-
-
-def _not_safetensors(path: Path, why: Exception) -> InputError:
-    return InputError(f"weights file {printable(path)} is not a safetensors file: {why}")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(_read_header(path)[0])
-    except SafetensorError as error:
-        raise _not_safetensors(path, error) from None
+    return digest_tensors(state)
 
 
 def _read_torch(path: Path) -> dict[str, Any]:

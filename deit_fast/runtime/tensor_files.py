@@ -1,0 +1,95 @@
+"""Named tensors in safetensors files that carry a checksum of all their bytes.
+
+The checksum is a text in `__metadata__`, so other programs read the files as any safetensors file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deit_fast.errors import InputError, printable
+from deit_fast.runtime.files import (
+    SEAL_KEY,
+    SEAL_ZEROS,
+    is_intact,
+    open_atomically,
+    open_regular,
+    parse_object,
+    seal,
+)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named tensors and texts about them, atomically and with a checksum.
+
+    Raises:
+        OSError: names ``path``, where the old file stays.
+    """
+    from safetensors.torch import save
+
+    named = {name: value.contiguous() for name, value in tensors.items()}
+    content = save(named, {**metadata, SEAL_KEY: SEAL_ZEROS})
+    with open_atomically(path) as file:
+        file.writelines(seal(content, _header_end(content)))
+
+
+def read_tensors(path: Path, noun: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Args:
+        noun: what a message calls the file.
+
+    Raises:
+        InputError: the file is no safetensors file, or its checksum differs.
+        OSError: names the path.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(read_header(path, noun)[0])
+    except SafetensorError as error:
+        raise _not_safetensors(path, noun, error) from None
+
+
+def read_header(path: Path, noun: str) -> tuple[bytes, dict[str, str]]:
+    """Content and texts of a safetensors file, checked by its checksum if it has one.
+
+    Raises:
+        As ``read_tensors``.
+    """
+    with open_regular(path) as file:
+        content = file.read()
+    end = _header_end(content)
+    try:
+        metadata = parse_object(content[8:end], "its header").get("__metadata__")
+    except InputError as error:
+        raise _not_safetensors(path, noun, error) from None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if SEAL_KEY in metadata and not is_intact(content, end):
+        raise InputError(f"{noun} {printable(path)} is damaged: its checksum differs")
+    return content, {key: value for key, value in metadata.items() if key != SEAL_KEY}
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _header_end(content: bytes) -> int:
+    """The header follows its length: uint64, little endian."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _not_safetensors(path: Path, noun: str, why: Exception) -> InputError:
+    return InputError(f"{noun} {printable(path)} is not a safetensors file: {why}")
