@@ -49,6 +49,7 @@ LAYERS = [
     },
     {
         "deit_fast/data",
+        "deit_fast/features",
         "deit_fast/models",
         "deit_fast/losses.py",
         "deit_fast/cache",
