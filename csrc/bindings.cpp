@@ -203,16 +203,25 @@ PYBIND11_MODULE(_C, module) {
       .value("hard", RecordKind::hard)
       .value("topk", RecordKind::topk)
       .value("int8", RecordKind::int8)
-      .value("fp8", RecordKind::fp8);
+      .value("fp8", RecordKind::fp8)
+      .value("token_int8", RecordKind::token_int8)
+      .value("token_fp8", RecordKind::token_fp8);
 
   py::class_<RecordLayout>(module, "RecordLayout")
       .def(py::init([](RecordKind kind, uint32_t record_bytes, uint32_t num_classes,
-                       uint32_t id_bytes, uint32_t k, uint32_t tail_offset, float tau) {
-             return RecordLayout{kind, record_bytes, num_classes, id_bytes, k, tail_offset, tau};
+                       uint32_t id_bytes, uint32_t k, uint32_t tail_offset, float tau,
+                       uint32_t tokens) {
+             const bool of_tokens =
+                 kind == RecordKind::token_int8 || kind == RecordKind::token_fp8;
+             if (of_tokens && record_bytes != uint64_t{tokens} * (4 + uint64_t{num_classes})) {
+               throw py::value_error("a token has a scale of 4 bytes and a byte per channel");
+             }
+             return RecordLayout{kind, record_bytes, num_classes, id_bytes,
+                                 k,    tail_offset,  tau,         tokens};
            }),
            py::arg("kind"), py::kw_only(), py::arg("record_bytes"), py::arg("num_classes"),
            py::arg("id_bytes") = 2, py::arg("k") = 0, py::arg("tail_offset") = 0,
-           py::arg("tau") = 1.0f);
+           py::arg("tau") = 1.0f, py::arg("tokens") = 1);
 
   py::class_<CacheViews>(module, "CacheViews")
       .def(py::init([](int64_t num_samples, py::object open, size_t limit) {

@@ -334,7 +334,9 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
   // Reads the file rather than the map: a bad sector or a truncated file is an error here, and
   // would be a signal there. Reads chunks that fit into the core's own cache and need no new pages.
   const uint64_t record_bytes = spec_.record_bytes;
-  const uint64_t chunk = std::max<uint64_t>(1, (1 << 16) / record_bytes) * record_bytes;
+  // A chunk has whole records where their ids are checked.
+  const uint64_t unit = spec_.ids_per_record > 0 ? record_bytes : 1;
+  const uint64_t chunk = std::max<uint64_t>(1, (1 << 16) / unit) * unit;
   std::vector<unsigned char> buffer(std::min(spec_.block_bytes(block), chunk));
   uint64_t offset = spec_.block_offset(block);
   uint64_t left = spec_.block_bytes(block);
@@ -344,7 +346,9 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
     const size_t size = std::min<uint64_t>(left, buffer.size());
     read_exact(fd_, path_, buffer.data(), size, offset);
     crc = crc32c(buffer.data(), size, crc);
-    largest = std::max(largest, largest_of(spec_, buffer.data(), size / record_bytes));
+    if (spec_.ids_per_record > 0) {
+      largest = std::max(largest, largest_of(spec_, buffer.data(), size / record_bytes));
+    }
     offset += size;
     left -= size;
   }

@@ -151,6 +151,24 @@ DF_WIDE void decode_fp8(const unsigned char* from, uint32_t classes, float* to) 
   for (uint32_t i = 0; i < classes; ++i) to[i] = top + fp8_value(from[8 + i]) * scale;
 }
 
+DF_WIDE void decode_token_int8(const unsigned char* from, uint32_t tokens, uint32_t channels,
+                               float* to) {
+  for (; tokens > 0; --tokens, from += 4 + channels, to += channels) {
+    const float scale = load<float>(from);
+    for (uint32_t i = 0; i < channels; ++i) {
+      to[i] = static_cast<float>(static_cast<int8_t>(from[4 + i])) * scale;
+    }
+  }
+}
+
+DF_WIDE void decode_token_fp8(const unsigned char* from, uint32_t tokens, uint32_t channels,
+                              float* to) {
+  for (; tokens > 0; --tokens, from += 4 + channels, to += channels) {
+    const float scale = load<float>(from);
+    for (uint32_t i = 0; i < channels; ++i) to[i] = fp8_value(from[4 + i]) * scale;
+  }
+}
+
 }  // namespace
 
 void decode_batch(const RecordLayout& layout, const unsigned char* const* records, size_t count,
@@ -182,6 +200,17 @@ void decode_batch(const RecordLayout& layout, const unsigned char* const* record
       const auto decode = layout.kind == RecordKind::int8 ? decode_int8 : decode_fp8;
       for (size_t i = 0; i < count; ++i, to += layout.num_classes) {
         decode(records[i], layout.num_classes, to);
+      }
+      return;
+    }
+    case RecordKind::token_int8:
+    case RecordKind::token_fp8: {
+      const size_t values = size_t{layout.tokens} * layout.num_classes;
+      auto* to = static_cast<float*>(out.first) + begin * values;
+      const auto decode =
+          layout.kind == RecordKind::token_int8 ? decode_token_int8 : decode_token_fp8;
+      for (size_t i = 0; i < count; ++i, to += values) {
+        decode(records[i], layout.tokens, layout.num_classes, to);
       }
     }
   }

@@ -10,16 +10,17 @@
 namespace deit_fast {
 
 // How a record's bytes become numbers; see docs/cache-format.md.
-enum class RecordKind : int { copy, hard, topk, int8, fp8 };
+enum class RecordKind : int { copy, hard, topk, int8, fp8, token_int8, token_fp8 };
 
 struct RecordLayout {
   RecordKind kind = RecordKind::copy;
   uint32_t record_bytes = 0;
-  uint32_t num_classes = 0;
+  uint32_t num_classes = 0;  // token_int8, token_fp8: channels of a token
   uint32_t id_bytes = 2;
   uint32_t k = 0;            // topk
   uint32_t tail_offset = 0;  // topk: of the tail mass at `tau`; its normaliser comes next
   float tau = 1.0f;          // topk
+  uint32_t tokens = 1;       // token_int8, token_fp8: each a float32 scale and a byte per channel
 };
 
 // Outputs of `count` decoded records, by kind:
@@ -28,6 +29,7 @@ struct RecordLayout {
 //   topk  first: int32 [count, k] ids; second: float32 [count, k] log-probabilities at tau;
 //         third: float32 [count] log tail
 //   int8, fp8  first: float32 [count, num_classes] logits
+//   token_int8, token_fp8  first: float32 [count, tokens, num_classes] features
 struct Decoded {
   void* first = nullptr;
   float* second = nullptr;
@@ -56,7 +58,7 @@ int64_t encode_topk(const TopKShape& shape, const float* logits, int64_t count,
 
 enum class FloatType : int { float32, bfloat16, float16 };
 
-// As decode_records, for topk, int8 and fp8.
+// As decode_records, for every kind but copy and hard.
 void cuda_decode_records(const RecordLayout& layout, const unsigned char* records, int64_t count,
                          const Decoded& out, int device, void* stream);
 

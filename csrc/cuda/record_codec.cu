@@ -87,6 +87,40 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A warp decodes a token. Wide: as above.
+template <RecordKind Kind, bool Wide>
+__global__ void __launch_bounds__(kThreads)
+    decode_tokens(RecordLayout layout, const unsigned char* __restrict__ records, int64_t count,
+                  float* __restrict__ out) {
+  const auto value = [](uint32_t code) {
+    return Kind == RecordKind::token_int8 ? static_cast<float>(static_cast<int8_t>(code))
+                                          : fp8_value(static_cast<uint8_t>(code));
+  };
+  const uint32_t lane = threadIdx.x % kLanes, channels = layout.num_classes;
+  const int64_t tokens = count * layout.tokens;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes);
+  for (int64_t i = begin + threadIdx.x / kLanes; i < tokens; i += stride) {
+    const unsigned char* token = records + i * (4 + channels);
+    uint32_t word = 0;
+    for (int byte = 0; byte < 4; ++byte) word |= static_cast<uint32_t>(token[byte]) << (8 * byte);
+    const float scale = bits_as<float>(word);
+    float* to = out + i * channels;
+    if (Wide) {
+      const auto* codes = reinterpret_cast<const uint32_t*>(token + 4);
+      for (uint32_t j = lane; j < channels / 4; j += kLanes) {
+        const uint32_t four = codes[j];
+        Float4 decoded;
+#pragma unroll
+        for (int b = 0; b < 4; ++b) decoded.value[b] = value((four >> (8 * b)) & 0xFF) * scale;
+        reinterpret_cast<Float4*>(to)[j] = decoded;
+      }
+    } else {
+      for (uint32_t j = lane; j < channels; j += kLanes) to[j] = value(token[4 + j]) * scale;
+    }
+  }
+}
+
 unsigned blocks_for(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(std::min((work + per_block - 1) / per_block, kMaxBlocks));
 }
@@ -111,6 +145,18 @@ void launch_bytes(const RecordLayout& layout, const unsigned char* records, int6
   const bool wide = layout.num_classes % 4 == 0 && addresses % 16 == 0;
   const auto kernel = wide ? decode_bytes<Kind, true> : decode_bytes<Kind, false>;
   launch(kDecoding, stream, blocks_for(count, 1), kThreads, 0, kernel, layout, records, count, out);
+}
+
+template <RecordKind Kind>
+void launch_tokens(const RecordLayout& layout, const unsigned char* records, int64_t count,
+                   const Decoded& decoded, cudaStream_t stream) {
+  auto* out = static_cast<float*>(decoded.first);
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(records) | reinterpret_cast<uintptr_t>(out);
+  const bool wide = layout.num_classes % 4 == 0 && addresses % 16 == 0;
+  const auto kernel = wide ? decode_tokens<Kind, true> : decode_tokens<Kind, false>;
+  const unsigned blocks = blocks_for(count * layout.tokens, kThreads / kLanes);
+  launch(kDecoding, stream, blocks, kThreads, 0, kernel, layout, records, count, out);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -268,6 +314,10 @@ void cuda_decode_records(const RecordLayout& layout, const unsigned char* record
       return launch_bytes<RecordKind::int8>(layout, records, count, out, stream);
     case RecordKind::fp8:
       return launch_bytes<RecordKind::fp8>(layout, records, count, out, stream);
+    case RecordKind::token_int8:
+      return launch_tokens<RecordKind::token_int8>(layout, records, count, out, stream);
+    case RecordKind::token_fp8:
+      return launch_tokens<RecordKind::token_fp8>(layout, records, count, out, stream);
     default:
       throw std::runtime_error(std::string(kDecoding) + ": no kernel for this kind of record");
   }

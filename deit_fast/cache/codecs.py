@@ -1,4 +1,4 @@
-"""Codecs: teacher logits to records of a fixed size, and back.
+"""Codecs: what a teacher gives to records of a fixed size, and back; those of logits.
 
 Records are decoded by csrc/, on the CPU and on CUDA. To add a codec follow docs/extend.md. torch is
 imported where logits are encoded or decoded: `cache info` describes a cache without it.
@@ -32,21 +32,23 @@ _CUDA_FLOATS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """What all codecs share. A codec defines ``name``, ``kind``, ``record_bytes`` and ``encode``;
-    the other members as given here suit one that stores every logit.
+    """What all codecs share.
 
     Attributes:
         kind: how csrc/ decodes a record.
     """
-
-    num_classes: int
 
     name: ClassVar[str]
     kind: ClassVar[_C.RecordKind]
 
     @property
     def ids_per_record(self) -> int:
-        """Class ids that a record starts with; a reader refuses ids outside [0, num_classes)."""
+        """Class ids that a record starts with; a reader refuses ids outside [0, id_limit)."""
+        return 0
+
+    @property
+    def id_limit(self) -> int:
+        """Number of classes; 0 where records hold no class ids."""
         return 0
 
     @property
@@ -61,17 +63,17 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, logits: Tensor) -> Tensor:
-        """Float logits [n, num_classes] to uint8 [n, record_bytes], on the device of the logits;
-        the same bytes on any device.
+        """Float logits [n, num_classes], or features [n, tokens, width], to uint8
+        [n, record_bytes], on their device; the same bytes on any device.
 
         Raises:
             InputError: another shape or dtype.
-            RowError: a logit that is not finite, or out of the codec's range.
+            RowError: a value that is not finite, or out of the codec's range.
         """
 
     def decode(self, records: Tensor, tau: float) -> Tensor | TopK:
-        """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``. Every form
-        but `topk` is the same at all temperatures.
+        """uint8 [n, record_bytes] to a teacher form of ``kernels.distillation_loss``, or to
+        features [n, tokens, width]. Every form but `topk` is the same at all temperatures.
 
         Runs on the device of ``records``, on CUDA on the current stream without waiting for it. A
         build without nvcc decodes on the CPU.
@@ -95,22 +97,17 @@ class Codec(ABC):
             _C.decode_records(*arguments)
         return self.form(tuple(output.to(device) for output in outputs))
 
+    @abstractmethod
     def manifest(self) -> dict[str, Any]:
-        """name, k, temperatures, num_classes: the manifest's "codec"."""
-        return {"name": self.name, "k": None, "temperatures": [], "num_classes": self.num_classes}
+        """The manifest's "codec"."""
 
+    @abstractmethod
     def layout(self, tau: float) -> _C.RecordLayout:
         """How csrc/ decodes a record at ``tau``."""
-        return _C.RecordLayout(
-            self.kind,
-            record_bytes=self.record_bytes,
-            num_classes=self.num_classes,
-            id_bytes=id_bytes(self.num_classes),
-        )
 
+    @abstractmethod
     def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
         """Shapes and dtypes of the tensors that csrc/ decodes ``count`` records to."""
-        return (((count, self.num_classes), "float32"),)
 
     def empty(self, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
         """Those tensors, uninitialised."""
@@ -127,7 +124,34 @@ class Codec(ABC):
 
 
 @dataclass(frozen=True)
-class HardCodec(Codec):
+class LogitCodec(Codec):
+    """What the codecs of logits share. One defines ``name``, ``kind``, ``record_bytes`` and
+    ``encode``; the other members as given here suit one that stores every logit."""
+
+    num_classes: int
+
+    @property
+    def id_limit(self) -> int:
+        return self.num_classes
+
+    def manifest(self) -> dict[str, Any]:
+        """name, k, temperatures, num_classes."""
+        return {"name": self.name, "k": None, "temperatures": [], "num_classes": self.num_classes}
+
+    def layout(self, tau: float) -> _C.RecordLayout:
+        return _C.RecordLayout(
+            self.kind,
+            record_bytes=self.record_bytes,
+            num_classes=self.num_classes,
+            id_bytes=id_bytes(self.num_classes),
+        )
+
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        return (((count, self.num_classes), "float32"),)
+
+
+@dataclass(frozen=True)
+class HardCodec(LogitCodec):
     """The teacher's argmax: 2 bytes a record, 4 above 65,536 classes. Exact; ties: lowest id."""
 
     name = "hard"
@@ -143,7 +167,7 @@ class HardCodec(Codec):
 
     def encode(self, logits: Tensor) -> Tensor:
         largest = _finite_float32(logits, self.num_classes).argmax(1)
-        return _bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
+        return bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
 
     def decode(self, records: Tensor, tau: float) -> Tensor:
         import torch
@@ -158,7 +182,7 @@ class HardCodec(Codec):
 
 
 @dataclass(frozen=True)
-class TopKCodec(Codec):
+class TopKCodec(LogitCodec):
     """The k most probable classes and the exact mass of all others.
 
     Bytes: k class ids of 2 bytes (4 above 65,536 classes), k log-probabilities of 2, a log tail
@@ -288,7 +312,7 @@ class TopKCodec(Codec):
 
 
 @dataclass(frozen=True)
-class DenseCodec(Codec):
+class DenseCodec(LogitCodec):
     """Every logit: 2 or 4 bytes a class.
 
     Error, relative to the logit: float16 2^-11 (2^-25 absolute below 2^-14), bfloat16 2^-8,
@@ -313,7 +337,7 @@ class DenseCodec(Codec):
         z = _finite_float32(logits, self.num_classes)
         stored = z.to(getattr(torch, _DENSE_DTYPES[self.format]))
         _refuse_rows(~torch.isfinite(stored), z, f"does not fit {self.format}")
-        return _bytes_of(stored)
+        return bytes_of(stored)
 
     def decode(self, records: Tensor, tau: float) -> Tensor:
         """The records' own memory."""
@@ -327,7 +351,7 @@ class DenseCodec(Codec):
 
 
 @dataclass(frozen=True)
-class DenseInt8Codec(Codec):
+class DenseInt8Codec(LogitCodec):
     """Every logit in 256 even steps from the row's least to its largest: C + 8 bytes.
 
     Error: (max - min) / 510 + 2^-22 max |z| + 2^-141. Steps that start at the least logit are never
@@ -349,11 +373,11 @@ class DenseInt8Codec(Codec):
         low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
         step = ((high.double() - low.double()) / 255).float()
         codes = ((z.double() - low) / step).round().nan_to_num(0.0).clamp(0, 255)  # 0 / 0: step 0
-        return torch.cat([_bytes_of(low), _bytes_of(step), codes.to(torch.uint8)], 1)
+        return torch.cat([bytes_of(low), bytes_of(step), codes.to(torch.uint8)], 1)
 
 
 @dataclass(frozen=True)
-class DenseFp8Codec(Codec):
+class DenseFp8Codec(LogitCodec):
     """Every logit's distance d below the row's largest, as float8 e4m3 times a scale: C + 8 bytes.
 
     Error: max(d / 16, (max - min) / 448 / 1024) + 2^-22 max |z| + 2^-141: least at the classes that
@@ -376,14 +400,14 @@ class DenseFp8Codec(Codec):
         scale = ((top.double() - low.double()) / 448).float()
         below = ((z.double() - top) / scale).nan_to_num(0.0).clamp(-448, 0).float()
         codes = below.to(torch.float8_e4m3fn).view(torch.uint8)
-        return torch.cat([_bytes_of(top), _bytes_of(scale), codes], 1)
+        return torch.cat([bytes_of(top), bytes_of(scale), codes], 1)
 
 
 # ---------------------------------------------------------------------------------------------
 # Choice
 # ---------------------------------------------------------------------------------------------
 
-CODECS: dict[str, Callable[..., Codec]] = {
+CODECS: dict[str, Callable[..., LogitCodec]] = {
     "hard": HardCodec,
     "topk": TopKCodec,
     **{f"dense-{name}": partial(DenseCodec, format=name) for name in _DENSE_DTYPES},
@@ -392,7 +416,7 @@ CODECS: dict[str, Callable[..., Codec]] = {
 }
 
 
-def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> Codec:
+def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> LogitCodec:
     """The codec of a new cache; ``tau`` is recorded where the configuration names no temperature.
 
     Raises:
@@ -403,8 +427,8 @@ def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> Code
     return _create(config.name, num_classes, k, sorted({float(t) for t in temperatures}))
 
 
-def codec_from_manifest(values: Mapping[str, Any], where: str) -> Codec:
-    """The codec that a manifest's "codec" describes.
+def codec_from_manifest(values: Mapping[str, Any], where: str) -> LogitCodec:
+    """The codec of logits that a manifest's "codec" describes.
 
     Raises:
         CacheError: it describes none; the message starts with ``where``.
@@ -435,7 +459,7 @@ def codec_from_manifest(values: Mapping[str, Any], where: str) -> Codec:
 
 def _create(
     name: str, num_classes: int, k: int, temperatures: list[float], true_class: bool = False
-) -> Codec:
+) -> LogitCodec:
     if not 1 <= num_classes < 2**31:
         raise InputError(f"codec.num_classes must lie in [1, 2^31), not {num_classes}")
     if name != "topk":
@@ -461,7 +485,7 @@ def id_bytes(num_classes: int) -> int:
     return 2 if num_classes <= 65536 else 4
 
 
-def _bytes_of(values: Tensor) -> Tensor:
+def bytes_of(values: Tensor) -> Tensor:
     """[n, m] of any dtype as uint8 [n, m * itemsize], in the machine's order: little-endian."""
     import torch
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
-from deit_fast.cache.codecs import codec_from_config, codec_from_manifest, id_bytes
+from deit_fast.cache.codecs import Codec, codec_from_config, codec_from_manifest, id_bytes
+from deit_fast.cache.feature_codecs import FeatureCodec, feature_codec, feature_codec_from_manifest
+from deit_fast.cache.record_order import record_order
 from deit_fast.config import CodecConfig, ViewConfig
 from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.runtime.files import create_atomically, read_json, sealed_json
@@ -31,7 +33,9 @@ VIEW_LIMIT = 2**31  # view ids are below it
 FILE_NAME = "manifest.json"
 _COMPARED = ("format", "codec", "record_bytes", "block_records", "num_samples", "fingerprint")
 _OF_SOME_VIEWS = {"view.size_schedule"}  # in the fingerprint of those views alone that have it
-_LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**21}
+_LIMITS = {"num_samples": 2**40, "block_records": 2**31, "record_bytes": 2**24}
+UNIT_RECORDS = 4096  # records that `precompute` works on together; blocks of features divide it
+_FEATURE_BLOCK_BYTES = 1 << 22
 _MAX_FILE_BYTES = 1 << 24
 
 
@@ -43,8 +47,9 @@ def build_manifest(
     tau: float,
     fingerprint: Mapping[str, Any],
     block_records: int | None = None,
+    order: str | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a new cache.
+    """The manifest of a new cache of logits.
 
     Args:
         config: codec and block size.
@@ -53,21 +58,83 @@ def build_manifest(
         tau: temperature that `topk` records where ``config.temperatures`` names none.
         fingerprint: dotted key -> JSON value; everything that decides the views and the logits.
         block_records: records of a block; None: as in ``config``.
+        order: of a view's records: None: by sample id; "pairs": as training first visits them.
 
     Raises:
         InputError: a codec setting that does not fit, a value that is not JSON.
     """
     codec = codec_from_config(config, num_classes, tau)
+    size = config.block_records if block_records is None else block_records
+    return _new_manifest(codec, num_samples, size, fingerprint, order)
+
+
+def build_feature_manifest(
+    codec: str,
+    *,
+    tokens: int,
+    width: int,
+    num_samples: int,
+    fingerprint: Mapping[str, Any],
+    order: str | None = "pairs",
+    block_records: int | None = None,
+) -> dict[str, Any]:
+    """The manifest of a new cache of features [num_samples, tokens, width].
+
+    Args:
+        codec: its name in ``feature_codecs.FEATURE_CODECS``.
+        tokens, width: of a view, as they are stored.
+        num_samples, fingerprint, order: as for ``build_manifest``. "pairs" needs `view.seed` and
+            `view.repeats` in the fingerprint.
+        block_records: records of a block; None: ``feature_block_records``.
+
+    Raises:
+        InputError: a codec or size that does not fit, a value that is not JSON.
+    """
+    chosen = feature_codec(codec, tokens, width)
+    size = feature_block_records(chosen.record_bytes) if block_records is None else block_records
+    return _new_manifest(chosen, num_samples, size, fingerprint, order)
+
+
+def feature_block_records(record_bytes: int) -> int:
+    """The largest power of two, at most 4096, whose records take at most 4 MiB; at least 1."""
+    most = max(1, min(UNIT_RECORDS, _FEATURE_BLOCK_BYTES // record_bytes))
+    return 1 << (most.bit_length() - 1)
+
+
+def _new_manifest(
+    codec: Codec,
+    num_samples: int,
+    block_records: int,
+    fingerprint: Mapping[str, Any],
+    order: str | None,
+) -> dict[str, Any]:
     manifest = {
         "format": FORMAT,
         "codec": codec.manifest(),
         "record_bytes": codec.record_bytes,
-        "block_records": config.block_records if block_records is None else block_records,
+        "block_records": block_records,
         "num_samples": num_samples,
         "fingerprint": dict(fingerprint),
         "info": {},
-    }
+    } | ({} if order is None else {"order": order})
     return check_manifest(manifest, "manifest")
+
+
+def codec_of(manifest: Mapping[str, Any], where: str = "manifest") -> Codec:
+    """The codec of a cache of logits or features.
+
+    Raises:
+        CacheError: the manifest's "codec" describes none; the message starts with ``where``.
+    """
+    values = manifest["codec"]
+    if "tokens" in values or "width" in values:
+        return feature_codec_from_manifest(values, where)
+    return codec_from_manifest(values, where)
+
+
+def holds_features(manifest: Mapping[str, Any]) -> bool:
+    """Whether it is a cache of features, not of logits."""
+    return isinstance(codec_of(manifest), FeatureCodec)
 
 
 def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
@@ -87,7 +154,7 @@ def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
             f"{where}: format is {plain.get('format')!r}, this version reads "
             f"{' and '.join(map(str, _READ_FORMATS))}"
         )
-    wrong = (set(plain) - {"info"}) ^ set(_COMPARED)
+    wrong = (set(plain) - {"info", "order"}) ^ set(_COMPARED)
     if wrong:
         raise CacheError(f"{where}: fields missing or unknown: {', '.join(sorted(wrong))}")
     for name, limit in _LIMITS.items():
@@ -97,7 +164,8 @@ def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
     for name in ("codec", "fingerprint", "info"):
         if not isinstance(plain.get(name, {}), dict):
             raise CacheError(f"{where}: {name} must be a JSON object, not {plain[name]!r}")
-    record_bytes = codec_from_manifest(plain["codec"], where).record_bytes
+    record_order(plain, where)
+    record_bytes = codec_of(plain, where).record_bytes
     if plain["record_bytes"] != record_bytes:
         raise CacheError(
             f"{where}: record_bytes is {plain['record_bytes']}, the codec has {record_bytes}"
@@ -135,15 +203,15 @@ def say_unproved(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def view_specs(manifest: Mapping[str, Any]) -> Callable[..., _C.ViewSpec]:
     """By ``view_id``: sizes of the file, expected header, and position of class ids in a record."""
-    codec = codec_from_manifest(manifest["codec"], "manifest")
+    codec = codec_of(manifest)
     return partial(
         _C.ViewSpec,
         num_records=manifest["num_samples"],
         record_bytes=manifest["record_bytes"],
         block_records=manifest["block_records"],
         ids_per_record=codec.ids_per_record,
-        id_bytes=id_bytes(codec.num_classes),
-        id_limit=codec.num_classes,
+        id_bytes=id_bytes(codec.id_limit),
+        id_limit=codec.id_limit,
         manifest_sha256=manifest_sha256(manifest),
         version=manifest["format"],
     )

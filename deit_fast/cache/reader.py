@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, codec_from_manifest
+from deit_fast.cache.codecs import Codec
 from deit_fast.cache.format import (
+    codec_of,
     format_errors,
     read_manifest,
     require_equal,
@@ -22,6 +23,7 @@ from deit_fast.cache.format import (
     view_specs,
     views_on_disk,
 )
+from deit_fast.cache.record_order import host_ids, record_order
 from deit_fast.errors import CacheError, InputError
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 _OPEN_VIEWS = 256
 # Blocks that the system is asked to read at once: 5 MB at 4096 records of 72 bytes.
 _READ_TOGETHER = 16
-_INT64 = np.dtype(np.int64)
 
 _Block: TypeAlias = tuple[_C.ViewReader, int]
 
@@ -49,7 +50,8 @@ class LogitCache:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
-        self.codec: Codec = codec_from_manifest(manifest["codec"], str(path))
+        self.codec: Codec = codec_of(manifest, str(path))
+        self.order = record_order(manifest, str(path))
         self._spec = view_specs(manifest)
         self._open_views = _C.CacheViews(
             manifest["num_samples"], partial(_open_view, path, self._spec), _OPEN_VIEWS
@@ -58,7 +60,7 @@ class LogitCache:
         self._raw = _C.RecordLayout(
             _C.RecordKind.copy,
             record_bytes=self.codec.record_bytes,
-            num_classes=self.codec.num_classes,
+            num_classes=0,
         )
         # of the last `gather`, by number of samples
         self._like: tuple[int, tuple[Tensor, ...]] = -1, ()
@@ -109,7 +111,8 @@ class LogitCache:
         tau: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> Tensor | TopK:
-        """The teacher's logits of views, in a form that ``kernels.distillation_loss`` takes.
+        """The teacher's logits of views, in a form that ``kernels.distillation_loss`` takes, or its
+        features.
 
         Args:
             sample_ids: integers [n].
@@ -119,7 +122,7 @@ class LogitCache:
                 the current stream, without waiting for the device.
 
         Returns:
-            Dense logits [n, C], a TopK, or labels int64 [n].
+            Dense logits [n, C], a TopK, or labels int64 [n]; features [n, T, D].
 
         Raises:
             InputError: a sample id out of range, shapes that differ.
@@ -192,8 +195,9 @@ class LogitCache:
         layout: _C.RecordLayout,
         addresses: list[int],
     ) -> None:
+        positions = self.order.positions(samples, views)
         try:
-            self._open_views.gather(samples, views, layout, addresses)
+            self._open_views.gather(positions, views, layout, addresses)
         except _C.IdError as error:
             raise InputError(str(error)) from None
         except _C.FormatError as error:
@@ -204,8 +208,9 @@ class LogitCache:
         """The blocks of these records that are not verified yet, in the files' order. Raises as
         ``gather``."""
         samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        positions = self.order.positions(samples, views)
         try:
-            return self._open_views.unread_blocks(samples, views)
+            return self._open_views.unread_blocks(positions, views)
         except _C.IdError as error:
             raise InputError(str(error)) from None
 
@@ -295,16 +300,3 @@ def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     if block is not None:
         raise CacheError(f"{name}: view {view_id} is incomplete: block {block} is not written yet")
     return reader
-
-
-def host_ids(ids: Any, name: str) -> np.ndarray:
-    """Contiguous int64 in host memory."""
-    if type(ids) is np.ndarray and ids.dtype is _INT64 and ids.flags.c_contiguous:
-        return ids  # the usual case; the checks below take as long as thirty records
-    is_tensor = not isinstance(ids, np.ndarray) and hasattr(ids, "numpy")
-    values = ids.numpy(force=True) if is_tensor else np.asarray(ids)
-    if values.dtype == np.int64 and values.flags.c_contiguous:
-        return values
-    if values.size and values.dtype.kind not in "iu":
-        raise InputError(f"{name} ids must be integers, not {values.dtype}")
-    return np.asarray(values, np.int64, order="C")

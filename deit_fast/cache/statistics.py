@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deit_fast.cache.codecs import TopKCodec
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError
 
@@ -43,7 +44,7 @@ def draw_records(cache: LogitCache) -> RecordSample:
     first = outputs[0]
     if cache.codec.name == "hard":
         return RecordSample(samples, views, first, None, tau)
-    if cache.codec.name == "topk":
+    if isinstance(cache.codec, TopKCodec):
         top1, entropy = first[:, 0], _topk_entropy(outputs[1], outputs[2], cache.codec.num_classes)
     else:
         top1, entropy = first.argmax(1), _entropy(first / np.float64(tau))

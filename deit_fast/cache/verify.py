@@ -26,6 +26,7 @@ from deit_fast.cache.format import (
     views_on_disk,
 )
 from deit_fast.cache.reader import LogitCache
+from deit_fast.cache.record_order import record_order
 from deit_fast.cache.tinyvit import is_tinyvit
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import read_json, write_json
@@ -231,13 +232,32 @@ def pixels_path(folder: Path, view_id: int) -> Path:
 
 
 def sampled_ids(manifest: Mapping[str, Any], view_id: int) -> np.ndarray:
-    """Samples whose pixels are recorded, int64 [at most 64], ascending: evenly spaced in the block
-    ``view_id`` mod the number of blocks."""
+    """Samples whose pixels are recorded, int64 [at most 64], ascending: their records are evenly
+    spaced in the block ``view_id`` mod the number of blocks."""
+    start, stop = _sampled_block(manifest, view_id)
+    chosen = min(PIXEL_SAMPLES, stop - start)
+    samples = record_order(manifest).samples(view_id, start, stop)
+    return np.sort(samples[np.arange(chosen) * (stop - start) // chosen])
+
+
+def _sampled_block(manifest: Mapping[str, Any], view_id: int) -> tuple[int, int]:
     records, count = manifest["block_records"], manifest["num_samples"]
     start = view_id % -(-count // records) * records
-    size = min(records, count - start)
-    chosen = min(PIXEL_SAMPLES, size)
-    return start + np.arange(chosen) * size // chosen
+    return start, min(start + records, count)
+
+
+def _are_sampled(manifest: Mapping[str, Any], view_id: int, samples: Any) -> bool:
+    """Whether they may be ``sampled_ids``. With an order only their number and range are compared:
+    its tables would take 0.6 s for each group of views of 1.28 million samples."""
+    if "order" not in manifest:
+        return bool(samples == sampled_ids(manifest, view_id).tolist())
+    start, stop = _sampled_block(manifest, view_id)
+    return (
+        isinstance(samples, list)
+        and len(samples) == min(PIXEL_SAMPLES, stop - start)
+        and all(type(i) is int and 0 <= i < manifest["num_samples"] for i in samples)
+        and samples == sorted(set(samples))
+    )
 
 
 def write_pixels(
@@ -275,11 +295,11 @@ def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict
         raise CacheError(
             f"{error}; or delete it and the view's .dlc file, and precompute again"
         ) from None
-    samples: list[int] = sampled_ids(manifest, view_id).tolist()
+    samples: Any = content.get("samples")
     digests: Any = content.get("digests")
     right = (
         content.get("view") == view_id
-        and content.get("samples") == samples
+        and _are_sampled(manifest, view_id, samples)
         and isinstance(digests, list)
         and len(digests) == len(samples)
         and all(isinstance(digest, str) and len(digest) == _DIGEST_HEX for digest in digests)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import codec_from_manifest
 from deit_fast.cache.format import (
+    codec_of,
     format_errors,
     publish_manifest,
     read_manifest,
@@ -22,7 +22,7 @@ from deit_fast.cache.format import (
     view_specs,
 )
 from deit_fast.cache.locks import BlockLocks
-from deit_fast.cache.reader import host_ids
+from deit_fast.cache.record_order import host_ids, record_order
 from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.runtime.files import remove_orphans, temporary_path
 
@@ -75,7 +75,8 @@ class LogitCacheWriter:
         self.path = Path(path)
         self.manifest = publish_manifest(self.path, manifest)
         say_unproved(self.path, self.manifest)
-        self.codec = codec_from_manifest(self.manifest["codec"], str(self.path))
+        self.codec = codec_of(self.manifest, str(self.path))
+        self.order = record_order(self.manifest, str(self.path))
         remove_orphans(self.path)
         self.locks = BlockLocks(self.path, rank, world_size)
         self.locks.remove_dead()
@@ -96,11 +97,15 @@ class LogitCacheWriter:
         return -(-self._num_samples // self._block_records)
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """Sample ids [start, stop) of a block."""
+        """Positions [start, stop) of a block's records; ``block_samples`` says whose they are."""
         if not 0 <= block < self.num_blocks:
             raise InputError(f"block {block} is not in [0, {self.num_blocks})")
         start = block * self._block_records
         return start, min(start + self._block_records, self._num_samples)
+
+    def block_samples(self, view_id: int, block: int) -> np.ndarray:
+        """Sample ids of a block, int64, in the file's order."""
+        return self.order.samples(_checked_view(view_id), *self.block_range(block))
 
     def is_done(self, view_id: int, block: int) -> bool:
         """Whether the block is on the disk and its checksum is right: reads and verifies it once. A
@@ -131,18 +136,18 @@ class LogitCacheWriter:
         self._open(_checked_view(view_id))
 
     def write(self, sample_ids: Any, view_id: int, logits: Tensor) -> None:
-        """Take the teacher's logits of one view of some samples.
+        """Take the teacher's logits or features of one view of some samples.
 
         Samples of blocks that were complete before this object was made are skipped.
 
         Args:
             sample_ids: integers [n], in any order.
             view_id: the view of all of them.
-            logits: float [n, num_classes], on any device.
+            logits: float [n, num_classes], or features [n, tokens, width], on any device.
 
         Raises:
-            InputError: an id twice or out of range, another class count, a logit that is not
-                finite or does not fit the codec. Nothing of the call is stored then.
+            InputError: an id twice or out of range, another shape, a value that is not finite or
+                does not fit the codec. Nothing of the call is stored then.
             InputError: another process has locked the block, or its lock was deleted by hand.
             OSError: a commit failed; its block stays pending.
         """
@@ -156,8 +161,9 @@ class LogitCacheWriter:
             records = self.codec.encode(logits).cpu().numpy()
         except RowError as error:
             raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
-        for block, rows in self._rows_by_block(ids, view_id):
-            self._fill(view_id, block, ids[rows], records[rows])
+        positions = self.order.positions(ids, np.asarray(view_id))
+        for block, rows in self._rows_by_block(ids, positions, view_id):
+            self._fill(view_id, block, positions[rows], records[rows])
 
     def close(self) -> None:
         """Sync committed blocks and drop incomplete ones, which stay pending.
@@ -210,9 +216,11 @@ class LogitCacheWriter:
             raise InputError(f"view {view_id} sample {twice} was written twice")
         return ids
 
-    def _rows_by_block(self, ids: np.ndarray, view_id: int) -> list[tuple[int, np.ndarray]]:
+    def _rows_by_block(
+        self, ids: np.ndarray, positions: np.ndarray, view_id: int
+    ) -> list[tuple[int, np.ndarray]]:
         """Blocks to fill, each with its rows; refuses samples that came before."""
-        blocks = ids // self._block_records
+        blocks = positions // self._block_records
         found = []
         for block in np.unique(blocks).tolist():
             rows = np.flatnonzero(blocks == block)
@@ -220,7 +228,7 @@ class LogitCacheWriter:
             again = ids[rows]
             if key in self._buffers:
                 buffer = self._buffers[key]
-                again = again[buffer.filled[again - buffer.start]]
+                again = again[buffer.filled[positions[rows] - buffer.start]]
             elif key not in self._committed:
                 if not self.is_done(view_id, block):
                     found.append((block, rows))
@@ -230,7 +238,7 @@ class LogitCacheWriter:
             found.append((block, rows))
         return found
 
-    def _fill(self, view_id: int, block: int, ids: np.ndarray, records: np.ndarray) -> None:
+    def _fill(self, view_id: int, block: int, positions: np.ndarray, records: np.ndarray) -> None:
         key = (view_id, block)
         if key not in self._buffers:
             self.locks.acquire(view_id, block)
@@ -241,8 +249,8 @@ class LogitCacheWriter:
             start, stop = self.block_range(block)
             self._buffers[key] = _Buffer(start, stop, self.codec.record_bytes)
         buffer = self._buffers[key]
-        buffer.records[ids - buffer.start] = records
-        buffer.filled[ids - buffer.start] = True
+        buffer.records[positions - buffer.start] = records
+        buffer.filled[positions - buffer.start] = True
         if not buffer.filled.all():
             return
         del self._buffers[key]

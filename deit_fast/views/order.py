@@ -38,6 +38,18 @@ def pairing(seed: int, num_samples: int, group: int) -> Array:
     return permutation(seed, num_samples, group, Purpose.PAIRING)
 
 
+def visiting_order(seed: int, num_samples: int, cycle: int, group: int) -> Array:
+    """Samples as cycle ``cycle`` visits them where it is at the views of ``group``.
+
+    Returns:
+        int64 [num_samples], a permutation, read-only: the members of a pair side by side.
+    """
+    pairs = _pair_order(seed, -(-num_samples // 2), cycle)
+    members = (2 * pairs[:, None] + np.arange(2)).reshape(-1)  # indices into the pairing
+    members = members[members < num_samples]  # an odd last sample has no partner
+    return frozen(pairing(seed, num_samples, group)[members])
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """Which views an epoch visits, and in which order.

@@ -13,7 +13,13 @@ import numpy as np
 import torch
 
 from deit_fast import _C
-from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.cache import (
+    LogitCache,
+    LogitCacheWriter,
+    build_feature_manifest,
+    build_manifest,
+    codec_from_config,
+)
 from deit_fast.cache.format import manifest_sha256
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
@@ -33,6 +39,30 @@ def make_manifest(name="topk", *, classes=CLASSES, samples=SAMPLES, block=BLOCK,
 def make_logits(view: int, samples=SAMPLES, classes=CLASSES) -> torch.Tensor:
     generator = torch.Generator().manual_seed(view)
     return torch.randn(samples, classes, generator=generator) * 4
+
+
+def make_feature_manifest(
+    codec="fp8", *, tokens=4, width=6, samples=SAMPLES, block=BLOCK, order="pairs", repeats=3
+):
+    fingerprint = {"view.seed": 7, "view.repeats": repeats, "target.name": "patches"}
+    return build_feature_manifest(
+        codec, tokens=tokens, width=width, num_samples=samples, fingerprint=fingerprint,
+        order=order, block_records=block,
+    )  # fmt: skip
+
+
+def make_features(view: int, samples=SAMPLES, tokens=4, width=6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(view)
+    return torch.randn(samples, tokens, width, generator=generator)
+
+
+def write_features(path, manifest, views=(0,)) -> LogitCache:
+    samples, codec = manifest["num_samples"], manifest["codec"]
+    with LogitCacheWriter(path, manifest) as writer:
+        for view in views:
+            features = make_features(view, samples, codec["tokens"], codec["width"])
+            writer.write(torch.arange(samples), view, features)
+    return LogitCache.open(path)
 
 
 def write_cache(path, manifest, views=(0,)) -> LogitCache:

@@ -194,6 +194,15 @@ void decode_all(Random& random) {
       decode({kind, classes + 8, classes}, 1 + random.below(15), random);
     }
   }
+  for (const RecordKind kind : {RecordKind::token_int8, RecordKind::token_fp8}) {
+    for (const uint32_t channels : {1u, 3u, 4u, 36u, 127u, 384u}) {
+      for (const uint32_t tokens : {1u, 5u, 16u}) {
+        const RecordLayout layout{kind, tokens * (channels + 4), channels, 2, 0, 0, 1.0f, tokens};
+        decode(layout, 0, random);
+        decode(layout, 1 + random.below(15), random);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ struct Shape {
   ViewSpec spec;
 };
 
-constexpr int kKinds = 7, kWideKind = 6;
+constexpr int kKinds = 9, kWideKind = 8;
 constexpr double kInverseTemperatures[2] = {1.0, 0.5};
 
 inline Shape make_shape(int kind, uint64_t records, uint32_t block_records) {
@@ -63,6 +63,13 @@ inline Shape make_shape(int kind, uint64_t records, uint32_t block_records) {
       layout.kind = kind == 3 ? RecordKind::int8 : RecordKind::fp8;
       layout.num_classes = 33;
       layout.record_bytes = 8 + 33;
+      break;
+    case 6:
+    case 7:
+      layout.kind = kind == 6 ? RecordKind::token_int8 : RecordKind::token_fp8;
+      layout.tokens = 3;
+      layout.num_classes = 17;
+      layout.record_bytes = 3 * (4 + 17);
       break;
     default:
       layout.kind = RecordKind::copy;
@@ -136,7 +143,9 @@ struct DecodedRecords {
         break;
       case RecordKind::int8:
       case RecordKind::fp8:
-        numbers.resize(count * layout.num_classes);
+      case RecordKind::token_int8:
+      case RecordKind::token_fp8:
+        numbers.resize(count * layout.tokens * layout.num_classes);
         out.first = numbers.data();
     }
   }

@@ -61,6 +61,25 @@ void check_topk(const Shape& shape, const unsigned char* record, const DecodedRe
   require(std::fabs(mass - 1) < 1e-5, "mass one");
 }
 
+void check_tokens(const Shape& shape, const unsigned char* record, const DecodedRecords& decoded_records, size_t index) {
+  const RecordLayout& layout = shape.layout;
+  const size_t values = layout.tokens * layout.num_classes;
+  for (size_t i = 0; i < values; ++i) {
+    const unsigned char* token = record + i / layout.num_classes * (4 + layout.num_classes);
+    const unsigned char code = token[4 + i % layout.num_classes];
+    float scale = 0;
+    std::memcpy(&scale, token, 4);
+    const int magnitude = code & 0x7F;
+    const double small = std::ldexp(magnitude % 8, -9), exponent = magnitude / 8 - 7;
+    double value = magnitude < 8 ? small : std::ldexp(1 + (magnitude % 8) / 8.0, static_cast<int>(exponent));
+    if (magnitude == 0x7F) value = NAN;
+    if (code & 0x80) value = -value;
+    if (layout.kind == RecordKind::token_int8) value = code < 128 ? code : code - 256;
+    const float expected = static_cast<float>(value) * scale, found = decoded_records.numbers[index * values + i];
+    require(found == expected || (std::isnan(found) && std::isnan(expected)), "a feature");
+  }
+}
+
 void run(const std::string& folder, int kind) {
   Random random{static_cast<uint64_t>(kind)};
   const uint64_t count = kind == kWideKind ? 9 : 203;
@@ -95,9 +114,12 @@ void run(const std::string& folder, int kind) {
       DecodedRecords decoded_records(shape.layout, rows.size());
       gather(located, rows.data(), rows.size(), shape.layout, decoded_records.out);
       decoded_records.require_ids_below(shape.layout.num_classes);
-      for (size_t i = 0; i < rows.size() && shape.layout.kind == RecordKind::topk; ++i) {
+      const RecordKind kind = shape.layout.kind;
+      const bool of_tokens = kind == RecordKind::token_int8 || kind == RecordKind::token_fp8;
+      const auto check = kind == RecordKind::topk ? check_topk : of_tokens ? check_tokens : nullptr;
+      for (size_t i = 0; i < rows.size() && check != nullptr; ++i) {
         const size_t offset = static_cast<size_t>(rows[i]) * shape.spec.record_bytes;
-        check_topk(shape, records[static_cast<size_t>(ids[i])].data() + offset, decoded_records, i);
+        check(shape, records[static_cast<size_t>(ids[i])].data() + offset, decoded_records, i);
       }
     });
   }
