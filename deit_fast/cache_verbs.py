@@ -24,9 +24,11 @@ def info(
     """Describe a cache: codec, views, fingerprint, and statistics of the teacher's logits.
 
     Entropy and agreement with the labels are measured on up to 8,192 records of 64 random blocks.
+    Files of RayGen (DataCompDR), FKD and TinyViT are read whole: samples, arrays, augmentations and
+    what is damaged. No run can use them.
 
     Args:
-        path: Folder of the cache.
+        path: Folder of the cache, or folder or archive of another project.
         data_root: Image folder that it was made from, to compare the logits with the labels.
         html: HTML file to write as well, with a chart.
     """
@@ -35,7 +37,16 @@ def info(
     if data_root is not None:
         require_data_root(data_root, "train")
     from deit_fast import cache
+    from deit_fast.cache.foreign import open_foreign
 
+    if (foreign := open_foreign(path)) is not None:
+        if html is not None or data_root is not None:
+            raise InputError(
+                f"--html and --data-root are for a cache; {path} holds files of {foreign.name}"
+            )
+        from deit_fast.cache.foreign.show import describe
+
+        return columns(describe(foreign))
     facts = cache.info(path)
     broken = [row for row in facts["views"] if row.get("broken") or "error" in row]
     codec = dict(facts["codec"])
@@ -153,37 +164,29 @@ def verify(
 def export(path: str, /, *, output: str, views: str | None = None) -> str:
     """Write a cache as Parquet, or as dense tensors in a .safetensors or .pt file.
 
+    So are files of RayGen (DataCompDR), FKD and TinyViT.
+
     Args:
-        path: Folder of the cache.
+        path: Folder of the cache, or folder or archive of another project.
         output: File to write; its suffix .parquet, .safetensors or .pt says what.
         views: Only the views A to B-1, written A:B; none: all complete views.
     """
     require_writable("--output", output, is_folder=False)
-    from deit_fast.cache.export import export as run
+    from deit_fast.cache.foreign import open_foreign
 
-    result = run(path, output, view_range(views))
+    wanted = view_range(views)
+    if (foreign := open_foreign(path)) is None:
+        from deit_fast.cache.export import export as run
+
+        result = run(path, output, wanted)
+    elif wanted is None:
+        from deit_fast.cache.foreign.show import export as run_foreign
+
+        result = run_foreign(foreign, output)
+    else:
+        raise InputError(f"--views is for a cache; {path} holds files of {foreign.name}")
     rows = [("wrote", result["out"]), ("records", str(result["records"])),
             ("size", size_text(result["bytes"]))]  # fmt: skip
-    return columns(rows)
-
-
-def import_tinyvit(folder: str, /, *, output: str, num_classes: Count) -> str:
-    """Import TinyViT's stored logits, for `info` and `export` only; no run can use them.
-
-    Their views come from seeds of TinyViT's own augmentation code, which this project's loader
-    cannot replay; `train` refuses such a cache.
-
-    Args:
-        folder: Folder with TinyViT's folders logits_top{K}_epoch{e}.
-        output: Folder of the new cache.
-        num_classes: Number of the teacher's classes, which TinyViT does not store.
-    """
-    require_writable("--output", output)
-    from deit_fast.cache.tinyvit import import_tinyvit as run
-
-    result = run(folder, output, num_classes)
-    rows = [("cache", output), ("views", str(result["views"])), ("samples", str(result["samples"])),
-            ("dropped", f"{result['dropped']} keys that not every epoch has")]  # fmt: skip
     return columns(rows)
 
 

@@ -499,7 +499,6 @@ VERBS: dict[str, Callable[..., str]] = {
     "cache info": cache_verbs.info,
     "cache verify": cache_verbs.verify,
     "cache export": cache_verbs.export,
-    "cache import-tinyvit": cache_verbs.import_tinyvit,
     "doctor": doctor,
     "recipes list": recipes_list,
     "recipes show": recipes_show,

@@ -240,7 +240,6 @@ OUTPUTS = {
     "report run --output": "file",
     "cache info run --html": "file",
     "cache export run --output": "file",
-    "cache import-tinyvit run --num-classes 3 --output": "folder",
 }
 
 

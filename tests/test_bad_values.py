@@ -83,7 +83,6 @@ def command(verb: str, root: Path, cache: str = "out/cache", output: str = "out/
         "cache info": [made],
         "cache verify": [made],
         "cache export": [made, "--output", f"{out}/cache.pt"],
-        "cache import-tinyvit": [made, "--output", out, "--num-classes", "10"],
         "recipes show": ["deit_small"],
     }
     return [*verb.split(), *words.get(verb, [])]

@@ -16,14 +16,11 @@ from safetensors.torch import load_file, save_file
 from deit_fast import cli
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_manifest
 from deit_fast.cache.statistics import draw_records
-from deit_fast.cache.tinyvit import import_tinyvit
 from deit_fast.cache.verify import record_errors
 from deit_fast.config import CodecConfig
-from deit_fast.errors import InputError
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
-from deit_fast.runtime.locks import owned_folder
-from helpers.caches import block_checksum, tinyvit_rows, write_tinyvit
+from helpers.caches import block_checksum
 from helpers.digits import write_few_digits
 
 FACTORY = "deit_fast.models.convnet:small_convnet"
@@ -263,95 +260,3 @@ def test_export_of_a_missing_view_leaves_nothing(root, capsys, tmp_path):
                          "--views", "1:5")  # fmt: skip
     assert status == 2 and "does not have view 3 complete" in err
     assert list(tmp_path.iterdir()) == []
-
-
-# ----------------------------------------------------------------------------------------- TinyViT
-
-
-def test_tinyvits_epochs_become_views(tmp_path, capsys):
-    names = [f"n{i:02d}/{i}.JPEG" for i in range(30)]
-    epochs = [tinyvit_rows(names, 5, 40000, epoch) for epoch in (0, 1)]
-    epochs[1]["only/here.JPEG"] = epochs[1][names[0]]
-    for epoch, rows in enumerate(epochs):
-        items = list(rows.items())
-        half = [dict(items[1::2]), dict(items[::2])]
-        half[1][items[1][0]] = items[0][1]  # a padded key: the first rank's record counts
-        write_tinyvit(tmp_path / "t", 5, epoch, half)
-    status, out, _ = run(capsys, "cache", "import-tinyvit", tmp_path / "t", "--output",
-                         tmp_path / "c", "--num-classes", 40000)  # fmt: skip
-    assert status == 0 and "1 keys that not every epoch has" in out
-    assert (tmp_path / "c/keys.txt").read_text().split() == sorted(names)
-    cache = LogitCache.open(tmp_path / "c")
-    big = 0
-    for epoch, rows in enumerate(epochs):
-        stored = cache.gather(np.arange(30), epoch)
-        for sample, name in enumerate(sorted(names)):
-            ids, probs = rows[name]
-            probs = np.maximum(probs.astype(np.float16).astype(float), 2.0**-25)
-            decoded = dict(zip(stored.ids[sample].tolist(), stored.log_probs[sample].exp().tolist(),
-                               strict=True))  # fmt: skip
-            assert set(decoded) == set(ids.tolist())
-            for i, p in zip(ids.tolist(), probs.tolist(), strict=True):
-                assert decoded[i] == pytest.approx(p / max(1.0, probs.sum()), rel=2e-2, abs=1e-6)
-            big += int((ids > 32767).sum())
-    assert big > 10, "no id that int16 wraps"
-    assert run(capsys, "cache", "info", tmp_path / "c")[0] == 0
-    assert run(capsys, "cache", "verify", tmp_path / "c")[0] == 0
-    assert run(capsys, "cache", "export", tmp_path / "c", "--output", tmp_path / "c.pt")[0] == 0
-
-
-def test_a_second_import_into_the_same_cache_is_refused(tmp_path):
-    write_tinyvit(tmp_path / "t", 2, 4, [{"a": ([3, 1], [0.5, 0.25])}])
-    with (
-        owned_folder(tmp_path / "c", ".lock-import", "the import"),
-        pytest.raises(InputError, match=r"\.lock-import: the import is being written by pid"),
-    ):
-        import_tinyvit(tmp_path / "t", tmp_path / "c", 9)
-    assert not (tmp_path / "c").exists()
-
-
-def test_tail_of_an_import_is_what_was_not_stored(tmp_path):
-    rows = {"a": ([3, 1], [0.5, 0.25]), "b": ([0, 2], [1.0, 0.0])}
-    write_tinyvit(tmp_path / "t", 2, 4, [rows])
-    import_tinyvit(tmp_path / "t/logits_top2_epoch4", tmp_path / "c", 9)
-    stored = LogitCache.open(tmp_path / "c").gather([0, 1], 4)
-    assert stored.log_tail[0].exp().item() == pytest.approx(0.25, rel=1e-6)
-    assert torch.isfinite(stored.log_probs).all() and stored.log_tail[1].exp() < 1e-6
-    assert stored.ids.tolist() == [[3, 1], [0, 2]]
-
-
-def test_train_refuses_an_imported_cache_in_one_line(root, tmp_path, capsys):
-    write_tinyvit(tmp_path / "t", 3, 0, [tinyvit_rows(["a", "b"], 3, 10, 0)])
-    import_tinyvit(tmp_path / "t", tmp_path / "c", 10)
-    words = [*arguments(root)[:-2], "--cache", f"{tmp_path}/c", "--batch-size", "10",
-             "--output", f"{tmp_path}/run"]  # fmt: skip
-    status, _, err = run(capsys, "train", *words)
-    assert status == 2 and "was imported from TinyViT" in err and "cannot replay" in err
-    status, _, err = verify_teacher(capsys, root, tmp_path / "c")
-    assert status == 2 and "does not say how its views are made" in err
-    status, _, err = run(capsys, "cache", "info", tmp_path / "c", "--data-root", root / "data")
-    assert status == 2 and "does not say how its views are made" in err
-
-
-@pytest.mark.parametrize("wrong", ["K", "truncated", "class count", "K of two", "not text"])
-def test_wrong_tinyvit_files_are_refused(tmp_path, wrong):
-    rows = tinyvit_rows([f"k{i}" for i in range(8)], 4, 100, 0)
-    write_tinyvit(tmp_path, 4, 0, [rows])
-    folder, classes = tmp_path / "logits_top4_epoch0", 100
-    if wrong == "K":
-        folder.rename(tmp_path / "logits_top6_epoch0")
-        message = "8 keys of top-6 need 224"
-    elif wrong == "truncated":
-        values = folder / "rank0-values.bin"
-        values.write_bytes(values.read_bytes()[:-3])
-        message = r"rank0-values\.bin has 157 bytes; 8 keys of top-4 need 160"
-    elif wrong == "class count":
-        classes, message = 20, "has no 4 different ids below 20"
-    elif wrong == "K of two":
-        write_tinyvit(tmp_path, 5, 1, [tinyvit_rows(["k1"], 5, 100, 1)])
-        message = "epochs of different K: 4, 5"
-    else:
-        (folder / "rank0-keys.txt").write_bytes(b"\xff\xfe" * 9)
-        message = "rank0-keys.txt: not text"
-    with pytest.raises(InputError, match=message):
-        import_tinyvit(tmp_path, tmp_path / "out", classes)

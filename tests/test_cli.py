@@ -251,15 +251,13 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
     ("command", "message"),
     [
         ("trian", "unknown verb 'trian' (did you mean train?); see `deit-fast --help`"),
-        ("cache", "cache needs a verb: one of cache info, cache verify, cache export, cache imp"),
+        ("cache", "cache needs a verb: one of cache info, cache verify, cache export"),
         ("cache export x", "cache export needs --output (file to write; its suffix .parquet"),
         ("cache export x --output y --views 2", "--views needs A:B"),
         (
             "cache export x --output y.csv",
             "--output needs a name that ends in .parquet, .safetensors",
         ),
-        ("cache import-tinyvit tests --output y --num-classes 9", "tests has no folder logits_top"),
-        ("cache import-tinyvit gone --output y --num-classes 9", "gone is not a folder"),
         ("cache verify x --teacher timm:y", "--teacher and --data-root go together"),
         (
             "cache verify x --samples 0",

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.caches import tinyvit_rows, write_tinyvit
 from helpers.digits import write_few_digits
+from helpers.foreign import raygen_sample, tinyvit_rows, write_fkd, write_raygen, write_tinyvit
 from helpers.images import picture
 from helpers.pages import (
     NOT_RUN,
@@ -67,6 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for epoch in (0, 1):
         rows = tinyvit_rows([f"n01/{i}.JPEG" for i in range(6)], 5, 1000, epoch)
         write_tinyvit(folder / "TINYVIT", 5, epoch, [rows])
+    write_raygen(folder / "DATACOMPDR", [[raygen_sample(f"{i:08x}", i) for i in range(3)]])
+    write_fkd(folder / "FKD", "train/n01/1", 5, 4)
     results = sorted((ROOT / "bench/results/cpu").glob("2*.json"))
     for name in ("kernels.json", "results.json"):
         shutil.copy(results[-1], folder / name)

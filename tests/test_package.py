@@ -200,7 +200,6 @@ OPENERS = re.compile(
 OPENED_ELSEWHERE = {
     "deit_fast/arguments.py": {"os.open"},  # /dev/null
     "deit_fast/cli.py": {"os.open"},  # /dev/null
-    "deit_fast/cache/tinyvit.py": {"np.memmap"},
     "deit_fast/data/jpeg_index.py": {"os.open"},  # a lock
     "deit_fast/data/watch.py": {"read_text"},  # /proc
     "deit_fast/runtime/locks.py": {"os.open"},
@@ -231,7 +230,7 @@ sys.modules.update(dict.fromkeys({sorted(LATE)!r}))  # None: the import fails
 for name in ("deit_fast.kernels", "deit_fast.cache", "deit_fast.losses", "deit_fast.views.plan",
              "deit_fast.data.loader", "deit_fast.models", "deit_fast.training.loop",
              "deit_fast.precomputation", "deit_fast.tools.verify_against_teacher",
-             "deit_fast.cache.export", "deit_fast.cache.tinyvit", "deit_fast.evaluation",
+             "deit_fast.cache.export", "deit_fast.cache.foreign.show", "deit_fast.evaluation",
              "deit_fast.tools.report.page", "deit_fast.tools.export.exporting",
              "deit_fast.tools.doctor", "bench.common", *{benches!r}):
     importlib.import_module(name)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMATS = (".parquet", ".safetensors", ".pt")
 _SAFETENSORS = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-    "torch.int64": "I64", "torch.int32": "I32",
+    "torch.float64": "F64", "torch.int64": "I64", "torch.int32": "I32", "torch.bool": "BOOL",
 }  # fmt: skip
 
 
@@ -44,9 +44,7 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
         InputError: another suffix, pyarrow missing, tensors larger than the memory.
         CacheError: a view that is not there, incomplete or damaged.
     """
-    target = Path(out)
-    if target.suffix not in FORMATS:
-        raise InputError(f"--output needs a name that ends in {', '.join(FORMATS)}, not {out}")
+    target = require_format(out)
     cache = LogitCache.open(path)
     complete = cache.views
     requested = complete if views is None else views
@@ -63,13 +61,41 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
 
             write_torch(file, _tensors(cache, ids))
         else:
-            _write_safetensors(_tensors(cache, ids), _metadata(cache), file)
+            write_safetensors(_tensors(cache, ids), _metadata(cache), file)
     return {
         "out": str(target),
         "format": target.suffix.removeprefix("."),
         "records": len(ids) * cache.manifest["num_samples"],
         "bytes": target.stat().st_size,
     }
+
+
+def require_format(out: str | Path) -> Path:
+    """The path of the file to write; InputError where its suffix is none of FORMATS."""
+    target = Path(out)
+    if target.suffix not in FORMATS:
+        raise InputError(f"--output needs a name that ends in {', '.join(FORMATS)}, not {out}")
+    return target
+
+
+def require_memory(needed: int, remedy: str) -> None:
+    """Raise InputError where tensors of ``needed`` bytes do not fit half of the memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory // 2:
+        raise InputError(
+            f"{needed / 2**30:.1f} GiB of tensors do not fit half of this machine's memory "
+            f"({memory / 2**30:.1f} GiB): {remedy}"
+        )
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and its module for Parquet; InputError without it."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[parquet]'") from None
+    return pa, pq
 
 
 def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:
@@ -99,9 +125,7 @@ def _metadata(cache: LogitCache) -> dict[str, str]:
     }
 
 
-def _write_safetensors(
-    tensors: dict[str, Tensor], metadata: dict[str, str], file: BinaryIO
-) -> None:
+def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: BinaryIO) -> None:
     """As safetensors.torch.save_file, whose files only their owner may read, or with twice the
     memory as safetensors.torch.save."""
     import torch
@@ -123,11 +147,7 @@ def _write_safetensors(
 def _write_parquet(cache: LogitCache, views: list[int], file: BinaryIO) -> None:
     import torch
 
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[parquet]'") from None
+    pa, pq = import_pyarrow()
 
     def column(values: Tensor) -> Any:
         if values.dtype == torch.bfloat16:  # Arrow has no such type
@@ -165,12 +185,7 @@ def _tensors(cache: LogitCache, views: list[int]) -> dict[str, Tensor]:
     needed = len(views) * sum(
         value.nbytes for value in _decode(cache, np.arange(1), views[0]).values()
     )
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed * count > memory // 2:
-        raise InputError(
-            f"{needed * count / 2**30:.1f} GiB of tensors do not fit half of this machine's memory "
-            f"({memory / 2**30:.1f} GiB): export fewer --views, or to .parquet"
-        )
+    require_memory(needed * count, "export fewer --views, or to .parquet")
     tensors: dict[str, Tensor] = {}
     for index, samples, values in _blocks(cache, views):
         for name, value in values.items():

@@ -315,7 +315,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         values = read_json(path, _MAX_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
+        from deit_fast.cache.foreign import open_foreign
+
         what = f"is not a cache: it has no {FILE_NAME}"
+        if (foreign := open_foreign(folder)) is not None:
+            what = f"holds files of {foreign.name}, which no run can use: {foreign.replay}"
         if not os.path.lexists(folder):
             what = "is no cache: it does not exist; check the path, or make it by `precompute`"
         raise CacheError(f"{folder} {what}") from None

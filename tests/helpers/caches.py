@@ -1,4 +1,4 @@
-"""Small caches of logits, in this project's format and in TinyViT's."""
+"""Small caches of logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from deit_fast import _C
@@ -137,28 +136,3 @@ def equal(a, b) -> bool:
 def reading_threads() -> int:
     """Of this process, by name: others come and go as other tests' threads end."""
     return sum(thread.name.startswith("dlc-read-ahead") for thread in threading.enumerate())
-
-
-def write_tinyvit(folder: Path, k: int, epoch: int, ranks: list[dict[str, tuple]]) -> None:
-    """As TinyViT's writer: text keys; int32 seed, int16 ids, float16 probabilities."""
-    path = folder / f"logits_top{k}_epoch{epoch}"
-    path.mkdir(parents=True)
-    for rank, rows in enumerate(ranks):
-        (path / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in rows))
-        (path / f"rank{rank}-values.bin").write_bytes(
-            b"".join(
-                np.int32(7).tobytes()
-                + np.array(ids, np.int64).astype(np.int16).tobytes()  # wraps above 32,767
-                + np.array(probs, np.float16).tobytes()
-                for ids, probs in rows.values()
-            )
-        )
-
-
-def tinyvit_rows(names: list[str], k: int, classes: int, seed: int) -> dict[str, tuple]:
-    draw = np.random.default_rng(seed)
-    rows = {}
-    for name in names:
-        probs = np.sort(draw.dirichlet(np.full(classes, 0.1)))[::-1][:k]
-        rows[name] = (draw.choice(classes, k, replace=False), probs)
-    return rows
