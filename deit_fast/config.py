@@ -61,6 +61,8 @@ Deviation = Annotated[float, Within(0.001, 10)]
 EvalCrop = Annotated[float, Within(0.1, 1)]
 Temperature = Annotated[float, Within(0.01, 1000)]
 Residual = Literal["float32", "bfloat16"]
+Head = Literal["standard", "lift", "wide_last"]
+Width = Annotated[int, Within(1, 65536)]
 Target = Literal["logits", "cls", "mean", "pooled", "patches"]
 """What a teacher gives; all but the logits are features."""
 FeatureLoss = Literal["cosine", "mse", "smooth_l1", "balanced", "dune", "similarity", "spectral"]
@@ -332,13 +334,32 @@ class ModelConfig:
     args: tuple[str, ...] = ()
     """Whole-number arguments of timm's transformer, in place of the named model's, such as
     `patch_size=4 depth=6`."""
+    head: Head = "standard"
+    """What gives a narrow transformer features of `wide` channels (arXiv 2511.15572). `lift`: a
+    linear layer and a LayerNorm after the last block; the classifier reads their mean over the
+    patches. `wide_last`: the last block and the classifier are wide."""
+    wide: Width | None = None
+    """Channels of the features with `lift` and `wide_last`: those of the teacher's features."""
     weights: str | None = None
     """Weights to start from: a file (.pth or .safetensors); FILE#KEY for the state dict under a
     key, where an average of the weights is preferred; `timm:NAME` for timm's pretrained weights.
     none: random weights."""
 
+    head_width: ClassVar[int] = 64  # channels of an attention head in the block of wide_last
+
     def __post_init__(self) -> None:
         check_all(self, "model.")
+        _require(
+            (self.wide is None) == (self.head == "standard"),
+            f"model.head={self.head} needs model.wide, the channels of the teacher's features"
+            if self.wide is None
+            else f"model.wide={self.wide} needs model.head, lift or wide_last",
+        )
+        _require(
+            self.head != "wide_last" or (self.wide or 0) % self.head_width == 0,
+            f"model.head=wide_last has attention heads of {self.head_width} channels, and "
+            f"model.wide={self.wide} is no multiple of that",
+        )
         _require(
             self.residual == "float32" or self.fused,
             f"model.residual={self.residual} needs model.fused",

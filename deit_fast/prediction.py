@@ -179,6 +179,7 @@ def load_student(
         network = create_student(
             facts.name, len(facts.classes), img_size=facts.image_size, fused=facts.fused,
             kernels=facts.kernels, residual=facts.residual, pad_head=facts.pad_head,
+            head=facts.head, wide=facts.wide,
             trained_head=file_texts(path).get(HEAD_KEY, "both"), **options,
         )  # fmt: skip
     fit_weights(network, state, path)

@@ -389,6 +389,8 @@ EARLIER = {
     "compat",
     "model.name",
     "model.args",
+    "model.head",
+    "model.wide",
     "teacher_mean",
     "teacher_std",
 }
@@ -408,7 +410,7 @@ OTHER: dict[str, Any] = {
     "features.block": 1, "features.grid": 2, "features.codec": "int8", "features.reduce": "pca",
     "features.dim": 8, "features.weights": [2.0], "features.losses": ["mse"],
     "features.normalise": ["standard"], "features.projectors": ["mlp"], "features.token": "mean",
-    "features.student_block": 1, "features.drop": "random",
+    "model.head": "lift", "model.wide": 64, "features.student_block": 1, "features.drop": "random",
 }  # fmt: skip
 
 

@@ -34,17 +34,20 @@ from torch import Tensor, nn
 
 from deit_fast.errors import InputError
 from deit_fast.models.fused import (
+    FUSED_BLOCKS,
     FusedAttention,
     FusedBlock,
     FusedForward,
     FusedMlp,
     FusedPatchEmbed,
+    FusedWideBlock,
     why_not_attention,
     why_not_mlp,
 )  # fmt: skip
 from deit_fast.models.plain import DROP_PATHS, is_plain
 from deit_fast.models.stream import BatchPart
 from deit_fast.models.swapped import swap_back, swap_model
+from deit_fast.models.widen import WideBlock, plain_tokens
 
 log = logging.getLogger("deit_fast")
 
@@ -74,7 +77,8 @@ def default_kernels(device: torch.device | None = None) -> tuple[str, ...]:
 
 
 _FUSED: dict[type, type] = {
-    Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, PatchEmbed: FusedPatchEmbed,
+    Attention: FusedAttention, Mlp: FusedMlp, Block: FusedBlock, WideBlock: FusedWideBlock,
+    PatchEmbed: FusedPatchEmbed,
 }  # fmt: skip
 
 _WRAPPED = ("module", "_orig_mod", "model")
@@ -87,7 +91,7 @@ _WRAPPED = ("module", "_orig_mod", "model")
 
 
 def _why_not_block(module: nn.Module) -> str | None:
-    if type(module) not in (Block, FusedBlock):
+    if type(module) not in (Block, WideBlock, *FUSED_BLOCKS):
         return f"is {type(module).__name__}, not timm's Block"
     for name in ("norm1", "norm2"):
         norm = getattr(module, name)
@@ -219,7 +223,7 @@ def _fuse_block(block: Any, kernels: frozenset[str], subset: bool) -> list[str]:
             reasons.append(f"{name}: {reason}")
     if "mlp_backward" in kernels and type(block.mlp) is FusedMlp:
         block.mlp.joins_backward = True
-    block.__class__ = FusedBlock
+    block.__class__ = _FUSED.get(type(block), type(block))
     block.kernels, block.subset = kernels, subset
     return reasons
 
@@ -264,7 +268,7 @@ def set_batch_part(model: nn.Module, offset: int, batch_size: int) -> bool:
 
 def _draws_for_a_part(block: Any) -> bool:
     """Whether a block draws for the batch part of the model."""
-    if not is_plain(block, (FusedBlock,)):
+    if not is_plain(block, FUSED_BLOCKS):
         return False
     return is_plain(block.drop_path1, DROP_PATHS) and is_plain(block.drop_path2, DROP_PATHS)
 
@@ -277,6 +281,16 @@ def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
     if isinstance(model, FusedForward) and model.runs_stream():
         return model.forward_stream(images)
     return model.forward_features(images)
+
+
+def last_tokens(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of the final norm and of the last block, [B, tokens, width] each, in one forward.
+
+    A fused model computes them on its fused stream.
+    """
+    if isinstance(model, FusedForward):
+        return model.forward_tokens(images)
+    return plain_tokens(model, images)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

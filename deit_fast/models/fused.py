@@ -47,6 +47,7 @@ from deit_fast.models.stream import (
     layer_scale,
 )  # fmt: skip
 from deit_fast.models.swapped import Swapped, SwappedModel, annotated_as, is_traced, traced
+from deit_fast.models.widen import WideBlock, plain_tokens
 
 log = logging.getLogger("deit_fast")
 
@@ -269,7 +270,27 @@ class FusedBlock(Swapped, Block):
         stream.run_branch(1, self.norm2, self.mlp, _FUSED_MLP, self.ls2, self.drop_path2)
 
 
-_FUSED_ATTENTION, _FUSED_MLP, _FUSED_BLOCK = (FusedAttention,), (FusedMlp,), (FusedBlock,)
+class FusedWideBlock(FusedBlock, WideBlock):
+    """WideBlock on a residual stream, which gets another width."""
+
+    swapped_from = WideBlock  # type: ignore[assignment]
+
+    def run(self, stream: Stream) -> None:
+        self._widen(stream)
+        super().run(stream)
+
+    def run_last(self, stream: Stream, tokens: int) -> None:
+        self._widen(stream)
+        super().run_last(stream, tokens)
+
+    def _widen(self, stream: Stream) -> None:
+        x = stream.add()
+        weight = next(self.widen.parameters(), x)  # a bfloat16 residual is widened in float32
+        stream.residual = self.widen(x.to(weight.dtype)).to(x.dtype)
+
+
+_FUSED_ATTENTION, _FUSED_MLP = (FusedAttention,), (FusedMlp,)
+FUSED_BLOCKS = (FusedBlock, FusedWideBlock)
 ATTENTIONS.add(FusedAttention)
 TOKENWISE.add(FusedMlp)
 
@@ -356,12 +377,23 @@ class FusedForward(SwappedModel, VisionTransformer):
 
     def forward_stream(self, x: Tensor) -> Tensor:
         """The final norm's tokens, at least those that the heads read."""
+        return self._run_blocks(x, is_whole=not self._heads_read_prefix()).add_norm(self.norm)
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of the final norm and of the last block, [B, tokens, width] each."""
+        if not self.runs_stream():
+            return plain_tokens(self, x)
+        stream = self._run_blocks(x, is_whole=True)
+        return stream.add_norm(self.norm), stream.residual
+
+    def _run_blocks(self, x: Tensor, is_whole: bool) -> Stream:
+        """The stream behind the last block, with all tokens or with the prefix tokens alone."""
         x = self.embed(x)
         if drops_patches(self.patch_drop):
             x = drop_patches(x, self.patch_drop, self.batch_part)
             x = x if self._norms_early() else self._to_residual(self.norm_pre(x))
         blocks: list[Any] = list(self.blocks)
-        fused = [is_plain(block, (FusedBlock,)) for block in blocks]
+        fused = [is_plain(block, FUSED_BLOCKS) for block in blocks]
         called = [
             called_parts(block) if runs else [Part("", block)]
             for block, runs in zip(blocks, fused, strict=True)
@@ -381,11 +413,11 @@ class FusedForward(SwappedModel, VisionTransformer):
             if not ahead and block.draws_ahead(parts):
                 drawn = draw_keep_scales([block], x, stream.part)[0]
             stream.keep_scales = drawn
-            if number == len(blocks) - 1 and not parts and self._heads_read_prefix():
+            if number == len(blocks) - 1 and not parts and not is_whole:
                 block.run_last(stream, self.num_prefix_tokens)
             else:
                 block.run(stream)
-        return stream.add_norm(self.norm)
+        return stream
 
     def _stream(self, x: Tensor, blocks: list[Any], fused: list[bool]) -> Stream:
         """The stream at the first block; all fused blocks have the same options."""

@@ -15,13 +15,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from deit_fast.config import RunConfig
+from deit_fast.config import ModelConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, first_line
 from deit_fast.models.fuse import fuse, head_tokens
 from deit_fast.models.fused import PREFIX_HEADS
 from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.padded_head import pad_heads
 from deit_fast.models.teacher_outputs import describe
+from deit_fast.models.wide_students import WideLastDistilled, make_wide
 
 log = logging.getLogger("deit_fast")
 
@@ -62,7 +63,14 @@ class OneHeadTrained(VisionTransformerDistilled):
         return x[:, 1] if pre_logits else self.head_dist(x[:, 1])
 
 
+class WideLastOneHeadTrained(WideLastDistilled, OneHeadTrained):
+    """WideLast with two heads, of which only one was trained."""
+
+
 PREFIX_HEADS.add(OneHeadTrained.forward_head)
+_ONE_HEAD: dict[type, type] = {
+    VisionTransformerDistilled: OneHeadTrained, WideLastDistilled: WideLastOneHeadTrained,
+}  # fmt: skip
 _TRAINED = {"class": (0, "head"), "distillation": (1, "head_dist")}  # its token and its name
 
 
@@ -77,8 +85,8 @@ def keep_trained_head(model: nn.Module, head: str) -> None:
     if head not in _TRAINED:
         raise InputError(f"the trained head must be class, distillation or both, not {head!r}")
     model.trained_head = head  # type: ignore[assignment]
-    if type(model) is VisionTransformerDistilled:  # a subclass decides what model(x) returns
-        model.__class__ = OneHeadTrained
+    # another subclass decides what model(x) returns
+    model.__class__ = _ONE_HEAD.get(type(model), type(model))
 
 
 def trained_head(model: nn.Module) -> str:
@@ -100,6 +108,8 @@ def create_student(
     trained_head: str = "both",
     patch_drop: float = 0.0,
     other_sizes: Sequence[int] = (),
+    head: str = "standard",
+    wide: int | None = None,
     **args: Any,
 ) -> nn.Module:
     """Build a model to train, with random weights.
@@ -124,6 +134,9 @@ def create_student(
         patch_drop: share of the patches that training leaves out of a vision transformer.
         other_sizes: sides of images beside ``img_size`` that it must take, pixels. A transformer
             resamples its position embeddings for each (timm's ``dynamic_img_size``).
+        head: "lift" or "wide_last" gives a transformer features of ``wide`` channels, see
+            ``deit_fast.models.wide_students``; "standard": the named model.
+        wide: channels of these features.
         args: arguments of timm's transformer, such as ``depth``, in place of the named model's.
 
     Raises:
@@ -132,6 +145,7 @@ def create_student(
     fuse_options: dict[str, Any] = {
         "stochastic_depth": stochastic_depth, "residual": residual, "kernels": kernels
     }  # fmt: skip
+    ModelConfig(head=head, wide=wide)  # type: ignore[arg-type]  # or it raises
     is_factory = ":" in name
     if not is_factory and not timm.is_model(name):
         raise InputError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
@@ -139,7 +153,9 @@ def create_student(
     if args and not is_transformer:
         raise InputError(f"model {name!r} takes no args, got {sorted(args)}")
     if not is_transformer:
-        _refuse({"patch_drop": patch_drop}, f"a vision transformer of timm, not {name!r}")
+        _refuse(
+            {"patch_drop": patch_drop, "head": head}, f"a vision transformer of timm, not {name!r}"
+        )
     if is_factory:
         _refuse({**fuse_options, "pad_head": pad_head}, f"a timm model, not {name!r}")
         model = build_from_factory(name, num_classes)
@@ -156,6 +172,8 @@ def create_student(
         _try_arguments(name, arguments | args)
     model = timm.create_model(name, pretrained=False, **(arguments | args))
     _require_sizes(name, model, (img_size, *other_sizes) if other_sizes else ())
+    if wide is not None:
+        make_wide(name, model, head, wide)
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
         if patch_drop > 0:  # timm counts one prefix token, and would drop the distillation token

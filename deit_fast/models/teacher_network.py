@@ -17,6 +17,7 @@ from deit_fast.models.names import build_from_factory, is_timm_transformer
 from deit_fast.models.pretrained import load_pretrained, require_timm_name
 from deit_fast.models.weights import adapt_names, fit_weights, load_weights
 from deit_fast.models.weights_facts import ModelFacts, class_names, read_facts
+from deit_fast.models.wide_students import make_wide
 
 log = logging.getLogger("deit_fast")
 
@@ -44,6 +45,8 @@ def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts |
     if facts is not None and facts.is_timm and is_timm_transformer(name):
         arguments |= {"img_size": facts.image_size, **facts.arguments()}
     model = timm.create_model(name, **arguments)
+    if facts is not None and facts.wide is not None:
+        make_wide(name, model, facts.head, facts.wide)
     _say_other_name(f"timm:{name}", facts, is_same=facts is not None and facts.is_timm)
     _say_dtypes(f"timm:{name}", state.values())
     fit_weights(model, state, weights)

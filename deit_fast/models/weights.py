@@ -30,6 +30,7 @@ from deit_fast.models.weights_layout import (
     held_weights,
     shown_keys,
 )
+from deit_fast.models.wide_students import WideStudent
 from deit_fast.runtime.files import open_regular
 from deit_fast.runtime.tensor_files import digest_tensors, read_header, read_tensors, save_tensors
 from deit_fast.runtime.torch_files import load_torch
@@ -200,6 +201,7 @@ def start_from(
       it starts as a class token with a small change, which the pretrained blocks can process.
     - Heads of another class count or of other classes keep their initial values, and those that
       the file lacks. Where it names the same classes in another order, the rows follow the names.
+    - The wide parts of Lift and WideLast keep their initial values where the file has none.
     - Patch embeddings of another patch size are resampled by timm.
 
     Args:
@@ -213,6 +215,7 @@ def start_from(
     notes = [*_adapt_heads(model, state, classes, path)]
     if isinstance(model, VisionTransformer):
         notes += _adapt_distillation(model, state)
+        notes += _adapt_width(model, state)
         notes += _adapt_positions(model, state)
     _load(model, state, layout, path)
     for note in notes:
@@ -301,6 +304,18 @@ def _adapt_distillation(model: VisionTransformer, state: dict[str, Tensor]) -> I
         state["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
         text = "; the token gets the class token's position"
     yield f"no distillation token: dist_token and head_dist keep their initial values{text}"
+
+
+def _adapt_width(model: nn.Module, state: dict[str, Tensor]) -> Iterator[str]:
+    if not isinstance(model, WideStudent) or f"{model.widen_path}.proj.weight" in state:
+        return
+    own: dict[str, Tensor] = model.state_dict()  # type: ignore[attr-defined]
+    parts = [part for part in model.new_parts if any(name.startswith(f"{part}.") for name in own)]
+    prefixes = tuple(f"{part}." for part in parts)
+    for name in [name for name in state if name.startswith(prefixes)]:
+        del state[name]
+    state |= {name: value for name, value in own.items() if name.startswith(prefixes)}
+    yield f"it is of another width: {', '.join(parts)} keep their initial values"
 
 
 def _adapt_positions(model: VisionTransformer, state: dict[str, Tensor]) -> Iterator[str]:

@@ -19,12 +19,14 @@ from deit_fast.config import (
     DataConfig,
     Deviation,
     EvalCrop,
+    Head,
     LossConfig,
     ModelConfig,
     OptimConfig,
     Residual,
     RunConfig,
     Share,
+    Width,
     check_all,
 )
 from deit_fast.config_file import by_dotted_key, from_earlier, to_dict
@@ -36,7 +38,8 @@ from deit_fast.runtime.weights_header import HEAD_KEY, WEIGHTS_FILES, read_texts
 
 FACTS_KEY = "model"
 _SETTINGS = (  # the facts that are settings of the run
-    "model.name", "model.args", "model.fused", "model.kernels", "model.residual", "model.pad_head",
+    "model.name", "model.args", "model.head", "model.wide", "model.fused", "model.kernels",
+    "model.residual", "model.pad_head",
     "view.image_size", "view.mean", "view.std", "data.eval_crop",
 )  # fmt: skip
 
@@ -51,7 +54,7 @@ class ModelFacts:
         mean, std: channel statistics of their normalisation, for pixels in [0, 1].
         classes: class names, in the order of the logits.
         eval_crop: as in ``DataConfig``.
-        fused, kernels, residual, pad_head: as in ``ModelConfig``.
+        fused, kernels, residual, pad_head, head, wide: as in ``ModelConfig``.
     """
 
     name: str
@@ -66,10 +69,12 @@ class ModelFacts:
     kernels: tuple[str, ...] | None = ModelConfig.kernels
     residual: Residual = ModelConfig.residual
     pad_head: bool = ModelConfig.pad_head
+    head: Head = ModelConfig.head
+    wide: Width | None = ModelConfig.wide
 
     def __post_init__(self) -> None:
         check_all(self, f"{FACTS_KEY}.")
-        ModelConfig(args=self.args)
+        ModelConfig(args=self.args, head=self.head, wide=self.wide)
 
     @property
     def is_timm(self) -> bool:

@@ -73,6 +73,8 @@ def why_no_attention(model: nn.Module) -> str | None:
         return "the student is not a timm VisionTransformer"
     if not model.has_class_token:
         return "the student has no class token"
+    if model.global_pool == "avg":
+        return "the student's head reads the mean of the patches, not a token"
     for number, block in enumerate(model.blocks):
         kind = type(getattr(block, "attn", None))
         if kind not in (Attention, FusedAttention):

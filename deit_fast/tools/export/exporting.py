@@ -103,10 +103,12 @@ def export(
     require_writable("--output", target, is_folder=format == "hf")
 
     student = load_student(run, weights=weights, device="cpu", model=model)
-    if not student.facts.is_timm and format in ("timm", "hf"):
+    facts = student.facts
+    if format in ("timm", "hf") and not (facts.is_timm and facts.wide is None):
+        kind = f"{facts.name} with model.head={facts.head}" if facts.wide else facts.name
         raise InputError(
-            f"--format {format} holds models of timm, and this is {student.facts.name}: choose "
-            f"--format onnx or torch"
+            f"--format {format} holds models of timm, and this is {kind}: choose --format onnx or "
+            f"torch"
         )
     images, pixels = sample_images(student)
     log.info("writing %s; its logits are compared on %s", target, pixels)

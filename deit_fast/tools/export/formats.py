@@ -6,6 +6,7 @@ gives.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import io
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_fast.errors import InputError
+from deit_fast.models.fuse import unfuse
 from deit_fast.models.names import is_timm_transformer
 from deit_fast.models.student import trained_head
 from deit_fast.models.weights import digest_state, save_weights
@@ -85,6 +87,8 @@ def deployed(student: Student) -> nn.Module:
     """A network of one input and one output, on the CPU: timm's own, or that of the factory."""
     if not student.facts.is_timm:
         return student.model
+    if student.facts.wide is not None:
+        return unfuse(copy.deepcopy(student.model))
     network = timm.create_model(student.facts.name, **timm_arguments(student.facts))
     network.load_state_dict(timm_state(student))
     return network.eval()
@@ -172,7 +176,8 @@ def _example(student: Student) -> tuple[Tensor]:
 def _properties(student: Student) -> dict[str, str]:
     """What a user of the file needs, as texts; lists are JSON."""
     facts = student.facts
-    return {
+    wide = {} if facts.wide is None else {"head": facts.head, "wide": str(facts.wide)}
+    return wide | {
         "model": facts.name,
         "image_size": str(facts.image_size),
         "mean": json.dumps(facts.mean),
