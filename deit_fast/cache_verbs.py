@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.config import Count, Deviation, Rate, Seed, Share
-from deit_fast.errors import CheckFailed, InputError
+from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.inputs import require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
 
@@ -21,9 +21,11 @@ def info(
     data_root: str | None = None,
     html: Path | None = None,
 ) -> str:
-    """Describe a cache: codec, views, fingerprint, and statistics of the teacher's logits.
+    """Describe a cache: codec, views, fingerprint, and statistics of the logits or features.
 
-    Entropy and agreement with the labels are measured on up to 8,192 records of 64 random blocks.
+    They are measured on up to 8,192 records of 64 random blocks: entropy and agreement with the
+    labels of logits; size, peaks and share of zeros of features. Caches in the folder's own folders
+    are listed.
     Files of RayGen (DataCompDR), FKD and TinyViT are read whole: samples, arrays, augmentations and
     what is damaged. No run can use them.
 
@@ -38,6 +40,7 @@ def info(
         require_data_root(data_root, "train")
     from deit_fast import cache
     from deit_fast.cache.foreign import open_foreign
+    from deit_fast.cache.format import FILE_NAME
 
     if (foreign := open_foreign(path)) is not None:
         if html is not None or data_root is not None:
@@ -47,10 +50,21 @@ def info(
         from deit_fast.cache.foreign.show import describe
 
         return columns(describe(foreign))
+    nested = _nested_rows(path)
+    if nested and html is None and data_root is None and not (Path(path) / FILE_NAME).exists():
+        return columns([("path", path), *nested])
     facts = cache.info(path)
     broken = [row for row in facts["views"] if row.get("broken") or "error" in row]
     codec = dict(facts["codec"])
+    is_features = "tokens" in codec
     details = ", ".join(f"{key} {plain(value)}" for key, value in codec.items() if key != "name")
+    if is_features:
+        details = _tokens_text(codec)
+    if is_features and data_root is not None:
+        raise InputError(
+            f"--data-root compares logits with labels, and cache {path} holds features: leave it "
+            f"out"
+        )
     rows = [
         ("path", facts["path"]),
         ("codec", f"{codec.get('name')} ({details})"),
@@ -62,6 +76,8 @@ def info(
     if "teacher.columns" in facts["fingerprint"]:
         outputs = facts["fingerprint"]["teacher.num_classes"]
         rows.insert(2, ("classes", f"{codec['num_classes']} of the teacher's {outputs}"))
+    if "order" in facts:
+        rows.append(("order", f"{facts['order']}: as training first visits the views"))
     if broken:
         names = ", ".join(row["file"] for row in broken)
         rows.append(("damaged", f"{names}; see `deit-fast cache verify {path}`"))
@@ -72,10 +88,14 @@ def info(
             rows.append((f"view {row['view']}", f"incomplete: {share}"))
     counts = None
     if facts["complete_views"] and not broken:
-        drawn, counts = _draw_records(path, codec["num_classes"], data_root)
-        rows += drawn
+        if is_features:
+            rows += _feature_rows(path)
+        else:
+            drawn, counts = _draw_records(path, codec["num_classes"], data_root)
+            rows += drawn
     elif data_root is not None or html is not None:
         raise InputError(f"cache {path} has no complete and undamaged view to draw records from")
+    rows += nested
     fingerprint = [(key, plain(value)) for key, value in sorted(facts["fingerprint"].items())]
     text = columns(rows)
     if counts:
@@ -105,6 +125,7 @@ def verify(
 ) -> str:
     """Check every block of a cache against its checksum; exit status 1 if one is damaged.
 
+    Caches in the folder's own folders are checked too, such as those of a teacher's features.
     With a teacher, also recompute some records from the images and compare them: exit status 1 if
     one differs by more than the threshold beyond its codec's rounding.
 
@@ -126,19 +147,20 @@ def verify(
         require_teacher(teacher)
         require_data_root(data_root, "train")
     from deit_fast import cache
+    from deit_fast.cache.format import FILE_NAME, nested_caches
     from deit_fast.runtime.progress import Progress
 
-    total = sum(row["blocks"] for row in cache.info(path)["views"])
+    folders = [str(item) for item in nested_caches(Path(path))]
+    if not folders or teacher is not None or (Path(path) / FILE_NAME).exists():
+        folders.insert(0, path)
+    total = sum(row["blocks"] for folder in folders for row in cache.info(folder)["views"])
+    rows: list[tuple[str, str]] = []
+    ok = True
     with Progress("verify", total, unit="block") as bar:
-        found = cache.verify(path, lambda done, total: bar.advance())
-    broken = found["broken"]
-    counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
-    rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
-    for row in broken:
-        where = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
-        rows.append(("broken", f"{where}: {row['why']}"))
-    rows += _unproved_row(found)
-    ok = found["ok"]
+        for folder in folders:
+            found = cache.verify(folder, lambda done, total: bar.advance())
+            ok = ok and found["ok"]
+            rows += _verified_rows(found)
     if ok and teacher is not None:
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import verify_against_teacher
@@ -190,6 +212,42 @@ def export(path: str, /, *, output: str, views: str | None = None) -> str:
     return columns(rows)
 
 
+def _verified_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    broken = found["broken"]
+    counts = f"{found['complete']} complete, {found['pending']} pending, {len(broken)} broken"
+    rows = [("path", found["path"]), ("blocks", f"{found['blocks']}: {counts}")]
+    for row in broken:
+        where = row["file"] if row["block"] is None else f"{row['file']} block {row['block']}"
+        rows.append(("broken", f"{where}: {row['why']}"))
+    return rows + _unproved_row(found)
+
+
+def _tokens_text(codec: dict[str, Any]) -> str:
+    return f"tokens {codec['tokens']}, width {codec['width']}"
+
+
+def _nested_rows(path: str) -> list[tuple[str, str]]:
+    """A row for each cache in the folder's own folders."""
+    from deit_fast import cache
+    from deit_fast.cache.format import nested_caches
+
+    rows = []
+    for folder in nested_caches(Path(path)):
+        try:
+            facts = cache.info(folder)
+        except CacheError as error:
+            rows.append(("cache", str(error)))
+            continue
+        codec = facts["codec"]
+        kind = f"{codec['name']} ({_tokens_text(codec)})" if "tokens" in codec else codec["name"]
+        views = f"{len(facts['complete_views'])} of {len(facts['views'])} views complete"
+        size = size_text(facts["bytes"])
+        rows.append(
+            ("cache", f"{folder}: {kind}, {facts['record_bytes']} bytes a view, {views}, {size}")
+        )
+    return rows
+
+
 def _unproved_row(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [("unproved", facts["unproved"])] if facts["unproved"] else []
 
@@ -231,6 +289,21 @@ def _draw_records(
         share = 100 * float((drawn.top1 == labels).mean())
         rows.append(("agreement", f"{share:.2f} % of top-1 classes are the label of larger weight"))
     return rows, counts
+
+
+def _feature_rows(path: str) -> list[tuple[str, str]]:
+    """Rows about a random sample of the features."""
+    from deit_fast.cache import LogitCache
+    from deit_fast.cache.statistics import draw_features
+
+    found = draw_features(LogitCache.open(path))
+    return [
+        ("drawn", f"{found.records} records, {found.tokens} tokens"),
+        ("features", f"rms {found.rms:.4g}, largest {found.largest:.4g}"),
+        ("peaks", f"largest / rms of a token: {found.mean_peak:.1f} on average, "
+                  f"{found.largest_peak:.1f} at most"),
+        ("zeros", f"{100 * found.zeroed:.2f} % of stored values"),
+    ]  # fmt: skip
 
 
 def _histogram(counts: list[tuple[float, int]]) -> str:

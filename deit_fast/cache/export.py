@@ -29,10 +29,11 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
     """Write complete views of a cache into one file; whole or not at all.
 
     Parquet: a row a record with `sample`, `view` and what the codec stored: `label` (hard), `ids`,
-    `log_probs` and `log_tail` (topk), or `logits`; one row group a block. Tensors: the same names,
-    [N, V, ...] over samples and views, and `views` [V], as DeiT-style code that keeps a teacher's
-    dense outputs reads them. `topk` is at the first temperature that the cache records; it and the
-    manifest are in the file's metadata (a .pt file holds tensors alone).
+    `log_probs` and `log_tail` (topk), `logits`, or `features` (tokens times channels); one row
+    group a block, rows in the file's order. Tensors: the same names, [N, V, ...] over samples and
+    views, and `views` [V], as DeiT-style code that keeps a teacher's dense outputs reads them;
+    features are [N, V, tokens, channels]. `topk` is at the first temperature that the cache
+    records; it and the manifest are in the file's metadata (a .pt file holds tensors alone).
 
     Args:
         views: none: all complete ones.
@@ -104,7 +105,7 @@ def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tens
     logits = cache.gather(samples, view, tau=cache.codec.first_temperature)
     if isinstance(logits, TopK):
         return {"ids": logits.ids, "log_probs": logits.log_probs, "log_tail": logits.log_tail}
-    return {"label" if logits.dim() == 1 else "logits": logits}
+    return {{1: "label", 2: "logits", 3: "features"}[logits.dim()]: logits}
 
 
 def _blocks(
@@ -114,7 +115,7 @@ def _blocks(
     count, size = cache.manifest["num_samples"], cache.manifest["block_records"]
     for index, view in enumerate(views):
         for start in range(0, count, size):
-            samples = np.arange(start, min(start + size, count))
+            samples = cache.order.samples(view, start, min(start + size, count))
             yield index, samples, _decode(cache, samples, view)
 
 
@@ -155,7 +156,7 @@ def _write_parquet(cache: LogitCache, views: list[int], file: BinaryIO) -> None:
         array = values.numpy()
         if array.ndim == 1:
             return pa.array(array)
-        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size)
 
     writer = None
     try:
@@ -192,6 +193,6 @@ def _tensors(cache: LogitCache, views: list[int]) -> dict[str, Tensor]:
             if name not in tensors:
                 shape = (count, len(views), *value.shape[1:])
                 tensors[name] = torch.empty(shape, dtype=value.dtype)
-            tensors[name][samples[0] : samples[-1] + 1, index] = value
+            tensors[name][torch.from_numpy(samples), index] = value
     tensors["views"] = torch.tensor(views)
     return tensors

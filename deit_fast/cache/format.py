@@ -283,6 +283,11 @@ def _show(values: Mapping[str, Any], name: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def nested_caches(folder: Path) -> list[Path]:
+    """The caches in a folder's own folders, by name; `precompute` makes one for each target."""
+    return sorted(path.parent for path in folder.glob(f"*/{FILE_NAME}"))
+
+
 def view_path(folder: Path, view_id: int, suffix: str = ".dlc") -> Path:
     return folder / f"view-{view_id:05d}{suffix}"
 
@@ -322,6 +327,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             what = f"holds files of {foreign.name}, which no run can use: {foreign.replay}"
         if not os.path.lexists(folder):
             what = "is no cache: it does not exist; check the path, or make it by `precompute`"
+        elif nested := nested_caches(folder):
+            names = ", ".join(path.name for path in nested)
+            what = f"is not a cache itself, but holds caches: name one of its folders, {names}"
         raise CacheError(f"{folder} {what}") from None
     except InputError as error:
         raise CacheError(str(error)) from None

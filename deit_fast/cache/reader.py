@@ -143,7 +143,8 @@ class LogitCache:
             like = self.codec.empty(samples.size, None)
             self._like = samples.size, like
         outputs = tuple(map(torch.empty_like, like))  # takes half as long as `empty`
-        self._gather(samples, views, layout, [output.data_ptr() for output in outputs])
+        positions = self.order.positions(samples, views)
+        self._gather(positions, views, layout, [output.data_ptr() for output in outputs])
         return self.codec.form(outputs)
 
     def gather_arrays(self, samples: np.ndarray, views: np.ndarray, tau: float) -> list[np.ndarray]:
@@ -152,11 +153,15 @@ class LogitCache:
         Args:
             samples, views: int64 [n], contiguous.
         """
+        return self.arrays_at(self.order.positions(samples, views), views, tau)
+
+    def arrays_at(self, positions: np.ndarray, views: np.ndarray, tau: float) -> list[np.ndarray]:
+        """As ``gather_arrays``, by the records' positions in their files."""
         names = {"bfloat16": "uint16"}
-        outputs = self.codec.outputs(len(samples))
+        outputs = self.codec.outputs(len(positions))
         arrays = [np.empty(shape, names.get(dtype, dtype)) for shape, dtype in outputs]
         layout = self._layout(tau)
-        self._gather(samples, views, layout, [array.ctypes.data for array in arrays])
+        self._gather(positions, views, layout, [array.ctypes.data for array in arrays])
         return [
             (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
             for array, (_, dtype) in zip(arrays, outputs, strict=True)
@@ -172,7 +177,8 @@ class LogitCache:
             records = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             records = torch.empty(shape, dtype=torch.uint8)  # half as long as with `False`
-        self._gather(samples, views, self._raw, [records.data_ptr()])
+        positions = self.order.positions(samples, views)
+        self._gather(positions, views, self._raw, [records.data_ptr()])
         return records
 
     def prefetch(self, batches: Sequence, *, ahead: int = 16, start: int = 0) -> ReadAhead:
@@ -190,12 +196,11 @@ class LogitCache:
 
     def _gather(
         self,
-        samples: np.ndarray,
+        positions: np.ndarray,
         views: np.ndarray,
         layout: _C.RecordLayout,
         addresses: list[int],
     ) -> None:
-        positions = self.order.positions(samples, views)
         try:
             self._open_views.gather(positions, views, layout, addresses)
         except _C.IdError as error:

@@ -1,7 +1,8 @@
-"""Statistics of the teacher's logits in a cache, in numpy: `cache info` needs no torch."""
+"""Statistics of what a cache stores, in numpy: `cache info` needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError
 
 DRAWN_BLOCKS, DRAWN_RECORDS = 64, 128  # a block is read whole to be verified
+_DRAWN_BYTES = 1 << 26  # of features at most, read and decoded
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,78 @@ def draw_records(cache: LogitCache) -> RecordSample:
     return RecordSample(samples, views, top1.astype(np.int64), entropy, tau)
 
 
+@dataclass(frozen=True)
+class FeatureSample:
+    """Statistics of features drawn from a cache.
+
+    Attributes:
+        records, tokens: how many.
+        rms: root of the mean square of all values.
+        largest: the largest magnitude.
+        mean_peak, largest_peak: mean and maximum over tokens of the token's largest magnitude
+            divided by its own rms. Where it is above about 10, `int8` loses the other channels.
+        zeroed: share of zeros among the values of tokens that are not all zero: what lay below the
+            codec's smallest step, and zeros of the teacher itself.
+    """
+
+    records: int
+    tokens: int
+    rms: float
+    largest: float
+    mean_peak: float
+    largest_peak: float
+    zeroed: float
+
+
+def draw_features(cache: LogitCache) -> FeatureSample:
+    """Statistics of some records of up to 64 random blocks, the same at every call.
+
+    Raises:
+        CacheError: no view is complete, or a block is damaged.
+    """
+    block_bytes = cache.manifest["block_records"] * cache.codec.record_bytes
+    [(shape, _)] = cache.codec.outputs(1)
+    blocks = min(DRAWN_BLOCKS, max(1, _DRAWN_BYTES // block_bytes))
+    records = min(DRAWN_RECORDS, max(1, _DRAWN_BYTES // (blocks * 4 * int(np.prod(shape)))))
+    peaks, zeros, values, squares, largest, count = [], 0, 0, 0.0, 0.0, 0
+    for view, positions in _draw_positions(cache, blocks, records):
+        [features] = cache.arrays_at(positions, np.full(len(positions), view), 1.0)
+        size = np.abs(features, dtype=np.float64)
+        amax, rms = size.max(2), np.sqrt(np.square(size).mean(2))
+        is_zero = amax == 0
+        peaks.append((amax / np.where(is_zero, 1.0, rms))[~is_zero])
+        zeros += int((size[~is_zero] == 0).sum())
+        values += size[~is_zero].size
+        squares += float(np.square(rms).sum())
+        largest = max(largest, float(amax.max()))
+        count += len(positions)
+    peak = np.concatenate(peaks)
+    tokens = count * shape[1]
+    return FeatureSample(
+        records=count,
+        tokens=tokens,
+        rms=float(np.sqrt(squares / tokens)),
+        largest=largest,
+        mean_peak=float(peak.mean()) if peak.size else 0.0,
+        largest_peak=float(peak.max()) if peak.size else 0.0,
+        zeroed=zeros / values if values else 0.0,
+    )
+
+
 def _draw_ids(cache: LogitCache) -> tuple[np.ndarray, np.ndarray]:
-    """Sample and view ids, int64 [n], of up to 128 records of each of up to 64 blocks, drawn
+    """Sample and view ids, int64 [n], of ``_draw_positions``."""
+    drawn = list(_draw_positions(cache, DRAWN_BLOCKS, DRAWN_RECORDS))
+    samples = [
+        cache.order.samples(view, rows[0], rows[-1] + 1)[rows - rows[0]] for view, rows in drawn
+    ]
+    views = [np.full(len(positions), view) for view, positions in drawn]
+    return np.concatenate(samples), np.concatenate(views)
+
+
+def _draw_positions(
+    cache: LogitCache, most_blocks: int, most_records: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """View and positions in its file, int64 [n], of some records of each of some blocks, drawn
     without replacement from the complete views.
 
     Raises:
@@ -65,15 +137,12 @@ def _draw_ids(cache: LogitCache) -> tuple[np.ndarray, np.ndarray]:
     per_view = -(-count // size)
     blocks = len(complete) * per_view
     draw = np.random.default_rng(0)
-    chosen = draw.choice(blocks, min(DRAWN_BLOCKS, blocks), False)
-    samples, views = [], []
+    chosen = draw.choice(blocks, min(most_blocks, blocks), False)
     for index in np.sort(chosen).tolist():
         view, block = complete[index // per_view], index % per_view
         start, stop = block * size, min((block + 1) * size, count)
-        ids = start + np.sort(draw.choice(stop - start, min(DRAWN_RECORDS, stop - start), False))
-        samples.append(ids)
-        views.append(np.full(len(ids), view))
-    return np.concatenate(samples), np.concatenate(views)
+        drawn = draw.choice(stop - start, min(most_records, stop - start), False)
+        yield view, start + np.sort(drawn)
 
 
 def _entropy(logits: np.ndarray) -> np.ndarray:

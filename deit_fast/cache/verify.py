@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PIXELS_SUFFIX = ".pixels.json"
 PIXEL_SAMPLES = 64  # samples a view whose pixels are recorded
-THRESHOLD = 1e-3  # nats, for arithmetic: other batch sizes, another device
+THRESHOLD = 1e-3  # nats, or a share of a record's length: other batch sizes, another device
 _DIGEST_HEX = 32
 _MAX_FILE_BYTES = 1 << 20
 
@@ -353,6 +353,28 @@ def compare_logits(
     rounding = record_errors(again, exact, tau)
     ulp = torch.finfo(logits.dtype).eps * logits.double().abs().amax(1) / tau
     return record_errors(stored, exact, tau), 2 * rounding + 2 * ulp + threshold
+
+
+def compare_features(
+    stored: Tensor, features: Tensor, *, codec: Codec, threshold: float = THRESHOLD
+) -> tuple[Tensor, Tensor]:
+    """Relative L2 error of each record and the largest allowed one, float64 [n] each; on the host.
+
+    Allowed are twice the codec's own rounding of the new features, four units in the last place of
+    their dtype, and ``threshold``.
+
+    Args:
+        stored: features from the cache [n, T, D].
+        features: computed anew [n, T, D], in the dtype of the teacher.
+    """
+    import torch
+
+    exact = features.double().flatten(1)
+    size = exact.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    again = codec.decode(codec.encode(features), 1.0).double().flatten(1)
+    rounding = (again - exact).norm(dim=1) / size
+    error = (stored.double().flatten(1) - exact).norm(dim=1) / size
+    return error, 2 * rounding + 4 * torch.finfo(features.dtype).eps + threshold
 
 
 def record_errors(logits: Tensor | TopK, exact: Tensor, tau: float) -> Tensor:
