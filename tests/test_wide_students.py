@@ -161,6 +161,16 @@ def test_initial_weights_are_drawn_as_in_the_code_of_the_paper():
     assert not last.head.bias.any() and not last.blocks[1].attn.qkv.bias.any()
 
 
+def test_a_wide_block_has_the_options_of_the_narrow_one():
+    block = student("wide", 0.3).blocks[-1]
+    assert block.drop_path1.drop_prob == block.drop_path2.drop_prob == pytest.approx(0.3)
+    assert (block.attn.num_heads, block.mlp.fc1.out_features) == (WIDE // 64, 4 * WIDE)
+    other = create_student("deit3_small_patch16_224", 5, img_size=32, head="wide_last", wide=64,
+                           **SHAPE)  # fmt: skip
+    scaled: Any = other.blocks[-1]
+    assert torch.equal(scaled.ls1.gamma, torch.full((64,), 1e-6)) and scaled.norm1.eps == 1e-6
+
+
 # ---------------------------------------------------------------------------------------------
 # The fused model
 # ---------------------------------------------------------------------------------------------
