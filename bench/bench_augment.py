@@ -38,7 +38,7 @@ def batch(count: int) -> tuple[Tensor, Tensor, AugmentTable, np.ndarray, np.ndar
     shape = (count * HEIGHT * WIDTH * 3,)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     images = torch.tensor([[i * HEIGHT * WIDTH * 3, WIDTH, HEIGHT] for i in range(count)])
-    plan = ViewPlan(ViewConfig(image_size=SIZE), 0, count)
+    plan = ViewPlan(ViewConfig(image_size=SIZE), count)
     ids, views = np.arange(count), np.zeros(count, int)
     rows = plan.rows(ids, views)
     boxes = plan.crop_boxes(ids, views, np.full(count, WIDTH), np.full(count, HEIGHT))

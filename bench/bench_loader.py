@@ -99,7 +99,7 @@ def build_loaders(augment: bool, repeats: int, whole: bool) -> dict[str, Callabl
 
     def ours(source: Source) -> Callable[[], None]:
         loader = ViewLoader(
-            source, ViewPlan(recipe, 0, FILES), [(ids, views)], workers=0, on_error="fail"
+            source, ViewPlan(recipe, FILES), [(ids, views)], workers=0, on_error="fail"
         )
 
         def run() -> None:
@@ -156,7 +156,7 @@ def build_dali(
         index = index_files(source, 1, folder)
     except (ImportError, InputError) as error:
         return str(error)
-    plan = ViewPlan(recipe, 0, FILES)
+    plan = ViewPlan(recipe, FILES)
     batches = Endless((ids, views))
     data = DataConfig(loader="dali-cpu", workers=1, on_error="fail")
     loader = DaliLoader(source, plan, batches, data, depth=1, index=index)
@@ -192,7 +192,7 @@ def build_decoder(
     root = Path(holder.name)
     write_photographs(root)
     source = ImageFolder(str(root), "train")
-    plan = ViewPlan(ViewConfig(mixup_alpha=0, cutmix_alpha=0), 0, FILES)
+    plan = ViewPlan(ViewConfig(mixup_alpha=0, cutmix_alpha=0), FILES)
     ids, views = np.arange(FILES), np.zeros(FILES, np.int64)
     try:
         from deit_fast.data.dali import DaliLoader
@@ -243,7 +243,7 @@ def decoder_case(load: float, threads: int) -> Case:
 
 
 def build_plans(crops: bool) -> dict[str, Callable[[], Any] | str]:
-    plan = ViewPlan(ViewConfig(), 0, 1_281_167)
+    plan = ViewPlan(ViewConfig(), 1_281_167)
     ids = np.random.default_rng(0).integers(0, plan.num_samples, PLANS)
     views, widths, heights = (np.full(PLANS, value) for value in (7, 500, 375))
     if crops:

@@ -150,7 +150,7 @@ def synthetic_batch(config: RunConfig, device: torch.device) -> ViewBatch:
     """View 0 of random images, on the device."""
     batch_size = config.batch_size
     source = Synthetic(batch_size, CLASSES, config.view.image_size, 0)
-    plan = ViewPlan(config.view, 0, batch_size)
+    plan = ViewPlan(config.view, batch_size)
     ids = np.arange(batch_size)
     return make_batch(source, plan, ids, 0 * ids, on_error="fail").to(device)
 
@@ -389,7 +389,7 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
         compiled = "blocks" if device == "cuda" else "none"
         config = settings(student, size, batch_size, compiled).replace(loss={"kind": "none"})
         source = open_source(data, "train", size)
-        plan = ViewPlan(config.view, 0, batch_size)
+        plan = ViewPlan(config.view, batch_size)
         ids = np.arange(batch_size)
         try:
             opened = open_loader(data, source, plan, Endless((ids, 0 * ids)), device=target)

@@ -70,7 +70,7 @@ def config_of(recipe: RunConfig, data: str, root: Path, output: Path, seed: int)
     return recipe.replace(
         output=str(output), seed=seed, device="cpu", data={"root": str(root), "workers": 0},
         eval_every=100, save_every=100, log_every=1, epochs=EPOCHS[data],
-        view={"image_size": SIZES[data]},
+        view={"image_size": SIZES[data], "seed": seed},
     )  # fmt: skip
 
 

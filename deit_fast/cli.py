@@ -351,7 +351,7 @@ def report(
 ) -> str:
     """Write one self-contained HTML page about one or more runs.
 
-    Runs that differ by their seed alone are shown by their mean.
+    Runs that differ by their seeds alone are shown by their mean.
 
     Args:
         runs: Folders of the runs.

@@ -170,12 +170,15 @@ def constants(cls: type) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """What the pixels of a view depend on, besides seed, sample ID and view ID.
+    """What the pixels of a view depend on, besides sample ID and view ID.
 
     The fingerprint of every cache holds all of it: runs share teacher logits only if all fields and
     constants are equal.
     """
 
+    seed: Seed = 0
+    """Seed of the views, of the pairs that are mixed and of the order of samples. All runs that use
+    a cache have its view.seed; their `seed` may differ."""
     image_size: Pixels = 224
     """Side of the square view, in pixels."""
     size_schedule: tuple[tuple[Epoch, Pixels], ...] = ()
@@ -577,7 +580,7 @@ class RunConfig:
     output: str = "runs/train"
     """Folder for checkpoints, metrics and results. A run whose folder has checkpoints resumes."""
     seed: Seed = 0
-    """Seed of views, sample order and initial weights."""
+    """Seed of the initial weights, stochastic depth and patch dropout; views have view.seed."""
     epochs: Passes = 300
     """Number of passes over the data; an epoch has about as many views as there are samples."""
     batch_size: Count = 256

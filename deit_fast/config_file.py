@@ -30,6 +30,11 @@ _SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
 
 # A run writes all of its settings, a user some. Before optim.ema_warmup all averages warmed up.
 _ALL_RUNS_HAVE = {"lr", "min_lr", "warmup_epochs", "weight_decay", "ema_decay"}
+# Before view.seed the views had the run's seed.
+_ALL_VIEWS_HAVE = {
+    "image_size", "crop_scale", "flip_prob", "erase_prob", "mixup_alpha", "cutmix_alpha", "repeats",
+    "mean", "std",
+}  # fmt: skip
 
 RETIRED: dict[str, Any] = {
     prefix + name: list(value) if isinstance(value, tuple) else value
@@ -102,6 +107,8 @@ def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
         values["data"] = data | {"loader": loader}
         if loader == "dali-gpu":
             values["data"].pop("dali_decoder")
+    if _has_no_view_seed(values):
+        values["view"] = values["view"] | {"seed": values["seed"]}
     if isinstance(optim, dict) and optim.keys() >= _ALL_RUNS_HAVE and "ema_warmup" not in optim:
         values["optim"] = optim = optim | {"ema_warmup": bool(optim["ema_decay"])}
     if isinstance(optim, dict) and {"lr", "lr_batch"} <= optim.keys():
@@ -110,6 +117,19 @@ def from_earlier(values: dict[str, Any]) -> dict[str, Any]:
             current = OptimConfig.lr_batch
             values["optim"] = optim | {"lr": lr * current / samples, "lr_batch": current}
     return values
+
+
+def _has_no_view_seed(values: dict[str, Any]) -> bool:
+    """Whether these are all settings of a run of a version before view.seed."""
+    view, optim = values.get("view"), values.get("optim")
+    return (
+        isinstance(view, dict)
+        and isinstance(optim, dict)
+        and view.keys() >= _ALL_VIEWS_HAVE
+        and optim.keys() >= _ALL_RUNS_HAVE
+        and values.keys() >= {"seed", "data", "model", "loss", "codec"}
+        and "seed" not in view
+    )
 
 
 def by_dotted_key(values: dict[str, Any]) -> dict[str, Any]:

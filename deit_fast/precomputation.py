@@ -249,7 +249,7 @@ class _Job:
         # process wrote which block.
         compiled = config.compile not in ("auto", "none")
         self.teacher.to_device(self.device, compiled, fused=compiled and config.model.fused)
-        self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
+        self.plan = ViewPlan(config.view, self.source.num_samples)
         self.manifest = build_manifest(
             config.codec,
             num_classes=len(self.source.classes),

@@ -103,7 +103,7 @@ def test_zero_bits_are_black_on_every_pillow(images):
 def test_distribution_of_randaugment():
     """As timm's: 25 % unchanged, each operation 1/15, P(level 10) 2.28 %, half of the signs."""
     count = 100_000
-    rows = ViewPlan(ViewConfig(), 5, count).rows(np.arange(count), np.zeros(count, int))
+    rows = ViewPlan(ViewConfig(seed=5), count).rows(np.arange(count), np.zeros(count, int))
     operations, levels = rows["operations"], rows["levels"].astype(int)
 
     def near(share: float, expected: float) -> bool:
@@ -134,16 +134,16 @@ def test_level_table_is_the_normal_distribution(mean, std):
 
 def test_a_fixed_level_is_fixed():
     fixed = view_with(randaugment_magnitude=7.0, randaugment_std=0.0, randaugment_prob=1.0)()
-    rows = ViewPlan(fixed, 0, 64).rows(np.arange(64), np.zeros(64, int))
+    rows = ViewPlan(fixed, 64).rows(np.arange(64), np.zeros(64, int))
     assert (abs(rows["levels"].astype(int)) == 7 * LEVEL_ONE).all()
     assert (rows["operations"] > 0).all()
 
 
 def test_off_means_off_and_is_another_fingerprint():
-    plan = ViewPlan(ViewConfig(augment="none"), 0, 64)
+    plan = ViewPlan(ViewConfig(augment="none"), 64)
     rows = plan.rows(np.arange(64), np.zeros(64, int))
     assert not rows["operations"].any() and not rows["levels"].any()
-    on, off = (fingerprint(recipe, 0) for recipe in (ViewConfig(), plan.view))
+    on, off = (fingerprint(recipe) for recipe in (ViewConfig(), plan.view))
     assert {key for key in on if on[key] != off[key]} == {"view.augment", "view.tables_sha256"}
 
 
@@ -151,7 +151,7 @@ def test_off_means_off_and_is_another_fingerprint():
 # ThreeAugment and colour jitter (DeiT-III)
 # ---------------------------------------------------------------------------------------------
 
-THREE = view_with(mix_prob=0)(augment="three_augment", color_jitter=0.3, erase_prob=0)
+THREE = view_with(mix_prob=0)(seed=5, augment="three_augment", color_jitter=0.3, erase_prob=0)
 BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
 
 
@@ -202,7 +202,7 @@ def test_the_three_equal_deits_and_timms(images):
 
 def test_a_planned_view_equals_deits_classes(images):
     """One of the three, then ColorJitter(.3, .3, .3), of a mirrored image where the plan flips."""
-    rows = ViewPlan(THREE, 3, 60).rows(np.arange(60), 0)
+    rows = ViewPlan(THREE, 60).rows(np.arange(60), 0)
     assert rows.dtype["operations"].shape == (4,)
     assert len({tuple(row["operations"].tolist()) for row in rows}) > 12 and rows["flip"].any()
     for index, row in enumerate(rows):
@@ -229,7 +229,7 @@ def test_these_commute_with_a_mirror(images, name):
 def test_distribution_of_three_augment_and_jitter():
     """A third each, radius U(.1, 2), six orders alike, factors U(.7, 1.3), all independent."""
     count = 100_000
-    rows = ViewPlan(THREE, 5, count).rows(np.arange(count), 0)
+    rows = ViewPlan(THREE, count).rows(np.arange(count), 0)
     operations, levels = rows["operations"], rows["levels"].astype(int)
 
     def near(share: float, expected: float) -> bool:
@@ -276,8 +276,8 @@ def test_distribution_of_three_augment_and_jitter():
     ],
 )
 def test_a_plan_has_room_for_its_operations_and_changes_nothing_else(changes, layers):
-    rows = ViewPlan(ViewConfig(**changes), 9, 500).rows(np.arange(500), 4)
-    plain = ViewPlan(ViewConfig(), 9, 500).rows(np.arange(500), 4)
+    rows = ViewPlan(ViewConfig(seed=9, **changes), 500).rows(np.arange(500), 4)
+    plain = ViewPlan(ViewConfig(seed=9), 500).rows(np.arange(500), 4)
     assert rows.dtype["operations"].shape == rows.dtype["levels"].shape == (layers,)
     assert (rows.dtype == PLAN_DTYPE) == (layers == 2)
     for name in ("flip", "erase", "noise_key", "partner", "mix_kind", "box", "lam"):
@@ -310,7 +310,7 @@ def test_simple_crop_equals_torchvisions(shape):
     """Resize(31, bicubic), RandomCrop(31, padding=4, reflect), at the position in the plan."""
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (shape[1], shape[0], 3), np.uint8))
-    plan = ViewPlan(ViewConfig(image_size=31, crop="simple"), 2, 40)
+    plan = ViewPlan(ViewConfig(image_size=31, crop="simple", seed=2), 40)
     boxes = plan.crop_boxes(np.arange(40), np.zeros(40, int), [shape[0]] * 40, [shape[1]] * 40)
     padded = F.pad(F.resize(image, [31], BICUBIC), [4] * 4, padding_mode="reflect")
     assert boxes.dtype == np.int32 and (boxes[:, 2:] == 31).all()
@@ -323,7 +323,7 @@ def test_simple_crop_equals_torchvisions(shape):
 
 def test_simple_crops_are_uniform():
     count = 100_000
-    plan = ViewPlan(ViewConfig(crop="simple"), 2, count)
+    plan = ViewPlan(ViewConfig(crop="simple", seed=2), count)
     ids = np.arange(count)
     left, top, _, _ = plan.crop_boxes(ids, 0 * ids, np.full(count, 500), np.full(count, 375)).T
     assert set(top.tolist()) == set(range(-4, 5)) and (left.min(), left.max()) == (-4, 78)
@@ -349,7 +349,7 @@ def test_finished_views_are_in_deits_third_order(tmp_path, images, crop):
     images[2].save(folder / "noise.png")
     source = ImageFolder(str(tmp_path), "train")
     recipe = dataclasses.replace(THREE, image_size=48, crop=crop)
-    plan = ViewPlan(recipe, 4, 3)
+    plan = ViewPlan(recipe, 3)
     samples, views = np.arange(12) % 3, np.arange(12) // 3
     batch = make_batch(source, plan, samples, views, on_error="fail")
     ours = ingest_batch(batch, recipe, torch.float32)

@@ -177,7 +177,7 @@ def test_no_plan_has_a_crop_that_is_refused() -> None:
     sizes = [(1, 40000), (20, 70000), (70000, 20), (3, 500), (2, 300), (1, 1), (400, 41000)]
     widths, heights = (np.tile(side, 100) for side in np.array(sizes).T)
     count = len(widths)
-    plan = ViewPlan(ViewConfig(), 11, count)
+    plan = ViewPlan(ViewConfig(seed=11), count)
     boxes = plan.crop_boxes(np.arange(count), np.zeros(count, int), widths, heights)
     assert (boxes[:, 3] <= 2 * boxes[:, 2]).all() and (boxes[:, 2:] > 0).all()
 
@@ -240,7 +240,7 @@ def test_a_plan_of_deit_on_photographs() -> None:
     photos = [load_sample_image(name)[:400] for name in ("china.jpg", "flower.jpg")]
     count = 24
     samples, views, which = np.arange(count), np.zeros(count, int), np.arange(count) % 2
-    plan = ViewPlan(ViewConfig(), 11, count)
+    plan = ViewPlan(ViewConfig(seed=11), count)
     boxes = plan.crop_boxes(samples, views, np.full(count, 640), np.full(count, 400))
     rows = plan.rows(samples, views)
     assert len(np.unique(rows["operations"])) > 10 and rows["flip"].any()

@@ -140,8 +140,8 @@ FAULTY_CONFIGS = {
     "key twice": (b'{"seed": 1, "seed": 2}', "key 'seed' is there twice"),
     "dotted key": (b'{"view.image_size": 96}', """; write {"view": {"image_size": ...}}"""),
     "key of another group": (
-        b'{"view": {"seed": 1}}',
-        "unknown setting 'view.seed' (did you mean view.std?)",
+        b'{"view": {"epochs": 1}}',
+        "unknown setting 'view.epochs' (did you mean epochs?)",
     ),
     "no group": (b'{"view": 3}', "view is a group of settings, not 3"),
     "no text": (

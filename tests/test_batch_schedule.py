@@ -101,7 +101,7 @@ def test_loaders_make_batches_of_each_size(world, loader) -> None:
     data = DataConfig(root=str(world / "data"), loader=loader, workers=1)
     source = open_source(data, "train", 16)
     order = EpochOrder(0, source.num_samples, 3, 3)
-    plan = ViewPlan(ViewConfig(image_size=16), 0, source.num_samples)
+    plan = ViewPlan(ViewConfig(image_size=16), source.num_samples)
     batches = TrainBatches(order, 32, 2, schedule=SCHEDULE)
     loaded = open_loader(data, source, plan, batches, device="cpu", start=BORDER - 1)
     for batch, (samples, views) in zip(loaded, batches[BORDER - 1 :], strict=True):

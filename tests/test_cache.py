@@ -476,7 +476,7 @@ def test_another_manifest_names_the_flags_that_fit(tmp_path, field, value, flags
         assert "this cache fits" not in str(caught.value)
         return
     named = str(caught.value).rpartition("; this cache fits with ")[2]
-    assert {*named.split()} == {*flags.split(), "--seed", "7"}
+    assert {*named.split()} == {*flags.split(), "--view.seed", "7"}
 
 
 def test_info_is_not_compared_and_numbers_by_value(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,8 +31,8 @@ from helpers.plans import view_with
 from helpers.runs import comparable_rows, run_config, torchrun, weights_equal
 
 SIZE = 32
-RECIPE = ViewConfig(image_size=SIZE, repeats=3, erase_prob=0.5)
 SEED = 77
+RECIPE = ViewConfig(seed=SEED, image_size=SIZE, repeats=3, erase_prob=0.5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -52,10 +53,10 @@ def timms_lists(num_samples: int, repeats: int, epoch: int, world: int) -> list[
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_the_order_is_timms(num_samples, processes, repeats):
-    recipe = ViewConfig(repeats=repeats)
+    recipe = ViewConfig(seed=SEED, repeats=repeats)
     share = 2 if num_samples < 1000 else 32
     for rank in range(processes):
-        batches = DeitBatches(recipe, SEED, num_samples, share * processes, 8, rank, processes)
+        batches = DeitBatches(recipe, num_samples, share * processes, 8, rank, processes)
         for epoch in (0, 1, 7):
             theirs = timms_lists(num_samples, repeats, epoch, processes)[rank]
             steps = batches.steps.first(1)
@@ -70,16 +71,16 @@ def test_the_order_is_timms(num_samples, processes, repeats):
 def test_imagenets_epoch_is_the_one_that_was_measured():
     """427,008 samples three times each, for any number of processes."""
     for processes in (1, 8):
-        batches = DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300, 0, processes)
+        batches = DeitBatches(ViewConfig(), 1_281_167, 1024, 300, 0, processes)
         assert batches.steps.first(1) == 1251
-    entries = [DeitBatches(ViewConfig(), 0, 1_281_167, 1024, 300)[step] for step in range(1251)]
+    entries = [DeitBatches(ViewConfig(), 1_281_167, 1024, 300)[step] for step in range(1251)]
     samples = np.concatenate([entry[0] for entry in entries])
     assert np.unique(np.unique(samples, return_counts=True)[1]).tolist() == [3]
     assert len(np.unique(samples)) == 427_008
 
 
 def test_every_repeat_is_a_view_of_its_own():
-    batches = [DeitBatches(RECIPE, SEED, 600, 24, 4, rank, 4) for rank in range(4)]
+    batches = [DeitBatches(RECIPE, 600, 24, 4, rank, 4) for rank in range(4)]
     keys = [
         key
         for rank in batches
@@ -94,7 +95,7 @@ def test_every_repeat_is_a_view_of_its_own():
 
 
 def test_batches_can_be_entered_anywhere():
-    batches = DeitBatches(RECIPE, SEED, 300, 16, epochs=5, rank=1, world_size=2)
+    batches = DeitBatches(RECIPE, 300, 16, epochs=5, rank=1, world_size=2)
     full = [pickle.dumps([entry[0].tolist(), entry[1].tolist(), entry[2]]) for entry in batches]
     assert len(full) == len(batches) == 5 * 16 and len(set(full)) == len(full)
     fresh = pickle.loads(pickle.dumps(batches))
@@ -117,8 +118,8 @@ def test_distribution_of_batch_mixing():
     """CutMix half of the time, one draw for each step and rank, DeiT's distribution of lambda."""
     count = 100_000
     steps = np.arange(count)
-    kinds, boxes, lams = draw_mix(ViewConfig(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)
-    others, _, _ = draw_mix(ViewConfig(), SEED, steps, 0 * steps + 1, Purpose.BATCH_MIX)
+    kinds, boxes, lams = draw_mix(ViewConfig(seed=SEED), steps, 0 * steps, Purpose.BATCH_MIX)
+    others, _, _ = draw_mix(ViewConfig(seed=SEED), steps, 0 * steps + 1, Purpose.BATCH_MIX)
     deviation = 5 * np.sqrt(0.25 / count)
     assert abs((kinds == CUTMIX).mean() - 0.5) < deviation and (kinds != NO_MIX).all()
     assert abs((kinds == others).mean() - 0.5) < deviation  # ranks are independent
@@ -127,11 +128,11 @@ def test_distribution_of_batch_mixing():
     areas = boxes[kinds == CUTMIX, 2] * boxes[kinds == CUTMIX, 3]
     assert abs((1 - areas / 224**2).mean() - 0.6826) < 0.005  # DeiT's form of the box
     assert not boxes[kinds == MIXUP].any() and (lams[kinds == CUTMIX] == LAM_ONE).all()
-    batches = DeitBatches(ViewConfig(), SEED, 256, 8, 3, 1, 2)
-    second = draw_mix(ViewConfig(), SEED, steps[:96], 0 * steps[:96] + 1, Purpose.BATCH_MIX)
+    batches = DeitBatches(ViewConfig(seed=SEED), 256, 8, 3, 1, 2)
+    second = draw_mix(ViewConfig(seed=SEED), steps[:96], 0 * steps[:96] + 1, Purpose.BATCH_MIX)
     for (_, _, mix), kind, box, lam in zip(batches, *second, strict=True):
         assert (mix.kind, mix.box, mix.lam) == (kind, tuple(box.tolist()), lam)
-    rare = draw_mix(view_with(mix_prob=0.25)(), SEED, steps, 0 * steps, Purpose.BATCH_MIX)[0]
+    rare = draw_mix(view_with(mix_prob=0.25)(seed=SEED), steps, 0 * steps, Purpose.BATCH_MIX)[0]
     assert abs((rare == NO_MIX).mean() - 0.75) < deviation
 
 
@@ -168,7 +169,7 @@ def timms_batch(
     ],
 )
 def test_pixels_and_targets_are_timms(source, mix):
-    plan = ViewPlan(RECIPE, SEED, 21)
+    plan = ViewPlan(RECIPE, 21)
     samples, views = np.array([4, 4, 4, 9, 9, 20, 0, 13]), np.array([3, 4, 5, 3, 4, 5, 3, 0])
     plain = make_batch(source, plan, samples, views, BatchMix(NO_MIX, (0,) * 4, LAM_ONE),
                        on_error="fail")  # fmt: skip
@@ -195,12 +196,12 @@ def test_pixels_and_targets_are_timms(source, mix):
 
 def test_views_before_mixing_are_those_of_the_plan(source):
     """Crop, flip, augmentation and erasing of a view do not depend on compat, rank or batch."""
-    alone = view_with(mix_prob=0)(image_size=SIZE, repeats=3, erase_prob=0.5)
-    plan = ViewPlan(alone, SEED, 21)
+    alone = view_with(mix_prob=0)(seed=SEED, image_size=SIZE, repeats=3, erase_prob=0.5)
+    plan = ViewPlan(alone, 21)
     whole = {}
     for processes in (1, 2):
         for rank in range(processes):
-            batches = DeitBatches(alone, SEED, 21, 4 * processes, 2, rank, processes)
+            batches = DeitBatches(alone, 21, 4 * processes, 2, rank, processes)
             for batch in ViewLoader(source, plan, batches, workers=0, on_error="fail"):
                 images = ingest_batch(batch, alone, torch.float32)
                 keys = zip(batch.sample_ids.tolist(), batch.view_ids.tolist(), strict=True)
@@ -213,14 +214,14 @@ def test_views_before_mixing_are_those_of_the_plan(source):
 
 
 def test_ranks_differ_in_their_samples_and_their_mix_alone(source):
-    first, second = (DeitBatches(RECIPE, SEED, 21, 8, 6, rank, 2) for rank in (0, 1))
+    first, second = (DeitBatches(RECIPE, 21, 8, 6, rank, 2) for rank in (0, 1))
     joined = np.stack([np.concatenate([entry[0] for entry in rank]) for rank in (first, second)])
     for epoch in range(6):
         steps = slice(epoch * 8, epoch * 8 + 8)  # 2 steps of 4
         lists = timms_lists(21, 3, epoch, 2)
         assert joined[:, steps].tolist() == [theirs[:8] for theirs in lists]
     assert sum(a[2] == b[2] for a, b in zip(first, second, strict=True)) == 0
-    again = DeitBatches(RECIPE, SEED + 1, 21, 8, 6, 0, 2)
+    again = DeitBatches(replace(RECIPE, seed=SEED + 1), 21, 8, 6, 0, 2)
     assert all((a[0] == b[0]).all() for a, b in zip(first, again, strict=True))  # as in DeiT
     assert sum(a[2] == b[2] for a, b in zip(first, again, strict=True)) == 0
 
@@ -242,7 +243,7 @@ def test_ranks_differ_in_their_samples_and_their_mix_alone(source):
 )
 def test_wrong_batches_are_one_clear_line(arguments, words):
     with pytest.raises(InputError) as error:
-        DeitBatches(RECIPE, SEED, *arguments)
+        DeitBatches(RECIPE, *arguments)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words)
 

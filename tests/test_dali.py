@@ -45,7 +45,7 @@ def source(tmp_path) -> ImageFolder:
 
 def loaded(source, batches, recipe=PLAIN, **settings):
     data = DataConfig(**{"loader": "dali-cpu", "workers": 1, "on_error": "fail"} | settings)
-    plan = ViewPlan(recipe, SEED, source.num_samples)
+    plan = ViewPlan(recipe, source.num_samples)
     return open_loader(data, source, plan, batches, device="cpu")
 
 
@@ -56,7 +56,7 @@ def loaded(source, batches, recipe=PLAIN, **settings):
 
 def test_a_batch_of_many_chunks_equals_its_parts(source, monkeypatch):
     batches = [(np.tile(np.arange(8), 4), np.repeat(np.arange(4), 8))]
-    recipe = ViewConfig(image_size=SIZE, repeats=2)
+    recipe = ViewConfig(seed=SEED, image_size=SIZE, repeats=2)
     whole = next(iter(loaded(source, batches, recipe))).images
     monkeypatch.setattr("deit_fast.data.dali.CHUNK", 5)
     assert torch.equal(next(iter(loaded(source, batches, recipe))).images, whole)
@@ -90,8 +90,8 @@ def test_each_file_is_given_to_dali_once(source, monkeypatch):
         return inputs(files)
 
     monkeypatch.setattr(dali, "decoder_inputs", count)
-    recipe = ViewConfig(image_size=SIZE, repeats=3)
-    partner = int(ViewPlan(recipe, SEED, 8).rows([0], [0])["partner"][0])
+    recipe = ViewConfig(seed=SEED, image_size=SIZE, repeats=3)
+    partner = int(ViewPlan(recipe, 8).rows([0], [0])["partner"][0])
     samples, views = np.repeat([0, partner], 3), np.tile(np.arange(3), 2)
     next(iter(loaded(source, [(samples, views)], recipe)))
     assert given[0] == 2  # six views, partners of each other, from two files
@@ -404,8 +404,8 @@ def test_a_gpus_views_depend_on_neither_batch_nor_order(tmp_path):
     for number in range(16):
         picture(number, 300 + 10 * number, 250).save(folder / f"{number:02d}.jpg", quality=95)
     source = ImageFolder(str(tmp_path), "train")
-    recipe = ViewConfig(image_size=64, repeats=2)
-    plan = ViewPlan(recipe, SEED, 16)
+    recipe = ViewConfig(seed=SEED, image_size=64, repeats=2)
+    plan = ViewPlan(recipe, 16)
     data = DataConfig(loader="dali-gpu", workers=4)
     keys = np.array([(sample, view) for sample in range(16) for view in range(4)])
     rng = np.random.default_rng(0)

@@ -408,8 +408,8 @@ def damaged(tmp_path) -> ImageFolder:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
-    recipe = ViewConfig(image_size=SIZE, mixup_alpha=0, cutmix_alpha=0, augment="none")
-    plan = ViewPlan(recipe, SEED, 8)
+    recipe = ViewConfig(seed=SEED, image_size=SIZE, mixup_alpha=0, cutmix_alpha=0, augment="none")
+    plan = ViewPlan(recipe, 8)
     batches = [
         (np.array([3, 2, 0]), np.array([0, 0, 0])),
         (np.array([7, 2, 2]), np.array([0, 0, 1])),
@@ -431,7 +431,7 @@ def test_a_broken_file_gives_way_to_its_next_neighbour(damaged, workers):
 
 
 def test_partners_are_substituted_with_their_labels(damaged):
-    plan = ViewPlan(ViewConfig(image_size=SIZE, repeats=1), SEED, 8)
+    plan = ViewPlan(ViewConfig(image_size=SIZE, repeats=1, seed=SEED), 8)
     readable = [0, 1, 4, 4, 4, 5, 6, 0]
     for view in range(6):
         batch = make_batch(damaged, plan, np.arange(8), np.full(8, view), on_error="substitute")
@@ -443,7 +443,7 @@ def test_partners_are_substituted_with_their_labels(damaged):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fail_is_one_line_from_any_process(damaged, workers):
-    plan = ViewPlan(RECIPE, SEED, 8)
+    plan = ViewPlan(RECIPE, 8)
     batches = [(np.array([0, 1]), np.array([0, 0])), (np.array([3, 4]), np.array([0, 0]))] * 3
     with pytest.raises(InputError) as caught:
         list(ViewLoader(damaged, plan, batches, workers=workers, on_error="fail"))
@@ -458,9 +458,7 @@ def test_no_readable_image_is_an_error(tmp_path, workers):
     batches = [(np.array([1]), np.array([0]))]
     with pytest.raises(InputError, match="no image of the data set is readable") as caught:
         list(
-            ViewLoader(
-                source, ViewPlan(RECIPE, 0, 3), batches, workers=workers, on_error="substitute"
-            )
+            ViewLoader(source, ViewPlan(RECIPE, 3), batches, workers=workers, on_error="substitute")
         )
     assert "\n" not in str(caught.value)
 
@@ -485,7 +483,7 @@ def test_crop_and_resize_equal_torchvision(source):
 
 
 def test_a_view_is_the_same_in_any_batch_order_and_process(source, root):
-    plan = ViewPlan(RECIPE, SEED, source.num_samples)
+    plan = ViewPlan(RECIPE, source.num_samples)
     rng = np.random.default_rng(0)
     keys = np.array([(s, v) for s in range(source.num_samples) for v in range(4)])
     reference = None
@@ -505,7 +503,7 @@ def test_a_view_is_the_same_in_any_batch_order_and_process(source, root):
         "import sys, numpy as np, test_data as t\n"
         "source = t.ImageFolder(sys.argv[1], 'train')\n"
         "keys = np.array([(s, v) for s in range(source.num_samples) for v in range(4)])\n"
-        "plan = t.ViewPlan(t.RECIPE, t.SEED, source.num_samples)\n"
+        "plan = t.ViewPlan(t.RECIPE, source.num_samples)\n"
         "batch = t.make_batch(source, plan, keys[:, 0], keys[:, 1], on_error='fail')\n"
         "found = t.digests([batch])\n"
         "text = ''.join(found[tuple(key)] for key in keys.tolist())\n"
@@ -522,7 +520,7 @@ def test_a_view_is_the_same_in_any_batch_order_and_process(source, root):
 
 
 def test_loader_keeps_the_order_and_starts_anywhere(source):
-    plan = ViewPlan(RECIPE, SEED, source.num_samples)
+    plan = ViewPlan(RECIPE, source.num_samples)
     batches = TrainBatches(EpochOrder(SEED, source.num_samples, 4, 2), 8, epochs=4)
 
     def run(workers: int, start: int) -> list[tuple[list[int], bytes]]:
@@ -537,11 +535,11 @@ def test_loader_keeps_the_order_and_starts_anywhere(source):
     with pytest.raises(InputError, match="start=9"):
         ViewLoader(source, plan, batches, workers=0, on_error="fail", start=9)
     with pytest.raises(InputError, match="not 21"):
-        ViewLoader(source, ViewPlan(RECIPE, 0, 20), batches, workers=0, on_error="fail")
+        ViewLoader(source, ViewPlan(RECIPE, 20), batches, workers=0, on_error="fail")
 
 
 def test_the_loader_leaves_torchs_generator_alone(source):
-    plan = ViewPlan(RECIPE, SEED, source.num_samples)
+    plan = ViewPlan(RECIPE, source.num_samples)
     before = torch.get_rng_state()
     list(ViewLoader(source, plan, [([0], [0])], workers=0, on_error="fail"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -562,7 +560,7 @@ class Counting:
 
 def test_each_file_is_decoded_once_and_each_view_cut_once(source):
     counting = Counting(source)
-    plan = ViewPlan(RECIPE, SEED, source.num_samples)
+    plan = ViewPlan(RECIPE, source.num_samples)
     samples, views = EpochOrder(SEED, source.num_samples, 2, 2).epoch(0)
     batch = make_batch(counting, plan, samples[:8], views[:8], on_error="fail")  # 2 pairs, 2 views
     assert sorted(counting.loads) == sorted(set(samples[:8].tolist())) and len(counting.loads) == 4
@@ -570,13 +568,13 @@ def test_each_file_is_decoded_once_and_each_view_cut_once(source):
     split = make_batch(counting, plan, samples[:8:2], views[:8:2], on_error="fail")
     assert split.images.shape == (8, SIZE, SIZE, 3) and len(split) == 4  # own views and partners
     plain = ViewPlan(
-        ViewConfig(image_size=SIZE, mixup_alpha=0, cutmix_alpha=0), SEED, source.num_samples
+        ViewConfig(seed=SEED, image_size=SIZE, mixup_alpha=0, cutmix_alpha=0), source.num_samples
     )
     assert len(make_batch(counting, plain, [0, 1], [0, 0], on_error="fail").images) == 2
 
 
 def test_batch_fields(source):
-    plan = ViewPlan(RECIPE, SEED, source.num_samples)
+    plan = ViewPlan(RECIPE, source.num_samples)
     batch = make_batch(source, plan, np.arange(21), np.full(21, 3), on_error="fail")
     rows = plan.rows(np.arange(21), np.full(21, 3))
     assert batch.plan.dtype == torch.int32 and batch.plan.shape == (21, 22)
@@ -635,8 +633,8 @@ def slow_view(source: ImageFolder, plan: ViewPlan, sample: int, view: int) -> np
 
 
 def test_finished_views_equal_a_slow_model(source):
-    recipe = view_with(mix_prob=0.8)(image_size=SIZE, repeats=2, erase_prob=0.6)
-    plan = ViewPlan(recipe, SEED, source.num_samples)
+    recipe = view_with(mix_prob=0.8)(seed=SEED, image_size=SIZE, repeats=2, erase_prob=0.6)
+    plan = ViewPlan(recipe, source.num_samples)
     samples, views = np.arange(21), np.arange(21) // 7 * 2
     batch = make_batch(source, plan, samples, views, on_error="fail")
     images = ingest_batch(batch, recipe, torch.float32).numpy()
@@ -709,7 +707,7 @@ def test_evaluation_counts_substituted_files(damaged):
 
 def test_synthetic_data_runs_through_both_loaders():
     source = Synthetic(20, 4, SIZE)
-    plan = ViewPlan(RECIPE, SEED, 20)
+    plan = ViewPlan(RECIPE, 20)
     batch = next(
         iter(ViewLoader(source, plan, [(range(20), [1] * 20)], workers=1, on_error="fail"))
     )

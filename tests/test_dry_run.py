@@ -87,13 +87,13 @@ def test_the_command_names_the_views_that_a_cache_lacks(world, tmp_path, capsys)
     before = tree(tmp_path)
     rows = said(capsys, "train", *settings, "--dry-run")
     assert "LACKS 1 of the 3 views (2): precompute them first" in rows["cache"]
-    assert cli.main(["train", *settings, "--seed", "5", "--dry-run"]) == 2
+    assert cli.main(["train", *settings, "--view.seed", "5", "--dry-run"]) == 2
     assert "view.seed" in capsys.readouterr().err
     said(capsys, "precompute", *settings, "--teacher", teacher)
     rows = said(capsys, "train", *settings, "--dry-run")
     assert f"{tmp_path}/cache: all 3 views that the run needs" in rows["cache"]
     assert before.keys() < tree(tmp_path).keys() and not (tmp_path / "run").exists()
-    assert cli.main(["train", *settings, "--seed", "5", "--dry-run"]) == 2
+    assert cli.main(["train", *settings, "--view.seed", "5", "--dry-run"]) == 2
     assert "view.seed" in capsys.readouterr().err
 
 

@@ -87,7 +87,7 @@ def batches_of(source: Source, views: int = 1) -> list:
 
 
 def opened(source: Source, data: DataConfig, loader: str, views: int = 1):
-    plan = ViewPlan(PLAIN, 0, source.num_samples)
+    plan = ViewPlan(PLAIN, source.num_samples)
     data = DataConfig(loader=loader, workers=data.workers, source=data.source, root=data.root)
     return open_loader(data, source, plan, batches_of(source, views), device="cpu")
 
@@ -216,7 +216,7 @@ def test_a_pass_waits_for_the_report_of_a_dead_process(roots, monkeypatch):
 
     source = open_source(roots["folder"], "val", 32)
     passed = ViewLoader(
-        source, ViewPlan(PLAIN, 0, source.num_samples), batches_of(source), workers=1,
+        source, ViewPlan(PLAIN, source.num_samples), batches_of(source), workers=1,
         on_error="fail",
     )  # fmt: skip
     monkeypatch.setattr(loader_module.Batches, "_loader", lambda *_: Dead())
@@ -246,7 +246,7 @@ def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys,
 def test_an_error_crosses_the_processes_with_its_name(roots, monkeypatch):
     source = open_source(roots["folder"], "train", 32)
     failing(monkeypatch, "open_regular", errno.ESTALE)(True)
-    plan = ViewPlan(PLAIN, 0, source.num_samples)
+    plan = ViewPlan(PLAIN, source.num_samples)
     passes = (
         ViewLoader(source, plan, batches_of(source), workers=1, on_error="substitute"),
         EvalLoader(source, 32, 0.9, (0.5,) * 3, (0.2,) * 3, batch_size=4, workers=1),
@@ -395,7 +395,7 @@ def test_what_is_no_image_is_replaced_at_once_and_named(tmp_path, kind):
         path.write_text("no image")
     else:
         path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
-    plan = ViewPlan(PLAIN, 0, 3)
+    plan = ViewPlan(PLAIN, 3)
     for workers in (0, 1):
         (batch,) = ViewLoader(
             source, plan, batches_of(source), workers=workers, on_error="substitute"
@@ -497,7 +497,7 @@ def test_a_stuck_process_ends_the_pass_and_is_killed(monkeypatch):
     handler = signal.getsignal(signal.SIGCHLD)
     passed = iter(
         ViewLoader(
-            Stuck(), ViewPlan(PLAIN, 0, 2), [([0], [0]), ([1], [0])], workers=1, on_error="fail"
+            Stuck(), ViewPlan(PLAIN, 2), [([0], [0]), ([1], [0])], workers=1, on_error="fail"
         )
     )
     assert next(passed).labels.tolist() == [0]
@@ -519,7 +519,7 @@ def test_a_stuck_thread_ends_the_pass(monkeypatch):
     sizes, lengths = np.full((2, 2), 32, np.int32), np.full(2, len(source.read(0)))
     passed = iter(
         dali_module.DaliLoader(
-            source, ViewPlan(PLAIN, 0, 2), [([1], [0])], DataConfig(loader="dali-cpu", workers=1),
+            source, ViewPlan(PLAIN, 2), [([1], [0])], DataConfig(loader="dali-cpu", workers=1),
             index=FileIndex(sizes, lengths),
         )
     )  # fmt: skip
@@ -545,7 +545,7 @@ def test_a_full_dev_shm_is_an_error_of_the_pass(roots, text, number, monkeypatch
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     source = open_source(roots["folder"], "train", 32)
-    plan = ViewPlan(PLAIN, 0, source.num_samples)
+    plan = ViewPlan(PLAIN, source.num_samples)
     with pytest.raises(OSError, match="/dev/shm") as caught:
         list(ViewLoader(source, plan, batches_of(source), workers=1, on_error="fail"))
     assert caught.value.errno == number

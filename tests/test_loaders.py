@@ -37,8 +37,10 @@ from helpers.images import (
 
 DALI = pytest.mark.dali
 LOADERS = ["pillow", pytest.param("dali-cpu", marks=DALI)]
-RECIPE = ViewConfig(image_size=SIZE, repeats=2)
-PLAIN = ViewConfig(image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0)
+RECIPE = ViewConfig(seed=SEED, image_size=SIZE, repeats=2)
+PLAIN = ViewConfig(
+    seed=SEED, image_size=SIZE, repeats=1, augment="none", mixup_alpha=0, cutmix_alpha=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def run_batches(source, size=4, epochs=2, **more):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_view_is_the_same_in_any_batch_order_and_number_of_workers(source, loader):
-    plan = ViewPlan(RECIPE, SEED, 12)
+    plan = ViewPlan(RECIPE, 12)
     keys = np.array([(sample, view) for sample in range(12) for view in range(2)])
     rng = np.random.default_rng(0)
     reference = None
@@ -91,7 +93,7 @@ def test_a_view_is_the_same_in_any_batch_order_and_number_of_workers(source, loa
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_pass_starts_and_stops_anywhere(source, loader):
-    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source)
+    plan, batches = ViewPlan(RECIPE, 12), run_batches(source)
 
     def run(start: int, stop: int | None = None) -> list[tuple[list[int], bytes]]:
         passed = opened(loader, source, plan, batches, workers=1, start=start, stop=stop)
@@ -108,7 +110,7 @@ def test_a_pass_starts_and_stops_anywhere(source, loader):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_rank_gets_equally_many_batches(source, loader):
-    plan = ViewPlan(PLAIN, SEED, 12)
+    plan = ViewPlan(PLAIN, 12)
     counts, seen = [], []
     for rank in range(3):
         batches = TrainBatches(EpochOrder(SEED, 12, 2, 1), 9, 2, rank=rank, world_size=3)
@@ -121,7 +123,7 @@ def test_every_rank_gets_equally_many_batches(source, loader):
 
 @pytest.mark.dali
 def test_dali_with_our_kernel_makes_pillows_pixels(source):
-    plan = ViewPlan(RECIPE, SEED, 12)
+    plan = ViewPlan(RECIPE, 12)
     batches = [(np.arange(12), np.full(12, view)) for view in range(2)]
     ours = opened("pillow", source, plan, batches)
     for mine, theirs in zip(ours, opened("dali-cpu", source, plan, batches), strict=True):
@@ -140,7 +142,7 @@ def test_dali_with_our_kernel_makes_pillows_pixels(source):
 def test_odd_files_look_alike_in_all_loaders(tmp_path):
     source = folder_of(tmp_path, odd_files())
     count = source.num_samples
-    plan = ViewPlan(PLAIN, SEED, count)
+    plan = ViewPlan(PLAIN, count)
     batches = [(np.arange(count), np.zeros(count, int))]
     found = {
         loader: next(iter(opened(loader, source, plan, batches))).images.int()
@@ -155,7 +157,7 @@ def test_broken_files_give_way_to_their_next_neighbour(tmp_path, loader):
     broken = broken_files()
     good = {f"{name}~.jpg": encode(picture(n, 40, 30), "JPEG") for n, name in enumerate(broken)}
     source = folder_of(tmp_path, broken | good)
-    count, plan = source.num_samples, ViewPlan(PLAIN, SEED, source.num_samples)
+    count, plan = source.num_samples, ViewPlan(PLAIN, source.num_samples)
     source.labels = np.arange(count)  # tells who was taken
     batches = [(np.arange(count), np.zeros(count, int)), (np.arange(2), np.ones(2, int))]
     first, second = opened(loader, source, plan, batches, on_error="substitute")
@@ -183,7 +185,7 @@ def test_broken_files_give_way_to_their_next_neighbour(tmp_path, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_no_readable_image_is_an_error(tmp_path, loader):
     source = folder_of(tmp_path, {f"{n}.jpg": b"nothing" for n in range(3)})
-    passed = opened(loader, source, ViewPlan(PLAIN, 0, 3), [([1], [0])], on_error="substitute")
+    passed = opened(loader, source, ViewPlan(PLAIN, 3), [([1], [0])], on_error="substitute")
     with pytest.raises(InputError, match="no image of the data set is readable"):
         list(passed)
 
@@ -205,7 +207,7 @@ def helpers() -> set[str]:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_half_read_pass_and_an_exception_end_at_once(source, loader):
-    plan, batches = ViewPlan(PLAIN, SEED, 12), run_batches(source, epochs=100_000)
+    plan, batches = ViewPlan(PLAIN, 12), run_batches(source, epochs=100_000)
     before = helpers()
     passed = iter(opened(loader, source, plan, batches, workers=2))
     next(passed)
@@ -232,7 +234,7 @@ def test_a_signal_ends_a_pass_and_its_processes(root, loader, number):
     code = (
         "import sys, test_loaders as t\n"
         "source = t.ImageFolder(sys.argv[1], 'train')\n"
-        "plan = t.ViewPlan(t.PLAIN, t.SEED, 12)\n"
+        "plan = t.ViewPlan(t.PLAIN, 12)\n"
         "batches = t.run_batches(source, epochs=100000)\n"
         "for k, _ in enumerate(t.opened(sys.argv[2], source, plan, batches, workers=2)):\n"
         "    if k == 2: print('ready', flush=True)\n"
@@ -268,7 +270,7 @@ def test_a_signal_ends_a_pass_and_its_processes(root, loader, number):
     ],
 )
 def test_fifty_passes_leak_neither_memory_nor_files(source, loader, workers):
-    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source)
+    plan, batches = ViewPlan(RECIPE, 12), run_batches(source)
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -315,7 +317,7 @@ def test_without_dali_one_line_names_the_extra(root):
         "import test_loaders as t\n"
         "source = t.ImageFolder(sys.argv[1], 'train')\n"
         "for make in (lambda: t.pixel_contract(t.DataConfig(loader='dali-gpu')),\n"
-        "             lambda: t.opened('dali-cpu', source, t.ViewPlan(t.PLAIN, 0, 12), [])):\n"
+        "             lambda: t.opened('dali-cpu', source, t.ViewPlan(t.PLAIN, 12), [])):\n"
         "    try: make()\n"
         "    except t.InputError as error: print(error)\n"
     )
@@ -400,7 +402,7 @@ def test_the_loaders_own_work_runs_beside_the_computation(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", LOADERS)
 def test_batches_on_the_gpu_are_those_of_the_cpu(source, loader):
-    plan, batches = ViewPlan(RECIPE, SEED, 12), run_batches(source, epochs=20)
+    plan, batches = ViewPlan(RECIPE, 12), run_batches(source, epochs=20)
     data = DataConfig(loader=loader, workers=2)
     here = opened(loader, source, plan, batches, workers=2)
     there = open_loader(data, source, plan, batches, device="cuda")

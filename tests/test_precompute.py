@@ -147,7 +147,7 @@ def test_stored_logits_are_the_teachers(config, reference):
     from deit_fast.views.plan import ViewPlan
 
     source = open_source(config.data, "train", 16)
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
+    plan = ViewPlan(config.view, source.num_samples)
     teacher = load_teacher(
         config.teacher, num_classes=10, input_mean=config.view.mean, input_std=config.view.std
     )
@@ -215,7 +215,7 @@ def test_a_flipped_bit_is_found_and_redone(config, reference, tmp_path):
 
 
 def test_another_teacher_view_or_data_set_is_refused(config, reference):
-    other = config.replace(seed=9, teacher_batch=16, view={"crop_scale": (0.3, 1.0)})
+    other = config.replace(teacher_batch=16, view={"seed": 9, "crop_scale": (0.3, 1.0)})
     with pytest.raises(CacheMismatch) as error:
         precompute(other)
     message = str(error.value)
@@ -313,7 +313,7 @@ def test_dry_run_estimates_and_writes_nothing(config, reference, tmp_path):
     assert found["bytes"] == 2 * len(views["view-00000.dlc"])
     assert contents(planned.cache) == before
     with pytest.raises(CacheMismatch, match=r"view\.seed"):
-        estimate(planned.replace(seed=5))
+        estimate(planned.replace(view={"seed": 5}))
 
 
 def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):

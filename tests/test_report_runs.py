@@ -48,6 +48,22 @@ def test_runs_that_differ_by_their_seed_share_a_row_and_a_headline(tmp_path: Pat
     assert shown_settings(page) == ["seed", "loss.kind"] and "<td>0; 1; 2</td>" in page
 
 
+def test_runs_may_have_seeds_of_their_views_as_well(tmp_path: Path) -> None:
+    """Those of the demo have one with each seed; runs of before had one for both."""
+    runs = [make_run(tmp_path / f"seed-{n}", top1=0.8 + n / 50, seed=n) for n in range(3)]
+    for views, run in enumerate(runs):
+        config = json.loads((run / "config.json").read_text())
+        config["view"]["seed"] = views
+        if views == 2:
+            del config["view"]["seed"]
+        (run / "config.json").write_text(json.dumps(config))
+    runs.append(make_run(tmp_path / "seed-1-again", top1=0.84, seed=1))
+    text = words(build_report(runs[:3], "t"))
+    assert "82.00 \u00b1 2.00 % seed: mean" in text and "(seeds 0, 1, 2)" in text, text
+    text = words(build_report(runs, "t"))
+    assert "3 runs" not in text and "(seeds 0/0, 1/1, 2/2, 1/0)" in text
+
+
 def test_two_runs_of_one_seed_are_two_settings(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, top1=top1) for name, top1 in (("a", 0.5), ("b", 0.7))]
     assert "Highest top-1 accuracy 70.00 % b" in words(build_report(runs, "t"))

@@ -352,7 +352,7 @@ def test_wrong_teachers_and_caches_are_named(world, tmp_path):
     with pytest.raises(InputError, match=r"lacks 2 of the run's 3 views.*: precompute them$"):
         train(config.replace(cache=cache))
     with pytest.raises(CacheMismatch) as error:
-        train(config.replace(cache=cache, seed=1, view={"erase_prob": 0.0}))
+        train(config.replace(cache=cache, view={"seed": 1, "erase_prob": 0.0}))
     assert "view.seed" in str(error.value) and "view.erase_prob" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -263,7 +263,7 @@ def require_equal(
 def _flag(field: str, value: Any) -> str | None:
     """The flags that give a compared field this value; None where no setting alone does."""
     section, _, name = field.partition(".")
-    flag = {"view.seed": "--seed", "teacher.batch": "--teacher-batch"}.get(field)
+    flag = "--teacher-batch" if field == "teacher.batch" else None
     names = {item.name for item in dataclasses.fields(ViewConfig)} - {"repeats"}  # see num_views
     if section == "view" and name in names:
         flag = f"--view.{name.replace('_', '-')}"

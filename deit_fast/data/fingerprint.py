@@ -40,7 +40,7 @@ def views_fingerprint(config: RunConfig, source: Source) -> dict[str, Any]:
         InputError: as `pixel_contract`.
     """
     return (
-        view_fingerprint(config.view, config.seed)
+        view_fingerprint(config.view)
         | source.fingerprint()
         | pixel_contract(config.data)
         | {"contract.pixel_digests": 1}

@@ -58,11 +58,12 @@ def demo(
     for seed in seeds:
         folder = output / f"seed-{seed}"
         row: dict[str, float] = {"seed": seed}
-        teacher = digits_teacher().replace(output=str(folder / "teacher"), seed=seed, data=data)
+        chosen: dict[str, Any] = {"seed": seed, "view": {"seed": seed}, "data": data}
+        teacher = digits_teacher().replace(output=str(folder / "teacher"), **chosen)
         log.info("seed %d: teacher", seed)
         row["teacher"] = train(teacher)["top1"]
         spec = f"{teacher.model.name}@{folder}/teacher/model.safetensors"
-        student = digits_student().replace(output=str(folder), seed=seed, data=data)
+        student = digits_student().replace(output=str(folder), **chosen)
         log.info("seed %d: teacher logits of all views", seed)
         precompute(student.replace(teacher=spec, cache=str(folder / "cache")))
         for kind in ("none", "hard", "soft"):

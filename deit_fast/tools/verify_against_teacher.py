@@ -25,8 +25,8 @@ from deit_fast.views.plan import ViewPlan, lam_of
 _BATCH = 16
 
 
-def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
-    """Settings and seed of a cache's views, from its fingerprint.
+def stored_view(cache: LogitCache) -> ViewConfig:
+    """Settings of a cache's views, from its fingerprint.
 
     Raises:
         CacheError: the fingerprint has none, as that of an imported cache.
@@ -35,7 +35,7 @@ def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
     names = [*(item.name for item in fields(ViewConfig)), *constants(ViewConfig)]
     optional = {"size_schedule"}
     names = [name for name in names if name not in optional or f"view.{name}" in found]
-    missing = [key for key in ("seed", *names) if f"view.{key}" not in found]
+    missing = [key for key in names if f"view.{key}" not in found]
     if missing:
         raise CacheError(
             f"cache {cache.path} does not say how its views are made: its fingerprint lacks "
@@ -43,8 +43,8 @@ def stored_view(cache: LogitCache) -> tuple[ViewConfig, int]:
         )
     values = {name: found[f"view.{name}"] for name in names}
     try:
-        return from_dict(ViewConfig(), values, "view."), int(found["view.seed"])
-    except (InputError, TypeError, ValueError) as error:
+        return from_dict(ViewConfig(), values, "view.")
+    except InputError as error:
         raise CacheError(f"cache {cache.path}: fingerprint: {error}") from None
 
 
@@ -57,10 +57,10 @@ def leading_labels(
         CacheMismatch: another data set.
         CacheError: the cache does not say how its views are made.
     """
-    view, seed = stored_view(cache)
+    view = stored_view(cache)
     source = open_source(data, "train", view.image_size)
     cache.require(source.fingerprint())
-    plan = ViewPlan(view, seed, source.num_samples)
+    plan = ViewPlan(view, source.num_samples)
     rows = plan.rows(samples, views)
     own, partner = (torch.from_numpy(source.labels[rows[name]]) for name in ("sample", "partner"))
     lam = torch.from_numpy(lam_of(rows, plan.sizes(rows["view"])))
@@ -99,13 +99,12 @@ def verify_against_teacher(
         CacheError: the pixels of a view differ, a record is damaged, no view is complete.
     """
     cache = LogitCache.open(path)
-    view, view_seed = stored_view(cache)
+    view = stored_view(cache)
     config = RunConfig(
         teacher=teacher,
         teacher_classes=teacher_classes,
         teacher_mean=teacher_mean,
         teacher_std=teacher_std,
-        seed=view_seed,
         data=data,
         view=view,
     )
@@ -116,7 +115,7 @@ def verify_against_teacher(
     cache.require(model.expected_fields(cache.manifest["fingerprint"]))
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")
-    plan = ViewPlan(view, view_seed, source.num_samples)
+    plan = ViewPlan(view, source.num_samples)
     digests = pick_pixels(cache.path, cache.manifest, cache.views, samples)
     require_same_pixels(digests, source, plan, data=data, device=chosen, where=f"cache {path}")
 

@@ -18,6 +18,6 @@ def run_batches(
     """
     sizes = (config.batch_size, config.epochs, group.rank, group.world_size)
     if config.compat == "deit":
-        return DeitBatches(config.view, config.seed, num_samples, *sizes)
-    order = EpochOrder(config.seed, num_samples, config.view_count, config.view.repeats)
+        return DeitBatches(config.view, num_samples, *sizes)
+    order = EpochOrder(config.view.seed, num_samples, config.view_count, config.view.repeats)
     return TrainBatches(order, *sizes, config.batch_schedule)

@@ -297,7 +297,7 @@ class _Steps:
         config = self.config.replace(batch_size=images)
         batches = run_batches(config, self.source.num_samples, ProcessGroup())
         first_epoch = [batches[n] for n in range(min(batches.steps.phases[0].per_epoch, 100))]
-        plan = ViewPlan(config.view, config.seed, self.source.num_samples)
+        plan = ViewPlan(config.view, self.source.num_samples)
         data = dataclasses.replace(config.data, workers=workers)
         loader = open_loader(
             data, self.source, plan, Repeated(first_epoch), device=self.device,

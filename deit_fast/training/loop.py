@@ -252,9 +252,9 @@ class _Run:
         held_out = self.held_out = open_source(config.data, "val", config.view.image_size)
         require_trained_classes(self.source, held_out)
         self.eval_loader = build_eval_loader(config, held_out, device, group)
-        self.plan = ViewPlan(config.view, config.seed, self.source.num_samples)
         self.batches = run_batches(config, self.source.num_samples, group)
         self.config = config = settle(config, checkpoint, self.batches.steps)
+        self.plan = ViewPlan(config.view, self.source.num_samples)
         self.batches = run_batches(config, self.source.num_samples, group)
         self.batches.require_parts(config.accumulate)
         self.steps = self.batches.steps
@@ -596,6 +596,7 @@ class _Run:
             "distill": config.loss.kind,
             "teacher": self.teacher.describe(),
             "seed": config.seed,
+            "view_seed": config.view.seed,
             "environment": describe_environment(self.device),
             "command": describe_command(),
         }

@@ -229,8 +229,9 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
 def settle(config: RunConfig, checkpoint: Checkpoint | None, steps: RunSteps) -> RunConfig:
     """``config`` with what the checkpoint decides; ``steps`` are those of a run as configured.
 
-    A moving average that warms up continues to do so, as in all runs of earlier versions. A branch
-    ends ``decay_epochs`` after its checkpoint, at the end of an epoch.
+    A moving average that warms up continues to do so, as in all runs of earlier versions. A run
+    of a version before view.seed keeps the views of its seed. A branch ends ``decay_epochs`` after
+    its checkpoint, at the end of an epoch.
 
     Raises:
         InputError: no run can branch from the checkpoint, or the schedule's settings exclude each
@@ -238,7 +239,7 @@ def settle(config: RunConfig, checkpoint: Checkpoint | None, steps: RunSteps) ->
     """
     if checkpoint is not None:
         with _named(checkpoint.path):
-            config = _with_warm_up(config, checkpoint)
+            config = _with_views(_with_warm_up(config, checkpoint), checkpoint)
             if config.resume_from is not None and config.optim.schedule == "wsd":
                 config = _with_epochs(config, checkpoint, steps)
     require_schedule(config)
@@ -251,6 +252,16 @@ def _with_warm_up(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
         return config
     log.info("%s: its moving average continues with optim.ema_warmup, as begun", checkpoint.path)
     return config.replace(optim={"ema_warmup": True})
+
+
+def _with_views(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
+    """The command of before, which gave only the seed, keeps the views of before."""
+    is_known = "seed" in json.loads(checkpoint.saved["config"])["view"]
+    if is_known or config.view.seed or config.seed != checkpoint.settings["seed"]:
+        return config
+    if config.seed:
+        log.info("%s: its views continue with view.seed=%d, its seed", checkpoint.path, config.seed)
+    return config.replace(view={"seed": config.seed})
 
 
 def _with_epochs(config: RunConfig, checkpoint: Checkpoint, steps: RunSteps) -> RunConfig:

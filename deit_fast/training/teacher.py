@@ -209,7 +209,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     require_same_pixels(
         pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),
         source,
-        ViewPlan(config.view, config.seed, source.num_samples),
+        ViewPlan(config.view, source.num_samples),
         data=config.data,
         device=device,
         where=f"cache {config.cache}",

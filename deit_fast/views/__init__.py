@@ -1,1 +1,1 @@
-"""A view as a pure function of settings, seed, sample and view number; the order of views."""
+"""A view as a pure function of settings, sample and view number; the order of views."""

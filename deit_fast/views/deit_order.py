@@ -4,8 +4,8 @@ The order is that of RASampler (facebookresearch/deit samplers.py; timm's Repeat
 same lists). Mixing is timm's `Mixup` in mode `batch`: one choice, lambda and box for each rank's
 batch, which is mixed with its own reverse. A finished view therefore depends on batch size, rank
 and world size, and no cache can hold it. Crop, flip, augmentation and erasing stay the engine's:
-those of view ``epoch * repeats + repeat`` of the sample. Mixing is drawn by seed, step and rank,
-not from numpy's stream, so a resumed run seeks here too.
+those of view ``epoch * repeats + repeat`` of the sample. Mixing is drawn by view.seed, step and
+rank, not from numpy's stream, so a resumed run seeks here too.
 
 Differences from DeiT: a single process takes this order as well (DeiT's own shuffles without
 repeats then), and the CutMix box is that of ``CUTMIX_FORM``.
@@ -31,7 +31,7 @@ _ROUND = 256  # RASampler cuts an epoch to a multiple of this many views over al
 class DeitBatches(RankBatches):
     """Batches in RASampler's order: `[step]` is (sample ids int64, view ids int32, `BatchMix`).
 
-    The order depends on the epoch alone, not on the seed, as in DeiT.
+    The order depends on the epoch alone, not on view.seed, as in DeiT.
 
     Raises:
         InputError: as `RankBatches`, a share of the batch that is odd, or a batch that an epoch
@@ -41,7 +41,6 @@ class DeitBatches(RankBatches):
     def __init__(
         self,
         view: ViewConfig,
-        seed: int,
         num_samples: int,
         batch_size: int,
         epochs: int,
@@ -62,7 +61,7 @@ class DeitBatches(RankBatches):
                 f"processes {offered} views, fewer than its {share} of batch_size={batch_size}: "
                 f"the largest is --batch-size {offered // 2 * 2 * world_size}"
             )
-        self.view, self.seed, self.num_samples = view, seed, num_samples
+        self.view, self.num_samples = view, num_samples
         self.steps = RunSteps(offered * world_size, self.batch_sizes, epochs)
 
     def _batch(self, epoch: int, position: int, share: int) -> tuple[Array, Array, BatchMix]:
@@ -75,9 +74,7 @@ class DeitBatches(RankBatches):
         samples = _shuffled(self.num_samples, epoch)[indices]
         views = (epoch * repeats + repeat).astype(np.int32)
         step = np.array([self.steps.first(epoch) + position])
-        kind, box, lam = draw_mix(
-            self.view, self.seed, step, np.array([self.rank]), Purpose.BATCH_MIX
-        )
+        kind, box, lam = draw_mix(self.view, step, np.array([self.rank]), Purpose.BATCH_MIX)
         top, left, height, width = box[0].tolist()
         return samples, views, BatchMix(int(kind[0]), (top, left, height, width), int(lam[0]))
 

@@ -1,4 +1,4 @@
-"""What a view is: every random choice as a pure function of view settings, seed, sample and view.
+"""What a view is: every random choice as a pure function of view settings, sample and view.
 
 No choice depends on the batch, the rank or the worker, and plans are equal on every machine
 (`views.rng`); `fingerprint` holds a digest of the tables behind them.
@@ -125,12 +125,10 @@ class ViewPlan:
 
     Args:
         view: the settings that pixels depend on.
-        seed: in [0, 2^64).
         num_samples: size of the data set; the pairs depend on it.
     """
 
     view: ViewConfig
-    seed: int
     num_samples: int
 
     def __post_init__(self) -> None:
@@ -154,9 +152,7 @@ class ViewPlan:
         samples, views = rows["sample"], rows["view"]
         rows["partner"] = partner = self._partners(samples, views)
         first = np.minimum(samples, partner)
-        mix = draw_mix(
-            self.view, self.seed, first, views, Purpose.MIX, partner != samples, self.sizes(views)
-        )
+        mix = draw_mix(self.view, first, views, Purpose.MIX, partner != samples, self.sizes(views))
         rows["mix_kind"], rows["box"], rows["lam"] = mix
         return rows
 
@@ -167,7 +163,7 @@ class ViewPlan:
         rows["sample"] = rows["partner"] = samples
         rows["view"], rows["lam"] = views, LAM_ONE
 
-        flip, erase, low, high = philox(samples, views, 0, Purpose.VIEW, key(self.seed))
+        flip, erase, low, high = philox(samples, views, 0, Purpose.VIEW, self._key)
         rows["flip"] = happens(flip, self.view.flip_prob)
         rows["noise_key"] = low | (high.astype(np.uint64) << _SHIFT)
         erased = np.flatnonzero(happens(erase, self.view.erase_prob))
@@ -279,7 +275,7 @@ class ViewPlan:
 
     def _simple_boxes(self, samples: Array, views: Array, width: Array, height: Array) -> Array:
         size = self.sizes(views)
-        _, _, left, top = philox(samples, views, 0, Purpose.CROP, key(self.seed))
+        _, _, left, top = philox(samples, views, 0, Purpose.CROP, self._key)
         resized = shorter_side_to(size, width, height)
         starts = [
             below(words, side + (2 * _PAD - size + 1)) - _PAD
@@ -295,9 +291,7 @@ class ViewPlan:
 
     def _draw_three(self, rows: Array) -> None:
         """DeiT-III's ThreeAugment: one of three operations, always applied."""
-        which, _, radius, _ = philox(
-            rows["sample"], rows["view"], 0, Purpose.AUGMENT, key(self.seed)
-        )
+        which, _, radius, _ = philox(rows["sample"], rows["view"], 0, Purpose.AUGMENT, self._key)
         chosen = below(which, np.array(len(_THREE)))
         low, high = _BLUR_LEVELS
         radius = low + below(radius, np.array(high - low + 1))
@@ -306,7 +300,7 @@ class ViewPlan:
 
     def _draw_jitter(self, rows: Array) -> None:
         """torchvision's ColorJitter(j, j, j), in the last three layers."""
-        order, *strengths = philox(rows["sample"], rows["view"], 0, Purpose.COLOR, key(self.seed))
+        order, *strengths = philox(rows["sample"], rows["view"], 0, Purpose.COLOR, self._key)
         reach = round(self.view.color_jitter / 0.09 * LEVEL_ONE)
         levels = below(np.stack(strengths, axis=1), np.array(2 * reach + 1)) - reach
         orders = _JITTER_ORDERS[below(order, np.array(len(_JITTER_ORDERS)))]
@@ -317,7 +311,7 @@ class ViewPlan:
         """RandAugment: per layer an operation, whether it is applied, its level and direction."""
         layers = np.arange(rows["operations"].shape[1])
         which, applied, level, sign = philox(
-            rows["sample"][:, None], rows["view"][:, None], layers, Purpose.AUGMENT, key(self.seed)
+            rows["sample"][:, None], rows["view"][:, None], layers, Purpose.AUGMENT, self._key
         )
         chosen = below(which, np.array(len(RANDAUGMENT_OPERATIONS) - 1)) + 1
         applied = happens(applied, self.view.randaugment_prob)
@@ -363,7 +357,7 @@ class ViewPlan:
         for attempts in (np.arange(1), np.arange(1, _ATTEMPTS)):
             max_a, max_b = (side[remaining] for side in sides)
             area, aspect, start_a, start_b = philox(
-                samples[remaining], views[remaining], attempts[:, None], purpose, key(self.seed)
+                samples[remaining], views[remaining], attempts[:, None], purpose, self._key
             )
             target = (scale[0] + (scale[1] - scale[0]) * (area / 2.0**32)) * (max_a * max_b)
             aspect = ratios[aspect >> np.uint32(16)]
@@ -380,12 +374,17 @@ class ViewPlan:
             remaining = remaining[~is_done]
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
+    @property
+    def _key(self) -> tuple[int, int]:
+        return key(self.view.seed)
+
     def _partners(self, samples: Array, views: Array) -> Array:
         groups = views // self.view.repeats
         partner = np.empty_like(samples)
         for group in np.unique(groups).tolist():
             members = groups == group
-            partner[members] = partner_table(self.seed, self.num_samples, group)[samples[members]]
+            table = partner_table(self.view.seed, self.num_samples, group)
+            partner[members] = table[samples[members]]
         return partner
 
     def _ids(self, sample_ids: npt.ArrayLike, view_ids: npt.ArrayLike) -> tuple[Array, Array]:
@@ -432,7 +431,7 @@ def lam_of(rows: Array, sizes: int | Array) -> Array:
     return np.where(rows["mix_kind"] == CUTMIX, cutmix, rows["lam"] / LAM_ONE).astype(np.float32)
 
 
-def fingerprint(view: ViewConfig, seed: int) -> dict[str, Any]:
+def fingerprint(view: ViewConfig) -> dict[str, Any]:
     """What two users of a cache must agree on about views: JSON values under dotted keys.
 
     A size schedule is part of it where there is one: caches of earlier versions know none.
@@ -440,7 +439,7 @@ def fingerprint(view: ViewConfig, seed: int) -> dict[str, Any]:
     entries = {
         f"view.{name}": list(value) if isinstance(value, tuple) else value
         for name, value in (dataclasses.asdict(view) | constants(type(view))).items()
-        if name != "size_schedule" or value
+        if name != "seed" and (name != "size_schedule" or value)
     }
     tables = [ratio_table(*view.crop_ratio), ratio_table(*view.erase_ratio)]
     tables += [beta_table(alpha) for alpha in (view.mixup_alpha, view.cutmix_alpha) if alpha > 0]
@@ -450,7 +449,7 @@ def fingerprint(view: ViewConfig, seed: int) -> dict[str, Any]:
     for table in tables:
         digest.update(table.astype(table.dtype.newbyteorder("<")).tobytes())
     return entries | {
-        "view.seed": seed,
+        "view.seed": view.seed,  # here also in caches of versions that had no such setting
         "view.tables_sha256": digest.hexdigest(),
         "view.cutmix_form": CUTMIX_FORM,
         "view.plan": PLAN_VERSION,

@@ -111,7 +111,6 @@ def draw_level(words: Array, mean: float, std: float) -> Array:
 
 def draw_mix(
     view: ViewConfig,
-    seed: int,
     first: Array,
     second: Array,
     purpose: Purpose,
@@ -128,7 +127,7 @@ def draw_mix(
     Returns:
         Fields `mix_kind` [n], `box` [n, 4] and `lam` [n] of the plan.
     """
-    mixed, kind, lam, _ = philox(first, second, 0, purpose, key(seed))
+    mixed, kind, lam, _ = philox(first, second, 0, purpose, key(view.seed))
     cutmix_share = view.switch_prob if view.cutmix_alpha > 0 else 0.0
     if view.mixup_alpha == 0:
         cutmix_share = 1.0
@@ -143,7 +142,7 @@ def draw_mix(
     lams[is_mixup] = draw_beta(lam[is_mixup], view.mixup_alpha)
     boxes = np.zeros((len(first), 4), np.int64)
     cut = np.flatnonzero(is_cutmix)
-    centres = philox(first[cut], second[cut], 1, purpose, key(seed))[:2]
+    centres = philox(first[cut], second[cut], 1, purpose, key(view.seed))[:2]
     sides = np.full(len(cut), view.image_size) if sizes is None else sizes[cut]
     boxes[cut] = _cutmix_boxes(draw_beta(lam[cut], view.cutmix_alpha), centres, sides)
     return kinds, boxes, lams

@@ -16,7 +16,7 @@ from deit_fast.data import ImageFolder, ingest_batch
 
 SIZE = 32
 SEED = 11
-RECIPE = ViewConfig(image_size=SIZE, repeats=2)
+RECIPE = ViewConfig(seed=SEED, image_size=SIZE, repeats=2)
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

@@ -71,8 +71,8 @@ def steps_of(config: RunConfig, count: int, device: str) -> tuple[TrainStep, lis
     state = create_state(config, len(source.classes), chosen)
     teacher = open_teacher(config, source, chosen)
     step = TrainStep(config, state.model, teacher, state.optimizer, state.ema, chosen)
-    plan = ViewPlan(config.view, config.seed, source.num_samples)
-    order = EpochOrder(config.seed, source.num_samples, config.view_count, config.view.repeats)
+    plan = ViewPlan(config.view, source.num_samples)
+    order = EpochOrder(config.view.seed, source.num_samples, config.view_count, config.view.repeats)
     batches = TrainBatches(order, config.batch_size, config.epochs)
     loader = open_loader(
         config.data, source, plan, batches, device=chosen, stop=count,

@@ -156,14 +156,15 @@ def undistilled(run: OpenRun, runs: Sequence[OpenRun]) -> OpenRun | None:
     """The run without distillation on the same images to compare a distilled run with.
 
     Of several, the most similar one: first by model apart from the distillation token, then by
-    seed.
+    seed, then by view.seed.
     """
     if run.config.loss.kind == "none":
         return None
 
-    def differs(other: OpenRun) -> tuple[bool, bool]:
+    def differs(other: OpenRun) -> tuple[bool, bool, bool]:
         names = {r.config.model.name.replace("distilled_", "") for r in (run, other)}
-        return len(names) > 1, other.config.seed != run.config.seed
+        own, its = run.config, other.config
+        return len(names) > 1, its.seed != own.seed, its.view.seed != own.view.seed
 
     plain = [
         other

@@ -259,6 +259,7 @@ def _training(config: dict[str, Any], result: dict[str, Any]) -> str:
         "distillation": _text(config, "loss", "kind"),
         "initial weights": Path(_text(config, "model", "weights")).name,
         "seed": _text(config, "seed"),
+        "seed of views": _text(config, "view", "seed"),
     }
     rows = [f"- {name}: {value}" for name, value in values.items() if value]
     return "\n".join(rows) or "Not recorded beside the weights."

@@ -1,4 +1,4 @@
-"""Which runs belong together: those that differ by their seed alone, those on the same data."""
+"""Which runs belong together: those that differ by their seeds alone, those on the same data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deit_fast.tools.run_folder import Run
 
 # Settings that do not tell two experiments apart; the data is compared by its fingerprint.
 NOT_COMPARED = {
-    "seed", "output", "cache", "resume", "accept_change", "data.root", "data.workers", "log_every",
-    "save_every", "save_steps", "keep_every", "track", "profile_steps", "recipe",
+    "seed", "view.seed", "output", "cache", "resume", "accept_change", "data.root", "data.workers",
+    "log_every", "save_every", "save_steps", "keep_every", "track", "profile_steps", "recipe",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed alone, at least one.
+    """Runs that differ by their seeds alone, at least one.
 
     Attributes:
         index: position among all groups, which decides the colour; its runs have it too.
@@ -35,7 +35,10 @@ class Group:
 
     @property
     def seeds(self) -> list[Any]:
-        return [run.config.get("seed", 0) for run in self.runs]
+        """The seeds of the runs; where two have the same, each with its view.seed: `0/3`."""
+        seeds = [_seeds(run) for run in self.runs]
+        alone = [seed for seed, _ in seeds]
+        return alone if len({*alone}) == len(alone) else [f"{own}/{views}" for own, views in seeds]
 
     def scores(self, key: str = "top1") -> list[float]:
         """A number of result.json of the runs that have it."""
@@ -44,12 +47,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """The groups in the order of their first runs. Two runs of one seed are not in one group."""
+    """The groups in the order of their first runs. Two runs of equal seeds are not in one group."""
     members: dict[tuple[str, str, int], list[Run]] = {}
     seen: dict[tuple[str, str, str], int] = {}
     for run in runs:
         key = run.data_id, _setting_key(run)
-        place = (*key, str(run.config.get("seed")))
+        place = (*key, str(_seeds(run)))
         repeat = seen[place] = seen.get(place, -1) + 1
         members.setdefault((*key, repeat), []).append(run)
     names = [_common_name([run.name for run in group]) for group in members.values()]
@@ -58,6 +61,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         own = group[0].name if names.count(name) > 1 else name
         groups.append(Group(index, own, [replace(run, index=index) for run in group]))
     return groups
+
+
+def _seeds(run: Run) -> tuple[Any, Any]:
+    """A run's seed and view.seed, which were one before runs had the latter."""
+    seed, view = run.config.get("seed", 0), run.config.get("view")
+    return seed, view.get("seed", seed) if isinstance(view, dict) else seed
 
 
 def _setting_key(run: Run) -> str:
