@@ -59,7 +59,7 @@ def test_runs_may_have_seeds_of_their_views_as_well(tmp_path: Path) -> None:
         (run / "config.json").write_text(json.dumps(config))
     runs.append(make_run(tmp_path / "seed-1-again", top1=0.84, seed=1))
     text = words(build_report(runs[:3], "t"))
-    assert "82.00 \u00b1 2.00 % seed: mean" in text and "(seeds 0, 1, 2)" in text, text
+    assert "82.00 \u00b1 2.00 % seed-0 and others: mean" in text and "(seeds 0, 1, 2)" in text, text
     text = words(build_report(runs, "t"))
     assert "3 runs" not in text and "(seeds 0/0, 1/1, 2/2, 1/0)" in text
 
