@@ -111,7 +111,8 @@ def test_runs_are_analysed_and_reported(runs):
     lift, last = analyze(paths, maps=1)
     assert lift["left_out"]["attention"].startswith("the student's head reads the mean of")
     assert "attention" in last and "attention" not in last["left_out"] and "tokens" in last
-    assert "lift" in build_report(paths, "wide")
+    page = build_report(paths, "wide")
+    assert "deit_tiny_patch16_224, lift 48" in page and "patch16_224, wide_last 64" in page
 
 
 @BOTH

@@ -279,8 +279,14 @@ def _device(group: Group) -> str:
     return DASH if device is None else f"{device} x {processes:.0f}" if processes > 1 else device
 
 
+def _model(group: Group) -> str:
+    settings = group.runs[0].config.get("model") or {}
+    head, width = settings.get("head"), settings.get("wide")
+    return f"{settings.get('name') or DASH}{f', {head} {width}' if width else ''}"
+
+
 COST_COLUMNS: dict[str, Column] = {
-    "model": lambda group: (group.runs[0].config.get("model") or {}).get("name") or DASH,
+    "model": _model,
     "parameters": _mean("parameters", amount),
     "FLOPs": _mean("forward_flops", amount),
     "peak memory": _mean_of(
