@@ -239,7 +239,12 @@ PYBIND11_MODULE(_C, module) {
            [](CacheViews& views, const Ids& samples, const Ids& view_ids) {
              const Located located = views.locate(samples, view_ids);
              return unread_blocks(located, samples.data(), static_cast<size_t>(samples.size()));
-           });
+           })
+      .def("will_need", [](CacheViews& views, const Ids& samples, const Ids& view_ids) {
+        const Located located = views.locate(samples, view_ids);
+        py::gil_scoped_release release;
+        return will_need_records(located, samples.data(), static_cast<size_t>(samples.size()));
+      });
 
   module.def(
       "decode_records",

@@ -453,4 +453,10 @@ void ViewReader::will_need(uint64_t block) const {
                   static_cast<off_t>(spec_.block_bytes(block)), POSIX_FADV_WILLNEED);
 }
 
+void ViewReader::will_need_records(uint64_t first, uint64_t count) const {
+  const uint64_t record_bytes = spec_.record_bytes;
+  ::posix_fadvise(fd_, static_cast<off_t>(spec_.data_offset() + first * record_bytes),
+                  static_cast<off_t>(count * record_bytes), POSIX_FADV_WILLNEED);
+}
+
 }  // namespace deit_fast

@@ -139,6 +139,7 @@ class ViewReader : public ViewFile {
   }
   // Asks the system to start reading a block and does not wait for it.
   void will_need(uint64_t block) const;
+  void will_need_records(uint64_t first, uint64_t count) const;
   // Maps the pages of a block that is in memory, which saves its readers the page faults.
   void map_pages(uint64_t block) const;
 

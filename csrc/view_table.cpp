@@ -113,4 +113,22 @@ std::vector<std::pair<View, uint64_t>> unread_blocks(const Located& located, con
   return blocks;
 }
 
+size_t will_need_records(const Located& located, const int64_t* rows, size_t count) {
+  std::vector<std::pair<uint32_t, uint64_t>> found;
+  for (size_t i = 0; i < count; ++i) {
+    const auto row = static_cast<uint64_t>(rows[i]);
+    const ViewReader& view = *located.views[located.which[i]];
+    if (view.is_verified(view.block_of(row))) found.emplace_back(located.which[i], row);
+  }
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  size_t ranges = 0;
+  for (size_t begin = 0, end = 0; begin < found.size(); begin = end, ++ranges) {
+    const auto [view, first] = found[begin];
+    while (end < found.size() && found[end] == std::pair{view, first + (end - begin)}) ++end;
+    located.views[view]->will_need_records(first, end - begin);
+  }
+  return ranges;
+}
+
 }  // namespace deit_fast

@@ -49,4 +49,8 @@ void gather(const Located& located, const int64_t* rows, size_t count, const Rec
 std::vector<std::pair<View, uint64_t>> unread_blocks(const Located& located, const int64_t* rows,
                                                      size_t count);
 
+// Asks the system to start reading the records of these rows whose blocks are verified, in the
+// files' order, and does not wait. Returns the number of ranges of adjacent records.
+size_t will_need_records(const Located& located, const int64_t* rows, size_t count);
+
 }  // namespace deit_fast

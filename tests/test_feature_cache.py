@@ -25,7 +25,8 @@ from deit_fast.cache import (
 from deit_fast.cache.format import feature_block_records, view_path
 from deit_fast.cache.verify import pick_pixels, pixels_path, read_pixels, sampled_ids, write_pixels
 from deit_fast.errors import InputError
-from deit_fast.views.order import EpochOrder, TrainBatches, visiting_order
+from deit_fast.views.order import EpochOrder, TrainBatches, pairing, visiting_order
+from deit_fast.views.rng import philox
 from helpers.caches import (
     BLOCK,
     SAMPLES,
@@ -170,9 +171,22 @@ def test_the_first_pass_of_training_reads_every_file_from_front_to_back(samples,
         assert sum(gap == 1 for gap in gaps) > len(gaps) / 2
 
 
-def test_members_of_a_pair_stand_side_by_side():
-    from deit_fast.views.order import pairing
+def test_the_order_is_that_of_the_format_page():
+    """Computed after docs/cache-format.md alone."""
 
+    def permuted(count: int, cycle: int, purpose: int) -> np.ndarray:
+        low, high, *_ = philox(np.arange(count), cycle, 0, purpose, (7, 0))
+        keys = [(int(b) << 32) + int(a) for a, b in zip(low, high, strict=True)]
+        return np.array(sorted(range(count), key=keys.__getitem__))
+
+    for samples, view in ((45, 0), (45, 7), (44, 4)):
+        p, q = permuted(samples, view // 3, 4), permuted(-(-samples // 2), view // 3, 5)
+        expected = [int(p[i]) for pair in q for i in (2 * pair, 2 * pair + 1) if i < samples]
+        order = record_order(make_feature_manifest(samples=samples))
+        assert order.samples(view, 0, samples).tolist() == expected
+
+
+def test_members_of_a_pair_stand_side_by_side():
     partner = np.full(SAMPLES, -1)
     pairs = pairing(7, SAMPLES, 1)
     partner[pairs[0:-1:2]], partner[pairs[1::2]] = pairs[1::2], pairs[0:-1:2]
@@ -397,3 +411,39 @@ def test_damaged_pixel_digests_are_refused(tmp_path, wrong):
 def test_kinds_of_records_are_distinct():
     kinds = [feature_codec(name, 1, 1).kind for name in ("fp8", "int8", "fp16")]
     assert kinds == [_C.RecordKind.token_fp8, _C.RecordKind.token_int8, _C.RecordKind.copy]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading ahead
+# ---------------------------------------------------------------------------------------------
+
+
+def test_adjacent_records_of_verified_blocks_are_asked_for_together(tmp_path):
+    cache = write_features(tmp_path, make_feature_manifest(), (0, 1))
+    at = cache.order.samples(0, 0, SAMPLES)
+    assert cache.will_need(at, 0) == 0  # nothing is verified yet
+    cache.gather(at[:BLOCK], np.repeat([0, 1], BLOCK // 2))
+    assert cache.will_need(at[[5, 3, 4, 9, 3]], 0) == 2
+    assert cache.will_need(at[[3, 3, 4, 4]], [0, 1, 0, 1]) == 2
+    assert cache.will_need(at[BLOCK:], 0) == 0  # a later block
+    with pytest.raises(InputError, match="sample id 45 is not"):
+        cache.will_need([45], 0)
+
+
+def test_large_batches_are_read_less_far_ahead(tmp_path, monkeypatch):
+    manifest = make_feature_manifest("fp32", tokens=16, width=64, samples=40, block=1)
+    cache = write_features(tmp_path, manifest)
+    order = cache.order.samples(0, 0, 40)
+    batches = [(order[i : i + 4], 0) for i in range(0, 40, 4)]  # 16 KiB each
+    monkeypatch.setattr("deit_fast.cache.reader._READ_AHEAD", 3 * 4 * 4096 + 1)
+    with cache.prefetch(batches) as ahead:
+        assert ahead.wait() == 16  # the batch and three after it, one block a record
+    asked = []
+    will_need = cache.will_need
+    monkeypatch.setattr(cache, "will_need", lambda *ids: asked.append(will_need(*ids)))
+    with cache.prefetch(batches) as ahead:  # again: those blocks are verified
+        assert ahead.wait() == 0
+        assert asked == [1] * 4  # one range of adjacent records for each batch
+    monkeypatch.setattr("deit_fast.cache.reader._READ_AHEAD", 1)
+    with cache.prefetch(batches, start=4) as ahead:
+        assert ahead.wait() == 8  # never fewer than one batch ahead

@@ -35,8 +35,12 @@ if TYPE_CHECKING:
 # Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
 # many others is mapped and verified again.
 _OPEN_VIEWS = 256
-# Blocks that the system is asked to read at once: 5 MB at 4096 records of 72 bytes.
-_READ_TOGETHER = 16
+# Bytes of blocks that the system is asked to read at once, and of the batches that are read ahead.
+_READ_TOGETHER = 5 << 20
+_READ_AHEAD = 320 << 20
+# A record of at least a page: when its block is verified, each one is asked for by itself. Smaller
+# ones come with their neighbours, and a whole view of them stays in memory.
+_LARGE_RECORD = 4096
 
 _Block: TypeAlias = tuple[_C.ViewReader, int]
 
@@ -186,7 +190,7 @@ class LogitCache:
 
         Args:
             batches: [step] -> (sample ids, view ids), as ``views.order.TrainBatches``.
-            ahead: number of batches to read ahead.
+            ahead: most batches to read ahead; fewer where they would take over 320 MiB.
             start: the first step.
 
         Raises:
@@ -212,12 +216,23 @@ class LogitCache:
     def unread_blocks(self, sample_ids: Any, view_ids: Any) -> list[_Block]:
         """The blocks of these records that are not verified yet, in the files' order. Raises as
         ``gather``."""
-        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
-        positions = self.order.positions(samples, views)
         try:
-            return self._open_views.unread_blocks(positions, views)
+            return self._open_views.unread_blocks(*self._located(sample_ids, view_ids))
         except _C.IdError as error:
             raise InputError(str(error)) from None
+
+    def will_need(self, sample_ids: Any, view_ids: Any) -> int:
+        """Ask the system to read those of these records whose blocks are verified, in the files'
+        order; returns the number of ranges, without waiting. Raises as ``gather``."""
+        try:
+            return self._open_views.will_need(*self._located(sample_ids, view_ids))
+        except _C.IdError as error:
+            raise InputError(str(error)) from None
+
+    def _located(self, sample_ids: Any, view_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and view ids."""
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        return self.order.positions(samples, views), views
 
 
 class ReadAhead:
@@ -225,11 +240,18 @@ class ReadAhead:
 
     Call ``advance(step)`` before each step, or iterate to get the batches themselves. Blocks go to
     the system's page cache, which all processes of a host share; ``gather`` reports damaged ones.
-    Close it, or use it as a context manager.
+    A block is read whole once, to be verified. Later passes ask for large records alone, which may
+    have left the memory since. Close it, or use it as a context manager.
     """
 
     def __init__(self, cache: LogitCache, batches: Sequence, ahead: int, start: int) -> None:
         self._cache, self._batches, self._ahead = cache, batches, ahead
+        record_bytes = cache.codec.record_bytes
+        if start < len(batches):
+            batch_bytes = max(1, len(batches[start][0])) * record_bytes
+            self._ahead = min(ahead, max(1, _READ_AHEAD // batch_bytes))
+        self._together = max(1, _READ_TOGETHER // (cache.manifest["block_records"] * record_bytes))
+        self._is_large = record_bytes >= _LARGE_RECORD
         self._next = self._start = start
         self._pool = ThreadPoolExecutor(2, "dlc-read-ahead")
         self._tasks: dict[Future[int], list[_Block]] = {}  # queued or running
@@ -244,8 +266,10 @@ class ReadAhead:
             requested = {block for blocks in self._tasks.values() for block in blocks}
             unread = self._cache.unread_blocks(*self._batches[upcoming])
             unread = [block for block in unread if block not in requested]
-            for first in range(0, len(unread), _READ_TOGETHER):
-                blocks = unread[first : first + _READ_TOGETHER]
+            if self._is_large:  # after the above, which opens the views: once
+                self._tasks[self._pool.submit(_ask, self._cache, *self._batches[upcoming])] = []
+            for first in range(0, len(unread), self._together):
+                blocks = unread[first : first + self._together]
                 self._tasks[self._pool.submit(_read, blocks)] = blocks
         self._next = max(self._next, stop)
 
@@ -275,6 +299,13 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ask(cache: LogitCache, samples: Any, views: Any) -> int:
+    """Ask for records of verified blocks; reads no block. `gather` names what is wrong."""
+    with suppress(InputError, OSError):
+        cache.will_need(samples, views)
+    return 0
 
 
 def _read(blocks: list[_Block]) -> int:

@@ -109,6 +109,7 @@ void run(const std::string& folder, int kind) {
         view->require_block(block);
         view->map_pages(block);
       }
+      require(will_need_records(located, rows.data(), rows.size()) > 0, "records of verified blocks");
     });
     threads.emplace_back([=, &shape, &records] {
       DecodedRecords decoded_records(shape.layout, rows.size());
