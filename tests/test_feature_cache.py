@@ -447,3 +447,15 @@ def test_large_batches_are_read_less_far_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr("deit_fast.cache.reader._READ_AHEAD", 1)
     with cache.prefetch(batches, start=4) as ahead:
         assert ahead.wait() == 8  # never fewer than one batch ahead
+
+
+def test_implementations_of_the_bench_do_the_same_work():
+    from bench import bench_feature_cache as bench
+
+    for case in (bench.open_case(100), bench.gather_case(4, 64), bench.stream_case(4, 16),
+                 bench.decode_case(2)):  # fmt: skip
+        for call in case.build().values():
+            call()
+    _, cache = bench.stored(64, 1)
+    records = bench.mapped(cache)[cache.order.positions(np.arange(64), np.asarray(0))]
+    assert torch.equal(bench.decode_with_torch(records, 1), cache.gather(np.arange(64), 0))
