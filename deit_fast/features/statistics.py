@@ -139,6 +139,14 @@ class FeatureStatistics:
         """
         save_tensors(path, self._tensors(), {})
 
+    def create(self, path: Path) -> None:
+        """As ``save``, but only if there is no file: of several processes, the first one writes.
+
+        Raises:
+            OSError: names ``path``.
+        """
+        save_tensors(path, self._tensors(), {}, is_new=True)
+
     @classmethod
     def load(cls, path: Path, width: int, sha256: str | None = None) -> FeatureStatistics:
         """Read what ``save`` wrote; nothing in the file is trusted.

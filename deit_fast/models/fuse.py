@@ -283,14 +283,22 @@ def head_tokens(model: VisionTransformer, images: Tensor) -> Tensor:
     return model.forward_features(images)
 
 
-def last_tokens(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens of the final norm and of the last block, [B, tokens, width] each, in one forward.
+def last_tokens(
+    model: VisionTransformer, images: Tensor, tap: int | None = None, is_whole: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Tokens of the final norm and of one block in one forward, [B, tokens, width] each.
 
-    A fused model computes them on its fused stream.
+    A fused model computes them on its fused stream. The tokens of the final norm are bit for bit
+    those of ``head_tokens``, except where ``is_whole`` makes a fused model compute tokens of its
+    last block that no head reads.
+
+    Args:
+        tap: number of the block whose output is given; None: the last.
+        is_whole: whether all tokens are needed, or those that the heads read.
     """
-    if isinstance(model, FusedForward):
-        return model.forward_tokens(images)
-    return plain_tokens(model, images)
+    if isinstance(model, FusedForward) and model.runs_stream():
+        return model.forward_tokens(images, tap, is_whole)
+    return plain_tokens(model, images, -1 if tap is None else tap)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

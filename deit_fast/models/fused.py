@@ -379,14 +379,26 @@ class FusedForward(SwappedModel, VisionTransformer):
         """The final norm's tokens, at least those that the heads read."""
         return self._run_blocks(x, is_whole=not self._heads_read_prefix()).add_norm(self.norm)
 
-    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens of the final norm and of the last block, [B, tokens, width] each."""
-        if not self.runs_stream():
-            return plain_tokens(self, x)
-        stream = self._run_blocks(x, is_whole=True)
-        return stream.add_norm(self.norm), stream.residual
+    def forward_tokens(
+        self, x: Tensor, tap: int | None = None, is_whole: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of the final norm and of one block, [B, tokens, width] each.
 
-    def _run_blocks(self, x: Tensor, is_whole: bool) -> Stream:
+        Args:
+            tap: number of the block whose output is given; None: the last.
+            is_whole: whether all tokens of the last block and the final norm are needed, or those
+                that the heads read; inner blocks have all of them.
+        """
+        if not self.runs_stream() and tap is None:
+            return plain_tokens(self, x)
+        tap = len(self.blocks) - 1 if tap is None else tap
+        is_whole = is_whole or not self._heads_read_prefix()
+        stream = self._run_blocks(x, is_whole, tap)
+        normed = stream.add_norm(self.norm)
+        assert stream.tapped is not None
+        return normed, stream.tapped
+
+    def _run_blocks(self, x: Tensor, is_whole: bool, tap: int | None = None) -> Stream:
         """The stream behind the last block, with all tokens or with the prefix tokens alone."""
         x = self.embed(x)
         if drops_patches(self.patch_drop):
@@ -409,14 +421,15 @@ class FusedForward(SwappedModel, VisionTransformer):
             runs, parts, drawn = fused[number], called[number], scales[number]
             if not runs:
                 _call(block, stream, self.residual_dtype)
-                continue
-            if not ahead and block.draws_ahead(parts):
-                drawn = draw_keep_scales([block], x, stream.part)[0]
-            stream.keep_scales = drawn
-            if number == len(blocks) - 1 and not parts and not is_whole:
-                block.run_last(stream, self.num_prefix_tokens)
             else:
-                block.run(stream)
+                if not ahead and block.draws_ahead(parts):
+                    drawn = draw_keep_scales([block], x, stream.part)[0]
+                stream.keep_scales = drawn
+                if number == len(blocks) - 1 and not parts and not is_whole:
+                    block.run_last(stream, self.num_prefix_tokens)
+                else:
+                    block.run(stream)
+            stream.taps = number == tap
         return stream
 
     def _stream(self, x: Tensor, blocks: list[Any], fused: list[bool]) -> Stream:

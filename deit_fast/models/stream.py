@@ -166,6 +166,9 @@ class Stream:
         folds_bias: whether every branch ends in add_layer_norm's kernel, which can compute the
             gradient of the branch's last bias.
         shadows: whether products read the shadow weights (``deit_fast.models.shadow``).
+        taps: whether the next sum is kept. It is what the last block left, and is kept where the
+            next norm adds it anyway, so that it changes no bit of what follows.
+        tapped: the sum that was kept.
     """
 
     def __init__(
@@ -181,6 +184,8 @@ class Stream:
         self.shadows = shadows and self.folds_bias
         self.pending: Branch | None = None
         self.keep_scales: KeepScales | None = None
+        self.taps = False
+        self.tapped: Tensor | None = None
 
     def keep_scale(self, index: int, drop: nn.Module) -> Tensor | None:
         """DropPath's factors for branch 0 or 1 of a block."""
@@ -234,11 +239,15 @@ class Stream:
             self.residual, self.pending, norm, self.kernels, self.dtype
         )
         self.pending = None
+        if self.taps:
+            self.tapped, self.taps = self.residual, False
         return normed
 
     def add(self) -> Tensor:
         """Add the pending branch; returns the residual."""
         self.residual, self.pending = _add(self.residual, self.pending), None
+        if self.taps:
+            self.tapped, self.taps = self.residual, False
         return self.residual
 
     def keep_tokens(self, count: int) -> None:

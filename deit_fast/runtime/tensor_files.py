@@ -16,6 +16,7 @@ from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import (
     SEAL_KEY,
     SEAL_ZEROS,
+    create_atomically,
     is_intact,
     open_atomically,
     open_regular,
@@ -24,8 +25,13 @@ from deit_fast.runtime.files import (
 )
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], is_new: bool = False
+) -> None:
     """Write named tensors and texts about them, atomically and with a checksum.
+
+    Args:
+        is_new: write only if there is no file; of several processes, one writes.
 
     Raises:
         OSError: names ``path``, where the old file stays.
@@ -34,8 +40,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     named = {name: value.contiguous() for name, value in tensors.items()}
     content = save(named, {**metadata, SEAL_KEY: SEAL_ZEROS})
+    parts = seal(content, _header_end(content))
+    if is_new:
+        create_atomically(path, b"".join(parts))
+        return
     with open_atomically(path) as file:
-        file.writelines(seal(content, _header_end(content)))
+        file.writelines(parts)
 
 
 def read_tensors(path: Path, noun: str) -> dict[str, Tensor]:
