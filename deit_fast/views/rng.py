@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     AUGMENT = 6  # slot = layer: operation, applied or not, level, sign
     COLOR = 7  # slot 0: order of the three, strength of the first, second, third
     BATCH_MIX = 8  # counter (step, rank); slots as in MIX
+    TEACHER = 10  # counter (sample, view, step), key of the run's seed: teachers kept, one of them
 
 
 def philox(
