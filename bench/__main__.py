@@ -2,6 +2,7 @@
 python -m bench gpu|gpu-profile    the two scripts for a machine with a GPU (bench/gpu.py)
 python -m bench summary FILE       a result file as a page to read
 python -m bench plot [FILE...]     charts and tables
+python -m bench fashion run|page|plan    distillation on Fashion-MNIST (bench/fashion/README.md)
 
 The result file is written after every case, and within a case whenever another implementation has
 been compiled: a run that is cut short keeps what it has measured.
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 HOST_BENCHES = ("cache", "loader")  # run last: the GPU is idle during most of them
 PROGRAMS = {
     "plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu",
-    "traffic": "traffic", "roofline": "roofline",
+    "traffic": "traffic", "roofline": "roofline", "fashion": "fashion.run",
 }  # fmt: skip
 
 

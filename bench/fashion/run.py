@@ -1,0 +1,270 @@
+"""python -m bench fashion run [--work FOLDER] [--results FOLDER] [--only TEXT] [--limit N]
+python -m bench fashion page [--results FOLDER] [--out FILE]
+python -m bench fashion plan
+
+`run` works through the protocol in order of importance: data, teachers, caches when an arm needs
+them, students. It can be stopped at any time; the same command goes on. Each student leaves one
+JSON file in the results folder. `page` makes the tables of them and fails if a run is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.fashion import protocol
+from bench.fashion.data import write_data
+from bench.fashion.protocol import CACHES, EPOCHS, TEACHERS, TUNINGS, VIEWS, Arm, arms
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "fashion"
+WORK = Path("build/fashion")
+
+
+class NotYet(Exception):
+    """A run needs a setting that this version does not have, or a run before it."""
+
+
+def digest_of(arm: Arm) -> str:
+    """Digest of all that the protocol says of an arm: a result of other settings is not its own."""
+    parts = (
+        dataclasses.asdict(arm), protocol.STUDENT, protocol.TEACHER, TEACHERS,
+        [dataclasses.asdict(CACHES[name]) for name in arm.caches],
+        EPOCHS[arm.data], protocol.REUSE_IMAGES,
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def result_path(results: Path, arm: Arm, seed: int) -> Path:
+    name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm.data} {arm.name}")
+    return results / f"{name.lower()}-seed-{seed}.json"
+
+
+def read_result(results: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The result of a run; None where there is none.
+
+    Raises:
+        SystemExit: the file is of another protocol.
+    """
+    path = result_path(results, arm, seed)
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["protocol"] != digest_of(arm):
+        raise SystemExit(f"{path} is of another protocol: remove it, and state why in README.md")
+    return found
+
+
+def tuned(results: Path, kind: str) -> float:
+    """The value with the highest top-1 on the images for selection; of equal ones the lowest.
+
+    Raises:
+        NotYet: not all have been tried.
+    """
+    found = {}
+    for value in TUNINGS[kind]:
+        arm = next(a for a in arms() if a.data == "select" and a.name == f"{kind} {value:g}")
+        result = read_result(results, arm, protocol.TUNING_SEED)
+        if result is None:
+            raise NotYet(f"the weight of {kind} is not chosen yet")
+        found[value] = result["top1"]
+    return min(found, key=lambda value: (-found[value], value))
+
+
+def merged(base: dict[str, Any], *more: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one; later values win."""
+    result = dict(base)
+    for values in more:
+        for key, value in values.items():
+            inner = result.get(key)
+            is_group = isinstance(value, dict) and isinstance(inner, dict)
+            result[key] = merged(inner, value) if is_group else value  # type: ignore[arg-type]
+    return result
+
+
+def require_settings(settings: dict[str, Any]) -> None:
+    """Raises NotYet where this version lacks a setting or one of its values."""
+    from deit_fast.config_file import from_dict
+    from deit_fast.errors import InputError
+    from deit_fast.recipes import digits_student
+
+    try:
+        from_dict(digits_student(), settings)
+    except InputError as error:
+        raise NotYet(str(error)) from None
+
+
+class Bench:
+    """The queue: what is there is kept, what is missing is made."""
+
+    def __init__(self, work: Path, results: Path) -> None:
+        self.work, self.results = work, results
+        results.mkdir(parents=True, exist_ok=True)
+
+    def data(self, name: str) -> dict[str, Any]:
+        return {"source": "packed", "root": str(self.work / "data" / name), "workers": 1}
+
+    def teacher(self, name: str) -> str:
+        """Weights of a teacher, trained on the 50,000 images."""
+        import deit_fast
+
+        factory, seed = TEACHERS[name]
+        output = self.work / f"teacher-{name}"
+        weights = output / "model.safetensors"
+        if not weights.exists():
+            started = time.process_time()
+            result = deit_fast.train(
+                recipe="digits_teacher", data=self.data("test"), output=output, seed=seed,
+                **merged(protocol.TEACHER, {
+                    "model": {"name": f"bench.fashion.teacher:{factory}"}, "device": "cpu",
+                    "eval_every": 100, "save_every": 1, "log_every": 50,
+                }),
+            )  # fmt: skip
+            self._write(f"teacher-{name}.json", {
+                "top1": result.top1, "nll": result.details["loss"], "seed": seed,
+                "cpu_seconds": round(time.process_time() - started, 1),
+                "environment": result.details["environment"],
+            })  # fmt: skip
+        return str(weights)
+
+    def cache(self, name: str, data: str) -> Path:
+        """The folder of a cache, complete."""
+        import deit_fast
+
+        cache = CACHES[name]
+        require_settings(merged(protocol.STUDENT, cache.settings))
+        folder = self.work / f"cache-{'reuse' if data == 'reuse' else 'whole'}-{name}"
+        done = folder.with_suffix(".done")
+        if not done.exists():
+            kind = TEACHERS[cache.teacher][0] + ("_features" if cache.folder else "")
+            deit_fast.precompute(
+                recipe="digits_student", data=self.data(data), cache=folder, device="cpu",
+                teacher=f"bench.fashion.teacher:{kind}@{self.teacher(cache.teacher)}",
+                epochs=EPOCHS[data], num_views=VIEWS[data],
+                **merged(protocol.STUDENT, cache.settings),
+            )  # fmt: skip
+            done.touch()
+        return folder / cache.folder
+
+    def settings(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """All settings of a run but its caches.
+
+        Raises:
+            NotYet: a weight is not chosen, or a setting does not exist.
+        """
+        chosen: dict[str, Any] = {}
+        for key, kind in arm.chosen.items():
+            group, _, name = key.partition(".")
+            value = tuned(self.results, kind)
+            chosen = merged(chosen, {group: {name: value if group == "loss" else [value]}})
+        tokens = "" if arm.settings["loss"]["kind"] == "none" else "distilled_"
+        result = merged(protocol.STUDENT, arm.settings, chosen, {
+            "model": {"name": f"deit_tiny_{tokens}patch16_224"},
+            "epochs": EPOCHS[arm.data], "num_views": arm.views, "seed": seed, "device": "cpu",
+            "eval_every": 1000, "save_every": 4, "log_every": 50,
+        })  # fmt: skip
+        more = {"more_caches": ["x"]} if len(arm.caches) > 1 else {}
+        require_settings(result | more)
+        return result
+
+    def student(self, arm: Arm, seed: int) -> None:
+        """Train and measure one student; its JSON file is written at the end."""
+        import deit_fast
+        from bench.fashion.measure import measure
+
+        settings = self.settings(arm, seed)
+        folders = [str(self.cache(name, arm.data)) for name in arm.caches]
+        if folders[1:]:
+            settings["more_caches"] = folders[1:]
+        output = self.work / "runs" / result_path(self.results, arm, seed).stem
+        started = time.process_time()
+        result = deit_fast.train(
+            recipe="digits_student", data=self.data(arm.data), output=output,
+            cache=folders[0] if folders else None, **settings,
+        )  # fmt: skip
+        images = protocol.REUSE_IMAGES if arm.data == "reuse" else 50_000
+        seen = result.details["steps"] * protocol.STUDENT["batch_size"] / images
+        self._write(result_path(self.results, arm, seed).name, {
+            "arm": arm.name, "data": arm.data, "seed": seed, "protocol": digest_of(arm),
+            "views": arm.views, "steps": result.details["steps"],
+            "times_each_view_is_seen": round(seen / arm.views, 3),
+            "bytes_per_image": sum(_record_bytes(folder) for folder in folders) * arm.views,
+            "settings": {key: settings[key] for key in ("loss", "features") if key in settings},
+            "cpu_seconds": round(time.process_time() - started, 1),
+            **measure(output), "environment": result.details["environment"],
+        })  # fmt: skip
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        from deit_fast.runtime.files import write_atomically
+
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_atomically(self.results / name, text.encode())
+
+
+def _record_bytes(folder: str) -> int:
+    from deit_fast.cache import LogitCache
+
+    return int(LogitCache.open(folder).codec.record_bytes)
+
+
+def run(options: argparse.Namespace) -> None:
+    bench = Bench(options.work, options.results)
+    write_data(options.work / "data", protocol.REUSE_IMAGES)
+    count, waiting = 0, []
+    for arm in arms():
+        for seed in arm.seeds:
+            label = f"{arm.data}: {arm.name}, seed {seed}"
+            if options.only not in label or read_result(options.results, arm, seed):
+                continue
+            if options.limit is not None and count >= options.limit:
+                return
+            try:
+                bench.student(arm, seed)
+            except NotYet as reason:
+                waiting.append(f"{label}: {reason}")
+                continue
+            count += 1
+            print(f"{time.strftime('%H:%M:%S')} {label}", flush=True)
+    for line in waiting:
+        print(f"waits: {line}")
+
+
+def plan(_: argparse.Namespace) -> None:
+    """The runs in their order, with their steps."""
+    total = 0
+    for arm in arms():
+        images = protocol.REUSE_IMAGES if arm.data == "reuse" else 50_000
+        steps = images * EPOCHS[arm.data] // protocol.STUDENT["batch_size"]
+        total += steps * len(arm.seeds)
+        print(f"{arm.data:7} {arm.name:32} seeds {arm.seeds}, {steps} steps")
+    print(f"{sum(len(arm.seeds) for arm in arms())} runs, {total} steps")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench fashion", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("run", "page", "plan"):
+        added = verbs.add_parser(verb)
+        added.add_argument("--results", type=Path, default=RESULTS)
+        if verb == "run":
+            added.add_argument("--work", type=Path, default=WORK)
+            added.add_argument("--only", default="", help="runs whose name contains this text")
+            added.add_argument("--limit", type=int, help="stop after this many runs")
+        if verb == "page":
+            added.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    options = parser.parse_args(arguments[1:])
+    if options.verb == "page":
+        from bench.fashion.page import write_page
+
+        write_page(options.results, options.out)
+        return
+    {"run": run, "plan": plan}[options.verb](options)
