@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         evaluate,
         precompute,
         train,
+        train_together,
     )
     from deit_fast.cache import LogitCache, LogitCacheWriter
     from deit_fast.config import (
@@ -69,6 +70,7 @@ __all__ = [
     "predict",
     "soften",
     "train",
+    "train_together",
     "unfuse",
 ]
 
@@ -102,6 +104,7 @@ _HOMES = {
     "predict": "deit_fast.prediction",
     "soften": "deit_fast.tools.analysis.measures",
     "train": "deit_fast.api",
+    "train_together": "deit_fast.api",
     "unfuse": "deit_fast.models.fuse",
 }
 

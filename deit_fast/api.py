@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +28,7 @@ from deit_fast.inputs import (
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.weights_header import BEST_FILE, MODEL_FILE, WeightsChoice
+from deit_fast.students import for_each, require_agreement
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -138,15 +139,48 @@ def train(
         ChildProcessError: a process of the loader died.
         Preempted: Ctrl-C, a notebook's interrupt or SIGTERM in the main thread; the state is saved.
     """
-    chosen = _settings(config, recipe, data, teacher, cache, output, settings)
+    return train_together([_settings(config, recipe, data, teacher, cache, output, settings)])[0]
+
+
+def train_together(students: Sequence[RunConfig | PathLike], /) -> list[TrainResult]:
+    """Train several students in one pass over the views; the same call resumes them.
+
+    Images are loaded, and the teacher is asked, once for all students. Each one is bit for bit what
+    ``train`` makes of its settings, in a folder of its own.
+
+    Args:
+        students: all settings of each: a ``RunConfig``, or a file such as a run's config.json. They
+            may differ in ``output``, ``seed``, ``model``, ``loss``, ``optim``, the student's side
+            of ``features``, and in what is logged, evaluated and saved when.
+
+    Raises:
+        InputError: as ``train``, or they differ in another setting; names it and two students.
+        FloatingPointError: the numbers of a student are not finite. It stopped there; the others
+            are finished.
+        others: as ``train``.
+    """
+    configs = [
+        student if isinstance(student, RunConfig) else first_settings(None, os.fspath(student))
+        for student in students
+    ]
+    if not configs:
+        raise InputError("no students: give the settings of one or more")
+    require_agreement(configs)
     group = read_process_group()
     if group.is_first:
-        require_writable("--output", chosen.output)
+        for config in configs:
+            require_writable("--output", config.output)
     if group.world_size == 1:  # others would wait for one that ends before it joins
-        require_train_inputs(chosen)
-    from deit_fast.training.loop import train as run
+        for_each(configs, require_train_inputs)
+    from deit_fast.training.loop import train_together as run
 
-    details, path = run(chosen), Path(chosen.output)
+    return [
+        _train_result(Path(config.output), details)
+        for config, details in zip(configs, run(configs), strict=True)
+    ]
+
+
+def _train_result(path: Path, details: dict[str, Any]) -> TrainResult:
     return TrainResult(
         path=path,
         weights=path / MODEL_FILE,

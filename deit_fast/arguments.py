@@ -231,11 +231,8 @@ def quiet_pipe() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments(RunConfig):
-    """Train a student against a teacher, or against its cached logits.
-
-    Settings come from --recipe, then --config, then the flags: the command line wins.
-    """
+class RunArguments(RunConfig):
+    """The settings of a run, and where they come from."""
 
     recipe: str = "custom"
     """Start from this recipe; `deit-fast recipes list` names them."""
@@ -249,7 +246,20 @@ class TrainArguments(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeArguments(TrainArguments):
+class TrainArguments(RunArguments):
+    """Train a student against a teacher, or against its cached logits.
+
+    Settings come from --recipe, then --config, then the flags: the command line wins.
+    """
+
+    students: tuple[str, ...] = ()
+    """Train several students in one pass over the views: for each a file like that of --config,
+    with its own settings, such as output, seed, model, loss and optim. It wins over the flags,
+    which are for all students. Without output in the file: OUTPUT/NAME, the name of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeArguments(RunArguments):
     """Write a teacher's logits for every augmented view into a cache.
 
     Settings come from --recipe, then --config, then the flags: the command line wins.
@@ -261,7 +271,7 @@ class PrecomputeArguments(TrainArguments):
     """Print bytes, blocks and time, measured on one batch, and write nothing."""
 
 
-Arguments = typing.TypeVar("Arguments", bound=TrainArguments)
+Arguments = typing.TypeVar("Arguments", bound=RunArguments)
 
 
 def read_settings(cls: type[Arguments], verb: str, args: list[str]) -> tuple[Arguments, RunConfig]:

@@ -60,6 +60,7 @@ from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.signals import Preempted
 from deit_fast.runtime.weights_header import WeightsChoice, split_key
+from deit_fast.students import read_students, require_agreement
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
@@ -108,11 +109,16 @@ def demo(
 def train(args: list[str]) -> str:
     """Train a student against a teacher, or against its cached logits."""
     arguments, config = read_settings(TrainArguments, "train", args)
+    configs = read_students(config, arguments.students) or [config]
+    require_agreement(configs)
     if arguments.print_config:
-        return json.dumps(to_dict(config), indent=2)
+        found = [to_dict(config) for config in configs]
+        return json.dumps(found if arguments.students else found[0], indent=2)
     if arguments.dry_run:
-        return _dry_training(config)
-    return summary({"run": config.output, **api.train(config).details})
+        return "\n\n".join(map(_dry_training, configs))
+    results = api.train_together(configs)
+    texts = [summary({"run": str(result.path), **result.details}) for result in results]
+    return "\n\n".join(texts)
 
 
 def precompute(args: list[str]) -> str:
@@ -281,9 +287,9 @@ def analyze(
         require_teacher(teacher)
         if not download and (reason := why_download(teacher)):
             raise InputError(reason)
+    from deit_fast.runtime.run_names import short_names
     from deit_fast.tools.analysis.runs import analyze as measure
     from deit_fast.tools.analysis.table import render, write_summary
-    from deit_fast.tools.run_folder import short_names
 
     results = measure(
         list(runs), teacher=teacher, teacher_classes=teacher_classes, teacher_mean=teacher_mean,

@@ -234,14 +234,14 @@ def test_evaluate_measures_the_average_of_a_half_precision_student_as_training_d
     )  # fmt: skip
     losses: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        from deit_fast.training import loop
+        from deit_fast.training import run
 
         def noted(*args: Any, **options: Any) -> dict[str, Any]:
             result = evaluate_model(*args, **options)
             losses.append(result["loss"])
             return result
 
-        patch.setattr(loop, "evaluate_model", noted)
+        patch.setattr(run, "evaluate_model", noted)
         result = train(config)
     assert load_file(tmp_path / "ema.safetensors")["layer.weight"].dtype == torch.float32
     found = evaluate(str(tmp_path), weights="ema", models=[model])

@@ -242,7 +242,8 @@ def test_late_compilations_are_a_warning(counter, caplog):
     count = CompileCount()
     with caplog.at_level(logging.INFO, "deit_fast"):
         for step, size in ((1, 2), (2, 2), (3, 1)):
-            model(IMAGES[:size])
+            with count.counting():
+                model(IMAGES[:size])
             count.report(step)
     messages = [
         (record.levelname, record.getMessage().partition(",")[0]) for record in caplog.records
@@ -299,7 +300,7 @@ def test_a_copy_of_a_compiled_model_uses_its_own_weights(counter):
 @pytest.fixture
 def on_cuda(monkeypatch):
     """`auto` decides as with a GPU while everything runs on the CPU."""
-    for module in ("loop", "step", "teacher"):
+    for module in ("run", "step", "teacher"):
         name = f"deit_fast.training.{module}.resolve_compile"
         monkeypatch.setattr(
             name, lambda config, _, student=None: resolve_compile(config, CUDA, student)

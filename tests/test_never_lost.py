@@ -35,7 +35,7 @@ from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
 from deit_fast.runtime.weights_header import WEIGHTS_FILES, read_digest, read_texts
-from deit_fast.training import checkpoints, loop, state
+from deit_fast.training import checkpoints, run, state
 from deit_fast.training.checkpoints import (
     CheckpointWriter,
     list_checkpoints,
@@ -231,10 +231,8 @@ def test_nan_never_reaches_the_weights_of_others(world, tmp_path, monkeypatch, n
     monkeypatch.setenv("UNRULY", "nan:7")
     optim = {"name": name, "layer_decay": 0.8, "clip_grad": 1.0, "ema_decay": 0.9}
     made = []
-    create = loop.create_state
-    monkeypatch.setattr(
-        loop, "create_state", lambda *given: made.append(create(*given)) or made[-1]
-    )
+    create = run.create_state
+    monkeypatch.setattr(run, "create_state", lambda *given: made.append(create(*given)) or made[-1])
     with pytest.raises(FloatingPointError, match="step 8: the loss of rank 0 is not finite"):
         train(unruly(world, tmp_path / "nan", optim=optim))
     saved = last_state(tmp_path / "nan")

@@ -18,9 +18,9 @@ from PIL import Image
 
 from deit_fast.cli import main
 from deit_fast.errors import InputError
+from deit_fast.runtime.run_names import short_names
 from deit_fast.tools.report import charts
 from deit_fast.tools.report.page import build_report, write_report
-from deit_fast.tools.run_folder import short_names
 from helpers.reports import add_analysis, check, make_run, shown_settings, words
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")

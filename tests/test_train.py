@@ -23,8 +23,8 @@ from deit_fast.precomputation import precompute
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import read_json
 from deit_fast.runtime.metrics import MetricsFile, read_metrics
-from deit_fast.runtime.speed import StepMeter, model_costs, training_flops
-from deit_fast.training import loop, remarks
+from deit_fast.runtime.speed import StepClock, StepMeter, model_costs, training_flops
+from deit_fast.training import remarks, run
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 from deit_fast.training.loop import train
 from deit_fast.training.optim import create_optimizer, learning_rate
@@ -92,16 +92,17 @@ def test_a_checkpoint_between_two_reports_holds_the_training_time(world, tmp_pat
 
 
 def test_time_inside_a_pause_is_not_training_time(monkeypatch):
-    clock = iter([0.0, 2.0, 5.0, 9.0, 10.0]).__next__
-    monkeypatch.setattr("deit_fast.runtime.speed.time", SimpleNamespace(perf_counter=clock))
-    meter = StepMeter(ProcessGroup(), torch.device("cpu"))
-    for _ in range(2):
-        meter.count(8)
-    laps = [meter.lap()]  # at 2 s
-    with meter.paused():  # from 5 s to 9 s
+    times = iter([0.0, 2.0, 5.0, 9.0, 10.0]).__next__
+    monkeypatch.setattr("deit_fast.runtime.speed.time", SimpleNamespace(perf_counter=times))
+    clock, meter = StepClock(), StepMeter(ProcessGroup(), torch.device("cpu"))
+    laps = [clock.lap()]  # at 2 s
+    with clock.paused():  # from 5 s to 9 s
         pass
-    laps.append(meter.lap())  # at 10 s
-    assert laps == [2.0, 4.0]
+    laps.append(clock.lap())  # at 10 s
+    assert [lap.seconds for lap in laps] == [2.0, 4.0]
+    for lap in laps:
+        meter.count(8)
+        meter.add(lap)
     speed = meter.read(40, {})
     assert speed["step_ms"] == 3000 and speed["seconds_left"] == 15
 
@@ -114,7 +115,7 @@ def test_a_run_that_fails_at_its_start_closes_what_it_opened(world, tmp_path, mo
     def fail(*_: object) -> None:
         raise RuntimeError("no step")
 
-    monkeypatch.setattr(loop, "log_compile", fail)
+    monkeypatch.setattr(run, "log_compile", fail)
     with pytest.raises(RuntimeError, match="no step"):
         train(run_config(world, tmp_path))
     assert closed == ["MetricsFile", "RunTeacher"]

@@ -49,12 +49,20 @@ def open_for_run(path: str | Path, tau: float) -> LogitCache:
         CacheError: it is damaged, or records nothing for the temperature.
     """
     cache = LogitCache.open(path)
+    require_tau(cache, tau)
+    return cache
+
+
+def require_tau(cache: LogitCache, tau: float) -> None:
+    """
+    Raises:
+        CacheError: the cache records nothing for the temperature.
+    """
     try:
         cache.codec.layout(tau)
     except CacheError as error:
         remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
-        raise CacheError(f"cache {path}: {error}; {remedy}") from None
-    return cache
+        raise CacheError(f"cache {cache.path}: {error}; {remedy}") from None
 
 
 def info(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """metrics.jsonl of a run, and its rows as text.
 
-The columns come from `training/step.py` (losses) and `runtime/speed.py` (speed); `training/loop.py`
+The columns come from `training/step.py` (losses) and `runtime/speed.py` (speed); `training/run.py`
 makes the rows.
 """
 
@@ -77,7 +77,7 @@ class MetricsFile:
         self._is_watched = self._is_ours()  # not where a file system's numbers change
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Append a row with its kind, `train` or `eval`, and the time in seconds since the epoch.
+        """Append a row with its kind (`train`, `eval`, `failure`) and the time, s since the epoch.
 
         Raises:
             OSError: the file's name and the reason, such as a full disk.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from timm.layers import PatchDropout
@@ -96,25 +96,18 @@ def peak_flops(device: torch.device) -> float | None:
 # ---------------------------------------------------------------------------------------------
 
 
-class StepMeter:
-    """Speed of the training steps since the last reading; time inside ``paused`` does not count.
+class Lap(NamedTuple):
+    """The time of one step, seconds."""
 
-    Attributes:
-        utilisation: model FLOPs utilisation at one image a second over all ranks, which depends on
-            the size of the images; None: unknown.
-    """
+    seconds: float
+    waited: float  # of them, for data
 
-    utilisation: float | None = None
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
-        self.steps, self._images = 0, 0
-        self._seconds, self._waited, self._since = 0.0, 0.0, time.perf_counter()
+class StepClock:
+    """Times the steps of this process; time inside ``paused`` does not count."""
 
-    def count(self, images: int) -> None:
-        """Record a step and its number of images over all ranks."""
-        self.steps += 1
-        self._images += images
+    def __init__(self) -> None:
+        self._waited, self._since = 0.0, time.perf_counter()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time until each one arrives counts as waiting for data."""
@@ -126,17 +119,43 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the block's time, such as an evaluation's, out of the rates."""
+        """Leave the block's time, such as an evaluation's, out of the laps."""
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
 
-    def lap(self) -> float:
-        """Seconds since the last call; call it after each step."""
+    def lap(self) -> Lap:
+        """The time since the last call; call it after each step."""
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        self._seconds += seconds
-        return seconds
+        lap = Lap(now - self._since, self._waited)
+        self._since, self._waited = now, 0.0
+        return lap
+
+
+class StepMeter:
+    """Speed of a run's steps since the last reading.
+
+    Attributes:
+        utilisation: model FLOPs utilisation at one image a second over all ranks, which depends on
+            the size of the images; None: unknown.
+    """
+
+    utilisation: float | None = None
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.steps, self._images = 0, 0
+        self._seconds, self._waited = 0.0, 0.0
+
+    def count(self, images: int) -> None:
+        """Record a step and its number of images over all ranks."""
+        self.steps += 1
+        self._images += images
+
+    def add(self, lap: Lap) -> None:
+        """Record the time of a step."""
+        self._seconds += lap.seconds
+        self._waited += lap.waited
 
     def read(self, images_left: int, others: dict[str, float]) -> dict[str, float]:
         """The speed of the laps since the last reading, as columns of a row.

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,6 @@ def folder_of(weights: Path) -> Path:
     """The folder of the run that a weights file or a checkpoint is in."""
     folder = weights.parent
     return folder.parent if folder.name == "checkpoints" else folder
-
-
-def short_names(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that distinguish the runs."""
-    parts = [path.absolute().parts for path in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(path) for path in runs]
 
 
 def read_run(path: Path, name: str, index: int) -> Run:

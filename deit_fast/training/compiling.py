@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -117,11 +118,20 @@ def raise_recompile_limit() -> None:
 
 
 class CompileCount:
-    """Counts the graphs that torch.compile makes, to warn about compilations late in a run."""
+    """Counts the graphs that torch.compile makes for a run, to warn about late compilations."""
 
     def __init__(self) -> None:
-        self._seen = _graphs()
+        self._made = 0
         self._expected = {"steps", "evaluation"}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around the run's own work: other runs of the process may compile between."""
+        before = _graphs()
+        try:
+            yield
+        finally:
+            self._made += _graphs() - before
 
     def report(self, step: int, of: Literal["steps", "evaluation"] = "steps") -> None:
         """Log how many graphs were made since the last call.
@@ -132,7 +142,7 @@ class CompileCount:
             step: of the run.
             of: the work since the last call.
         """
-        made, self._seen = _graphs() - self._seen, _graphs()
+        made, self._made = self._made, 0
         if made and of in self._expected:
             log.info("torch.compile made %d graphs in the first %s", made, of)
         elif made:

@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
-from deit_fast.data.ingest import ingest_batch
 from deit_fast.kernels.distillation_loss import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
@@ -28,6 +27,7 @@ from deit_fast.runtime.distributed import ProcessGroup, has_bf16
 from deit_fast.training.compiling import compile_blocks, raise_recompile_limit, resolve_compile
 from deit_fast.training.optim import Average, clip_gradients, set_learning_rate, skips_on_device
 from deit_fast.training.step_graph import Part, StepGraph, StepOutput, require_capturable
+from deit_fast.training.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     from deit_fast.training.teacher import RunTeacher
@@ -73,6 +73,7 @@ class TrainStep:
         self.config, self.model, self.teacher = config, model, teacher
         self.optimizer, self.device = optimizer, device
         self.group = group or ProcessGroup()
+        self.inputs = StepInputs()
         self.bf16 = has_bf16(device)
         self.finite = FiniteCheck(self.group, device, model)
         self.average = Average(ema, model) if ema is not None else None
@@ -91,7 +92,12 @@ class TrainStep:
         self.shadows = Shadows(model, torch.bfloat16) if casts else None
 
     def __call__(
-        self, batch: ViewBatch, step: int, lr: float, stop: bool = False
+        self,
+        batch: ViewBatch,
+        step: int,
+        lr: float,
+        stop: bool = False,
+        inputs: StepInputs | None = None,
     ) -> dict[str, Tensor]:
         """Returns the losses, means over the ranks, and grad_norm; with a teacher also agreement,
         the share of the views to which student and teacher give the same class.
@@ -101,7 +107,9 @@ class TrainStep:
             step: position in the order.
             lr: learning rate of this step.
             stop: whether this process was signalled to stop; all ranks learn it.
+            inputs: of the batch, where other students take it too.
         """
+        self.inputs = inputs or StepInputs()
         parts = self.prepare(batch, step, lr, stop)
         output = self.work(parts) if self.graph is None else self.graph(parts, lr)
         return self.finish(step, output)
@@ -194,10 +202,10 @@ class TrainStep:
         batch, logits = part.batch, part.batch.teacher
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
-            images = ingest_batch(batch, self.config.view, dtype, self.patch)
+            images = self.inputs.images(part, self.config.view, dtype, self.patch)
         if self.teacher.is_online:
             with phase("teacher"):
-                logits = self.teacher.forward(images)
+                logits = self.inputs.teacher_outputs(part, self.teacher, images)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         shadows = nullcontext() if self.shadows is None else self.shadows.current()
         with phase("forward"), autocast, shadows:

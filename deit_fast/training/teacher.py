@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
 from deit_fast.cache.format import manifest_sha256
-from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels
+from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels, require_tau
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, map_teacher
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
@@ -70,9 +71,36 @@ class RunTeacher:
             if self._read_ahead is None:  # only now: the loader's processes have been forked
                 self._read_ahead = cache.prefetch(batches, start=step)
             self._read_ahead.advance(step)
-            return dataclasses.replace(batch, teacher=self.stored(batch))
+            return self.with_logits(batch)
 
         return with_logits
+
+    def with_logits(self, batch: ViewBatch) -> ViewBatch:
+        """The batch with the stored logits that this run reads; with none where it reads none."""
+        stored = None if self.cache is None else self.stored(batch)
+        return dataclasses.replace(batch, teacher=stored)
+
+    @property
+    def reads(self) -> float | None:
+        """What this run reads of its cache: runs with equal values get equal batches."""
+        return None if self.cache is None else self.config.loss.tau
+
+    def of(self, config: RunConfig) -> RunTeacher:
+        """The teacher of another run, with the same network and cache.
+
+        Raises:
+            CacheError: the cache records nothing for that run's temperature.
+        """
+        if config is self.config:
+            return self
+        require_teacher_settings(config)
+        if config.loss.kind == "none":
+            return RunTeacher(config, self.device)
+        if self.cache is not None:
+            require_tau(self.cache, config.loss.tau)
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def stored(self, batch: ViewBatch) -> Tensor | TopK:
         """The cache's logits of a batch, on the run's device."""

@@ -148,7 +148,11 @@ def main(*arguments: str) -> None:
 
 
 def torchrun(
-    config: RunConfig, restarts: int = 0, call: Callable[..., None] = main, **environment: str
+    config: RunConfig,
+    restarts: int = 0,
+    call: Callable[..., None] = main,
+    words: Sequence[str] = (),
+    **environment: str,
 ) -> tuple[int, str]:
     """Exit status and stderr of `torchrun -m deit_fast train` with two processes.
 
@@ -156,12 +160,17 @@ def torchrun(
     """
     path, stderr = Path(config.output).with_suffix(".json"), config.output + ".stderr"
     path.write_text(json.dumps(to_dict(config)))
-    status = forked(_launch, call, str(path), restarts, environment, stderr)
+    status = forked(_launch, call, str(path), words, restarts, environment, stderr)
     return status, Path(stderr).read_text()
 
 
 def _launch(
-    call: Callable[..., None], path: str, restarts: int, environment: dict[str, str], stderr: str
+    call: Callable[..., None],
+    path: str,
+    words: Sequence[str],
+    restarts: int,
+    environment: dict[str, str],
+    stderr: str,
 ) -> None:
     redirect(2, stderr)
     os.environ |= environment
@@ -170,6 +179,6 @@ def _launch(
         max_restarts=restarts, start_method="fork",
     )  # fmt: skip
     try:
-        elastic_launch(standalone, call)("train", "--config", path)
+        elastic_launch(standalone, call)("train", "--config", path, *words)
     except ChildFailedError as error:
         sys.exit(str(error))

@@ -10,12 +10,13 @@ from typing import Any
 
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import write_atomically
+from deit_fast.runtime.run_names import short_names
 from deit_fast.tools.analysis.table import count as with_spaces
 from deit_fast.tools.report import curves, mistakes, results, sections
 from deit_fast.tools.report.charts import COLOURS, PROPERTIES, Line, dash, line_chart
 from deit_fast.tools.report.groups import Group, group_runs
 from deit_fast.tools.report.parts import Table
-from deit_fast.tools.run_folder import read_run, short_names
+from deit_fast.tools.run_folder import read_run
 
 PAGE = "report.html"
 
