@@ -67,7 +67,9 @@ Target = Literal["logits", "cls", "mean", "pooled", "patches"]
 """What a teacher gives; all but the logits are features."""
 FeatureLoss = Literal["cosine", "mse", "smooth_l1", "balanced", "dune", "similarity", "spectral"]
 Normaliser = Literal["none", "standard", "phi_s", "layer_norm"]
-TEACHER_SETTINGS = ("teacher_mean", "teacher_std", "teacher_classes", "teacher_floor")
+TEACHER_SETTINGS = (
+    "teacher_mean", "teacher_std", "teacher_size", "teacher_classes", "teacher_floor",
+)  # fmt: skip
 """Settings of RunConfig that hold for one teacher."""
 MOST_INITIAL_SHARE = 0.1  # of a moving average in its initial weights; above it the log says so
 LONGEST_TEXT = 4096  # characters; the longest path that Linux takes
@@ -607,6 +609,9 @@ class RunConfig:
     theirs (those that `train` writes do); with teacher_std. none: timm's or the factory's."""
     teacher_std: tuple[Deviation, Deviation, Deviation] | None = None
     """Channel standard deviations that the teacher expects; with teacher_mean."""
+    teacher_size: Pixels | None = None
+    """Side of the images that the teacher gets, to which the finished views are resized (bicubic,
+    with antialiasing). none: the views as they are."""
     teacher_batch: Count = 256
     """Views per teacher call in `precompute`. All processes use it, so that the cache's bytes do
     not depend on their number."""

@@ -40,12 +40,14 @@ def check_accuracy(
         held_out: None: those of the configuration.
 
     Returns:
-        The accuracy; None where it is not measured: synthetic images, or ``teacher_floor`` is 0.
+        The accuracy; None where it is not measured: synthetic images, ``teacher_floor`` is 0, or a
+        teacher that gives no logits.
 
     Raises:
         InputError: it is below ``teacher_floor``.
     """
-    if config.data.source == "synthetic" or config.teacher_floor == 0:
+    is_off = config.data.source == "synthetic" or config.teacher_floor == 0
+    if is_off or not teacher.gives_logits:
         return None
     source, kind = held_out or _open_held_out(config), "held-out"
     if source is None:

@@ -393,6 +393,8 @@ EARLIER = {
     "model.wide",
     "teacher_mean",
     "teacher_std",
+    "teacher_size",
+    "targets",
 }
 OTHER: dict[str, Any] = {
     "model.name": "deit_tiny_patch16_224", "model.kernels": ["attention"], "view.image_size": 24,
@@ -407,6 +409,7 @@ OTHER: dict[str, Any] = {
     "check_teacher_every": 1, "optim.schedule": "wsd", "optim.decay_epochs": 1.0,
     "resume_from": "other.pt", "view.size_schedule": [[0, 16]], "batch_schedule": [[1, 4]],
     "teacher_mean": [0.1, 0.2, 0.3], "teacher_std": [0.1, 0.2, 0.3], "targets": ["cls"],
+    "teacher_size": 48,
     "features.block": 1, "features.grid": 2, "features.codec": "int8", "features.reduce": "pca",
     "features.dim": 8, "features.weights": [2.0], "features.losses": ["mse"],
     "features.normalise": ["standard"], "features.projectors": ["mlp"], "features.token": "mean",

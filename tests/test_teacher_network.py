@@ -144,8 +144,8 @@ def _row(*values: float) -> torch.Tensor:
 @pytest.mark.parametrize("size", [32, 48, 224, 384])
 def test_a_fixed_size_is_named_with_the_views(size: int) -> None:
     network = Network(size, 3, 4, "tensor")
-    with pytest.raises(InputError, match=f"takes images of {size} x {size} pixels, the views have "
-                                         f"40 x 40: set view.image_size") as error:  # fmt: skip
+    with pytest.raises(InputError, match=f"takes images of {size} x {size} pixels, not 40 x 40: "
+                                         f"give --teacher-size {size} ") as error:  # fmt: skip
         Teacher(network, "t", image_size=40)
     one_line(error.value)
     assert Teacher(network, "t").image_size == size  # found where none is given
@@ -167,7 +167,7 @@ def test_positions_of_a_timm_transformer_are_resampled(tmp_path: Path, caplog: A
     assert "its position embeddings are resampled from 160 to 192 pixels" in caplog.text
     assert larger(torch.randn(2, 3, 192, 192)).shape == (2, 4)
     assert own.model.pos_embed.shape != larger.model.pos_embed.shape
-    with pytest.raises(InputError, match="takes images of 160 x 160 pixels, the views have 100"):
+    with pytest.raises(InputError, match=r"patches of 16 pixels, .* 100: give --teacher-size 96,"):
         load_teacher(spec, image_size=100)
 
 

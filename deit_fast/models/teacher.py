@@ -1,7 +1,8 @@
-"""Teachers: any classifier, frozen, with its own input normalisation."""
+"""Teachers: any network, frozen, with its own input normalisation: its logits and features."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,20 +21,31 @@ from deit_fast.models.normalisation import Normalisation, choose_normalisation, 
 from deit_fast.models.pretrained import pretrained_name, require_timm_name
 from deit_fast.models.student import keep_trained_head, trained_head
 from deit_fast.models.teacher_classes import choose_columns, imagenet_synsets, read_class_file
+from deit_fast.models.teacher_features import (
+    FeatureTarget,
+    Parts,
+    TeacherOutputs,
+    check_feature,
+    check_parts,
+    make_feature,
+    side_of,
+    targets_of,
+)
+from deit_fast.models.teacher_images import RESIZE, ImageTrial, resample_positions, resize
 from deit_fast.models.teacher_network import (
     build_factory_network,
     build_timm_network,
     in_float32,
-    own_size,
-    resample_positions,
 )
 from deit_fast.models.teacher_outputs import (
     Place,
     are_probabilities,
     check_logits,
     find_logits,
+    require_equal_logits,
     take_logits,
 )
+from deit_fast.models.teacher_passes import NetworkPass, TimmPass, choose_pass, require_part
 from deit_fast.models.weights import digest_weights
 from deit_fast.models.weights_facts import class_names, file_texts
 from deit_fast.runtime.distributed import has_bf16
@@ -41,15 +53,11 @@ from deit_fast.runtime.weights_header import HEAD_KEY
 
 log = logging.getLogger("deit_fast")
 
-# Sides in pixels that are tried where the network's own is not known.
-_COMMON_SIZES = (
-    224, 32, 64, 48, 16, 28, 96, 128, 160, 192, 240, 256, 288, 320, 336, 384, 448, 512,
-)  # fmt: skip
 _CPU = torch.device("cpu")
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that takes the student's images and normalises them for its network.
+    """A frozen network that takes the student's images and normalises them as its own.
 
     It always stays in evaluation mode, runs without gradients, and computes in bf16 on a GPU with
     native bf16, elsewhere in float32. Weights of other dtypes are converted to float32. Its network
@@ -61,18 +69,24 @@ class Teacher(nn.Module):
         mean, std: channel statistics that the network expects, for pixels in [0, 1].
         input_mean, input_std: those of the images that it will get.
         image_size: side of these images, pixels; None: a side that the network names or takes.
+        size: side to which it resizes them for the network, see ``resize``; None: it does not.
+        targets: what it gives: "logits", features by their names or as ``FeatureTarget``.
         num_classes: what the network was asked for; tells logits from other outputs.
         class_names: of its classes, in the order of its logits, where they are known.
         device: where it is tried, and runs until ``to_device``.
 
     Attributes:
-        num_outputs: outputs of its network.
+        image_size: side of the images that its network gets, pixels.
+        gives_logits: whether logits are among its targets.
+        features: the others in their order, with blocks from 0 and the grid that patches have.
+        shapes: (T, D) of each feature: number of tokens, and of channels.
+        num_outputs: outputs of its network, 0 without logits.
         num_classes: classes C of its logits: these outputs, or those selected.
         is_fused: whether it runs on this package's kernels.
 
     Raises:
-        InputError: the network does not take such images, or returns no logits, see
-            ``find_logits`` and ``check_logits``.
+        InputError: the network does not take such images, or does not give the targets, see
+            ``find_logits``, ``check_logits`` and ``choose_pass``.
     """
 
     scale: torch.Tensor
@@ -89,6 +103,8 @@ class Teacher(nn.Module):
         input_mean: Sequence[float] = IMAGENET_MEAN,
         input_std: Sequence[float] = IMAGENET_STD,
         image_size: int | None = None,
+        size: int | None = None,
+        targets: Sequence[str | FeatureTarget] = ("logits",),
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         device: torch.device = _CPU,
@@ -99,7 +115,7 @@ class Teacher(nn.Module):
         self.class_names = None if class_names is None else list(class_names)
         self.memory_format = torch.contiguous_format
         self.is_fused = False
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.size = tuple(mean), tuple(std), size
         self.renormalises = (self.mean, self.std) != (tuple(input_mean), tuple(input_std))
         # x_in * std_in + mean_in is the pixel; the network expects (pixel - mean) / std.
         own_std = torch.tensor(self.std, dtype=torch.float64)
@@ -109,15 +125,25 @@ class Teacher(nn.Module):
         self.register_buffer("shift", shift.float().view(1, 3, 1, 1), persistent=False)
         self.register_buffer("columns", None, persistent=False)
         self.to(device)
+        self.gives_logits = "logits" in targets
+        self.features = tuple(
+            FeatureTarget(target) if isinstance(target, str) else target
+            for target in targets
+            if target != "logits"
+        )
         declared = getattr(self.model, "num_classes", None)
         asked = num_classes or (declared if isinstance(declared, int) else None)
-        self.image_size = image_size or self._find_size()
         self._place: Place = None
-        self.num_outputs = self.num_classes = self._try(asked)
-        if self.class_names is not None and len(self.class_names) != self.num_outputs:
+        self._pass = NetworkPass(self.model)
+        trial = ImageTrial(self._run, device)
+        self.image_size = size or image_size or trial.find_size(self.model)
+        self.shapes: list[tuple[int, int]] = []
+        self.num_outputs = self.num_classes = self._try(trial, asked)
+        names = self.class_names if self.gives_logits else None
+        if names is not None and len(names) != self.num_outputs:
             raise InputError(
                 f"teacher {spec} has {self.num_outputs} outputs, its weights file names "
-                f"{len(self.class_names)} classes"
+                f"{len(names)} classes"
             )
 
     def select(self, columns: Sequence[int]) -> None:
@@ -142,49 +168,64 @@ class Teacher(nn.Module):
             compiled: compile the network with torch.compile, on the first batch. Each batch size is
                 compiled separately, so logits do not depend on earlier batch sizes.
             fused: run a timm vision transformer on this package's kernels, on a GPU that has them.
-                Logits then differ by rounding.
+                Logits then differ by rounding. One that gives features is never fused.
         """
         self.to(device)
         kernels = default_kernels(device)
-        if fused and kernels and isinstance(self.model, VisionTransformer):
+        is_transformer = isinstance(self.model, VisionTransformer)
+        if fused and kernels and is_transformer and not self.features:
             fuse(self.model, kernels=kernels)
             self.is_fused = True
         if device.type == "cuda":
             self.memory_format = torch.channels_last
             self.to(memory_format=self.memory_format)
         if compiled:
-            self.model.compile(dynamic=False)
+            self._pass.compile()
         return self
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [B, C] for images [B, 3, S, S] that are normalised as the student's."""
+        """Logits [B, C] for images [B, 3, S, S] that are normalised as the student's.
+
+        Raises:
+            InputError: logits are not among its targets.
+        """
+        logits = self.outputs(images).logits
+        if logits is None:
+            raise InputError(f"teacher {self.spec} was asked for features alone, not for logits")
+        return logits
+
+    @torch.no_grad()
+    def outputs(self, images: torch.Tensor) -> TeacherOutputs:
+        """Its targets for images [B, 3, S, S] that are normalised as the student's, by one pass of
+        the network. The logits are those that it gives without features, bit for bit."""
         if self.model.training:
             self.model.eval()
+        if self.size is not None:
+            images = resize(images, self.size)
         if self.renormalises:
             images = images * self.scale + self.shift
         else:
             images = images.clone()  # the network may work in place, and these are the student's
-        logits = take_logits(self._run(images), self._place)
+        output, parts = self._run(images)
+        features = tuple(make_feature(target, parts[target.block]) for target in self.features)
+        if not self.gives_logits:
+            return TeacherOutputs(None, features)
+        logits = take_logits(output, self._place)
         if logits.dtype not in (torch.float32, torch.bfloat16):
             logits = logits.float()
-        return logits if self.columns is None else logits.index_select(1, self.columns)
+        if self.columns is not None:
+            logits = logits.index_select(1, self.columns)
+        return TeacherOutputs(logits, features)
 
-    def _run(self, images: torch.Tensor) -> Any:
-        """The network's output for images that are normalised as its own."""
+    def _run(self, images: torch.Tensor) -> tuple[Any, dict[int | None, Parts]]:
+        """A pass of the network for images that are normalised as its own."""
         images = images.contiguous(memory_format=self.memory_format)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
-            return self.model(images)
+            return self._pass(images)
 
     def fingerprint(self) -> dict[str, object]:
         """What its logits depend on, as flat JSON values for a cache's manifest."""
-        found: dict[str, object] = {
-            "teacher.spec": self.spec,
-            "teacher.weights_sha256": digest_weights(self.model),
-            "teacher.num_classes": self.num_outputs,
-            "teacher.mean": list(self.mean),
-            "teacher.std": list(self.std),
-        }
+        found = self._fingerprint({"teacher.num_classes": self.num_outputs})
         if (head := trained_head(self.model)) != "both":
             found["teacher.head"] = head
         if self.columns is not None:
@@ -192,35 +233,72 @@ class Teacher(nn.Module):
             found["teacher.columns"] = hashlib.sha256(text.encode()).hexdigest()
         return found
 
-    def expected_fields(self, stored: Mapping[str, Any]) -> dict[str, object]:
+    def target_fingerprint(self, index: int) -> dict[str, object]:
+        """What the feature ``features[index]`` depends on, in place of ``fingerprint``."""
+        target, (_, width) = self.features[index], self.shapes[index]
+        found = self._fingerprint({})
+        head = trained_head(self.model)
+        if target.name == "pooled" and head != "both":
+            found["teacher.head"] = head
+        return found | {
+            "target.name": target.name,
+            "target.block": target.block,
+            "target.norm": target.norm,
+            "target.grid": target.grid,
+            "target.width": width,
+        }
+
+    def _fingerprint(self, of_logits: dict[str, object]) -> dict[str, object]:
+        found: dict[str, object] = {
+            "teacher.spec": self.spec,
+            "teacher.weights_sha256": digest_weights(self.model),
+            **of_logits,
+            "teacher.mean": list(self.mean),
+            "teacher.std": list(self.std),
+        }
+        if self.size is not None:
+            found |= {"teacher.size": self.size, "teacher.resize": RESIZE}
+        return found
+
+    def expected_fields(
+        self, stored: Mapping[str, Any], index: int | None = None
+    ) -> dict[str, object]:
         """Its fingerprint as that of a cache of its logits must have it.
 
         Args:
-            stored: the cache's. Where that alone names a head or a selection of classes, the result
-                has a field that differs.
+            stored: the cache's. Where that alone names a head, a selection of classes or a size,
+                the result has a field that differs.
+            index: of a feature, for a cache of it.
         """
-        optional = ("teacher.head", "teacher.columns")
-        return {name: "none" for name in optional if name in stored} | self.fingerprint()
+        optional = ("teacher.head", "teacher.columns", "teacher.size", "teacher.resize")
+        own = self.fingerprint() if index is None else self.target_fingerprint(index)
+        return {name: "none" for name in optional if name in stored} | own
 
     @torch.no_grad()
-    def _try(self, asked: int | None) -> int:
-        """Run the network on noise, find its logits and return the number of their classes.
+    def _try(self, trial: ImageTrial, asked: int | None) -> int:
+        """Run the network on noise, and find how it gives its targets; returns the number of its
+        outputs.
 
         A batch of one image is tried too: a network that squeezes its output loses a dimension.
         """
-        for rows in (2, 1):
-            try:
-                output = self._run(self._noise(rows, 3, self.image_size))
-            except Exception as error:  # whatever such images do to a network of others
-                if is_out_of_memory(error):
-                    raise
-                raise self._refusal(error) from error
-            try:
-                self._place = find_logits(output, rows, asked)
-                logits = take_logits(output, self._place)
-                check_logits(logits, rows)
-            except InputError as error:
-                raise InputError(f"teacher {self.spec}: {error}") from None
+        try:
+            output, parts = self._attempt(trial, 2)
+            self._require_head(output)
+            self._pass, self.features = choose_pass(
+                self.model, self.features, self.gives_logits, output
+            )
+            plain = output
+            if self.features:
+                output, parts = self._attempt(trial, 2)
+            logits = self._examine(output, parts, 2, asked)
+            self._examine(*self._attempt(trial, 1), 1, asked)
+            if logits is None:
+                return 0
+            if isinstance(self._pass, TimmPass):
+                expected = take_logits(plain, find_logits(plain, 2, asked))
+                require_equal_logits(logits, expected)
+        except InputError as error:
+            raise InputError(f"teacher {self.spec}: {error}") from error.__cause__
         if are_probabilities(logits):
             log.warning(
                 "teacher %s returns probabilities, not logits: soft distillation would take the "
@@ -228,44 +306,60 @@ class Teacher(nn.Module):
             )  # fmt: skip
         return logits.shape[1]
 
-    def _noise(self, rows: int, channels: int, size: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(rows, channels, size, size, generator=generator).to(self.scale.device)
-
-    def _refusal(self, error: Exception) -> InputError:
-        """Why the network failed: its number of channels, its image size, or itself."""
-        size = self.image_size
-        if self._takes(1, size):
-            return InputError(
-                f"teacher {self.spec} takes images of 1 channel, the views have 3: name a factory "
-                f"whose network makes them grey, such as images.mean(1, keepdim=True)"
-            )
-        other = self._find_size()
-        if self._takes(3, other):
-            return InputError(
-                f"teacher {self.spec} takes images of {other} x {other} pixels, the views have "
-                f"{size} x {size}: set view.image_size (load_teacher: image_size) to {other}, "
-                f"or name a teacher for {size}"
-            )
-        return InputError(
-            f"teacher {self.spec} does not take images [B, 3, {size}, {size}]: "
-            f"{first_line(error, with_type=True)}"
-        )
-
-    def _find_size(self) -> int:
-        """The first side that the network takes; the first tried where it takes none."""
-        sizes = [size for size in (own_size(self.model), *_COMMON_SIZES) if size is not None]
-        return next((size for size in sizes if self._takes(3, size)), sizes[0])
-
-    @torch.no_grad()
-    def _takes(self, channels: int, size: int) -> bool:
+    def _attempt(self, trial: ImageTrial, rows: int) -> tuple[Any, dict[int | None, Parts]]:
+        """A pass over noise; refusals are the ends of sentences."""
         try:
-            self._run(self._noise(1, channels, size))
-        except Exception as error:  # as above
+            return self._run(trial.noise(rows, 3, self.image_size))
+        except InputError:
+            raise
+        except Exception as error:  # whatever such images do to a network of others
             if is_out_of_memory(error):
                 raise
-            return False
-        return True
+            if self._pass.gives_features:
+                reason = first_line(error, with_type=True)
+                raise InputError(f"its features cannot be taken: {reason}") from error
+            raise trial.refusal(self.model, self.image_size, error) from error
+
+    def _require_head(self, output: Any) -> None:
+        """Refuse logits of a network without classes, whose output would pass for them."""
+        if not self.gives_logits or getattr(self.model, "num_classes", None) != 0:
+            return
+        if isinstance(output, torch.Tensor):
+            raise InputError(
+                "it is a feature extractor, without classes (num_classes=0), so it has no "
+                "logits: take features, such as --targets pooled"
+            )
+
+    def _examine(
+        self, output: Any, parts: Mapping[int | None, Parts], rows: int, asked: int | None
+    ) -> torch.Tensor | None:
+        """Check what a pass over ``rows`` images gave, and note its shapes; returns the logits.
+
+        Raises:
+            InputError: a target is missing or not as it must be; the message is the end of a
+                sentence.
+        """
+        for found in parts.values():
+            check_parts(found, rows)
+        shapes, features = [], []
+        for target in self.features:
+            own = parts[target.block]
+            require_part(target, own, self._pass.gives(own, target.block))
+            feature = make_feature(target, own)
+            check_feature(target, feature)
+            shapes.append((feature.shape[1], feature.shape[2]))
+            if target.name == "patches":
+                target = dataclasses.replace(target, grid=side_of(feature))
+            features.append(target)
+        if self.shapes and shapes != self.shapes:
+            raise InputError(f"its features have other shapes, {shapes}, in a batch of {rows}")
+        self.shapes, self.features = shapes, tuple(features)
+        if not self.gives_logits:
+            return None
+        self._place = find_logits(output, rows, asked)
+        logits = take_logits(output, self._place)
+        check_logits(logits, rows)
+        return logits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,6 +376,8 @@ def load_teacher(
     input_mean: Sequence[float] = IMAGENET_MEAN,
     input_std: Sequence[float] = IMAGENET_STD,
     image_size: int | None = None,
+    teacher_size: int | None = None,
+    targets: Sequence[str | FeatureTarget] = ("logits",),
     device: torch.device = _CPU,
 ) -> Teacher:
     """Build a teacher from its spec.
@@ -299,6 +395,9 @@ def load_teacher(
         input_mean, input_std: normalisation of the images that the teacher will get.
         image_size: side of these images, pixels; None: a side that the network names or takes.
             Position embeddings of a timm transformer of another size are resampled.
+        teacher_size: side to which they are resized for the network, see ``resize``; None: they are
+            not.
+        targets: as of ``Teacher``. For features alone the weights need no head.
         device: where it runs.
 
     Raises:
@@ -316,8 +415,9 @@ def load_teacher(
         given = read_normalisation(mean, std, "teacher_mean and teacher_std")
     is_timm = name.startswith("timm:")
     if is_timm:
-        model, facts = build_timm_network(name.removeprefix("timm:"), weights)
-        resample_positions(model, image_size, name)
+        needs_head = "logits" in targets
+        model, facts = build_timm_network(name.removeprefix("timm:"), weights, needs_head)
+        resample_positions(model, teacher_size or image_size, name)
     else:
         model, facts = build_factory_network(name, weights, num_classes)
     if weights:
@@ -325,10 +425,11 @@ def load_teacher(
     views = Normalisation(tuple(input_mean), tuple(input_std))
     own, source = choose_normalisation(name, model, not weights, facts, given, views)
     log.info("teacher %s: %s %s", name, own, source)
-    if facts is not None and image_size not in (None, facts.image_size):
+    side = teacher_size or image_size
+    if facts is not None and side not in (None, facts.image_size):
         log.info(
-            "teacher %s was trained on images of %d pixels, the views have %d",
-            name, facts.image_size, image_size,
+            "teacher %s was trained on images of %d pixels, it gets %d",
+            name, facts.image_size, side,
         )  # fmt: skip
     classes: Sequence[str] | None = None if facts is None else facts.classes
     if facts is None and weights:
@@ -342,6 +443,8 @@ def load_teacher(
         input_mean=input_mean,
         input_std=input_std,
         image_size=image_size,
+        size=teacher_size,
+        targets=targets,
         num_classes=None if is_timm else asked,
         class_names=classes,
         device=device,
@@ -349,16 +452,20 @@ def load_teacher(
 
 
 def load_class_matched_teacher(
-    config: RunConfig, classes: Sequence[str], device: torch.device = _CPU
+    config: RunConfig,
+    classes: Sequence[str],
+    device: torch.device = _CPU,
+    targets: Sequence[str | FeatureTarget] | None = None,
 ) -> Teacher:
     """The teacher of a run's configuration, with one logit for each class of the data.
 
     Args:
         classes: names of the data's classes, by label.
         device: where it runs; it is tried there on the views' image size.
+        targets: None: those of the configuration.
 
     Raises:
-        InputError: as ``load_teacher``, ``read_class_file`` and ``choose_columns``.
+        InputError: as ``load_teacher``, ``targets_of``, ``read_class_file`` and ``choose_columns``.
     """
     assert config.teacher is not None
     path = config.teacher_classes
@@ -371,15 +478,18 @@ def load_class_matched_teacher(
         input_mean=config.view.mean,
         input_std=config.view.std,
         image_size=config.view.image_size,
+        teacher_size=config.teacher_size,
+        targets=targets_of(config) if targets is None else targets,
         device=device,
     )
-    own: Sequence[str] | None = teacher.class_names
-    count = teacher.num_outputs
-    if own is None and hasattr(teacher.model, "pretrained_cfg"):
-        own = imagenet_synsets(count, classes)
-    columns = choose_columns(config, classes, count, lines=lines, own=own)
-    if columns is not None:
-        teacher.select(columns)
+    if teacher.gives_logits:
+        own: Sequence[str] | None = teacher.class_names
+        count = teacher.num_outputs
+        if own is None and hasattr(teacher.model, "pretrained_cfg"):
+            own = imagenet_synsets(count, classes)
+        columns = choose_columns(config, classes, count, lines=lines, own=own)
+        if columns is not None:
+            teacher.select(columns)
     if config.view.size_schedule:
         _require_sizes(teacher, config)
     return teacher
@@ -392,10 +502,11 @@ def _require_sizes(teacher: Teacher, config: RunConfig) -> None:
     """
     for size in config.view.sizes:
         try:
-            teacher(torch.zeros(1, 3, size, size, device=teacher.scale.device))
+            teacher.outputs(torch.zeros(1, 3, size, size, device=teacher.scale.device))
         except Exception as error:  # whatever a model with one size does
             raise InputError(
                 f"teacher {config.teacher} takes no images of {size} pixels, a size of "
-                f"view.size_schedule ({first_line(error, with_type=True)}): choose a teacher that "
-                f"takes every size, such as a convolutional network"
+                f"view.size_schedule ({first_line(error, with_type=True)}): give --teacher-size "
+                f"{teacher.image_size}, to which all views are then resized, or a teacher that "
+                f"takes every size"
             ) from None

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deit_fast.errors import InputError
@@ -22,7 +21,17 @@ from deit_fast.models.wide_students import make_wide
 log = logging.getLogger("deit_fast")
 
 
-def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts | None]:
+def build_timm_network(
+    name: str, weights: str, needs_head: bool = True
+) -> tuple[nn.Module, ModelFacts | None]:
+    """
+    Args:
+        weights: file, or empty: timm's pretrained weights.
+        needs_head: without it the file may be that of a feature extractor, which has no classes.
+
+    Raises:
+        InputError: the file is of another model, has no head, or as ``load_pretrained``.
+    """
     if not weights:
         return load_pretrained(name, "teacher", f"pass a file as timm:{name}@FILE"), None
     require_timm_name(name, "teacher")
@@ -39,9 +48,14 @@ def build_timm_network(name: str, weights: str) -> tuple[nn.Module, ModelFacts |
     if f"{head}.weight" not in state:  # it may be there under another name or behind a prefix
         with torch.device("meta"):
             named, _ = adapt_names(timm.create_model(name), state, weights)
-    if f"{head}.weight" not in named:
-        raise InputError(f"weights file {weights} lacks {head}.weight, the classifier of {name}")
-    arguments: dict[str, Any] = {"num_classes": named[f"{head}.weight"].shape[0]}
+    has_head = f"{head}.weight" in named
+    if needs_head and not has_head:
+        raise InputError(
+            f"weights file {weights} lacks {head}.weight, the classifier of {name}: without it "
+            f"there are no logits, but features, such as --targets pooled"
+        )
+    classes = named[f"{head}.weight"].shape[0] if has_head else 0
+    arguments: dict[str, Any] = {"num_classes": classes}
     if facts is not None and facts.is_timm and is_timm_transformer(name):
         arguments |= {"img_size": facts.image_size, **facts.arguments()}
     model = timm.create_model(name, **arguments)
@@ -99,28 +113,3 @@ def in_float32(model: nn.Module, name: str) -> nn.Module:
     """The network with float32 weights: a CPU lacks operations in half precision, and autocast
     leaves float64 as it is."""
     return model.float() if _say_dtypes(name, [*model.parameters(), *model.buffers()]) else model
-
-
-def own_size(model: nn.Module) -> int | None:
-    """Side of the images that a timm model names, pixels."""
-    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None:
-        config = getattr(model, "pretrained_cfg", None)
-        size = (config.get("input_size") or (None,))[-2:] if isinstance(config, dict) else None
-    side = size[-1] if isinstance(size, (tuple, list)) else size
-    return side if isinstance(side, int) and side > 0 else None
-
-
-def resample_positions(model: nn.Module, image_size: int | None, name: str) -> None:
-    """Prepare a timm transformer for another image size, as timm does."""
-    own = own_size(model)
-    if image_size in (None, own) or not isinstance(model, VisionTransformer):
-        return
-    assert image_size is not None
-    if any(image_size % side for side in model.patch_embed.patch_size):
-        return  # it will be refused
-    model.set_input_size(img_size=(image_size, image_size))
-    log.info(
-        "teacher %s: its position embeddings are resampled from %d to %d pixels",
-        name, own, image_size,
-    )  # fmt: skip

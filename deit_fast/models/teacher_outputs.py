@@ -65,16 +65,43 @@ def check_logits(logits: Any, rows: int) -> None:
     Raises:
         InputError: they are no finite floats [rows, C]; the message is the end of a sentence.
     """
-    if not isinstance(logits, Tensor):
-        raise InputError(f"its logits are {describe(logits)}, not a tensor")
-    if logits.dim() != 2 or len(logits) != rows or not logits.numel():
+    if isinstance(logits, Tensor) and (
+        logits.dim() != 2 or len(logits) != rows or not logits.numel()
+    ):
         raise InputError(
             f"its logits of {rows} images have the shape {tuple(logits.shape)}, not ({rows}, C)"
         )
-    if not logits.is_floating_point():
-        raise InputError(f"its logits are {str(logits.dtype).removeprefix('torch.')}, not floats")
+    require_floats("logits", logits)
     if not bool(torch.isfinite(logits).all()):
         raise InputError("its logits of noise are not finite")
+
+
+def require_floats(name: str, value: Any) -> None:
+    """
+    Raises:
+        InputError: it is no tensor of floats; the message is the end of a sentence.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"its {name} must be a tensor, not {describe(value)}")
+    if not value.is_floating_point():
+        raise InputError(
+            f"its {name} must be floats, not {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def require_equal_logits(logits: Tensor, expected: Tensor) -> None:
+    """Check the logits of a pass that also gives features against those of the network as called.
+
+    Raises:
+        InputError: they differ by more than another algorithm of a GPU explains; the message is the
+            end of a sentence.
+    """
+    largest = float((logits.float() - expected.float()).abs().max())
+    if not largest <= 0.02 * float(expected.float().abs().max()):
+        raise InputError(
+            "its forward is not forward_head(forward_features(images)), so one pass cannot give "
+            "its logits and features: ask for either"
+        )
 
 
 def are_probabilities(logits: Tensor) -> bool:

@@ -105,6 +105,7 @@ def verify_against_teacher(
         teacher_classes=teacher_classes,
         teacher_mean=teacher_mean,
         teacher_std=teacher_std,
+        teacher_size=cache.manifest["fingerprint"].get("teacher.size"),
         data=data,
         view=view,
     )

@@ -46,7 +46,7 @@ _FREE_TO_CHANGE = {
     "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
     "log_every", "eval_every", "save_every", "save_steps", "keep_every", "on_nonfinite",
     "accumulate", "teacher", "teacher_batch", "teacher_classes", "teacher_floor", "teacher_mean",
-    "teacher_std", "cache", "more_caches", "data.root", "data.workers", "track",
+    "teacher_std", "teacher_size", "cache", "more_caches", "data.root", "data.workers", "track",
     "check_teacher_every", "profile_steps", "accept_change",
 } | WITHOUT_INFLUENCE  # fmt: skip
 

@@ -176,7 +176,8 @@ class RunTeacher:
     def identity(self) -> dict[str, Any]:
         """Facts for the run's identity; those of a teacher are equal to those of its cache."""
         found = self._fingerprint
-        names = ["spec", "mean", "std", *(["columns"] if "teacher.columns" in found else [])]
+        optional = [name for name in ("columns", "size") if f"teacher.{name}" in found]
+        names = ["spec", "mean", "std", *optional]
         facts: dict[str, Any] = {}
         if "teacher.weights_sha256" in found:
             facts["teacher.model"] = {name: found.get(f"teacher.{name}") for name in names}

@@ -211,7 +211,7 @@ def find_teacher(
         assert config.teacher is not None
         if not download and (why := why_download(config.teacher)):
             raise InputError(why)
-        teacher = load_class_matched_teacher(config, classes)
+        teacher = load_class_matched_teacher(config, classes, targets=["logits"])
         if digest is not None and digest != digest_weights(teacher.model):
             log.warning("%s is not the teacher that the run was trained with", config.teacher)
         elif flags := _differing_flags(teacher, recorded):
@@ -224,13 +224,15 @@ def find_teacher(
         return None, "neither the run nor its cache names a teacher; name it by --teacher SPEC"
     if config.teacher is None and "teacher.mean" in recorded:
         mean, std = recorded["teacher.mean"], recorded["teacher.std"]
-        config = config.replace(teacher_mean=mean, teacher_std=std)
+        size = recorded.get("teacher.size")
+        config = config.replace(teacher_mean=mean, teacher_std=std, teacher_size=size)
     if not download and (why := why_download(spec)):
         return None, why
     try:
         if not spec.startswith("timm:"):
             require_no_code(spec.partition("@")[0], (), str(run), "--teacher")
-        teacher = load_class_matched_teacher(config.replace(teacher=spec), classes)
+        config = config.replace(teacher=spec)
+        teacher = load_class_matched_teacher(config, classes, targets=["logits"])
     except InputError as error:
         return None, f"{error}; name it by --teacher SPEC"
     if digest == digest_weights(teacher.model) or (digest is None and config.teacher is not None):
