@@ -28,6 +28,7 @@ SOURCES = [
     "csrc/logit_cache.cpp",
     "csrc/record_codec.cpp",
     "csrc/resize.cpp",
+    "csrc/tail_draws.cpp",
     "csrc/view_table.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/record_codec.cu"]

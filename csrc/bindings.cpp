@@ -11,6 +11,7 @@
 #include "logit_cache.h"
 #include "record_codec.h"
 #include "resize.h"
+#include "tail_draws.h"
 #include "view_table.h"
 
 namespace py = pybind11;
@@ -260,6 +261,18 @@ PYBIND11_MODULE(_C, module) {
          uintptr_t records) {
         const TopKShape shape = topk_shape(num_classes, k, id_bytes, inverse_temperatures);
         return encode_topk(shape, at<const float>(logits), count, at<unsigned char>(records));
+      },
+      Release());
+  module.def(
+      "draw_tails",
+      [](uint32_t num_classes, uint32_t k, uint32_t draws,
+         const std::vector<double>& inverse_temperatures, uintptr_t logits, uintptr_t heads,
+         uintptr_t words, int64_t count, uintptr_t ids) {
+        const DrawShape shape{num_classes, k, draws,
+                              static_cast<uint32_t>(inverse_temperatures.size()),
+                              inverse_temperatures.data()};
+        draw_tails(shape, at<const float>(logits), at<const int32_t>(heads),
+                   at<const uint32_t>(words), count, at<int32_t>(ids));
       },
       Release());
 

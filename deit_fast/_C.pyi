@@ -104,6 +104,17 @@ def encode_topk(
     count: int,
     records: int,
 ) -> int: ...
+def draw_tails(
+    num_classes: int,
+    k: int,
+    draws: int,
+    inverse_temperatures: list[float],
+    logits: int,
+    heads: int,
+    words: int,
+    count: int,
+    ids: int,
+) -> None: ...
 def crop_resize(
     pixels: int,
     row_bytes: int,

@@ -484,14 +484,20 @@ class CodecConfig:
     """How the teacher's logits of one view are stored; see docs/cache-format.md."""
 
     name: Literal[
-        "hard", "topk", "dense-fp16", "dense-bf16", "dense-fp32", "dense-int8", "dense-fp8"
-    ] = "topk"
-    """`hard`: argmax. `topk`: k class IDs with fp16 log-probabilities. `dense-*`: every logit."""
-    k: Count | None = None
-    """Number of classes that `topk` stores. none: 16, or all where there are fewer."""
+        "hard", "topk", "sampled", "dense-fp16", "dense-bf16", "dense-fp32", "dense-int8",
+        "dense-fp8"
+    ] = "topk"  # fmt: skip
+    """`hard`: argmax. `topk`: k class IDs with fp16 log-probabilities. `sampled`: the same and a
+    sample of the other classes. `dense-*`: every logit."""
+    k: CountOrZero | None = None
+    """Number of classes that `topk` and `sampled` store. none: 16 and 8, or fewer where there are
+    few classes. `sampled` with 0 draws from all classes."""
+    draws: Count | None = None
+    """Number of classes that `sampled` draws from those beyond k, with replacement, for each
+    temperature. none: 8, or fewer where there are few classes."""
     temperatures: tuple[Temperature, ...] | None = None
-    """Temperatures at which `topk` stores the exact probability of all other classes. none:
-    loss.tau alone."""
+    """Temperatures at which `topk` and `sampled` store the exact probability of all other classes.
+    none: loss.tau alone."""
 
     true_class: ClassVar[bool] = False  # the sample's own class in `topk`: read, no longer written
     block_records: ClassVar[int] = 4096  # a block has one checksum and is written as a whole

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from deit_fast.cache import LogitCacheWriter, build_manifest, codec_from_config
+from deit_fast.cache.codecs import keys_of
 from deit_fast.cache.verify import planned, sampled_ids, write_pixels
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, main_labels
@@ -277,7 +278,11 @@ class _Job:
         def encode(item: tuple[ViewBatch, torch.Tensor]) -> object:
             batch, logits = item
             try:
-                return codec.encode(logits).cpu()  # `cpu` waits for a GPU
+                keys = keys_of(
+                    codec, self.manifest["fingerprint"],
+                    batch.sample_ids.numpy(), batch.view_ids.numpy(),
+                )  # fmt: skip
+                return codec.encode(logits, keys).cpu()  # `cpu` waits for a GPU
             except RowError as error:
                 where = f"view {view} sample {batch.sample_ids[error.row]}"
                 raise CacheError(f"{where}: {error.reason}") from None

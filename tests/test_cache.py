@@ -50,6 +50,9 @@ def test_record_sizes():
     assert codec_of(classes=1000).record_bytes == 72  # k=16, one temperature
     assert codec_of(classes=65536, k=10).record_bytes == 48
     assert codec_of(classes=65537, k=10, temperatures=(1.0, 2.0)).record_bytes == 76
+    assert codec_of("sampled", 1000, k=6, draws=8).record_bytes == 48
+    assert codec_of("sampled", 1000, k=0, draws=23).record_bytes == 48
+    assert codec_of("sampled", 65537, k=1, draws=2, temperatures=(1.0, 2.0)).record_bytes == 38
     assert codec_of("hard", 65536).record_bytes == 2
     assert codec_of("hard", 65537).record_bytes == 4
     assert codec_of("dense-bf16", 1000).record_bytes == 2000
@@ -262,7 +265,8 @@ def slow_records(folder: Path, view: int) -> tuple[dict, list[bytes]]:
 
 
 def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
-    """hard: (id,); topk: (ids, log-probabilities, log tail); dense: (logits,)."""
+    """hard: (id,); topk: (ids, log-probabilities, log tail); sampled: (probabilities,);
+    dense: (logits,)."""
     classes, k = codec["num_classes"], codec["k"]
     letter = "H" if classes <= 65536 else "I"
     if codec["name"] == "hard":
@@ -274,6 +278,8 @@ def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
         start, step = struct.unpack_from("<2f", record)
         value = int if codec["name"] == "dense-int8" else slow_fp8
         return (tuple(start + value(code) * step for code in record[8:]),)
+    if codec["name"] == "sampled":
+        return slow_sampled(codec, record, tau)
     if codec["name"] != "topk":
         return (
             struct.unpack(f"<{classes}{'e' if codec['name'] == 'dense-fp16' else 'f'}", record),
@@ -284,6 +290,31 @@ def slow_decode(codec: dict, record: bytes, tau: float) -> tuple:
     return values[:k], tuple(value / tau - norm for value in values[k : 2 * k]), tail
 
 
+def slow_sampled(codec: dict, record: bytes, tau: float) -> tuple:
+    classes, k, draws, temperatures = (
+        codec[name] for name in ("num_classes", "k", "draws", "temperatures")
+    )
+    letter, count, index = (
+        "H" if classes <= 65536 else "I",
+        len(temperatures),
+        codec["temperatures"].index(tau),
+    )
+    leading = max(k, 1)
+    layout = f"<{leading + count * draws}{letter}" + (f"{k}e{2 * count}f" if k else "")
+    values = struct.unpack(layout, record)
+    probs = [0.0] * classes
+    drawn = values[leading + index * draws :][:draws]
+    tail = 0.0
+    if k:
+        halves = values[leading + count * draws :]
+        tail, norm = halves[k + 2 * index :][:2]
+        for id, half in zip(values[:k], halves[:k], strict=True):
+            probs[id] = math.exp(half / tau - norm)
+    for id in drawn:
+        probs[id] += math.exp(tail) / draws
+    return (probs,)
+
+
 def slow_fp8(code: int) -> float:
     sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
     size = mantissa / 512 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
@@ -291,9 +322,9 @@ def slow_fp8(code: int) -> float:
 
 
 @pytest.mark.parametrize(("name", "classes"), [(name, CLASSES) for name in CODECS] + [
-    ("hard", 70000), ("topk", 70000)])  # fmt: skip
+    ("hard", 70000), ("topk", 70000), ("sampled", 70000)])  # fmt: skip
 def test_a_reader_written_from_the_format_page_agrees(tmp_path, name, classes):
-    settings = {"k": 5, "temperatures": (1.0, 2.0)} if name == "topk" else {}
+    settings = {"k": 5, "temperatures": (1.0, 2.0)} if name in ("topk", "sampled") else {}
     manifest = make_manifest(name, classes=classes, samples=21, block=8, **settings)
     cache = write_cache(tmp_path, manifest, views=(0, 123456))
     for view in (0, 123456):
@@ -306,6 +337,9 @@ def test_a_reader_written_from_the_format_page_agrees(tmp_path, name, classes):
             assert fast.ids.tolist() == [list(row[0]) for row in slow]
             assert np.allclose(fast.log_probs, [row[1] for row in slow], rtol=0, atol=2e-6)
             assert fast.log_tail.tolist() == [row[2] for row in slow]
+        elif name == "sampled":
+            made = torch.zeros(21, classes).scatter_(1, fast.ids.long(), fast.log_probs.exp())
+            assert np.allclose(made, [row[0] for row in slow], rtol=0, atol=2e-6)
         elif name in ("dense-int8", "dense-fp8"):  # two roundings to float32
             assert np.allclose(fast, [row[0] for row in slow], rtol=0, atol=4e-6)
         else:

@@ -25,11 +25,12 @@ from helpers.caches import (
 
 EIGHT_BITS = ("dense-int8", "dense-fp8")
 EXACT = ("dense-fp16", "dense-bf16", "dense-fp32")  # torch's own conversion: test_cache.py
+SAMPLED = "sampled"  # test_sampled_codec.py
 
 
 def test_every_codec_is_a_setting_and_has_a_test_of_its_error():
     settings = typing.get_args(typing.get_type_hints(CodecConfig)["name"])
-    assert set(CODECS) == set(settings) == {"hard", "topk", *EIGHT_BITS, *EXACT}
+    assert set(CODECS) == set(settings) == {"hard", "topk", SAMPLED, *EIGHT_BITS, *EXACT}
 
 
 def reference_topk(logits: torch.Tensor, codec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,12 @@ from helpers.runs import comparable_rows, last_state, train_rows, unruly, weight
 
 @pytest.mark.parametrize(
     ("codec", "bound"),
-    [({"name": "dense-fp32"}, 2e-6), ({"name": "topk", "k": 3}, 2e-3), ({"name": "hard"}, 1e-6)],
+    [
+        ({"name": "dense-fp32"}, 2e-6),
+        ({"name": "topk", "k": 3}, 2e-3),
+        ({"name": "sampled", "k": 2, "draws": 4}, 2e-3),
+        ({"name": "hard"}, 1e-6),
+    ],
 )
 def test_the_right_teacher_agrees_and_changes_nothing(world, tmp_path, codec, bound):
     kind = {"kind": "hard" if codec["name"] == "hard" else "soft"}
@@ -39,7 +44,7 @@ def test_the_right_teacher_agrees_and_changes_nothing(world, tmp_path, codec, bo
     assert rows == train_rows(comparable_rows(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("codec", ["dense-fp32", "topk", "hard", "dense-int8"])
+@pytest.mark.parametrize("codec", ["dense-fp32", "topk", "sampled", "hard", "dense-int8"])
 def test_a_teacher_that_changed_since_ends_the_run(world, tmp_path, monkeypatch, codec):
     """Its weights are the cache's when the run starts, so its fingerprint is; then they move."""
     kind = {"kind": "hard" if codec == "hard" else "soft"}

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit_fast.cache.codecs import SampledCodec
+from deit_fast.cache.sampled import ViewKeys
 from deit_fast.kernels import TopK, distillation_loss
 from deit_fast.kernels.distillation_loss_reference import (
     reference,
@@ -577,6 +579,30 @@ def test_extreme_logits_as_the_reference_does(extreme: float, side: str) -> None
             _, pull = soft(student.double(), to_double(given), tau)
             atol = 1e-6 * max(tau, 1)
             torch.testing.assert_close(gradient.double(), pull, rtol=1e-4, atol=atol)
+
+
+@interpreted
+@pytest.mark.parametrize("classes", (30, 9003))
+def test_a_sampled_teacher_counts_repeated_draws(classes: int) -> None:
+    """The form that the codec gives: a class that was drawn twice stands there once."""
+    codec = SampledCodec(classes, 2, 20, (1.0, 2.0))
+    teacher, student = normal(4, classes, 5.0), normal(4, classes)
+    raw = codec.encode(teacher, ViewKeys(3, np.arange(4), np.arange(4))).to(DEVICE)
+    form = codec.decode(raw, 2.0)
+    stored = raw.cpu()[:, : 2 * codec.ids_per_record].contiguous().view(torch.int16)
+    draws = stored[:, 22:].long().to(DEVICE) & 0xFFFF  # at the second temperature
+    assert (draws.diff(dim=1) == 0).any()
+    log_q = torch.log_softmax(teacher.double() / 2, 1)
+    target = torch.zeros_like(log_q).scatter(1, form.ids[:, :2].long(), 1.0) * log_q.exp()
+    tail = (1 - target.sum(1, keepdim=True)) / 20
+    target.scatter_add_(1, draws, tail.expand(-1, 20))
+    expected = torch.softmax(student.double() / 2, 1) - target
+    gradient = soft(student, form, 2.0)[1].double() * 4 / 2
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-3)  # float16 log-probabilities
+    other = student.double()
+    torch.testing.assert_close(
+        gradient, soft(other, to_double(form), 2.0)[1] * 2, rtol=0, atol=1e-6
+    )
 
 
 @interpreted

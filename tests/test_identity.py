@@ -401,6 +401,7 @@ OTHER: dict[str, Any] = {
     "model.args": ["patch_size=8", "embed_dim=32", "depth=1", "num_heads=1"],
     "view.crop_scale": [0.1, 1.0], "view.mean": [0.1, 0.2, 0.3], "view.std": [0.1, 0.2, 0.3],
     "codec.temperatures": [2.0], "num_views": 6, "optim.clip_grad": 1.0, "codec.k": 3,
+    "codec.draws": 3,
     "optim.layer_decay": 0.5, "view.augment": "three_augment", "view.repeats": 1,
     "loss.kind": "soft", "loss.base": "bce", "view.crop": "simple", "data.on_error": "fail",
     "model.stochastic_depth": "subset", "model.residual": "bfloat16", "loss.tail": "drop",

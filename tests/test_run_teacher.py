@@ -33,9 +33,9 @@ def batch_of(ids) -> ViewBatch:
     return ViewBatch(NONE, torch.zeros(len(samples), 22), samples, views, rows, rows, rows)
 
 
-@pytest.fixture(params=["topk", "dense-int8", "hard"])
+@pytest.fixture(params=["topk", "sampled", "dense-int8", "hard"])
 def cached(request, tmp_path):
-    codec = {"temperatures": (1.0, TAU)} if request.param == "topk" else {}
+    codec = {"temperatures": (1.0, TAU)} if request.param in ("topk", "sampled") else {}
     cache = write_cache(tmp_path, make_manifest(request.param, **codec), (0, 1))
     order = TrainBatches(EpochOrder(5, cache.manifest["num_samples"], 2, 1), 8, 2, 0, 1)
     return cache, order

@@ -19,6 +19,7 @@ from deit_fast.evaluation import evaluation_text
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
+from deit_fast.precomputation import estimate as precompute_estimate
 from deit_fast.precomputation import precompute
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import read_json
@@ -220,6 +221,26 @@ def test_other_codecs_stay_within_their_bound(world, tmp_path, codec, bound):
     assert first["base_loss"] == second["base_loss"]
     assert second["distill_loss"] == pytest.approx(first["distill_loss"], rel=bound)
     assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=bound)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_sampled_cache_serves_hard_and_soft_runs(world, tmp_path, k):
+    """Hard: the teacher's own classes, also where they were not drawn. Soft: whatever the tail."""
+    online = run_config(world, tmp_path / "online", loss={"kind": "hard"}, max_steps=2)
+    codec = {"name": "sampled", "k": k, "draws": 3}
+    cached = online.replace(
+        output=str(tmp_path / "cached"), cache=str(tmp_path / "cache"), codec=codec
+    )
+    assert precompute_estimate(cached)["images"] > 0
+    precompute(cached)
+    train(online)
+    train(cached.replace(teacher=None))
+    assert weights_equal(tmp_path / "online", tmp_path / "cached")
+    soft = cached.replace(teacher=None, output=str(tmp_path / "soft"), loss={"kind": "soft"})
+    first = train(soft)
+    again = train(soft.replace(output=str(tmp_path / "again"), loss={"tail": "renorm"}))
+    assert weights_equal(tmp_path / "soft", tmp_path / "again")
+    assert first["teacher"]["codec"]["draws"] == again["teacher"]["codec"]["draws"] == 3
 
 
 def test_training_reads_the_cache_ahead(world, tmp_path, monkeypatch):

@@ -14,10 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deit_fast import _C
+from deit_fast.cache.sampled import ViewKeys, draw_tails, sampled_form
 from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError, RowError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _DENSE_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _MAX_TOPK_CLASSES = 2**18  # more integer terms of csrc/arithmetic.h could overflow their sum
+_DEFAULT_K, _DEFAULT_DRAWS = 8, 8  # of `sampled`
 _CUDA_LIMITS = (1023, 8)  # k and temperatures that csrc/cuda/record_codec.cu takes
 # FloatType in csrc/cuda, by torch's names
 _CUDA_FLOATS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
@@ -62,9 +65,12 @@ class Codec(ABC):
         """Bytes per record."""
 
     @abstractmethod
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         """Float logits [n, num_classes], or features [n, tokens, width], to uint8
         [n, record_bytes], on their device; the same bytes on any device.
+
+        Args:
+            keys: which views they are of; only `sampled` needs it.
 
         Raises:
             InputError: another shape or dtype.
@@ -95,7 +101,7 @@ class Codec(ABC):
                 _C.decode_records_cuda(*arguments, stored.get_device(), stream)
         else:
             _C.decode_records(*arguments)
-        return self.form(tuple(output.to(device) for output in outputs))
+        return self.form(tuple(output.to(device) for output in outputs), tau)
 
     @abstractmethod
     def manifest(self) -> dict[str, Any]:
@@ -118,8 +124,8 @@ class Codec(ABC):
             for shape, dtype in self.outputs(count)
         )
 
-    def form(self, outputs: tuple[Tensor, ...]) -> Tensor | TopK:
-        """Those tensors, filled, as ``decode`` returns them."""
+    def form(self, outputs: tuple[Tensor, ...], tau: float) -> Tensor | TopK:
+        """Those tensors, filled at ``tau``, as ``decode`` returns them."""
         return outputs[0]
 
 
@@ -165,16 +171,12 @@ class HardCodec(LogitCodec):
     def record_bytes(self) -> int:
         return id_bytes(self.num_classes)
 
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         largest = _finite_float32(logits, self.num_classes).argmax(1)
-        return bytes_of(largest.int()[:, None])[:, : self.record_bytes].contiguous()
+        return _id_bytes_of(largest.int()[:, None], self.num_classes)
 
     def decode(self, records: Tensor, tau: float) -> Tensor:
-        import torch
-
-        dtype = torch.int16 if self.record_bytes == 2 else torch.int32
-        ids = records.contiguous().view(dtype)[:, 0].long()
-        return ids & (2 ** (8 * self.record_bytes) - 1)  # the stored ids have no sign
+        return _ids_of(records, self.num_classes)[:, 0].long()
 
     def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
         """Class ids."""
@@ -236,7 +238,7 @@ class TopKCodec(LogitCodec):
         values = super().manifest() | {"k": self.k, "temperatures": list(self.temperatures)}
         return values | ({"true_class": True} if self.true_class else {})
 
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         """On CUDA a kernel on the current stream; checking for values that are not finite then
         waits for it."""
         import torch
@@ -297,7 +299,7 @@ class TopKCodec(LogitCodec):
         """Class ids, log-probabilities, log tail mass."""
         return ((count, self.k), "int32"), ((count, self.k), "float32"), ((count,), "float32")
 
-    def form(self, outputs: tuple[Tensor, ...]) -> TopK:
+    def form(self, outputs: tuple[Tensor, ...], tau: float) -> TopK:
         from deit_fast.kernels.distillation_loss import TopK
 
         ids, log_probs, log_tail = outputs
@@ -309,6 +311,106 @@ class TopKCodec(LogitCodec):
                 return index
         known = ", ".join(f"{value:g}" for value in self.temperatures)
         raise CacheError(f"the cache has no tail mass at temperature {tau:g}; recorded: {known}")
+
+
+@dataclass(frozen=True)
+class SampledCodec(LogitCodec):
+    """An exact head of the k most probable classes, and draws of the others: the expectation of the
+    soft loss's gradient over views is that of all logits. k = 0 samples all classes, as "Sparse
+    Logit Sampling" does (arXiv 2503.16870).
+
+    The draws are with replacement, by the teacher's probabilities outside the head. A drawn class
+    stands for 1 / draws of the tail's mass, so head and draws have mass one. Each temperature has
+    draws of its own, made by the same random words, which are a function of seed, sample and view.
+
+    Bytes: class ids of 2 bytes (4 above 65,536 classes): k of the head and, for each temperature,
+    the draws; k log-probabilities of 2; a log tail mass and a log normaliser of 4 each per
+    temperature: 48 at k=6 and 8 draws. For k = 0: the id of the most probable class and the draws.
+
+    Error: the head and the tail mass have that of `topk`. The draws have no bias beyond it, but
+    variance. A draw is frozen with its view: only distinct views average it out. A class that was
+    drawn often may outweigh the most probable one: hard distillation takes ``decisions``.
+    """
+
+    k: int
+    draws: int
+    temperatures: tuple[float, ...]
+
+    name = "sampled"
+    kind = _C.RecordKind.copy
+
+    @property
+    def record_bytes(self) -> int:
+        ids = self.ids_per_record * id_bytes(self.num_classes)
+        return ids + (2 * self.k + 8 * len(self.temperatures) if self.k else 0)
+
+    @property
+    def ids_per_record(self) -> int:
+        return self._head.k + self.draws * len(self.temperatures)
+
+    @property
+    def first_temperature(self) -> float:
+        return self.temperatures[0]
+
+    @property
+    def _head(self) -> TopKCodec:
+        """Of the exact part; for k = 0 of the record's first id."""
+        return TopKCodec(self.num_classes, max(1, self.k), self.temperatures)
+
+    def manifest(self) -> dict[str, Any]:
+        values = {"k": self.k, "draws": self.draws, "temperatures": list(self.temperatures)}
+        return super().manifest() | values
+
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
+        """On the host, also of logits on CUDA."""
+        import torch
+
+        if keys is None:
+            raise InputError("codec sampled needs to know which views the logits are of")
+        head = self._head.encode(logits).cpu()
+        ids, rest = head.split([self._head_bytes, head.shape[1] - self._head_bytes], 1)
+        heads = _ids_of(ids, self.num_classes)[:, : self.k]
+        z = logits.detach().cpu().float()
+        draws = draw_tails(z, heads, self.temperatures, keys.words(self.draws))
+        parts = [ids, _id_bytes_of(draws.flatten(1), self.num_classes)]
+        return torch.cat([*parts, rest] if self.k else parts, 1).to(logits.device)
+
+    @property
+    def _head_bytes(self) -> int:
+        return self._head.k * id_bytes(self.num_classes)
+
+    def decode(self, records: Tensor, tau: float) -> TopK:
+        return self.form((records,), tau)
+
+    def layout(self, tau: float) -> _C.RecordLayout:
+        self._head.layout(tau)  # raises where nothing is recorded at tau
+        return super().layout(tau)
+
+    def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """The records themselves."""
+        return (((count, self.record_bytes), "uint8"),)
+
+    def form(self, outputs: tuple[Tensor, ...], tau: float) -> TopK:
+        """A TopK of k + draws classes, with the tail mode "drop"."""
+        import torch
+
+        from deit_fast.kernels.distillation_loss import TopK
+
+        records, size = outputs[0], self.draws * id_bytes(self.num_classes)
+        start = self._head_bytes
+        at = start + size * self._head._temperature_index(tau)
+        draws = _ids_of(records[:, at : at + size], self.num_classes)
+        if self.k:
+            rest = records[:, start + size * len(self.temperatures) :]
+            head = self._head.decode(torch.cat([records[:, :start], rest], 1), tau)
+        else:
+            none = torch.empty((len(records), 0), device=records.device)
+            head = TopK(none.int(), none, none.sum(1))
+        return sampled_form(head, draws)
+
+    def decisions(self, records: Tensor) -> Tensor:
+        """The teacher's classes, int64 [n], from uint8 [n, record_bytes]."""
+        return _ids_of(records[:, : id_bytes(self.num_classes)], self.num_classes)[:, 0].long()
 
 
 @dataclass(frozen=True)
@@ -331,7 +433,7 @@ class DenseCodec(LogitCodec):
     def record_bytes(self) -> int:
         return self.num_classes * (4 if self.format == "fp32" else 2)
 
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         import torch
 
         z = _finite_float32(logits, self.num_classes)
@@ -366,7 +468,7 @@ class DenseInt8Codec(LogitCodec):
     def record_bytes(self) -> int:
         return 8 + self.num_classes
 
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         import torch
 
         z = _finite_float32(logits, self.num_classes)
@@ -392,7 +494,7 @@ class DenseFp8Codec(LogitCodec):
     def record_bytes(self) -> int:
         return 8 + self.num_classes
 
-    def encode(self, logits: Tensor) -> Tensor:
+    def encode(self, logits: Tensor, keys: ViewKeys | None = None) -> Tensor:
         import torch
 
         z = _finite_float32(logits, self.num_classes)
@@ -410,6 +512,7 @@ class DenseFp8Codec(LogitCodec):
 CODECS: dict[str, Callable[..., LogitCodec]] = {
     "hard": HardCodec,
     "topk": TopKCodec,
+    "sampled": SampledCodec,
     **{f"dense-{name}": partial(DenseCodec, format=name) for name in _DENSE_DTYPES},
     "dense-int8": DenseInt8Codec,
     "dense-fp8": DenseFp8Codec,
@@ -422,9 +525,14 @@ def codec_from_config(config: CodecConfig, num_classes: int, tau: float) -> Logi
     Raises:
         InputError: k or num_classes out of range.
     """
-    k = config.k if config.k is not None else min(16, num_classes)
+    k, draws = config.k, config.draws
+    if k is None:
+        k = min(_DEFAULT_K, num_classes // 2) if config.name == "sampled" else min(16, num_classes)
+    if draws is None:
+        draws = min(_DEFAULT_DRAWS, num_classes - k)
     temperatures = config.temperatures if config.temperatures is not None else (tau,)
-    return _create(config.name, num_classes, k, sorted({float(t) for t in temperatures}))
+    temperatures = tuple(sorted({float(t) for t in temperatures}))
+    return _create(config.name, num_classes, k, temperatures, draws=draws)
 
 
 def codec_from_manifest(values: Mapping[str, Any], where: str) -> LogitCodec:
@@ -433,7 +541,7 @@ def codec_from_manifest(values: Mapping[str, Any], where: str) -> LogitCodec:
     Raises:
         CacheError: it describes none; the message starts with ``where``.
     """
-    if set(values) - {"true_class"} != {"name", "k", "temperatures", "num_classes"}:
+    if set(values) - {"true_class", "draws"} != {"name", "k", "temperatures", "num_classes"}:
         raise CacheError(f"{where}: codec needs name, k, temperatures, num_classes")
     name, k, temperatures = values["name"], values["k"], values["temperatures"]
     if not isinstance(name, str) or name not in CODECS:
@@ -442,33 +550,72 @@ def codec_from_manifest(values: Mapping[str, Any], where: str) -> LogitCodec:
         raise CacheError(f"{where}: codec.num_classes must be an integer")
     if not isinstance(temperatures, list) or not all(_is_positive(t) for t in temperatures):
         raise CacheError(f"{where}: codec.temperatures must be positive numbers")
-    if name == "topk" and (type(k) is not int or not temperatures):
-        raise CacheError(f"{where}: codec.k and codec.temperatures are needed by topk")
+    if name in ("topk", "sampled") and (type(k) is not int or not temperatures):
+        raise CacheError(f"{where}: codec.k and codec.temperatures are needed by {name}")
+    draws = values.get("draws")
+    if name == "sampled" and type(draws) is not int:
+        raise CacheError(f"{where}: codec.draws must be an integer")
     floats = [float(t) for t in temperatures]
     true_class = values.get("true_class", False) is True
     try:
-        codec = _create(name, values["num_classes"], k, floats, true_class)
+        codec = _create(name, values["num_classes"], k, tuple(floats), true_class, draws)
     except InputError as error:
         raise CacheError(f"{where}: {error}") from None
     if codec.manifest() != {**values, "temperatures": floats}:
         raise CacheError(
-            f"{where}: codec has k, temperatures or true_class that {name} does not take"
+            f"{where}: codec has k, draws, temperatures or true_class that {name} does not take"
         )
     return codec
 
 
 def _create(
-    name: str, num_classes: int, k: int, temperatures: list[float], true_class: bool = False
+    name: str,
+    num_classes: int,
+    k: int,
+    temperatures: tuple[float, ...],
+    true_class: bool = False,
+    draws: int | None = None,
 ) -> LogitCodec:
     if not 1 <= num_classes < 2**31:
         raise InputError(f"codec.num_classes must lie in [1, 2^31), not {num_classes}")
-    if name != "topk":
+    if name not in ("topk", "sampled"):
         return CODECS[name](num_classes)
     if num_classes > _MAX_TOPK_CLASSES:
-        raise InputError(f"topk takes at most {_MAX_TOPK_CLASSES} classes, not {num_classes}")
+        raise InputError(f"{name} takes at most {_MAX_TOPK_CLASSES} classes, not {num_classes}")
+    if name == "sampled":
+        assert draws is not None
+        if k < 0 or draws < 1 or k + draws > num_classes:
+            raise InputError(
+                f"codec.k={k} and codec.draws={draws}: sampled takes k of 0 or more and draws of 1 "
+                f"or more, together at most {num_classes}, the class count"
+            )
+        return SampledCodec(num_classes, k, draws, temperatures)
     if not 1 <= k <= num_classes:
         raise InputError(f"codec.k must lie in [1, {num_classes}], the class count, not {k}")
-    return TopKCodec(num_classes, k, tuple(temperatures), true_class)
+    return TopKCodec(num_classes, k, temperatures, true_class)
+
+
+def keys_of(
+    codec: Codec, fingerprint: Mapping[str, Any], samples: np.ndarray, views: np.ndarray
+) -> ViewKeys | None:
+    """What ``codec.encode`` needs beside the logits; None for all codecs but `sampled`.
+
+    Args:
+        fingerprint: the cache's, which has the seed of its views.
+        samples, views: integers [n].
+
+    Raises:
+        InputError: the fingerprint has no seed.
+    """
+    if not isinstance(codec, SampledCodec):
+        return None
+    seed = fingerprint.get("view.seed")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise InputError(
+            f"codec sampled needs the seed of the views: view.seed in the fingerprint must be an "
+            f"integer in [0, 2^64), not {seed!r}"
+        )
+    return ViewKeys(seed, samples, views)
 
 
 def _is_positive(value: Any) -> bool:
@@ -483,6 +630,21 @@ def _is_positive(value: Any) -> bool:
 def id_bytes(num_classes: int) -> int:
     """Bytes of a stored class id."""
     return 2 if num_classes <= 65536 else 4
+
+
+def _ids_of(stored: Tensor, num_classes: int) -> Tensor:
+    """Class ids int32 [n, m] of their bytes, uint8 [n, m * id_bytes]."""
+    import torch
+
+    if id_bytes(num_classes) == 4:
+        return stored.contiguous().view(torch.int32)
+    return stored.contiguous().view(torch.int16).int() & 0xFFFF  # stored without a sign
+
+
+def _id_bytes_of(ids: Tensor, num_classes: int) -> Tensor:
+    """The bytes, uint8 [n, m * id_bytes], of class ids int32 [n, m]."""
+    size = id_bytes(num_classes)
+    return bytes_of(ids).unflatten(1, (-1, 4))[:, :, :size].flatten(1)
 
 
 def bytes_of(values: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from deit_fast.errors import CacheError, InputError, RowError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deit_fast.cache.sampled import ViewKeys
+
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _LEAST_SCALE = 2.0**-126  # the least normal float32: a smaller one would itself be inexact
 _MOST_AMAX = 2.0**128 - 2.0**107  # above it a rounded scale times its largest code could overflow
@@ -50,7 +52,7 @@ class FeatureCodec(Codec):
             tokens=self.tokens,
         )
 
-    def encode(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor, keys: ViewKeys | None = None) -> Tensor:
         """Float features [n, tokens, width] to uint8 [n, record_bytes], on their device.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec
+from deit_fast.cache.codecs import Codec, keys_of
 from deit_fast.cache.format import (
     codec_of,
     format_errors,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from deit_fast.cache.sampled import ViewKeys
     from deit_fast.kernels.distillation_loss import TopK
 
 # Memory maps kept open after a call. A step uses view.repeats views; a view that returns after so
@@ -149,7 +150,7 @@ class LogitCache:
         outputs = tuple(map(torch.empty_like, like))  # takes half as long as `empty`
         positions = self.order.positions(samples, views)
         self._gather(positions, views, layout, [output.data_ptr() for output in outputs])
-        return self.codec.form(outputs)
+        return self.codec.form(outputs, tau)
 
     def gather_arrays(self, samples: np.ndarray, views: np.ndarray, tau: float) -> list[np.ndarray]:
         """As ``gather``, in numpy: the tensors of ``Codec.outputs``, bfloat16 as float32.
@@ -184,6 +185,11 @@ class LogitCache:
         positions = self.order.positions(samples, views)
         self._gather(positions, views, self._raw, [records.data_ptr()])
         return records
+
+    def keys(self, sample_ids: Any, view_ids: Any) -> ViewKeys | None:
+        """What ``codec.encode`` needs to make the records of these views again."""
+        samples, views = host_ids(sample_ids, "sample"), host_ids(view_ids, "view")
+        return keys_of(self.codec, self.manifest["fingerprint"], samples, views)
 
     def prefetch(self, batches: Sequence, *, ahead: int = 16, start: int = 0) -> ReadAhead:
         """Read and verify the blocks of the coming batches in background threads.

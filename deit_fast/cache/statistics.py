@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deit_fast.cache.codecs import TopKCodec
+from deit_fast.cache.codecs import SampledCodec, TopKCodec, id_bytes
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError
 
@@ -22,8 +22,8 @@ class RecordSample:
     Attributes:
         samples, views: int64 [n].
         top1: the teacher's class, int64 [n].
-        entropy: of the teacher's distribution, nats, float64 [n]; None for `hard`. For `topk` an
-            upper bound: the tail mass counts as spread evenly.
+        entropy: of the teacher's distribution, nats, float64 [n]; None for `hard` and `sampled`.
+            For `topk` an upper bound: the tail mass counts as spread evenly.
         tau: temperature of ``entropy``.
     """
 
@@ -46,6 +46,10 @@ def draw_records(cache: LogitCache) -> RecordSample:
     first = outputs[0]
     if cache.codec.name == "hard":
         return RecordSample(samples, views, first, None, tau)
+    if isinstance(cache.codec, SampledCodec):  # whose first id is the teacher's class
+        size = id_bytes(cache.codec.num_classes)
+        top1 = np.ascontiguousarray(first[:, :size]).view(f"<u{size}")[:, 0]
+        return RecordSample(samples, views, top1.astype(np.int64), None, tau)
     if isinstance(cache.codec, TopKCodec):
         top1, entropy = first[:, 0], _topk_entropy(outputs[1], outputs[2], cache.codec.num_classes)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec
+from deit_fast.cache.codecs import Codec, SampledCodec
 from deit_fast.cache.format import (
     FILE_NAME,
     VIEW_LIMIT,
@@ -27,6 +27,7 @@ from deit_fast.cache.format import (
 )
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.record_order import record_order
+from deit_fast.cache.sampled import ViewKeys, draw_errors
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import read_json, write_json
 
@@ -342,6 +343,7 @@ def compare_logits(
     *,
     codec: Codec,
     tau: float,
+    keys: ViewKeys | None = None,
     threshold: float = THRESHOLD,
 ) -> tuple[Tensor, Tensor]:
     """Error of each record and the largest allowed error, nats, float64 [n] each; on the host.
@@ -353,14 +355,27 @@ def compare_logits(
         stored: logits from the cache, at ``tau``.
         logits: computed anew [n, C], in the dtype of the teacher.
         tau: temperature.
+        keys: as ``codec.encode`` takes them.
     """
     import torch
 
+    from deit_fast.kernels.distillation_loss import TopK
+
     exact = torch.log_softmax(logits.double() / tau, 1)
-    again = codec.decode(codec.encode(logits), tau)
-    rounding = record_errors(again, exact, tau)
+
+    def errors(form: Tensor | TopK) -> Tensor:
+        if not isinstance(codec, SampledCodec) or not isinstance(form, TopK):
+            return record_errors(form, exact, tau)
+        assert keys is not None  # `encode` refuses it
+        found = draw_errors(form, codec.k, exact, keys.words(codec.draws))
+        if codec.k == 0:
+            return found
+        head = TopK(form.ids[:, : codec.k], form.log_probs[:, : codec.k], form.log_tail)
+        return torch.maximum(found, record_errors(head, exact, tau))
+
+    rounding = errors(codec.decode(codec.encode(logits, keys), tau))
     ulp = torch.finfo(logits.dtype).eps * logits.double().abs().amax(1) / tau
-    return record_errors(stored, exact, tau), 2 * rounding + 2 * ulp + threshold
+    return errors(stored), 2 * rounding + 2 * ulp + threshold
 
 
 def compare_features(

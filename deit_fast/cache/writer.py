@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deit_fast import _C
+from deit_fast.cache.codecs import keys_of
 from deit_fast.cache.format import (
     codec_of,
     format_errors,
@@ -157,8 +158,10 @@ class LogitCacheWriter:
         ids = self._checked_samples(sample_ids, view_id)
         if len(logits) != len(ids):
             raise InputError(f"{len(ids)} sample ids came with {len(logits)} rows of logits")
+        views = np.full(len(ids), view_id)
+        keys = keys_of(self.codec, self.manifest["fingerprint"], ids, views)
         try:
-            records = self.codec.encode(logits).cpu().numpy()
+            records = self.codec.encode(logits, keys).cpu().numpy()
         except RowError as error:
             raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
         positions = self.order.positions(ids, np.asarray(view_id))

@@ -131,6 +131,7 @@ def verify_against_teacher(
             model(ingest_batch(batch, view, torch.float32)).cpu(),
             codec=cache.codec,
             tau=tau,
+            keys=cache.keys(batch.sample_ids, batch.view_ids),
             threshold=threshold,
         )
         errors.append(found)

@@ -222,7 +222,7 @@ class TrainStep:
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
-        if isinstance(logits, TopK):
+        if isinstance(logits, TopK) and logits.tail != "drop":  # a sample stays without a tail
             logits = logits._replace(tail=loss.tail)
         total, base, distill = distillation_loss(
             class_logits,

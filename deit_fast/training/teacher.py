@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
+from deit_fast.cache.codecs import SampledCodec
 from deit_fast.cache.format import manifest_sha256
 from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels, require_tau
 from deit_fast.config import RunConfig
@@ -105,9 +106,10 @@ class RunTeacher:
     def stored(self, batch: ViewBatch) -> Tensor | TopK:
         """The cache's logits of a batch, on the run's device."""
         assert self.cache is not None
-        return self.cache.gather(
-            batch.sample_ids, batch.view_ids, tau=self.config.loss.tau, device=self.device
-        )
+        ids, codec = (batch.sample_ids, batch.view_ids), self.cache.codec
+        if self.config.loss.kind == "hard" and isinstance(codec, SampledCodec):
+            return codec.decisions(self.cache.gather_records(*ids)).to(self.device)
+        return self.cache.gather(*ids, tau=self.config.loss.tau, device=self.device)
 
     # -- the network -----------------------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class RunTeacher:
             self.network(ingest_batch(batch, self.config.view, torch.float32)).cpu(),
             codec=self.cache.codec,
             tau=self.config.loss.tau,
+            keys=self.cache.keys(batch.sample_ids, batch.view_ids),
         )
         self._largest = max(self._largest or 0.0, float(errors.max()))
         excess = errors - allowed

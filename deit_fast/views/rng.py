@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     AUGMENT = 6  # slot = layer: operation, applied or not, level, sign
     COLOR = 7  # slot 0: order of the three, strength of the first, second, third
     BATCH_MIX = 8  # counter (step, rank); slots as in MIX
+    TAIL = 9  # of the codec `sampled`; slot = draw // 4: four draws
     TEACHER = 10  # counter (sample, view, step), key of the run's seed: teachers kept, one of them
 
 
@@ -70,6 +71,20 @@ def philox(
         k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
     words = np.broadcast_arrays(x0, x1, x2, x3)
     return tuple(word.astype(np.uint32) for word in words)  # type: ignore[return-value]
+
+
+def draw_words(
+    seed: int, first: npt.ArrayLike, second: npt.ArrayLike, count: int, purpose: Purpose
+) -> Array:
+    """The first ``count`` words of slots 0, 1, ... of each counter, uint32 [n, count].
+
+    Args:
+        first, second: integers [n] below 2^32, the first two counter words.
+    """
+    slots = np.arange(-(-count // 4))
+    rows, columns = np.asarray(first)[:, None], np.asarray(second)[:, None]
+    words = np.stack(philox(rows, columns, slots, purpose, key(seed)), axis=-1)
+    return words.reshape(len(words), 4 * len(slots))[:, :count]
 
 
 def permutation(seed: int, count: int, index: int, purpose: Purpose) -> Array:
