@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
-from deit_fast.config import Count, Deviation, Rate, Seed, Share
+from deit_fast.config import Count, Deviation, Rate, Seed, Share, Within
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.inputs import require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
@@ -246,6 +246,46 @@ def _nested_rows(path: str) -> list[tuple[str, str]]:
             ("cache", f"{folder}: {kind}, {facts['record_bytes']} bytes a view, {views}, {size}")
         )
     return rows
+
+
+def plan(
+    *,
+    bytes_per_image: Count,
+    num_samples: Count = 1_281_167,
+    num_views: Count = 300,
+    repeats: Count = 3,
+    classes: Count = 1000,
+    width: Count | None = None,
+    tokens: Count = 1,
+    images_per_s: Annotated[float, Within(0, 1e9, above=True)] | None = None,
+) -> str:
+    """Propose a codec and a number of views for a budget of bytes; reads and writes nothing.
+
+    Args:
+        bytes_per_image: Budget of each image, for all of its views together.
+        num_samples: Images of the data set.
+        num_views: Distinct views of an image that the run shows: its epochs, or its --num-views.
+        repeats: As --view.repeats: views come in groups of so many.
+        classes: Classes of the teacher.
+        width: Channels of a token of the teacher's features; none: logits alone.
+        tokens: Tokens of a view's features: 1 for cls, mean and pooled; patches: grid times grid.
+        images_per_s: Rate of the teacher, as `precompute --dry-run` measures it, for its hours.
+    """
+    from deit_fast.cache.plan import options, recommend
+
+    rows = options(
+        bytes_per_image, samples=num_samples, views=num_views, repeats=repeats, classes=classes,
+        width=width, tokens=tokens, images_per_s=images_per_s,
+    )  # fmt: skip
+    lines = [("codec", f"{'bytes a view':>12}  {'views':>9}  {'total':>20}  teacher")]
+    for row in rows:
+        hours = "" if row.seconds is None else f"{row.seconds / 3600:.1f} h"
+        total = f"{row.total} bytes"
+        lines.append((row.name, f"{row.bytes_per_view:>12}  {row.views:>9}  {total:>20}  {hours}"))
+    for kind, (row, why) in recommend(rows, num_views).items():
+        views = "" if row.views == num_views else f" --num-views {row.views}"
+        lines.append((f"take, {kind}", f"{row.name}{views}: {why}; {size_text(row.total)} in all"))
+    return columns(lines)
 
 
 def _unproved_row(facts: dict[str, Any]) -> list[tuple[str, str]]:
