@@ -2,7 +2,7 @@
 
 A teacher is named by module and function, `custom_teacher:edges`; the function is called with
 `num_classes`. The teacher sees the views of the student, in the normalisation that it was trained
-in: the weights that `train` writes say it.
+in: the weights that `train` writes say it. A teacher of features returns them by name: `described`.
 
     python examples/custom_teacher.py DIR
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from own_data import small_run, write_images
 
+from deit_fast import load_teacher
 from deit_fast.precomputation import precompute
 from deit_fast.training.loop import train
 
@@ -28,6 +29,24 @@ def edges(num_classes: int) -> torch.nn.Module:
         torch.nn.Flatten(),
         torch.nn.Linear(32, num_classes),
     )
+
+
+class Described(torch.nn.Module):
+    """Images [B, 3, S, S] to logits and features of the network that ``edges`` makes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = edges(num_classes)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        grid = self.network[:2](images)
+        pooled = self.network[2:4](grid)
+        patches = torch.nn.functional.avg_pool2d(grid, 8)  # [B, D, S / 8, S / 8]
+        return {"logits": self.network[4](pooled), "pooled": pooled, "patches": patches}
+
+
+def described(num_classes: int) -> torch.nn.Module:
+    return Described(num_classes)
 
 
 def main() -> None:
@@ -59,6 +78,10 @@ def main() -> None:
     print(f"{written['images']} rows of logits cached, {written['views']} views of each image")
     result = train(student.replace(teacher=None))
     print(f"student top-1 {100 * result['top1']:.1f} %, trained from the cache alone")
+
+    both = load_teacher("custom_teacher:described", num_classes=10, targets=["logits", "patches"])
+    logits, (patches,) = both.outputs(torch.rand(4, 3, 32, 32))
+    print(f"logits {tuple(logits.shape)} and patches {tuple(patches.shape)} from one pass")
 
 
 if __name__ == "__main__":

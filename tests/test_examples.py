@@ -88,6 +88,7 @@ def test_custom_teacher_teaches_through_the_cache_alone(tmp_path):
     assert float(re.search(r"teacher top-1 (\S+) %", out).group(1)) > 80
     assert float(re.search(r"student top-1 (\S+) %", out).group(1)) > 60  # chance: 33
     assert "2880 rows of logits cached, 20 views of each image" in out  # 144 images
+    assert "logits (4, 10) and patches (4, 16, 32) from one pass" in out
     log = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
     losses = [row["distill_loss"] for row in map(json.loads, log) if row["kind"] == "train"]
     assert 0 < losses[-1] < 0.8 * losses[0], losses

@@ -14,12 +14,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from deit_fast.cli import main
 from deit_fast.config import RunConfig
-from deit_fast.errors import InputError
+from deit_fast.errors import CacheMismatch, InputError
 from deit_fast.models import Teacher, load_teacher
 from deit_fast.models.student import keep_trained_head
 from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.models.teacher_features import FeatureTarget, pool_grid, targets_of
+from deit_fast.precomputation import precompute
+from deit_fast.recipes import digits_student
+from deit_fast.training.loop import train
+from helpers.images import picture
+from helpers.runs import TWO_BLOCKS
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 VIT32, VIT28 = {"img_size": 32, **SMALL}, {"img_size": 28, **SMALL}
@@ -168,7 +174,8 @@ def test_stages_of_a_convolutional_network():
     expected = model.forward_intermediates(images, indices=[-2], intermediates_only=True)[0]
     found = teacher.outputs(images)
     assert torch.equal(found.features[0], expected.flatten(2).transpose(1, 2))
-    assert teacher.features[0].block == 3 and teacher.features[0].grid == expected.shape[-1]
+    fields = teacher.target_fingerprint(0)
+    assert (fields["target.block"], fields["target.grid"]) == (3, expected.shape[-1])
 
 
 def test_patches_are_pooled_by_whole_factors():
@@ -358,6 +365,44 @@ def test_a_network_is_prepared_for_the_size_of_the_views(family):
     expected = naive(family, larger, images)["patches"]
     torch.testing.assert_close(teacher.outputs(images).features[0], expected)
     assert teacher.shapes == [(9, 32)]
+
+
+def fixed(num_classes: int) -> nn.Module:
+    """A teacher of images of 16 pixels alone."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def test_a_teacher_of_another_size_caches_verifies_and_teaches(tmp_path: Path, capsys):
+    for name, seed in (("train/a", 0), ("train/b", 10), ("val/a", 20), ("val/b", 30)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(3):
+            image = picture(seed + number, 32, 32)
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    config = digits_student().replace(
+        epochs=1, num_views=1, batch_size=6, compile="none", output=str(tmp_path / "cached"),
+        teacher=f"{__name__}:fixed", cache=str(tmp_path / "cache"),
+        model={"args": TWO_BLOCKS}, view={"repeats": 1, "image_size": 32},
+        data={"root": str(tmp_path / "data"), "workers": 0}, loss={"kind": "soft"},
+        codec={"name": "dense-fp32"},
+    )  # fmt: skip
+    with pytest.raises(InputError, match="takes images of 16 x 16 pixels, not 32 x 32: give --te"):
+        precompute(config)
+    assert not (tmp_path / "cache").exists()
+    sized = config.replace(teacher_size=16)
+    precompute(sized)
+    cached = train(sized.replace(check_teacher_every=1))
+    online = train(sized.replace(cache=None, output=str(tmp_path / "online")))
+    assert cached["loss"] == online["loss"]
+    verify = ["cache", "verify", str(config.cache), "--teacher", str(config.teacher)]
+    assert main([*verify, "--data-root", str(config.data.root)]) == 0
+    assert ", 0 differ" in capsys.readouterr().out
+    with pytest.raises(CacheMismatch, match=r"teacher\.size is 16, expected 20"):
+        train(sized.replace(teacher=f"{__name__}:any_size", teacher_size=20))
+
+
+def any_size(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(16), *fixed(num_classes))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
     Attributes:
         image_size: side of the images that its network gets, pixels.
         gives_logits: whether logits are among its targets.
-        features: the others in their order, with blocks from 0 and the grid that patches have.
+        features: the others in their order, with blocks from 0.
         shapes: (T, D) of each feature: number of tokens, and of channels.
         num_outputs: outputs of its network, 0 without logits.
         num_classes: classes C of its logits: these outputs, or those selected.
@@ -235,7 +235,7 @@ class Teacher(nn.Module):
 
     def target_fingerprint(self, index: int) -> dict[str, object]:
         """What the feature ``features[index]`` depends on, in place of ``fingerprint``."""
-        target, (_, width) = self.features[index], self.shapes[index]
+        target, (tokens, width) = self.features[index], self.shapes[index]
         found = self._fingerprint({})
         head = trained_head(self.model)
         if target.name == "pooled" and head != "both":
@@ -244,7 +244,7 @@ class Teacher(nn.Module):
             "target.name": target.name,
             "target.block": target.block,
             "target.norm": target.norm,
-            "target.grid": target.grid,
+            "target.grid": math.isqrt(tokens) if target.name == "patches" else None,
             "target.width": width,
         }
 
@@ -341,19 +341,18 @@ class Teacher(nn.Module):
         """
         for found in parts.values():
             check_parts(found, rows)
-        shapes, features = [], []
+        shapes = []
         for target in self.features:
             own = parts[target.block]
             require_part(target, own, self._pass.gives(own, target.block))
             feature = make_feature(target, own)
             check_feature(target, feature)
-            shapes.append((feature.shape[1], feature.shape[2]))
             if target.name == "patches":
-                target = dataclasses.replace(target, grid=side_of(feature))
-            features.append(target)
+                side_of(feature)
+            shapes.append((feature.shape[1], feature.shape[2]))
         if self.shapes and shapes != self.shapes:
             raise InputError(f"its features have other shapes, {shapes}, in a batch of {rows}")
-        self.shapes, self.features = shapes, tuple(features)
+        self.shapes = shapes
         if not self.gives_logits:
             return None
         self._place = find_logits(output, rows, asked)
