@@ -7,7 +7,7 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-REUSE_IMAGES = 8192
+REUSE_IMAGES = 5120
 EPOCHS = {"test": 12, "select": 12, "reuse": 48}
 VIEWS = {"test": 12, "select": 12, "reuse": 48}  # of a cache; a run may use fewer
 BYTES = 240  # of an image, at which codecs are compared
@@ -53,7 +53,7 @@ CACHES = {
     "top2": Cache("a", {"codec": {"name": "topk", "k": 2}}),
     "soft": Cache("a", {"codec": {"name": "dense-fp16"}}),
     "soft-b": Cache("b", {"codec": {"name": "dense-fp16"}}),
-    "sampled": Cache("a", {"codec": {"name": "sampled", "k": 1, "draws": 4}}),
+    "sampled": Cache("a", {"codec": {"name": "sampled", "k": 1, "draws": 2}}),
     "fp8": Cache("a", _pooled("fp8"), "pooled"),
     "int8": Cache("a", _pooled("int8"), "pooled"),
     "pca16": Cache("a", _pooled("fp8", reduce="pca", dim=16), "pooled"),

@@ -214,6 +214,8 @@ def _record_bytes(folder: str) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    from deit_fast.errors import InputError
+
     bench = Bench(options.work, options.results)
     write_data(options.work / "data", protocol.REUSE_IMAGES)
     count, waiting = 0, []
@@ -226,13 +228,13 @@ def run(options: argparse.Namespace) -> None:
                 return
             try:
                 bench.student(arm, seed)
-            except NotYet as reason:
+            except (NotYet, InputError) as reason:  # the page names what is missing in the end
                 waiting.append(f"{label}: {reason}")
                 continue
             count += 1
             print(f"{time.strftime('%H:%M:%S')} {label}", flush=True)
-    for line in waiting:
-        print(f"waits: {line}")
+    if waiting:
+        raise SystemExit("\n".join(f"waits: {line}" for line in waiting))
 
 
 def plan(_: argparse.Namespace) -> None:
