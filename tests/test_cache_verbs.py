@@ -20,7 +20,7 @@ from deit_fast.cache.verify import record_errors
 from deit_fast.config import CodecConfig
 from deit_fast.kernels import TopK
 from deit_fast.models.convnet import small_convnet
-from helpers.caches import block_checksum
+from helpers.caches import block_checksum, write_view
 from helpers.digits import write_few_digits
 
 FACTORY = "deit_fast.models.convnet:small_convnet"
@@ -40,7 +40,7 @@ def root(tmp_path_factory) -> Path:
     write_few_digits(root / "data", train=6)
     torch.manual_seed(3)
     save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
-    for codec in ("topk", "hard", "dense-fp16"):
+    for codec in ("topk", "sampled", "hard", "dense-fp16"):
         assert cli.main(["precompute", *arguments(root), "--codec.name", codec,
                          "--cache", f"{root}/{codec}"]) == 0  # fmt: skip
     return root
@@ -84,7 +84,7 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
 # ---------------------------------------------------------------------------- against the teacher
 
 
-@pytest.mark.parametrize("codec", ["topk", "hard", "dense-fp16"])
+@pytest.mark.parametrize("codec", ["topk", "sampled", "hard", "dense-fp16"])
 def test_recomputed_records_equal_the_stored_ones(root, capsys, codec):
     status, out, _ = verify_teacher(
         capsys, root, root / codec, "--samples", 40, "--threshold", "1e-4"
@@ -116,6 +116,25 @@ def test_one_wrong_record_is_found_and_named(root, capsys, tmp_path, codec):
         verify_teacher(capsys, root, tmp_path / "cache", "--samples", 180, "--threshold", 99)[0]
         == 0
     )
+
+
+def test_draws_of_another_view_are_found(root, capsys, tmp_path):
+    """View 1 holds the records of view 0: their logits differ, and so do their draws. The verbs
+    that show a cache take its records as they are."""
+    cache = LogitCache.open(root / "sampled")
+    shutil.copytree(root / "sampled", tmp_path / "cache")
+    write_view(tmp_path / "cache", cache.manifest, 1,
+               cache.gather_records(np.arange(60), 0).numpy().tobytes())  # fmt: skip
+    status, out, _ = verify_teacher(capsys, root, tmp_path / "cache", "--samples", 180)
+    assert status == 1 and "180 records recomputed" in out and " view 1: " in out
+    status, out, _ = run(capsys, "cache", "info", root / "sampled", "--data-root", root / "data")
+    assert status == 0 and "sampled (k 5, temperatures 1.0, num_classes 10, draws 5)" in out
+    assert "agreement" in out and "entropy" not in out
+    file = tmp_path / "made.safetensors"
+    assert run(capsys, "cache", "export", root / "sampled", "--output", file)[0] == 0
+    made = load_file(file)
+    assert made["ids"].shape == (60, 3, 10)
+    assert (made["log_probs"].double().exp().sum(2) - 1).abs().max() < 1e-6
 
 
 def test_a_wrong_tail_alone_is_found(root, capsys, tmp_path):
