@@ -122,7 +122,7 @@ def train(args: list[str]) -> str:
 
 
 def precompute(args: list[str]) -> str:
-    """Write a teacher's logits for every augmented view into a cache."""
+    """Write what a teacher gives of every augmented view, logits or features, into a cache."""
     arguments, config = read_settings(PrecomputeArguments, "precompute", args)
     views = view_range(arguments.views)
     if arguments.print_config:
@@ -145,9 +145,9 @@ def _dry_training(config: RunConfig) -> str:
         ("data", f"{found['images']} images of {found['classes']} classes, "
                  f"{found['held_out']} held out"),
         ("model", f"{config.model.name}: {found['parameters'] / 1e6:.2f} million parameters"),
-        ("teacher", "the cache" if found["cache"] else plain(found["teacher"])),
+        ("teacher", "the cache" if found["caches"] else plain(found["teacher"])),
     ]  # fmt: skip
-    if (cache := found["cache"]) is not None:
+    for cache in found["caches"]:
         missing, needed = cache["missing"], config.views_used
         text = f"all {needed} views that the run needs"
         if missing:

@@ -404,6 +404,9 @@ class LossConfig:
     as timm."""
     tail: Literal["bucket", "uniform", "renorm", "drop"] = "bucket"
     """How a top-k teacher's probability outside its k classes is treated; see docs/kernels.md."""
+    teachers: tuple[Rate, ...] | None = None
+    """With the logits of several teachers, the weight of each in the mean of their losses, in the
+    order of the caches. none: equal weights."""
     base: Literal["ce", "bce"] = "ce"
     """Cross-entropy, or binary cross-entropy (DeiT-III)."""
     smoothing: ShareBelowOne = 0.1
@@ -411,6 +414,23 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_all(self, "loss.")
+        _require(
+            self.teachers is None or sum(self.teachers) > 0,
+            f"loss.teachers={shown(self.teachers)} must have a weight above 0",
+        )
+
+    def shares(self, count: int) -> tuple[float, ...]:
+        """Weights of ``count`` teachers' logits, which sum to 1.
+
+        Raises:
+            InputError: ``teachers`` has another number of weights.
+        """
+        weights = self.teachers or (1.0,) * count
+        _require(
+            len(weights) == count,
+            f"loss.teachers has {len(weights)} weights for the logits of {count} teachers",
+        )
+        return tuple(weight / sum(weights) for weight in weights)
 
     @property
     def trained_head(self) -> str:

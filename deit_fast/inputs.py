@@ -49,13 +49,13 @@ def require_train_inputs(config: RunConfig, is_dry: bool = False) -> None:
     if config.resume_from is not None and not os.path.exists(config.resume_from):
         near = nearest_path(config.resume_from)
         raise InputError(f"resume_from: checkpoint {config.resume_from} does not exist{near}")
-    if config.loss.kind == "none":
-        return
-    if config.cache is not None and not (is_dry and not os.path.lexists(config.cache)):
-        from deit_fast.cache.verify import open_for_run
+    for cache in config.caches:
+        if not (is_dry and not os.path.lexists(cache)):
+            from deit_fast.cache.verify import open_for_run
 
-        open_for_run(config.cache, config.loss.tau)
-    _require_teacher_files(config)
+            open_for_run(cache, config.loss.tau)
+    if config.loss.kind != "none" or config.feature_targets:
+        _require_teacher_files(config)
 
 
 def require_precompute_inputs(config: RunConfig) -> None:
@@ -64,14 +64,40 @@ def require_precompute_inputs(config: RunConfig) -> None:
         missing = "--teacher SPEC" if config.teacher is None else "--cache DIR"
         raise InputError(f"precompute needs {missing}")
     require_images(config.data, ("train",))
+    _require_feature_settings(config)
     _require_teacher_files(config)
+
+
+def _require_feature_settings(config: RunConfig) -> None:
+    """
+    Raises:
+        InputError: settings of features that do not go together.
+    """
+    features = config.features
+    if (features.reduce == "none") != (features.dim is None):
+        raise InputError(
+            f"features.reduce={features.reduce} with features.dim={features.dim}: set both, such "
+            f"as --features.reduce pca --features.dim 64, or neither"
+        )
+    if "patches" in config.targets and len(config.view.sizes) > 1 and config.teacher_size is None:
+        raise InputError(
+            "targets patches with view.size_schedule: a view of another size has another number of "
+            "patches; give --teacher-size, the one size of the teacher's images"
+        )
 
 
 def require_teacher_settings(config: RunConfig) -> None:
     """
     Raises:
-        InputError: distillation without teacher or cache, or a check of a cache without both.
+        InputError: distillation without teacher or cache, a check of a cache without both, or
+            further caches without a first one.
     """
+    if config.cache is None and config.more_caches:
+        raise InputError(
+            f"more_caches={' '.join(config.more_caches)} without cache: name the first by --cache"
+        )
+    if config.cache in config.more_caches:
+        raise InputError(f"more_caches names the folder of cache={config.cache} again")
     every = config.check_teacher_every
     if every is not None and None in (config.cache, config.teacher):
         raise InputError(

@@ -22,6 +22,7 @@ from deit_fast.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    Target,
     ViewConfig,
 )
 from deit_fast.errors import InputError, did_you_mean
@@ -308,6 +309,74 @@ def own_images() -> RunConfig:
     )
 
 
+def _from_features(recipe: str, model: str, *targets: Target) -> RunConfig:
+    """DeiT's recipe with a teacher's features in place of its logits: the class token learns the
+    label, the distillation token the teacher's class token, the patches those of the teacher."""
+    return _deit(recipe, model, "none").replace(
+        num_views=12,
+        targets=targets,
+        features={"losses": ("cosine",), "grid": 7 if "patches" in targets else None},
+    )
+
+
+def deit_tiny_dinov3() -> RunConfig:
+    """DeiT-Ti from the class token of DINOv3, any size of it; 12 views of each image.
+
+    A view of ImageNet takes 0.5 GB with DINOv3-S (388 bytes an image), 1.3 GB with DINOv3-L
+    (computed).
+
+    Command: deit-fast precompute --recipe deit_tiny_dinov3 --data.root IMAGENET
+    --teacher timm:vit_small_patch16_dinov3.lvd1689m --cache CACHE, then
+    deit-fast train --recipe deit_tiny_dinov3 --data.root IMAGENET --cache CACHE/cls
+    Time: not measured yet. Accuracy: none published; not run.
+    """
+    return _from_features("deit_tiny_dinov3", "deit_tiny_distilled_patch16_224", "cls")
+
+
+def deit_small_dinov3() -> RunConfig:
+    """DeiT-S from class token and patches of DINOv3; the grid of 14 x 14 is averaged to 7 x 7.
+
+    A view of ImageNet takes 50 GB with DINOv3-B (772 bytes for each of 50 tokens), 600 GB for 12
+    views (computed).
+
+    Command: deit-fast precompute --recipe deit_small_dinov3 --data.root IMAGENET
+    --teacher timm:vit_base_patch16_dinov3.lvd1689m --cache CACHE, then
+    deit-fast train --recipe deit_small_dinov3 --data.root IMAGENET --cache CACHE/cls
+    --more-caches CACHE/patches
+    Time: not measured yet. Accuracy: none published; not run.
+    """
+    return _from_features("deit_small_dinov3", "deit_small_distilled_patch16_224", "cls", "patches")
+
+
+def deit_small_eva02() -> RunConfig:
+    """DeiT-S from the logits of EVA02-L, which looks at each view at 448 pixels; 48 views.
+
+    Command: deit-fast precompute --recipe deit_small_eva02 --data.root IMAGENET
+    --teacher timm:eva02_large_patch14_448.mim_m38m_ft_in22k_in1k --cache CACHE, then
+    deit-fast train --recipe deit_small_eva02 --data.root IMAGENET --cache CACHE
+    Time: not measured yet. Accuracy: none published; not run.
+    """
+    recipe = "deit_small_eva02"
+    return _deit_soft(recipe, "deit_small_distilled_patch16_224").replace(
+        num_views=48, teacher_size=448, loss={"alpha": 0.5, "tau": 1.0}
+    )
+
+
+def deit_small_logits_and_features() -> RunConfig:
+    """DeiT-S from two teachers: the logits of RegNetY-16GF and the class token of DINOv3-B.
+
+    Command: deit-fast precompute --recipe deit_small_logits_and_features --data.root IMAGENET
+    --teacher timm:regnety_160.deit_in1k --cache REGNET, then
+    deit-fast precompute --recipe deit_small_logits_and_features --data.root IMAGENET
+    --teacher timm:vit_base_patch16_dinov3.lvd1689m --targets cls --cache DINO, then
+    deit-fast train --recipe deit_small_logits_and_features --data.root IMAGENET --cache REGNET
+    --more-caches DINO/cls
+    Time: not measured yet. Accuracy: none published; not run.
+    """
+    recipe = "deit_small_logits_and_features"
+    return _deit(recipe, "deit_small_distilled_patch16_224", "hard").replace(num_views=12)
+
+
 def imagenet_100_small() -> RunConfig:
     """DeiT-S on 100 classes of ImageNet (about 127,000 images), hard distillation.
 
@@ -432,6 +501,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         deit3_small,
         deit3_base,
         funmatch_small,
+        deit_tiny_dinov3,
+        deit_small_dinov3,
+        deit_small_eva02,
+        deit_small_logits_and_features,
         finetune_teacher,
         own_images,
         imagenet_100_small,

@@ -24,6 +24,7 @@ from deit_fast.errors import InputError
 BASE = RunConfig().replace(view={"augment": "none", "repeats": 1})  # no setting excludes another
 NOT_NUMBERS = ["x", "", [], {}, None, True]
 ACCEPTED = {
+    "loss.teachers": [None, (100.0,), (0.0, 1.0)],
     "batch_schedule": [(), ((1, 1),), ((1, 2**31 - 1), (10**6, 1))],
     "model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")],
     "model.head": ["standard"],  # the others need model.wide, which needs them
@@ -43,6 +44,7 @@ REFUSED: dict[str, list[Any]] = {
                            ((0, 96), (3, 128)), ((0, 0), (3, 224)),
                            ((0, 8193), (3, 224)), ((0, 96, 3), (3, 224, 3)), (0, 96, 3, 224)],
     "codec.temperatures": [()],
+    "loss.teachers": [(), (0.0,)],
     "targets": [(), ("cls", "cls")],
     "more_caches": [("a", "a")],
     **{f"features.{name}": [()] for name in ("weights", "losses", "normalise", "projectors")},

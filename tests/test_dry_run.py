@@ -15,6 +15,7 @@ from deit_fast import cli
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.models.convnet import small_convnet
+from deit_fast.models.teacher_features import TeacherOutputs
 from deit_fast.runtime.pipeline_time import (
     Repeated,
     images_to_time,
@@ -57,7 +58,7 @@ def test_a_dry_run_says_what_the_run_then_has_and_writes_nothing(world, tmp_path
     found = dry_run(config)
     assert (tree(world), tree(tmp_path)) == before
     assert (found["images"], found["classes"], found["held_out"]) == (210, 10, 100)
-    assert found["step"] == 0 and found["cache"] is None and found["teacher"] == config.teacher
+    assert found["step"] == 0 and found["caches"] == [] and found["teacher"] == config.teacher
     assert found["seconds"] > 0 and 2 <= found["measured_images"] <= 32
     weights = 4 * found["parameters"]
     assert 5 * weights < found["memory"] < 2**30  # weights, gradients, two moments, average
@@ -120,7 +121,10 @@ def test_a_dry_precomputation_refuses_what_the_job_would_refuse(
     assert cli.main([*words, f"{tmp_path}/file"]) == 2
     assert f"{tmp_path}/file" in capsys.readouterr().err
     nan = torch.full((1000, 10), float("nan"))
-    monkeypatch.setattr("deit_fast.precomputation._Job.logits", lambda _, batch: nan[: len(batch)])
+    monkeypatch.setattr(
+        "deit_fast.precomputation._Job.outputs",
+        lambda _, batch: TeacherOutputs(nan[: len(batch)], ()),
+    )
     assert cli.main([*words, f"{tmp_path}/cache"]) == 2
     assert re.search(r"view 0 sample \d+: teacher logit nan", capsys.readouterr().err)
     assert not (tmp_path / "cache").exists()

@@ -415,6 +415,7 @@ OTHER: dict[str, Any] = {
     "features.dim": 8, "features.weights": [2.0], "features.losses": ["mse"],
     "features.normalise": ["standard"], "features.projectors": ["mlp"], "features.token": "mean",
     "model.head": "lift", "model.wide": 64, "features.student_block": 1, "features.drop": "random",
+    "loss.teachers": [1.0],
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ LAYERS = [
         "deit_fast/teacher_accuracy.py",
     },
     {"deit_fast/training"},
-    {"deit_fast/precomputation.py"},
+    {"deit_fast/precomputation.py", "deit_fast/target_caches.py"},
     {"deit_fast/tools"},
     {"deit_fast/api.py"},
     {

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch, LogitCache, LogitCacheWriter
+from deit_fast.cache.record_order import RecordOrder
 from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader
@@ -90,13 +91,13 @@ def status(process: BaseProcess) -> int | None:
 def check_logits(config: RunConfig, device: str) -> None:
     """Each batch gets the logits of its own images, and the teacher has the next batch by then."""
     job = _Job(config.replace(device=device))
-    calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, job.source.num_samples, 20)
+    calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, RecordOrder(job.source.num_samples), 20)
     given: list[int] = []
-    job.teacher.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    job.teacher.model.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
     loader = open_loader(config.data, job.source, job.plan, calls, device=job.device)
-    for index, (batch, logits) in enumerate(job.run(loader)):
+    for index, (batch, outputs) in enumerate(job.run(loader)):
         assert len(given) == min(index + 2, len(calls))
-        kept = logits.cpu()  # as the writer does, which waits
+        kept = outputs.logits.cpu()  # as the writer does, which waits
         samples, views = calls[index]
         assert batch.sample_ids.tolist() == samples.tolist()
         assert batch.view_ids.tolist() == views.tolist()
@@ -110,7 +111,7 @@ def check_logits(config: RunConfig, device: str) -> None:
 def test_a_compiled_teacher_does_not_resume_the_cache_of_a_plain_one(config, tmp_path, first):
     plans = [config.replace(cache=str(tmp_path), num_views=3, compile=kind)
              for kind in (first, "blocks" if first == "none" else "none")]  # fmt: skip
-    with LogitCacheWriter(tmp_path, _Job(plans[0]).manifest):
+    with LogitCacheWriter(tmp_path, _Job(plans[0]).open_caches()[0].manifest):
         pass
     with pytest.raises(CacheMismatch, match=r"teacher\.compiled"):
         precompute(plans[1])
@@ -126,7 +127,7 @@ def test_logits_on_a_gpu_belong_to_their_batches(config):
 
 
 def test_calls_cover_each_view_once_and_never_cross_blocks():
-    calls = TeacherCalls([(2, 0), (2, 2)], block_records=100, num_samples=230, batch=32)
+    calls = TeacherCalls([(2, 0), (2, 2)], 100, RecordOrder(230), 32)
     ids = [call[0] for call in (calls[i] for i in range(len(calls)))]
     assert np.concatenate(ids).tolist() == [*range(100), *range(200, 230)]
     assert [len(x) for x in ids] == [32, 32, 32, 4, 30]

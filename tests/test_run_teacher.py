@@ -46,7 +46,7 @@ def expected(cache, ids):
 
 
 def teacher_of(cache) -> RunTeacher:
-    return RunTeacher(RunConfig(loss=LossConfig(kind="soft", tau=TAU)), CPU, cache=cache)
+    return RunTeacher(RunConfig(loss=LossConfig(kind="soft", tau=TAU)), CPU, caches=[cache])
 
 
 def test_batches_get_the_logits_of_their_views_from_any_step_on(cached):
@@ -83,7 +83,7 @@ def test_logits_reach_the_gpu_with_their_batch(cached):
     """Records are decoded on the stream that copies, while the consumer computes on another."""
     cache, order = cached
     device = torch.device("cuda")
-    teacher = RunTeacher(RunConfig(loss=LossConfig(kind="soft", tau=TAU)), device, cache=cache)
+    teacher = RunTeacher(RunConfig(loss=LossConfig(kind="soft", tau=TAU)), device, caches=[cache])
     batches = [batch_of(order[step]) for step in range(len(order))]
     loader = DeviceLoader(batches, device, teacher.attach(order, 0))
     for step, batch in enumerate(loader):

@@ -28,7 +28,9 @@ class ViewBatch:
         lam: float32 [B], weight of `labels` in the target.
         substituted: paths of unreadable files of this batch; a neighbour was read instead of each.
         teacher: stored teacher logits of the views, in a form that `kernels.distillation_loss`
-            takes; None where the run reads no cache.
+            takes; None where the run reads none.
+        more_teachers: those of further teachers.
+        features: stored features of the views, float [B, T, D] each.
     """
 
     images: Tensor
@@ -40,6 +42,8 @@ class ViewBatch:
     lam: Tensor
     substituted: list[str] = field(default_factory=list)
     teacher: Tensor | TopK | None = None
+    more_teachers: tuple[Tensor | TopK, ...] = ()
+    features: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -54,9 +58,18 @@ class ViewBatch:
         """labels, partner_labels, lam: the mixed pair that `kernels.distillation_loss` takes."""
         return self.labels, self.partner_labels, self.lam
 
+    @property
+    def logits(self) -> tuple[Tensor | TopK, ...]:
+        """The stored logits of all teachers."""
+        return () if self.teacher is None else (self.teacher, *self.more_teachers)
+
+    def stored_tensors(self) -> list[Tensor]:
+        """The tensors of stored logits and features."""
+        return [*(t for logits in self.logits for t in teacher_tensors(logits)), *self.features]
+
     def device_tensors(self) -> list[Tensor]:
         """The tensors that `to` moves."""
-        return [*(getattr(self, name) for name in _TENSORS), *teacher_tensors(self.teacher)]
+        return [*(getattr(self, name) for name in _TENSORS), *self.stored_tensors()]
 
     def part(self, start: int, stop: int) -> ViewBatch:
         """Views ``start`` to ``stop`` - 1. The pixels are shared: the plan points into them."""
@@ -72,9 +85,15 @@ class ViewBatch:
 
     def _map(self, names: Iterable[str], function: Callable[[Tensor], Tensor]) -> ViewBatch:
         mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
-        if self.teacher is not None:
-            mapped["teacher"] = map_teacher(self.teacher, function)
-        return dataclasses.replace(self, **mapped)
+        return dataclasses.replace(self, **mapped, **self.map_stored(function))
+
+    def map_stored(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The fields of stored logits and features with ``function`` applied to each tensor."""
+        if not self.logits and not self.features:
+            return {}
+        first, *others = [map_teacher(logits, function) for logits in self.logits] or [None]
+        features = tuple(map(function, self.features))
+        return {"teacher": first, "more_teachers": tuple(others), "features": features}
 
 
 def main_labels(labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:

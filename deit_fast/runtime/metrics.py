@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import time
+import typing
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from deit_fast.config import RunConfig
+from deit_fast.config import RunConfig, Target
 from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import (
     SEAL_KEY,
@@ -32,6 +33,7 @@ from deit_fast.runtime.trackers import Trackers
 log = logging.getLogger("deit_fast")
 
 METRICS = "metrics.jsonl"  # in the run's folder
+FEATURES = tuple(target for target in typing.get_args(Target) if target != "logits")
 
 
 class MetricsFile:
@@ -205,10 +207,14 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 def row_text(row: dict[str, Any], total: int) -> str:
     """A training row as text for the terminal and the log; ``total``: steps of the run."""
+    losses = {"base": row["base_loss"], "distillation": row["distill_loss"]}
+    for name, value in row.items():
+        if name.partition("_loss")[0] in FEATURES:
+            losses[name.replace("_loss", "").replace("_", " ")] = value
+    text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
     parts = [
         f"step {row['step']}/{total}",
-        f"loss {row['loss']:.4f} (base {row['base_loss']:.4f}, "
-        f"distillation {row['distill_loss']:.4f})",
+        f"loss {row['loss']:.4f} ({text})",
         f"lr {row['lr']:.2e}",
         f"gradient {row['grad_norm']:.3g}",
         f"{row['step_ms']:.0f} ms",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -10,16 +11,18 @@ import numpy as np
 import torch
 
 from deit_fast.cache import LogitCache
+from deit_fast.cache.feature_cache import FeatureCache, is_features, target_of
 from deit_fast.cache.verify import THRESHOLD, compare_logits, pick_pixels
 from deit_fast.config import DataConfig, RunConfig, ViewConfig, constants
 from deit_fast.config_file import from_dict
-from deit_fast.data.batch import main_labels
+from deit_fast.data.batch import ViewBatch, main_labels
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import CacheError, InputError
 from deit_fast.models.teacher import load_class_matched_teacher
-from deit_fast.runtime.distributed import choose_device
+from deit_fast.models.teacher_features import TeacherOutputs
+from deit_fast.runtime.distributed import choose_device, has_bf16
 from deit_fast.views.plan import ViewPlan, lam_of
 
 _BATCH = 16
@@ -83,7 +86,8 @@ def verify_against_teacher(
     """Compute random records again from the images, with the cache's own view settings.
 
     A record's error is in nats, at the first recorded temperature; ``cache.verify.compare_logits``
-    defines it and how large it may be beyond ``threshold``.
+    defines it and how large it may be beyond ``threshold``. That of features is relative to their
+    length, see ``FeatureCache.compare``, without ``threshold``.
 
     Args:
         teacher, data, teacher_classes, teacher_mean, teacher_std: what the cache was made from;
@@ -112,8 +116,10 @@ def verify_against_teacher(
     source = open_source(data, "train", view.image_size)
     cache.require(views_fingerprint(config, source))  # first: a teacher may take a minute to load
     chosen = choose_device(device)
-    model = load_class_matched_teacher(config, source.classes, chosen).to_device(chosen)
-    cache.require(model.expected_fields(cache.manifest["fingerprint"]))
+    target = target_of(cache) if is_features(cache) else "logits"
+    model = load_class_matched_teacher(config, source.classes, chosen, [target]).to_device(chosen)
+    index = 0 if is_features(cache) else None
+    cache.require(model.expected_fields(cache.manifest["fingerprint"], index))
     if not cache.views:
         raise CacheError(f"cache {path} has no complete view")
     plan = ViewPlan(view, source.num_samples)
@@ -121,19 +127,12 @@ def verify_against_teacher(
     require_same_pixels(digests, source, plan, data=data, device=chosen, where=f"cache {path}")
 
     ids, views = _draw(cache, samples, seed)
-    tau = cache.codec.first_temperature
+    compare = _comparison(cache, threshold, chosen)
     batches = [(ids[part], views[part]) for part in plan.batches_of(views, _BATCH)]
     data = dataclasses.replace(data, workers=0)
     errors, allowed = [], []
     for batch in open_loader(data, source, plan, batches, device=chosen):
-        found, bound = compare_logits(
-            cache.gather(batch.sample_ids, batch.view_ids, tau=tau),
-            model(ingest_batch(batch, view, torch.float32)).cpu(),
-            codec=cache.codec,
-            tau=tau,
-            keys=cache.keys(batch.sample_ids, batch.view_ids),
-            threshold=threshold,
-        )
+        found, bound = compare(batch, model.outputs(ingest_batch(batch, view, torch.float32)))
         errors.append(found)
         allowed.append(bound)
     error, limit = torch.cat(errors), torch.cat(allowed)
@@ -149,6 +148,30 @@ def verify_against_teacher(
         },
         "pixels": len(digests),
     }
+
+
+def _comparison(
+    cache: LogitCache, threshold: float, device: torch.device
+) -> Callable[[ViewBatch, TeacherOutputs], tuple[torch.Tensor, torch.Tensor]]:
+    """What compares the records of a batch with the teacher's outputs: errors and bounds [n]."""
+    tau = cache.codec.first_temperature
+    features = FeatureCache(cache) if is_features(cache) else None
+
+    def compare(batch: ViewBatch, outputs: TeacherOutputs) -> tuple[torch.Tensor, torch.Tensor]:
+        if features is not None:
+            stored = features.gather(batch, "cpu")
+            return features.compare(stored, outputs.features[0].cpu(), has_bf16(device))
+        assert outputs.logits is not None
+        return compare_logits(
+            cache.gather(batch.sample_ids, batch.view_ids, tau=tau),
+            outputs.logits.cpu(),
+            codec=cache.codec,
+            tau=tau,
+            keys=cache.keys(batch.sample_ids, batch.view_ids),
+            threshold=threshold,
+        )
+
+    return compare
 
 
 def _draw(cache: LogitCache, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

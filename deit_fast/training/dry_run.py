@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from deit_fast.cache.format import views_on_disk
-from deit_fast.cache.verify import info, open_for_run
+from deit_fast.cache.reader import LogitCache
+from deit_fast.cache.verify import info
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.fingerprint import identify, views_fingerprint
@@ -20,7 +21,6 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.data.sources import Source
 from deit_fast.errors import translate_errors
-from deit_fast.models.teacher import load_class_matched_teacher
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, read_process_group
 from deit_fast.runtime.pipeline_time import (
     Repeated,
@@ -39,7 +39,13 @@ from deit_fast.training.state import (
     settle,
 )
 from deit_fast.training.step import TrainStep
-from deit_fast.training.teacher import RunTeacher, open_teacher
+from deit_fast.training.teacher import (
+    RunTeacher,
+    expected_fields,
+    load_run_teacher,
+    open_caches,
+    open_teacher,
+)
 from deit_fast.views.plan import ViewPlan
 
 SECONDS = 10.0  # that the timed steps may take, about
@@ -75,7 +81,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         `output`, `step` (of the newest checkpoint, 0 of a new run), `images`, `classes`,
-        `held_out`, `teacher` (spec, or none), `cache` (None, or `path`, `views`, `missing` view
+        `held_out`, `teacher` (spec, or none), `caches` (of each `path`, `views`, `missing` view
         ids, `bytes`), `parameters`, `memory` (bytes of a process: weights, gradients, optimiser,
         averages and the images of a step, without loader processes), `batch_size`, `epochs`,
         `steps_per_epoch`, `steps`, `seconds` (of the steps that are left, evaluations included),
@@ -97,9 +103,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     done = 0 if checkpoint is None else int(checkpoint.saved["step"])
     total = min(len(batches), config.max_steps or len(batches))
 
-    cache = _cache(config, source)
+    caches = _caches(config, source)
     # Each number of images would be compiled anew, within the time that is measured.
-    teacher = _teacher(config.replace(compile="none", cuda_graphs=False), source, device, cache)
+    teacher = _teacher(config.replace(compile="none", cuda_graphs=False), source, device, caches)
     if checkpoint is not None:
         require_same_run(checkpoint, config, identify(source, held_out) | teacher.identity())
     share = config.batch_size // group.world_size
@@ -130,8 +136,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "images": source.num_samples,
         "classes": len(source.classes),
         "held_out": held_out.num_samples,
-        "teacher": config.teacher if config.loss.kind != "none" else None,
-        "cache": cache,
+        "teacher": config.teacher if teacher.is_online or caches else None,
+        "caches": caches,
         "parameters": sum(value.numel() for value in found.state.model.parameters()),
         "memory": _memory(found, teacher, micro, config),
         "batch_size": config.batch_size,
@@ -147,37 +153,48 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _cache(config: RunConfig, source: Source) -> dict[str, Any] | None:
-    """The state of the run's cache; None for a run that reads none.
+def _caches(config: RunConfig, source: Source) -> list[dict[str, Any]]:
+    """The state of the run's caches.
 
     Raises:
-        CacheMismatch: it is of other images or views.
+        CacheMismatch: one is of other images or views.
     """
-    if config.cache is None or config.loss.kind == "none":
-        return None
     needed = range(config.views_used)
-    if not os.path.exists(config.cache):
-        return {"path": config.cache, "views": 0, "missing": [*needed], "bytes": 0}
-    cache = open_for_run(config.cache, config.loss.tau)
-    cache.require(views_fingerprint(config, source))
-    complete = {*cache.views} if views_on_disk(cache.path) else set()
-    missing = [view for view in needed if view not in complete]
-    size = info(config.cache)["bytes"]
-    return {"path": config.cache, "views": len(complete), "missing": missing, "bytes": size}
+    found = [
+        {"path": path, "views": 0, "missing": [*needed], "bytes": 0}
+        for path in config.caches
+        if not os.path.exists(path) and config.loss.kind != "none"
+    ]
+    for cache in _existing(config):
+        cache.require(views_fingerprint(config, source))
+        complete = {*cache.views} if views_on_disk(cache.path) else set()
+        missing = [view for view in needed if view not in complete]
+        size = info(cache.path)["bytes"]
+        found.append(
+            {"path": str(cache.path), "views": len(complete), "missing": missing, "bytes": size}
+        )
+    return sorted(found, key=lambda state: config.caches.index(state["path"]))
+
+
+def _existing(config: RunConfig) -> list[LogitCache]:
+    """Those of the run's caches that exist."""
+    paths = [path for path in config.caches if os.path.exists(path)]
+    return open_caches(config.replace(cache=next(iter(paths), None), more_caches=tuple(paths[1:])))
 
 
 def _teacher(
-    config: RunConfig, source: Source, device: torch.device, cache: dict[str, Any] | None
+    config: RunConfig, source: Source, device: torch.device, caches: list[dict[str, Any]]
 ) -> RunTeacher:
-    """The run's teacher; where views are missing, its network alone is loaded and checked."""
-    if cache is None or not cache["missing"]:
+    """The run's teacher; where views are missing, it is only loaded and compared with the caches
+    that exist."""
+    if not any(cache["missing"] for cache in caches):
         return open_teacher(config, source, device)
+    existing = _existing(config)
     if config.teacher is not None:
-        teacher = load_class_matched_teacher(config, source.classes, device)
-        if os.path.exists(cache["path"]):
-            stored = open_for_run(cache["path"], config.loss.tau)
-            stored.require(teacher.expected_fields(stored.manifest["fingerprint"]))
-    return RunTeacher(config, device)
+        teacher = load_run_teacher(config, source, device, existing)
+        for cache in existing:
+            cache.require(expected_fields(teacher, cache))
+    return RunTeacher(config, device, caches=existing)
 
 
 def _size_share(config: RunConfig, epochs: range) -> float:
@@ -210,7 +227,7 @@ def _measure(
         compile="none", cuda_graphs=False, accumulate=1, batch_schedule=(), profile_steps=0,
         check_teacher_every=None, model={"weights": weights},
     )  # fmt: skip
-    state = create_state(quick, len(source.classes), device, source.classes)
+    state = create_state(quick, len(source.classes), device, source.classes, teacher.terms)
     steps = _Steps(quick, source, teacher, state, device)
     workers = loading_processes(config.data.workers)
 
@@ -291,7 +308,10 @@ class _Steps:
 
     def _step(self, images: int) -> TrainStep:
         config, state = self.config.replace(batch_size=images), self.state
-        return TrainStep(config, state.model, self.teacher, state.optimizer, state.ema, self.device)
+        return TrainStep(
+            config, state.model, self.teacher, state.optimizer, state.ema, self.device,
+            heads=state.heads,
+        )  # fmt: skip
 
     def _batches(self, images: int, workers: int | None) -> Iterator[ViewBatch]:
         config = self.config.replace(batch_size=images)
@@ -301,16 +321,27 @@ class _Steps:
         data = dataclasses.replace(config.data, workers=workers)
         loader = open_loader(
             data, self.source, plan, Repeated(first_epoch), device=self.device,
-            attach=self._with_logits,
+            attach=self._with_stored,
         )  # fmt: skip
         return iter(loader)
 
-    def _with_logits(self, batch: ViewBatch) -> ViewBatch:
-        """The batch with random logits in place of stored ones, if the run reads such."""
-        if self.config.loss.kind == "none" or self.teacher.is_online:
+    def _with_stored(self, batch: ViewBatch) -> ViewBatch:
+        """The batch with random logits and features in place of stored ones, if the run reads
+        such."""
+        if self.teacher.is_online:
             return batch
-        logits = torch.randn(len(batch), len(self.source.classes))
-        return dataclasses.replace(batch, teacher=logits)
+        count, reads_logits = len(batch), self.config.loss.kind != "none"
+        number = max(1, len(self.teacher.logit_caches)) if reads_logits else 0
+        logits = [torch.randn(count, len(self.source.classes)) for _ in range(number)]
+        features = tuple(
+            torch.randn(count, term.given.tokens, term.given.width) for term in self.teacher.terms
+        )
+        return dataclasses.replace(
+            batch,
+            teacher=next(iter(logits), None),
+            more_teachers=tuple(logits[1:]),
+            features=features,
+        )
 
     def _seconds(self, work: Callable[[], object]) -> float:
         _wait(self.device)

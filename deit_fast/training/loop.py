@@ -266,13 +266,13 @@ class _Pass:
     def _train(self, runs: Sequence[Run], batch: ViewBatch) -> None:
         """Apply a batch to each run."""
         inputs = StepInputs(kept=len(runs) > 1)
-        by_logits = {self.teacher.reads: batch}  # those that the loader has attached
+        by_reads = {self.teacher.reads: batch}  # with what the loader has attached
 
         def train(run: Run) -> None:
             reads = run.teacher.reads
-            if reads not in by_logits:
-                by_logits[reads] = run.teacher.with_logits(batch)
-            run.train(by_logits[reads], inputs)
+            if reads not in by_reads:
+                by_reads[reads] = run.teacher.with_stored(batch)
+            run.train(by_reads[reads], inputs)
 
         self._each(train, runs)
 

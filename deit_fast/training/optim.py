@@ -85,6 +85,16 @@ def create_optimizer(
     return torch.optim.AdamW(groups, **shared, fused=True)
 
 
+def add_parameters(
+    optimizer: torch.optim.Optimizer, module: nn.Module, weight_decay: float
+) -> None:
+    """Let the optimiser train a module beside the model: matrices decay, vectors do not. Muon
+    leaves them to its AdamW."""
+    for group in param_groups_weight_decay(module, weight_decay):
+        fallback = {"use_fallback": True} if isinstance(optimizer, Muon) else {}
+        optimizer.add_param_group({**group, **fallback})
+
+
 def _ends_of(model: nn.Module) -> list[str]:
     """Patterns of a timm model's first layer and its heads, whose shapes do not tell them apart."""
     entry: Any = getattr(model, "pretrained_cfg", None) or {}

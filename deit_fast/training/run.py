@@ -140,7 +140,7 @@ class Run:
         config, checkpoint, classes = self.config, self._checkpoint, data.source.classes
         self.data, self.steps, self.teacher = data, data.steps, teacher
         data.batches.require_parts(config.accumulate)
-        self.state = create_state(config, len(classes), self.device, classes)
+        self.state = create_state(config, len(classes), self.device, classes, teacher.terms)
         self.state.identity |= data.facts | teacher.identity()
         is_branch = checkpoint is not None and checkpoint.is_branch
         self._is_changed = is_branch or bool(config.accept_change and checkpoint)
@@ -172,8 +172,9 @@ class Run:
         config, state = self.config, self.state
         self.compile_count = CompileCount()
         self.step_once = TrainStep(
-            config, state.model, self.teacher, state.optimizer, state.ema, self.device, self.group
-        )
+            config, state.model, self.teacher, state.optimizer, state.ema, self.device, self.group,
+            state.heads,
+        )  # fmt: skip
         self._eval_forward = None
         if (mode := resolve_compile(config, self.device, state.model)) != "none":
             average = state.ema.module if state.ema is not None else None

@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from deit_fast.config import OptimConfig, RunConfig
 from deit_fast.config_file import RETIRED, WITHOUT_INFLUENCE, by_dotted_key, from_earlier, to_dict
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
+from deit_fast.features.student import FeatureHeads, HeadSpec
 from deit_fast.models.normalisation import Normalisation
 from deit_fast.models.pretrained import pretrained_name
 from deit_fast.models.student import build_model
 from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.models.weights_facts import read_facts
 from deit_fast.training.checkpoints import list_checkpoints, load_checkpoint, load_newest
+from deit_fast.training.feature_terms import FeatureTerm
 from deit_fast.training.identity import require_same
 from deit_fast.training.optim import (
+    add_parameters,
     create_average,
     create_optimizer,
     decay_start,
@@ -66,6 +69,7 @@ class TrainState:
     model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
+    heads: FeatureHeads | None = None  # projectors of the feature terms, trained beside the model
     step: int = 0
     evaluated_step: int = 0
     skipped: list[int] = field(default_factory=list)  # steps left out after they were not finite
@@ -110,6 +114,7 @@ class TrainState:
             "sums": dict(self.sums),
             "substituted": sorted(self.substituted),
             "model": self.model.state_dict(),
+            "heads": self.heads.state_dict() if self.heads is not None else None,
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             # No state of a generator: views, order and stochastic depth depend on seed and step.
             "optimizer": self.optimizer.state_dict(),
@@ -118,6 +123,8 @@ class TrainState:
     def restore(self, saved: dict[str, Any]) -> None:
         """Load what ``to_checkpoint`` returned."""
         self.model.load_state_dict(saved["model"])
+        if self.heads is not None:
+            self.heads.load_state_dict(saved["heads"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -131,16 +138,49 @@ class TrainState:
         self.skipped, self.substituted = list(saved["skipped"]), set(saved["substituted"])
 
 
+def _build_heads(
+    config: RunConfig, model: nn.Module, terms: Sequence[FeatureTerm]
+) -> FeatureHeads | None:
+    """The projectors of the student's tokens to the targets of the terms; None without terms.
+
+    Args:
+        model: the student, of which tokens are taken.
+    """
+    if not terms:
+        return None
+    features = config.features
+    specs = [
+        HeadSpec(
+            tokens=term.given.tokens,
+            width=term.given.width,
+            is_grid=term.given.target == "patches",
+            projector=term.projector,
+        )
+        for term in terms
+    ]  # fmt: skip
+    return FeatureHeads(
+        model,
+        specs,
+        hidden=features.hidden,
+        token=features.token,
+        block=features.student_block,
+        image_size=config.view.image_size,
+    )
+
+
 def create_state(
     config: RunConfig,
     num_classes: int,
     device: torch.device,
     classes: Sequence[str] | None = None,
+    terms: Sequence[FeatureTerm] = (),
 ) -> TrainState:
-    """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone.
+    """A run's state at step 0. The initial weights depend on ``seed`` and `model.weights` alone;
+    those of the model not on ``terms``.
 
     Args:
         classes: names of the classes, which the heads in `model.weights` follow.
+        terms: feature terms of the loss, whose projectors are trained beside the model.
     """
     torch.manual_seed(config.seed)
     model = build_model(config, num_classes)
@@ -150,10 +190,15 @@ def create_state(
         identity["model.weights"] = digest_state(weights)
         _start_from(model, weights, config, classes)
         _compare_normalisation(config, config.model.weights)
+    torch.manual_seed(config.seed)
+    heads = _build_heads(config, model, terms)
     model.to(device).train()
     average = create_average(model, config.optim)
     optimizer = create_optimizer(model, config.optim, config.compat)
-    return TrainState(model, average, optimizer, identity=identity)
+    if heads is not None:
+        heads.to(device).train()
+        add_parameters(optimizer, heads, config.optim.weight_decay)
+    return TrainState(model, average, optimizer, heads, identity=identity)
 
 
 def _start_from(

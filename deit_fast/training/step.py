@@ -7,7 +7,7 @@ finite, from a copy that runs beside the next step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,16 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
+from deit_fast.features.student import FeatureStudent
 from deit_fast.kernels.distillation_loss import TopK, distillation_loss
 from deit_fast.models.fuse import patch_side, set_batch_part
 from deit_fast.models.shadow import Shadows
 from deit_fast.runtime.distributed import ProcessGroup, has_bf16
 from deit_fast.training.compiling import compile_blocks, raise_recompile_limit, resolve_compile
+from deit_fast.training.feature_terms import FeatureTerms
 from deit_fast.training.optim import Average, clip_gradients, set_learning_rate, skips_on_device
 from deit_fast.training.step_graph import Part, StepGraph, StepOutput, require_capturable
 from deit_fast.training.step_inputs import StepInputs
 
 if TYPE_CHECKING:
+    from deit_fast.features.student import FeatureHeads
     from deit_fast.training.teacher import RunTeacher
 
 NUMBERS = ("loss", "base_loss", "distill_loss", "agreement")
@@ -69,22 +72,26 @@ class TrainStep:
         ema: ModelEmaV3 | None,
         device: torch.device,
         group: ProcessGroup | None = None,
+        heads: FeatureHeads | None = None,
     ) -> None:
         self.config, self.model, self.teacher = config, model, teacher
         self.optimizer, self.device = optimizer, device
         self.group = group or ProcessGroup()
         self.inputs = StepInputs()
         self.bf16 = has_bf16(device)
-        self.finite = FiniteCheck(self.group, device, model)
+        self.terms = FeatureTerms(config, teacher.terms, device)
+        trained = model if heads is None else FeatureStudent(model, heads)
+        self.numbers = (*NUMBERS, *teacher.logit_names, *self.terms.names)
+        self.finite = FiniteCheck(self.group, device, trained)
         self.average = Average(ema, model) if ema is not None else None
-        self.parameters = list(model.parameters())
+        self.parameters = list(trained.parameters())
         self.stop = torch.zeros((), device=device)  # 1.0 where this process was signalled
         self._stop_on_host = False
         self.graph: StepGraph | None = None
         if config.cuda_graphs:
             require_capturable(device, self.group, optimizer)
             self.graph = StepGraph(optimizer, device, self.work)
-        self.forward = parallel(config, model, device, self.group)
+        self.forward = parallel(config, model, device, self.group, trained)
         # Autocast would cast images and weights in each product. Instead ingest writes patches in
         # bf16, and the weights of all layers are cast at once.
         casts = self.bf16 and device.type == "cuda"
@@ -99,8 +106,8 @@ class TrainStep:
         stop: bool = False,
         inputs: StepInputs | None = None,
     ) -> dict[str, Tensor]:
-        """Returns the losses, means over the ranks, and grad_norm; with a teacher also agreement,
-        the share of the views to which student and teacher give the same class.
+        """Returns the losses, means over the ranks, and grad_norm; with a teacher's logits also
+        agreement, the share of the views to which student and teacher give the same class.
 
         Args:
             batch: this rank's share of the step's views.
@@ -171,7 +178,7 @@ class TrainStep:
         if self.average is not None:
             self.average.update(step)
         self.finite.record(step, output.flags, output.norms)
-        numbers = dict(zip(NUMBERS, output.means.unbind(), strict=True))
+        numbers = dict(zip(self.numbers, output.means.unbind(), strict=True))
         if self.config.loss.kind == "none":
             del numbers["agreement"]
         return numbers | {"grad_norm": output.total_norm}
@@ -198,27 +205,51 @@ class TrainStep:
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def _backward(self, part: Part, share: float) -> list[Tensor]:
-        """Accumulate the gradients of one part; returns its share of the NUMBERS."""
-        batch, logits = part.batch, part.batch.teacher
+        """Accumulate the gradients of one part; returns its share of the numbers."""
+        batch = part.batch
+        logits, features = batch.logits, batch.features
         with phase("ingest"):
             dtype = torch.float32 if self.patch is None else torch.bfloat16
             images = self.inputs.images(part, self.config.view, dtype, self.patch)
         if self.teacher.is_online:
             with phase("teacher"):
-                logits = self.inputs.teacher_outputs(part, self.teacher, images)
+                logits, features = self.inputs.teacher_outputs(part, self.teacher, images)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         shadows = nullcontext() if self.shadows is None else self.shadows.current()
         with phase("forward"), autocast, shadows:
             outputs = self.forward(images)
         self.teacher.join()
         with phase("loss"):
-            numbers = self._loss(outputs, batch, logits)
+            predictions: list[Tensor] = []
+            if self.terms.terms:
+                outputs, predictions = outputs
+            numbers = self._logit_losses(outputs, batch, logits)
+            if predictions:
+                total, terms = self.terms(predictions, features, batch, part.step)
+                numbers = [numbers[0] + total, *numbers[1:], *terms]
         with phase("backward"):
             (numbers[0] if share == 1 else numbers[0] * share).backward()
         return [value.detach() * share for value in numbers]
 
+    def _logit_losses(self, outputs: Any, batch: ViewBatch, logits: Sequence[Any]) -> list[Tensor]:
+        """The numbers without the terms of features; the first is the loss to differentiate.
+
+        With several teachers the loss is the weighted mean of the losses with each of them; their
+        distillation losses follow.
+        """
+        teachers = list(logits) if self.config.loss.kind != "none" else [None]
+        each = [self._loss(outputs, batch, teacher) for teacher in teachers]
+        if len(each) == 1:
+            return list(each[0])
+        shares = self.config.loss.shares(len(each))
+        mean = [
+            sum(share * numbers[index] for share, numbers in zip(shares, each, strict=True))
+            for index in range(len(NUMBERS))
+        ]
+        return [*mean, *(numbers[2] for numbers in each)]  # type: ignore[list-item]
+
     def _loss(self, outputs: Any, batch: ViewBatch, logits: Any) -> tuple[Tensor, ...]:
-        """The NUMBERS, the first of which is the loss to differentiate."""
+        """The NUMBERS with one teacher, the first of which is the loss to differentiate."""
         # A model with one head is distilled through it (DeiT, table 3: "hard, no token").
         class_logits, distill_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         loss = self.config.loss
@@ -267,14 +298,21 @@ def _agreement(heads: list[Tensor], teacher: Any) -> Tensor:
 
 
 def parallel(
-    config: RunConfig, model: nn.Module, device: torch.device, group: ProcessGroup
+    config: RunConfig,
+    model: nn.Module,
+    device: torch.device,
+    group: ProcessGroup,
+    trained: nn.Module | None = None,
 ) -> nn.Module:
     """The module that a step calls: the model, compiled as configured, wrapped for several ranks.
+
+    Args:
+        trained: the model with what is trained beside it; None: the model.
 
     Raises:
         InputError: compile=blocks for a model without blocks.
     """
-    forward: Any = model
+    forward: Any = model if trained is None else trained
     mode = resolve_compile(config, device, model)
     if mode != "none":
         # A compiled graph produces all its gradients at its end. DDP overlaps communication with
@@ -283,7 +321,7 @@ def parallel(
         torch._dynamo.config.optimize_ddp = mode == "model"
         if mode == "model":
             raise_recompile_limit()
-            forward = torch.compile(model, dynamic=False)
+            forward = torch.compile(forward, dynamic=False)
         else:
             compile_blocks(model)
     if group.world_size == 1:

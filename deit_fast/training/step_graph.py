@@ -2,7 +2,7 @@
 
 The graph contains ingest, the online teacher, the student's forward, loss, backward, gradient
 norms, the finite check, clipping and AdamW. Inputs that change from step to step reach it through
-memory at fixed addresses, filled before the replay: the batch with its stored logits
+memory at fixed addresses, filled before the replay: the batch with what is stored of it
 (``StaticPart``), the learning rate, the stop flag, the offset in the batch, and the generator's
 seed, which CUDA graphs read at the replay. After the replay come the moving average, whose weight
 is a number on the host, and the copy of the check's flags.
@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deit_fast.data.batch import ViewBatch, map_teacher, teacher_tensors
+from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.training.optim import skips_on_device
@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
     """Results of a step on the device; none of them has been read."""
 
     flags: Tensor  # of ``FiniteCheck.check``
-    means: Tensor  # float32 [4], as ``step.NUMBERS``
+    means: Tensor  # float32 [numbers], as ``TrainStep.numbers``
     norms: Tensor  # float32 [P], of the gradients
     total_norm: Tensor  # float32 []
 
@@ -59,12 +59,10 @@ class StaticPart:
     def __init__(self, like: Part) -> None:
         batch = like.batch
         capacity = max(len(batch.images), _IMAGES_PER_VIEW * len(batch))
-        copies = {name: getattr(batch, name).clone() for name in _COPIED}
+        copies: dict[str, Any] = {name: getattr(batch, name).clone() for name in _COPIED}
         images = batch.images.new_zeros((capacity, *batch.images.shape[1:]))
-        teacher = None if batch.teacher is None else map_teacher(batch.teacher, torch.clone)
-        batch = dataclasses.replace(
-            batch, images=images, teacher=teacher, substituted=[], **copies
-        )  # fmt: skip
+        copies |= batch.map_stored(torch.clone)
+        batch = dataclasses.replace(batch, images=images, substituted=[], **copies)
         self.part = dataclasses.replace(like, batch=batch)
 
     def fill(self, part: Part) -> bool:
@@ -72,7 +70,7 @@ class StaticPart:
         target, source = self.part.batch, part.batch
         count = len(source.images)
         pairs = [(getattr(target, name), getattr(source, name)) for name in _COPIED]
-        ours, theirs = teacher_tensors(target.teacher), teacher_tensors(source.teacher)
+        ours, theirs = target.stored_tensors(), source.stored_tensors()
         if len(ours) != len(theirs) or count > len(target.images):
             return False
         pairs += [(target.images[:count], source.images), *zip(ours, theirs, strict=True)]

@@ -1,11 +1,11 @@
-"""The teacher of a run: stored logits that come with each batch, or a network run in the step."""
+"""What a run learns from: stored logits and features that come with each batch, or a network that
+is run in the step."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
 from deit_fast.cache.codecs import SampledCodec
+from deit_fast.cache.feature_cache import FeatureCache, Given, is_features, target_of
 from deit_fast.cache.format import manifest_sha256
 from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels, require_tau
 from deit_fast.config import RunConfig
@@ -24,21 +25,29 @@ from deit_fast.errors import CacheError, InputError
 from deit_fast.inputs import require_teacher_settings
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
+from deit_fast.models.teacher_features import FeatureTarget, targets_of
+from deit_fast.runtime.distributed import has_bf16
 from deit_fast.training.compiling import resolve_compile
+from deit_fast.training.feature_terms import build_terms
 from deit_fast.views.plan import ViewPlan
 
 PIXEL_CHECKS = 32  # views made again before training on a cache: under a second
 
 
 class RunTeacher:
-    """A cache, a network, both (the network checks the cache), or neither.
+    """Caches, a network, a cache with the network that checks it, or nothing.
 
-    The loader attaches stored logits to each batch. Without a cache the step runs the network on
-    the images that the student sees; on CUDA beside the student, on a stream of its own.
+    The loader attaches stored logits and features to each batch. Without a cache the step runs the
+    network on the images that the student sees; on CUDA beside the student, on a stream of its own.
 
     Args:
         config: of the run.
         network: on ``device``.
+        caches: of logits or features, in the order of the settings.
+
+    Attributes:
+        terms: feature terms of the loss.
+        logit_names: names of the distillation losses of single teachers, where there are several.
     """
 
     def __init__(
@@ -47,88 +56,111 @@ class RunTeacher:
         device: torch.device,
         *,
         network: Teacher | None = None,
-        cache: LogitCache | None = None,
+        caches: Sequence[LogitCache] = (),
     ) -> None:
         self.config, self.device = config, device
-        self.network, self.cache = network, cache
-        self.is_online = network is not None and cache is None
+        self.network, self.caches = network, tuple(caches)
+        self.logit_caches = [cache for cache in caches if not is_features(cache)]
+        self.feature_caches = [FeatureCache(cache) for cache in caches if is_features(cache)]
+        self.is_online = network is not None and not self.caches
+        given = [cache.given for cache in self.feature_caches]
+        if self.is_online:
+            assert network is not None
+            given = [
+                Given(target.name, network.spec, *shape)
+                for target, shape in zip(network.features, network.shapes, strict=True)
+            ]
+        self.terms = build_terms(config, given)
+        several = len(self.logit_caches) > 1
+        numbers = range(1, len(self.logit_caches) + 1) if several else ()
+        self.logit_names = tuple(f"distill_loss_{number}" for number in numbers)
         on_cuda = self.is_online and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_cuda else None
-        self._read_ahead: ReadAhead | None = None
+        self._read_ahead: list[ReadAhead] = []
         self._largest: float | None = None
 
-    # -- stored logits ---------------------------------------------------------------------------
+    # -- what is stored --------------------------------------------------------------------------
 
     def attach(self, batches: Sequence, start: int) -> Callable[[ViewBatch], ViewBatch] | None:
-        """What a loader of ``batches`` calls with each batch from step ``start`` on, to add its
-        stored logits; None without a cache."""
+        """What a loader of ``batches`` calls with each batch from step ``start`` on, to add what is
+        stored of it; None without a cache."""
         self.close()
-        if self.cache is None:
+        if not self.caches:
             return None
-        cache, steps = self.cache, iter(range(start, len(batches)))
+        steps = iter(range(start, len(batches)))
 
-        def with_logits(batch: ViewBatch) -> ViewBatch:
+        def with_stored(batch: ViewBatch) -> ViewBatch:
             step = next(steps)
-            if self._read_ahead is None:  # only now: the loader's processes have been forked
-                self._read_ahead = cache.prefetch(batches, start=step)
-            self._read_ahead.advance(step)
-            return self.with_logits(batch)
+            if not self._read_ahead:  # only now: the loader's processes have been forked
+                self._read_ahead = [cache.prefetch(batches, start=step) for cache in self.caches]
+            for reader in self._read_ahead:
+                reader.advance(step)
+            return self.with_stored(batch)
 
-        return with_logits
-
-    def with_logits(self, batch: ViewBatch) -> ViewBatch:
-        """The batch with the stored logits that this run reads; with none where it reads none."""
-        stored = None if self.cache is None else self.stored(batch)
-        return dataclasses.replace(batch, teacher=stored)
+        return with_stored
 
     @property
-    def reads(self) -> float | None:
-        """What this run reads of its cache: runs with equal values get equal batches."""
-        return None if self.cache is None else self.config.loss.tau
+    def reads(self) -> Hashable:
+        """What this run reads of its caches: runs with equal values get equal batches."""
+        loss = self.config.loss
+        form = (loss.tau, loss.kind == "hard") if self.logit_caches else None
+        return form, *(id(cache) for cache in self.caches)
 
     def of(self, config: RunConfig) -> RunTeacher:
-        """The teacher of another run, with the same network and cache.
+        """The teacher of another run of the same settings of teacher and caches.
 
         Raises:
-            CacheError: the cache records nothing for that run's temperature.
+            CacheError: a cache records nothing for that run's temperature.
+            InputError: a setting of another number of values than terms.
         """
         if config is self.config:
             return self
         require_teacher_settings(config)
         if config.loss.kind == "none":
-            return RunTeacher(config, self.device)
-        if self.cache is not None:
-            require_tau(self.cache, config.loss.tau)
-        other = copy.copy(self)
-        other.config = config
-        return other
+            caches = [cache for cache in self.caches if is_features(cache)]
+            network = self.network if config.feature_targets or caches else None
+            return RunTeacher(config, self.device, network=network, caches=caches)
+        for cache in self.logit_caches:
+            require_tau(cache, config.loss.tau)
+        return RunTeacher(config, self.device, network=self.network, caches=self.caches)
 
-    def stored(self, batch: ViewBatch) -> Tensor | TopK:
-        """The cache's logits of a batch, on the run's device."""
-        assert self.cache is not None
-        ids, codec = (batch.sample_ids, batch.view_ids), self.cache.codec
-        if self.config.loss.kind == "hard" and isinstance(codec, SampledCodec):
-            return codec.decisions(self.cache.gather_records(*ids)).to(self.device)
-        return self.cache.gather(*ids, tau=self.config.loss.tau, device=self.device)
+    def with_stored(self, batch: ViewBatch) -> ViewBatch:
+        """The batch with stored logits and features, on the run's device."""
+        logits = [self._stored(cache, batch) for cache in self.logit_caches]
+        first, *others = logits or [None]
+        features = tuple(cache.gather(batch, self.device) for cache in self.feature_caches)
+        return dataclasses.replace(
+            batch, teacher=first, more_teachers=tuple(others), features=features
+        )
+
+    def _stored(self, cache: LogitCache, batch: ViewBatch) -> Tensor | TopK:
+        ids = batch.sample_ids, batch.view_ids
+        if self.config.loss.kind == "hard" and isinstance(cache.codec, SampledCodec):
+            return cache.codec.decisions(cache.gather_records(*ids)).to(self.device)
+        return cache.gather(*ids, tau=self.config.loss.tau, device=self.device)
 
     # -- the network -----------------------------------------------------------------------------
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The network's logits [B, C]. On CUDA its stream starts when the images are ready;
-        ``join`` comes before the logits are read."""
-        assert self.network is not None
+    def forward(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The network's logits, [B, C] or none, and its features, [B, T, D] of each target. On CUDA
+        its stream starts when the images are ready; ``join`` comes before the result is read."""
         if self._stream is None:
-            return self.network(images)
+            return self._outputs(images)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            return self.network(images)
+            return self._outputs(images)
+
+    def _outputs(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        assert self.network is not None
+        found = self.network.outputs(images)
+        return () if found.logits is None else (found.logits,), found.features
 
     def join(self) -> None:
         """Make the current stream wait for ``forward``."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    # -- the network against the stored logits ---------------------------------------------------
+    # -- the network against what is stored ------------------------------------------------------
 
     def check(self, batch: ViewBatch, step: int) -> None:
         """At every `check_teacher_every`-th step, compare as `cache verify --teacher` does.
@@ -137,29 +169,45 @@ class RunTeacher:
         may have seen the image itself.
 
         Raises:
-            CacheError: the logits differ by more than rounding and arithmetic explain.
+            CacheError: logits or features differ by more than rounding and arithmetic explain.
         """
         every = self.config.check_teacher_every
-        if self.network is None or self.cache is None or every is None:
+        if self.network is None or not self.caches or every is None:
             return
-        if batch.teacher is None or step % every or batch.substituted:
+        if step % every or batch.substituted:
             return
-        errors, allowed = compare_logits(
-            map_teacher(batch.teacher, Tensor.cpu),
-            self.network(ingest_batch(batch, self.config.view, torch.float32)).cpu(),
-            codec=self.cache.codec,
-            tau=self.config.loss.tau,
-            keys=self.cache.keys(batch.sample_ids, batch.view_ids),
-        )
+        found = self.network.outputs(ingest_batch(batch, self.config.view, torch.float32))
+        for cache, stored in zip(self.logit_caches, batch.logits, strict=True):
+            assert found.logits is not None
+            errors, allowed = compare_logits(
+                map_teacher(stored, Tensor.cpu),
+                found.logits.cpu(),
+                codec=cache.codec,
+                tau=self.config.loss.tau,
+                keys=cache.keys(batch.sample_ids, batch.view_ids),
+            )
+            self._require_small(errors, allowed, cache, batch, step, "logits")
+        features = zip(self.feature_caches, batch.features, found.features, strict=True)
+        for feature_cache, stored, new in features:
+            errors, allowed = feature_cache.compare(stored.cpu(), new.cpu(), has_bf16(self.device))
+            cache = feature_cache.cache
+            self._require_small(errors, allowed, cache, batch, step, feature_cache.given.target)
+
+    def _require_small(
+        self, errors: Tensor, allowed: Tensor, cache: LogitCache, batch: ViewBatch, step: int,
+        what: str,
+    ) -> None:  # fmt: skip
         self._largest = max(self._largest or 0.0, float(errors.max()))
         excess = errors - allowed
         row = int(torch.where(excess.isnan(), torch.inf, excess).argmax())
         if not excess[row] <= 0:
+            compared = "log-probabilities" if what == "logits" else "relative to their length they"
             raise CacheError(
-                f"cache {self.cache.path}: at step {step + 1} the teacher's logits of view "
+                f"cache {cache.path}: at step {step + 1} the teacher's {what} of view "
                 f"{int(batch.view_ids[row])} of sample {int(batch.sample_ids[row])} are not those "
-                f"of the cache: log-probabilities differ by {float(errors[row]):.3g}, "
-                f"{float(allowed[row]):.3g} is allowed (check_teacher_every={every})"
+                f"of the cache: {compared} differ by {float(errors[row]):.3g}, "
+                f"{float(allowed[row]):.3g} is allowed "
+                f"(check_teacher_every={self.config.check_teacher_every})"
             )
 
     def differences(self) -> dict[str, float]:
@@ -170,84 +218,154 @@ class RunTeacher:
     # -- the end ---------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any] | None:
-        """Where the logits came from, for result.json."""
-        if self.cache is not None:
-            codec = self.cache.manifest["codec"]
-            return {"from": "cache", "codec": codec, **self._fingerprint}
-        return {"from": "online", **self._fingerprint} if self._fingerprint else None
+        """Where logits and features came from, for result.json; of several caches the first one,
+        with the others as `more`."""
+        if not self.caches:
+            found = self._fingerprints
+            return {"from": "online", **found[0]} if found else None
+        first, *others = [
+            {"from": "cache", "codec": cache.manifest["codec"], **fingerprint}
+            for cache, fingerprint in zip(self.caches, self._fingerprints, strict=True)
+        ]
+        return first | ({"more": others} if others else {})
 
     def identity(self) -> dict[str, Any]:
-        """Facts for the run's identity; those of a teacher are equal to those of its cache."""
-        found = self._fingerprint
-        optional = [name for name in ("columns", "size") if f"teacher.{name}" in found]
-        names = ["spec", "mean", "std", *optional]
+        """Facts for the run's identity; those of a teacher are equal to those of its caches. With
+        several teachers, or caches, a fact is a list."""
         facts: dict[str, Any] = {}
-        if "teacher.weights_sha256" in found:
-            facts["teacher.model"] = {name: found.get(f"teacher.{name}") for name in names}
-            facts["teacher.weights"] = found["teacher.weights_sha256"]
-        if self.cache is not None:
-            facts["cache.manifest"] = manifest_sha256(self.cache.manifest).hex()
+        models, weights = [], []
+        for found in self._fingerprints:
+            if "teacher.weights_sha256" not in found:
+                continue
+            optional = [name for name in ("columns", "size") if f"teacher.{name}" in found]
+            names = ["spec", "mean", "std", *optional]
+            model = {name: found.get(f"teacher.{name}") for name in names}
+            if model not in models or found["teacher.weights_sha256"] not in weights:
+                models.append(model)
+                weights.append(found["teacher.weights_sha256"])
+        if models:
+            facts |= {"teacher.model": _one(models), "teacher.weights": _one(weights)}
+        if self.caches:
+            hashes = [manifest_sha256(cache.manifest).hex() for cache in self.caches]
+            facts["cache.manifest"] = _one(hashes)
         return facts
 
     @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        """The teacher's, from the cache where there is one; of a network at the first call."""
-        if self.cache is not None:
-            fields = self.cache.manifest["fingerprint"]
-            return {key: fields[key] for key in fields if key.startswith("teacher.")}
-        return {} if self.network is None else self.network.fingerprint()
+    def _fingerprints(self) -> list[dict[str, Any]]:
+        """The teachers', from the caches where there are any; of a network at the first call."""
+        if not self.caches:
+            return [] if self.network is None else [self.network.fingerprint()]
+        stored = [cache.manifest["fingerprint"] for cache in self.caches]
+        return [
+            {key: fields[key] for key in fields if key.startswith(("teacher.", "target."))}
+            for fields in stored
+        ]
 
     def close(self) -> None:
         """End the threads that read ahead."""
-        read_ahead, self._read_ahead = self._read_ahead, None
-        if read_ahead is not None:
-            read_ahead.close()
+        readers, self._read_ahead = self._read_ahead, []
+        for reader in readers:
+            reader.close()
+
+
+def _one(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
 
 
 def open_teacher(config: RunConfig, source: Source, device: torch.device) -> RunTeacher:
-    """Choose by the configuration: no distillation, ``cache``, ``teacher``, or both.
+    """Choose by the configuration: nothing to learn from, caches, ``teacher``, or both.
 
     Raises:
         InputError: distillation without teacher or cache; a teacher of another class count.
-        CacheMismatch: the cache is of another teacher, recipe, seed, data set or decoder; names
+        CacheMismatch: a cache is of another teacher, recipe, seed, data set or decoder; names
             each differing field.
         CacheError: a view is missing or damaged; the loader makes other pixels than the teacher
             saw.
     """
     require_teacher_settings(config)
-    if config.loss.kind == "none":
-        return RunTeacher(config, device)
-    teacher = load_class_matched_teacher(config, source.classes, device) if config.teacher else None
-    if config.cache is None:
-        assert teacher is not None
+    caches = open_caches(config)
+    if not caches:
+        wants_logits = config.loss.kind != "none"
+        if config.teacher is None or not (wants_logits or config.feature_targets):
+            return RunTeacher(config, device)
+        network = load_run_teacher(config, source, device)
         compiled = resolve_compile(config, device) != "none"
-        network = teacher.to_device(device, compiled, config.model.fused)
-        return RunTeacher(config, device, network=network)
-    cache = open_for_run(config.cache, config.loss.tau)
-    expected = views_fingerprint(config, source)
-    stored = cache.manifest["fingerprint"]
-    cache.require(expected | (teacher.expected_fields(stored) if teacher else {}))
-    missing = sorted(set(range(config.views_used)) - set(cache.views))
-    if missing:
-        # With several sizes num_views is the number of epochs.
-        some = missing[0] // config.view.repeats * config.view.repeats
-        fewer = f", or train with --num-views {some}"
-        if not some or config.view.size_schedule:
-            fewer = ""
-        raise InputError(
-            f"cache {config.cache} lacks {len(missing)} of the run's {config.views_used} views, "
-            f"the first is {missing[0]}: precompute them{fewer}"
+        return RunTeacher(
+            config, device, network=network.to_device(device, compiled, config.model.fused)
         )
-    require_same_pixels(
-        pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),
-        source,
-        ViewPlan(config.view, source.num_samples),
-        data=config.data,
-        device=device,
-        where=f"cache {config.cache}",
-    )
+    teacher = load_run_teacher(config, source, device, caches) if config.teacher else None
+    expected = views_fingerprint(config, source)
+    for cache in caches:
+        cache.require(expected | ({} if teacher is None else expected_fields(teacher, cache)))
+        _require_views(config, cache)
+        require_same_pixels(
+            pick_pixels(cache.path, cache.manifest, range(config.views_used), PIXEL_CHECKS),
+            source,
+            ViewPlan(config.view, source.num_samples),
+            data=config.data,
+            device=device,
+            where=f"cache {cache.path}",
+        )
     if teacher is None or config.check_teacher_every is None:
-        return RunTeacher(config, device, cache=cache)
+        return RunTeacher(config, device, caches=caches)
     # As in `precompute`: under `auto` neither compiled nor fused.
     network = teacher.to_device(device, config.compile not in ("auto", "none"))
-    return RunTeacher(config, device, network=network, cache=cache)
+    return RunTeacher(config, device, network=network, caches=caches)
+
+
+def open_caches(config: RunConfig) -> list[LogitCache]:
+    """The caches that a run reads, in the order of its settings. Without distillation of logits
+    their caches are left out.
+
+    Raises:
+        CacheError: as ``open_for_run``.
+        InputError: distillation of logits, and every cache is one of features.
+    """
+    caches = [open_for_run(path, config.loss.tau) for path in config.caches]
+    logits = [cache for cache in caches if not is_features(cache)]
+    if config.loss.kind == "none":
+        return [cache for cache in caches if is_features(cache)]
+    if caches and not logits:
+        raise InputError(
+            f"loss.kind={config.loss.kind} needs logits, and {', '.join(config.caches)} holds "
+            f"features: add the cache of the logits, or set --loss.kind none"
+        )
+    return caches
+
+
+def load_run_teacher(
+    config: RunConfig, source: Source, device: torch.device, caches: Sequence[LogitCache] = ()
+) -> Teacher:
+    """The teacher of a run, with the targets of its caches, or with those that it asks for."""
+    targets: list[str | FeatureTarget] = [
+        target_of(cache) if is_features(cache) else "logits" for cache in caches
+    ]
+    if not caches:
+        learns_logits = config.loss.kind != "none"
+        targets = [t for t in targets_of(config) if t != "logits" or learns_logits]
+    distinct = list(dict.fromkeys(targets))
+    return load_class_matched_teacher(config, source.classes, device, distinct)
+
+
+def expected_fields(teacher: Teacher, cache: LogitCache) -> dict[str, object]:
+    """The teacher's fingerprint as a cache of its logits or features must have it."""
+    index = None
+    if is_features(cache):
+        names = [target.name for target in teacher.features]
+        index = names.index(target_of(cache).name)
+    return teacher.expected_fields(cache.manifest["fingerprint"], index)
+
+
+def _require_views(config: RunConfig, cache: LogitCache) -> None:
+    missing = sorted(set(range(config.views_used)) - set(cache.views))
+    if not missing:
+        return
+    # With several sizes num_views is the number of epochs.
+    some = missing[0] // config.view.repeats * config.view.repeats
+    fewer = f", or train with --num-views {some}"
+    if not some or config.view.size_schedule:
+        fewer = ""
+    raise InputError(
+        f"cache {cache.path} lacks {len(missing)} of the run's {config.views_used} views, "
+        f"the first is {missing[0]}: precompute them{fewer}"
+    )
