@@ -243,8 +243,9 @@ class _Pass:
                     say_slow_step(lap.seconds, first.config.log_every)
                 self._has_stepped = True
                 bad = [run for run in runs if not run.is_finite]
-                self._recover(bad)
-                runs = [run for run in runs if run not in bad]
+                if bad:
+                    self._recover(bad)
+                    runs = [run for run in runs if run not in bad]
                 for run in runs:
                     run.add_time(lap)
                 self._each(self._report, [run for run in runs if run.due.report])
