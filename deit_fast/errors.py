@@ -60,7 +60,8 @@ def _printable_char(char: str) -> str:
 def did_you_mean(name: str, valid: Iterable[str], prefix: str = "") -> str:
     """End of a message about an unknown name: ` (did you mean X?)`, or nothing.
 
-    X is the only valid name whose last dotted part is ``name``, or else the most similar one.
+    X is the only valid name whose last dotted part is ``name``, the `name` of a group ``name``, or
+    else the most similar one.
 
     Args:
         name: what was given, without the prefix.
@@ -71,6 +72,8 @@ def did_you_mean(name: str, valid: Iterable[str], prefix: str = "") -> str:
 
     valid = list(valid)
     same_leaf = [item for item in valid if item.rpartition(".")[2] == name]
+    if f"{name}.name" in valid:
+        same_leaf = [f"{name}.name"]
     near = same_leaf if len(same_leaf) == 1 else difflib.get_close_matches(name, valid, 1, 0.5)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 

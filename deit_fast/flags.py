@@ -156,7 +156,7 @@ COMMON = {
     ),
     "precompute": (
         "recipe", "config", "data.root", "teacher", "teacher_classes", "cache", "view.image_size",
-        "epochs", "num_views", "codec.name", "teacher_batch", "data.workers", "dry_run",
+        "epochs", "num_views", "targets", "codec.name", "teacher_batch", "data.workers", "dry_run",
     ),
 }  # fmt: skip
 

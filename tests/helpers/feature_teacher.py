@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 WIDTH = 12
@@ -28,6 +29,13 @@ class Rows(nn.Module):
         cls = torch.stack([rows.mean(0) for rows in patches])
         logits = torch.stack([self.head(row) for row in cls])
         return {"logits": logits, "cls": cls * 3 + 1, "patches": patches}
+
+
+def transformer(num_classes: int) -> nn.Module:
+    """A feature extractor as timm's: images of 32 pixels, 4 x 4 patches of 24 channels."""
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0
+    )
 
 
 def rows(num_classes: int) -> nn.Module:

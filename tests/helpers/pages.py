@@ -36,6 +36,8 @@ STAND_INS = {
     "--optim.decay-epochs 10": "--optim.decay-epochs 1",
     "step-000125100": "step-000000002",
     "--teacher-floor 0.5": "--teacher-floor 0",  # its weights are random
+    "timm:vit_base_patch16_dinov3.lvd1689m": "helpers.feature_teacher:transformer",
+    "--recipe deit_small_dinov3": "--recipe deit_small_dinov3 --features.grid 2",  # of 4 x 4
     "IMAGENET": "images",
     "DIR": "images",
     "--nproc-per-node 8": "--nproc-per-node 2",
