@@ -16,7 +16,7 @@ from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.models import load_weights
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.dry_run import dry_run
-from deit_fast.training.loop import train
+from deit_fast.training.loop import train, train_together
 from helpers.digits import write_few_digits
 from helpers.feature_teacher import WIDTH
 from helpers.runs import comparable_rows, last_state, run_config, weights_equal
@@ -145,6 +145,30 @@ def test_features_resume_to_the_weights_of_an_uninterrupted_run(made, tmp_path):
     heads = [last_state(tmp_path / name)["heads"] for name in ("whole", "parts")]
     assert heads[0].keys() == heads[1].keys() and len(heads[0]) > 2
     assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0])
+
+
+@pytest.mark.parametrize("source", ["cache", "online"])
+def test_students_of_one_pass_are_their_single_runs(made, tmp_path, source):
+    """One with logits and features, one with features alone and other losses of them."""
+    base = config_of(made, cache=None)
+    if source == "cache":
+        more = str(made / "cache/cls"), str(made / "cache/patches")
+        base = base.replace(cache=str(made / "cache"), more_caches=more, teacher=None)
+    alone = {"losses": ("cosine", "smooth_l1"), "weights": (0.5, 2.0)}
+    students = {
+        "alone": base.replace(loss={"kind": "none"}, seed=1, features=alone),
+        "both": base.replace(features=LOSSES),
+    }
+    together = tmp_path / "together"
+    train_together([c.replace(output=str(together / name)) for name, c in students.items()])
+    for name, config in students.items():
+        single = tmp_path / name
+        assert numbers(together / name) == trained(config, single)
+        assert weights_equal(together / name, single)
+        mine, theirs = last_state(together / name), last_state(single)
+        assert mine["identity"] == theirs["identity"]
+        assert mine["heads"].keys() == theirs["heads"].keys()
+        assert all(torch.equal(mine["heads"][key], theirs["heads"][key]) for key in mine["heads"])
 
 
 def test_projectors_are_no_part_of_the_exported_weights(made, tmp_path):
