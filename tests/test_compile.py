@@ -331,7 +331,7 @@ def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
         assert is_compiled(checked.network.model) is other, asked
         job = _Job(cached.replace(compile=asked))
         assert is_compiled(job.teacher.model) is other, asked
-        assert ("teacher.compiled" in job.manifest["fingerprint"]) is other, asked
+        assert ("teacher.compiled" in job.fingerprint) is other, asked
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "auto"), ("auto", "none")])

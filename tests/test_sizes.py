@@ -239,7 +239,7 @@ def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypat
     seconds = {0: (1.0, 4.0, 4.5), 1: (2.0, 8.0, 9.5)}
     asked = []
 
-    def time_batches(job, most, view, images, limit):
+    def time_batches(job, caches, most, view, images, limit):
         asked.append((most, view, images))
         return _Times(most, *seconds[view])
 

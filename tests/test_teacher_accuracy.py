@@ -13,6 +13,7 @@ import torch
 
 from deit_fast import teacher_accuracy
 from deit_fast.cache import LogitCache
+from deit_fast.cache.record_order import RecordOrder
 from deit_fast.cli import main
 from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.data.ingest import ingest_batch
@@ -109,7 +110,7 @@ def test_cached_logits_of_plain_views_are_the_online_ones_to_the_last_bit(good):
     )  # fmt: skip
     written = precompute(config)
     job = _Job(config)
-    calls = TeacherCalls([(0, 0)], 4096, 210, 210)
+    calls = TeacherCalls([(0, 0)], 4096, RecordOrder(210), 210)
     (batch,) = open_loader(config.data, job.source, job.plan, calls, device="cpu")
     online = job.teacher(ingest_batch(batch, config.view, torch.float32))
     stored = LogitCache.open(config.cache).gather(batch.sample_ids, 0)

@@ -439,4 +439,4 @@ def test_the_fingerprint_of_a_teacher_as_it_stands_is_as_before(subset):
         "teacher.spec", "teacher.weights_sha256", "teacher.num_classes", "teacher.mean",
         "teacher.std",
     ]  # fmt: skip
-    assert "teacher.columns" in _Job(subset).manifest["fingerprint"]
+    assert "teacher.columns" in _Job(subset).planned_caches()[0].manifest["fingerprint"]

@@ -14,13 +14,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from deit_fast.cache.foreign.archives import LIMIT, gunzip, read_npz, read_torch_tensors
 from deit_fast.cache.foreign.records import Damage, Foreign, Records
-from deit_fast.data.tar_members import Member, members, read_content
 from deit_fast.errors import InputError, first_line, printable
 from deit_fast.runtime.files import open_regular, parse_object, read_json
+
+if TYPE_CHECKING:
+    from deit_fast.data.tar_members import Member
 
 _PARAMETERS, _EMBEDDINGS = "paug.json", ("npz", "pth.gz")
 # Augmentations that store something, in the order of their values; config.json has any order.
@@ -53,6 +55,8 @@ class RayGen(Foreign):
     def recognises(path: Path) -> bool:
         try:
             with open_regular(path) as file:
+                from deit_fast.data.tar_members import members  # loads torch
+
                 first = itertools.islice(members(file, str(path)), 64)
                 return any(_split(each)[1] in (_PARAMETERS, *_EMBEDDINGS) for each in first)
         except (InputError, OSError):
@@ -70,6 +74,8 @@ class RayGen(Foreign):
     def read(self, file: Path) -> Iterator[Records | Damage]:
         seen = set()
         with open_regular(file) as archive:
+            from deit_fast.data.tar_members import members  # loads torch
+
             found = (each for each in members(archive, str(file)) if each.kind != "folder")
             for key, group in itertools.groupby(found, key=lambda each: _split(each)[0]):
                 parts = list(group)
@@ -94,6 +100,8 @@ class RayGen(Foreign):
                 continue
             if member.kind != "file" or member.size > LIMIT or kind in contents:
                 raise InputError(f"{kind} is there twice, a link, or has more than {LIMIT} bytes")
+            from deit_fast.data.tar_members import read_content  # loads torch
+
             contents[kind] = read_content(archive, member)
         stored = [kind for kind in _EMBEDDINGS if kind in contents]
         if not stored:

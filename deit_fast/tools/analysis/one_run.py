@@ -231,8 +231,8 @@ def find_teacher(
     try:
         if not spec.startswith("timm:"):
             require_no_code(spec.partition("@")[0], (), str(run), "--teacher")
-        config = config.replace(teacher=spec)
-        teacher = load_class_matched_teacher(config, classes, targets=["logits"])
+        named = config.replace(teacher=spec)
+        teacher = load_class_matched_teacher(named, classes, targets=["logits"])
     except InputError as error:
         return None, f"{error}; name it by --teacher SPEC"
     if digest == digest_weights(teacher.model) or (digest is None and config.teacher is not None):
