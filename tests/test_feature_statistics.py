@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.features.hadamard import hadamard, has_hadamard
-from deit_fast.features.normalise import NORMALISERS, Normaliser, normalise
+from deit_fast.features.normalise import NORMALISERS, Normaliser
 from deit_fast.features.statistics import FILE, FeatureStatistics, StatisticsFit
 from deit_fast.runtime.tensor_files import save_tensors
 
@@ -125,7 +125,7 @@ def test_dead_channels_are_counted_and_not_blown_up(drawn: Tensor) -> None:
     x[..., 5] = 1e-5 * x[..., 5]
     statistics = fit(x)
     assert statistics.dead == 2
-    z = normalise(x, "standard", statistics)
+    z = Normaliser("standard", statistics)(x)
     assert z[..., 3].abs().max() < 1e-3 and z[..., 5].abs().max() < 1
     most_dead = x.clone()
     most_dead[..., 2:] = 0
@@ -175,7 +175,7 @@ def test_bad_features_are_refused_by_view() -> None:
 
 
 def test_standard_gives_each_channel_mean_0_and_deviation_1(drawn, statistics) -> None:
-    z = normalise(drawn, "standard", statistics).flatten(0, 1)
+    z = Normaliser("standard", statistics)(drawn).flatten(0, 1)
     torch.testing.assert_close(z.mean(0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(WIDTH), atol=1e-5, rtol=0)
 
@@ -185,7 +185,7 @@ def test_standard_gives_each_channel_mean_0_and_deviation_1(drawn, statistics) -
 def test_phi_s_gives_unit_variance_and_keeps_distances(width: int, seed: int) -> None:
     x = draw(views=2 * width + 8, width=width, seed=seed)
     statistics = fit(x)
-    z = normalise(x, "phi_s", statistics).double()
+    z = Normaliser("phi_s", statistics)(x).double()
     rows = z.flatten(0, 1)
     torch.testing.assert_close(rows.mean(0), torch.zeros(width).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(rows.var(0), torch.ones(width).double(), atol=1e-4, rtol=0)
@@ -201,7 +201,7 @@ def test_restore_is_the_inverse(kind: str, drawn: Tensor, statistics) -> None:
 
 
 def test_layer_norm_is_of_each_token_and_has_no_inverse(drawn: Tensor) -> None:
-    z = normalise(drawn, "layer_norm", None)
+    z = Normaliser("layer_norm", None)(drawn)
     mean, deviation = drawn.mean(-1, keepdim=True), drawn.std(-1, correction=0, keepdim=True)
     torch.testing.assert_close(z.double(), (drawn - mean) / deviation, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="layer_norm has no inverse"):
@@ -219,7 +219,7 @@ def test_normalisers_compute_in_float32_under_autocast(kind: str, drawn, statist
 
 def test_normalisers_that_cannot_be_are_refused(statistics) -> None:
     with pytest.raises(InputError, match="needs the statistics of a feature cache: choose layer_n"):
-        normalise(torch.zeros(1, 1, WIDTH), "standard", None)
+        Normaliser("standard", None)(torch.zeros(1, 1, WIDTH))
     with pytest.raises(InputError, match=r"must be one of none, .* not 'whiten'"):
         Normaliser("whiten", statistics)
     odd = fit(draw(width=10))
@@ -241,7 +241,7 @@ def test_statistics_are_those_of_the_reduced_features(reduce: str, drawn: Tensor
     tokens = small.flatten(0, 1).double()
     torch.testing.assert_close(tokens.mean(0), statistics.mean, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokens.std(0), statistics.std, atol=0, rtol=1e-5)
-    z = normalise(small, "phi_s", statistics).flatten(0, 1)
+    z = Normaliser("phi_s", statistics)(small).flatten(0, 1)
     torch.testing.assert_close(z.var(0), torch.ones(statistics.width), atol=1e-4, rtol=0)
 
 

@@ -17,15 +17,16 @@ from deit_fast.cache.codecs import Codec
 from deit_fast.cache.feature_codecs import FeatureCodec
 from deit_fast.cache.format import holds_features
 from deit_fast.cache.reader import LogitCache
+from deit_fast.cache.verify import THRESHOLD, compare_features
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import CacheError
 from deit_fast.features.normalise import Normaliser
 from deit_fast.features.statistics import FILE, FeatureStatistics
 from deit_fast.models.teacher_features import FeatureTarget
 
-ARITHMETIC, ARITHMETIC_BF16 = 1e-3, 0.05
+ARITHMETIC_BF16 = 0.05
 """Relative L2 difference of features that other batch sizes or another device explain, of a teacher
-that computes in float32, and in bfloat16."""
+that computes in bfloat16; of one in float32 it is ``THRESHOLD``."""
 
 
 class Given(NamedTuple):
@@ -108,7 +109,7 @@ class FeatureCache:
         """Relative L2 error of each view's stored features, and the largest allowed one, float64
         [n] each.
 
-        Allowed are twice the codec's own error of the new features, and ``ARITHMETIC``.
+        Allowed are twice the codec's own error of the new features, and what arithmetic explains.
 
         Args:
             stored: of ``gather``.
@@ -119,14 +120,8 @@ class FeatureCache:
         again = self.form.finish(
             self.cache.codec.decode(self.cache.codec.encode(self.form.prepare(raw)), 1.0)
         )
-        norm = _norm(exact).clamp_min(1e-12)
-        rounding = _norm(again.double() - exact.double()) / norm
-        errors = _norm(stored.double() - exact.double()) / norm
-        return errors, 2 * rounding + (ARITHMETIC_BF16 if in_bf16 else ARITHMETIC)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.double(), dim=(1, 2))
+        threshold = ARITHMETIC_BF16 if in_bf16 else THRESHOLD
+        return compare_features(stored, exact, again, threshold)
 
 
 def read_statistics(folder: Path, manifest: dict[str, Any]) -> FeatureStatistics:

@@ -92,8 +92,3 @@ class Normaliser(nn.Module):
             if self.kind == "phi_s":
                 z = z @ self.rotation
             return z + self.shift
-
-
-def normalise(x: Tensor, kind: str, statistics: FeatureStatistics | None) -> Tensor:
-    """One call of a ``Normaliser``, which training makes once and keeps on its device."""
-    return Normaliser(kind, statistics).to(x.device)(x)  # type: ignore[no-any-return]
