@@ -8,12 +8,16 @@ Gather: 256 random records of 65,536 pooled features, warm. Ours maps samples to
 ids and the file, and decodes to float32; numpy takes such records from a memory map at positions
 known before, "decoded" through torch's float8.
 
-Stream: patch tokens, 14 x 14 x 384, fp8, 1,024 samples at one view, in the order of training, 128 a
-batch. "warm": blocks verified, files in memory. "cold": opened anew after the file was dropped from
+Stream: patch tokens, 14 x 14 x 384, fp8, one view, in the order of training, 128 records a batch.
+"warm": 1,024 records, verified and in memory. "cold": 4,096, opened anew after the file left the
 memory, blocks read ahead and verified; the peer copies the same ranges from a memory map into
 torch's memory. The bytes are not decoded.
 
 Decode: one batch of 32 records of patch tokens to float32.
+
+Share: what a step takes from the cache beside the step itself, 32 views of 224 pixels: gather and
+decode of pooled features and of patch tokens, warm, against forward and backward of DeiT-Ti in
+float32. The optimiser is left out, which makes the share larger.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 from deit_fast import _C
 from deit_fast.cache import LogitCache, LogitCacheWriter, build_feature_manifest, feature_codec
 from deit_fast.cache.format import publish_manifest, view_path, view_specs
+from deit_fast.models import create_student
 from deit_fast.runtime.files import temporary_path
 
 from .cache_stores import drop_from_memory
@@ -70,7 +75,8 @@ def mapped(opened: LogitCache) -> np.ndarray:
 
 
 def cases(device: str) -> list[Case]:
-    return [open_case(), gather_case(256), stream_case(128), cold_stream_case(128), decode_case(32)]
+    return [open_case(), gather_case(256), stream_case(128), cold_stream_case(128), decode_case(32),
+            share_case(32)]  # fmt: skip
 
 
 def open_case(samples: int = 1_281_167) -> Case:
@@ -168,7 +174,7 @@ def copied(records: np.ndarray) -> torch.Tensor:
     return found
 
 
-def cold_stream_case(batch: int, samples: int = 1024) -> Case:
+def cold_stream_case(batch: int, samples: int = 4096) -> Case:
     def forget(name: str) -> None:
         folder, opened = stored(samples, TOKENS)
         opened._open_views = LogitCache.open(folder.name)._open_views  # a mapped file stays
@@ -209,3 +215,20 @@ def decode_case(batch: int) -> Case:
 
     return Case(f"decode patches {TOKENS}x{WIDTH} B={batch}", build, items=batch, on_host=True,
                 bytes_moved=batch * TOKENS * (4 + 5 * WIDTH))  # fmt: skip
+
+
+def share_case(batch: int) -> Case:
+    def build() -> dict[str, Callable[[], Any] | str]:
+        student = create_student("deit_tiny_distilled_patch16_224", 1000).train()
+        images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        found: dict[str, Callable[[], Any] | str] = {}
+        for name, tokens, samples in (("pooled", 1, 65536), ("patches", TOKENS, 1024)):
+            _, opened = stored(samples, tokens)
+            ids, views = training_batches(opened, batch)[1], np.zeros(batch, np.int64)
+            found[f"gather {name}"] = lambda c=opened, i=ids, v=views: c.gather(i, v)
+        return {
+            **found,
+            "DeiT-Ti step": lambda: sum(head.float().sum() for head in student(images)).backward(),
+        }
+
+    return Case(f"share of a step B={batch}", build, items=batch, on_host=True)

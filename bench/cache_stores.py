@@ -7,6 +7,7 @@ HDF5 hold the cache's own 72-byte records, TinyViT's layout its 68 bytes of ids 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -162,8 +163,12 @@ def drop_from_memory(paths: list[Path]) -> None:
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            share = resident_share(file)
+            for _ in range(5):  # a page that a core has just read stays in that core's own list
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                share = resident_share(file)
+                if share <= 0.02:
+                    break
+                time.sleep(0.02)
         finally:
             os.close(file)
         if share > 0.02:
