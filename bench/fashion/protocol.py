@@ -8,8 +8,9 @@ from typing import Any
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 REUSE_IMAGES = 5120
-EPOCHS = {"test": 12, "select": 12, "reuse": 48}
-VIEWS = {"test": 12, "select": 12, "reuse": 48}  # of a cache; a run may use fewer
+EPOCHS = {"test": 12, "select": 12, "reuse": 48, "digits": 70}
+VIEWS = {"test": 12, "select": 12, "reuse": 48, "digits": 70}  # of a cache; a run may use fewer
+DIGITS_IMAGES = 599  # that train
 BYTES = 240  # of an image, at which codecs are compared
 SHARE = (0.5, 0.9)  # loss.alpha of logits, tried on `select`
 WEIGHT = (1.0, 3.0)  # features.weights, tried on `select`
@@ -29,6 +30,9 @@ STUDENT: dict[str, Any] = {
     "model": {"args": ["patch_size=7", "embed_dim=64", "depth=4", "num_heads=4"]},
     "optim": {"lr": 2e-3, "warmup_epochs": 1.0},
 }  # fmt: skip
+# The second data set: the recipes of `deit-fast demo`, with views that do not depend on the seed.
+DIGITS_TEACHER: dict[str, Any] = {"view": {"seed": 0}}
+DIGITS_STUDENT: dict[str, Any] = {"view": {"seed": 0}}
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,27 @@ def arms() -> list[Arm]:
         _arm("PCA 16 fp8 feature, 12 views", "feature", "reuse", 12, ("pca16",), "bytes"),
         _arm("sampled, 15 views", "soft", "reuse", 15, ("sampled",), "bytes"),
     ]
+    digits = [
+        Arm("digits: none", "digits", 70, (), LABELS, {}, ("digits",)),
+        *(
+            _arm(f"digits: {name}", kind, "digits", 70, caches, "digits")
+            for name, kind, caches in (
+                ("hard", "hard", ("hard",)),
+                ("soft", "soft", ("soft",)),
+                ("feature", "feature", ("fp8",)),
+                ("soft + feature", "soft + feature", ("soft", "fp8")),
+                ("soft, teacher B", "soft", ("soft-b",)),
+                ("soft, teachers A and B", "soft", ("soft", "soft-b")),
+            )
+        ),
+        *(
+            _arm(f"digits: {kind}, {views} views", kind, "digits", views, (STORED[kind],), "digits")
+            for views in (10, 3, 1)
+            for kind in ("soft", "hard", "feature")
+        ),
+    ]
     tuning = [_tuning(kind, value) for kind, values in TUNINGS.items() for value in values]
-    return [*tuning, *main, *teachers, *reuse, *codecs]
+    return [*tuning, *main, *teachers, *reuse, *codecs, *digits]
 
 
 TABLES = {
@@ -154,4 +177,5 @@ TABLES = {
     "teachers": "Two teachers against one, at equal total weight",
     "reuse": f"Views of each image at equal steps: {REUSE_IMAGES:,} images, 48 epochs",
     "bytes": f"Codecs at no more than {BYTES} bytes an image",
+    "digits": f"Scikit-learn's digits: {DIGITS_IMAGES} images, 70 epochs; 70 views where not named",
 }

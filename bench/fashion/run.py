@@ -21,6 +21,7 @@ from typing import Any
 from bench.fashion import protocol
 from bench.fashion.data import write_data
 from bench.fashion.protocol import CACHES, EPOCHS, TEACHERS, TUNINGS, VIEWS, Arm, arms
+from deit_fast.tools.demo import write_digits
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "fashion"
@@ -34,11 +35,18 @@ class NotYet(Exception):
 def digest_of(arm: Arm) -> str:
     """Digest of all that the protocol says of an arm: a result of other settings is not its own."""
     parts = (
-        dataclasses.asdict(arm), protocol.STUDENT, protocol.TEACHER, TEACHERS,
+        dataclasses.asdict(arm), *_bases(arm.data), TEACHERS,
         [dataclasses.asdict(CACHES[name]) for name in arm.caches],
         EPOCHS[arm.data], protocol.REUSE_IMAGES,
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _bases(data: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of student and teacher for a data set."""
+    if data == "digits":
+        return protocol.DIGITS_STUDENT, protocol.DIGITS_TEACHER
+    return protocol.STUDENT, protocol.TEACHER
 
 
 def result_path(results: Path, arm: Arm, seed: int) -> Path:
@@ -108,25 +116,29 @@ class Bench:
         results.mkdir(parents=True, exist_ok=True)
 
     def data(self, name: str) -> dict[str, Any]:
+        if name == "digits":
+            return {"root": str(self.work / "data" / name), "workers": 1}
         return {"source": "packed", "root": str(self.work / "data" / name), "workers": 1}
 
-    def teacher(self, name: str) -> str:
-        """Weights of a teacher, trained on the 50,000 images."""
+    def teacher(self, name: str, data: str) -> str:
+        """Weights of a teacher, trained on the 50,000 images or on the digits."""
         import deit_fast
 
         factory, seed = TEACHERS[name]
-        output = self.work / f"teacher-{name}"
+        is_digits = data == "digits"
+        label, images = (f"digits-{name}", data) if is_digits else (name, "test")
+        output = self.work / f"teacher-{label}"
         weights = output / "model.safetensors"
         if not weights.exists():
             started = time.process_time()
             result = deit_fast.train(
-                recipe="digits_teacher", data=self.data("test"), output=output, seed=seed,
-                **merged(protocol.TEACHER, {
+                recipe="digits_teacher", data=self.data(images), output=output, seed=seed,
+                **merged(_bases(data)[1], {
                     "model": {"name": f"bench.fashion.teacher:{factory}"}, "device": "cpu",
                     "eval_every": 100, "save_every": 1, "log_every": 50,
                 }),
             )  # fmt: skip
-            self._write(f"teacher-{name}.json", {
+            self._write(f"teacher-{label}.json", {
                 "top1": result.top1, "nll": result.details["loss"], "seed": seed,
                 "cpu_seconds": round(time.process_time() - started, 1),
                 "environment": result.details["environment"],
@@ -138,16 +150,18 @@ class Bench:
         import deit_fast
 
         cache = CACHES[name]
-        require_settings(merged(protocol.STUDENT, cache.settings))
-        folder = self.work / f"cache-{'reuse' if data == 'reuse' else 'whole'}-{name}"
+        base = _bases(data)[0]
+        require_settings(merged(base, cache.settings))
+        images = data if data in ("reuse", "digits") else "whole"
+        folder = self.work / f"cache-{images}-{name}"
         done = folder.with_suffix(".done")
         if not done.exists():
             kind = TEACHERS[cache.teacher][0] + ("_features" if cache.folder else "")
             deit_fast.precompute(
                 recipe="digits_student", data=self.data(data), cache=folder, device="cpu",
-                teacher=f"bench.fashion.teacher:{kind}@{self.teacher(cache.teacher)}",
+                teacher=f"bench.fashion.teacher:{kind}@{self.teacher(cache.teacher, data)}",
                 epochs=EPOCHS[data], num_views=VIEWS[data],
-                **merged(protocol.STUDENT, cache.settings),
+                **merged(base, cache.settings),
             )  # fmt: skip
             done.touch()
         return folder / cache.folder
@@ -164,7 +178,7 @@ class Bench:
             value = tuned(self.results, kind)
             chosen = merged(chosen, {group: {name: value if group == "loss" else [value]}})
         tokens = "" if arm.settings["loss"]["kind"] == "none" else "distilled_"
-        result = merged(protocol.STUDENT, arm.settings, chosen, {
+        result = merged(_bases(arm.data)[0], arm.settings, chosen, {
             "model": {"name": f"deit_tiny_{tokens}patch16_224"},
             "epochs": EPOCHS[arm.data], "num_views": arm.views, "seed": seed, "device": "cpu",
             "eval_every": 1000, "save_every": 4, "log_every": 50,
@@ -188,12 +202,10 @@ class Bench:
             recipe="digits_student", data=self.data(arm.data), output=output,
             cache=folders[0] if folders else None, **settings,
         )  # fmt: skip
-        images = protocol.REUSE_IMAGES if arm.data == "reuse" else 50_000
-        seen = result.details["steps"] * protocol.STUDENT["batch_size"] / images
         self._write(result_path(self.results, arm, seed).name, {
             "arm": arm.name, "data": arm.data, "seed": seed, "protocol": digest_of(arm),
             "views": arm.views, "steps": result.details["steps"],
-            "times_each_view_is_seen": round(seen / arm.views, 3),
+            "times_each_view_is_seen": round(EPOCHS[arm.data] / arm.views, 3),
             "bytes_per_image": sum(_record_bytes(folder) for folder in folders) * arm.views,
             "settings": {key: settings[key] for key in ("loss", "features") if key in settings},
             "cpu_seconds": round(time.process_time() - started, 1),
@@ -218,6 +230,7 @@ def run(options: argparse.Namespace) -> None:
 
     bench = Bench(options.work, options.results)
     write_data(options.work / "data", protocol.REUSE_IMAGES)
+    write_digits(options.work / "data" / "digits")
     count, waiting = 0, []
     for arm in arms():
         for seed in arm.seeds:
@@ -241,8 +254,9 @@ def plan(_: argparse.Namespace) -> None:
     """The runs in their order, with their steps."""
     total = 0
     for arm in arms():
-        images = protocol.REUSE_IMAGES if arm.data == "reuse" else 50_000
-        steps = images * EPOCHS[arm.data] // protocol.STUDENT["batch_size"]
+        images = {"reuse": protocol.REUSE_IMAGES, "digits": protocol.DIGITS_IMAGES}
+        batch = 64 if arm.data == "digits" else protocol.STUDENT["batch_size"]
+        steps = images.get(arm.data, 50_000) * EPOCHS[arm.data] // batch
         total += steps * len(arm.seeds)
         print(f"{arm.data:7} {arm.name:32} seeds {arm.seeds}, {steps} steps")
     print(f"{sum(len(arm.seeds) for arm in arms())} runs, {total} steps")
