@@ -32,7 +32,7 @@ STUDENT: dict[str, Any] = {
 }  # fmt: skip
 # The second data set: the recipes of `deit-fast demo`, with views that do not depend on the seed.
 DIGITS_TEACHER: dict[str, Any] = {"view": {"seed": 0}}
-DIGITS_STUDENT: dict[str, Any] = {"view": {"seed": 0}}
+DIGITS_STUDENT: dict[str, Any] = {"view": {"seed": 0, "repeats": 1}}
 
 
 @dataclass(frozen=True)
