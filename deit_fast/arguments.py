@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from deit_fast.config import TEACHER_SETTINGS, RunConfig, check
+from deit_fast.config import TEACHER_SETTINGS, Count, RunConfig, check
 from deit_fast.config_file import (
     RETIRED,
     describe_setting,
@@ -269,6 +269,9 @@ class PrecomputeArguments(RunArguments):
     """Only the views A to B-1, written A:B. none: all views that the run needs."""
     dry_run: bool = False
     """Print bytes, blocks and time, measured on one batch, and write nothing."""
+    bytes_per_image: Count | None = None
+    """With --dry-run: also propose codecs and numbers of views for this many bytes an image, with
+    the hours of this teacher."""
 
 
 Arguments = typing.TypeVar("Arguments", bound=RunArguments)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from deit_fast.arguments import columns, plain, size_text, view_range
 from deit_fast.config import Count, Deviation, Rate, Seed, Share, Within
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.inputs import require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
+
+if TYPE_CHECKING:
+    from deit_fast.cache.plan import Option
 
 BINS = 12  # of the histogram of entropies
 
@@ -269,14 +272,26 @@ def plan(
         classes: Classes of the teacher.
         width: Channels of a token of the teacher's features; none: logits alone.
         tokens: Tokens of a view's features: 1 for cls, mean and pooled; patches: grid times grid.
-        images_per_s: Rate of the teacher, as `precompute --dry-run` measures it, for its hours.
+        images_per_s: Rate of the teacher, for its hours. `precompute --dry-run --bytes-per-image`
+            takes rate, classes, width and tokens from your teacher.
     """
-    from deit_fast.cache.plan import options, recommend
+    from deit_fast.cache.plan import options
 
     rows = options(
         bytes_per_image, samples=num_samples, views=num_views, repeats=repeats, classes=classes,
         width=width, tokens=tokens, images_per_s=images_per_s,
     )  # fmt: skip
+    return plan_table(rows, num_views)
+
+
+def plan_table(rows: list[Option], num_views: int) -> str:
+    """A line for each codec in a budget, then what to take.
+
+    Raises:
+        InputError: no view fits.
+    """
+    from deit_fast.cache.plan import recommend
+
     lines = [("codec", f"{'bytes a view':>12}  {'views':>9}  {'total':>20}  teacher")]
     for row in rows:
         hours = "" if row.seconds is None else f"{row.seconds / 3600:.1f} h"

@@ -128,7 +128,9 @@ def precompute(args: list[str]) -> str:
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
     if arguments.dry_run:
-        return _dry_run(config, views)
+        return _dry_run(config, views, arguments.bytes_per_image)
+    if arguments.bytes_per_image is not None:
+        raise InputError("--bytes-per-image proposes and writes nothing: add --dry-run")
     return summary({"cache": config.cache, **api.precompute(config, views=views).details})
 
 
@@ -169,7 +171,7 @@ def _dry_training(config: RunConfig) -> str:
     return columns(rows)
 
 
-def _dry_run(config: RunConfig, views: range | None) -> str:
+def _dry_run(config: RunConfig, views: range | None, budget: int | None) -> str:
     if config.cache is not None:
         require_writable("--cache", config.cache)
     require_precompute_inputs(config)
@@ -193,7 +195,30 @@ def _dry_run(config: RunConfig, views: range | None) -> str:
                      f"{found['loader_seconds']:.3g} s (the job has {workers}), "
                      f"teacher {found['teacher_seconds']:.3g} s"),
     ]  # fmt: skip
-    return columns(rows)
+    if budget is None:
+        return columns(rows)
+    return "\n\n".join([columns(rows), *_plans(config, found, budget)])
+
+
+def _plans(config: RunConfig, found: dict[str, Any], budget: int) -> list[str]:
+    """What a budget of bytes an image buys, for each target; ``found`` is the estimate."""
+    from deit_fast.cache.plan import options
+
+    texts = []
+    for target, shape in found["shapes"].items():
+        is_logits = target == "logits"
+        tokens, width = (1, None) if is_logits else shape
+        rows = options(
+            budget, samples=found["samples"], views=config.views_used,
+            repeats=config.view.repeats, classes=shape[0] if is_logits else None,
+            width=width, tokens=tokens, images_per_s=found["images_per_s"] * found["processes"],
+        )  # fmt: skip
+        try:
+            table = cache_verbs.plan_table(rows, config.views_used)
+        except InputError as error:  # the other targets may fit
+            table = str(error)
+        texts.append(f"{budget} bytes an image for {target}:\n{table}")
+    return texts
 
 
 def evaluate(

@@ -224,7 +224,9 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         `views`, `blocks` to write and `kept`, `images`, `bytes` (of new view files), `free` (on
         the disk), `batch`, `timed_batch` (images of a batch of the measurement),
         `loader_seconds`, `teacher_seconds` (of a batch, in one process and each alone; of several
-        sizes the mean over the images), `images_per_s` (of one process), `processes`, `seconds`.
+        sizes the mean over the images), `images_per_s` (of one process), `processes`, `seconds`,
+        `samples` (images of the data set), `shapes` (of what the teacher gives: for `logits` its
+        classes, for features tokens and channels, as they are stored).
 
     Raises:
         As ``precompute``.
@@ -273,6 +275,8 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         "images_per_s": round(batch_size / whole, 2),
         "processes": processes,
         "seconds": round(images / batch_size * whole * share_of_one, 1),
+        "samples": count,
+        "shapes": {cache.name: cache.shape for cache in caches},
     }
 
 

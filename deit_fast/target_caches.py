@@ -49,6 +49,12 @@ class TargetCache:
     def name(self) -> str:
         return "logits" if self.index is None else self.folder.name
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a view has before encoding: [C] of logits, [T, D'] of features."""
+        codec = self.manifest["codec"]
+        return (codec["num_classes"],) if self.index is None else (codec["tokens"], codec["width"])
+
     def to_encode(self, outputs: TeacherOutputs) -> Tensor:
         """What the codec encodes: logits [n, C], or features [n, T, D']."""
         if self.index is None:

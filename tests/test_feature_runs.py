@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from deit_fast import cli
 from deit_fast.cache import LogitCache
 from deit_fast.config import RunConfig
+from deit_fast.config_file import to_dict
 from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.models import load_weights
 from deit_fast.precomputation import estimate, precompute
@@ -329,12 +332,32 @@ def test_cached_features_are_verified_against_the_teacher(made, capsys):
     assert "teacher.spec" in capsys.readouterr().err
 
 
+def test_a_dry_run_proposes_codecs_for_every_target_with_the_hours_of_this_teacher(
+    made, tmp_path, capsys
+):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(to_dict(config_of(made, cache=str(tmp_path / "cache")))))
+    words = ["precompute", "--config", str(file)]
+    budget = 3 * (WIDTH + 4)  # of fp8: a group of three repeated views
+    assert cli.main([*words, "--dry-run", "--bytes-per-image", str(budget)]) == 0
+    found = capsys.readouterr().out.split(f"{budget} bytes an image for ")[1:]
+    assert [text.split(":")[0] for text in found] == ["logits", "cls", "patches"]
+    logits, cls, patches = found
+    assert "dense-fp16" in logits and "--features" not in logits
+    assert re.search(rf"codec fp8 +{WIDTH + 4} +3 +{27 * 10 // 3 * budget} bytes +\d\.\d h", cls)
+    assert "take, features" in cls and "too small" in patches
+    assert not (tmp_path / "cache").exists()
+    assert cli.main([*words, "--bytes-per-image", "900"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
 def test_estimates_cover_features(made, tmp_path):
     config = config_of(made, cache=str(tmp_path / "cache"), features={"codec": "fp8"})
     found = estimate(config)
     count = found["images"] // 3
     record = 10 * 4 + (WIDTH + 4) + 16 * (WIDTH + 4)
     assert found["bytes"] > 3 * count * record and not (tmp_path / "cache").exists()
+    assert found["shapes"] == {"logits": (10,), "cls": (1, WIDTH), "patches": (16, WIDTH)}
     planned = dry_run(
         config.replace(output=str(tmp_path / "run"), cache=str(made / "cache"), teacher=None,
                        more_caches=(str(made / "cache/cls"),))

@@ -47,13 +47,14 @@ def options(
     *,
     samples: int,
     views: int,
-    classes: int,
+    classes: int | None,
     repeats: int = 1,
     width: int | None = None,
     tokens: int = 1,
     images_per_s: float | None = None,
 ) -> list[Option]:
-    """What a budget of ``budget`` bytes an image buys, of logits and, with ``width``, of features.
+    """What a budget of ``budget`` bytes an image buys, of logits with ``classes``, of features with
+    ``width``.
 
     Args:
         samples: images of the data set.
@@ -64,7 +65,8 @@ def options(
         images_per_s: rate of the teacher, as `precompute --dry-run` measures it.
     """
     records: dict[tuple[str, str], int] = {}
-    for name, settings in _LOGITS:
+    for name, settings in _LOGITS if classes is not None else ():
+        assert classes is not None
         if sum(settings.values()) > classes:
             continue
         codec = codec_from_config(CodecConfig(name=name, **settings), classes, 1.0)  # type: ignore[arg-type]
