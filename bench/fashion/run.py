@@ -3,8 +3,9 @@ python -m bench fashion page [--results FOLDER] [--out FILE]
 python -m bench fashion plan
 
 `run` works through the protocol in order of importance: data, teachers, caches when an arm needs
-them, students. It can be stopped at any time; the same command goes on. Each student leaves one
-JSON file in the results folder. `page` makes the tables of them and fails if a run is missing.
+them, students. The seeds of an arm are trained in one pass. It can be stopped at any time; the same
+command goes on. Each student leaves one JSON file in the results folder. `page` makes the tables of
+them and fails if a run is missing.
 """
 
 from __future__ import annotations
@@ -187,30 +188,37 @@ class Bench:
         require_settings(result | more)
         return result
 
-    def student(self, arm: Arm, seed: int) -> None:
-        """Train and measure one student; its JSON file is written at the end."""
+    def students(self, arm: Arm, seeds: Sequence[int]) -> None:
+        """Train and measure an arm's students in one pass over the views, which leaves each as it
+        would be alone; their JSON files are written at the end."""
         import deit_fast
         from bench.fashion.measure import measure
+        from deit_fast.config_file import from_dict
+        from deit_fast.recipes import digits_student
 
-        settings = self.settings(arm, seed)
+        settings = [self.settings(arm, seed) for seed in seeds]
         folders = [str(self.cache(name, arm.data)) for name in arm.caches]
-        if folders[1:]:
-            settings["more_caches"] = folders[1:]
-        output = self.work / "runs" / result_path(self.results, arm, seed).stem
+        outputs = [self.work / "runs" / result_path(self.results, arm, seed).stem for seed in seeds]
+        configs = [
+            from_dict(digits_student(), {
+                **given, "data": self.data(arm.data), "output": str(output),
+                "cache": folders[0] if folders else None, "more_caches": folders[1:],
+            })
+            for given, output in zip(settings, outputs, strict=True)
+        ]  # fmt: skip
         started = time.process_time()
-        result = deit_fast.train(
-            recipe="digits_student", data=self.data(arm.data), output=output,
-            cache=folders[0] if folders else None, **settings,
-        )  # fmt: skip
-        self._write(result_path(self.results, arm, seed).name, {
-            "arm": arm.name, "data": arm.data, "seed": seed, "protocol": digest_of(arm),
-            "views": arm.views, "steps": result.details["steps"],
-            "times_each_view_is_seen": round(EPOCHS[arm.data] / arm.views, 3),
-            "bytes_per_image": sum(_record_bytes(folder) for folder in folders) * arm.views,
-            "settings": {key: settings[key] for key in ("loss", "features") if key in settings},
-            "cpu_seconds": round(time.process_time() - started, 1),
-            **measure(output), "environment": result.details["environment"],
-        })  # fmt: skip
+        results = deit_fast.train_together(configs)
+        seconds = (time.process_time() - started) / len(seeds)
+        for seed, given, output, result in zip(seeds, settings, outputs, results, strict=True):
+            self._write(result_path(self.results, arm, seed).name, {
+                "arm": arm.name, "data": arm.data, "seed": seed, "protocol": digest_of(arm),
+                "views": arm.views, "steps": result.details["steps"],
+                "times_each_view_is_seen": round(EPOCHS[arm.data] / arm.views, 3),
+                "bytes_per_image": sum(map(_record_bytes, folders)) * arm.views,
+                "settings": {key: given[key] for key in ("loss", "features") if key in given},
+                "cpu_seconds": round(seconds, 1), "trained_together": len(seeds),
+                **measure(output), "environment": result.details["environment"],
+            })  # fmt: skip
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         from deit_fast.runtime.files import write_atomically
@@ -233,19 +241,23 @@ def run(options: argparse.Namespace) -> None:
     write_digits(options.work / "data" / "digits")
     count, waiting = 0, []
     for arm in arms():
-        for seed in arm.seeds:
-            label = f"{arm.data}: {arm.name}, seed {seed}"
-            if options.only not in label or read_result(options.results, arm, seed):
-                continue
-            if options.limit is not None and count >= options.limit:
-                return
-            try:
-                bench.student(arm, seed)
-            except (NotYet, InputError) as reason:  # the page names what is missing in the end
-                waiting.append(f"{label}: {reason}")
-                continue
-            count += 1
-            print(f"{time.strftime('%H:%M:%S')} {label}", flush=True)
+        label = {seed: f"{arm.data}: {arm.name}, seed {seed}" for seed in arm.seeds}
+        seeds = [
+            seed for seed in arm.seeds
+            if options.only in label[seed] and not read_result(options.results, arm, seed)
+        ]  # fmt: skip
+        if options.limit is not None:
+            seeds = seeds[: options.limit - count]
+        if not seeds:
+            continue
+        try:
+            bench.students(arm, seeds)
+        except (NotYet, InputError) as reason:  # the page names what is missing in the end
+            waiting += [f"{label[seed]}: {reason}" for seed in seeds]
+            continue
+        count += len(seeds)
+        for seed in seeds:
+            print(f"{time.strftime('%H:%M:%S')} {label[seed]}", flush=True)
     if waiting:
         raise SystemExit("\n".join(f"waits: {line}" for line in waiting))
 
