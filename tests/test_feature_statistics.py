@@ -335,15 +335,11 @@ def test_damaged_missing_and_foreign_files_are_refused(statistics, tmp_path) -> 
         FeatureStatistics.load(path, WIDTH, "0" * 64)
 
 
-def test_a_second_fit_is_compared_without_its_axes(drawn: Tensor, statistics) -> None:
-    """Flipped axes change the targets, and are no drift: only the stored ones are used."""
-    flipped = dataclasses.replace(statistics, rotation=-statistics.rotation)
-    assert statistics.drift(flipped) == {"mean": 0, "std": 0, "phi": 0}
-    moved = statistics.drift(fit(1.5 * drawn))
-    assert moved["std"] == pytest.approx(0.5) and moved["phi"] == pytest.approx(0.5)
-    shifted = dataclasses.replace(statistics, mean=statistics.mean + 2 * statistics.scale)
-    assert statistics.drift(shifted)["mean"] == pytest.approx(2)
-    part = statistics.drift(fit(drawn[::2]))
-    assert 0 < max(part.values()) < 0.2
-    with pytest.raises(InputError, match="12 channels cannot be compared with 10"):
-        statistics.drift(fit(draw(width=10)))
+def test_of_several_writers_the_first_file_stays(statistics, tmp_path) -> None:
+    path = tmp_path / FILE
+    statistics.create(path)
+    content = path.read_bytes()
+    other = dataclasses.replace(statistics, mean=statistics.mean + 1)
+    other.create(path)
+    assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
+    assert FeatureStatistics.load(path, WIDTH, statistics.sha256).sha256 == statistics.sha256

@@ -3,8 +3,7 @@
 Mean, deviation and PHI-S rotation of each channel, and the projection to fewer channels. A rotation
 made of eigenvectors is no function of the data alone: signs are free, axes of equal variance are
 arbitrary, and LAPACKs differ. A target that was rotated otherwise is another target. So training
-reads the stored matrices, their SHA-256 is part of the cache's fingerprint, and a second fit is
-compared by ``FeatureStatistics.drift`` only, which looks at no axis.
+reads the stored matrices, and their SHA-256 is part of the cache's fingerprint.
 """
 
 from __future__ import annotations
@@ -109,28 +108,6 @@ class FeatureStatistics:
                 wide = wide - self.reduce_mean.to(x.device)
             return (wide @ self.reduce_matrix.to(x.device).double()).float()
 
-    def drift(self, refit: FeatureStatistics) -> dict[str, float]:
-        """How far a second fit is from this one, in parts of this one's deviations.
-
-        Returns:
-            mean: the largest difference of two means in deviations of its channel (``scale``).
-            std: the largest ratio of two deviations, minus 1.
-            phi: relative difference.
-
-        Raises:
-            InputError: the two are of another width.
-        """
-        if self.width != refit.width:
-            raise InputError(
-                f"statistics of {self.width} channels cannot be compared with {refit.width}"
-            )
-        ratio = refit.std.clamp_min(self.floor) / self.scale
-        return {
-            "mean": float(((refit.mean - self.mean).abs() / self.scale).max()),
-            "std": float(torch.maximum(ratio, 1 / ratio).max()) - 1,
-            "phi": abs(refit.phi / self.phi - 1),
-        }
-
     def save(self, path: Path) -> None:
         """Write the statistics, atomically and with a checksum.
 
@@ -140,7 +117,7 @@ class FeatureStatistics:
         save_tensors(path, self._tensors(), {})
 
     def create(self, path: Path) -> None:
-        """As ``save``, but only if there is no file: of several processes, the first one writes.
+        """As ``save``, but a file that is there stays: of several processes, the first one writes.
 
         Raises:
             OSError: names ``path``.
