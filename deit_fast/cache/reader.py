@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _OPEN_VIEWS = 256
 # Bytes of blocks that the system is asked to read at once, and of the batches that are read ahead.
 _READ_TOGETHER = 5 << 20
+_THREADS = 3  # two wait for the disk while one verifies
 _READ_AHEAD = 320 << 20
 # A record of at least a page: when its block is verified, each one is asked for by itself. Smaller
 # ones come with their neighbours, and a whole view of them stays in memory.
@@ -259,7 +260,7 @@ class ReadAhead:
         self._together = max(1, _READ_TOGETHER // (cache.manifest["block_records"] * record_bytes))
         self._is_large = record_bytes >= _LARGE_RECORD
         self._next = self._start = start
-        self._pool = ThreadPoolExecutor(2, "dlc-read-ahead")
+        self._pool = ThreadPoolExecutor(_THREADS, "dlc-read-ahead")
         self._tasks: dict[Future[int], list[_Block]] = {}  # queued or running
         self._blocks_read = 0
         self.advance(start)
