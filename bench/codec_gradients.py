@@ -27,8 +27,8 @@ from torch import Tensor
 
 from bench.record import collect_meta, to_text
 from deit_fast.cache import Codec, codec_from_config
-from deit_fast.cache.codecs import SampledCodec
 from deit_fast.cache.sampled import ViewKeys, draw_tails
+from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.config import CodecConfig
 from deit_fast.kernels.distillation_loss import TopK, distillation_loss
 

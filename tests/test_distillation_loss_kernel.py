@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit_fast.cache.codecs import SampledCodec
 from deit_fast.cache.sampled import ViewKeys
+from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.kernels import TopK, distillation_loss
 from deit_fast.kernels.distillation_loss_reference import (
     reference,

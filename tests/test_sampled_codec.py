@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from deit_fast.cache import CacheError, LogitCache, LogitCacheWriter
-from deit_fast.cache.codecs import SampledCodec, codec_from_manifest, keys_of
+from deit_fast.cache.codecs import codec_from_manifest, keys_of
 from deit_fast.cache.sampled import ViewKeys, draw_errors
+from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.cache.verify import compare_logits
 from deit_fast.errors import InputError
 from deit_fast.views.rng import Purpose, key, philox

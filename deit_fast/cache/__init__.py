@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from deit_fast.errors import CacheError, CacheMismatch
 
-from .codecs import CODECS, Codec, codec_from_config
+from .codec_base import Codec
+from .codecs import CODECS, codec_from_config
 from .feature_codecs import FEATURE_CODECS, FeatureCodec, feature_codec
 from .format import build_feature_manifest, build_manifest
 from .reader import LogitCache, ReadAhead

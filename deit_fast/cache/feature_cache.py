@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit_fast.cache.codecs import Codec
+from deit_fast.cache.codec_base import Codec
 from deit_fast.cache.feature_codecs import FeatureCodec
 from deit_fast.cache.format import holds_features
 from deit_fast.cache.reader import LogitCache

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, bytes_of
+from deit_fast.cache.codec_base import Codec, bytes_of
 from deit_fast.errors import CacheError, InputError, RowError
 
 if TYPE_CHECKING:

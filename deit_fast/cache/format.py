@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, codec_from_config, codec_from_manifest, id_bytes
+from deit_fast.cache.codec_base import Codec, id_bytes
+from deit_fast.cache.codecs import codec_from_config, codec_from_manifest
 from deit_fast.cache.feature_codecs import FeatureCodec, feature_codec, feature_codec_from_manifest
 from deit_fast.cache.record_order import record_order
 from deit_fast.config import CodecConfig, ViewConfig

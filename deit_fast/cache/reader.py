@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, keys_of
+from deit_fast.cache.codec_base import Codec
+from deit_fast.cache.codecs import keys_of
 from deit_fast.cache.format import (
     codec_of,
     format_errors,

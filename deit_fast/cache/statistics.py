@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deit_fast.cache.codecs import SampledCodec, TopKCodec, id_bytes
+from deit_fast.cache.codec_base import id_bytes
 from deit_fast.cache.reader import LogitCache
+from deit_fast.cache.sparse_codecs import SampledCodec, TopKCodec
 from deit_fast.errors import CacheError
 
 DRAWN_BLOCKS, DRAWN_RECORDS = 64, 128  # a block is read whole to be verified

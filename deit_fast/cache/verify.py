@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.codecs import Codec, SampledCodec
+from deit_fast.cache.codec_base import Codec
 from deit_fast.cache.format import (
     FILE_NAME,
     VIEW_LIMIT,
@@ -28,6 +28,7 @@ from deit_fast.cache.format import (
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.record_order import record_order
 from deit_fast.cache.sampled import ViewKeys, draw_errors
+from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import read_json, write_json
 

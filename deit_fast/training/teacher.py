@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deit_fast.cache import LogitCache, ReadAhead
-from deit_fast.cache.codecs import SampledCodec
 from deit_fast.cache.feature_cache import FeatureCache, Given, is_features, target_of
 from deit_fast.cache.format import manifest_sha256
+from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels, require_tau
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, map_teacher
