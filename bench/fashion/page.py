@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from bench.fashion.chart import reuse_chart
 from bench.fashion.protocol import BYTES, TABLES, Arm, arms
 from bench.fashion.run import read_result, result_path
+from bench.plot import save
 
 # Half width of a 95 % interval of Student's t over the standard error, by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -20,8 +22,8 @@ def interval(values: Sequence[float]) -> float:
     return _T95[len(values) - 1] * stdev(values) / math.sqrt(len(values))
 
 
-def write_page(results: Path, out: Path) -> None:
-    """Write one table for each question.
+def write_page(results: Path, out: Path, plots: Path | None = None) -> None:
+    """Write one table for each question, and the reuse curve into the folder ``plots``.
 
     Raises:
         SystemExit: runs are missing (names them), or an arm has more bytes than its table allows.
@@ -40,6 +42,8 @@ def write_page(results: Path, out: Path) -> None:
     parts = [_table(name, heading, found) for name, heading in TABLES.items()]
     head = "# Results on Fashion-MNIST\nMade by `python -m bench fashion page`.\n"
     out.write_text("\n".join([head, *parts]))
+    if plots is not None:
+        save(reuse_chart(found), plots, "fashion-reuse")
 
 
 def _table(name: str, heading: str, found: dict[str, list[dict[str, Any]]]) -> str:
