@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from deit_fast import api, cache_verbs, predict_verb
+from deit_fast import api, cache_verbs, dry_runs, predict_verb
 from deit_fast.arguments import (
     HELP,
     PrecomputeArguments,
@@ -31,7 +31,6 @@ from deit_fast.arguments import (
     plain,
     quiet_pipe,
     read_settings,
-    size_text,
     view_range,
 )
 from deit_fast.config import (
@@ -49,10 +48,8 @@ from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
 from deit_fast.inputs import (
     require_data_root,
     require_images,
-    require_precompute_inputs,
     require_run,
     require_teacher,
-    require_train_inputs,
     why_download,
 )
 from deit_fast.recipes import RECIPES, find_recipe
@@ -115,7 +112,7 @@ def train(args: list[str]) -> str:
         found = [to_dict(config) for config in configs]
         return json.dumps(found if arguments.students else found[0], indent=2)
     if arguments.dry_run:
-        return "\n\n".join(map(_dry_training, configs))
+        return "\n\n".join(map(dry_runs.training, configs))
     results = api.train_together(configs)
     texts = [summary({"run": str(result.path), **result.details}) for result in results]
     return "\n\n".join(texts)
@@ -128,97 +125,10 @@ def precompute(args: list[str]) -> str:
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
     if arguments.dry_run:
-        return _dry_run(config, views, arguments.bytes_per_image)
+        return dry_runs.precomputing(config, views, arguments.bytes_per_image)
     if arguments.bytes_per_image is not None:
         raise InputError("--bytes-per-image proposes and writes nothing: add --dry-run")
     return summary({"cache": config.cache, **api.precompute(config, views=views).details})
-
-
-def _dry_training(config: RunConfig) -> str:
-    require_writable("--output", config.output)
-    require_train_inputs(config, True)
-    from deit_fast.runtime.progress import duration
-    from deit_fast.training.dry_run import dry_run
-
-    found = dry_run(config)
-    start = f"resumes after step {found['step']}" if found["step"] else "new"
-    rows = [
-        ("run", f"{config.output} ({start})"),
-        ("data", f"{found['images']} images of {found['classes']} classes, "
-                 f"{found['held_out']} held out"),
-        ("model", f"{config.model.name}: {found['parameters'] / 1e6:.2f} million parameters"),
-        ("teacher", "the cache" if found["caches"] else plain(found["teacher"])),
-    ]  # fmt: skip
-    for cache in found["caches"]:
-        missing, needed = cache["missing"], config.views_used
-        text = f"all {needed} views that the run needs"
-        if missing:
-            few = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
-            text = f"LACKS {len(missing)} of the {needed} views ({few}): precompute them first"
-        rows.append(("cache", f"{cache['path']}: {text}; {size_text(cache['bytes'])}"))
-    if str(config.model.weights).startswith("timm:") and not found["step"]:
-        rows.append(("weights", f"{config.model.weights}: NOT CHECKED, `train` may download them"))
-    steps = f"{found['steps_per_epoch']} an epoch of batch {found['batch_size']}"
-    rows += [
-        ("steps", f"{found['steps']}: {found['epochs']} epochs, {steps}"),
-        ("memory", f"about {size_text(found['memory'])} on {found['device']}, beside the loader"),
-        ("time", f"about {duration(found['seconds'])}, {found['step_seconds']:.3g} s a step"),
-        ("measured", f"steps of {found['measured_images']} images, without torch.compile; each "
-                     f"part alone, for a whole step: loading in one process "
-                     f"{found['loading_seconds']:.3g} s, training {found['training_seconds']:.3g} s"
-                     ),
-    ]  # fmt: skip
-    return columns(rows)
-
-
-def _dry_run(config: RunConfig, views: range | None, budget: int | None) -> str:
-    if config.cache is not None:
-        require_writable("--cache", config.cache)
-    require_precompute_inputs(config)
-    from deit_fast.precomputation import estimate
-    from deit_fast.runtime.pipeline_time import loading_processes
-    from deit_fast.runtime.progress import duration
-
-    found = estimate(config, views)
-    workers = loading_processes(config.data.workers)
-    speed = f"{found['images_per_s']:.3g} img/s a process, {found['processes']} of them"
-    rows = [
-        ("cache", str(config.cache)),
-        ("views", str(found["views"])),
-        ("blocks", f"{found['blocks']} to write, {found['kept']} there"),
-        ("images", str(found["images"])),
-        ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new files, "
-                  f"{size_text(found['free'])} free"),
-        ("time", f"{duration(found['seconds'])} at {speed}"),
-        ("measured", f"batches of {found['timed_batch']} images through the whole job; each part "
-                     f"alone, for a batch of {found['batch']}: loading in one process "
-                     f"{found['loader_seconds']:.3g} s (the job has {workers}), "
-                     f"teacher {found['teacher_seconds']:.3g} s"),
-    ]  # fmt: skip
-    if budget is None:
-        return columns(rows)
-    return "\n\n".join([columns(rows), *_plans(config, found, budget)])
-
-
-def _plans(config: RunConfig, found: dict[str, Any], budget: int) -> list[str]:
-    """What a budget of bytes an image buys, for each target; ``found`` is the estimate."""
-    from deit_fast.cache.plan import options
-
-    texts = []
-    for target, shape in found["shapes"].items():
-        is_logits = target == "logits"
-        tokens, width = (1, None) if is_logits else shape
-        rows = options(
-            budget, samples=found["samples"], views=config.views_used,
-            repeats=config.view.repeats, classes=shape[0] if is_logits else None,
-            width=width, tokens=tokens, images_per_s=found["images_per_s"] * found["processes"],
-        )  # fmt: skip
-        try:
-            table = cache_verbs.plan_table(rows, config.views_used)
-        except InputError as error:  # the other targets may fit
-            table = str(error)
-        texts.append(f"{budget} bytes an image for {target}:\n{table}")
-    return texts
 
 
 def evaluate(

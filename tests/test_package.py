@@ -69,6 +69,7 @@ LAYERS = [
     {
         "deit_fast/cli.py",
         "deit_fast/cache_verbs.py",
+        "deit_fast/dry_runs.py",
         "deit_fast/predict_verb.py",
         "deit_fast/__main__.py",
     },
