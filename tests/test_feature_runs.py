@@ -13,52 +13,20 @@ import torch
 
 from deit_fast import cli
 from deit_fast.cache import LogitCache
-from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.models import load_weights
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.dry_run import dry_run
 from deit_fast.training.loop import train, train_together
-from helpers.digits import write_few_digits
+from helpers.feature_runs import LOSSES, OTHER, ROWS, config_of, make_caches, numbers, trained
 from helpers.feature_teacher import WIDTH
-from helpers.runs import comparable_rows, last_state, run_config, weights_equal
-
-ROWS = "helpers.feature_teacher:rows"
-OTHER = "helpers.feature_teacher:other_rows"
-LOSSES = {"losses": ("mse",)}
-
-
-def config_of(root: Path, **changes) -> RunConfig:
-    """Four steps of mixed and repeated views, features in float32."""
-    base = run_config(root, root / "run").replace(
-        teacher=ROWS, teacher_floor=0.0, max_steps=4, eval_every=50, save_every=50,
-        targets=("logits", "cls", "patches"), cache=str(root / "cache"),
-        loss={"kind": "soft"}, codec={"name": "dense-fp32"}, features={"codec": "fp32"},
-        view={"mean": (0.5,) * 3, "std": (0.5,) * 3},
-    )  # fmt: skip
-    return base.replace(**changes)
+from helpers.runs import last_state, weights_equal
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Images, and the caches of two teachers in float32 and of one in other codecs."""
-    root = tmp_path_factory.mktemp("made")
-    write_few_digits(root / "data", train=9, val=3)
-    precompute(config_of(root))
-    precompute(config_of(root, teacher=OTHER, targets=("cls",), cache=str(root / "other")))
-    precompute(config_of(root, targets=("patches",), cache=str(root / "fp8"),
-                         features={"codec": "fp8"}))  # fmt: skip
-    return root
-
-
-def numbers(run: Path) -> list[dict]:
-    return [row for row in comparable_rows(run) if row["kind"] == "train"]
-
-
-def trained(config: RunConfig, output: Path) -> list[dict]:
-    train(config.replace(output=str(output)))
-    return numbers(output)
+    return make_caches(tmp_path_factory.mktemp("made"))
 
 
 def test_a_pass_writes_a_cache_for_each_target(made):

@@ -7,6 +7,7 @@ Reading ends before ``reduce``: a student learns reduced features as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class Given(NamedTuple):
     Attributes:
         teacher: what tells its teacher from others.
         tokens, width: shape [T, D] of a view's features.
+        fields: which feature it is: those of a cache's fingerprint that start with `target.`.
         statistics: of the cache's features; None for those of an online teacher.
     """
 
@@ -42,6 +44,7 @@ class Given(NamedTuple):
     teacher: str
     tokens: int
     width: int
+    fields: Mapping[str, Any]
     statistics: FeatureStatistics | None = None
 
 
@@ -96,7 +99,12 @@ class FeatureCache:
         found = cache.manifest["fingerprint"]
         teacher = f"{found.get('teacher.spec')} {found.get('teacher.weights_sha256')}"
         self.given = Given(
-            target_of(cache).name, teacher, cache.codec.tokens, cache.codec.width, self.statistics
+            target=target_of(cache).name,
+            teacher=teacher,
+            tokens=cache.codec.tokens,
+            width=cache.codec.width,
+            fields={key: found[key] for key in found if key.startswith("target.")},
+            statistics=self.statistics,
         )
 
     def gather(self, batch: ViewBatch, device: torch.device | str) -> Tensor:

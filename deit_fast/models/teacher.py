@@ -235,12 +235,16 @@ class Teacher(nn.Module):
 
     def target_fingerprint(self, index: int) -> dict[str, object]:
         """What the feature ``features[index]`` depends on, in place of ``fingerprint``."""
-        target, (tokens, width) = self.features[index], self.shapes[index]
         found = self._fingerprint({})
         head = trained_head(self.model)
-        if target.name == "pooled" and head != "both":
+        if self.features[index].name == "pooled" and head != "both":
             found["teacher.head"] = head
-        return found | {
+        return found | self.target_fields(index)
+
+    def target_fields(self, index: int) -> dict[str, object]:
+        """Which feature ``features[index]`` is, as flat JSON values."""
+        target, (tokens, width) = self.features[index], self.shapes[index]
+        return {
             "target.name": target.name,
             "target.block": target.block,
             "target.norm": target.norm,

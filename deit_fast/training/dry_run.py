@@ -107,7 +107,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     # Each number of images would be compiled anew, within the time that is measured.
     teacher = _teacher(config.replace(compile="none", cuda_graphs=False), source, device, caches)
     if checkpoint is not None:
-        require_same_run(checkpoint, config, identify(source, held_out) | teacher.identity())
+        facts, is_whole = identify(source, held_out), all(map(os.path.exists, config.caches))
+        facts |= teacher.identity() if is_whole else {}
+        require_same_run(checkpoint, config, facts, is_whole)
     share = config.batch_size // group.world_size
     micro = share // config.accumulate
     steps = batches.steps

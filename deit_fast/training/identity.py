@@ -19,6 +19,10 @@ from deit_fast.errors import InputError
 
 log = logging.getLogger("deit_fast")
 
+FEATURES = "teacher.features"
+"""Which features the projectors learn, in their order. Absent where there are none. A run that
+learns others is another one, which cannot be accepted: its projectors would not fit them."""
+
 
 def in_short(facts: Mapping[str, Any]) -> dict[str, str]:
     """A short digest of each fact, by which ranks compare theirs."""
@@ -44,7 +48,7 @@ def require_same(
             f"{where} has {classes[0]} classes, the data has {classes[1]}: restore the data, or "
             f"start another run with its weights by --model.weights and another --output"
         )
-    differing = _differences(saved, own)
+    differing = _differences(saved, {key: own[key] for key in own if key != FEATURES})
     taken = [differing.pop(name) for name in sorted(accepted) if name in differing]
     if differing:
         raise InputError(
@@ -54,6 +58,25 @@ def require_same(
         )
     if taken:
         log.warning("%s: accepted that the run goes on with %s", where, "; ".join(taken))
+
+
+def features_text(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """How the features that two runs learn differ; empty where they do not."""
+    old, new = saved.get(FEATURES, []), own.get(FEATURES, [])
+    return "" if old == new else f"features {_in_words(old)} there, {_in_words(new)} here"
+
+
+def _in_words(features: list[dict[str, Any]]) -> str:
+    """Each feature's name, and what is not as usual."""
+    usual = (("norm", True), ("reduce", "none"))
+    texts = []
+    for fields in features:
+        named = {key.removeprefix("target."): value for key, value in fields.items()}
+        name = str(named.pop("name", "unknown"))
+        shown = [f"{key}={value}" for key, value in sorted(named.items())
+                 if value is not None and (key, value) not in usual]  # fmt: skip
+        texts.append(" ".join([name, *shown]))
+    return ", ".join(texts) or "none"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

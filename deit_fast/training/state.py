@@ -31,7 +31,7 @@ from deit_fast.models.weights import digest_state, load_weights, start_from
 from deit_fast.models.weights_facts import read_facts
 from deit_fast.training.checkpoints import list_checkpoints, load_checkpoint, load_newest
 from deit_fast.training.feature_terms import FeatureTerm
-from deit_fast.training.identity import require_same
+from deit_fast.training.identity import FEATURES, features_text, require_same
 from deit_fast.training.optim import (
     add_parameters,
     create_average,
@@ -373,10 +373,18 @@ def roll_back(folder: Path, state: TrainState) -> bool:
 
 
 def require_same_run(
-    checkpoint: Checkpoint, config: RunConfig, identity: dict[str, Any]
-) -> None:  # fmt: skip
+    checkpoint: Checkpoint, config: RunConfig, identity: dict[str, Any], knows_teacher: bool = True
+) -> None:
+    """
+    Args:
+        knows_teacher: whether ``identity`` says what the run learns.
+
+    Raises:
+        InputError: the checkpoint is of another run; names all that differs.
+    """
     path, saved = checkpoint.path, checkpoint.saved
     facts = json.loads(saved["identity"]) if "identity" in saved else None
+    own = json.loads(json.dumps(identity))
     differing = _differences(checkpoint.settings, json.loads(json.dumps(to_dict(config))))
     remedy = "choose another --output"
     if checkpoint.is_branch:
@@ -384,6 +392,10 @@ def require_same_run(
         remedy = "a branch keeps all settings but optim.decay_epochs"
     if facts is not None:
         differing.pop("model.weights", None)  # a path; its content is one of the facts
+        # The first checkpoints with projectors do not say of what.
+        is_known = FEATURES in facts or saved.get("heads") is None
+        if knows_teacher and is_known and (text := features_text(facts, own)):
+            differing[FEATURES] = text
     if differing:
         text = "; ".join(differing.values())
         raise InputError(f"{path} is of another configuration ({text}): {remedy}")
@@ -393,7 +405,6 @@ def require_same_run(
             "and teacher are still the same is not known", path,
         )  # fmt: skip
         return
-    own = json.loads(json.dumps(identity))
     require_same(facts, own, config.accept_change, str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -29,9 +30,11 @@ from deit_fast.models.teacher_features import FeatureTarget, targets_of
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.training.compiling import resolve_compile
 from deit_fast.training.feature_terms import build_terms
+from deit_fast.training.identity import FEATURES
 from deit_fast.views.plan import ViewPlan
 
 PIXEL_CHECKS = 32  # views made again before training on a cache: under a second
+NOT_REDUCED = {"target.reduce": "none", "target.dim": None}  # features as the network gives them
 
 
 class RunTeacher:
@@ -67,8 +70,10 @@ class RunTeacher:
         if self.is_online:
             assert network is not None
             given = [
-                Given(target.name, network.spec, *shape)
-                for target, shape in zip(network.features, network.shapes, strict=True)
+                Given(target.name, network.spec, *shape, network.target_fields(index) | NOT_REDUCED)
+                for index, (target, shape) in enumerate(
+                    zip(network.features, network.shapes, strict=True)
+                )
             ]
         self.terms = build_terms(config, given)
         several = len(self.logit_caches) > 1
@@ -233,18 +238,22 @@ class RunTeacher:
         """Facts for the run's identity; those of a teacher are equal to those of its caches. With
         several teachers, or caches, a fact is a list."""
         facts: dict[str, Any] = {}
-        models, weights = [], []
+        models: dict[str, dict[str, Any]] = {}
         for found in self._fingerprints:
-            if "teacher.weights_sha256" not in found:
-                continue
-            optional = [name for name in ("columns", "size") if f"teacher.{name}" in found]
-            names = ["spec", "mean", "std", *optional]
+            names = ["spec", "weights_sha256", "mean", "std"]
+            names += ["size"] if "teacher.size" in found else []
             model = {name: found.get(f"teacher.{name}") for name in names}
-            if model not in models or found["teacher.weights_sha256"] not in weights:
-                models.append(model)
-                weights.append(found["teacher.weights_sha256"])
+            if model["weights_sha256"] is None:
+                continue
+            known = models.setdefault(json.dumps(model), model)
+            # Of logits; the teacher's features are the same with and without a selection.
+            if self.config.loss.kind != "none" and "teacher.columns" in found:
+                known["columns"] = found["teacher.columns"]
         if models:
-            facts |= {"teacher.model": _one(models), "teacher.weights": _one(weights)}
+            weights = [model.pop("weights_sha256") for model in models.values()]
+            facts |= {"teacher.model": _one([*models.values()]), "teacher.weights": _one(weights)}
+        if self.terms:
+            facts[FEATURES] = [dict(term.given.fields) for term in self.terms]
         if self.caches:
             hashes = [manifest_sha256(cache.manifest).hex() for cache in self.caches]
             facts["cache.manifest"] = _one(hashes)

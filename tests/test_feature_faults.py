@@ -1,0 +1,87 @@
+"""Faults of users with features: each is refused by one line, or the result is right."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deit_fast.errors import InputError
+from deit_fast.precomputation import precompute
+from deit_fast.training.checkpoints import save_checkpoint
+from deit_fast.training.loop import train, train_together
+from helpers.feature_runs import LOSSES, config_of, make_caches, trained
+from helpers.runs import last_state
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_caches(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def begun(made) -> Path:
+    """An online run of class token and patches, after its first step."""
+    config = config_of(made, cache=None, loss={"kind": "none"}, features=LOSSES, max_steps=1)
+    trained(config, made / "begun")
+    return made / "begun"
+
+
+# ---------------------------------------------------------------------------------------------
+# Resume
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("caches", "here"),
+    [
+        (["cache/patches", "cache/cls"], "patches grid=4 width=12, cls width=12 here"),
+        (["cache/patches", "fp8/patches"], "patches grid=4 width=12, patches grid=4 width=12 here"),
+        (["cache/cls"], "cls width=12 here"),
+        ([], "none here"),
+    ],
+)
+def test_projectors_go_on_with_their_own_features_alone(made, begun, tmp_path, caches, here):
+    """A projector of one target fits the shape of another, so only its name tells them apart."""
+    shutil.copytree(begun, tmp_path / "run")
+    first, *more = [str(made / name) for name in caches] or [None]
+    config = config_of(
+        made, cache=first, more_caches=tuple(more), teacher=None, loss={"kind": "none"},
+        features=LOSSES, output=str(tmp_path / "run"),
+        accept_change=("teacher.model", "teacher.weights", "cache.manifest"),
+    )  # fmt: skip
+    there = r"\(features cls width=12, patches grid=4 width=12 there, "
+    with pytest.raises(InputError, match=rf"{there}{here}\): choose another --output"):
+        train(config)
+
+
+def test_a_run_without_features_cannot_resume_with_them(made, tmp_path):
+    config = config_of(made, cache=str(made / "cache"), teacher=None, max_steps=1)
+    trained(config, tmp_path)
+    state = last_state(tmp_path)
+    state.pop("heads")  # as in a checkpoint of a version before features
+    save_checkpoint(tmp_path / "checkpoints", 1, state)
+    more = (str(made / "cache/cls"),)
+    with pytest.raises(InputError, match="features none there, cls width=12 here"):
+        train(config.replace(output=str(tmp_path), more_caches=more, max_steps=2,
+                             accept_change=("cache.manifest",)))  # fmt: skip
+    assert trained(config.replace(max_steps=2), tmp_path)
+
+
+def test_a_selection_of_classes_is_no_other_teacher(made, tmp_path):
+    """Logits of selected outputs and features, which know no selection, are of one teacher."""
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["none of them", *map(str, reversed(range(10)))]))
+    online = config_of(
+        made, cache=None, targets=("logits", "cls"), teacher_classes=str(names), max_steps=1
+    )
+    cached = online.replace(
+        cache=str(tmp_path / "cache"), more_caches=(str(tmp_path / "cache/cls"),)
+    )
+    precompute(cached.replace(more_caches=()))
+    trained(cached, tmp_path / "soft")
+    trained(online.replace(max_steps=2), tmp_path / "soft")
+    none = online.replace(loss={"kind": "none"}, output=str(tmp_path / "none"))
+    train_together([online.replace(output=str(tmp_path / "other")), none])
+    trained(none.replace(max_steps=2), tmp_path / "none")
