@@ -52,6 +52,7 @@ from deit_fast.target_caches import (
     fit_statistics,
     placeholder_statistics,
     publish_statistics,
+    require_targets,
     stored_statistics,
 )
 from deit_fast.teacher_accuracy import check_accuracy, say_agreement
@@ -317,14 +318,18 @@ class _Job:
 
     def open_caches(self) -> TargetCaches:
         """The caches to write. Statistics of features are fitted where there are none yet."""
+        require_targets(self.config, self.teacher)
         statistics = stored_statistics(self.config, self.teacher)
         if statistics is None:
+            for target in self.teacher.features:  # now, not after the fit
+                Path(str(self.config.cache), target.name).mkdir(parents=True, exist_ok=True)
             started = time.time()
             statistics = publish_statistics(self.config, self.teacher, self._fit(), started)
         return self._caches(statistics)
 
     def planned_caches(self) -> TargetCaches:
         """The same, writing nothing: statistics that are missing are placeholders."""
+        require_targets(self.config, self.teacher)
         statistics = stored_statistics(self.config, self.teacher)
         return self._caches(statistics or placeholder_statistics(self.config, self.teacher))
 

@@ -17,12 +17,24 @@ import torch
 from torch import Tensor
 
 from deit_fast.cache import build_feature_manifest, build_manifest
-from deit_fast.cache.feature_cache import StoredForm, read_statistics
-from deit_fast.cache.format import FILE_NAME, UNIT_RECORDS, codec_of, read_manifest
+from deit_fast.cache.feature_cache import StoredForm
+from deit_fast.cache.format import (
+    FILE_NAME,
+    UNIT_RECORDS,
+    codec_of,
+    holds_features,
+    read_manifest,
+)
 from deit_fast.cache.record_order import RecordOrder, record_order
 from deit_fast.cache.verify import planned
 from deit_fast.config import RunConfig
-from deit_fast.features.statistics import FILE, FeatureStatistics, StatisticsFit
+from deit_fast.errors import CacheError, InputError
+from deit_fast.features.statistics import (
+    FILE,
+    FeatureStatistics,
+    StatisticsFit,
+    read_statistics,
+)
 from deit_fast.models.teacher import Teacher
 from deit_fast.models.teacher_features import TeacherOutputs
 
@@ -131,7 +143,7 @@ def build_caches(
         InputError: a codec setting that does not fit.
     """
     assert config.cache is not None
-    folder, order = Path(config.cache), "pairs" if teacher.features else None
+    folder, order = Path(config.cache), "pairs" if teacher.features else stored_order(config)
     caches = []
     unit = config.codec.block_records if order is None else UNIT_RECORDS
     common: dict[str, Any] = {"num_samples": num_samples, "order": order}
@@ -163,6 +175,45 @@ def build_caches(
         form = StoredForm(codec_of(manifest), found)
         caches.append(TargetCache(folder / target.name, index, manifest, form))
     return TargetCaches(caches, unit, num_samples)
+
+
+def stored_order(config: RunConfig) -> str | None:
+    """The order of the logits' records: None, by sample id, also where none are stored yet. Both
+    orders hold the same records, so a pass of the logits alone goes on in that of its cache."""
+    folder = Path(str(config.cache))
+    if not (folder / FILE_NAME).exists():
+        return None
+    order: str | None = read_manifest(folder).get("order")
+    return order
+
+
+def require_targets(config: RunConfig, teacher: Teacher) -> None:
+    """Check what does not depend on statistics, before they are fitted.
+
+    Raises:
+        InputError: the projection has more channels than a target.
+        CacheError: a folder holds something else than its target, or logits in another order.
+    """
+    dim = config.features.dim
+    for target, (_, width) in zip(teacher.features, teacher.shapes, strict=True):
+        if dim is not None and dim > width:
+            raise InputError(
+                f"features.dim={dim} must lie in [1, {width}], the channels of {target.name}"
+            )
+        folder = Path(str(config.cache)) / target.name
+        if (folder / FILE_NAME).exists() and not holds_features(read_manifest(folder)):
+            raise CacheError(
+                f"{folder} holds logits, and the features {target.name} would go there: name "
+                f"another --cache"
+            )
+    folder = Path(str(config.cache))
+    has_logits = teacher.gives_logits and (folder / FILE_NAME).exists()
+    if teacher.features and has_logits and stored_order(config) is None:
+        names = " ".join(target.name for target in teacher.features)
+        raise CacheError(
+            f"cache {folder} holds logits that were written without features, by sample id: write "
+            f"the features alone, --targets {names}"
+        )
 
 
 def stored_statistics(config: RunConfig, teacher: Teacher) -> list[FeatureStatistics] | None:

@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from deit_fast.errors import InputError
-from deit_fast.precomputation import precompute
+from deit_fast import cache_verbs
+from deit_fast.cache import LogitCache
+from deit_fast.cache.export import export
+from deit_fast.errors import CacheError, CheckFailed, InputError
+from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.checkpoints import save_checkpoint
 from deit_fast.training.loop import train, train_together
 from helpers.feature_runs import LOSSES, config_of, make_caches, trained
+from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state
 
 
@@ -85,3 +90,60 @@ def test_a_selection_of_classes_is_no_other_teacher(made, tmp_path):
     none = online.replace(loss={"kind": "none"}, output=str(tmp_path / "none"))
     train_together([online.replace(output=str(tmp_path / "other")), none])
     trained(none.replace(max_steps=2), tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders and files
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_is_refused_before_the_fit(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("deit_fast.precomputation._Job._fit", lambda self: pytest.fail("a fit"))
+    config = config_of(made, targets=("cls",), cache=str(tmp_path))
+    wide = config.replace(features={"reduce": "pca", "dim": WIDTH + 1})
+    for work in (precompute, estimate):
+        with pytest.raises(InputError, match=r"features.dim=13 must lie in \[1, 12\]"):
+            work(wide)
+    shutil.copytree(made / "other/cls", tmp_path / "kept")
+    (tmp_path / "cls").write_text("a file")
+    with pytest.raises(FileExistsError):
+        precompute(config)
+    (tmp_path / "cls").unlink()
+    logits = tmp_path / "logits"
+    precompute(config.replace(targets=("logits",), cache=str(logits)))
+    with pytest.raises(CacheError, match="by sample id: write the features alone, --targets cls"):
+        precompute(config.replace(targets=("logits", "cls"), cache=str(logits)))
+    logits.rename(tmp_path / "cls")
+    for work in (precompute, estimate):
+        with pytest.raises(CacheError, match="cls holds logits, and the features cls would go"):
+            work(config)
+
+
+def test_logits_of_a_pass_with_features_go_on_alone(made, tmp_path):
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    (tmp_path / "cache/view-00001.dlc").unlink()
+    found = precompute(config_of(made, targets=("logits",), cache=str(tmp_path / "cache")))
+    assert (found["blocks"], found["kept"]) == (1, 2)
+    paths = [root / "cache/view-00001.dlc" for root in (made, tmp_path)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_verify_finds_what_is_wrong_with_statistics(made, tmp_path):
+    shutil.copytree(made / "fp8/patches", tmp_path / "patches")
+    path = tmp_path / "patches/statistics.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckFailed, match=r"statistics.safetensors: .* its checksum differs"):
+        cache_verbs.verify(str(tmp_path / "patches"))
+    path.unlink()
+    with pytest.raises(CheckFailed, match="are missing: write this cache again"):
+        cache_verbs.verify(str(tmp_path / "patches"))
+
+
+def test_an_export_of_standardised_features_has_the_teachers_scale(made, tmp_path):
+    config = config_of(made, targets=("cls",), cache=str(tmp_path / "cache"))
+    precompute(config.replace(features={"codec": "int8-standard"}))
+    export(tmp_path / "cache/cls", tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["features"][:, 0]
+    exact = LogitCache.open(made / "cache/cls").gather(range(90), 0)
+    assert torch.allclose(found, exact, atol=0.02)

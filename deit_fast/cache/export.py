@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -18,6 +19,8 @@ from deit_fast.runtime.files import open_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deit_fast.cache.feature_cache import StoredForm
+
 FORMATS = (".parquet", ".safetensors", ".pt")
 _SAFETENSORS = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -32,8 +35,9 @@ def export(path: str | Path, out: str | Path, views: range | None = None) -> dic
     `log_probs` and `log_tail` (topk), `logits`, or `features` (tokens times channels); one row
     group a block, rows in the file's order. Tensors: the same names, [N, V, ...] over samples and
     views, and `views` [V], as DeiT-style code that keeps a teacher's dense outputs reads them;
-    features are [N, V, tokens, channels]. `topk` is at the first temperature that the cache
-    records; it and the manifest are in the file's metadata (a .pt file holds tensors alone).
+    features are [N, V, tokens, channels], of `int8-standard` in the teacher's own scale. `topk` is
+    at the first temperature that the cache records; it and the manifest are in the file's metadata
+    (a .pt file holds tensors alone).
 
     Args:
         views: none: all complete ones.
@@ -105,7 +109,16 @@ def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tens
     logits = cache.gather(samples, view, tau=cache.codec.first_temperature)
     if isinstance(logits, TopK):
         return {"ids": logits.ids, "log_probs": logits.log_probs, "log_tail": logits.log_tail}
+    if cache.codec.name == "int8-standard":
+        logits = _stored_form(cache).finish(logits)
     return {{1: "label", 2: "logits", 3: "features"}[logits.dim()]: logits}
+
+
+@functools.lru_cache(maxsize=1)
+def _stored_form(cache: LogitCache) -> StoredForm:
+    from deit_fast.cache.feature_cache import FeatureCache
+
+    return FeatureCache(cache).form
 
 
 def _blocks(

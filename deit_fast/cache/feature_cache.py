@@ -8,7 +8,6 @@ Reading ends before ``reduce``: a student learns reduced features as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from deit_fast.cache.verify import THRESHOLD, compare_features
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import CacheError
 from deit_fast.features.normalise import Normaliser
-from deit_fast.features.statistics import FILE, FeatureStatistics
+from deit_fast.features.statistics import FeatureStatistics, read_statistics
 from deit_fast.models.teacher_features import FeatureTarget
 
 ARITHMETIC_BF16 = 0.05
@@ -130,13 +129,3 @@ class FeatureCache:
         )
         threshold = ARITHMETIC_BF16 if in_bf16 else THRESHOLD
         return compare_features(stored, exact, again, threshold)
-
-
-def read_statistics(folder: Path, manifest: dict[str, Any]) -> FeatureStatistics:
-    """The statistics of a feature cache.
-
-    Raises:
-        CacheError: they are missing, damaged or of another cache.
-    """
-    expected = manifest["fingerprint"].get("statistics.sha256")
-    return FeatureStatistics.load(folder / FILE, manifest["codec"]["width"], str(expected))

@@ -119,7 +119,7 @@ class LogitCache:
         device: torch.device | str = "cpu",
     ) -> Tensor | TopK:
         """The teacher's logits of views, in a form that ``kernels.distillation_loss`` takes, or its
-        features.
+        features; those of `int8-standard` as they are stored, see ``FeatureCache``.
 
         Args:
             sample_ids: integers [n].

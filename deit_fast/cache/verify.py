@@ -154,13 +154,21 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
 def _faults_of_files(
     folder: Path, manifest: dict[str, Any], ids: list[int]
 ) -> list[dict[str, Any]]:
-    """Rows of ``verify``: view files that are gone, names of no view, damaged pixel digests."""
+    """Rows of ``verify``: view files that are gone, names of no view, damaged pixel digests or
+    statistics."""
     pixel_ids, strays = view_files(folder, PIXELS_SUFFIX)
     strays += view_files(folder, ".dlc")[1]
     why = f"no view has this name: ids lie in [0, {VIEW_LIMIT}), in at least five digits"
     found: list[tuple[str, int | None, str]] = [(name, None, why) for name in strays]
     if not ids:
         found.append(("view-*.dlc", None, "there is no view file"))
+    if "statistics.sha256" in manifest["fingerprint"]:
+        from deit_fast.features.statistics import FILE, read_statistics  # needs torch
+
+        try:
+            read_statistics(folder, manifest)
+        except (CacheError, OSError) as error:
+            found.append((FILE, None, str(error)))
     for view_id in pixel_ids:
         name = view_path(folder, view_id).name
         if view_id not in ids:

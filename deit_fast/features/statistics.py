@@ -12,6 +12,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,6 +208,16 @@ def _is_orthonormal(matrix: Tensor) -> bool:
     vectors = torch.from_numpy(generator.standard_normal((8, matrix.shape[1])))
     ratio = (vectors @ matrix.T.double()).norm(dim=1) / vectors.norm(dim=1)
     return bool(((ratio - 1).abs() < 1e-3).all())
+
+
+def read_statistics(folder: Path, manifest: dict[str, Any]) -> FeatureStatistics:
+    """The statistics of a feature cache.
+
+    Raises:
+        CacheError: they are missing, damaged or of another cache.
+    """
+    expected = manifest["fingerprint"].get("statistics.sha256")
+    return FeatureStatistics.load(folder / FILE, manifest["codec"]["width"], str(expected))
 
 
 class StatisticsFit:
