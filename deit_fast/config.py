@@ -428,7 +428,8 @@ class LossConfig:
         weights = self.teachers or (1.0,) * count
         _require(
             len(weights) == count,
-            f"loss.teachers has {len(weights)} weights for the logits of {count} teachers",
+            f"loss.teachers has {len(weights)} weights for the logits of {count} "
+            f"teacher{'s' * (count != 1)}",
         )
         return tuple(weight / sum(weights) for weight in weights)
 

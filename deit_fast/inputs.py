@@ -89,8 +89,8 @@ def _require_feature_settings(config: RunConfig) -> None:
 def require_teacher_settings(config: RunConfig) -> None:
     """
     Raises:
-        InputError: distillation without teacher or cache, a check of a cache without both, or
-            further caches without a first one.
+        InputError: distillation without teacher or cache, a check of a cache without both, further
+            caches without a first one, or settings of features that no online teacher can serve.
     """
     if config.cache is None and config.more_caches:
         raise InputError(
@@ -104,6 +104,13 @@ def require_teacher_settings(config: RunConfig) -> None:
             f"check_teacher_every={every} compares a cache with its teacher: give --cache and "
             f"--teacher, not {config.cache} and {config.teacher}"
         )
+    if config.cache is None and config.teacher is not None and config.feature_targets:
+        _require_feature_settings(config)
+        if config.features.reduce != "none":
+            raise InputError(
+                f"features.reduce={config.features.reduce} needs the statistics of a feature "
+                f"cache, which an online teacher has not: precompute its features, or choose none"
+            )
     if config.loss.kind != "none" and config.teacher is None and config.cache is None:
         raise InputError(
             f"loss.kind={config.loss.kind} needs --teacher SPEC or --cache DIR, or --loss.kind none"

@@ -11,6 +11,7 @@ import torch
 from deit_fast import cache_verbs
 from deit_fast.cache import LogitCache
 from deit_fast.cache.export import export
+from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.checkpoints import save_checkpoint
@@ -18,6 +19,8 @@ from deit_fast.training.loop import train, train_together
 from helpers.feature_runs import LOSSES, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state
+
+TRANSFORMER = "helpers.feature_teacher:transformer"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,61 @@ def test_a_selection_of_classes_is_no_other_teacher(made, tmp_path):
     none = online.replace(loss={"kind": "none"}, output=str(tmp_path / "none"))
     train_together([online.replace(output=str(tmp_path / "other")), none])
     trained(none.replace(max_steps=2), tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+
+def refuse(match: str, config: RunConfig) -> None:
+    """A run is refused before anything is written."""
+    with pytest.raises(InputError, match=match):
+        train(config)
+    assert not (Path(config.output) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("teachers", [(1.0, 2.0), (1.0, 2.0, 3.0)])
+def test_weights_of_teachers_are_counted_before_the_first_step(made, tmp_path, teachers):
+    config = config_of(made, cache=str(made / "cache"), teacher=None, output=str(tmp_path / "run"))
+    refuse("logits of 1 teacher$", config.replace(loss={"teachers": teachers}))
+
+
+@pytest.mark.parametrize("other", ["cache/cls/", "copy"])
+def test_a_cache_counts_once(made, tmp_path, other):
+    if other == "copy":
+        shutil.copytree(made / "cache/cls", tmp_path / "copy")
+    again = str(tmp_path / "copy") if other == "copy" else f"{made}/{other}"
+    config = config_of(
+        made, cache=str(made / "cache/cls"), more_caches=(again,), teacher=None,
+        loss={"kind": "none"}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    refuse("or a copy of it, which would count twice", config)
+
+
+def test_an_online_teacher_has_no_projection(made, tmp_path):
+    config = config_of(made, cache=None, output=str(tmp_path / "run"))
+    pca = config.replace(features={"reduce": "pca", "dim": 4})
+    refuse("features.reduce=pca needs the statistics of a feature cache", pca)
+    refuse("features.reduce=none with features.dim=4", config.replace(features={"dim": 4}))
+
+
+def test_patches_of_several_sizes_need_the_teachers_size(made, tmp_path):
+    config = config_of(made, cache=None, output=str(tmp_path / "run"))
+    sizes = config.replace(num_views=None, view={"repeats": 1, "size_schedule": ((0, 12), (1, 16))})
+    refuse("targets patches with view.size_schedule", sizes)
+
+
+def test_two_blocks_of_a_teacher_are_checked_each_by_itself(made, tmp_path):
+    """Two caches of one target; and one of a block in two codecs."""
+    base = config_of(made, teacher=TRANSFORMER, targets=("cls",), view={"image_size": 32},
+                     loss={"kind": "none"}, check_teacher_every=1, max_steps=1)  # fmt: skip
+    made_of = {"first": {"block": 0}, "last": {"block": -1}, "rough": {"block": 1, "codec": "fp8"}}
+    for name, features in made_of.items():
+        precompute(base.replace(cache=str(tmp_path / name), features=features))
+    first, *more = [str(tmp_path / name / "cls") for name in made_of]
+    rows = trained(base.replace(cache=first, more_caches=tuple(more)), tmp_path / "run")
+    assert 0 < rows[0]["teacher_difference"] < 0.06
 
 
 # ---------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class RunTeacher:
                 )
             ]
         self.terms = build_terms(config, given)
+        if config.loss.kind != "none":
+            config.loss.shares(max(1, len(self.logit_caches)))
         several = len(self.logit_caches) > 1
         numbers = range(1, len(self.logit_caches) + 1) if several else ()
         self.logit_names = tuple(f"distill_loss_{number}" for number in numbers)
@@ -192,8 +194,8 @@ class RunTeacher:
                 keys=cache.keys(batch.sample_ids, batch.view_ids),
             )
             self._require_small(errors, allowed, cache, batch, step, "logits")
-        features = zip(self.feature_caches, batch.features, found.features, strict=True)
-        for feature_cache, stored, new in features:
+        for feature_cache, stored in zip(self.feature_caches, batch.features, strict=True):
+            new = found.features[self.network.features.index(target_of(feature_cache.cache))]
             errors, allowed = feature_cache.compare(stored.cpu(), new.cpu(), has_bf16(self.device))
             cache = feature_cache.cache
             self._require_small(errors, allowed, cache, batch, step, feature_cache.given.target)
@@ -322,19 +324,31 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     return RunTeacher(config, device, network=network, caches=caches)
 
 
-def open_caches(config: RunConfig) -> list[LogitCache]:
+def open_caches(config: RunConfig, paths: Sequence[str] | None = None) -> list[LogitCache]:
     """The caches that a run reads, in the order of its settings. Without distillation of logits
     their caches are left out.
 
+    Args:
+        paths: some of them, where others are not there yet; None: all.
+
     Raises:
         CacheError: as ``open_for_run``.
-        InputError: distillation of logits, and every cache is one of features.
+        InputError: distillation of logits, and every cache is one of features; a cache twice.
     """
-    caches = [open_for_run(path, config.loss.tau) for path in config.caches]
+    chosen = config.caches if paths is None else paths
+    caches = [open_for_run(path, config.loss.tau) for path in chosen]
+    known: dict[bytes, LogitCache] = {}
+    for cache in caches:
+        same = known.setdefault(manifest_sha256(cache.manifest), cache)
+        if same is not cache:
+            raise InputError(
+                f"cache {cache.path} is {same.path} or a copy of it, which would count twice: "
+                f"name it once"
+            )
     logits = [cache for cache in caches if not is_features(cache)]
     if config.loss.kind == "none":
         return [cache for cache in caches if is_features(cache)]
-    if caches and not logits:
+    if caches and not logits and paths is None:
         raise InputError(
             f"loss.kind={config.loss.kind} needs logits, and {', '.join(config.caches)} holds "
             f"features: add the cache of the logits, or set --loss.kind none"
@@ -358,10 +372,7 @@ def load_run_teacher(
 
 def expected_fields(teacher: Teacher, cache: LogitCache) -> dict[str, object]:
     """The teacher's fingerprint as a cache of its logits or features must have it."""
-    index = None
-    if is_features(cache):
-        names = [target.name for target in teacher.features]
-        index = names.index(target_of(cache).name)
+    index = teacher.features.index(target_of(cache)) if is_features(cache) else None
     return teacher.expected_fields(cache.manifest["fingerprint"], index)
 
 
