@@ -15,6 +15,7 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.checkpoints import save_checkpoint
+from deit_fast.training.dry_run import dry_run
 from deit_fast.training.loop import train, train_together
 from helpers.feature_runs import LOSSES, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
@@ -148,6 +149,23 @@ def test_two_blocks_of_a_teacher_are_checked_each_by_itself(made, tmp_path):
     first, *more = [str(tmp_path / name / "cls") for name in made_of]
     rows = trained(base.replace(cache=first, more_caches=tuple(more)), tmp_path / "run")
     assert 0 < rows[0]["teacher_difference"] < 0.06
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "missing"),
+    [("none", ["cache/cls"], ["later"]), ("soft", ["cache/cls"], ["logits", "later"])],
+)
+def test_a_dry_run_names_the_caches_that_are_not_there(made, tmp_path, kind, there, missing):
+    """Which of them are of features is not known yet, nor how many weights their terms need."""
+    first, *more = [f"{made}/{name}/" for name in there] + [
+        f"{tmp_path}/{name}" for name in missing
+    ]
+    config = config_of(made, cache=first, more_caches=tuple(more), teacher=None,
+                       loss={"kind": kind, "teachers": (1.0, 2.0) if kind == "soft" else None},
+                       features={"weights": (1.0, 2.0)})  # fmt: skip
+    found = dry_run(config)["caches"]
+    assert [Path(cache["path"]).name for cache in found] == ["cls", *missing]
+    assert [len(cache["missing"]) for cache in found] == [0] + [3] * len(missing)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from deit_fast.cache.format import views_on_disk
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.verify import info
-from deit_fast.config import RunConfig
+from deit_fast.config import FeatureConfig, RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.fingerprint import identify, views_fingerprint
 from deit_fast.data.ingest import ingest_batch
@@ -103,13 +104,14 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     done = 0 if checkpoint is None else int(checkpoint.saved["step"])
     total = min(len(batches), config.max_steps or len(batches))
 
-    caches = _caches(config, source)
+    caches, is_whole = _caches(config, source), all(map(os.path.exists, config.caches))
+    known = config if is_whole else _for_some(config)
     # Each number of images would be compiled anew, within the time that is measured.
-    teacher = _teacher(config.replace(compile="none", cuda_graphs=False), source, device, caches)
+    teacher = _teacher(known.replace(compile="none", cuda_graphs=False), source, device, caches)
     if checkpoint is not None:
-        facts, is_whole = identify(source, held_out), all(map(os.path.exists, config.caches))
-        facts |= teacher.identity() if is_whole else {}
+        facts = identify(source, held_out) | (teacher.identity() if is_whole else {})
         require_same_run(checkpoint, config, facts, is_whole)
+    config = known
     share = config.batch_size // group.world_size
     micro = share // config.accumulate
     steps = batches.steps
@@ -165,7 +167,7 @@ def _caches(config: RunConfig, source: Source) -> list[dict[str, Any]]:
     found = [
         {"path": path, "views": 0, "missing": [*needed], "bytes": 0}
         for path in config.caches
-        if not os.path.exists(path) and config.loss.kind != "none"
+        if not os.path.exists(path)
     ]
     for cache in _existing(config):
         cache.require(views_fingerprint(config, source))
@@ -175,13 +177,14 @@ def _caches(config: RunConfig, source: Source) -> list[dict[str, Any]]:
         found.append(
             {"path": str(cache.path), "views": len(complete), "missing": missing, "bytes": size}
         )
-    return sorted(found, key=lambda state: config.caches.index(state["path"]))
+    order = [*map(Path, config.caches)]
+    return sorted(found, key=lambda state: order.index(Path(state["path"])))
 
 
 def _existing(config: RunConfig) -> list[LogitCache]:
     """Those of the run's caches that exist."""
     paths = [path for path in config.caches if os.path.exists(path)]
-    return open_caches(config.replace(cache=next(iter(paths), None), more_caches=tuple(paths[1:])))
+    return open_caches(config, None if len(paths) == len(config.caches) else paths)
 
 
 def _teacher(
@@ -197,6 +200,15 @@ def _teacher(
         for cache in existing:
             cache.require(expected_fields(teacher, cache))
     return RunTeacher(config, device, caches=existing)
+
+
+def _for_some(config: RunConfig) -> RunConfig:
+    """Its settings where some caches are missing: what has a value for each cache has its default,
+    as nobody knows which of them are of features."""
+    features, default = config.features, FeatureConfig()
+    names = ("weights", "losses", "normalise", "projectors")
+    lists = {name: getattr(default, name) for name in names if len(getattr(features, name)) > 1}
+    return config.replace(features=lists, loss={"teachers": None})
 
 
 def _size_share(config: RunConfig, epochs: range) -> float:
