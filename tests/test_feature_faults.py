@@ -11,11 +11,14 @@ import torch
 from deit_fast import cache_verbs
 from deit_fast.cache import LogitCache
 from deit_fast.cache.export import export
+from deit_fast.cache.feature_cache import FeatureCache, Given
 from deit_fast.config import RunConfig
+from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.training.checkpoints import save_checkpoint
 from deit_fast.training.dry_run import dry_run
+from deit_fast.training.feature_terms import FeatureTerms, build_terms
 from deit_fast.training.loop import train, train_together
 from helpers.feature_runs import LOSSES, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
@@ -168,6 +171,22 @@ def test_a_dry_run_names_the_caches_that_are_not_there(made, tmp_path, kind, the
     assert [len(cache["missing"]) for cache in found] == [0] + [3] * len(missing)
 
 
+@pytest.mark.parametrize("drop", ["random", "dune"])
+def test_teachers_that_are_left_out_change_no_images_weight(made, drop):
+    config = config_of(made, features={"drop": drop, "weights": (2.0, 0.5, 0.25), **LOSSES})
+    given = [Given("cls", teacher, 1, 4, {}) for teacher in ("first", "second", "second")]
+    terms = FeatureTerms(config, build_terms(config, given), torch.device("cpu"))
+    ids, nothing = torch.arange(64), torch.zeros(64)
+    batch = ViewBatch(nothing, nothing, ids, ids.int(), ids, ids, nothing)
+    ours, theirs = [torch.zeros(64, 1, 4)] * 3, [torch.ones(64, 1, 4)] * 3
+    total, means = terms(ours, theirs, batch, 0)
+    assert [mean.item() for mean in means] == [1, 1, 1]
+    assert total.item() == pytest.approx(2.75)  # of mean squares that are all 1
+    weightless = config.replace(features={"weights": (0.0, 1.0, 1.0)})
+    terms = FeatureTerms(weightless, build_terms(weightless, given), torch.device("cpu"))
+    assert terms(ours, theirs, batch, 0)[0].isfinite()
+
+
 # ---------------------------------------------------------------------------------------------
 # Folders and files
 # ---------------------------------------------------------------------------------------------
@@ -223,3 +242,13 @@ def test_an_export_of_standardised_features_has_the_teachers_scale(made, tmp_pat
     found = torch.load(tmp_path / "out.pt", weights_only=True)["features"][:, 0]
     exact = LogitCache.open(made / "cache/cls").gather(range(90), 0)
     assert torch.allclose(found, exact, atol=0.02)
+
+
+def test_features_of_a_bfloat16_teacher_may_differ_by_its_rounding(made):
+    """A cache that a GPU wrote, compared with the teacher in float32."""
+    cache = FeatureCache(LogitCache.open(made / "cache/cls"))
+    stored = cache.cache.gather(range(90), 0)
+    for dtype, is_right in (("float32", False), ("bfloat16", True)):
+        cache.cache.manifest["fingerprint"]["teacher.dtype"] = dtype
+        error, allowed = cache.compare(stored, stored * 1.01, False)
+        assert bool((error <= allowed).all()) == is_right

@@ -121,11 +121,12 @@ class FeatureCache:
         Args:
             stored: of ``gather``.
             raw: the teacher's features, computed anew.
-            in_bf16: whether it computes in bfloat16.
+            in_bf16: whether it computes in bfloat16; it may have done so when the cache was made.
         """
         exact = self.statistics.reduce(raw)
         again = self.form.finish(
             self.cache.codec.decode(self.cache.codec.encode(self.form.prepare(raw)), 1.0)
         )
-        threshold = ARITHMETIC_BF16 if in_bf16 else THRESHOLD
+        wrote_bf16 = self.cache.manifest["fingerprint"].get("teacher.dtype") == "bfloat16"
+        threshold = ARITHMETIC_BF16 if in_bf16 or wrote_bf16 else THRESHOLD
         return compare_features(stored, exact, again, threshold)

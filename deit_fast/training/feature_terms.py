@@ -89,6 +89,9 @@ class FeatureTerms:
             Normaliser(term.normalise, term.given.statistics).to(device) for term in terms
         ]
         self.num_teachers = len({term.teacher for term in terms})
+        self.weights = torch.zeros(self.num_teachers, device=device)  # of each teacher's terms
+        for term in terms:
+            self.weights[term.teacher] += term.weight
         self.drop = config.features.drop if self.num_teachers > 1 else "none"
         if self.drop != "none" and config.cuda_graphs:
             raise InputError(
@@ -144,4 +147,5 @@ class FeatureTerms:
             for term, loss in zip(self.terms, losses, strict=True):
                 sums[:, term.teacher] += term.weight * loss.detach()
             kept = keep_highest(kept, sums)
-        return kept * (self.num_teachers / kept.sum(1, keepdim=True))
+        left = kept @ self.weights  # of an image; 0 where all that it keeps weighs nothing
+        return kept * torch.where(left > 0, self.weights.sum() / left, 0.0)[:, None]
