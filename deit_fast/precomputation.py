@@ -421,6 +421,7 @@ class _Job:
     def check_teacher(self, views: range) -> None:
         """As ``check_accuracy``, if there are logits to write."""
         if not self.teacher.gives_logits:
+            check_accuracy(self.teacher, self.config, self.device, self.source)
             return
         try:
             cache = self._caches(None)[0]

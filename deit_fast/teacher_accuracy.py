@@ -47,7 +47,14 @@ def check_accuracy(
         InputError: it is below ``teacher_floor``.
     """
     is_off = config.data.source == "synthetic" or config.teacher_floor == 0
-    if is_off or not teacher.gives_logits:
+    if is_off:
+        return None
+    if not teacher.gives_logits:
+        if config.teacher_floor is not None:
+            log.warning(
+                "teacher_floor=%g: not measured, as %s gives features alone",
+                config.teacher_floor, config.teacher,
+            )  # fmt: skip
         return None
     source, kind = held_out or _open_held_out(config), "held-out"
     if source is None:

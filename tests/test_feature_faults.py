@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from deit_fast.training.checkpoints import save_checkpoint
 from deit_fast.training.dry_run import dry_run
 from deit_fast.training.feature_terms import FeatureTerms, build_terms
 from deit_fast.training.loop import train, train_together
+from deit_fast.training.remarks import say_features
 from helpers.feature_runs import LOSSES, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state
@@ -169,6 +171,29 @@ def test_a_dry_run_names_the_caches_that_are_not_there(made, tmp_path, kind, the
     found = dry_run(config)["caches"]
     assert [Path(cache["path"]).name for cache in found] == ["cls", *missing]
     assert [len(cache["missing"]) for cache in found] == [0] + [3] * len(missing)
+
+
+def test_a_setting_that_a_cache_decides_is_said(made, caplog):
+    config = config_of(made, cache=str(made / "fp8/patches"), loss={"kind": "none"},
+                       features={"grid": 2, "block": 1, "dim": 12})  # fmt: skip
+    given = FeatureCache(LogitCache.open(made / "fp8/patches")).given
+    with caplog.at_level(logging.WARNING):
+        say_features(config, build_terms(config, [given]))
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts[0].startswith("targets cls: no cache of this run holds them")
+    assert [text.partition(":")[0] for text in texts[1:]] == [
+        "features.block=1", "features.grid=2", "features.dim=12"
+    ]  # fmt: skip
+    caplog.clear()
+    learned = config.replace(targets=("patches",), features={"grid": 4, "block": -1, "dim": None})
+    say_features(learned, build_terms(learned, [given]))
+    assert not caplog.records
+
+
+def test_a_floor_that_cannot_be_measured_is_said(made, tmp_path, caplog):
+    config = config_of(made, targets=("cls",), cache=str(tmp_path), teacher_floor=0.9)
+    precompute(config, views=range(1))
+    assert "teacher_floor=0.9: not measured" in caplog.text
 
 
 @pytest.mark.parametrize("drop", ["random", "dune"])

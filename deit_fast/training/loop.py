@@ -28,6 +28,7 @@ from deit_fast.runtime.speed import StepClock, StepProfiler, gc_paused
 from deit_fast.students import require_agreement
 from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.training.remarks import (
+    say_features,
     say_slow_step,
     say_unread_teacher_settings,
     say_unused_batches,
@@ -148,6 +149,7 @@ class _Pass:
         self._each(lambda run: run.open_output(resources))
         if group.is_first:
             say_unread_teacher_settings(self.runs[0].config)
+            self._each(lambda run: say_features(run.config, run.teacher.terms))
             say_unused_batches(self.runs[0].config, self.data.steps)
 
     def _prepare(self, resources: ExitStack) -> None:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from deit_fast.config import MOST_INITIAL_SHARE, TEACHER_SETTINGS, OptimConfig, RunConfig
+from deit_fast.config import (
+    MOST_INITIAL_SHARE,
+    TEACHER_SETTINGS,
+    FeatureConfig,
+    OptimConfig,
+    RunConfig,
+)
 from deit_fast.runtime.progress import duration
 from deit_fast.runtime.weights_header import MODEL_FILE
+from deit_fast.training.feature_terms import FeatureTerm
 from deit_fast.views.steps import RunSteps
 
 log = logging.getLogger("deit_fast")
@@ -25,6 +33,34 @@ def say_unread_teacher_settings(config: RunConfig) -> None:
             "%s: not read by this run, whose logits are those of cache %s: give it to precompute",
             ", ".join(unread), config.cache,
         )  # fmt: skip
+
+
+def say_features(config: RunConfig, terms: Sequence[FeatureTerm]) -> None:
+    """Name the features that a run learns, and the settings of features that it does not read."""
+    if terms:
+        texts = [f"{term.name} {term.loss} with weight {term.weight:g}" for term in terms]
+        log.info("features learned: %s", ", ".join(texts))
+    if config.cache is None:
+        return
+    held = {term.given.target for term in terms}
+    if unlearned := [target for target in config.feature_targets if target not in held]:
+        log.warning(
+            "targets %s: no cache of this run holds them, so it does not learn them; name their "
+            "folders by --more-caches", ", ".join(unlearned),
+        )  # fmt: skip
+    default = FeatureConfig()
+    for term in terms:
+        for name in ("block", "norm", "grid", "reduce", "dim"):
+            value = getattr(config.features, name)
+            stored = term.given.fields.get(f"target.{name}")
+            if name == "grid" and term.given.target != "patches":
+                continue
+            counts_from_last = name == "block" and value is not None and value < 0
+            if value not in (getattr(default, name), stored) and not counts_from_last:
+                log.warning(
+                    "features.%s=%s: not read by this run, which learns the %s of a cache with %s",
+                    name, value, term.given.target, stored,
+                )  # fmt: skip
 
 
 def say_unused_batches(config: RunConfig, steps: RunSteps) -> None:
