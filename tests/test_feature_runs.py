@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from deit_fast import cli
 from deit_fast.cache import LogitCache
@@ -22,6 +24,8 @@ from deit_fast.training.loop import train, train_together
 from helpers.feature_runs import LOSSES, OTHER, ROWS, config_of, make_caches, numbers, trained
 from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state, weights_equal
+
+SMALL = ("embed_dim=32", "depth=2", "num_heads=2")
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +122,21 @@ def test_features_resume_to_the_weights_of_an_uninterrupted_run(made, tmp_path):
     assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0])
 
 
-@pytest.mark.parametrize("source", ["cache", "online"])
+@pytest.mark.parametrize("source", ["cache", "online", "timm"])
 def test_students_of_one_pass_are_their_single_runs(made, tmp_path, source):
     """One with logits and features, one with features alone and other losses of them."""
     base = config_of(made, cache=None)
     if source == "cache":
         more = str(made / "cache/cls"), str(made / "cache/patches")
         base = base.replace(cache=str(made / "cache"), more_caches=more, teacher=None)
+    if source == "timm":
+        torch.manual_seed(5)
+        network = timm.create_model("resnet10t", num_classes=10)
+        save_file(network.state_dict(), tmp_path / "weights.safetensors")
+        base = base.replace(
+            teacher=f"timm:resnet10t@{tmp_path / 'weights.safetensors'}", view={"image_size": 32},
+            targets=("logits", "pooled", "patches"), model={"args": ("patch_size=8", *SMALL)},
+        )  # fmt: skip
     alone = {"losses": ("cosine", "smooth_l1"), "weights": (0.5, 2.0)}
     students = {
         "alone": base.replace(loss={"kind": "none"}, seed=1, features=alone),
