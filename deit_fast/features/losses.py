@@ -47,7 +47,8 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
         float32 [B], or float64 for float64 features.
 
     Raises:
-        InputError: an unknown name, other shapes, or `spectral` of tokens that form no square grid.
+        InputError: an unknown name, other shapes, `spectral` of tokens that form no square grid, or
+            `similarity` of a single token of a single image.
     """
     if kind not in LOSSES:
         raise InputError(f"features.losses must be of {', '.join(LOSSES)}, not {kind!r}")
@@ -90,6 +91,11 @@ def _dune(s: Tensor, t: Tensor) -> Tensor:
 
 def _similarity(s: Tensor, t: Tensor) -> Tensor:
     if s.shape[1] == 1:
+        if len(s) == 1:
+            raise InputError(
+                "feature loss similarity of a vector compares the images of a process's part of "
+                "the batch, which is one image: raise batch_size, or lower accumulate"
+            )
         return _row_divergence(s[:, 0], t[:, 0])
     return _row_divergence(s, t).mean(1)
 
