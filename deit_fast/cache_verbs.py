@@ -177,8 +177,8 @@ def verify(
         rows += [
             ("pixels", f"{again['pixels']} views have the pixels that the teacher saw"),
             ("teacher", f"{again['records']} records recomputed, {again['failed']} differ"),
-            ("worst", f"sample {worst['sample']} view {worst['view']}: {worst['error']:.3g} nats, "
-                      f"allowed {worst['allowed']:.3g}"),
+            ("worst", f"sample {worst['sample']} view {worst['view']}: {worst['error']:.3g} "
+                      f"{again['unit']}, allowed {worst['allowed']:.3g}"),
         ]  # fmt: skip
         ok = again["failed"] == 0
     if not ok:
@@ -351,10 +351,12 @@ def _feature_rows(path: str) -> list[tuple[str, str]]:
     from deit_fast.cache import LogitCache
     from deit_fast.cache.statistics import draw_features
 
-    found = draw_features(LogitCache.open(path))
+    cache = LogitCache.open(path)
+    found = draw_features(cache)
+    scale = " (as stored, standardised)" if cache.codec.name == "int8-standard" else ""
     return [
         ("drawn", f"{found.records} records, {found.tokens} tokens"),
-        ("features", f"rms {found.rms:.4g}, largest {found.largest:.4g}"),
+        ("features", f"rms {found.rms:.4g}, largest {found.largest:.4g}{scale}"),
         ("peaks", f"largest / rms of a token: {found.mean_peak:.1f} on average, "
                   f"{found.largest_peak:.1f} at most"),
         ("zeros", f"{100 * found.zeroed:.2f} % of stored values"),

@@ -263,6 +263,7 @@ def test_verify_finds_what_is_wrong_with_statistics(made, tmp_path):
 def test_an_export_of_standardised_features_has_the_teachers_scale(made, tmp_path):
     config = config_of(made, targets=("cls",), cache=str(tmp_path / "cache"))
     precompute(config.replace(features={"codec": "int8-standard"}))
+    assert "(as stored, standardised)" in cache_verbs.info(str(tmp_path / "cache/cls"))
     export(tmp_path / "cache/cls", tmp_path / "out.pt")
     found = torch.load(tmp_path / "out.pt", weights_only=True)["features"][:, 0]
     exact = LogitCache.open(made / "cache/cls").gather(range(90), 0)

@@ -96,7 +96,7 @@ def verify_against_teacher(
 
     Returns:
         `records`, `failed` (count), `worst` (`view`, `sample`, `error`, `allowed`: of the record
-        with the largest excess), `pixels` (digests compared).
+        with the largest excess), `unit` (of the error), `pixels` (digests compared).
 
     Raises:
         CacheMismatch: another teacher, data set or view settings; names each differing field.
@@ -146,6 +146,7 @@ def verify_against_teacher(
             "error": float(error[worst]),
             "allowed": float(limit[worst]),
         },
+        "unit": "of its length" if is_features(cache) else "nats",
         "pixels": len(digests),
     }
 
