@@ -268,7 +268,7 @@ def plan(_: argparse.Namespace) -> None:
     for arm in arms():
         images = {"reuse": protocol.REUSE_IMAGES, "digits": protocol.DIGITS_IMAGES}
         batch = 64 if arm.data == "digits" else protocol.STUDENT["batch_size"]
-        steps = images.get(arm.data, 50_000) * EPOCHS[arm.data] // batch
+        steps = images.get(arm.data, 50_000) // batch * EPOCHS[arm.data]
         total += steps * len(arm.seeds)
         print(f"{arm.data:7} {arm.name:32} seeds {arm.seeds}, {steps} steps")
     print(f"{sum(len(arm.seeds) for arm in arms())} runs, {total} steps")
