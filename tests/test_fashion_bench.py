@@ -85,7 +85,7 @@ def test_the_queue_goes_on_where_it_stopped_and_the_page_needs_every_run(
     none = next(arm for arm in arms() if arm.name == "none")
     monkeypatch.setattr(run, "arms", lambda: [hard, none])
     monkeypatch.setattr("bench.fashion.page.arms", lambda: [hard, none])
-    monkeypatch.setattr("bench.fashion.page.TABLES", {"tuning": "T", "targets": "U"})
+    tables = ("tuning", "targets")
     monkeypatch.setattr(run, "write_data", lambda root, n: data.write_data(root, n, source))
     monkeypatch.setattr(protocol, "SEEDS", (0, 1))
     results = tmp_path / "results"
@@ -93,19 +93,22 @@ def test_the_queue_goes_on_where_it_stopped_and_the_page_needs_every_run(
     run.main([*words, "--limit", "2"])
     assert len([*results.glob("*-seed-*.json")]) == 2
     with pytest.raises(SystemExit, match=r"1 runs are missing:\n.*test-none-seed-1\.json"):
-        write_page(results, tmp_path / "page.md")
+        write_page(results, tmp_path / "page.md", tables=tables)
     before = {path: path.read_bytes() for path in results.iterdir()}
     run.main(words)
     assert all(path.read_bytes() == content for path, content in before.items())
     result = json.loads((results / "select-hard-0-5-seed-100.json").read_text())
     assert result["bytes_per_image"] == 2 * hard.views and result["steps"] == 8
     assert 0 <= result["top1"] <= 1 and result["nll"] > 0 and 0 <= result["ece"] <= 1
-    write_page(results, tmp_path / "page.md")
+    write_page(results, tmp_path / "page.md", tables=tables)
     page = (tmp_path / "page.md").read_text()
+    rows = json.loads((results / "summary.json").read_text())["rows"]
+    assert [row["impl"] for row in rows] == ["hard 0.5", "none"]
+    assert rows[0]["accuracy"] == pytest.approx(100 * result["top1"])
     assert "| none |" in page and f"| {2 * hard.views} |" in page
     monkeypatch.setitem(protocol.STUDENT, "batch_size", 20)
     with pytest.raises(SystemExit, match="is of another protocol"):
-        write_page(results, tmp_path / "page.md")
+        write_page(results, tmp_path / "page.md", tables=tables)
 
 
 def test_the_protocol_is_whole() -> None:

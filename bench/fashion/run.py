@@ -1,5 +1,5 @@
 """python -m bench fashion run [--work FOLDER] [--results FOLDER] [--only TEXT] [--limit N]
-python -m bench fashion page [--results FOLDER] [--out FILE] [--plots docs/plots]
+python -m bench fashion page [--results FOLDER] [--out FILE] [--plots docs/plots] [--tables ...]
 python -m bench fashion plan
 
 `run` works through the protocol in order of importance: data, teachers, caches when an arm needs
@@ -290,10 +290,13 @@ def main(arguments: Sequence[str]) -> None:
         if verb == "page":
             added.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
             added.add_argument("--plots", type=Path, help="folder of the reuse curve")
+            added.add_argument(
+                "--tables", nargs="+", choices=[*protocol.TABLES], default=[*protocol.TABLES]
+            )
     options = parser.parse_args(arguments[1:])
     if options.verb == "page":
         from bench.fashion.page import write_page
 
-        write_page(options.results, options.out, options.plots)
+        write_page(options.results, options.out, options.plots, options.tables)
         return
     {"run": run, "plan": plan}[options.verb](options)
