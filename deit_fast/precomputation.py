@@ -352,9 +352,9 @@ class _Job:
         loader = open_loader(config.data, self.source, self.plan, calls, device=self.device)
         with Progress("fit", number * size, unit="image") as progress:
 
-            def outputs() -> Iterator[TeacherOutputs]:
+            def outputs() -> Iterator[tuple[ViewBatch, TeacherOutputs]]:
                 for batch, found in self.run(loader):
-                    yield found
+                    yield batch, found
                     progress.advance(len(batch.sample_ids))
 
             return fit_statistics(config, self.teacher, outputs())

@@ -28,7 +28,8 @@ from deit_fast.cache.format import (
 from deit_fast.cache.record_order import RecordOrder, record_order
 from deit_fast.cache.verify import planned
 from deit_fast.config import RunConfig
-from deit_fast.errors import CacheError, InputError
+from deit_fast.data.batch import ViewBatch
+from deit_fast.errors import CacheError, InputError, RowError
 from deit_fast.features.statistics import (
     FILE,
     FeatureStatistics,
@@ -234,13 +235,25 @@ def _stored(config: RunConfig, target: str) -> FeatureStatistics | None:
 
 
 def fit_statistics(
-    config: RunConfig, teacher: Teacher, batches: Iterable[TeacherOutputs]
+    config: RunConfig, teacher: Teacher, batches: Iterable[tuple[ViewBatch, TeacherOutputs]]
 ) -> list[FeatureStatistics]:
-    """Statistics of each feature target, fitted to a teacher's outputs."""
+    """Statistics of each feature target, fitted to a teacher's outputs for batches of views.
+
+    Raises:
+        CacheError: features of a view are not finite.
+        InputError: too few features, or features without any variance.
+    """
     fits = [StatisticsFit(width) for _, width in teacher.shapes]
-    for outputs in batches:
-        for fit, features in zip(fits, outputs.features, strict=True):
-            fit.add(features.cpu())
+    for batch, outputs in batches:
+        for target, fit, features in zip(teacher.features, fits, outputs.features, strict=True):
+            try:
+                fit.add(features.cpu())
+            except RowError as error:
+                view, sample = (int(ids[error.row]) for ids in (batch.view_ids, batch.sample_ids))
+                raise CacheError(
+                    f"view {view} sample {sample}: {target.name} of teacher {teacher.spec}: "
+                    f"{error.reason}"
+                ) from None
     return [fit.result(config.features.reduce, config.features.dim) for fit in fits]
 
 

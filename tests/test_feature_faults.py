@@ -26,6 +26,7 @@ from helpers.feature_runs import LOSSES, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state
 
+WITHOUT_NUMBERS = "helpers.feature_teacher:rows_without_numbers"
 TRANSFORMER = "helpers.feature_teacher:transformer"
 
 
@@ -237,6 +238,14 @@ def test_what_cannot_be_written_is_refused_before_the_fit(made, tmp_path, monkey
     for work in (precompute, estimate):
         with pytest.raises(CacheError, match="cls holds logits, and the features cls would go"):
             work(config)
+
+
+def test_a_view_without_numbers_is_named_by_the_fit(made, tmp_path):
+    config = config_of(made, targets=("cls",), cache=str(tmp_path), teacher=WITHOUT_NUMBERS)
+    with pytest.raises(
+        CacheError, match=r"view 0 sample 5: cls of .*: its features are not finite"
+    ):
+        precompute(config)
 
 
 def test_logits_of_a_pass_with_features_go_on_alone(made, tmp_path):
