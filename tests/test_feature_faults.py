@@ -22,7 +22,7 @@ from deit_fast.training.dry_run import dry_run
 from deit_fast.training.feature_terms import FeatureTerms, build_terms
 from deit_fast.training.loop import train, train_together
 from deit_fast.training.remarks import say_features
-from helpers.feature_runs import LOSSES, config_of, make_caches, trained
+from helpers.feature_runs import LOSSES, OTHER, ROWS, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
 from helpers.runs import last_state
 
@@ -211,6 +211,14 @@ def test_teachers_that_are_left_out_change_no_images_weight(made, drop):
     weightless = config.replace(features={"weights": (0.0, 1.0, 1.0)})
     terms = FeatureTerms(weightless, build_terms(weightless, given), torch.device("cpu"))
     assert terms(ours, theirs, batch, 0)[0].isfinite()
+
+
+def test_the_teacher_of_a_result_is_that_of_its_logits(made, tmp_path):
+    """Whatever the order of the caches: `analyze` compares its decisions with the student's."""
+    config = config_of(made, cache=str(made / "other/cls"), more_caches=(str(made / "cache"),),
+                       teacher=None, max_steps=1, output=str(tmp_path))  # fmt: skip
+    found = train(config)["teacher"]
+    assert (found["teacher.spec"], found["more"][0]["teacher.spec"]) == (ROWS, OTHER)
 
 
 # ---------------------------------------------------------------------------------------------

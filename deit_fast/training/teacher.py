@@ -226,13 +226,14 @@ class RunTeacher:
 
     def describe(self) -> dict[str, Any] | None:
         """Where logits and features came from, for result.json; of several caches the first one,
-        with the others as `more`."""
+        of logits where there is one, with the others as `more`."""
         if not self.caches:
             found = self._fingerprints
             return {"from": "online", **found[0]} if found else None
+        pairs = [*zip(self.caches, self._fingerprints, strict=True)]
         first, *others = [
             {"from": "cache", "codec": cache.manifest["codec"], **fingerprint}
-            for cache, fingerprint in zip(self.caches, self._fingerprints, strict=True)
+            for cache, fingerprint in sorted(pairs, key=lambda pair: is_features(pair[0]))
         ]
         return first | ({"more": others} if others else {})
 
