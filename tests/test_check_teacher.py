@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
-from deit_fast.cache import CacheMismatch
+from deit_fast.cache import CacheMismatch, codec_from_config
+from deit_fast.cache.verify import compare_logits
+from deit_fast.config import CodecConfig
 from deit_fast.errors import CacheError, InputError
 from deit_fast.precomputation import precompute
 from deit_fast.training.loop import train
@@ -106,3 +109,17 @@ def test_the_check_needs_both(world, tmp_path):
         train(config)
     with pytest.raises(InputError, match=r"check_teacher_every must be a whole number .*, not 0"):
         unruly(world, tmp_path / "run", check_teacher_every=0)
+
+
+def test_logits_that_a_teacher_gave_in_bfloat16_may_differ_by_its_rounding():
+    """A cache that a GPU wrote, compared with the teacher in float32."""
+    logits = 4 * torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    codec = codec_from_config(CodecConfig(name="dense-fp32"), 100, 1.0)
+    stored = codec.decode(codec.encode(logits.bfloat16()), 1.0)
+    for wrote_bf16 in (False, True):
+        error, allowed = compare_logits(
+            stored, logits, codec=codec, tau=1.0, wrote_bf16=wrote_bf16
+        )  # fmt: skip
+        assert bool((error <= allowed).all()) == wrote_bf16
+    error, allowed = compare_logits(stored, logits.flip(1), codec=codec, tau=1.0, wrote_bf16=True)
+    assert (error > allowed).all()

@@ -17,7 +17,7 @@ from deit_fast.cache.codec_base import Codec
 from deit_fast.cache.feature_codecs import FeatureCodec
 from deit_fast.cache.format import holds_features
 from deit_fast.cache.reader import LogitCache
-from deit_fast.cache.verify import THRESHOLD, compare_features
+from deit_fast.cache.verify import THRESHOLD, compare_features, is_bf16
 from deit_fast.data.batch import ViewBatch
 from deit_fast.errors import CacheError
 from deit_fast.features.normalise import Normaliser
@@ -127,6 +127,5 @@ class FeatureCache:
         again = self.form.finish(
             self.cache.codec.decode(self.cache.codec.encode(self.form.prepare(raw)), 1.0)
         )
-        wrote_bf16 = self.cache.manifest["fingerprint"].get("teacher.dtype") == "bfloat16"
-        threshold = ARITHMETIC_BF16 if in_bf16 or wrote_bf16 else THRESHOLD
+        threshold = ARITHMETIC_BF16 if in_bf16 or is_bf16(self.cache) else THRESHOLD
         return compare_features(stored, exact, again, threshold)

@@ -346,6 +346,11 @@ def pick_pixels(
 # ---------------------------------------------------------------------------------------------
 
 
+def is_bf16(cache: LogitCache) -> bool:
+    """Whether the teacher computed in bfloat16 when the cache was made."""
+    return bool(cache.manifest["fingerprint"].get("teacher.dtype") == "bfloat16")
+
+
 def compare_logits(
     stored: Tensor | TopK,
     logits: Tensor,
@@ -354,6 +359,7 @@ def compare_logits(
     tau: float,
     keys: ViewKeys | None = None,
     threshold: float = THRESHOLD,
+    wrote_bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Error of each record and the largest allowed error, nats, float64 [n] each; on the host.
 
@@ -365,6 +371,7 @@ def compare_logits(
         logits: computed anew [n, C], in the dtype of the teacher.
         tau: temperature.
         keys: as ``codec.encode`` takes them.
+        wrote_bf16: whether the teacher computed in bfloat16 when the cache was made (``is_bf16``).
     """
     import torch
 
@@ -383,7 +390,8 @@ def compare_logits(
         return torch.maximum(found, record_errors(head, exact, tau))
 
     rounding = errors(codec.decode(codec.encode(logits, keys), tau))
-    ulp = torch.finfo(logits.dtype).eps * logits.double().abs().amax(1) / tau
+    coarser = torch.bfloat16 if wrote_bf16 else logits.dtype
+    ulp = torch.finfo(coarser).eps * logits.double().abs().amax(1) / tau
     return errors(stored), 2 * rounding + 2 * ulp + threshold
 
 

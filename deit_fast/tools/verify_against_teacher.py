@@ -12,7 +12,7 @@ import torch
 
 from deit_fast.cache import LogitCache
 from deit_fast.cache.feature_cache import FeatureCache, is_features, target_of
-from deit_fast.cache.verify import THRESHOLD, compare_logits, pick_pixels
+from deit_fast.cache.verify import THRESHOLD, compare_logits, is_bf16, pick_pixels
 from deit_fast.config import DataConfig, RunConfig, ViewConfig, constants
 from deit_fast.config_file import from_dict
 from deit_fast.data.batch import ViewBatch, main_labels
@@ -170,6 +170,7 @@ def _comparison(
             tau=tau,
             keys=cache.keys(batch.sample_ids, batch.view_ids),
             threshold=threshold,
+            wrote_bf16=is_bf16(cache),
         )
 
     return compare

@@ -16,7 +16,7 @@ from deit_fast.cache import LogitCache, ReadAhead
 from deit_fast.cache.feature_cache import FeatureCache, Given, is_features, target_of
 from deit_fast.cache.format import manifest_sha256
 from deit_fast.cache.sparse_codecs import SampledCodec
-from deit_fast.cache.verify import compare_logits, open_for_run, pick_pixels, require_tau
+from deit_fast.cache.verify import compare_logits, is_bf16, open_for_run, pick_pixels, require_tau
 from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch, map_teacher
 from deit_fast.data.fingerprint import require_same_pixels, views_fingerprint
@@ -192,6 +192,7 @@ class RunTeacher:
                 codec=cache.codec,
                 tau=self.config.loss.tau,
                 keys=cache.keys(batch.sample_ids, batch.view_ids),
+                wrote_bf16=is_bf16(cache),
             )
             self._require_small(errors, allowed, cache, batch, step, "logits")
         for feature_cache, stored in zip(self.feature_caches, batch.features, strict=True):
