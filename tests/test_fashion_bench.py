@@ -102,7 +102,7 @@ def test_the_queue_goes_on_where_it_stopped_and_the_page_needs_every_run(
     assert 0 <= result["top1"] <= 1 and result["nll"] > 0 and 0 <= result["ece"] <= 1
     write_page(results, tmp_path / "page.md", tables=tables)
     page = (tmp_path / "page.md").read_text()
-    rows = json.loads((results / "summary.json").read_text())["rows"]
+    rows = json.loads((results / "summary.json").read_text())["means"]
     assert [row["impl"] for row in rows] == ["hard 0.5", "none"]
     assert rows[0]["accuracy"] == pytest.approx(100 * result["top1"])
     assert "| none |" in page and f"| {2 * hard.views} |" in page

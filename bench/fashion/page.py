@@ -72,7 +72,7 @@ def write_page(
     out.write_text("\n".join([head, *(_text(TABLES[name], rows[name]) for name in tables)]))
     content = {
         "meta": collect_meta("cpu", command, None),
-        "rows": [figure for name in tables for row in rows[name] for figure in _figures(row)],
+        "means": [figure for name in tables for row in rows[name] for figure in _figures(row)],
     }
     (results / "summary.json").write_text(to_text(content))
     if plots is not None:

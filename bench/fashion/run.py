@@ -22,6 +22,7 @@ from typing import Any
 from bench.fashion import protocol
 from bench.fashion.data import write_data
 from bench.fashion.protocol import CACHES, EPOCHS, TEACHERS, TUNINGS, VIEWS, Arm, arms
+from bench.record import to_text
 from deit_fast.tools.demo import write_digits
 
 HERE = Path(__file__).parent
@@ -223,8 +224,8 @@ class Bench:
     def _write(self, name: str, content: dict[str, Any]) -> None:
         from deit_fast.runtime.files import write_atomically
 
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        write_atomically(self.results / name, text.encode())
+        ordered = dict(sorted(content.items()))
+        write_atomically(self.results / name, to_text(ordered).encode())
 
 
 def _record_bytes(folder: str) -> int:
