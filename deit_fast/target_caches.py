@@ -180,7 +180,7 @@ def build_caches(
 
 def stored_order(config: RunConfig) -> str | None:
     """The order of the logits' records: None, by sample id, also where none are stored yet. Both
-    orders hold the same records, so a pass of the logits alone goes on in that of its cache."""
+    orders hold the same records, so a pass of the logits alone keeps that of its cache."""
     folder = Path(str(config.cache))
     if not (folder / FILE_NAME).exists():
         return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from bench.fashion.protocol import REUSE_IMAGES
+from bench.fashion.protocol import DIGITS_IMAGES, REUSE_IMAGES
 from bench.plot import TEXT
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ PANELS = {
     f"Fashion-MNIST, {REUSE_IMAGES:,} images, 48 epochs": (
         lambda kind, views: f"{kind}, {views} views", (1, 3, 12, 48),
     ),
-    "digits, 599 images, 70 epochs": (
+    f"digits, {DIGITS_IMAGES} images, 70 epochs": (
         lambda kind, views: f"digits: {kind}" + (f", {views} views" if views < 70 else ""),
         (1, 3, 10, 70),
     ),

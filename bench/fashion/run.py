@@ -4,8 +4,8 @@ python -m bench fashion plan
 
 `run` works through the protocol in order of importance: data, teachers, caches when an arm needs
 them, students. The seeds of an arm are trained in one pass. It can be stopped at any time; the same
-command goes on. Each student leaves one JSON file in the results folder. `page` makes the tables of
-them and fails if a run is missing.
+command resumes it. Each student leaves one JSON file in the results folder. `page` makes the tables
+of them and fails if a run is missing.
 """
 
 from __future__ import annotations
@@ -265,10 +265,12 @@ def run(options: argparse.Namespace) -> None:
 
 def plan(_: argparse.Namespace) -> None:
     """The runs in their order, with their steps."""
+    from deit_fast.recipes import digits_student
+
     total = 0
     for arm in arms():
         images = {"reuse": protocol.REUSE_IMAGES, "digits": protocol.DIGITS_IMAGES}
-        batch = 64 if arm.data == "digits" else protocol.STUDENT["batch_size"]
+        batch = _bases(arm.data)[0].get("batch_size", digits_student().batch_size)
         steps = images.get(arm.data, 50_000) // batch * EPOCHS[arm.data]
         total += steps * len(arm.seeds)
         print(f"{arm.data:7} {arm.name:32} seeds {arm.seeds}, {steps} steps")

@@ -133,11 +133,15 @@ class LogitCodec(Codec):
         return {"name": self.name, "k": None, "temperatures": [], "num_classes": self.num_classes}
 
     def layout(self, tau: float) -> _C.RecordLayout:
+        return self._layout()
+
+    def _layout(self, **more: Any) -> _C.RecordLayout:
         return _C.RecordLayout(
             self.kind,
             record_bytes=self.record_bytes,
             num_classes=self.num_classes,
             id_bytes=id_bytes(self.num_classes),
+            **more,
         )
 
     def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:

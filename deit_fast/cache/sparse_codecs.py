@@ -157,15 +157,8 @@ class TopKCodec(LogitCodec):
 
     def layout(self, tau: float) -> _C.RecordLayout:
         """With l_i stored at T=1 and c the normaliser at tau, log p_i(tau) = l_i / tau - c."""
-        return _C.RecordLayout(
-            self.kind,
-            record_bytes=self.record_bytes,
-            num_classes=self.num_classes,
-            id_bytes=id_bytes(self.num_classes),
-            k=self.k,
-            tail_offset=self._tail_offset + 8 * self._temperature_index(tau),
-            tau=tau,
-        )
+        offset = self._tail_offset + 8 * self._temperature_index(tau)
+        return self._layout(k=self.k, tail_offset=offset, tau=tau)
 
     def outputs(self, count: int) -> tuple[tuple[tuple[int, ...], str], ...]:
         """Class ids, log-probabilities, log tail mass."""
