@@ -6,7 +6,10 @@ namespace deit_fast {
 
 void ViewTable::add(View view) {
   const auto id = static_cast<int64_t>(view->spec().view_id);
-  slots_[id] = Slot{std::move(view), ++turn_};
+  Slot& slot = slots_[id];
+  // Another thread may have opened it meanwhile. Its view knows which blocks are verified.
+  if (slot.view == nullptr || slot.view->is_lost()) slot.view = std::move(view);
+  slot.used = ++turn_;
 }
 
 int64_t ViewTable::locate(const int64_t* ids, size_t count, size_t stride, Located* out) {

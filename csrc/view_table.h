@@ -23,6 +23,7 @@ struct Located {
 // Open views by id. Not thread-safe (Python's lock guards it); the views that it returns are.
 class ViewTable {
  public:
+  // Keeps a view of this id that is open already and has lost no bytes.
   void add(View view);
   // Finds the views of `count` ids, `stride` apart (0: one id for all). Returns -1, or the first id
   // that is not in the table, or whose view has lost bytes.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from deit_fast import _C
-from deit_fast.cache import CODECS, CacheError, LogitCache
+from deit_fast.cache import CODECS, CacheError, LogitCache, reader
 from deit_fast.cache.format import view_path
 from deit_fast.data.batch import map_teacher, teacher_tensors
 from deit_fast.errors import InputError
@@ -139,6 +139,25 @@ def test_gather_lets_other_threads_run(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert wrong == []
+
+
+def test_a_view_that_another_thread_opened_meanwhile_stays(tmp_path, monkeypatch):
+    """It knows which blocks are verified; the view of the slower thread would forget them."""
+    cache = write_cache(tmp_path, make_manifest("dense-fp32"), (0,))
+    whole = np.arange(SAMPLES), np.zeros(SAMPLES, np.int64)
+    plain, opened = reader._open_view, []
+
+    def slowly(*args, **options):
+        view = plain(*args, **options)
+        opened.append(view)
+        if len(opened) == 1:  # what the faster thread does now
+            cache.gather(*whole)
+        return view
+
+    monkeypatch.setattr(reader, "_open_view", slowly)
+    cache = LogitCache.open(tmp_path)
+    cache.gather([0], [0])
+    assert len(opened) == 2 and cache.unread_blocks(*whole) == []
 
 
 def test_more_views_than_are_kept_open(tmp_path, monkeypatch):
