@@ -91,7 +91,7 @@ def cases(device: str) -> list[Case]:
 
         def build() -> dict[str, Callable[[], Any] | str]:
             there = pixels.to(device), images.to(device), table.to(device)
-            ours = {"ours": lambda: augment(*there, SIZE, FILL)}
+            ours: dict[str, Callable[[], Any] | str] = {"ours": lambda: augment(*there, SIZE, FILL)}
             if device == "cpu":
                 return ours | {"Pillow, 1 core": pillow(pixels, rows, boxes)}
             return ours | {"torchvision v2": torchvisions(there[0], boxes)}

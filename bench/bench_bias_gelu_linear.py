@@ -16,6 +16,7 @@ writes the gradient of x. On a CPU ours is the expression in plain PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def plain_backward(grad: Tensor, weight: Tensor, x: Tensor, bias: Tensor) -> tup
 
 def cases(device: str) -> list[Case]:
     batch, tokens = (4, 198) if device == "cpu" else (256, 198)
-    compiled = torch.compile(plain, dynamic=device == "cpu")
+    compiled: Callable[..., Any] = torch.compile(plain, dynamic=device == "cpu")
     channels = (192, 384) if device == "cpu" else (384, 192, 768)  # DeiT-S first
     cases = [whole(device, (batch, tokens, 4 * width), width, compiled) for width in channels]
     if device == "cpu":
@@ -67,7 +68,7 @@ def backward(device: str, rows: int, channels: int, compiled: Callable[..., Any]
             name = f"ours, fused {tiles.rows} x {tiles.cols}"
             made[name] = "needs compute capability 9.0"
             if can_fuse(grad, x):
-                made[name] = lambda tiles=tiles: fused(grad, weight, x, bias, True, tiles)
+                made[name] = partial(fused, grad, weight, x, bias, True, tiles)
         made["ours, separate"] = lambda: separate(grad, weight, x, bias, True, True)
         made["torch.compile"] = lambda: compiled(grad, weight, x, bias)
         made["eager"] = lambda: plain_backward(grad, weight, x, bias)

@@ -28,7 +28,7 @@ SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 
 def model_of(size: str, depth: int, device: str) -> Any:
     torch.manual_seed(0)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         f"deit_{size}_distilled_patch16_224", depth=depth, drop_path_rate=DROP_PATH
     )
     model.set_distilled_training(True)
@@ -67,7 +67,8 @@ def variants(
 
     def timms() -> Callable[[], Any]:
         module = pick(make())
-        return run(torch.compile(module) if compiled else module)
+        compiling: Any = torch.compile
+        return run(compiling(module) if compiled else module)
 
     def fused(kernels: tuple[str, ...]) -> Callable[[], Any]:
         model = fuse(make(), kernels=kernels)

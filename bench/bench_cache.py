@@ -31,7 +31,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ def close_stores() -> None:
     store.cache_clear()
 
 
-def open_and_read(ids: np.ndarray) -> dict[str, Callable[[], Any] | str]:
+def open_and_read(ids: np.ndarray) -> Mapping[str, Callable[[], Any] | str]:
     """For each store, by name: a function that opens it, reads these samples and closes it."""
     folder, _ = imagenet_view()
 

@@ -26,7 +26,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,10 @@ def cold_stream_case(batch: int, samples: int = 4096) -> Case:
                 before=forget, bytes_moved=moved, on_host=True)  # fmt: skip
 
 
+def _decode(codec: Any, records: torch.Tensor) -> torch.Tensor:
+    return codec.decode(records, 1.0).float()
+
+
 def decode_case(batch: int) -> Case:
     def build() -> dict[str, Callable[[], Any] | str]:
         found: dict[str, Callable[[], Any] | str] = {}
@@ -209,7 +213,7 @@ def decode_case(batch: int) -> Case:
         for name in ("fp8", "int8", "fp16"):
             codec = feature_codec(name, TOKENS, WIDTH)
             records = codec.encode(x)
-            found[f"ours, {name}"] = lambda c=codec, r=records: c.decode(r, 1.0).float()
+            found[f"ours, {name}"] = partial(_decode, codec, records)
         raw = feature_codec("fp8", TOKENS, WIDTH).encode(x).numpy()
         return {**found, "torch float8": lambda: decode_with_torch(raw, TOKENS)}
 
@@ -225,7 +229,7 @@ def share_case(batch: int) -> Case:
         for name, tokens, samples in (("pooled", 1, 65536), ("patches", TOKENS, 1024)):
             _, opened = stored(samples, tokens)
             ids, views = training_batches(opened, batch)[1], np.zeros(batch, np.int64)
-            found[f"gather {name}"] = lambda c=opened, i=ids, v=views: c.gather(i, v)
+            found[f"gather {name}"] = partial(opened.gather, ids, views)
         return {
             **found,
             "DeiT-Ti step": lambda: sum(head.float().sum() for head in student(images)).backward(),

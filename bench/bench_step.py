@@ -51,6 +51,7 @@ from deit_fast.models.student import build_model
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.pack import pack
+from deit_fast.training.compiling import CompileMode
 from deit_fast.training.optim import create_optimizer
 from deit_fast.training.step import PHASES, TrainStep
 from deit_fast.training.teacher import RunTeacher
@@ -76,7 +77,7 @@ Step = Callable[[], Any]
 # ---------------------------------------------------------------------------------------------
 
 
-def settings(student: str, size: int, batch: int, compile_mode: str = "none") -> RunConfig:
+def settings(student: str, size: int, batch: int, compile_mode: CompileMode = "none") -> RunConfig:
     return RunConfig(
         batch_size=batch,
         view=ViewConfig(image_size=size),
@@ -95,7 +96,8 @@ class TeacherAtHand(nn.Module):
         self.num_classes = logits.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logits
+        logits: Tensor = self.logits  # type: ignore[assignment]
+        return logits
 
 
 def ours(config: RunConfig, next_batch: Callable[[], ViewBatch], teacher: RunTeacher) -> Step:
@@ -326,8 +328,8 @@ def teacher_case(
             with tempfile.TemporaryDirectory() as folder:
                 write_cache(str(Path(folder) / "cache"), config, batch, logits)
                 cache = LogitCache.open(Path(folder) / "cache")
-                stored = RunTeacher(config, device, cache=cache)
-                stored.stored(batch)  # the file stays mapped after its name is gone
+                stored = RunTeacher(config, device, caches=[cache])
+                stored.with_stored(batch)  # the file stays mapped after its name is gone
             attach = stored.attach(Endless((batch.sample_ids.numpy(), batch.view_ids.numpy())), 0)
             assert attach is not None
             return ours(config, lambda: attach(batch), stored)
@@ -385,8 +387,9 @@ def fed_case(student: str, size: int, batch_size: int, device: str, loader: str)
             pack(data, f"{folder.name}/pack")
             data = dataclasses.replace(data, source="packed", root=f"{folder.name}/pack")
         else:
-            data = dataclasses.replace(data, loader=loader)
-        compiled = "blocks" if device == "cuda" else "none"
+            chosen: Any = loader
+            data = dataclasses.replace(data, loader=chosen)
+        compiled: CompileMode = "blocks" if device == "cuda" else "none"
         config = settings(student, size, batch_size, compiled).replace(loss={"kind": "none"})
         source = open_source(data, "train", size)
         plan = ViewPlan(config.view, batch_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,7 +53,8 @@ class Lmdb:
     def read(self, ids: np.ndarray) -> np.ndarray:
         keys = ids.astype(">i8").tobytes()
         with self.environment.begin(buffers=True) as reader:
-            found = b"".join([reader.get(keys[i : i + 8]) for i in range(0, len(keys), 8)])
+            records: list[Any] = [reader.get(keys[i : i + 8]) for i in range(0, len(keys), 8)]
+            found = b"".join(records)
         return np.frombuffer(found, np.uint8).reshape(len(ids), -1)
 
     def close(self) -> None:

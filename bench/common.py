@@ -21,7 +21,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,7 @@ class Case:
     """
 
     name: str
-    build: Callable[[], dict[str, Callable[[], Any] | str]]
+    build: Callable[[], Mapping[str, Callable[[], Any] | str]]
     bytes_moved: int | None = None
     items: int | None = None
     on_host: bool = False
@@ -217,7 +217,7 @@ def time_case(
 
 def _time_implementations(
     bench: str, case: Case, timer: Timer, seconds: float, until: float, report: Report,
-    implementations: dict[str, Callable[[], Any] | str],
+    implementations: Mapping[str, Callable[[], Any] | str],
 ) -> list[Row]:  # fmt: skip
     start = timer.clock()
     ready: dict[str, _Timed] = {}

@@ -86,7 +86,9 @@ def unordered() -> str:
 
 def _is_bench(content: Any) -> bool:
     rows = content.get("rows") if isinstance(content, dict) else None
-    return bool(rows) and all("bench" in row for row in rows) and "commit" in content["meta"]
+    if not rows:
+        return False
+    return all("bench" in row for row in rows) and "commit" in content["meta"]
 
 
 def read(paths: Sequence[Path]) -> list[Result]:

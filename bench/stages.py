@@ -149,7 +149,8 @@ def run_stages(
 
 def _run_stage(stage: Stage, until: float, log: Log) -> list[dict[str, Any]]:
     """Records of the stage's commands; none of their processes is alive when it returns."""
-    waiting, running, done = list(stage.commands), [], []
+    waiting, done = list(stage.commands), []
+    running: list[Any] = []
     try:
         while waiting or running:
             now = monotonic()

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from . import bench_step
     from .common import compile_every_shape
-    from .record import ResultFile
+    from .record import ResultFile, Row
 
     compile_every_shape()
     device = torch.device(options.device)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not busy:
             print("the profiler recorded no kernel on the device")
             continue
-        row = {"bench": "trace", "case": f"{case}, {name}", "impl": name}
+        row: Row = {"bench": "trace", "case": f"{case}, {name}", "impl": name}
         row |= {"ms": busy / CALLS / 1e3, "kernels": table[:60]}
         ResultFile.resume(options.out / "results.json").put([row])
 

@@ -311,7 +311,9 @@ def main(arguments: Sequence[str]) -> None:
         options.json.write_text(as_json(table))
     if options.write:
         GOLDEN.write_text(as_json(table))
-        digests = {" ".join(path): digest(*path, parts) for path, parts in each(table, 2)}
+        digests = {
+            " ".join(path): digest(path[0], path[1], parts) for path, parts in each(table, 2)
+        }
         GRAPHS.write_text(json.dumps(digests, indent=1) + "\n")
     if golden is not None and (lines := added(table, golden)):
         raise SystemExit("\n".join(lines))

@@ -119,7 +119,7 @@ def _text(heading: str, rows: Sequence[Row]) -> str:
 
 def _figures(row: Row) -> list[dict[str, Any]]:
     """Lines of the result file: the mean with its spread, then the difference with its interval."""
-    common = {"bench": "fashion", "case": row.table, "impl": row.arm}
+    common: dict[str, Any] = {"bench": "fashion", "case": row.table, "impl": row.arm}
     spread = stdev(row.top1) if len(row.top1) > 1 else None
     found = [common | {
         "accuracy": round(fmean(row.top1), 3), "accuracy_std": spread, "seeds": len(row.top1),

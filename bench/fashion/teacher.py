@@ -36,9 +36,9 @@ def wide(num_classes: int) -> nn.Module:
 
 def narrow_features(num_classes: int) -> nn.Module:
     """Teacher A to be asked for features."""
-    return FeatureConvnet(*narrow(num_classes))
+    return FeatureConvnet(*narrow(num_classes).children())
 
 
 def wide_features(num_classes: int) -> nn.Module:
     """Teacher B to be asked for features."""
-    return FeatureConvnet(*wide(num_classes))
+    return FeatureConvnet(*wide(num_classes).children())
