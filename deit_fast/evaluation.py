@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,10 +43,27 @@ from deit_fast.runtime.weights_header import WeightsChoice, require_weights
 
 log = logging.getLogger("deit_fast")
 
-Heads: TypeAlias = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+Heads: TypeAlias = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
 
 
-@torch.no_grad()
+@dataclass
+class Evaluated:
+    """A model to evaluate, and how.
+
+    Attributes:
+        model: a classifier; its training mode is restored afterwards.
+        forward: computes both heads' logits; None: ``forward_heads``.
+        rows: images in each forward. A smaller batch is padded with zeros and the padding's logits
+            are dropped, so that compiled code sees one batch size.
+        decisions: collects the decision about each image of this process.
+    """
+
+    model: nn.Module
+    forward: Heads | None = None
+    rows: int | None = None
+    decisions: Decisions | None = None
+
+
 def evaluate_model(
     model: nn.Module,
     loader: Any,
@@ -53,89 +71,125 @@ def evaluate_model(
     device: torch.device,
     group: ProcessGroup | None = None,
     between_batches: Callable[[], None] = lambda: None,
-    forward: Heads | None = None,
-    rows: int | None = None,
-    decisions: Decisions | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
-    """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper: of softmaxes).
+    """``evaluate_models`` of one model.
 
     Args:
-        model: a classifier; its training mode is restored afterwards.
+        how: further attributes of ``Evaluated``.
+    """
+    models = [Evaluated(model, **how)]
+    return evaluate_models(models, loader, classes, device, group, between_batches)[0]
+
+
+@torch.no_grad()
+def evaluate_models(
+    models: Sequence[Evaluated],
+    loader: Any,
+    classes: list[str],
+    device: torch.device,
+    group: ProcessGroup | None = None,
+    between_batches: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Top-1 accuracy of the mean of both heads' logits, as DeiT's code (its paper: of softmaxes).
+
+    All models see the images in one pass; the result of each is that of a pass of its own.
+
+    Args:
         loader: yields (images float [B, 3, S, S], labels int64 [B], indices), on ``device``; with
             several processes it has a length.
         classes: class names, by label.
         group: processes that evaluate one share of the images each; the result covers all shares.
         between_batches: called after each batch, equally often on all ranks; may raise.
-        forward: computes both heads' logits; by default ``forward_heads``.
-        rows: images in each forward. A smaller batch is padded with zeros and the padding's logits
-            are dropped, so that compiled code sees one batch size.
-        decisions: collects the decision about each image of this process.
 
     Returns:
-        `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to accuracy,
-        without classes that have no samples); for two heads `top1_class` and `top1_distill`; with
-        more than five classes `top5` (of the mean).
+        For each model `top1` (of the mean), `loss` (cross-entropy), `samples`, `per_class` (name to
+        accuracy, without classes that have no samples); for two heads `top1_class` and
+        `top1_distill`; with more than five classes `top5` (of the mean).
+
+    Raises:
+        InputError: the loader has no images.
     """
-    was_training = model.training
-    model.eval()
-    count = len(classes)
-    hits = torch.zeros(4, device=device)
-    loss = torch.zeros((), device=device)
-    per_class = torch.zeros(2, count, device=device)
-    samples, two_heads = 0, False
+    modes = [(each.model, each.model.training) for each in models]
+    tallies = [_Tally(each, len(classes), device) for each in models]
     group = group or ProcessGroup()
     rounds = max(group.gather(len(loader))) if group.world_size > 1 else 0  # shares differ by one
+    for each in models:
+        each.model.eval()
     for images, labels, ids in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            class_logits, distill_logits = _logits(forward or forward_heads, model, images, rows)
-        two_heads = distill_logits is not None
-        mean = mean_logits(class_logits, distill_logits)
-        loss += cross_entropy(mean.float(), labels, reduction="sum")
-        if decisions is not None:
-            decisions.add(ids, labels, mean)
-        right = mean.argmax(1) == labels
-        hits[0] += right.sum()
-        hits[1] += (class_logits.argmax(1) == labels).sum()
-        if distill_logits is not None:
-            hits[2] += (distill_logits.argmax(1) == labels).sum()
-        if count > 5:
-            hits[3] += (top_classes(mean, 5) == labels[:, None]).sum()
-        # bincount and labels[right] would make the host wait for the GPU at every batch.
-        per_class[0].index_add_(0, labels, right.float())
-        per_class[1].index_add_(0, labels, torch.ones_like(right, dtype=torch.float32))
-        samples += len(labels)
+        for tally in tallies:
+            own = images if tally is tallies[-1] else images.clone()  # a model may write into it
+            tally.add(own, labels, ids)
         rounds -= 1
         between_batches()
     for _ in range(rounds):
         between_batches()
-    model.train(was_training)
-    totals = torch.tensor([samples, loss.item()], dtype=torch.float64, device=device)
-    group.sum(hits, per_class, totals)
-    samples, total_loss = int(totals[0]), totals[1].item()
-    if samples == 0:
-        raise InputError("evaluation saw no images")
-    shares = (hits / samples).tolist()
-    result: dict[str, Any] = {"top1": shares[0], "loss": total_loss / samples, "samples": samples}
-    if two_heads:
-        result |= {"top1_class": shares[1], "top1_distill": shares[2]}
-    if count > 5:
-        result["top5"] = shares[3]
-    right_of, total_of = per_class.tolist()
-    result["per_class"] = {
-        name: right / total
-        for name, right, total in zip(classes, right_of, total_of, strict=True)
-        if total
-    }
-    return result
+    for model, was_training in modes:
+        model.train(was_training)
+    return [tally.result(classes, group) for tally in tallies]
 
 
-def _logits(
-    forward: Heads, model: nn.Module, images: torch.Tensor, rows: int | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+class _Tally:
+    """The correct decisions of one model, counted on the device."""
+
+    def __init__(self, evaluated: Evaluated, num_classes: int, device: torch.device) -> None:
+        self._evaluated, self._device = evaluated, device
+        self._hits = torch.zeros(4, device=device)
+        self._loss = torch.zeros((), device=device)
+        self._per_class = torch.zeros(2, num_classes, device=device)
+        self._samples, self._has_two_heads = 0, False
+        self._has_top5 = num_classes > 5
+
+    def add(self, images: Tensor, labels: Tensor, ids: Tensor) -> None:
+        how, hits = self._evaluated, self._hits
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=has_bf16(self._device)):
+            class_logits, distill_logits = _logits(how, images)
+        mean = mean_logits(class_logits, distill_logits)
+        self._loss += cross_entropy(mean.float(), labels, reduction="sum")
+        if how.decisions is not None:
+            how.decisions.add(ids, labels, mean)
+        right = mean.argmax(1) == labels
+        hits[0] += right.sum()
+        hits[1] += (class_logits.argmax(1) == labels).sum()
+        if distill_logits is not None:
+            self._has_two_heads = True
+            hits[2] += (distill_logits.argmax(1) == labels).sum()
+        if self._has_top5:
+            hits[3] += (top_classes(mean, 5) == labels[:, None]).sum()
+        # bincount and labels[right] would make the host wait for the GPU at every batch.
+        self._per_class[0].index_add_(0, labels, right.float())
+        self._per_class[1].index_add_(0, labels, torch.ones_like(right, dtype=torch.float32))
+        self._samples += len(labels)
+
+    def result(self, classes: list[str], group: ProcessGroup) -> dict[str, Any]:
+        """As ``evaluate_models``; all processes of ``group`` must call this together."""
+        sums = [self._samples, self._loss.item()]
+        totals = torch.tensor(sums, dtype=torch.float64, device=self._device)
+        group.sum(self._hits, self._per_class, totals)
+        samples, total_loss = int(totals[0]), totals[1].item()
+        if samples == 0:
+            raise InputError("evaluation saw no images")
+        shares = (self._hits / samples).tolist()
+        result: dict[str, Any] = {"top1": shares[0], "loss": total_loss / samples}
+        result["samples"] = samples
+        if self._has_two_heads:
+            result |= {"top1_class": shares[1], "top1_distill": shares[2]}
+        if self._has_top5:
+            result["top5"] = shares[3]
+        right_of, total_of = self._per_class.tolist()
+        result["per_class"] = {
+            name: right / total
+            for name, right, total in zip(classes, right_of, total_of, strict=True)
+            if total
+        }
+        return result
+
+
+def _logits(how: Evaluated, images: Tensor) -> tuple[Tensor, Tensor | None]:
     count = len(images)
-    if rows is not None and count < rows:
-        images = torch.cat([images, images.new_zeros((rows - count, *images.shape[1:]))])
-    class_logits, distill_logits = forward(model, images)
+    if how.rows is not None and count < how.rows:
+        images = torch.cat([images, images.new_zeros((how.rows - count, *images.shape[1:]))])
+    class_logits, distill_logits = (how.forward or forward_heads)(how.model, images)
     return class_logits[:count], None if distill_logits is None else distill_logits[:count]
 
 
@@ -291,7 +345,7 @@ def evaluate_late_fusion(
     """`top1` and `loss` of ``heads`` and, to compare, of the mean of the two heads' softmaxes.
 
     Args:
-        model, loader: as of ``evaluate_model``.
+        model, loader: as of ``evaluate_models``.
     """
     sums: dict[str, Tensor] = {}
     samples = 0

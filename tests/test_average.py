@@ -16,7 +16,7 @@ from torch import nn
 from deit_fast.config import MOST_INITIAL_SHARE, OptimConfig, RunConfig
 from deit_fast.config_file import from_earlier, load_config, to_dict
 from deit_fast.errors import InputError
-from deit_fast.evaluation import evaluate, evaluate_model
+from deit_fast.evaluation import evaluate, evaluate_models
 from deit_fast.models import load_weights
 from deit_fast.recipes import RECIPES
 from deit_fast.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
@@ -234,14 +234,14 @@ def test_evaluate_measures_the_average_of_a_half_precision_student_as_training_d
     )  # fmt: skip
     losses: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        from deit_fast.training import run
+        from deit_fast.training import loop
 
-        def noted(*args: Any, **options: Any) -> dict[str, Any]:
-            result = evaluate_model(*args, **options)
-            losses.append(result["loss"])
-            return result
+        def noted(*args: Any) -> list[dict[str, Any]]:
+            found = evaluate_models(*args)
+            losses.extend(each["loss"] for each in found)
+            return found
 
-        patch.setattr(run, "evaluate_model", noted)
+        patch.setattr(loop, "evaluate_models", noted)
         result = train(config)
     assert load_file(tmp_path / "ema.safetensors")["layer.weight"].dtype == torch.float32
     found = evaluate(str(tmp_path), weights="ema", models=[model])

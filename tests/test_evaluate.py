@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.errors import InputError
-from deit_fast.evaluation import evaluate_model, evaluation_text
+from deit_fast.evaluation import (
+    Evaluated,
+    evaluate_model,
+    evaluate_models,
+    evaluation_text,
+)
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]
@@ -81,6 +89,42 @@ def test_the_last_batch_is_padded_for_compiled_code() -> None:
     padded = evaluate_model(PixelLogits(), data, CLASSES, CPU, forward=forward, rows=7)
     assert sizes[3:] == [7, 7, 7]
     assert padded == plain and "top1_distill" in plain
+
+
+def test_models_that_share_a_pass_get_the_results_of_their_own() -> None:
+    """Also beside one that writes into its images, which each model has for itself."""
+
+    class Writes(PixelLogits):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mul_(-1.0))
+
+    def both(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(images)
+        return logits, logits.flip(1)
+
+    class Counted(list):  # type: ignore[type-arg]
+        passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.passes += 1
+            return iter([(images.clone(), labels, ids) for images, labels, ids in data])
+
+    data = batches((7, 7, 5))
+    loader = Counted(data)
+    models = [
+        Evaluated(Writes().train()),
+        Evaluated(PixelLogits(), both),
+        Evaluated(Writes(), both, rows=7),
+        Evaluated(PixelLogits()),
+    ]
+    found = evaluate_models(models, loader, CLASSES, CPU)
+    assert loader.passes == 1 and models[0].model.training
+    for each, result in zip(models, found, strict=True):
+        alone = evaluate_model(
+            each.model, loader, CLASSES, CPU, forward=each.forward, rows=each.rows
+        )
+        assert alone == result
+    assert len({result["loss"] for result in found}) == len(models)
 
 
 def test_batches_do_not_wait_for_the_device() -> None:

@@ -16,6 +16,7 @@ import deit_fast
 from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
+from deit_fast.data.eval import EvalLoader
 from deit_fast.errors import InputError
 from deit_fast.precomputation import precompute
 from deit_fast.runtime.files import read_json
@@ -116,8 +117,8 @@ def assert_same_run(run: Path, alone: Path) -> None:
 
 
 def test_students_of_an_online_teacher_are_their_single_runs(base, alone, tmp_path, monkeypatch):
-    teacher, ingested = [], []
-    forward, ingest = RunTeacher.forward, step_inputs.ingest_batch
+    teacher, ingested, evaluations = [], [], []
+    forward, ingest, held_out = RunTeacher.forward, step_inputs.ingest_batch, EvalLoader.__iter__
 
     def noted(batch: Any, *rest: Any) -> Any:
         ingested.append(len(batch))
@@ -127,12 +128,17 @@ def test_students_of_an_online_teacher_are_their_single_runs(base, alone, tmp_pa
         RunTeacher, "forward", lambda self, images: teacher.append(0) or forward(self, images)
     )
     monkeypatch.setattr(step_inputs, "ingest_batch", noted)
+    monkeypatch.setattr(
+        EvalLoader, "__iter__", lambda self: evaluations.append(0) or held_out(self)
+    )
     results = deit_fast.train_together(students(base, tmp_path))
     assert [result.path for result in results] == [tmp_path / name for name in THREE]
     for name in THREE:
         assert_same_run(tmp_path / name, alone / name)
     # `hard` takes a batch in two parts; `plain` has no teacher, but the images of `small`.
     assert len(teacher) == 3 * STEPS and sorted(ingested) == [16] * 2 * STEPS + [32] * STEPS
+    # One pass over the held-out images each time serves all students and their moving averages.
+    assert len(evaluations) == base.epochs
     assert results[0].details == read_json(tmp_path / "small" / "result.json")
 
 

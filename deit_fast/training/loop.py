@@ -19,6 +19,7 @@ from deit_fast.config import RunConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.open import open_loader
 from deit_fast.errors import translate_errors
+from deit_fast.evaluation import evaluate_models
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, joined_process_group
 from deit_fast.runtime.metrics import row_figures, row_text
 from deit_fast.runtime.progress import Progress
@@ -195,7 +196,7 @@ class _Pass:
         with Progress("train", self.data.total, self._step, paced=False) as self.progress:
             while not self._train_steps():
                 self.progress.go_back(self._step)
-            results = self._each(self._finish, self.active)
+            results = self._finish()
         failed = [run for run in self.runs if run.failure]
         if not failed:
             return results
@@ -211,7 +212,7 @@ class _Pass:
     def _train_steps(self) -> bool:
         """From that step to the last one; returns False where the batches must start elsewhere."""
         start, first = self._step, self.runs[0]
-        self._each(self._make_up_evaluation, self.active)
+        self._make_up_evaluations()
         if waiting := [run for run in self.active if start < run.state.step < self.data.total]:
             self._each(
                 lambda run: log.info("waits at step %d for the others", run.state.step), waiting
@@ -256,7 +257,8 @@ class _Pass:
                 if stop and not bad:  # otherwise after the next step
                     self._save_and_exit()
                 with clock.paused():
-                    self._each(self._evaluate_and_save, runs)
+                    self._evaluate([run for run in runs if run.due.evaluate])
+                    self._each(Run.save, [run for run in runs if run.due.save])
                     if any(run.due.report for run in runs):
                         gc.collect()
                     if profiled:
@@ -345,24 +347,37 @@ class _Pass:
     # Evaluation and end
     # -----------------------------------------------------------------------------------------
 
-    def _make_up_evaluation(self, run: Run) -> None:
-        """Evaluate at the checkpoint's step if a signal interrupted the evaluation due there."""
-        if run.is_evaluation_due and run.state.evaluated_step < run.state.step:
-            self._evaluate(run)
-            run.save()
+    def _make_up_evaluations(self) -> None:
+        """Evaluate the runs of whose checkpoint's step a signal interrupted the evaluation."""
+        due = [run for run in self.active if run.is_evaluation_due]
+        due = [run for run in due if run.state.evaluated_step < run.state.step]
+        self._evaluate(due)
+        self._each(Run.save, due)
 
-    def _evaluate_and_save(self, run: Run) -> None:
-        if run.due.evaluate:
-            self._evaluate(run)
-        if run.due.save:
-            run.save()
+    def _evaluate(self, runs: Sequence[Run]) -> None:
+        """Evaluate these runs in one pass over the held-out images."""
+        if not runs:
+            return
+        models = self._each(Run.to_evaluate, runs)
+        loader = self.data.eval_loader
+        with self.progress.part("eval", len(loader)) as count:
 
-    def _evaluate(self, run: Run) -> None:
-        evaluation = run.evaluate(self.progress, self._poll_stop_in_evaluation)
-        self._show(run, {"top1": f"top-1 {100 * evaluation['top1']:.1f} %"})
+            def after_batch() -> None:
+                count()
+                self._poll_stop_in_evaluation()
 
-    def _finish(self, run: Run) -> dict[str, Any]:
-        run.wait_for_checkpoint()
-        if run.evaluation is None:  # resumed from the last checkpoint of a finished run
-            self._evaluate(run)
-        return finish(run)
+            every = [model for of_run in models for model in of_run]
+            classes = self.data.source.classes
+            found = iter(
+                evaluate_models(every, loader, classes, self.device, self.group, after_batch)
+            )
+        for run, of_run in zip(runs, models, strict=True):
+            with log_prefix(run.name):
+                evaluation = run.take_evaluation([next(found) for _ in of_run])
+            self._show(run, {"top1": f"top-1 {100 * evaluation['top1']:.1f} %"})
+
+    def _finish(self) -> list[dict[str, Any]]:
+        self._each(Run.wait_for_checkpoint, self.active)
+        # Runs without an evaluation were resumed from their last checkpoint.
+        self._evaluate([run for run in self.active if run.evaluation is None])
+        return self._each(finish, self.active)

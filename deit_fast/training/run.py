@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
@@ -17,14 +18,14 @@ from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import save_views
 from deit_fast.decisions import PREDICTIONS_FILE, Decisions
 from deit_fast.errors import InputError
-from deit_fast.evaluation import evaluate_model, evaluation_text
+from deit_fast.evaluation import Evaluated, evaluation_text
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.normalisation import require_normalisation
+from deit_fast.models.student import forward_heads
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
 from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import METRICS, MetricsFile
-from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.speed import Lap, StepMeter, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.runtime.weights_header import BEST_FILE, EMA_FILE, MODEL_FILE
@@ -77,7 +78,7 @@ class Run:
 
     Its life: ``own_folder``, ``find_checkpoint``, ``settle``, ``restore``, ``build`` and
     ``open_output``. Then for each batch ``train`` and ``poll``, and what is due: ``report``,
-    ``evaluate`` and ``save``. At the end ``results.finish``.
+    ``to_evaluate`` and ``take_evaluation``, ``save``. At the end ``results.finish``.
 
     Args:
         name: for messages; empty where the run is the only one of its pass.
@@ -392,22 +393,38 @@ class Run:
         epoch, rest = self.steps.locate(self.state.step)
         return epoch > 0 and rest == 0 and epoch % self.config.eval_every == 0
 
-    def evaluate(self, progress: Progress, after_batch: Callable[[], None]) -> dict[str, Any]:
-        """Evaluate weights and moving average, and write a row of metrics.
+    def to_evaluate(self) -> list[Evaluated]:
+        """The student and, where it has one, its moving average, for ``take_evaluation``.
 
-        Args:
-            after_batch: called after each batch, equally often on all ranks; may raise.
+        The result is that of `deit-fast evaluate`, unless training is compiled: then evaluation is
+        compiled too, for batches of one size, to which the last batch is padded.
         """
-        state, epoch, total = self.state, self.epoch, self.data.total
-        if state.step == total and self.group.is_first:
-            say_last_size(self.config, self.steps, total)
-        self.decisions = Decisions() if state.step == total else None
+        state = self.state
+        is_last = state.step == self.data.total
+        if is_last and self.group.is_first:
+            say_last_size(self.config, self.steps, self.data.total)
+        self.decisions = Decisions() if is_last else None
+        rows = self.data.eval_loader.batch_size if self._eval_forward is not None else None
+        models = [Evaluated(state.model, self._forward, rows, self.decisions)]
+        if state.ema is not None:
+            average = evaluated_average(state.ema.module, state.model)
+            models.append(Evaluated(average, self._forward, rows))
+        return models
+
+    def _forward(self, model: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
         with self.compile_count.counting():
-            evaluation = self._evaluate_model(state.model, progress, after_batch, self.decisions)
-            if state.ema is not None:
-                average = evaluated_average(state.ema.module, state.model)
-                of_average = self._evaluate_model(average, progress, after_batch)
-                evaluation["ema_top1"] = of_average["top1"]
+            return (self._eval_forward or forward_heads)(model, images)
+
+    def take_evaluation(self, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Keep the evaluations of ``to_evaluate``, and write a row of metrics.
+
+        Returns:
+            The student's, with the accuracy of the average.
+        """
+        state, epoch = self.state, self.epoch
+        evaluation = dict(found[0])
+        if state.ema is not None:
+            evaluation["ema_top1"] = found[1]["top1"]
         if evaluation["top1"] > state.best_top1:
             state.best_top1, state.best_epoch = evaluation["top1"], epoch
             state.best_step = state.step
@@ -420,34 +437,3 @@ class Run:
         self.evaluation, state.evaluated_step = evaluation, state.step
         self.compile_count.report(state.step, "evaluation")
         return evaluation
-
-    def _evaluate_model(
-        self,
-        model: torch.nn.Module,
-        progress: Progress,
-        after_batch: Callable[[], None],
-        decisions: Decisions | None = None,
-    ) -> dict[str, Any]:
-        """Evaluate on all held-out images, over all ranks.
-
-        The result is that of `deit-fast evaluate`, unless training is compiled: then evaluation is
-        compiled too, for batches of one size, to which the last batch is padded.
-        """
-        loader = self.data.eval_loader
-        with progress.part(f"{self.name} eval".strip(), len(loader)) as count:
-
-            def after() -> None:
-                count()
-                after_batch()
-
-            return evaluate_model(
-                model,
-                loader,
-                self.data.source.classes,
-                self.device,
-                self.group,
-                after,
-                forward=self._eval_forward,
-                rows=loader.batch_size if self._eval_forward is not None else None,
-                decisions=decisions,
-            )
