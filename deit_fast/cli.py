@@ -57,7 +57,7 @@ from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.signals import Preempted
 from deit_fast.runtime.weights_header import WeightsChoice, split_key
-from deit_fast.students import read_students, require_agreement
+from deit_fast.students import for_each, read_students, require_agreement
 
 # ---------------------------------------------------------------------------------------------
 # Verbs
@@ -112,7 +112,7 @@ def train(args: list[str]) -> str:
         found = [to_dict(config) for config in configs]
         return json.dumps(found if arguments.students else found[0], indent=2)
     if arguments.dry_run:
-        return "\n\n".join(map(dry_runs.training, configs))
+        return "\n\n".join(for_each(configs, dry_runs.training))
     results = api.train_together(configs)
     texts = [summary({"run": str(result.path), **result.details}) for result in results]
     return "\n\n".join(texts)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deit_fast.config import RunConfig, shown
 from deit_fast.config_file import by_dotted_key, load_config, read_settings_file, recipe_of, to_dict
 from deit_fast.errors import InputError
+
+T = TypeVar("T")
 
 # Settings of a student alone. All others decide views, batches, or what the teacher says of them.
 _OWN = {
@@ -101,16 +104,26 @@ def _is_own(key: str) -> bool:
     return key in _OWN or key.partition(".")[0] in _OWN_GROUPS
 
 
-def for_each(configs: Sequence[RunConfig], check: Callable[[RunConfig], None]) -> None:
-    """Check the settings of each student; the message names it where there are several.
+def for_each(configs: Sequence[RunConfig], action: Callable[[RunConfig], T]) -> list[T]:
+    """The result of ``action`` for each student; a refusal names it where there are several.
 
     Raises:
-        InputError: as ``check``.
+        InputError: as ``action``.
     """
+    results = []
     for config in configs:
-        try:
-            check(config)
-        except InputError as error:
-            if len(configs) == 1:
-                raise
-            raise InputError(f"{config.output}: {error}") from None
+        with refusals_of(config.output if len(configs) > 1 else ""):
+            results.append(action(config))
+    return results
+
+
+@contextmanager
+def refusals_of(student: str) -> Iterator[None]:
+    """The message of an ``InputError`` in this block begins with the student's name; an empty one
+    adds nothing."""
+    try:
+        yield
+    except InputError as error:
+        if student:
+            error.args = (f"{student}: {error}",)
+        raise

@@ -311,6 +311,18 @@ def test_bad_files_of_students(base, tmp_path, capsys):
         deit_fast.train_together([])
 
 
+@pytest.mark.parametrize("wrong", ["small", "hard"])
+def test_a_wrong_list_is_refused_with_the_name_of_its_student(base, tmp_path, wrong):
+    """Whether its length fits is known only of the teacher, which all students share."""
+    configs = students(base, tmp_path, "small", "hard")
+    configs = [
+        config.replace(loss={"teachers": (1.0, 2.0)}) if config.output.endswith(wrong) else config
+        for config in configs
+    ]
+    with pytest.raises(InputError, match=rf"^{wrong}: loss\.teachers"):
+        deit_fast.train_together(configs)
+
+
 def test_the_settings_of_all_students_are_printed(base, tmp_path, capsys):
     own = tmp_path / "own.yaml"
     own.write_text("epochs: 7\nmodel: {drop_path: 0.2}\n")

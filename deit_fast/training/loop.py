@@ -26,7 +26,7 @@ from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.run_names import log_prefix, short_names
 from deit_fast.runtime.signals import Preempted, Signals
 from deit_fast.runtime.speed import StepClock, StepProfiler, gc_paused
-from deit_fast.students import require_agreement
+from deit_fast.students import refusals_of, require_agreement
 from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.training.remarks import (
     say_features,
@@ -176,10 +176,10 @@ class _Pass:
             check_accuracy(network, config, self.device, self.data.source, self.data.held_out)
 
     def _each(self, action: Callable[[Run], T], runs: Iterable[Run] | None = None) -> list[T]:
-        """The results of ``action`` for each run, by default all; the log names the run."""
+        """The results of ``action`` for each run, by default all; log and refusals name the run."""
         results = []
         for run in self.runs if runs is None else runs:
-            with log_prefix(run.name):
+            with log_prefix(run.name), refusals_of(run.name):
                 results.append(action(run))
         return results
 
