@@ -221,6 +221,17 @@ def test_the_teacher_of_a_result_is_that_of_its_logits(made, tmp_path):
     assert (found["teacher.spec"], found["more"][0]["teacher.spec"]) == (ROWS, OTHER)
 
 
+@pytest.mark.parametrize("every", [None, 1])
+def test_one_teacher_beside_caches_of_several_is_refused_with_the_remedy(made, tmp_path, every):
+    config = config_of(made, cache=str(made / "other/cls"), more_caches=(str(made / "cache"),),
+                       check_teacher_every=every, output=str(tmp_path))  # fmt: skip
+    remedy = "leave --teacher out" if every is None else (
+        "leave --teacher and --check-teacher-every out"
+    )  # fmt: skip
+    with pytest.raises(InputError, match=f"these are of 2 teachers, .*: {remedy}$"):
+        train(config)
+
+
 # ---------------------------------------------------------------------------------------------
 # Folders and files
 # ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.teacher_features import FeatureTarget, targets_of
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.training.compiling import resolve_compile
-from deit_fast.training.feature_terms import build_terms
+from deit_fast.training.feature_terms import FeatureTerm, build_terms
 from deit_fast.training.identity import FEATURES
 from deit_fast.views.plan import ViewPlan
 
@@ -49,7 +49,6 @@ class RunTeacher:
         caches: of logits or features, in the order of the settings.
 
     Attributes:
-        terms: feature terms of the loss.
         logit_names: names of the distillation losses of single teachers, where there are several.
     """
 
@@ -75,9 +74,7 @@ class RunTeacher:
                     zip(network.features, network.shapes, strict=True)
                 )
             ]
-        self.terms = build_terms(config, given)
-        if config.loss.kind != "none":
-            config.loss.shares(max(1, len(self.logit_caches)))
+        self._given = given
         several = len(self.logit_caches) > 1
         numbers = range(1, len(self.logit_caches) + 1) if several else ()
         self.logit_names = tuple(f"distill_loss_{number}" for number in numbers)
@@ -114,14 +111,17 @@ class RunTeacher:
         return form, *(id(cache) for cache in self.caches)
 
     def of(self, config: RunConfig) -> RunTeacher:
-        """The teacher of another run of the same settings of teacher and caches.
+        """The teacher of a run of the same settings of teacher and caches.
 
         Raises:
             CacheError: a cache records nothing for that run's temperature.
-            InputError: a setting of another number of values than terms.
+            InputError: a setting of another number of values than teachers or terms.
         """
-        if config is self.config:
-            return self
+        teacher = self if config is self.config else self._of_another(config)
+        teacher.require_lists()
+        return teacher
+
+    def _of_another(self, config: RunConfig) -> RunTeacher:
         require_teacher_settings(config)
         if config.loss.kind == "none":
             caches = [cache for cache in self.caches if is_features(cache)]
@@ -130,6 +130,24 @@ class RunTeacher:
         for cache in self.logit_caches:
             require_tau(cache, config.loss.tau)
         return RunTeacher(config, self.device, network=self.network, caches=self.caches)
+
+    @functools.cached_property
+    def terms(self) -> tuple[FeatureTerm, ...]:
+        """The feature terms of the loss.
+
+        Raises:
+            InputError: as ``build_terms``.
+        """
+        return build_terms(self.config, self._given)
+
+    def require_lists(self) -> None:
+        """
+        Raises:
+            InputError: a setting of another number of values than teachers or terms.
+        """
+        if self.config.loss.kind != "none":
+            self.config.loss.shares(max(1, len(self.logit_caches)))
+        _ = self.terms
 
     def with_stored(self, batch: ViewBatch) -> ViewBatch:
         """The batch with stored logits and features, on the run's device."""
@@ -289,7 +307,8 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
     """Choose by the configuration: nothing to learn from, caches, ``teacher``, or both.
 
     Raises:
-        InputError: distillation without teacher or cache; a teacher of another class count.
+        InputError: distillation without teacher or cache; a teacher of another class count; a
+            teacher beside caches of several.
         CacheMismatch: a cache is of another teacher, recipe, seed, data set or decoder; names
             each differing field.
         CacheError: a view is missing or damaged; the loader makes other pixels than the teacher
@@ -361,7 +380,12 @@ def open_caches(config: RunConfig, paths: Sequence[str] | None = None) -> list[L
 def load_run_teacher(
     config: RunConfig, source: Source, device: torch.device, caches: Sequence[LogitCache] = ()
 ) -> Teacher:
-    """The teacher of a run, with the targets of its caches, or with those that it asks for."""
+    """The teacher of a run, with the targets of its caches, or with those that it asks for.
+
+    Raises:
+        InputError: as ``load_class_matched_teacher``, or the caches are of several teachers.
+    """
+    _require_one_teacher(config, caches)
     targets: list[str | FeatureTarget] = [
         target_of(cache) if is_features(cache) else "logits" for cache in caches
     ]
@@ -376,6 +400,19 @@ def expected_fields(teacher: Teacher, cache: LogitCache) -> dict[str, object]:
     """The teacher's fingerprint as a cache of its logits or features must have it."""
     index = teacher.features.index(target_of(cache)) if is_features(cache) else None
     return teacher.expected_fields(cache.manifest["fingerprint"], index)
+
+
+def _require_one_teacher(config: RunConfig, caches: Sequence[LogitCache]) -> None:
+    """The caches beside ``teacher`` must be its own."""
+    fields = [cache.manifest["fingerprint"] for cache in caches]
+    specs = {found.get("teacher.weights_sha256"): found.get("teacher.spec") for found in fields}
+    if len(specs) <= 1:
+        return
+    others = "" if config.check_teacher_every is None else " and --check-teacher-every"
+    raise InputError(
+        f"teacher={config.teacher} is compared with each cache, and these are of {len(specs)} "
+        f"teachers, {', '.join(map(str, specs.values()))}: leave --teacher{others} out"
+    )
 
 
 def _require_views(config: RunConfig, cache: LogitCache) -> None:
