@@ -158,9 +158,9 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(monkeypatch):
 def test_an_evaluation_interrupted_by_a_signal_is_made_up(
     world, whole, tmp_path, monkeypatch
 ):  # fmt: skip
-    from deit_fast import evaluation
+    from deit_fast.training import run
 
-    forward_heads, calls = evaluation.forward_heads, []
+    forward_heads, calls = run.forward_heads, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -170,7 +170,7 @@ def test_an_evaluation_interrupted_by_a_signal_is_made_up(
 
     config = unruly(world, tmp_path, save_steps=None)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "forward_heads", interrupted)
+        patch.setattr(run, "forward_heads", interrupted)
         with pytest.raises(Preempted, match="saved step 6"):
             train(config)
     assert last_state(tmp_path)["evaluated_step"] == 0
