@@ -428,8 +428,8 @@ class LossConfig:
         weights = self.teachers or (1.0,) * count
         _require(
             len(weights) == count,
-            f"loss.teachers has {len(weights)} weights for the logits of {count} "
-            f"teacher{'s' * (count != 1)}",
+            f"loss.teachers={' '.join(map(str, weights))} must be {count} "
+            f"weight{'s' * (count != 1)}, one for each teacher of logits",
         )
         return tuple(weight / sum(weights) for weight in weights)
 
@@ -592,10 +592,13 @@ class FeatureConfig:
         values: tuple[Any, ...] = getattr(self, name)
         if len(values) == 1:
             return values * count
+        given = f"features.{name}={' '.join(map(str, values))} has {len(values)} values"
+        _require(
+            count > 0, f"{given}, and there is no feature cache: add one, or leave the setting out"
+        )
         _require(
             len(values) == count,
-            f"features.{name} has {len(values)} values for {count} feature terms: give one for "
-            f"each term, or one for all",
+            f"{given} for {count} feature terms: give one for each term, or one for all",
         )
         return values
 

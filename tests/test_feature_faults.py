@@ -117,7 +117,7 @@ def refuse(match: str, config: RunConfig) -> None:
 @pytest.mark.parametrize("teachers", [(1.0, 2.0), (1.0, 2.0, 3.0)])
 def test_weights_of_teachers_are_counted_before_the_first_step(made, tmp_path, teachers):
     config = config_of(made, cache=str(made / "cache"), teacher=None, output=str(tmp_path / "run"))
-    refuse("logits of 1 teacher$", config.replace(loss={"teachers": teachers}))
+    refuse("1 weight, one for each teacher of logits$", config.replace(loss={"teachers": teachers}))
 
 
 @pytest.mark.parametrize("other", ["cache/cls/", "copy"])
@@ -228,7 +228,7 @@ def test_one_teacher_beside_caches_of_several_is_refused_with_the_remedy(made, t
     remedy = "leave --teacher out" if every is None else (
         "leave --teacher and --check-teacher-every out"
     )  # fmt: skip
-    with pytest.raises(InputError, match=f"these are of 2 teachers, .*: {remedy}$"):
+    with pytest.raises(InputError, match=f"these are of 2 teachers: .*: {remedy}$"):
         train(config)
 
 

@@ -284,8 +284,16 @@ def test_statistics_are_needed_to_normalise_an_online_teacher(made, tmp_path):
 
 def test_a_setting_for_each_term_must_have_as_many_values(made, tmp_path):
     config = config_of(made, cache=None, features={"weights": (1.0, 2.0, 3.0)})
-    with pytest.raises(InputError, match=r"features.weights has 3 values for 2 feature terms"):
-        train(config.replace(output=str(tmp_path / "run")))
+    config = config.replace(output=str(tmp_path / "run"))
+    text = r"features.weights=1.0 2.0 3.0 has 3 values for 2 feature terms: give one for each term"
+    with pytest.raises(InputError, match=text):
+        train(config)
+    text = r"features.weights=1.0 2.0 3.0 has 3 values, and there is no feature cache: add one"
+    with pytest.raises(InputError, match=text):
+        train(config.replace(cache=str(made / "cache"), teacher=None))
+    text = r"loss.teachers=1.0 2.0 must be 1 weight, one for each teacher of logits"
+    with pytest.raises(InputError, match=text):
+        train(config.replace(features={"weights": (1.0,)}, loss={"teachers": (1.0, 2.0)}))
 
 
 # ---------------------------------------------------------------------------------------------

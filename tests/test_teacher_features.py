@@ -516,6 +516,16 @@ def test_outputs_that_are_not_understood_are_refused_in_one_line(how, targets, m
     assert one_line(error).startswith("teacher t: ")
 
 
+def test_logits_are_not_taken_for_a_pooled_feature():
+    """One tensor with a column for each class that the network was asked for."""
+    network = Network("vector")  # (B, 6)
+    with pytest.raises(InputError, match=r"with a column for each class, so logits, not") as error:
+        Teacher(network, "t", image_size=12, targets=["pooled"], num_classes=6)
+    assert one_line(error).startswith("teacher t: it returns one tensor (2, 6)")
+    plain = Teacher(network, "t", image_size=12, targets=["pooled"], num_classes=5)
+    assert plain.shapes == [(1, 6)]
+
+
 class LikeTimm(nn.Module):
     """Own network with timm's interface: two registers, then a class token, which comes first."""
 

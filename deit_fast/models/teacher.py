@@ -289,7 +289,7 @@ class Teacher(nn.Module):
             output, parts = self._attempt(trial, 2)
             self._require_head(output)
             self._pass, self.features = choose_pass(
-                self.model, self.features, self.gives_logits, output
+                self.model, self.features, self.gives_logits, output, asked
             )
             plain = output
             if self.features:

@@ -216,12 +216,14 @@ class TimmPass(NetworkPass):
 
 
 def choose_pass(
-    model: nn.Module, targets: Sequence[FeatureTarget], gives_logits: bool, output: Any
-) -> tuple[NetworkPass, tuple[FeatureTarget, ...]]:
+    model: nn.Module, targets: Sequence[FeatureTarget], gives_logits: bool, output: Any,
+    num_classes: int | None = None,
+) -> tuple[NetworkPass, tuple[FeatureTarget, ...]]:  # fmt: skip
     """How to run a network for logits and features; and the targets, with blocks from 0.
 
     Args:
         output: what the network returned for a batch.
+        num_classes: what it was asked for; tells logits from features.
 
     Raises:
         InputError: it gives no features, or none of a block; the message is the end of a sentence.
@@ -238,6 +240,11 @@ def choose_pass(
         raise InputError(
             f"it returns one tensor {tuple(output.shape)}, logits or features but not both: "
             f"{_REMEDY}"
+        )
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] == num_classes:
+        raise InputError(
+            f"it returns one tensor {tuple(output.shape)} with a column for each class, so "
+            f"logits, not features: {_REMEDY}"
         )
     if blocks := [target.block for target in targets if target.block is not None]:
         raise InputError(

@@ -405,13 +405,15 @@ def expected_fields(teacher: Teacher, cache: LogitCache) -> dict[str, object]:
 def _require_one_teacher(config: RunConfig, caches: Sequence[LogitCache]) -> None:
     """The caches beside ``teacher`` must be its own."""
     fields = [cache.manifest["fingerprint"] for cache in caches]
-    specs = {found.get("teacher.weights_sha256"): found.get("teacher.spec") for found in fields}
-    if len(specs) <= 1:
+    weights = {found.get("teacher.weights_sha256") for found in fields}
+    if len(weights) <= 1:
         return
+    pairs = zip(caches, fields, strict=True)
+    each = ", ".join(f"{cache.path} of {found.get('teacher.spec')}" for cache, found in pairs)
     others = "" if config.check_teacher_every is None else " and --check-teacher-every"
     raise InputError(
-        f"teacher={config.teacher} is compared with each cache, and these are of {len(specs)} "
-        f"teachers, {', '.join(map(str, specs.values()))}: leave --teacher{others} out"
+        f"teacher={config.teacher} is compared with each cache, and these are of "
+        f"{len(weights)} teachers: {each}: leave --teacher{others} out"
     )
 
 
