@@ -49,7 +49,7 @@ def step(function: Callable[..., Any], inputs: torch.Tensor, device: str) -> Cal
 
 def variants(
     make: Callable[[], nn.Module], pick: Callable[[Any], nn.Module],
-    run: Callable[[nn.Module], Callable[[], Any]], compiled: bool,
+    run: Callable[[Callable[..., Any]], Callable[[], Any]], compiled: bool,
 ) -> dict[str, Callable[[], Any] | str]:  # fmt: skip
     """timm's, and fused with every useful set of kernels.
 
@@ -67,8 +67,7 @@ def variants(
 
     def timms() -> Callable[[], Any]:
         module = pick(make())
-        compiling: Any = torch.compile
-        return run(compiling(module) if compiled else module)
+        return run(torch.compile(module) if compiled else module)
 
     def fused(kernels: tuple[str, ...]) -> Callable[[], Any]:
         model = fuse(make(), kernels=kernels)

@@ -594,7 +594,9 @@ class FeatureConfig:
             return values * count
         given = f"features.{name}={' '.join(map(str, values))} has {len(values)} values"
         _require(
-            count > 0, f"{given}, and there is no feature cache: add one, or leave the setting out"
+            count > 0,
+            f"{given}, and the run learns no features: add a feature cache or target, or leave the "
+            f"setting out",
         )
         _require(
             len(values) == count,

@@ -46,7 +46,7 @@ log = logging.getLogger("deit_fast")
 Heads: TypeAlias = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluated:
     """A model to evaluate, and how.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from bench import common, plot, record
 from bench.__main__ import run_bench, select
+from helpers.bench import chart_texts
 
 ROOT = Path(__file__).parent.parent
 META = {
@@ -629,7 +629,7 @@ def test_chart_files_hold_the_numbers_and_are_the_same_twice(tmp_path: Path) -> 
     assert [path.suffix for path in first] == [".svg", ".png"]
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", first[0].read_text())
+    texts = chart_texts(first[0])
     assert {"1.50x  ours", "0.50x  slow"} <= set(texts)
     assert any("against peer" in text for text in texts)
 
@@ -692,9 +692,8 @@ def test_charts_of_the_docs_match_the_committed_results(tmp_path: Path) -> None:
         for stem, figure in plot.charts(result).items():
             expected.add(f"{stem}.svg")
             plot.save(figure, tmp_path, stem)
-            here, there = ((f / f"{stem}.svg").read_text() for f in (tmp_path, folder))
-            pattern = r"<text[^>]*>([^<]*)</text>"  # another matplotlib draws other paths
-            assert re.findall(pattern, here) == re.findall(pattern, there), stem
+            here, there = (chart_texts(f / f"{stem}.svg") for f in (tmp_path, folder))
+            assert here == there, stem
     # The chart of students is that of test_fashion_results.
     assert expected | {"fashion-reuse.svg"} == {path.name for path in folder.iterdir()}
 

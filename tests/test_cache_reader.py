@@ -143,7 +143,7 @@ def test_gather_lets_other_threads_run(tmp_path):
 
 def test_a_view_that_another_thread_opened_meanwhile_stays(tmp_path, monkeypatch):
     """It knows which blocks are verified; the view of the slower thread would forget them."""
-    cache = write_cache(tmp_path, make_manifest("dense-fp32"), (0,))
+    write_cache(tmp_path, make_manifest("dense-fp32"), (0,))
     whole = np.arange(SAMPLES), np.zeros(SAMPLES, np.int64)
     plain, opened = reader._open_view, []
 

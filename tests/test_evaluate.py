@@ -12,12 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.errors import InputError
-from deit_fast.evaluation import (
-    Evaluated,
-    evaluate_model,
-    evaluate_models,
-    evaluation_text,
-)
+from deit_fast.evaluation import Evaluated, evaluate_model, evaluate_models, evaluation_text
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]
@@ -102,7 +97,7 @@ def test_models_that_share_a_pass_get_the_results_of_their_own() -> None:
         logits = model(images)
         return logits, logits.flip(1)
 
-    class Counted(list):  # type: ignore[type-arg]
+    class Loader:
         passes = 0
 
         def __iter__(self) -> Iterator[Any]:
@@ -110,7 +105,7 @@ def test_models_that_share_a_pass_get_the_results_of_their_own() -> None:
             return iter([(images.clone(), labels, ids) for images, labels, ids in data])
 
     data = batches((7, 7, 5))
-    loader = Counted(data)
+    loader = Loader()
     models = [
         Evaluated(Writes().train()),
         Evaluated(PixelLogits(), both),

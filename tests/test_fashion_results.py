@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from bench.fashion.page import write_page
+from helpers.bench import chart_texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,5 @@ def test_page_summary_and_chart_are_those_of_the_committed_results(tmp_path: Pat
         for folder in (results, ROOT / "bench/results/fashion")
     ]
     assert means[0] == means[1]
-    pattern = r"<text[^>]*>([^<]*)</text>"  # another matplotlib draws other paths
-    charts = [tmp_path / "fashion-reuse.svg", ROOT / "docs/plots/fashion-reuse.svg"]
-    texts = [re.findall(pattern, chart.read_text()) for chart in charts]
-    assert texts[0] == texts[1] and texts[0]
+    texts = chart_texts(tmp_path / "fashion-reuse.svg")
+    assert texts and texts == chart_texts(ROOT / "docs/plots/fashion-reuse.svg")

@@ -117,7 +117,10 @@ def refuse(match: str, config: RunConfig) -> None:
 @pytest.mark.parametrize("teachers", [(1.0, 2.0), (1.0, 2.0, 3.0)])
 def test_weights_of_teachers_are_counted_before_the_first_step(made, tmp_path, teachers):
     config = config_of(made, cache=str(made / "cache"), teacher=None, output=str(tmp_path / "run"))
-    refuse("1 weight, one for each teacher of logits$", config.replace(loss={"teachers": teachers}))
+    config = config.replace(loss={"teachers": teachers})
+    refuse("1 weight, one for each teacher of logits$", config)
+    with pytest.raises(InputError, match=r"1 weight, one for each teacher of logits$"):
+        dry_run(config)
 
 
 @pytest.mark.parametrize("other", ["cache/cls/", "copy"])

@@ -288,7 +288,7 @@ def test_a_setting_for_each_term_must_have_as_many_values(made, tmp_path):
     text = r"features.weights=1.0 2.0 3.0 has 3 values for 2 feature terms: give one for each term"
     with pytest.raises(InputError, match=text):
         train(config)
-    text = r"features.weights=1.0 2.0 3.0 has 3 values, and there is no feature cache: add one"
+    text = r"features.weights=1.0 2.0 3.0 has 3 values, and the run learns no features: add a"
     with pytest.raises(InputError, match=text):
         train(config.replace(cache=str(made / "cache"), teacher=None))
     text = r"loss.teachers=1.0 2.0 must be 1 weight, one for each teacher of logits"

@@ -108,6 +108,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     known = config if is_whole else _for_some(config)
     # Each number of images would be compiled anew, within the time that is measured.
     teacher = _teacher(known.replace(compile="none", cuda_graphs=False), source, device, caches)
+    teacher.require_lists()
     if checkpoint is not None:
         facts = identify(source, held_out) | (teacher.identity() if is_whole else {})
         require_same_run(checkpoint, config, facts, is_whole)

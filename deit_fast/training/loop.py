@@ -358,23 +358,23 @@ class _Pass:
         """Evaluate these runs in one pass over the held-out images."""
         if not runs:
             return
-        models = self._each(Run.to_evaluate, runs)
-        loader = self.data.eval_loader
+        models = [model for of_run in self._each(Run.to_evaluate, runs) for model in of_run]
+        loader, classes = self.data.eval_loader, self.data.source.classes
         with self.progress.part("eval", len(loader)) as count:
 
             def after_batch() -> None:
                 count()
                 self._poll_stop_in_evaluation()
 
-            every = [model for of_run in models for model in of_run]
-            classes = self.data.source.classes
             found = iter(
-                evaluate_models(every, loader, classes, self.device, self.group, after_batch)
+                evaluate_models(models, loader, classes, self.device, self.group, after_batch)
             )
-        for run, of_run in zip(runs, models, strict=True):
-            with log_prefix(run.name):
-                evaluation = run.take_evaluation([next(found) for _ in of_run])
+
+        def take(run: Run) -> None:
+            evaluation = run.take_evaluation(found)
             self._show(run, {"top1": f"top-1 {100 * evaluation['top1']:.1f} %"})
+
+        self._each(take, runs)
 
     def _finish(self) -> list[dict[str, Any]]:
         self._each(Run.wait_for_checkpoint, self.active)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -415,16 +415,16 @@ class Run:
         with self.compile_count.counting():
             return (self._eval_forward or forward_heads)(model, images)
 
-    def take_evaluation(self, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Keep the evaluations of ``to_evaluate``, and write a row of metrics.
+    def take_evaluation(self, found: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Take the results of ``to_evaluate`` from ``found``, and write a row of metrics.
 
         Returns:
             The student's, with the accuracy of the average.
         """
         state, epoch = self.state, self.epoch
-        evaluation = dict(found[0])
+        evaluation = next(found)
         if state.ema is not None:
-            evaluation["ema_top1"] = found[1]["top1"]
+            evaluation["ema_top1"] = next(found)["top1"]
         if evaluation["top1"] > state.best_top1:
             state.best_top1, state.best_epoch = evaluation["top1"], epoch
             state.best_step = state.step
