@@ -149,6 +149,11 @@ def precompute(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         pending = [item for item in mine if not all(done[item])]
         calls = TeacherCalls(pending, caches.unit, caches.order, config.teacher_batch)
         total = sum(stop - start for _, start, stop in calls.calls)
+        if config.features.grid is not None and "patches" not in config.targets:
+            log.warning(
+                "features.grid=%d: not read, the targets are %s without patches",
+                config.features.grid, " ".join(config.targets),
+            )  # fmt: skip
         log.info(
             "precomputing %d views of %d samples: %d blocks to write, %d there, %d B per view",
             len(requested), job.source.num_samples, blocks - kept, kept, caches.view_bytes,

@@ -482,6 +482,7 @@ def test_another_manifest_names_every_difference(tmp_path):
     ):
         assert part in text
     assert "view.mean" not in text and "this cache fits" not in text
+    assert text.endswith("; give the settings that it was made with, or name another cache")
     assert "\n" not in text
 
 

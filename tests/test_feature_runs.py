@@ -44,6 +44,13 @@ def test_a_pass_writes_a_cache_for_each_target(made):
     assert not (made / "other/manifest.json").exists()  # it has no logits
 
 
+def test_a_grid_without_patches_is_named(made, tmp_path, caplog):
+    config = config_of(made, targets=("cls",), features={"grid": 2}, cache=str(tmp_path))
+    with caplog.at_level("WARNING"):
+        precompute(config, range(1))
+    assert "features.grid=2: not read, the targets are cls without patches" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["soft", "none"])
 def test_cached_features_give_the_losses_and_gradients_of_the_online_teacher(made, tmp_path, kind):
     online = config_of(made, cache=None, loss={"kind": kind}, features=LOSSES)
@@ -77,14 +84,16 @@ def test_each_term_is_logged_and_counts_with_its_weight(made, tmp_path):
         assert row["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_two_teachers_of_logits_are_averaged_by_weight(made, tmp_path):
+def test_two_teachers_of_logits_are_averaged_by_weight(made, tmp_path, caplog):
     second = tmp_path / "second"
     precompute(config_of(made, teacher=OTHER, targets=("logits",), cache=str(second)))
     config = config_of(
         made, teacher=None, cache=str(made / "cache"), more_caches=(str(second),),
         loss={"teachers": (3.0, 1.0)},
     )  # fmt: skip
-    both = trained(config, tmp_path / "both")[0]
+    with caplog.at_level("INFO"):
+        both = trained(config, tmp_path / "both")[0]
+    assert f"logits learned: {ROWS} with weight 0.75, {OTHER} with weight 0.25" in caplog.text
     assert both["distill_loss"] == pytest.approx(
         0.75 * both["distill_loss_1"] + 0.25 * both["distill_loss_2"], rel=1e-5
     )

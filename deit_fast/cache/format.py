@@ -241,8 +241,8 @@ def require_equal(
             False: it may not.
 
     Raises:
-        CacheMismatch: names every differing field with both values, and the flags that give the
-            cache's values, if these are all that differs.
+        CacheMismatch: names every differing field with both values and the remedy: the flags that
+            give the cache's values, if these are all that differs.
     """
     found, plain = fields(manifest), json.loads(json.dumps(fields(expected)))
     names = plain.keys() | (_OF_SOME_VIEWS if "view.image_size" in plain else set())
@@ -257,8 +257,10 @@ def require_equal(
             f"{name} is {_show(found, name)}, expected {_show(plain, name)}" for name in differing
         ]
         flags = [_flag(name, found.get(name)) for name in differing]
-        remedy = "" if None in flags else f"; this cache fits with {' '.join(map(str, flags))}"
-        raise CacheMismatch(f"cache {folder} differs in {noun}: {'; '.join(shown)}{remedy}")
+        remedy = "give the settings that it was made with, or name another cache"
+        if None not in flags:
+            remedy = f"this cache fits with {' '.join(map(str, flags))}"
+        raise CacheMismatch(f"cache {folder} differs in {noun}: {'; '.join(shown)}; {remedy}")
 
 
 def _flag(field: str, value: Any) -> str | None:

@@ -31,6 +31,7 @@ from deit_fast.teacher_accuracy import check_accuracy
 from deit_fast.training.remarks import (
     say_features,
     say_slow_step,
+    say_teachers,
     say_unread_teacher_settings,
     say_unused_batches,
 )
@@ -150,6 +151,7 @@ class _Pass:
         self._each(lambda run: run.open_output(resources))
         if group.is_first:
             say_unread_teacher_settings(self.runs[0].config)
+            self._each(lambda run: say_teachers(run.config, run.teacher.logit_teachers))
             self._each(lambda run: say_features(run.config, run.teacher.terms))
             say_unused_batches(self.runs[0].config, self.data.steps)
 

@@ -35,6 +35,14 @@ def say_unread_teacher_settings(config: RunConfig) -> None:
         )  # fmt: skip
 
 
+def say_teachers(config: RunConfig, teachers: Sequence[str]) -> None:
+    """Name the teachers of several caches of logits, with their shares of the loss."""
+    if len(teachers) > 1 and config.loss.kind != "none":
+        pairs = zip(teachers, config.loss.shares(len(teachers)), strict=True)
+        texts = [f"{teacher} with weight {share:.3g}" for teacher, share in pairs]
+        log.info("logits learned: %s", ", ".join(texts))
+
+
 def say_features(config: RunConfig, terms: Sequence[FeatureTerm]) -> None:
     """Name the features that a run learns, and the settings of features that it does not read."""
     if terms:

@@ -140,6 +140,12 @@ class RunTeacher:
         """
         return build_terms(self.config, self._given)
 
+    @property
+    def logit_teachers(self) -> list[str]:
+        """What made the logits of each cache of them."""
+        fields = [cache.manifest["fingerprint"] for cache in self.logit_caches]
+        return [str(found.get("teacher.spec")) for found in fields]
+
     def require_lists(self) -> None:
         """
         Raises:
