@@ -169,6 +169,11 @@ PYBIND11_MODULE(_C, module) {
       .value("complete", BlockState::complete)
       .value("broken", BlockState::broken);
 
+  py::enum_<Committed>(module, "Committed")
+      .value("written", Committed::written)
+      .value("kept", Committed::kept)
+      .value("kept_others", Committed::kept_others);
+
   py::class_<ViewFile, std::shared_ptr<ViewFile>>(module, "ViewFile")
       .def(py::init([](const std::string& path, const ViewSpec& spec) {
              return std::make_shared<ViewFile>(path, spec, false);
@@ -179,17 +184,20 @@ PYBIND11_MODULE(_C, module) {
       .def("check_block", &ViewFile::check_block, Release());
 
   py::class_<ViewWriter, ViewFile, std::shared_ptr<ViewWriter>>(module, "ViewWriter")
-      .def(py::init<const std::string&, const std::string&, const ViewSpec&>(), Release())
+      .def(py::init<const std::string&, const std::string&, const ViewSpec&, bool>(),
+           py::arg("path"), py::arg("temporary"), py::arg("spec"), py::arg("reserve") = true,
+           Release())
       .def(
           "commit",
           [](ViewWriter& writer, uint64_t block, uintptr_t data, size_t size) {
-            writer.commit(block, at<const void>(data), size);
+            return writer.commit(block, at<const void>(data), size);
           },
           Release())
       .def("sync", &ViewWriter::sync, Release());
 
   py::class_<ViewReader, ViewFile, std::shared_ptr<ViewReader>>(module, "ViewReader")
-      .def(py::init<const std::string&, const ViewSpec&>(), Release())
+      .def(py::init<const std::string&, const ViewSpec&, bool>(), py::arg("path"), py::arg("spec"),
+           py::arg("is_growing") = false, Release())
       .def("will_need", &ViewReader::will_need, Release())
       .def(
           "read_block",

@@ -199,17 +199,47 @@ int create_locked(const std::string& path, const std::string& temporary) {
   }
 }
 
+// Holds the lock of one table entry, so that processes which write one block do it one after another.
+// The system releases it when the descriptor or its process ends. Without locks in the file system
+// nothing is held: equal bytes, written twice, harm nobody.
+class EntryLock {
+ public:
+  EntryLock(int fd, uint64_t offset) : fd_(fd), offset_(offset) { set(F_WRLCK); }
+  ~EntryLock() { set(F_UNLCK); }
+  EntryLock(const EntryLock&) = delete;
+  EntryLock& operator=(const EntryLock&) = delete;
+
+ private:
+  void set(short type) {
+    struct flock lock {};
+    lock.l_type = type;
+    lock.l_whence = SEEK_SET;
+    lock.l_start = static_cast<off_t>(offset_);
+    lock.l_len = kEntryBytes;
+    while (::fcntl(fd_, F_OFD_SETLKW, &lock) != 0 && errno == EINTR) {
+    }
+  }
+
+  int fd_;
+  uint64_t offset_;
+};
+
 // Creates a view without complete blocks under the unused name `temporary` and links it to `path`,
 // unless a file is there already. Returns `path`.
 const std::string& create_or_keep(const std::string& path, const std::string& temporary,
-                                  const ViewSpec& spec) {
+                                  const ViewSpec& spec, bool reserve) {
   spec.check();
   if (::access(path.c_str(), F_OK) == 0) return path;
   const int fd = create_locked(path, temporary);
   const TemporaryFile file{fd, temporary};
+  const auto size = static_cast<off_t>(spec.file_bytes());
   int code = 0;
   do {
-    code = ::posix_fallocate(fd, 0, static_cast<off_t>(spec.file_bytes()));
+    if (reserve) {
+      code = ::posix_fallocate(fd, 0, size);
+    } else {
+      code = ::ftruncate(fd, size) == 0 ? 0 : errno;
+    }
   } while (code == EINTR);
   if (code != 0) {
     fail_io(path, "a view needs " + std::to_string(spec.file_bytes()) + " bytes", code);
@@ -364,15 +394,23 @@ std::pair<BlockState, std::string> ViewFile::check_block(uint64_t block) const {
   return {BlockState::complete, ""};
 }
 
-ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec)
-    : ViewFile(create_or_keep(path, temporary, spec), spec, true) {}
+ViewWriter::ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec,
+                       bool reserve)
+    : ViewFile(create_or_keep(path, temporary, spec, reserve), spec, true) {}
 
-void ViewWriter::commit(uint64_t block, const void* data, size_t size) {
+Committed ViewWriter::commit(uint64_t block, const void* data, size_t size) {
   const uint64_t table_offset = kPage + block * kEntryBytes;
-  const Entry before = read_entry(block);
+  read_entry(block);  // refuses a block that the view does not have
   if (size != spec_.block_bytes(block)) {
     throw FormatError(name(block) + " takes " + std::to_string(spec_.block_bytes(block)) +
                       " bytes, not " + std::to_string(size));
+  }
+  const uint32_t crc = crc32c(data, size, spec_.place_crc(block));
+  const EntryLock lock(fd_, table_offset);
+  const Entry before = read_entry(block);
+  if (check_block(block).first == BlockState::complete) {
+    require_named();
+    return before.crc == crc ? Committed::kept : Committed::kept_others;
   }
   if (before.state != 0 || before.crc != 0) {  // a broken block: clear its entry first
     const Entry none{0, 0};
@@ -380,9 +418,10 @@ void ViewWriter::commit(uint64_t block, const void* data, size_t size) {
   }
   write_exact(fd_, path_, data, size, spec_.block_offset(block));
   if (::fdatasync(fd_) != 0) fail_io(path_, "syncing");
-  const Entry done{crc32c(data, size, spec_.place_crc(block)), kComplete};
+  const Entry done{crc, kComplete};
   write_exact(fd_, path_, &done, sizeof done, table_offset);
   require_named();
+  return Committed::written;
 }
 
 void ViewWriter::sync() const {
@@ -400,11 +439,12 @@ void ViewWriter::require_named() const {
                     " while it was written, so its new blocks are lost: write them again");
 }
 
-ViewReader::ViewReader(const std::string& path, const ViewSpec& spec)
+ViewReader::ViewReader(const std::string& path, const ViewSpec& spec, bool is_growing)
     : ViewFile(path, spec, false),
       map_(fd_, spec.file_bytes()),
       verified_(new std::atomic<uint32_t>[spec.blocks()]()),
       record_bytes_(spec.record_bytes),
+      is_growing_(is_growing),
       changed_(change_time(status_of(fd_, path))) {
   if (map_.data() == nullptr) fail_io(path_, "mapping");
   data_ = map_.data() + spec_.data_offset();
@@ -420,7 +460,7 @@ void ViewReader::refresh() const {
     throw FormatError(path_ + ": was cut off or could not be read while it was in use");
   }
   const int64_t changed = change_time(status);
-  if (changed == changed_.load(std::memory_order_acquire)) return;
+  if (is_growing_ || changed == changed_.load(std::memory_order_acquire)) return;
   // In this order: a thread that finds the new time must find the new generation.
   generation_.fetch_add(1);
   changed_.store(changed, std::memory_order_release);

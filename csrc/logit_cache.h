@@ -58,6 +58,10 @@ struct ViewSpec {
 
 enum class BlockState : unsigned char { pending, complete, broken };
 
+// What `commit` did: wrote the block, or kept the complete one that another process wrote meanwhile,
+// with the same bytes or with others (another device rounds differently).
+enum class Committed : unsigned char { written, kept, kept_others };
+
 // An open view file whose size and header agree with its spec. Anything but a regular file is refused
 // without waiting for it.
 class ViewFile {
@@ -91,17 +95,20 @@ class ViewFile {
   int fd_ = -1;
 };
 
-// Writes whole blocks. Several processes may write disjoint blocks of one file.
+// Writes whole blocks. Several processes may write blocks of one file at once, also the same ones.
 class ViewWriter : public ViewFile {
  public:
   // Creates the file under the unused name `temporary` and links it to `path`, or opens the file
-  // that is there already.
-  ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec);
+  // that is there already. `reserve`: a new file gets all its disk space now; else as it fills.
+  ViewWriter(const std::string& path, const std::string& temporary, const ViewSpec& spec,
+             bool reserve = true);
 
   // Writes the data first and, once it is on disk, the table entry. After an interrupted write the
-  // block is pending or its checksum is wrong; it is never complete with wrong bytes. Throws
-  // FormatError if the path does not lead to the file any longer: the block is lost then.
-  void commit(uint64_t block, const void* data, size_t size);
+  // block is pending or its checksum is wrong; it is never complete with wrong bytes. A complete
+  // block stays as it is. Writers of one block wait for one another, where the file system has
+  // locks. Throws FormatError if the path does not lead to the file any longer: the block is lost
+  // then.
+  Committed commit(uint64_t block, const void* data, size_t size);
   void sync() const;  // throws as `commit`
 
  private:
@@ -112,7 +119,9 @@ class ViewWriter : public ViewFile {
 // its records, and again after the file was changed. Thread-safe.
 class ViewReader : public ViewFile {
  public:
-  ViewReader(const std::string& path, const ViewSpec& spec);
+  // `is_growing`: other processes add blocks to the file, so that a change of it says nothing about
+  // the verified ones.
+  ViewReader(const std::string& path, const ViewSpec& spec, bool is_growing = false);
 
   // Address of the record in the map, after its block was verified.
   const unsigned char* record(int64_t row) const {
@@ -155,6 +164,7 @@ class ViewReader : public ViewFile {
   std::unique_ptr<std::atomic<uint32_t>[]> verified_;
   mutable std::atomic<uint32_t> generation_{1};
   uint32_t record_bytes_;
+  bool is_growing_;
   // log2 of block_records if that is a power of two: a division costs as much as a copy.
   int shift_ = -1;
   mutable std::atomic<int64_t> changed_;  // when, ns; of this generation

@@ -200,6 +200,7 @@ def precompute(
     teacher: str | None = None,
     cache: PathLike | None = None,
     views: range | None = None,
+    blocks: range | None = None,
     **settings: Any,
 ) -> PrecomputeResult:
     """Write a teacher's logits for every augmented view into a cache; the same call resumes it.
@@ -207,9 +208,13 @@ def precompute(
     Args:
         config, recipe, data, teacher, cache, settings: as of ``train``.
         views: only these views; None: all that the run needs.
+        blocks: in place of ``views``: only these units of work, counted over all views. Any process
+            may compute any of them at any time, also several at once; ``details`` has
+            `quarantined`, the units that failed three times. For many calls see ``units.Units``.
 
     Raises:
         InputError: wrong settings, data or teacher, or the cache holds something else.
+        Preempted: with ``blocks``: a signal; published units stay.
         OSError: the disk is full; complete blocks stay.
         MemoryError, ChildProcessError: as of ``train``.
     """
@@ -218,9 +223,16 @@ def precompute(
         require_writable("--cache", chosen.cache)
     if read_process_group().world_size == 1:
         require_precompute_inputs(chosen)
-    from deit_fast.precomputation import precompute as run
+    if views is not None and blocks is not None:
+        raise InputError(f"blocks={blocks} counts over all views: leave out views={views}")
+    if blocks is not None:
+        from deit_fast.units import Units
 
-    details = run(chosen, views)
+        details = Units(chosen).compute(blocks)
+    else:
+        from deit_fast.precomputation import precompute as run
+
+        details = run(chosen, views)
     return PrecomputeResult(
         path=Path(str(chosen.cache)),
         images=details["images"],

@@ -267,6 +267,9 @@ class PrecomputeArguments(RunArguments):
 
     views: str | None = None
     """Only the views A to B-1, written A:B. none: all views that the run needs."""
+    blocks: str | None = None
+    """In place of --views: only the units of work A to B-1 of all views, written A:B. Any process
+    may compute any of them, several times and at once; --dry-run says how many there are."""
     dry_run: bool = False
     """Print bytes, blocks and time, measured on one batch, and write nothing."""
     bytes_per_image: Count | None = None
@@ -370,17 +373,18 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def view_range(text: str | None) -> range | None:
-    """The value of `--views A:B`.
+def number_range(flag: str, text: str | None) -> range | None:
+    """The value A:B of a flag.
 
     Raises:
         InputError: anything else.
     """
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
-    if not found or not int(found[1]) < int(found[2]) <= 2**31:
+    found = re.fullmatch(r"(\d{1,19}):(\d{1,19})", text)
+    most = 31 if flag == "--views" else 62
+    if not found or not int(found[1]) < int(found[2]) <= 2**most:
         raise InputError(
-            f"--views needs A:B, two whole numbers with A < B, at most 2^31, not {text[:80]!r}"
+            f"{flag} needs A:B, two whole numbers with A < B, at most 2^{most}, not {text[:80]!r}"
         )
     return range(int(found[1]), int(found[2]))

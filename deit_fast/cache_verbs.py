@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from deit_fast.arguments import columns, plain, size_text, view_range
+from deit_fast.arguments import columns, number_range, plain, size_text
 from deit_fast.config import Count, Deviation, Rate, Seed, Share, Within
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.inputs import require_data_root, require_teacher
@@ -199,7 +199,7 @@ def export(path: str, /, *, output: str, views: str | None = None) -> str:
     require_writable("--output", output, is_folder=False)
     from deit_fast.cache.foreign import open_foreign
 
-    wanted = view_range(views)
+    wanted = number_range("--views", views)
     if (foreign := open_foreign(path)) is None:
         from deit_fast.cache.export import export as run
 

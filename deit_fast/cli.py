@@ -2,8 +2,8 @@
 
 A verb is a function that returns its text for stdout. Its imports are inside it, so that help and
 errors need no torch. Wrong input is one line on stderr and exit status 2. A failed check, a loss
-that is not finite and exhausted memory are status 1; a run that SIGTERM ended is 75, an interrupt
-130. Any other exception is a bug and shows its traceback.
+that is not finite and exhausted memory are status 1; units of work in quarantine 3; a run that
+SIGTERM ended 75, an interrupt 130. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from deit_fast.arguments import (
     PrecomputeArguments,
     TrainArguments,
     columns,
+    number_range,
     parse,
     plain,
     quiet_pipe,
     read_settings,
-    view_range,
 )
 from deit_fast.config import (
     Count,
@@ -44,7 +44,7 @@ from deit_fast.config import (
     Workers,
 )
 from deit_fast.config_file import by_dotted_key, to_dict
-from deit_fast.errors import CheckFailed, InputError, did_you_mean, printable
+from deit_fast.errors import CheckFailed, InputError, Quarantined, did_you_mean, printable
 from deit_fast.inputs import (
     require_data_root,
     require_images,
@@ -121,14 +121,28 @@ def train(args: list[str]) -> str:
 def precompute(args: list[str]) -> str:
     """Write what a teacher gives of every augmented view, logits or features, into a cache."""
     arguments, config = read_settings(PrecomputeArguments, "precompute", args)
-    views = view_range(arguments.views)
+    views, blocks = (
+        number_range(flag, text)
+        for flag, text in (("--views", arguments.views), ("--blocks", arguments.blocks))
+    )
+    if views is not None and blocks is not None:
+        raise InputError(
+            f"--blocks {arguments.blocks} counts over all views: leave out --views "
+            f"{arguments.views}"
+        )
     if arguments.print_config:
         return json.dumps(to_dict(config), indent=2)
     if arguments.dry_run:
         return dry_runs.precomputing(config, views, arguments.bytes_per_image)
     if arguments.bytes_per_image is not None:
         raise InputError("--bytes-per-image proposes and writes nothing: add --dry-run")
-    return summary({"cache": config.cache, **api.precompute(config, views=views).details})
+    found = api.precompute(config, views=views, blocks=blocks).details
+    text = summary({"cache": config.cache, **found})
+    if found.get("quarantined"):
+        from deit_fast.units import quarantine_text
+
+        raise Quarantined(f"{text}\n{quarantine_text(found['quarantined'], str(config.cache))}")
+    return text
 
 
 def evaluate(
@@ -513,6 +527,8 @@ def main(argv: list[str] | None = None) -> int:
             text, status = _dispatch(words), 0
         except CheckFailed as failed:
             text, status = str(failed), 1
+        except Quarantined as failed:
+            text, status = str(failed), 3
         if _rank() == 0 and text:
             with quiet_pipe():
                 print(_for_terminal(text), flush=True)

@@ -77,7 +77,8 @@ def precomputing(config: RunConfig, views: range | None, budget: int | None) -> 
     rows = [
         ("cache", str(config.cache)),
         ("views", str(found["views"])),
-        ("blocks", f"{found['blocks']} to write, {found['kept']} there"),
+        ("blocks", f"{found['blocks']} to write, {found['kept']} there; all views are --blocks "
+                   f"0:{found['units']}"),
         ("images", str(found["images"])),
         ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new files, "
                   f"{size_text(found['free'])} free"),

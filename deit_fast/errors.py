@@ -32,6 +32,18 @@ class RowError(CacheError):
         self.row, self.reason = row, reason
 
 
+class SampleError(CacheError):
+    """What the teacher gives of one view of a sample cannot be stored."""
+
+    def __init__(self, view: int, sample: int, reason: str) -> None:
+        super().__init__(f"view {view} sample {sample}: {reason}")
+        self.sample = sample
+
+
+class Quarantined(Exception):
+    """Units of work are in quarantine: the text goes to stdout, and the exit status is 3."""
+
+
 class CheckFailed(Exception):
     """A check found a problem: its text goes to stdout, and the exit status is 1."""
 

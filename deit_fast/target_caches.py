@@ -7,6 +7,8 @@ series of teacher calls.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,26 +260,46 @@ def fit_statistics(
 
 
 def publish_statistics(
-    config: RunConfig, teacher: Teacher, statistics: list[FeatureStatistics], started: float
+    config: RunConfig,
+    teacher: Teacher,
+    statistics: list[FeatureStatistics],
+    fingerprint: Mapping[str, Any],
 ) -> list[FeatureStatistics]:
     """Write them for the caches that have no manifest yet; returns those that hold from now on.
 
-    Processes that fit at the same time all go on with those of the first one. A file from before
-    ``started``, in seconds since the epoch, is of a job that ended before it had a manifest; it is
-    replaced.
+    Processes that fit the same at the same time, on one machine or on several, all take those of
+    the first one: its file has a name that depends on all that was fitted. A file of another fit,
+    whose job ended before it had a manifest, is replaced.
+
+    Args:
+        fingerprint: of views, data and teacher's dtype.
     """
     result = []
-    for target, fitted in zip(teacher.features, statistics, strict=True):
+    features = config.features
+    for index, (target, fitted) in enumerate(zip(teacher.features, statistics, strict=True)):
         stored = _stored(config, target.name)
         if stored is None:
-            path = Path(str(config.cache)) / target.name / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_mtime < started:
-                path.unlink(missing_ok=True)
-            fitted.create(path)
-            stored = FeatureStatistics.load(path, fitted.width)
+            fields = {**fingerprint, **teacher.target_fingerprint(index)}
+            fit = [fields, features.reduce, features.dim, features.fit_views, config.views_used]
+            digest = hashlib.sha256(json.dumps(fit, sort_keys=True).encode()).hexdigest()
+            folder = Path(str(config.cache)) / target.name
+            folder.mkdir(parents=True, exist_ok=True)
+            first = folder / f".fit-{digest[:16]}.safetensors"
+            fitted.create(first)
+            stored = FeatureStatistics.load(first, fitted.width)
+            if not _holds(folder / FILE, stored):
+                stored.save(folder / FILE)
         result.append(stored)
     return result
+
+
+def _holds(path: Path, statistics: FeatureStatistics) -> bool:
+    """Whether the file holds these statistics."""
+    try:
+        FeatureStatistics.load(path, statistics.width, statistics.sha256)
+    except CacheError:
+        return False
+    return True
 
 
 def placeholder_statistics(config: RunConfig, teacher: Teacher) -> list[FeatureStatistics]:

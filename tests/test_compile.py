@@ -23,7 +23,8 @@ from deit_fast.errors import InputError
 from deit_fast.models import Teacher, fuse, unfuse
 from deit_fast.models.convnet import small_convnet
 from deit_fast.models.fuse import set_batch_part
-from deit_fast.precomputation import _Job, precompute
+from deit_fast.precomputation import precompute
+from deit_fast.precompute_job import Job
 from deit_fast.recipes import RECIPES
 from deit_fast.runtime.distributed import ProcessGroup
 from deit_fast.training.compiling import CompileCount, compile_blocks, log_compile, resolve_compile
@@ -329,7 +330,7 @@ def test_which_teachers_are_compiled(world, tmp_path, on_cuda):
         checked = open_teacher(cached.replace(compile=asked), source, CPU)
         assert not checked.is_online
         assert is_compiled(checked.network.model) is other, asked
-        job = _Job(cached.replace(compile=asked))
+        job = Job(cached.replace(compile=asked))
         assert is_compiled(job.teacher.model) is other, asked
         assert ("teacher.compiled" in job.fingerprint) is other, asked
 

@@ -122,7 +122,7 @@ def test_a_dry_precomputation_refuses_what_the_job_would_refuse(
     assert f"{tmp_path}/file" in capsys.readouterr().err
     nan = torch.full((1000, 10), float("nan"))
     monkeypatch.setattr(
-        "deit_fast.precomputation._Job.outputs",
+        "deit_fast.precompute_job.Job.outputs",
         lambda _, batch: TeacherOutputs(nan[: len(batch)], ()),
     )
     assert cli.main([*words, f"{tmp_path}/cache"]) == 2

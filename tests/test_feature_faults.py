@@ -241,7 +241,7 @@ def test_one_teacher_beside_caches_of_several_is_refused_with_the_remedy(made, t
 
 
 def test_what_cannot_be_written_is_refused_before_the_fit(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("deit_fast.precomputation._Job._fit", lambda self: pytest.fail("a fit"))
+    monkeypatch.setattr("deit_fast.precompute_job.Job._fit", lambda self: pytest.fail("a fit"))
     config = config_of(made, targets=("cls",), cache=str(tmp_path))
     wide = config.replace(features={"reduce": "pca", "dim": WIDTH + 1})
     for work in (precompute, estimate):

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import logging
 import os
+import re
 import resource
 import signal
 import tarfile
@@ -241,6 +242,24 @@ def test_evaluate_reports_a_dead_process_in_one_line(roots, monkeypatch, capsys,
         (tmp_path / name).write_text("{}")
     assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 2
     assert "a process that loads images died" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_is_reported_with_its_file(roots):
+    """A decoder that crashes on a file leaves no other trace of it."""
+    source = open_source(roots["folder"], "train", 32)
+    load = source.load
+
+    def fatal(index: int) -> object:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(index)
+
+    source.load = fatal
+    plan = ViewPlan(PLAIN, source.num_samples)
+    batches = [(np.arange(5), np.zeros(5, int))]
+    loader = ViewLoader(source, plan, batches, workers=1, on_error="fail")
+    with pytest.raises(RuntimeError, match=re.escape(f"while it read {source.paths[3]}")):
+        list(loader)
 
 
 def test_an_error_crosses_the_processes_with_its_name(roots, monkeypatch):

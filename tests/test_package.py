@@ -63,7 +63,12 @@ LAYERS = [
         "deit_fast/teacher_accuracy.py",
     },
     {"deit_fast/training"},
-    {"deit_fast/precomputation.py", "deit_fast/target_caches.py"},
+    {
+        "deit_fast/precomputation.py",
+        "deit_fast/precompute_job.py",
+        "deit_fast/units.py",
+        "deit_fast/target_caches.py",
+    },
     {"deit_fast/tools"},
     {"deit_fast/api.py"},
     {

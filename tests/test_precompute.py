@@ -25,7 +25,8 @@ from deit_fast.data.open import open_loader
 from deit_fast.errors import InputError
 from deit_fast.models import load_teacher
 from deit_fast.models.convnet import small_convnet
-from deit_fast.precomputation import TeacherCalls, _Job, estimate, precompute
+from deit_fast.precomputation import estimate, precompute
+from deit_fast.precompute_job import Job, TeacherCalls
 from deit_fast.recipes import digits_student
 from deit_fast.runtime.progress import Progress, duration
 from helpers import small_blocks
@@ -90,7 +91,7 @@ def status(process: BaseProcess) -> int | None:
 
 def check_logits(config: RunConfig, device: str) -> None:
     """Each batch gets the logits of its own images, and the teacher has the next batch by then."""
-    job = _Job(config.replace(device=device))
+    job = Job(config.replace(device=device))
     calls = TeacherCalls([(0, 0), (1, 2), (1, 0)], 36, RecordOrder(job.source.num_samples), 20)
     given: list[int] = []
     job.teacher.model.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
@@ -111,7 +112,7 @@ def check_logits(config: RunConfig, device: str) -> None:
 def test_a_compiled_teacher_does_not_resume_the_cache_of_a_plain_one(config, tmp_path, first):
     plans = [config.replace(cache=str(tmp_path), num_views=3, compile=kind)
              for kind in (first, "blocks" if first == "none" else "none")]  # fmt: skip
-    with LogitCacheWriter(tmp_path, _Job(plans[0]).open_caches()[0].manifest):
+    with LogitCacheWriter(tmp_path, Job(plans[0]).open_caches()[0].manifest):
         pass
     with pytest.raises(CacheMismatch, match=r"teacher\.compiled"):
         precompute(plans[1])

@@ -23,7 +23,8 @@ from deit_fast.kernels.augment import TABLE_COLUMNS
 from deit_fast.models import create_student, load_weights
 from deit_fast.models.fuse import patch_side
 from deit_fast.models.student import build_model
-from deit_fast.precomputation import _Times, estimate, precompute
+from deit_fast.precomputation import estimate, precompute
+from deit_fast.precompute_job import Times
 from deit_fast.runtime.speed import training_flops
 from deit_fast.tools.verify_against_teacher import leading_labels, verify_against_teacher
 from deit_fast.training.compiling import compile_blocks
@@ -241,9 +242,9 @@ def test_an_estimate_covers_the_images_of_every_size(cached, tmp_path, monkeypat
 
     def time_batches(job, caches, most, view, images, limit):
         asked.append((most, view, images))
-        return _Times(most, *seconds[view])
+        return Times(most, *seconds[view])
 
-    monkeypatch.setattr("deit_fast.precomputation._Job.time_batches", time_batches)
+    monkeypatch.setattr("deit_fast.precompute_job.Job.time_batches", time_batches)
     planned = cached.replace(cache=str(tmp_path / "cache"), teacher_batch=32)
     found = estimate(planned)
     assert sorted(asked) == [(32, 0, 210), (32, 1, 210)] and found["images"] == 420

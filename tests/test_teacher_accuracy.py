@@ -21,7 +21,8 @@ from deit_fast.data.open import open_loader, open_source
 from deit_fast.errors import InputError
 from deit_fast.evaluation import build_eval_loader, evaluate, evaluate_model
 from deit_fast.models.teacher import load_class_matched_teacher
-from deit_fast.precomputation import TeacherCalls, _Job, precompute
+from deit_fast.precomputation import precompute
+from deit_fast.precompute_job import Job, TeacherCalls
 from deit_fast.recipes import digits_teacher
 from deit_fast.teacher_accuracy import check_accuracy, is_near_chance, spread_ids
 from deit_fast.training.loop import train
@@ -109,7 +110,7 @@ def test_cached_logits_of_plain_views_are_the_online_ones_to_the_last_bit(good):
               "cutmix_alpha": 0.0, "repeats": 1},
     )  # fmt: skip
     written = precompute(config)
-    job = _Job(config)
+    job = Job(config)
     calls = TeacherCalls([(0, 0)], 4096, RecordOrder(210), 210)
     (batch,) = open_loader(config.data, job.source, job.plan, calls, device="cpu")
     online = job.teacher(ingest_batch(batch, config.view, torch.float32))

@@ -28,7 +28,8 @@ from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import teacher as teacher_module
 from deit_fast.models import teacher_classes
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher, load_teacher
-from deit_fast.precomputation import _Job, precompute
+from deit_fast.precomputation import precompute
+from deit_fast.precompute_job import Job
 from deit_fast.recipes import digits_student
 from deit_fast.tools.analysis.runs import analyze
 from deit_fast.tools.verify_against_teacher import verify_against_teacher
@@ -439,4 +440,4 @@ def test_the_fingerprint_of_a_teacher_as_it_stands_is_as_before(subset):
         "teacher.spec", "teacher.weights_sha256", "teacher.num_classes", "teacher.mean",
         "teacher.std",
     ]  # fmt: skip
-    assert "teacher.columns" in _Job(subset).planned_caches()[0].manifest["fingerprint"]
+    assert "teacher.columns" in Job(subset).planned_caches()[0].manifest["fingerprint"]

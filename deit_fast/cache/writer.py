@@ -24,7 +24,7 @@ from deit_fast.cache.format import (
 )
 from deit_fast.cache.locks import BlockLocks
 from deit_fast.cache.record_order import host_ids, record_order
-from deit_fast.errors import CacheError, InputError, RowError
+from deit_fast.errors import CacheError, InputError, RowError, SampleError
 from deit_fast.runtime.files import remove_orphans, temporary_path
 
 if TYPE_CHECKING:
@@ -48,20 +48,26 @@ class LogitCacheWriter:
     """Writes blocks of a cache; creates the cache, or continues one of the same manifest.
 
     A block is buffered until all its samples have come, then committed: data, sync, table entry.
-    Several processes may write disjoint blocks, in any order and with any interruption; the bytes
-    of the files depend on the logits alone. A block is locked from its first sample until it is
-    committed; a block that another process has locked is refused. Not for use from several threads
-    at once.
+    Several processes may write, in any order and with any interruption; the bytes of the files
+    depend on the logits alone. If two write one block, the first complete one stays. With locks, a
+    block is locked from its first sample until it is committed, and one that another process has
+    locked is refused. Not for use from several threads at once.
 
     Args:
         path: folder of the cache.
         manifest: as ``build_manifest`` makes it.
         rank, world_size: this writer's share of the blocks, where several divide them. Writers of
             one ``world_size`` do not refuse one another in ``locks.refuse_rivals``.
+        locked: lock blocks, so that none is computed twice.
+        publish: called with view, block and the records uint8 [n, record_bytes] of each block after
+            it was committed.
+        reserve: a new view file gets all its disk space at once, so that a full disk is found
+            before the first block; False: as it fills.
 
     Attributes:
         locks: ``acquire`` locks a block before its first sample comes, until the block is committed
             or the writer closes; ``refuse_rivals`` finds another job that writes the same views.
+            None without locks.
 
     Raises:
         CacheMismatch: the folder holds a cache made under other settings.
@@ -71,7 +77,15 @@ class LogitCacheWriter:
     """
 
     def __init__(
-        self, path: str | Path, manifest: dict[str, Any], *, rank: int = 0, world_size: int = 1
+        self,
+        path: str | Path,
+        manifest: dict[str, Any],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        locked: bool = True,
+        publish: Callable[[int, int, np.ndarray], None] | None = None,
+        reserve: bool = True,
     ) -> None:
         self.path = Path(path)
         self.manifest = publish_manifest(self.path, manifest)
@@ -79,16 +93,19 @@ class LogitCacheWriter:
         self.codec = codec_of(self.manifest, str(self.path))
         self.order = record_order(self.manifest, str(self.path))
         remove_orphans(self.path)
-        self.locks = BlockLocks(self.path, rank, world_size)
-        self.locks.remove_dead()
+        self.locks = BlockLocks(self.path, rank, world_size) if locked else None
+        if self.locks is not None:
+            self.locks.remove_dead()
+        self._publish = publish
         self._block_records: int = self.manifest["block_records"]
         self._num_samples: int = self.manifest["num_samples"]
         self._done: set[tuple[int, int]] = set()  # verified or committed
         self._committed: set[tuple[int, int]] = set()  # by this object
         self._warned: set[tuple[int, int]] = set()
+        self._others = 0  # blocks of which another writer stored other bytes
         self._buffers: dict[tuple[int, int], _Buffer] = {}
         self._open = lru_cache(_OPEN_VIEWS)(
-            partial(_open_view, self.path, view_specs(self.manifest))
+            partial(_open_view, self.path, view_specs(self.manifest), reserve)
         )
         self._closed = False
 
@@ -163,7 +180,7 @@ class LogitCacheWriter:
         try:
             records = self.codec.encode(logits, keys).cpu().numpy()
         except RowError as error:
-            raise CacheError(f"view {view_id} sample {ids[error.row]}: {error.reason}") from None
+            raise SampleError(view_id, int(ids[error.row]), error.reason) from None
         positions = self.order.positions(ids, np.asarray(view_id))
         for block, rows in self._rows_by_block(ids, positions, view_id):
             self._fill(view_id, block, positions[rows], records[rows])
@@ -177,7 +194,13 @@ class LogitCacheWriter:
         if self._closed:
             return
         self._closed = True
-        self.locks.close()
+        if self.locks is not None:
+            self.locks.close()
+        if self._others:
+            log.warning(
+                "%s: other writers had stored %d blocks meanwhile, with other last bits than this "
+                "device computes; theirs stay", self.path, self._others,
+            )  # fmt: skip
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
             self._buffers.clear()
@@ -244,10 +267,11 @@ class LogitCacheWriter:
     def _fill(self, view_id: int, block: int, positions: np.ndarray, records: np.ndarray) -> None:
         key = (view_id, block)
         if key not in self._buffers:
-            self.locks.acquire(view_id, block)
-            if self.is_done(view_id, block):  # by another process, since this one looked
-                self.locks.release(view_id, block)
-                return
+            if self.locks is not None:
+                self.locks.acquire(view_id, block)
+                if self.is_done(view_id, block):  # by another process, since this one looked
+                    self.locks.release(view_id, block)
+                    return
             self._open(view_id)  # finds a full disk before the work of a whole block
             start, stop = self.block_range(block)
             self._buffers[key] = _Buffer(start, stop, self.codec.record_bytes)
@@ -257,18 +281,26 @@ class LogitCacheWriter:
         if not buffer.filled.all():
             return
         del self._buffers[key]
-        self.locks.require_held(view_id, block)
+        if self.locks is not None:
+            self.locks.require_held(view_id, block)
         with format_errors():
-            self._open(view_id).commit(block, buffer.records.ctypes.data, buffer.records.nbytes)
+            records = buffer.records
+            found = self._open(view_id).commit(block, records.ctypes.data, records.nbytes)
+        self._others += found == _C.Committed.kept_others
+        if self._publish is not None:
+            self._publish(view_id, block, records)
         self._done.add(key)
         self._committed.add(key)
-        self.locks.release(view_id, block)
+        if self.locks is not None:
+            self.locks.release(view_id, block)
 
 
-def _open_view(folder: Path, specs: Callable[..., _C.ViewSpec], view_id: int) -> _C.ViewWriter:
+def _open_view(
+    folder: Path, specs: Callable[..., _C.ViewSpec], reserve: bool, view_id: int
+) -> _C.ViewWriter:
     name = view_path(folder, view_id)
     with format_errors():
-        return _C.ViewWriter(str(name), str(temporary_path(name)), specs(view_id=view_id))
+        return _C.ViewWriter(str(name), str(temporary_path(name)), specs(view_id=view_id), reserve)
 
 
 def _checked_view(view_id: int) -> int:

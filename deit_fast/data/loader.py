@@ -275,7 +275,7 @@ class Batches:
                     if str(error).startswith("Too many open files"):  # torch's own text goes on
                         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
                     if not str(error).startswith("DataLoader timed out"):
-                        raise
+                        raise _with_file(error, watch) from None
                     item = _TIMED_OUT
                 except (OSError, EOFError) as error:
                     item = _Failure(report_of_dead_worker(error))
@@ -284,7 +284,7 @@ class Batches:
                 elif item is _END:
                     return
                 elif isinstance(item, _Failure):
-                    raise item.error
+                    raise _with_file(item.error, watch)
                 else:
                     yield item
         except ChildProcessError:
@@ -310,6 +310,15 @@ class Batches:
 
 
 _END, _TIMED_OUT = object(), object()
+
+
+def _with_file(error: Exception, watch: Watch) -> Exception:
+    """torch's error of a worker that died, with the file that the worker had begun."""
+    found = re.match(r"DataLoader worker \(pid\D* (\d+)\).*?(?=\. |\.?$)", str(error), re.S)
+    if not isinstance(error, RuntimeError) or found is None:
+        return error
+    file = watch.file_of(int(found[1]))
+    return RuntimeError(f"{found[0]}, while it read {file}") if file else error
 
 
 @contextlib.contextmanager

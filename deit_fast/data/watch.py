@@ -90,6 +90,12 @@ class Watch:
                 f"or the limit of open files (`ulimit -n`)"
             )
 
+    def file_of(self, task: int) -> str:
+        """The file that a worker, alive or dead, began last; empty where it had none."""
+        rows = self._rows()
+        found = rows[(rows[:, _TASK] == task) & (rows[:, _SAMPLE] >= 0), _SAMPLE].tolist()
+        return self._name_of(found[0]) if found else ""
+
     def stuck(self) -> list[int]:
         """Ids of the workers that are stuck in a file."""
         rows = self._rows()
