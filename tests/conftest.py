@@ -28,6 +28,8 @@ from bench.common import is_gpu_lost
 
 pytest.register_assert_rewrite("helpers")
 
+from helpers.servers import HAS_RADOSGW, Server, s3_server  # noqa: E402
+
 # Processes that a test starts are forked from one that has imported what they need.
 multiprocessing.set_forkserver_preload(
     [
@@ -225,6 +227,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
     save_file(small_convnet(10).state_dict(), root / "teacher.safetensors")
     return root
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[Server]:
+    with s3_server("moto") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def radosgw_server() -> Iterator[Server]:
+    with s3_server("radosgw") as server:
+        yield server
+
+
+@pytest.fixture(
+    params=[
+        "moto",
+        pytest.param(
+            "radosgw",
+            marks=pytest.mark.skipif(not HAS_RADOSGW, reason="radosgw is not installed"),
+        ),
+    ]
+)
+def each_server(request: pytest.FixtureRequest) -> Server:
+    """Each server of S3 that can run here."""
+    return request.getfixturevalue(f"{request.param}_server")
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,10 @@ LATE = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "fsspec",
+    "s3fs",
+    "gcsfs",
+    "aiohttp",
 }
 
 # Layers from the bottom up, by path; for each path the longest entry that it begins with. A file
@@ -48,6 +52,7 @@ LAYERS = [
         "deit_fast/completion.py",
         "deit_fast/students.py",
     },
+    {"deit_fast/storage"},
     {
         "deit_fast/data",
         "deit_fast/features",

@@ -1,0 +1,575 @@
+"""Objects below a URL: every read is checked, every object is published whole or not at all.
+
+Clients of object storage return short or altered bytes without an error, mix two versions of an
+object, and publish torn ones. Here a read has the length that was asked for, the ETag of the object
+that was indexed and, if the caller gives one, the right checksum; what fails is tried again with
+growing pauses, until a deadline. What is written is one request, or parts that show together.
+"""
+
+from __future__ import annotations
+
+import builtins
+import concurrent.futures
+import errno
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from deit_fast.errors import first_line, printable
+from deit_fast.runtime.files import crc32c, open_regular
+from deit_fast.storage.clients import (
+    Body,
+    Changed,
+    Exists,
+    Refused,
+    S3Client,
+    Stamp,
+    client_of,
+    pool,
+)
+from deit_fast.storage.urls import join, require_plain, shown, without_secrets
+
+log = logging.getLogger("deit_fast")
+T = TypeVar("T")
+
+MOST_BYTES = 8 << 20  # of a request that serves several ranges
+_GAP = 64 << 10  # bytes between two ranges that are cheaper to read than another request
+_PART_BYTES = 64 << 20  # of a file that is sent in parts: 10,000 of them are allowed
+_LONGEST_PAUSE = 20.0
+_SLOWEST = 1e6  # bytes a second of a connection that is given time
+
+_PERMANENT = {301, 401, 403, 404, 405, 410, 412, 416, 501}
+# Codes of status 400 that may pass; without a code it is a library's name for a broken reply.
+_MAY_PASS = {
+    "",
+    "400",
+    "RequestTimeout",
+    "BadDigest",
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
+}
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError",
+    "LocalTokenNotFoundError",
+}  # fmt: skip
+
+
+class StorageError(OSError):
+    """An object cannot be read or written. One line: the URL without secrets, and the cause.
+
+    Args:
+        number: of `errno`.
+        why: the cause, and what was asked for.
+        url: as `shown` gives it.
+    """
+
+    def __init__(self, number: int, why: str, url: str) -> None:
+        super().__init__(number, why, url)
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class ObjectMissing(StorageError, FileNotFoundError):
+    """There is no object of this name."""
+
+
+class ObjectChanged(StorageError):
+    """The object was replaced since its stamp was taken."""
+
+
+class ObjectExists(StorageError, FileExistsError):
+    """An object of this name is there, and has other content."""
+
+
+class ObjectDamaged(StorageError):
+    """The bytes that the service sends have a wrong checksum, at every try."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a service is asked.
+
+    Attributes:
+        tries: of each request.
+        request_seconds: of one try.
+        seconds: of all tries and the pauses between them.
+        pause: seconds before the second try; doubled before each further one, and a random part
+            of up to a half is taken off, so that processes do not ask at once.
+    """
+
+    tries: int = 5
+    request_seconds: float = 60.0
+    seconds: float = 300.0
+    pause: float = 0.5
+
+
+class Part(NamedTuple):
+    """A range of an object.
+
+    Attributes:
+        name: of the object.
+        start, stop: bytes.
+        stamp: that the object must have, if any.
+        check: whether the bytes are right; none: any are.
+    """
+
+    name: str
+    start: int
+    stop: int
+    stamp: Stamp | None = None
+    check: Callable[[bytes], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects below a URL.
+
+    Holds no connection and no credentials, so it can be pickled, and threads and processes may
+    share it. Names are relative to the URL and may have slashes.
+
+    Attributes:
+        url: such as `s3://bucket/folder`, without a slash at its end.
+        patience: with the service.
+
+    Raises:
+        InputError: an unknown scheme, or the URL holds credentials.
+        All methods: InputError, a package is missing or the service is read only; StorageError,
+        after all tries, or at once where another try cannot help.
+    """
+
+    url: str
+    patience: Patience = Patience()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", require_plain(self.url))
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    def url_of(self, name: str) -> str:
+        """For messages."""
+        return f"{shown(self.url)}/{printable(name)}"
+
+    # -----------------------------------------------------------------------------------------
+    # Reading
+    # -----------------------------------------------------------------------------------------
+
+    def stat(self, name: str) -> Stamp:
+        """Size and ETag of an object.
+
+        Raises:
+            ObjectMissing (a FileNotFoundError): there is none.
+        """
+        url = join(self.url, name)
+        return self._repeat(name, "cannot be looked up", partial(client_of(url).stat, url))
+
+    def list(self, prefix: str = "") -> dict[str, Stamp]:
+        """All objects whose names begin with ``prefix``, sorted by name.
+
+        Raises:
+            ObjectMissing: there is no such bucket.
+        """
+        client, token = client_of(self.url), None
+        found: dict[str, Stamp] = {}
+        while True:
+            page, token = self._repeat(
+                prefix, "cannot be listed", partial(client.page, self.url, prefix, token)
+            )
+            found |= page
+            if token is None:
+                return dict(sorted(found.items()))
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        stamp: Stamp | None = None,
+        check: Callable[[bytes], bool] | None = None,
+    ) -> bytes:
+        """Bytes [start, stop) of an object, or those from ``start`` to its end.
+
+        Args:
+            stamp: the object must still have it.
+            check: whether the bytes are right, such as their checksum; False: they are read again.
+
+        Raises:
+            ObjectMissing, ObjectChanged, ObjectDamaged.
+            ValueError: the range is not one of an object of this stamp.
+        """
+        if stop is None:
+            stamp = stamp or self.stat(name)
+            stop = stamp.size
+        if not 0 <= start <= stop or (stamp is not None and stop > stamp.size):
+            raise ValueError(f"{self.url_of(name)}: no range: bytes {start} to {stop} of {stamp}")
+        if start == stop:
+            return b""
+        etag = "" if stamp is None else stamp.etag
+        url, length = join(self.url, name), stop - start
+        get = client_of(url).get
+
+        def judge(body: Body) -> BaseException | None:
+            if etag and body.etag != etag:
+                return Changed()
+            if len(body.content) != length:
+                return EOFError(f"{len(body.content)} of {length} bytes came")
+            if check is not None and not check(body.content):
+                return _Wrong()
+            return None
+
+        what = f"bytes {start} to {stop - 1} cannot be read"
+        ask = partial(get, url, start, stop, etag)
+        return self._repeat(name, what, ask, judge, length).content
+
+    def read_many(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        stamp: Stamp | None = None,
+        checks: Sequence[Callable[[bytes], bool]] | None = None,
+    ) -> builtins.list[bytes]:
+        """Several ranges (start, stop) of one object at once; as ``read``."""
+        all_checks = [None] * len(ranges) if checks is None else checks
+        pairs = zip(ranges, all_checks, strict=True)
+        return self.read_parts([Part(name, *span, stamp, check) for span, check in pairs])
+
+    def read_parts(self, parts: Sequence[Part]) -> builtins.list[bytes]:
+        """Ranges of several objects, at once; near ones by one request. As ``read``."""
+        contents = []
+        for content in self.try_parts(parts):
+            if isinstance(content, StorageError):
+                raise content
+            contents.append(content)
+        return contents
+
+    def try_parts(self, parts: Sequence[Part]) -> builtins.list[bytes | StorageError]:
+        """As ``read_parts``, with the error in place of each part that cannot be read."""
+        found: builtins.list[Any] = [b""] * len(parts)
+        groups = list(_merged(parts))
+        futures = [pool().submit(self._read_group, [parts[i] for i in group]) for group in groups]
+        try:
+            for group, future in zip(groups, futures, strict=True):
+                for index, content in zip(group, future.result(), strict=True):
+                    found[index] = content
+        finally:
+            for future in futures:
+                future.cancel()
+        return found
+
+    def _read_group(self, parts: Sequence[Part]) -> builtins.list[bytes | StorageError]:
+        """Parts of one object by one request; those whose check fails each by one of their own."""
+        name, start, _, stamp, _ = parts[0]
+        whole = b""
+        if len(parts) > 1:
+            with suppress(StorageError):
+                whole = self.read(name, start, max(part.stop for part in parts), stamp=stamp)
+        found: builtins.list[bytes | StorageError] = []
+        for part in parts:
+            content = whole[part.start - start : part.stop - start]
+            if not whole or not (part.check is None or part.check(content)):
+                try:
+                    content = self.read(*part[:3], stamp=stamp, check=part.check)
+                except StorageError as error:
+                    found.append(error.with_traceback(None))
+                    continue
+            found.append(content)
+        return found
+
+    # -----------------------------------------------------------------------------------------
+    # Writing
+    # -----------------------------------------------------------------------------------------
+
+    def create(
+        self, name: str, content: bytes, same: Callable[[bytes], bool] | None = None
+    ) -> bool:
+        """Publish an object unless there is one; of several processes that do so, one wins.
+
+        Args:
+            content: at most 5 GB; it may be empty.
+            same: whether the content of an object that is there will do; default: equal bytes.
+
+        Returns:
+            Whether this call created it. False also where an earlier try did, whose reply was lost.
+
+        Raises:
+            ObjectExists: one with other content is there.
+        """
+        url = join(self.url, name)
+        try:
+            ask = partial(client_of(url).put, url, content, True)
+            self._repeat(name, "cannot be created", ask, size=len(content))
+            return True
+        except ObjectExists:
+            there = self.read(name)
+        if not (there == content if same is None else same(there)):
+            raise ObjectExists(errno.EEXIST, "is there with other content", self.url_of(name))
+        return False
+
+    def put(self, name: str, content: bytes | Path) -> Stamp:
+        """Publish an object, in place of one that is there, and verify what the service holds.
+
+        Args:
+            content: bytes, or a file, which is read piece by piece.
+
+        Raises:
+            ObjectDamaged: the object has other bytes; OSError: the file cannot be read.
+        """
+        url = join(self.url, name)
+        client = client_of(url)
+        if isinstance(content, Path) and content.stat().st_size > _PART_BYTES:
+            etag, crc = self._put_in_parts(name, url, client, content)
+        else:
+            if isinstance(content, Path):
+                with open_regular(content) as file:
+                    content = file.read()
+            ask = partial(client.put, url, content, False)
+            self._repeat(name, "cannot be written", ask, size=len(content))
+            etag, crc = _md5(content).hexdigest(), (len(content), crc32c(content))
+        stamp = self.stat(name)
+        if (stamp.etag != etag or stamp.size != crc[0]) and self._crc(name, stamp) != crc:
+            raise ObjectDamaged(
+                errno.EIO, "holds other bytes than were written: write it again", self.url_of(name)
+            )
+        return stamp
+
+    def _put_in_parts(
+        self, name: str, url: str, client: Any, path: Path
+    ) -> tuple[str, tuple[int, int]]:
+        """The ETag that S3 gives it, and its size and CRC32C."""
+        if not isinstance(client, S3Client):
+            crc = _crc_of(path)
+            self._repeat(
+                name, "cannot be written", partial(client.put_file, url, path), size=crc[0]
+            )
+            return "", crc
+        what, digests, size, value = "cannot be written", [], 0, 0
+        upload = self._repeat(name, what, partial(client.begin_parts, url))["UploadId"]
+        try:
+            etags: builtins.list[str] = []
+            with open_regular(path) as file:
+                while content := file.read(_PART_BYTES):
+                    put = partial(client.put_part, url, upload, len(etags) + 1, content)
+                    reply = self._repeat(name, what, put, size=len(content))
+                    etags.append(reply["ETag"])
+                    digests.append(_md5(content).digest())
+                    size, value = size + len(content), crc32c(content, value)
+            self._repeat(name, what, partial(client.end_parts, url, upload, etags))
+        except BaseException:
+            with suppress(StorageError):
+                self._repeat(name, what, partial(client.drop_parts, url, upload))
+            raise
+        return f"{_md5(b''.join(digests)).hexdigest()}-{len(digests)}", (size, value)
+
+    def _crc(self, name: str, stamp: Stamp) -> tuple[int, int]:
+        crc = 0
+        for start in range(0, stamp.size, MOST_BYTES):
+            stop = min(start + MOST_BYTES, stamp.size)
+            crc = crc32c(self.read(name, start, stop, stamp=stamp), crc)
+        return stamp.size, crc
+
+    def delete(self, name: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        url = join(self.url, name)
+        with suppress(ObjectMissing):
+            self._repeat(name, "cannot be deleted", partial(client_of(url).delete, url))
+
+    # -----------------------------------------------------------------------------------------
+    # Tries
+    # -----------------------------------------------------------------------------------------
+
+    def _repeat(
+        self,
+        name: str,
+        what: str,
+        ask: Callable[[float], concurrent.futures.Future[T]],
+        judge: Callable[[T], BaseException | None] | None = None,
+        size: int = 0,
+    ) -> T:
+        """The result of a request, which is made again while it may help.
+
+        What fails in the client is the exception of its future, whatever its class: exceptions that
+        a signal raises in this thread pass.
+
+        Args:
+            what: "cannot ...", for the message.
+            ask: makes the request, in so many seconds.
+            judge: what is wrong with the result, None where nothing is.
+            size: bytes that are sent or read, which add to the time that a try may take.
+        """
+        patience = self.patience
+        extra, pause = size / _SLOWEST, patience.pause
+        end = time.monotonic() + patience.seconds + extra
+        tried = 0
+        while True:
+            tried += 1
+            seconds = max(0.01, min(patience.request_seconds + extra, end - time.monotonic()))
+            result, error = _result(ask, seconds)
+            if error is None and (error := judge(result) if judge else None) is None:
+                return result
+            assert error is not None
+            final = self._permanent(name, what, error)
+            wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.5, 1)
+            if final is None and (
+                tried == patience.tries or time.monotonic() + wait > end
+            ):  # as many tries as there will be
+                kind = ObjectDamaged if isinstance(error, _Wrong) else StorageError
+                tries = f"{tried} {'try' if tried == 1 else 'tries'}"
+                why = f"{what}, in {tries}: {_cause(error, seconds)}"
+                final = kind(errno.EIO, why, self.url_of(name))
+            if final is not None:
+                break
+            log.debug("%s: %s: %s; again", self.url_of(name), what, _cause(error, seconds))
+            time.sleep(wait)
+            pause *= 2
+        del error  # it may hold a signed URL, and would be the context of this one
+        raise final
+
+    def _permanent(self, name: str, what: str, error: BaseException) -> StorageError | None:
+        """The error to raise where another try cannot help."""
+        url, status = self.url_of(name), _status(error)
+        names = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+        if isinstance(error, Changed) or (status == 412 and what.startswith("bytes")):
+            why = "was changed while it was in use: start the command again"
+            return ObjectChanged(errno.ESTALE, why, url)
+        if isinstance(error, (Exists, FileExistsError)) or status == 412:
+            return ObjectExists(errno.EEXIST, "exists", url)
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return ObjectMissing(errno.ENOENT, "does not exist", url)
+        if names & _NO_CREDENTIALS:
+            return StorageError(errno.EACCES, f"{what}: no credentials were found{_REMEDY}", url)
+        if isinstance(error, PermissionError) or status in (401, 403):
+            why = f"{what}: access is refused, {_cause(error)}{_REMEDY}"
+            return StorageError(errno.EACCES, why, url)
+        if isinstance(error, Refused):
+            return StorageError(errno.ENOTSUP, f"{what}: {error}", url)
+        is_refused = status == 400 and _code(error) not in _MAY_PASS
+        if status in _PERMANENT or is_refused:
+            return StorageError(errno.EIO, f"{what}: {_cause(error)}", url)
+        return None
+
+
+_REMEDY = (
+    ": give them as the service's own tools expect them, for S3 as AWS_PROFILE or "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (FSSPEC_S3_ANON=true for a public bucket)"
+)
+
+
+class _Wrong(Exception):
+    """The caller's check says that the bytes are not right."""
+
+    def __str__(self) -> str:
+        return "the checksum of the bytes is wrong"
+
+
+def _result(
+    ask: Callable[[float], concurrent.futures.Future[T]], seconds: float
+) -> tuple[Any, BaseException | None]:
+    """Result and error of a request. The second time-out is for libraries that ignore the first."""
+    future = ask(seconds)
+    try:
+        error = future.exception(seconds + 1)
+        return (None, error) if error is not None else (future.result(), None)
+    except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+        return None, TimeoutError()
+    finally:
+        future.cancel()
+
+
+def _merged(parts: Sequence[Part]) -> Iterator[list[int]]:
+    """Indices of parts that one request serves, each group in the order of its ranges."""
+    order = sorted(
+        range(len(parts)), key=lambda i: (parts[i].name, parts[i].stamp or (), parts[i].start)
+    )
+    group: list[int] = []
+    first = last = 0
+    for index in order:
+        part = parts[index]
+        near = (
+            group
+            and (part.name, part.stamp) == parts[group[0]][0:4:3]
+            and part.start - last <= _GAP
+            and max(last, part.stop) - first <= MOST_BYTES
+        )
+        if not near:
+            if group:
+                yield group
+            group, first, last = [], part.start, part.stop
+        group.append(index)
+        last = max(last, part.stop)
+    if group:
+        yield group
+
+
+def _md5(content: bytes) -> Any:
+    """As the ETags of S3; it protects from no attacker."""
+    return hashlib.md5(content, usedforsecurity=False)
+
+
+def _crc_of(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with open_regular(path) as file:
+        while content := file.read(MOST_BYTES):
+            size, crc = size + len(content), crc32c(content, crc)
+    return size, crc
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors of the libraries
+# ---------------------------------------------------------------------------------------------
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    one: BaseException | None = error
+    for _ in range(5):
+        if one is None:
+            return
+        yield one
+        one = one.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in the error of a library, or in what it was made from."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = getattr(response, "status_code", None) or getattr(one, "status", None)
+            if type(one).__module__.startswith("gcsfs"):
+                found = getattr(one, "code", None)
+        with suppress(TypeError, ValueError):
+            return int(found)  # type: ignore[arg-type]
+    return None
+
+
+def _code(error: BaseException) -> str:
+    """S3's name of the error, or ''."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def _cause(error: BaseException, seconds: float | None = None) -> str:
+    """What went wrong, in words that hold no secret: texts of libraries may hold signed URLs."""
+    status, code = _status(error), _code(error)
+    if status is not None:
+        return printable(
+            f"{code} (HTTP {status})" if code and code != str(status) else f"HTTP {status}"
+        )
+    if isinstance(error, _Wrong):
+        return str(error)
+    if type(error).__name__ in ("TimeoutError", "FSTimeoutError") and not str(error):
+        return "no reply in time" if seconds is None else f"no reply within {seconds:.3g} s"
+    return printable(without_secrets(first_line(error, 300, with_type=True)))
