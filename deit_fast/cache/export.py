@@ -14,6 +14,7 @@ import numpy as np
 
 from deit_fast.cache.reader import LogitCache
 from deit_fast.errors import CacheError, InputError
+from deit_fast.runtime.arrow import import_pyarrow
 from deit_fast.runtime.files import open_atomically
 
 if TYPE_CHECKING:
@@ -91,16 +92,6 @@ def require_memory(needed: int, remedy: str) -> None:
             f"{needed / 2**30:.1f} GiB of tensors do not fit half of this machine's memory "
             f"({memory / 2**30:.1f} GiB): {remedy}"
         )
-
-
-def import_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its module for Parquet; InputError without it."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError("Parquet needs pyarrow: pip install 'deit-fast[parquet]'") from None
-    return pa, pq
 
 
 def _decode(cache: LogitCache, samples: np.ndarray, view: int) -> dict[str, Tensor]:

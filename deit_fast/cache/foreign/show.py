@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from deit_fast.arguments import size_text
-from deit_fast.cache.export import (
-    import_pyarrow,
-    require_format,
-    require_memory,
-    write_safetensors,
-)
+from deit_fast.cache.export import require_format, require_memory, write_safetensors
 from deit_fast.cache.foreign.records import Damage, Foreign, Records, kind_text
 from deit_fast.errors import CacheError, InputError
+from deit_fast.runtime.arrow import import_pyarrow
 from deit_fast.runtime.files import open_atomically
 
 if TYPE_CHECKING:
