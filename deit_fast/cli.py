@@ -267,7 +267,7 @@ def pack(
     form: Literal["uint8", "jpeg"] = "uint8",
     short_side: int = 256,
     quality: int = 92,
-    source: Literal["folder", "tar"] = "folder",
+    source: Literal["folder", "tar", "hf"] = "folder",
     workers: Workers | None = None,
 ) -> str:
     """Decode each image once and write shards that load without decoding.
@@ -276,7 +276,7 @@ def pack(
     the shards. After an interruption the same command resumes.
 
     Args:
-        root: Folder of images or tar shards, with both splits.
+        root: Folder of images, tar shards or Hugging Face files, with both splits.
         out: Folder to write. ImageNet takes about 330 GB as uint8, 40 GB as jpeg.
         form: `uint8`: pixels. `jpeg`: smaller, but must still be decoded.
         short_side: Larger images are reduced to this shorter side, in pixels.

@@ -282,9 +282,14 @@ class DataConfig:
 
     root: str | None = None
     """Folder of images, `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`, or of shards."""
-    source: Literal["folder", "tar", "packed", "synthetic"] = "folder"
-    """`tar`: WebDataset shards, `root/train/*.tar`. `packed`: the output of `deit-fast pack`.
+    source: Literal["folder", "tar", "packed", "hf", "synthetic"] = "folder"
+    """`tar`: WebDataset shards, `root/train/*.tar`. `packed`: the output of `deit-fast pack`. `hf`:
+    Parquet or Arrow files of a Hugging Face dataset.
     `synthetic`: random images without reading or decoding, an upper bound of the speed."""
+    image_column: str | None = None
+    """Of `hf`: the column of images. none: the only one."""
+    label_column: str | None = None
+    """Of `hf`: the column of labels. none: the `ClassLabel`, else `label`, else the only one."""
     loader: Literal["pillow", "dali-cpu", "dali-gpu"] = "pillow"
     """`pillow`: Pillow, in worker processes. `dali-cpu`: NVIDIA DALI decodes in threads, the kernel
     `augment` does the rest, to the pixels of `pillow`. `dali-gpu`: DALI decodes on the GPU, to
@@ -304,6 +309,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_all(self, "data.")
+        for name in ("image_column", "label_column"):
+            value = getattr(self, name)
+            _require(
+                value is None or self.source == "hf",
+                f"data.{name}={value} has no effect with data.source={self.source}: it is for hf",
+            )
         _require(
             self.loader == "pillow" or self.source != "synthetic",
             f"data.loader={self.loader} decodes files, and data.source=synthetic has none",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, printable
+from deit_fast.hub_files import find_split, split_files, tables
 from deit_fast.runtime.files import open_regular
 from deit_fast.runtime.weights_header import (
     MODEL_FILE,
@@ -167,6 +168,8 @@ def require_images(data: DataConfig, splits: Iterable[str]) -> None:
                 require_classes(os.path.join(data.root, split), names)
         elif not os.path.isdir(data.root):
             raise InputError(f"image folder {data.root} {_why_no_folder(data.root)}")
+        elif data.source == "hf":
+            split_files(data.root, split)
 
 
 def require_data_root(root: str, split: str) -> None:
@@ -176,6 +179,8 @@ def require_data_root(root: str, split: str) -> None:
         InputError: as ``require_image_folder``.
     """
     names = [*_entries(os.path.join(root, split))]
+    if find_split(root, split) is not None:
+        return
     if not any(name.endswith(".tar") or name == "manifest.json" for name in names):
         require_image_folder(root, split)
 
@@ -243,6 +248,7 @@ def cannot_list(error: OSError) -> InputError:
     return InputError(f"cannot list {error.filename}: {error.strerror}")
 
 
+_HUB_FILES = ": it holds files of a Hugging Face dataset, which --data.source hf reads"
 _OTHER_NAMES = {
     "train": {"train", "training", "trainset", "train_set", "train_images", "trn"},
     "val": {"val", "valid", "validation", "test", "testing", "eval", "dev", "holdout", "held-out"},
@@ -251,6 +257,8 @@ _OTHER_NAMES = {
 
 def _instead_of_split(root: str, split: str) -> str:
     """What a folder without the split seems to be, and what to name or to do."""
+    if find_split(root, split) is not None:
+        return _HUB_FILES
     parent = os.path.dirname(os.path.normpath(root)) or os.curdir
     above = os.path.dirname(os.path.normpath(parent)) or os.curdir
     name = os.path.basename(os.path.abspath(root)).lower()
@@ -280,6 +288,8 @@ def _instead_of_split(root: str, split: str) -> str:
 
 def _instead_of_classes(folder: str) -> str:
     names = list(_entries(folder))
+    if tables(folder):
+        return _HUB_FILES
     if any(name.endswith(".tar") for name in names):
         return ": it holds tar shards, which --data.source tar reads"
     if "manifest.json" in names:

@@ -27,6 +27,8 @@ ACCEPTED = {
     "loss.teachers": [None, (100.0,), (0.0, 1.0)],
     "batch_schedule": [(), ((1, 1),), ((1, 2**31 - 1), (10**6, 1))],
     "model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")],
+    "data.image_column": [None],  # a name needs data.source=hf
+    "data.label_column": [None],
     "model.head": ["standard"],  # the others need model.wide, which needs them
     "model.wide": [None],
     "view.size_schedule": [(), ((0, 224),), ((0, 8192), (3, 1), (999_999, 224))],
@@ -36,6 +38,8 @@ REFUSED: dict[str, list[Any]] = {
                        ((1, 2**31),), ((10**6 + 1, 64),), ((1, 64, 2),), (1, 64)],
     "model.args": [("depth",), ("depth=-1",), ("depth=1e3",), ("depth=1000000000",), ("=1",),
                    ("depth=6=6",), ("fused=1",), ("img_size=8",), ("num_classes=8",), "depth=6"],
+    "data.image_column": ["x"],
+    "data.label_column": ["x"],
     "model.head": ["lift", "wide_last"],
     "model.wide": [1, 65536],
     "track": [("wandb", "wandb")],

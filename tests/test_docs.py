@@ -10,6 +10,7 @@ covers fails. README and the page about own images have a file of tests of their
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -64,6 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_digits(folder / "runs/demo/data")
     picture(1, 120, 90).save("photo.jpg")
     write_shards(folder / "images", folder / "SHARDS")
+    if importlib.util.find_spec("pyarrow"):
+        write_hub(folder / "images", folder / "HUB")
     for epoch in (0, 1):
         rows = tinyvit_rows([f"n01/{i}.JPEG" for i in range(6)], 5, 1000, epoch)
         write_tinyvit(folder / "TINYVIT", 5, epoch, [rows])
@@ -91,6 +94,16 @@ def write_shards(images: Path, shards: Path) -> None:
                     member = tarfile.TarInfo(f"{path.stem}.{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
+
+
+def write_hub(images: Path, hub: Path) -> None:
+    from helpers.tables import table_of, write_parquet
+
+    for split, name in (("train", "train"), ("val", "validation")):
+        paths = sorted((images / split).glob("*/*.png"))
+        labels = [int(path.parent.name) for path in paths]
+        table = table_of([path.read_bytes() for path in paths], labels, list("0123456789"))
+        write_parquet(table, hub / "data", name)
 
 
 @pytest.mark.slow

@@ -395,6 +395,8 @@ EARLIER = {
     "teacher_std",
     "teacher_size",
     "targets",
+    "data.image_column",
+    "data.label_column",
 }
 OTHER: dict[str, Any] = {
     "model.name": "deit_tiny_patch16_224", "model.kernels": ["attention"], "view.image_size": 24,
@@ -415,7 +417,7 @@ OTHER: dict[str, Any] = {
     "features.dim": 8, "features.weights": [2.0], "features.losses": ["mse"],
     "features.normalise": ["standard"], "features.projectors": ["mlp"], "features.token": "mean",
     "model.head": "lift", "model.wide": 64, "features.student_block": 1, "features.drop": "random",
-    "loss.teachers": [1.0],
+    "loss.teachers": [1.0], "data.image_column": "x", "data.label_column": "x",
 }  # fmt: skip
 
 

@@ -60,6 +60,7 @@ LAYERS = [
         "deit_fast/losses.py",
         "deit_fast/cache",
         "deit_fast/inputs.py",
+        "deit_fast/hub_files.py",
     },
     {
         "deit_fast/evaluation.py",

@@ -13,11 +13,13 @@ import torch
 
 from deit_fast.config import DataConfig
 from deit_fast.data.batch import ViewBatch
+from deit_fast.data.hub_images import HubImages
 from deit_fast.data.loader import ViewLoader
 from deit_fast.data.packed_shards import PackedImages, read_manifest
 from deit_fast.data.sources import ImageFolder, Source, Synthetic
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
+from deit_fast.hub_files import find_split
 from deit_fast.inputs import class_folders, require_classes
 from deit_fast.runtime.pipeline_time import loading_processes
 from deit_fast.views.plan import ViewPlan
@@ -64,12 +66,17 @@ def _open_split(data: DataConfig, split: str, image_size: int) -> Source:
         )
     if data.source == "packed":
         return PackedImages(data.root, split)
+    if data.source == "hf":
+        return HubImages(data.root, split, data.image_column, data.label_column)
     return TarShards(data.root, split) if data.source == "tar" else ImageFolder(data.root, split)
 
 
 def _training_classes(data: DataConfig) -> list[str] | None:
     """Names by label; None where there is no training split."""
     train = os.path.join(data.root or "", "train")
+    if data.source == "hf":
+        found = find_split(str(data.root), "train")
+        return None if found is None else _open_split(data, "train", 1).classes
     if data.source == "synthetic" or not os.path.isdir(train):
         return None
     if data.source == "packed":

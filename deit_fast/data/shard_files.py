@@ -27,6 +27,22 @@ def stamps_of(paths: Sequence[str]) -> np.ndarray:
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
+def require_distinct(files: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: two shards are one file, through a link: its images would count twice.
+    """
+    paths: dict[tuple[int, int], str] = {}
+    for path in files:
+        status = os.stat(path)
+        other = paths.setdefault((status.st_dev, status.st_ino), path)
+        if other != path:
+            raise InputError(
+                f"{path} and {other} are one file, through a link, and its images would count "
+                f"twice; remove the link"
+            )
+
+
 class ShardFiles:
     """The files of a split, of which the most recently read ones are open.
 

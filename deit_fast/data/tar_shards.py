@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from deit_fast.data.shard_files import ShardFiles, stamps_of
+from deit_fast.data.shard_files import ShardFiles, require_distinct, stamps_of
 from deit_fast.data.sources import (
     LeftOut,
     Paths,
@@ -52,7 +52,7 @@ _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np
             "name_end": np.int64}  # fmt: skip
 _IMAGES = {extension[1:].encode() for extension in IMAGE_SUFFIXES}
 _LABELS = {b"cls", b"json"}
-_MAX_CLASSES = 1 << 20  # each has a name in memory
+MAX_CLASSES = 1 << 20  # each has a name in memory
 _MAX_LABEL_BYTES = 1 << 20  # a label file is short; a header that says otherwise is not believed
 _USUAL_PADDING = 512 + 10240 + 512  # of the last member, the end marker and tar's usual record
 
@@ -78,7 +78,7 @@ class TarShards(Source):
         if not self.shards:
             raise InputError(f"{self.folder} holds no .tar files")
         files = [os.path.join(self.folder, name) for name in self.shards]
-        _require_distinct(files)
+        require_distinct(files)
         stamps = stamps_of(files)
         index = _open_index(self.folder, self.shards, stamps)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
@@ -89,7 +89,7 @@ class TarShards(Source):
         if len(self.labels) == 0:
             raise InputError(f"the shards in {self.folder} hold no images")
         highest = int(self.labels.max())
-        self.classes = _class_names(root, highest)
+        self.classes = class_names(root, highest)
         if highest >= len(self.classes):
             where = self.paths[int(self.labels.argmax())]
             raise InputError(f"{where} is of class {highest}, but there are {len(self.classes)}")
@@ -115,29 +115,18 @@ class TarShards(Source):
         return digest.hexdigest()
 
 
-def _require_distinct(files: list[str]) -> None:
-    """
-    Raises:
-        InputError: two shards are one file, through a link: its images would count twice.
-    """
-    paths: dict[tuple[int, int], str] = {}
-    for path in files:
-        status = os.stat(path)
-        other = paths.setdefault((status.st_dev, status.st_ino), path)
-        if other != path:
-            raise InputError(
-                f"{path} and {other} are one file, through a link, and its images would count "
-                f"twice; remove the link"
-            )
-
-
 def _member_path(folder: str, shards: list[str], index: dict[str, np.ndarray], number: int) -> str:
     """`FOLDER/SHARD.tar/MEMBER`."""
     shard = os.path.join(folder, shards[index["shard"][number]])
     return packed_path(shard, index["names"], index["name_end"], 0, number)
 
 
-def _class_names(root: str, highest: int) -> list[str]:
+def class_names(root: str, highest: int) -> list[str]:
+    """The names in ROOT/classes.txt; without it the numbers up to ``highest``.
+
+    Raises:
+        InputError: the file cannot be read, or has an empty line.
+    """
     path = Path(root) / "classes.txt"
     if not os.path.lexists(path):
         return [str(label) for label in range(highest + 1)]
@@ -212,7 +201,7 @@ def _load_index(path: Path, shards: list[str], stamps: np.ndarray) -> dict[str, 
         and stored["names"].ndim == 1
         and ((shard >= 0) & (shard < len(shards))).all()
         and (offset >= 0).all() and (size >= 0).all()
-        and ((label >= 0) & (label < _MAX_CLASSES)).all()
+        and ((label >= 0) & (label < MAX_CLASSES)).all()
         and (offset <= stamps[shard, 0] - size).all()
         and (np.diff(name_end, prepend=0) >= 0).all()
         and (len(label) == 0 or name_end[-1] == len(stored["names"]))
@@ -351,7 +340,7 @@ def _class_number(file: BinaryIO, member: Member, path: str) -> int | None:
     values = [value]
     if isinstance(value, dict):
         values = [value[key] for key in ("label", "cls") if value.get(key) is not None]
-    if any(type(value) is not int or not 0 <= value < _MAX_CLASSES for value in values):
+    if any(type(value) is not int or not 0 <= value < MAX_CLASSES for value in values):
         raise InputError(f"{path}: {name!r} must hold a class number, not {content[:40]!r}")
     if len(set(values)) > 1:
         raise InputError(f"{path}: {name!r} has a label and another cls: {values}")

@@ -78,7 +78,7 @@ def pack(
         if not low <= value <= high:
             raise InputError(f"{name} must lie in [{low}, {high}], not {value}")
     if data.source in ("packed", "synthetic"):
-        raise InputError(f"data.source={data.source} cannot be packed: use folder or tar")
+        raise InputError(f"data.source={data.source} cannot be packed: use folder, tar or hf")
     with owned_folder(Path(out), ".lock-pack", "the pack") as lock:
         return _pack(data, out, form, short_side, quality, shard_samples, lock)
 
@@ -97,7 +97,7 @@ def _pack(
             "form": form, "short_side": short_side, "quality": quality if form == "jpeg" else None,
             "pillow": PIL.__version__, "num_samples": source.num_samples,
             "shard_samples": shard_samples, "classes": source.classes,
-            "source": source.fingerprint(), "packed_from": os.path.join(str(data.root), split),
+            "source": source.fingerprint(), "packed_from": str(source.folder),
         }  # fmt: skip
         folder = Path(out) / split
         lock.require_held()

@@ -55,13 +55,18 @@ NOT_RUN = {
     r"source ": "the tests run inside an environment",
     r"python -m pip ": "installs",
     r"deit-fast demo": "minutes; tests/test_demo.py",
+    r"hf download ": "needs a network",
     r"sbatch ": "needs Slurm; tests/test_examples.py plays its commands",
     r"kubectl ": "needs a cluster; tests/test_examples.py reads the file",
     r"python -m bench (?!plot|summary|roofline)": "minutes; test_bench.py; names checked below",
     r"python -m deit_fast\.kernels\.aot": "minutes; tests/test_aot.py",
     r"python -m pytest": "is the test suite",
 }
-NEEDS = {"--track tensorboard": "tensorboard", "--data.loader dali-cpu": "nvidia.dali"}
+NEEDS = {
+    "source hf": "pyarrow",
+    "--track tensorboard": "tensorboard",
+    "--data.loader dali-cpu": "nvidia.dali",
+}
 STATUS = {"doctor": (0, 1)}  # 1: this machine has a problem
 
 
