@@ -299,6 +299,10 @@ class DataConfig:
     less than a rank has cores, between 1 and 4."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
+    verify: Literal["names", "sizes"] = "names"
+    """What a start proves of a large folder that was indexed before: that it holds the same files,
+    by the times of its folders, or also that each file has the same size, which asks for them
+    all."""
     eval_crop: EvalCrop = 0.875
     """Evaluation: side of the centre crop as a share of the resized shorter side."""
     synthetic_samples: Annotated[int, Within(4, 2**31 - 1)] = 1024

@@ -22,7 +22,7 @@ from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.config_file import to_dict
 from deit_fast.data.eval import eval_pixels, spaced_ids
-from deit_fast.data.sources import ImageFolder
+from deit_fast.data.image_folder import ImageFolder
 from deit_fast.errors import InputError
 from deit_fast.evaluation import evaluate, read_run_config
 from deit_fast.models import create_student, forward_heads, fuse, load_teacher, unfuse

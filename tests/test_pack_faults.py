@@ -254,7 +254,7 @@ def test_workers_end_with_their_parent(images, tmp_path):
     code = (
         "import sys, time\n"
         "from deit_fast.config import DataConfig\n"
-        "from deit_fast.data.sources import ImageFolder\n"
+        "from deit_fast.data.image_folder import ImageFolder\n"
         "from deit_fast.tools.pack import pack\n"
         "if __name__ == '__main__':\n"
         "    pack(DataConfig(root=sys.argv[1], workers=2), sys.argv[2], shard_samples=1)\n"

@@ -213,7 +213,6 @@ OPENERS = re.compile(
 OPENED_ELSEWHERE = {
     "deit_fast/arguments.py": {"os.open"},  # /dev/null
     "deit_fast/cli.py": {"os.open"},  # /dev/null
-    "deit_fast/data/jpeg_index.py": {"os.open"},  # a lock
     "deit_fast/data/watch.py": {"read_text"},  # /proc
     "deit_fast/runtime/locks.py": {"os.open"},
     "deit_fast/runtime/torch_files.py": {"torch.load", "torch.save"},

@@ -10,8 +10,6 @@ the images: `$XDG_CACHE_HOME/deit-fast/files/`, by default below `~/.cache`.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import logging
@@ -19,7 +17,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ import PIL
 from deit_fast.data.sources import Source, UnreadableImage, decode
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import cache_folder, read_arrays, write_arrays
+from deit_fast.runtime.locks import one_at_a_time
 
 log = logging.getLogger("deit_fast")
 
@@ -151,7 +150,7 @@ def index_files(source: Source, threads: int, folder: Path | None = None) -> Fil
     """
     stamps = _stamps(source)
     path = (folder or cache_folder() / "files") / f"{_name(source)}.npz"
-    with _lock(path):
+    with one_at_a_time(path.with_suffix(".lock"), "checks the same files"):
         index, is_known = _look_up(path, stamps)
         if not is_known.all():
             try:
@@ -284,16 +283,3 @@ def _sha256(*arrays: np.ndarray) -> bytes:
     for array in arrays:
         digest.update(array.tobytes())
     return digest.digest()
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; without a writable folder each process does the work itself."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # waits for no FIFO
-            descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield

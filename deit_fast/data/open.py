@@ -14,9 +14,10 @@ import torch
 from deit_fast.config import DataConfig
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.hub_images import HubImages
+from deit_fast.data.image_folder import ImageFolder
 from deit_fast.data.loader import ViewLoader
 from deit_fast.data.packed_shards import PackedImages, read_manifest
-from deit_fast.data.sources import ImageFolder, Source, Synthetic
+from deit_fast.data.sources import Source, Synthetic
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.hub_files import find_split
@@ -68,7 +69,9 @@ def _open_split(data: DataConfig, split: str, image_size: int) -> Source:
         return PackedImages(data.root, split)
     if data.source == "hf":
         return HubImages(data.root, split, data.image_column, data.label_column)
-    return TarShards(data.root, split) if data.source == "tar" else ImageFolder(data.root, split)
+    if data.source == "tar":
+        return TarShards(data.root, split)
+    return ImageFolder(data.root, split, data.verify)
 
 
 def _training_classes(data: DataConfig) -> list[str] | None:

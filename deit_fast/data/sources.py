@@ -1,4 +1,4 @@
-"""Where images come from: the interface of a source, image folders, and synthetic images."""
+"""Where images come from: the interface of a source, and synthetic images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
@@ -23,21 +22,18 @@ import numpy as np
 from PIL import Image
 
 from deit_fast.errors import InputError, did_you_mean
-from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list, require_image_folder
 from deit_fast.runtime.files import open_regular
 from deit_fast.views.rng import philox
 
 log = logging.getLogger("deit_fast")
 
 _IMAGES_DIGESTED = 32  # of a split, at each start of a run: a fraction of a second
-_STAT_THREADS, _LINES = 16, 1024  # of a folder's fingerprint
 
 
 # What one file can be to blame for: it is missing, or may not be read. All else is the machine's.
 _ERRORS_OF_A_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV
 }  # fmt: skip
-_NO_IMAGE = "files that are no image"
 _DECODER_BYTES = 16  # a pixel: decoders' own copies included
 
 
@@ -312,76 +308,6 @@ def packed_path(folder: str, names: np.ndarray, ends: np.ndarray, gap: int, inde
     return f"{folder}/{os.fsdecode(names[start : ends[index]].tobytes())}"
 
 
-class ImageFolder(Source):
-    """`root/split/<class>/**/<image>`; ids and labels in torchvision `ImageFolder`'s order.
-
-    Classes are the folder names, sorted. Folders and files whose name starts with a dot are left
-    out at every depth. EXIF orientation is ignored as in torchvision, since teachers were trained
-    on such pixels.
-
-    Raises:
-        InputError: no root, split, class folder or image.
-    """
-
-    def __init__(self, root: str, split: str) -> None:
-        self.classes = require_image_folder(root, split)
-        self.folder = os.path.join(root, split)
-        places, left_out = _places(self.folder, self.classes), LeftOut()
-        for name in sorted({*os.listdir(self.folder)} - {*self.classes}):
-            left_out.add("files and hidden folders beside the classes", name)
-        labels: list[int] = []
-        names: list[bytes] = []
-        for label, name in enumerate(self.classes):
-            files = _image_files(self.folder, name, places, left_out)
-            names += files
-            labels += [label] * len(files)
-        if not names:
-            raise InputError(
-                f"{self.folder} has no images in its {len(self.classes)} class folders"
-                f"{_other_files(left_out)}; expected {', '.join(IMAGE_SUFFIXES)}"
-            )
-        self.left_out = str(left_out)
-        self.labels = np.array(labels, np.int64)
-        self._warn_of_empty_classes()
-        buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
-        self.paths = Paths(len(names), functools.partial(packed_path, self.folder, buffer, ends, 0))
-
-    def _warn_of_empty_classes(self) -> None:
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        empty = [self.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
-        if empty:
-            walk = os.walk(os.path.join(self.folder, empty[0]), followlinks=True)
-            file = next((name for _, _, names in walk for name in sorted(names)), None)
-            log.warning(
-                "%s has no image of %d of its classes, the first is %r: %s",
-                self.folder, len(empty), empty[0],
-                "its folder is empty" if file is None
-                else f"it holds files such as {file!r}, expected {', '.join(IMAGE_SUFFIXES)}",
-            )  # fmt: skip
-
-    def read(self, index: int) -> bytes:
-        return read_image_file(self.paths[index])
-
-    def _sha256(self) -> str:
-        """Over relative path, byte size and class of every file; opens no file."""
-        digest, start = hashlib.sha256(), len(str(self.folder)) + 1
-        classes, labels = [os.fsencode(name) for name in self.classes], self.labels.tolist()
-
-        def lines(first: int) -> bytes:
-            return b"".join(
-                b"%b\0%d\0%b\n" % (os.fsencode(path[start:]), _size(path), classes[label])
-                for path, label in zip(
-                    self.paths[first : first + _LINES], labels[first : first + _LINES], strict=True
-                )
-            )
-
-        # Each stat of a network file system waits for its server.
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            for part in pool.map(lines, range(0, len(labels), _LINES)):
-                digest.update(part)
-        return digest.hexdigest()
-
-
 def read_image_file(path: str) -> bytes:
     """The encoded image in a file.
 
@@ -403,20 +329,6 @@ def read_image_file(path: str) -> bytes:
         raise OSError(error.errno, error.strerror, path) from None
 
 
-def _other_files(left_out: LeftOut) -> str:
-    """End of a message: the file in place of images."""
-    first = left_out.first(_NO_IMAGE)
-    return f": there are files such as {first!r}, convert them to JPEG or PNG" if first else ""
-
-
-def _size(path: str) -> int:
-    """In bytes; -1 for a file that is gone."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
 def equal_names(names: Sequence[str]) -> tuple[str, int, int] | None:
     """The first name that occurs twice, with its first two positions; None if all differ."""
     positions: dict[str, int] = {}
@@ -425,71 +337,6 @@ def equal_names(names: Sequence[str]) -> tuple[str, int, int] | None:
         if first != position:
             return name, first, position
     return None
-
-
-def _places(folder: str, classes: list[str]) -> dict[tuple[int, int], str]:
-    """The folders of the split and of its classes by their identities.
-
-    Raises:
-        InputError: two classes are one folder, through a link.
-    """
-    names: dict[tuple[int, int], str] = {}
-    for name in classes:
-        other = names.setdefault(_place(os.path.join(folder, name)), name)
-        if other != name:
-            raise InputError(f"classes {other!r} and {name!r} of {folder} are one folder: a link")
-    paths = {place: os.path.join(folder, name) for place, name in names.items()}
-    return {_place(folder): folder} | paths
-
-
-def _place(folder: str) -> tuple[int, int]:
-    """Identity of a folder, whatever links lead to it."""
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise cannot_list(error) from None
-    return status.st_dev, status.st_ino
-
-
-def _image_files(
-    folder: str, name: str, places: dict[tuple[int, int], str], left_out: LeftOut
-) -> list[bytes]:
-    """Paths relative to `folder`, sorted as torchvision sorts them: by directory, then by name.
-
-    Args:
-        places: the folders met so far by identity, all classes among them; this one's are added.
-        left_out: counts what is no image.
-
-    Raises:
-        InputError: a folder cannot be listed, or has been met: its images would count twice.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise cannot_list(error) from None
-
-    top = os.path.join(folder, name)
-    images = []
-    for directory, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        other = places.setdefault(_place(directory), directory)
-        if other != directory:
-            raise InputError(
-                f"{directory} and {other} are one folder, through a link, and its images would "
-                f"count twice; remove the link"
-            )
-        relative = os.path.relpath(directory, folder)
-        for item in folders[:]:
-            if item.startswith("."):
-                folders.remove(item)
-                left_out.add("hidden folders", os.path.join(relative, item))
-        for item in names:
-            path = os.path.join(relative, item)
-            if item.startswith("."):
-                left_out.add("hidden files", path)
-            elif item.lower().endswith(IMAGE_SUFFIXES):
-                images.append((directory, item, os.fsencode(path)))
-            else:
-                left_out.add(_NO_IMAGE, path)
-    return [path for _, _, path in sorted(images)]
 
 
 class Synthetic(Source):

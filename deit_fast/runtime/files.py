@@ -90,6 +90,26 @@ def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
         return file.read()
 
 
+def map_file(path: str | Path) -> np.ndarray:
+    """The bytes of a regular file, uint8 [n], mapped read-only: processes share their memory.
+
+    For files that are replaced by a rename and never written to: a process that reads the mapping
+    of a file that was shortened is killed.
+
+    Raises:
+        InputError: as ``open_regular``.
+        OSError: names the path.
+    """
+    import mmap
+
+    import numpy as np
+
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:  # nothing can be mapped
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
 # ---------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------
@@ -197,8 +217,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's folder for data that can be recomputed: $XDG_CACHE_HOME/deit-fast."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit-fast"
+    """The user's folder for data that can be recomputed: $XDG_CACHE_HOME/deit-fast.
+
+    Without a home, as for a container's user without an account, it is one that cannot be made.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "deit-fast"
+    try:
+        return Path.home() / ".cache" / "deit-fast"
+    except RuntimeError:
+        return Path(os.devnull) / "deit-fast"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -165,6 +165,30 @@ def owned_folder(folder: Path, name: str, what: str) -> Iterator[Lock]:
         if is_new and is_owned:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+@contextmanager
+def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+    """Run the block in one process of a machine at a time; the others wait.
+
+    For work that only saves time: where the lock file cannot be made or locked, for example in a
+    folder that is read-only, each process runs the block at once. The file stays.
+
+    Args:
+        path: of the lock file; its folder is created.
+        what: the block does, such as `lists DIR`; for the line of a process that waits.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, InputError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _open_file(path)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another process, which %s", what)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def read_owner(path: Path) -> Owner:

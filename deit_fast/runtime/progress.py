@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deit_fast")
 
-FIGURES = ("speed", "loss", "top1", "lr", "wait")  # the last ones need the widest terminal
+FIGURES = ("found", "speed", "loss", "top1", "lr", "wait")  # the last ones need the widest terminal
 _BAR, _NAME = 24, 30  # columns of the bar, and of a name at most
 _FIXED = 1 + _BAR + 1 + len("100 %") + 1 + len("00:00:00")  # beside the name
 
