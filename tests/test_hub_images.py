@@ -419,6 +419,19 @@ def test_a_file_that_changes_while_in_use_is_refused(tmp_path, form):
             assert "was changed while it was in use: start the command" in str(caught.value)
 
 
+def test_a_group_of_rows_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    source = opened(tmp_path, table_of(JPEGS, LABELS), "parquet")
+    path, original = next(tmp_path.rglob("*.parquet")), hub_rows.image_bytes
+
+    def change(images):
+        os.utime(path, ns=(0, 0))
+        return original(images)
+
+    monkeypatch.setattr(hub_rows, "image_bytes", change)
+    with pytest.raises(InputError, match="was changed while it was in use"):
+        source.read(0)
+
+
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
 def test_a_file_that_is_cut_off_is_named(tmp_path, form):
     opened(tmp_path, table_of(JPEGS, LABELS), form)
