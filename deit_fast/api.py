@@ -167,10 +167,9 @@ def train_together(students: Sequence[RunConfig | PathLike], /) -> list[TrainRes
         raise InputError("no students: give the settings of one or more")
     require_agreement(configs)
     group = read_process_group()
-    if group.is_first:
+    if group.world_size == 1:  # others would wait for one that ends before it joins
         for config in configs:
             require_writable("--output", config.output)
-    if group.world_size == 1:  # others would wait for one that ends before it joins
         for_each(configs, require_train_inputs)
     from deit_fast.training.loop import train_together as run
 

@@ -36,7 +36,7 @@ def run_in(processes: int, config: RunConfig, seen: Path, monkeypatch) -> list[l
     if processes == 1:
         train(config)
     else:
-        status, stderr = torchrun(config, WITNESS=str(seen))
+        status, stderr = torchrun(config, WITNESS=str(seen), processes=processes)
         assert status == 0, stderr[-3000:]
         assert len(list(seen.glob("*.txt"))) == processes
     return sequence(seen)
@@ -69,3 +69,30 @@ def test_another_number_of_processes_keeps_the_sequence(
     )
     assert mine.pop(CHANGE) == theirs[6] == mine[6]  # the end at max_steps evaluates too
     assert mine == theirs
+
+
+@pytest.mark.dist
+def test_four_then_two_then_three_processes_keep_the_sequence(world, tmp_path, monkeypatch):
+    """Each change is in the middle of an epoch of eight steps; each world divides the batch."""
+    config = witnessed(world, tmp_path / "whole", batch_size=24, eval_every=2)
+    expected = run_in(1, config, tmp_path / "seen", monkeypatch)
+    assert len(expected) == 16 and {len(step) for step in expected} == {24}
+    config, seen = config.replace(output=str(tmp_path / "run")), []
+    for processes, stop in ((4, 3), (2, 11), (3, None)):
+        folder = tmp_path / f"seen-{processes}"
+        seen += run_in(processes, config.replace(max_steps=stop), folder, monkeypatch)
+        assert last_state(tmp_path / "run")["step"] == (stop or 16)
+    assert seen == expected
+    assert_close_runs(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.dist
+def test_a_batch_that_the_processes_do_not_divide_ends_all_of_them(world, tmp_path):
+    config = witnessed(world, tmp_path / "run")  # batch_size=32
+    status, stderr = torchrun(config, processes=3, WITNESS=str(tmp_path))
+    assert (
+        status != 0
+        and "32" in stderr
+        and "Traceback (most recent call last):\n  File" not in stderr
+    )
+    assert sum("deit-fast: error" in line for line in stderr.splitlines()) >= 1, stderr

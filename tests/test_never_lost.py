@@ -35,11 +35,10 @@ from deit_fast.runtime import locks, signals
 from deit_fast.runtime.metrics import read_metrics
 from deit_fast.runtime.signals import EXIT_STATUS, SIGNALS, Preempted, Signals
 from deit_fast.runtime.weights_header import WEIGHTS_FILES, read_digest, read_texts
-from deit_fast.training import checkpoints, run, state
+from deit_fast.training import checkpoints, loop, run, state
 from deit_fast.training.checkpoints import (
     CheckpointWriter,
     list_checkpoints,
-    load_newest,
     save_checkpoint,
 )
 from deit_fast.training.loop import train
@@ -666,31 +665,76 @@ def test_torchrun_restarts_after_a_killed_rank(world, whole_of_two, tmp_path):
 
 
 def _start_that_differs(*arguments: str) -> None:
-    """DIFFERS: what rank 1 meets: "blind", it sees no checkpoint; "broken", it reads none."""
-    if os.environ["RANK"] == "1":
-        load = {"blind": lambda folder: None, "broken": load_newest}[os.environ["DIFFERS"]]
-        state.load_newest = load
-        if load is load_newest:
-            state.list_checkpoints = checkpoints.open_regular = None
-    main(*arguments)
+    """Rank 1 gets the words of SECOND too. BROKEN: it can read no checkpoint. A rank that comes as
+    far as the data leaves the file OPENED."""
+
+    def opened(*_: object) -> None:
+        Path(os.environ["OPENED"]).touch()
+        raise AssertionError("the data was opened")
+
+    loop.RunData = opened
+    second = os.environ["RANK"] == "1"
+    if second and "BROKEN" in os.environ:
+        state.list_checkpoints = checkpoints.open_regular = None
+    main(*arguments, *(os.environ["SECOND"].split() if second else ()))
+
+
+@pytest.fixture(scope="module")
+def two_disks(world, tmp_path_factory) -> Path:
+    """Two runs of one command up to step 3."""
+    root = tmp_path_factory.mktemp("disks")
+    for name in ("first", "second"):
+        train(unruly(world, root / name, max_steps=3))
+    return root
+
+
+STARTS = {  # disk of rank 0, words of rank 1, the line
+    "only-the-first-has-one": (
+        "first", "--output DISKS/empty",
+        "the ranks differ in their checkpoint (step-000000003.pt in rank 0, none in rank 1): "
+        "DISKS/",
+    ),
+    "only-the-second-has-one": (
+        "empty", "--output DISKS/first",
+        "the ranks differ in their checkpoint (none in rank 0, step-000000003.pt in rank 1): ",
+    ),
+    "both-have-their-own": (
+        "first", "--output DISKS/second", "the ranks differ in their bytes of that checkpoint (",
+    ),
+    "no-resume": (
+        "empty", "--output DISKS/first --no-resume",
+        "rank 1 failed: --no-resume, but DISKS/first/checkpoints has checkpoints",
+    ),
+    "no-branch": (
+        "empty", "--resume-from DISKS/gone.pt", "rank 1 failed: checkpoint DISKS/gone.pt cannot",
+    ),
+    "broken": ("first", "", "rank 1 failed: all 2 checkpoints in DISKS/first/checkpoints are"),
+    "not-writable": ("file", "--output DISKS/first", "rank 0 failed: --output"),
+}  # fmt: skip
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("differs", "line"),
-    [
-        ("blind", "the ranks differ in their step (3 in rank 0, 0 in rank 1): "),
-        ("broken", "all 2 checkpoints in"),
-    ],
-    ids=["blind", "broken"],
-)
-def test_ranks_that_do_not_start_from_the_same_checkpoint_all_end(world, tmp_path, differs, line):
-    config = unruly(world, tmp_path / "run")
-    train(config.replace(max_steps=3))
-    before = content(tmp_path / "run")
-    status, stderr = torchrun(config, call=_start_that_differs, DIFFERS=differs)
+@pytest.mark.parametrize("name", STARTS)
+def test_ranks_that_do_not_start_from_the_same_checkpoint_all_end(world, two_disks, tmp_path, name):
+    """Before any of them opens the data, which may take minutes."""
+    disk, words, line = STARTS[name]
+    shutil.copytree(two_disks, tmp_path / "disks")
+    (tmp_path / "disks/empty").mkdir()
+    (tmp_path / "disks/file").touch()
+    before = [content(path) for path in sorted((tmp_path / "disks").iterdir())]
+    config = unruly(world, tmp_path / "disks" / disk)
+    environment = {"OPENED": str(tmp_path / "opened"),
+                   "SECOND": words.replace("DISKS", str(tmp_path / "disks"))}  # fmt: skip
+    if name == "broken":
+        environment["BROKEN"] = "1"
+    status, stderr = torchrun(config, call=_start_that_differs, **environment)
     errors = [text for text in stderr.splitlines() if "deit-fast: error" in text]
     # torchrun ends the other rank as soon as the first has ended, maybe before it says the same.
-    assert status != 0 and any(line in text for text in errors), stderr
+    # A rank that fails says so itself, the others name it.
+    line = line.replace("DISKS", str(tmp_path / "disks"))
+    own = line.partition(" failed: ")[2] or line
+    assert status != 0 and any(own in text for text in errors), stderr
     assert "Traceback (most recent call last):\n  File" not in stderr
-    assert content(tmp_path / "run") == before
+    assert not (tmp_path / "opened").exists()
+    folders = sorted(path for path in (tmp_path / "disks").iterdir() if path.suffix == "")
+    assert [content(path) for path in folders] == before

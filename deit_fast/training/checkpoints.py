@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from deit_fast.errors import InputError, first_line, is_out_of_memory, printable
-from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.files import crc32c, open_regular
 from deit_fast.runtime.torch_files import load_torch, save_torch
 
 log = logging.getLogger("deit_fast")
@@ -22,6 +22,7 @@ log = logging.getLogger("deit_fast")
 KEEP = 2  # checkpoints; with one, the only copy could be the one being written
 FORMAT = 2  # since 2 a checkpoint carries a checksum of all its bytes
 _FORMATS = (1, FORMAT)
+_END_BYTES = 1 << 16
 _NAME = re.compile(r"step-(\d{9,})\.pt")
 
 
@@ -176,6 +177,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path} cannot be read ({reason}): choose another") from None
     _require_format(path, state)
     return state
+
+
+def end_checksum(path: Path) -> str:
+    """CRC32C, in hex, of the end of a checkpoint, where the checksums of its content stand.
+
+    Raises:
+        OSError: it cannot be read; names it.
+    """
+    with open_regular(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+        return f"{crc32c(file.read()):08x}"
 
 
 def _require_format(path: Path, state: dict[str, Any]) -> None:

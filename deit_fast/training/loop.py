@@ -138,11 +138,14 @@ class _Pass:
 
         # -- one owner, before anything in a folder is read --------------------------------------
         group.agree(lambda: self._each(lambda run: run.own_folder(resources)))
+        # -- one start, before minutes of work on the data ---------------------------------------
+        group.agree(lambda: self._each(Run.find_checkpoint))
+        for run in self.runs:
+            group.require_equal(run.start(), f"{run.output} must be the same folder on all nodes")
         group.agree(lambda: self._prepare(resources))
         for run in self.runs:
             group.require_equal(
-                run.facts(),
-                f"{run.output} and {run.config.data.root} must be the same folders on all nodes",
+                run.facts(), f"{run.config.data.root} must be the same folder on all nodes"
             )
         group.agree(self._check_teacher)
 
@@ -156,8 +159,7 @@ class _Pass:
             say_unused_batches(self.runs[0].config, self.data.steps)
 
     def _prepare(self, resources: ExitStack) -> None:
-        """Data, teacher, and each run's state at step 0 or from a checkpoint."""
-        self._each(Run.find_checkpoint)
+        """Data, teacher, and each run's state at step 0 or from its checkpoint."""
         self.data = data = RunData(self.runs[0].config, self.device, self.group)
         self._each(lambda run: run.settle(data))
         configs = [run.config for run in self.runs]

@@ -23,13 +23,18 @@ from deit_fast.models.fuse import unfuse
 from deit_fast.models.normalisation import require_normalisation
 from deit_fast.models.student import forward_heads
 from deit_fast.runtime.distributed import ProcessGroup
-from deit_fast.runtime.files import remove_orphans, require_replaceable, write_json
+from deit_fast.runtime.files import (
+    remove_orphans,
+    require_replaceable,
+    require_writable,
+    write_json,
+)
 from deit_fast.runtime.locks import Lock, owned_folder
 from deit_fast.runtime.metrics import METRICS, MetricsFile
 from deit_fast.runtime.speed import Lap, StepMeter, peak_flops, training_flops
 from deit_fast.runtime.trackers import require_trackers
 from deit_fast.runtime.weights_header import BEST_FILE, EMA_FILE, MODEL_FILE
-from deit_fast.training.checkpoints import CheckpointWriter
+from deit_fast.training.checkpoints import CheckpointWriter, end_checksum
 from deit_fast.training.compiling import (
     CompileCount,
     compile_evaluation,
@@ -120,6 +125,7 @@ class Run:
         """Lock the run's folder, in the first rank, until ``resources`` close."""
         if not self.group.is_first:
             return
+        require_writable("--output", self.output)
         require_trackers(self.config.track)
         self._lock = resources.enter_context(owned_folder(self.output, LOCK_FILE, "the run"))
         for name in OUTPUTS:
@@ -131,6 +137,14 @@ class Run:
 
     def find_checkpoint(self) -> None:
         self._checkpoint = find_checkpoint(self.config)
+
+    def start(self) -> dict[str, Any]:
+        """What this rank starts from, which must be equal in all ranks."""
+        if self._checkpoint is None:
+            return {"checkpoint": "none"}
+        path = self._checkpoint.path
+        # The end of the file has the checksums of all of it: two runs may have files of one name.
+        return {"checkpoint": path.name, "bytes of that checkpoint": end_checksum(path)}
 
     def settle(self, data: RunData) -> None:
         """Let the checkpoint decide what it does of the configuration."""
@@ -162,8 +176,6 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What must be equal in all ranks."""
         return {
-            "step": self.state.step,
-            "checkpoint": self.found or "none",
             "number of samples": self.data.source.num_samples,
             **in_short(self.state.identity),
         }

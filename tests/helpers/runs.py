@@ -152,15 +152,16 @@ def torchrun(
     restarts: int = 0,
     call: Callable[..., None] = main,
     words: Sequence[str] = (),
+    processes: int = 2,
     **environment: str,
 ) -> tuple[int, str]:
-    """Exit status and stderr of `torchrun -m deit_fast train` with two processes.
+    """Exit status and stderr of `torchrun -m deit_fast train`, by default with two processes.
 
     torchrun's agent forks them instead of starting Python, whose imports take most of a short run.
     """
     path, stderr = Path(config.output).with_suffix(".json"), config.output + ".stderr"
     path.write_text(json.dumps(to_dict(config)))
-    status = forked(_launch, call, str(path), words, restarts, environment, stderr)
+    status = forked(_launch, call, str(path), words, restarts, environment, stderr, processes)
     return status, Path(stderr).read_text()
 
 
@@ -171,11 +172,12 @@ def _launch(
     restarts: int,
     environment: dict[str, str],
     stderr: str,
+    processes: int,
 ) -> None:
     redirect(2, stderr)
     os.environ |= environment
     standalone = LaunchConfig(
-        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=path,
+        1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=path,
         max_restarts=restarts, start_method="fork",
     )  # fmt: skip
     try:
