@@ -162,7 +162,9 @@ PYBIND11_MODULE(_C, module) {
            py::arg("id_bytes"), py::arg("id_limit"), py::arg("manifest_sha256"), py::arg("version"))
       .def_property_readonly("blocks", &ViewSpec::blocks)
       .def_property_readonly("file_bytes", &ViewSpec::file_bytes)
-      .def_property_readonly("data_offset", &ViewSpec::data_offset);
+      .def_property_readonly("data_offset", &ViewSpec::data_offset)
+      .def_property_readonly("header",
+                             [](const ViewSpec& spec) { return py::bytes(spec.header()); });
 
   py::enum_<BlockState>(module, "BlockState")
       .value("pending", BlockState::pending)

@@ -282,6 +282,11 @@ uint64_t ViewSpec::data_offset() const {
   return (table_end + kPage - 1) / kPage * kPage;
 }
 
+std::string ViewSpec::header() const {
+  const Header header = make_header(*this);
+  return std::string(reinterpret_cast<const char*>(&header), sizeof header);
+}
+
 uint64_t ViewSpec::block_offset(uint64_t block) const {
   return data_offset() + block * block_records * record_bytes;
 }

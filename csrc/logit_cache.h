@@ -48,6 +48,7 @@ struct ViewSpec {
   void check() const;
   uint64_t blocks() const { return (num_records + block_records - 1) / block_records; }
   uint64_t data_offset() const;
+  std::string header() const;  // the bytes of the file's first page
   uint64_t file_bytes() const { return data_offset() + num_records * record_bytes; }
   uint64_t block_offset(uint64_t block) const;
   uint64_t block_bytes(uint64_t block) const;

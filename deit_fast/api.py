@@ -28,6 +28,7 @@ from deit_fast.inputs import (
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
 from deit_fast.runtime.weights_header import BEST_FILE, MODEL_FILE, WeightsChoice
+from deit_fast.storage.urls import is_url
 from deit_fast.students import for_each, require_agreement
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -218,16 +219,18 @@ def precompute(
         MemoryError, ChildProcessError: as of ``train``.
     """
     chosen = _settings(config, recipe, data, teacher, cache, None, settings)
-    if chosen.cache is not None:
+    is_remote = chosen.cache is not None and is_url(chosen.cache)
+    if chosen.cache is not None and not is_remote:
         require_writable("--cache", chosen.cache)
     if read_process_group().world_size == 1:
         require_precompute_inputs(chosen)
     if views is not None and blocks is not None:
         raise InputError(f"blocks={blocks} counts over all views: leave out views={views}")
-    if blocks is not None:
+    if blocks is not None or is_remote:
         from deit_fast.units import Units
 
-        details = Units(chosen).compute(blocks)
+        units = Units(chosen)
+        details = units.compute(units.of_views(views) if blocks is None else blocks)
     else:
         from deit_fast.precomputation import precompute as run
 

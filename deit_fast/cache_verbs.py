@@ -10,6 +10,7 @@ from deit_fast.config import Count, Deviation, Rate, Seed, Share, Within
 from deit_fast.errors import CacheError, CheckFailed, InputError
 from deit_fast.inputs import require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
+from deit_fast.storage.urls import is_url
 
 if TYPE_CHECKING:
     from deit_fast.cache.plan import Option
@@ -37,6 +38,10 @@ def info(
         data_root: Image folder that it was made from, to compare the logits with the labels.
         html: HTML file to write as well, with a chart.
     """
+    if is_url(path):
+        if html is not None or data_root is not None:
+            raise InputError(f"--html and --data-root are for a cache on a disk: copy {path} first")
+        return columns(_remote_rows(path))
     if html is not None:
         require_writable("--html", html, is_folder=False)
     if data_root is not None:
@@ -146,6 +151,10 @@ def verify(
     """
     if (teacher is None) != (data_root is None):
         raise InputError("--teacher and --data-root go together: the teacher needs the images")
+    if is_url(path):
+        if teacher is not None:
+            raise InputError(f"--teacher is for a cache on a disk: copy {path} first")
+        return _verify_remote(path)
     if teacher is not None and data_root is not None:
         require_teacher(teacher)
         require_data_root(data_root, "train")
@@ -212,6 +221,65 @@ def export(path: str, /, *, output: str, views: str | None = None) -> str:
         raise InputError(f"--views is for a cache; {path} holds files of {foreign.name}")
     rows = [("wrote", result["out"]), ("records", str(result["records"])),
             ("size", size_text(result["bytes"]))]  # fmt: skip
+    return columns(rows)
+
+
+def copy(source: str, target: str, /) -> str:
+    """Copy a cache from a folder to a URL, or back; the same command continues an interrupted one.
+
+    At a URL each block is an object of its own, which is never replaced. In a folder the view files
+    are byte for byte those that `precompute` would have written there.
+
+    Args:
+        source: Folder or URL, such as s3://bucket/cache. Caches one level below it come too.
+        target: URL or folder.
+    """
+    from deit_fast.cache.copying import copy as run
+    from deit_fast.cache.copying import count_blocks
+    from deit_fast.runtime.progress import Progress
+
+    if not is_url(target):
+        require_writable("TARGET", target)
+    with Progress("copy", count_blocks(source), unit="block") as bar:
+        counts = run(source, target, bar.advance)
+    rows = [("copied", f"{name}: {count} blocks") for name, count in counts.items()]
+    return columns([*rows, ("to", target)])
+
+
+def _remote_rows(url: str) -> list[tuple[str, str]]:
+    from deit_fast.cache.copying import caches_at, describe
+
+    rows = []
+    for each in caches_at(url):
+        found = describe(each)
+        rows += [
+            ("path", found["path"]),
+            ("codec", found["codec"]),
+            ("record", f"{found['record_bytes']} bytes"),
+            ("samples", str(found["manifest"]["num_samples"])),
+            ("views", f"{found['complete_views']} of {found['views']} complete"),
+            ("blocks", f"{found['blocks']} of {found['expected']} published"),
+            ("size", size_text(found["bytes"])),
+        ]
+    return rows
+
+
+def _verify_remote(url: str) -> str:
+    from deit_fast.cache.copying import caches_at, describe
+    from deit_fast.cache.copying import verify as run
+    from deit_fast.runtime.progress import Progress
+
+    urls = caches_at(url)
+    rows: list[tuple[str, str]] = []
+    ok = True
+    total = sum(describe(each)["blocks"] for each in urls)
+    with Progress("verify", total, unit="block") as bar:
+        for each in urls:
+            found = run(each, bar.advance)
+            ok = ok and found["ok"]
+            rows += _verified_rows(found)
+    if not ok:
+        raise CheckFailed(columns(rows))
     return columns(rows)
 
 

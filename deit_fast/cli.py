@@ -454,6 +454,7 @@ VERBS: dict[str, Callable[..., str]] = {
     "cache info": cache_verbs.info,
     "cache verify": cache_verbs.verify,
     "cache export": cache_verbs.export,
+    "cache copy": cache_verbs.copy,
     "cache plan": cache_verbs.plan,
     "doctor": doctor,
     "recipes list": recipes_list,

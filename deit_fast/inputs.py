@@ -21,6 +21,7 @@ from deit_fast.runtime.weights_header import (
     require_weights,
     split_key,
 )
+from deit_fast.storage.urls import is_url
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _TEXT_BYTES = frozenset(b"\t\n\r\f") | frozenset(range(32, 127))
@@ -51,12 +52,17 @@ def require_train_inputs(config: RunConfig, is_dry: bool = False) -> None:
         near = nearest_path(config.resume_from)
         raise InputError(f"resume_from: checkpoint {config.resume_from} does not exist{near}")
     for cache in config.caches:
-        if not (is_dry and not os.path.lexists(cache)):
+        if may_exist(cache) or not is_dry:
             from deit_fast.cache.verify import open_for_run
 
             open_for_run(cache, config.loss.tau)
     if config.loss.kind != "none" or config.feature_targets:
         _require_teacher_files(config)
+
+
+def may_exist(path: str) -> bool:
+    """Whether a path exists; True for a URL, of which that shows when it is opened."""
+    return is_url(path) or os.path.lexists(path)
 
 
 def require_precompute_inputs(config: RunConfig) -> None:

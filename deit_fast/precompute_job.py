@@ -123,15 +123,19 @@ class Job:
         batch = self.config.teacher_batch
         return f"teacher_batch={batch}: a smaller one needs less, in a new cache"
 
-    def open_caches(self) -> TargetCaches:
-        """The caches to write. Statistics of features are fitted where there are none yet."""
+    def open_caches(self, share: Callable[[Path], None] | None = None) -> TargetCaches:
+        """The caches to write. Statistics of features are fitted where there are none yet.
+
+        Args:
+            share: as of ``publish_statistics``.
+        """
         require_targets(self.config, self.teacher)
         statistics = stored_statistics(self.config, self.teacher)
         if statistics is None:
             for target in self.teacher.features:  # now, not after the fit
                 Path(str(self.config.cache), target.name).mkdir(parents=True, exist_ok=True)
             statistics = publish_statistics(
-                self.config, self.teacher, self._fit(), self.fingerprint
+                self.config, self.teacher, self._fit(), self.fingerprint, share
             )
         return self._caches(statistics)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,7 @@ def publish_statistics(
     teacher: Teacher,
     statistics: list[FeatureStatistics],
     fingerprint: Mapping[str, Any],
+    share: Callable[[Path], None] | None = None,
 ) -> list[FeatureStatistics]:
     """Write them for the caches that have no manifest yet; returns those that hold from now on.
 
@@ -273,6 +274,8 @@ def publish_statistics(
 
     Args:
         fingerprint: of views, data and teacher's dtype.
+        share: called with the file of a fit; replaces it by that of another machine, if one was
+            first.
     """
     result = []
     features = config.features
@@ -286,6 +289,8 @@ def publish_statistics(
             folder.mkdir(parents=True, exist_ok=True)
             first = folder / f".fit-{digest[:16]}.safetensors"
             fitted.create(first)
+            if share is not None:
+                share(first)
             stored = FeatureStatistics.load(first, fitted.width)
             if not _holds(folder / FILE, stored):
                 stored.save(folder / FILE)

@@ -32,10 +32,13 @@ from deit_fast.precompute_job import (
     summary_of,
     write_units,
 )
+from deit_fast.remote_targets import RemoteTargets
 from deit_fast.runtime.distributed import read_process_group
-from deit_fast.runtime.files import create_atomically, read_json, sealed_json
+from deit_fast.runtime.files import create_atomically, parse_object, read_json, sealed_json
 from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.signals import Signals
+from deit_fast.storage.objects import Objects
+from deit_fast.storage.urls import is_url
 
 log = logging.getLogger("deit_fast")
 
@@ -58,13 +61,23 @@ class Units:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        self._remote: RemoteTargets | None = None
+        notes: _FolderNotes | _ObjectNotes = _FolderNotes(Path(str(config.cache), TRIES_FOLDER))
+        self.cache = str(config.cache)
+        if config.cache is not None and is_url(config.cache):
+            self._remote = RemoteTargets(config.cache, [t for t in config.targets if t != "logits"])
+            notes = _ObjectNotes(self._remote.objects)
+            self.cache = str(self._remote.objects)
+            config = config.replace(cache=str(self._remote.folder))
         self._config = config
         self._job = job = Job(config)
         with translate_errors(job.device, job.remedy):
             if not self._is_begun():
                 job.check_teacher(range(config.views_used))
-            self._caches = job.open_caches()
-        self._tries = Tries(Path(str(config.cache)) / TRIES_FOLDER)
+            self._caches = job.open_caches(self._remote.share_fit if self._remote else None)
+        if self._remote is not None:
+            self._remote.publish(self._caches)
+        self._tries = Tries(notes)
         say_unread_grid(config)
 
     def _is_begun(self) -> bool:
@@ -77,6 +90,13 @@ class Units:
     def total(self) -> int:
         """Number of units of all views of the run."""
         return self._config.views_used * self._caches.units_per_view
+
+    def of_views(self, views: range | None) -> range:
+        """The numbers of the units of some views; None: of all that the run uses."""
+        if views is None:
+            return range(self.total)
+        per_view = self._caches.units_per_view
+        return range(views.start * per_view, views.stop * per_view)
 
     def compute(self, numbers: Iterable[int]) -> dict[str, Any]:
         """Compute and publish units; those beyond ``total`` are none. Under torchrun each process
@@ -108,7 +128,12 @@ class Units:
                 suspects += self._compute_together(fresh, written, progress)
                 for unit in suspects:
                     self._compute_alone(unit, written, progress)
-        return summary_of(self._job, self._caches, written, started) | {
+        if self._remote is not None:
+            self._remote.forget_views()
+        found = summary_of(self._job, self._caches, written, started)
+        if self._remote is not None:
+            found |= {"cache": self.cache, "caches": [self.cache]}
+        return found | {
             "units": len(units),
             "total": self.total,
             "blocks": pending.missing,
@@ -120,8 +145,17 @@ class Units:
         return unit[0] * self._caches.units_per_view + unit[1]
 
     def _writers(self, opened: ExitStack) -> list[LogitCacheWriter]:
+        remote = self._remote
         return [
-            opened.enter_context(LogitCacheWriter(cache.folder, cache.manifest, locked=False))
+            opened.enter_context(
+                LogitCacheWriter(
+                    cache.folder,
+                    cache.manifest,
+                    locked=False,
+                    publisher=remote.publisher(cache) if remote else None,
+                    reserve=remote is None,
+                )
+            )
             for cache in self._caches
         ]
 
@@ -166,7 +200,7 @@ class Units:
 
     def _compute_alone(self, unit: _Unit, written: Written, progress: Progress) -> None:
         number = self._number(unit)
-        while self._tries.counts().get(number, 0) < TRIES:
+        while self._tries.counts(number).get(number, 0) < TRIES:
             with ExitStack() as opened:
                 writers = self._writers(opened)
                 if not PendingUnits(self._caches, writers, [unit]).units:
@@ -230,54 +264,92 @@ def quarantine_text(quarantined: Sequence[dict[str, Any]], cache: str) -> str:
 
 
 class Tries:
-    """Notes of the tries of units, as small files that are there while a unit is not.
+    """Notes of the tries of units, small files or objects that are there while a unit is not."""
 
-    Args:
-        folder: of the notes; made when it is needed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, notes: _FolderNotes | _ObjectNotes) -> None:
+        self._notes = notes
 
     def begin(self, number: int) -> str:
         """Note a try before its work; returns the note's name."""
-        self._folder.mkdir(exist_ok=True)
-        count = 0
-        while True:
+        count = 1
+        while not self._notes.create(name := f"unit-{number:09d}-{count}.json", {"unit": number}):
             count += 1
-            name = f"unit-{number:09d}-{count}.json"
-            if not (self._folder / name).exists():
-                create_atomically(self._folder / name, sealed_json({"unit": number}))
-                return name
+        return name
 
     def note(self, name: str, why: str) -> None:
         """Add why the try failed."""
-        content = sealed_json({"why": why})
-        create_atomically(self._folder / name.replace(".json", ".why.json"), content)
+        self._notes.create(name.replace(".json", ".why.json"), {"why": why})
 
     def withdraw(self, name: str) -> None:
         """The try did not count."""
-        with suppress(FileNotFoundError):
-            (self._folder / name).unlink()
+        self._notes.delete(name)
 
     def clear(self, number: int) -> None:
         """Remove the notes of a unit."""
-        for path in self._folder.glob(f"unit-{number:09d}-*"):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self._folder.rmdir()  # if it is empty
+        for name in self._notes.names(f"unit-{number:09d}-"):
+            self._notes.delete(name)
 
-    def counts(self) -> dict[int, int]:
-        """Number of tries by unit."""
+    def counts(self, number: int | None = None) -> dict[int, int]:
+        """Number of tries by unit, of all units or of one."""
         counts: dict[int, int] = {}
-        for path in self._folder.glob("unit-*"):
-            if found := re.fullmatch(r"unit-(\d+)-\d+\.json", path.name):
+        for name in self._notes.names("unit-" if number is None else f"unit-{number:09d}-"):
+            if found := re.fullmatch(r"unit-(\d+)-\d+\.json", name):
                 counts[int(found[1])] = counts.get(int(found[1]), 0) + 1
         return counts
 
     def why(self, number: int) -> str:
         """Why the last try failed, as far as it is known."""
-        for path in sorted(self._folder.glob(f"unit-{number:09d}-*.why.json"), reverse=True):
+        names = [n for n in self._notes.names(f"unit-{number:09d}-") if n.endswith(".why.json")]
+        for name in reversed(names):
             with suppress(Exception):
-                return str(read_json(path)["why"])
+                return str(self._notes.read(name)["why"])
         return "its process died"
+
+
+class _FolderNotes:
+    """JSON objects in a folder, which is made when it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def create(self, name: str, content: dict[str, Any]) -> bool:
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / name
+        if path.exists():
+            return False
+        create_atomically(path, sealed_json(content))
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        return sorted(path.name for path in self._folder.glob(f"{prefix}*"))
+
+    def read(self, name: str) -> dict[str, Any]:
+        return read_json(self._folder / name)
+
+    def delete(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.rmdir()  # if it is empty
+
+
+class _ObjectNotes:
+    """JSON objects below a URL."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    def create(self, name: str, content: dict[str, Any]) -> bool:
+        # A note that is there counts as another's, also where the reply to this one was lost.
+        return self._objects.create(
+            f"{TRIES_FOLDER}/{name}", sealed_json(content), lambda there: True
+        )
+
+    def names(self, prefix: str) -> list[str]:
+        start = f"{TRIES_FOLDER}/"
+        return [name.removeprefix(start) for name in self._objects.list(start + prefix)]
+
+    def read(self, name: str) -> dict[str, Any]:
+        return parse_object(self._objects.read(f"{TRIES_FOLDER}/{name}"), name)
+
+    def delete(self, name: str) -> None:
+        self._objects.delete(f"{TRIES_FOLDER}/{name}")

@@ -72,6 +72,7 @@ LAYERS = [
     {
         "deit_fast/precomputation.py",
         "deit_fast/precompute_job.py",
+        "deit_fast/remote_targets.py",
         "deit_fast/units.py",
         "deit_fast/target_caches.py",
     },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -27,6 +26,7 @@ from helpers.digits import write_few_digits
 from helpers.feature_runs import config_of
 from helpers.processes import start_forked
 from helpers.small_blocks import BLOCK
+from helpers.units import command, contents
 
 FRAGILE = "helpers.fragile_teacher:fragile"
 TOTAL = 6  # 70 images in blocks of 36, 3 views
@@ -47,14 +47,6 @@ def root(tmp_path_factory) -> Path:
 def settings(root: Path, cache: Path, **changes) -> RunConfig:
     base = config_of(root, targets=("logits",), cache=str(cache), codec={"name": "topk", "k": 4})
     return base.replace(**{"num_views": 3, "data": {"workers": 0}} | changes)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".fit-")
-    }
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +86,6 @@ def test_units_beyond_the_last_are_none(root, reference, tmp_path):
     found = deit_fast.precompute(config, blocks=range(TOTAL, TOTAL + 1000)).details
     assert (found["units"], found["total"], found["images"]) == (0, TOTAL, 0)
     assert contents(tmp_path / "cache") == reference
-
-
-def command(config: RunConfig, blocks: str) -> list[str]:
-    Path(config.output).mkdir(exist_ok=True)
-    file = Path(config.output) / f"{blocks.replace(':', '-')}.json"
-    from deit_fast.config_file import to_dict
-
-    file.write_text(json.dumps(to_dict(config)))
-    return ["precompute", "--config", str(file), "--blocks", blocks]
 
 
 def run_of(config: RunConfig, blocks: str, **variables: str):

@@ -232,7 +232,10 @@ def fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_equal(
-    folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, Any], only: bool = True
+    folder: Path | str,
+    manifest: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    only: bool = True,
 ) -> None:
     """Compare a cache's manifest with the fields in ``expected``, which is nested or flat.
 

@@ -24,8 +24,10 @@ from deit_fast.cache.format import (
     view_specs,
     views_on_disk,
 )
+from deit_fast.cache.local_copy import LocalCopy
 from deit_fast.cache.record_order import host_ids, record_order
 from deit_fast.errors import CacheError, InputError
+from deit_fast.storage.urls import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +55,19 @@ class LogitCache:
 
     A view is opened at its first use. A block's checksum is compared before its first record is
     returned. Anything missing, incomplete or damaged raises; nothing is ever filled in.
+
+    Args:
+        path: its folder.
+        manifest: in it.
+        copy: where ``path`` is the local copy of a cache at a URL.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: dict[str, Any], copy: LocalCopy | None = None) -> None:
+        self.path, self.manifest, self._copy = path, manifest, copy
         self.codec: Codec = codec_of(manifest, str(path))
         self.order = record_order(manifest, str(path))
         self._spec = view_specs(manifest)
-        self._open_views = _C.CacheViews(
-            manifest["num_samples"], partial(_open_view, path, self._spec), _OPEN_VIEWS
-        )
+        self._open_views = self._new_views()
         self._layout = cache(self.codec.layout)  # by temperature
         self._raw = _C.RecordLayout(
             _C.RecordKind.copy,
@@ -74,14 +79,24 @@ class LogitCache:
 
     @classmethod
     def open(cls, path: str | Path) -> LogitCache:
-        """Open the cache in a folder.
+        """Open the cache in a folder, or at a URL: blocks are then fetched when they are needed,
+        and stay on this machine.
 
         Raises:
             CacheError: no manifest there, or a damaged one.
+            StorageError: the URL cannot be read.
         """
+        if is_url(path):
+            copy = LocalCopy(str(path))
+            return cls(copy.folder, copy.manifest, copy)
         manifest = read_manifest(Path(path))
         say_unproved(Path(path), manifest)
         return cls(Path(path), manifest)
+
+    @property
+    def where(self) -> str:
+        """The folder or URL that was opened, for messages."""
+        return str(self.path) if self._copy is None else self._copy.url
 
     @property
     def views(self) -> list[int]:
@@ -90,6 +105,8 @@ class LogitCache:
         Raises:
             CacheError: a view file's header or block table is damaged.
         """
+        if self._copy is not None:
+            return self._copy.views
         complete = []
         for view_id in views_on_disk(self.path):
             with format_errors():
@@ -108,7 +125,7 @@ class LogitCache:
         Raises:
             CacheMismatch: names every field that differs or is absent, with both values.
         """
-        require_equal(self.path, self.manifest, expected)
+        require_equal(self.where, self.manifest, expected)
 
     def gather(
         self,
@@ -214,12 +231,53 @@ class LogitCache:
         addresses: list[int],
     ) -> None:
         try:
-            self._open_views.gather(positions, views, layout, addresses)
+            if self._copy is not None:
+                self._gather_copied(self._copy, positions, views, layout, addresses)
+            else:
+                self._open_views.gather(positions, views, layout, addresses)
         except _C.IdError as error:
             raise InputError(str(error)) from None
         except _C.FormatError as error:
             remedy = "make it again with the command that precomputed the cache"
-            raise CacheError(f"cache {self.path}: {error}; {remedy}") from None
+            raise CacheError(f"cache {self.where}: {error}; {remedy}") from None
+
+    def _gather_copied(
+        self,
+        copy: LocalCopy,
+        positions: np.ndarray,
+        views: np.ndarray,
+        layout: _C.RecordLayout,
+        addresses: list[int],
+    ) -> None:
+        self._require_copied(copy, positions, views)
+        try:
+            self._open_views.gather(positions, views, layout, addresses)
+        except _C.FormatError:
+            copy.repair(positions, views)
+            self._open_views = self._new_views()
+            self._open_views.gather(positions, views, layout, addresses)
+
+    def _require_copied(self, copy: LocalCopy, positions: np.ndarray, views: np.ndarray) -> None:
+        outside = positions[(positions < 0) | (positions >= self.manifest["num_samples"])]
+        if len(outside):
+            raise InputError(f"sample {outside[0]} is not in [0, {self.manifest['num_samples']})")
+        if copy.require(positions, views):
+            self._open_views = self._new_views()
+
+    def _new_views(self) -> _C.CacheViews:
+        is_growing = self._copy is not None
+        opener = partial(_open_view, self.path, self._spec, is_growing)
+        return _C.CacheViews(self.manifest["num_samples"], opener, _OPEN_VIEWS)
+
+    def fetch(self, sample_ids: Any, view_ids: Any) -> None:
+        """Fetch the blocks of these records, where the cache is at a URL. Raises as ``gather``."""
+        if self._copy is not None:
+            self._require_copied(self._copy, *self._located(sample_ids, view_ids))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether blocks may have to be fetched."""
+        return self._copy is not None
 
     def unread_blocks(self, sample_ids: Any, view_ids: Any) -> list[_Block]:
         """The blocks of these records that are not verified yet, in the files' order. Raises as
@@ -271,6 +329,9 @@ class ReadAhead:
         self._drop_finished()
         stop = min(step + self._ahead + 1, len(self._batches))
         for upcoming in range(max(self._next, step), stop):
+            if self._cache.is_remote:
+                self._tasks[self._pool.submit(_fetch, self._cache, *self._batches[upcoming])] = []
+                continue
             requested = {block for blocks in self._tasks.values() for block in blocks}
             unread = self._cache.unread_blocks(*self._batches[upcoming])
             unread = [block for block in unread if block not in requested]
@@ -316,6 +377,15 @@ def _ask(cache: LogitCache, samples: Any, views: Any) -> int:
     return 0
 
 
+def _fetch(cache: LogitCache, samples: Any, views: Any) -> int:
+    """Fetch, read and verify the blocks of a batch; returns their number. `gather` names what is
+    wrong."""
+    with suppress(InputError, OSError):
+        cache.fetch(samples, views)
+        return _read(cache.unread_blocks(samples, views))
+    return 0
+
+
 def _read(blocks: list[_Block]) -> int:
     """Read and verify blocks; returns their number without damaged ones, which `gather` names."""
     for reader, block in blocks:
@@ -328,8 +398,8 @@ def _read(blocks: list[_Block]) -> int:
     return count
 
 
-def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
-    """A complete view, its header and size checked.
+def _open_view(path: Path, spec: Any, is_growing: bool, view_id: int) -> _C.ViewReader:
+    """A view, its header and size checked; complete, unless its blocks come while it is open.
 
     Raises:
         CacheError: the view is not there, incomplete or damaged; names view and block.
@@ -337,8 +407,8 @@ def _open_view(path: Path, spec: Any, view_id: int) -> _C.ViewReader:
     name = view_path(path, view_id)
     try:
         with format_errors():
-            reader = _C.ViewReader(str(name), spec(view_id=view_id))
-            block = reader.first_incomplete()
+            reader = _C.ViewReader(str(name), spec(view_id=view_id), is_growing)
+            block = None if is_growing else reader.first_incomplete()
     except FileNotFoundError:
         raise CacheError(f"view {view_id} is not in the cache: there is no {name}") from None
     if block is not None:

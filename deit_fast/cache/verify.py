@@ -64,7 +64,7 @@ def require_tau(cache: LogitCache, tau: float) -> None:
         cache.codec.layout(tau)
     except CacheError as error:
         remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
-        raise CacheError(f"cache {cache.path}: {error}; {remedy}") from None
+        raise CacheError(f"cache {cache.where}: {error}; {remedy}") from None
 
 
 def info(path: str | Path) -> dict[str, Any]:

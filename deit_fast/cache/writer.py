@@ -30,6 +30,8 @@ from deit_fast.runtime.files import remove_orphans, temporary_path
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deit_fast.cache.remote import Publisher
+
 log = logging.getLogger("deit_fast")
 
 _OPEN_VIEWS = 64  # file handles kept; a view beyond them is opened again when it is needed
@@ -59,8 +61,7 @@ class LogitCacheWriter:
         rank, world_size: this writer's share of the blocks, where several divide them. Writers of
             one ``world_size`` do not refuse one another in ``locks.refuse_rivals``.
         locked: lock blocks, so that none is computed twice.
-        publish: called with view, block and the records uint8 [n, record_bytes] of each block after
-            it was committed.
+        publisher: publishes each block after it was committed; what it has published is done.
         reserve: a new view file gets all its disk space at once, so that a full disk is found
             before the first block; False: as it fills.
 
@@ -84,7 +85,7 @@ class LogitCacheWriter:
         rank: int = 0,
         world_size: int = 1,
         locked: bool = True,
-        publish: Callable[[int, int, np.ndarray], None] | None = None,
+        publisher: Publisher | None = None,
         reserve: bool = True,
     ) -> None:
         self.path = Path(path)
@@ -96,7 +97,7 @@ class LogitCacheWriter:
         self.locks = BlockLocks(self.path, rank, world_size) if locked else None
         if self.locks is not None:
             self.locks.remove_dead()
-        self._publish = publish
+        self._publisher = publisher
         self._block_records: int = self.manifest["block_records"]
         self._num_samples: int = self.manifest["num_samples"]
         self._done: set[tuple[int, int]] = set()  # verified or committed
@@ -131,6 +132,9 @@ class LogitCacheWriter:
         self.block_range(block)
         key = (_checked_view(view_id), block)
         if key in self._done:
+            return True
+        if self._publisher is not None and self._publisher.is_there(view_id, block):
+            self._done.add(key)
             return True
         if not view_path(self.path, view_id).exists():
             return False
@@ -196,10 +200,11 @@ class LogitCacheWriter:
         self._closed = True
         if self.locks is not None:
             self.locks.close()
-        if self._others:
+        others = self._others + (0 if self._publisher is None else self._publisher.others)
+        if others:
             log.warning(
                 "%s: other writers had stored %d blocks meanwhile, with other last bits than this "
-                "device computes; theirs stay", self.path, self._others,
+                "device computes; theirs stay", self.path, others,
             )  # fmt: skip
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
@@ -287,8 +292,8 @@ class LogitCacheWriter:
             records = buffer.records
             found = self._open(view_id).commit(block, records.ctypes.data, records.nbytes)
         self._others += found == _C.Committed.kept_others
-        if self._publish is not None:
-            self._publish(view_id, block, records)
+        if self._publisher is not None:
+            self._publisher.publish(view_id, block, records)
         self._done.add(key)
         self._committed.add(key)
         if self.locks is not None:

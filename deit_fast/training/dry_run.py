@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from deit_fast.cache.format import views_on_disk
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.verify import info
 from deit_fast.config import FeatureConfig, RunConfig
@@ -22,6 +20,7 @@ from deit_fast.data.ingest import ingest_batch
 from deit_fast.data.open import open_loader, open_source, require_trained_classes
 from deit_fast.data.sources import Source
 from deit_fast.errors import translate_errors
+from deit_fast.inputs import may_exist
 from deit_fast.runtime.distributed import ProcessGroup, choose_device, read_process_group
 from deit_fast.runtime.pipeline_time import (
     Repeated,
@@ -104,7 +103,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     done = 0 if checkpoint is None else int(checkpoint.saved["step"])
     total = min(len(batches), config.max_steps or len(batches))
 
-    caches, is_whole = _caches(config, source), all(map(os.path.exists, config.caches))
+    caches, is_whole = _caches(config, source), all(map(may_exist, config.caches))
     known = config if is_whole else _for_some(config)
     # Each number of images would be compiled anew, within the time that is measured.
     teacher = _teacher(known.replace(compile="none", cuda_graphs=False), source, device, caches)
@@ -168,15 +167,15 @@ def _caches(config: RunConfig, source: Source) -> list[dict[str, Any]]:
     found = [
         {"path": path, "views": 0, "missing": [*needed], "bytes": 0}
         for path in config.caches
-        if not os.path.exists(path)
+        if not may_exist(path)
     ]
     for cache in _existing(config):
         cache.require(views_fingerprint(config, source))
-        complete = {*cache.views} if views_on_disk(cache.path) else set()
+        complete = {*cache.views}
         missing = [view for view in needed if view not in complete]
         size = info(cache.path)["bytes"]
         found.append(
-            {"path": str(cache.path), "views": len(complete), "missing": missing, "bytes": size}
+            {"path": cache.where, "views": len(complete), "missing": missing, "bytes": size}
         )
     order = [*map(Path, config.caches)]
     return sorted(found, key=lambda state: order.index(Path(state["path"])))
@@ -184,7 +183,7 @@ def _caches(config: RunConfig, source: Source) -> list[dict[str, Any]]:
 
 def _existing(config: RunConfig) -> list[LogitCache]:
     """Those of the run's caches that exist."""
-    paths = [path for path in config.caches if os.path.exists(path)]
+    paths = [path for path in config.caches if may_exist(path)]
     return open_caches(config, None if len(paths) == len(config.caches) else paths)
 
 

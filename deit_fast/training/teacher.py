@@ -235,7 +235,7 @@ class RunTeacher:
         if not excess[row] <= 0:
             compared = "log-probabilities" if what == "logits" else "relative to their length they"
             raise CacheError(
-                f"cache {cache.path}: at step {step + 1} the teacher's {what} of view "
+                f"cache {cache.where}: at step {step + 1} the teacher's {what} of view "
                 f"{int(batch.view_ids[row])} of sample {int(batch.sample_ids[row])} are not those "
                 f"of the cache: {compared} differ by {float(errors[row]):.3g}, "
                 f"{float(allowed[row]):.3g} is allowed "
@@ -342,7 +342,7 @@ def open_teacher(config: RunConfig, source: Source, device: torch.device) -> Run
             ViewPlan(config.view, source.num_samples),
             data=config.data,
             device=device,
-            where=f"cache {cache.path}",
+            where=f"cache {cache.where}",
         )
     if teacher is None or config.check_teacher_every is None:
         return RunTeacher(config, device, caches=caches)
@@ -369,7 +369,7 @@ def open_caches(config: RunConfig, paths: Sequence[str] | None = None) -> list[L
         same = known.setdefault(manifest_sha256(cache.manifest), cache)
         if same is not cache:
             raise InputError(
-                f"cache {cache.path} is {same.path} or a copy of it, which would count twice: "
+                f"cache {cache.where} is {same.where} or a copy of it, which would count twice: "
                 f"name it once"
             )
     logits = [cache for cache in caches if not is_features(cache)]
@@ -415,7 +415,7 @@ def _require_one_teacher(config: RunConfig, caches: Sequence[LogitCache]) -> Non
     if len(weights) <= 1:
         return
     pairs = zip(caches, fields, strict=True)
-    each = ", ".join(f"{cache.path} of {found.get('teacher.spec')}" for cache, found in pairs)
+    each = ", ".join(f"{cache.where} of {found.get('teacher.spec')}" for cache, found in pairs)
     others = "" if config.check_teacher_every is None else " and --check-teacher-every"
     raise InputError(
         f"teacher={config.teacher} is compared with each cache, and these are of "
@@ -433,6 +433,6 @@ def _require_views(config: RunConfig, cache: LogitCache) -> None:
     if not some or config.view.size_schedule:
         fewer = ""
     raise InputError(
-        f"cache {cache.path} lacks {len(missing)} of the run's {config.views_used} views, "
+        f"cache {cache.where} lacks {len(missing)} of the run's {config.views_used} views, "
         f"the first is {missing[0]}: precompute them{fewer}"
     )

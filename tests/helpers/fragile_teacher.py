@@ -1,7 +1,7 @@
 """A teacher that fails as the variable FRAGILE says: `KIND:NUMBER`.
 
-raise, memory, disk, cuda, term: at call NUMBER of the process. kill-rows: at each call of NUMBER
-images, with SIGKILL.
+always: at each call. raise, memory, disk, cuda, term: at call NUMBER of the process. kill-rows: at
+each call of NUMBER images, with SIGKILL.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Fragile(Rows):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.calls == int(number) and kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if kind == "always" and len(images) > 4:
+            raise _ERRORS["raise"]
         if self.calls == int(number) and kind in _ERRORS:
             raise _ERRORS[kind]
         return super().forward(images)

@@ -1,0 +1,321 @@
+"""A cache in object storage: each block is an object of its own, published whole or not at all.
+
+    URL/manifest.json, statistics.safetensors, view-00000.pixels.json   as in a folder
+    URL/view-00000/0000012.block    the records of a block, and their checksum as in a view's table
+    URL/view-00000.dlc              or a whole view file, copied there from a folder
+
+The checksum starts with that of manifest, view and block, so an object is right under its own name
+alone. Objects are created and never replaced: writers of one block do not need each other.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deit_fast import _C
+from deit_fast.cache.format import (
+    FILE_NAME,
+    VIEW_LIMIT,
+    check_manifest,
+    manifest_sha256,
+    require_equal,
+    view_path,
+    view_specs,
+)
+from deit_fast.errors import CacheError, InputError
+from deit_fast.runtime.files import SEAL_KEY, is_intact, parse_object, write_atomically
+from deit_fast.storage.clients import Stamp
+from deit_fast.storage.objects import ObjectMissing, Objects, Part
+
+STATISTICS = "statistics.safetensors"
+_CRC = struct.Struct("<I")
+_PAGE, _ENTRY_BYTES = 4096, 8  # of a view file: its header, and an entry of the table after it
+_BLOCK = re.compile(r"view-(\d{5,})/(\d{7,})\.block")
+_FILE = re.compile(r"view-(\d{5,})\.dlc")
+_PIXELS = re.compile(r"view-(\d{5,})\.pixels\.json")
+
+
+def block_name(view_id: int, block: int) -> str:
+    return f"view-{view_id:05d}/{block:07d}.block"
+
+
+def place_crc(manifest: dict[str, Any], view_id: int, block: int) -> int:
+    """Where the checksum of a block starts; as `ViewSpec::place_crc` in csrc/."""
+    if manifest["format"] < 3:
+        return 0
+    return _C.crc32c(struct.pack("<QQ", view_id, block), _C.crc32c(manifest_sha256(manifest)))
+
+
+def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
+    """The manifest of the cache at a URL, and its bytes.
+
+    Raises:
+        CacheError: there is none, or it is damaged.
+        StorageError: it cannot be read.
+    """
+    where = objects.url_of(FILE_NAME)
+    try:
+        content = objects.read(FILE_NAME, check=lambda found: is_intact(found) is not False)
+    except ObjectMissing:
+        raise CacheError(
+            f"{objects} is no cache: it has no {FILE_NAME}; check the URL, or make it by "
+            f"`precompute`"
+        ) from None
+    try:
+        values = parse_object(content, where)
+    except InputError as error:
+        raise CacheError(str(error)) from None
+    values.pop(SEAL_KEY, None)
+    return check_manifest(values, where), content
+
+
+@dataclass
+class Listing:
+    """What is published of a cache.
+
+    Attributes:
+        blocks: by view, the size in bytes of each block's object.
+        files: whole view files, by view.
+        pixels: ids of the views whose pixel digests are there.
+        has_statistics: whether statistics of features are there.
+    """
+
+    blocks: dict[int, dict[int, int]] = field(default_factory=dict)
+    files: dict[int, Stamp] = field(default_factory=dict)
+    pixels: dict[int, Stamp] = field(default_factory=dict)
+    has_statistics: bool = False
+
+    @classmethod
+    def of(cls, objects: Objects, prefix: str = "") -> Listing:
+        found = cls()
+        for name, stamp in objects.list(prefix).items():
+            if match := _BLOCK.fullmatch(name):
+                found.blocks.setdefault(int(match[1]), {})[int(match[2])] = stamp.size
+            elif match := _FILE.fullmatch(name):
+                found.files[int(match[1])] = stamp
+            elif match := _PIXELS.fullmatch(name):
+                found.pixels[int(match[1])] = stamp
+            found.has_statistics |= name == STATISTICS
+        return found
+
+
+class RemoteCache:
+    """The objects of one cache.
+
+    Args:
+        objects: below its URL.
+        manifest: of the cache.
+    """
+
+    def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
+        self.objects, self.manifest = objects, manifest
+        self._record_bytes: int = manifest["record_bytes"]
+        self._per_block: int = manifest["block_records"]
+        self._count: int = manifest["num_samples"]
+        self.num_blocks = -(-self._count // self._per_block)
+
+    def block_bytes(self, block: int) -> int:
+        start = block * self._per_block
+        return min(self._per_block, self._count - start) * self._record_bytes
+
+    def part(self, view_id: int, block: int) -> Part:
+        """What to read for a block that is an object; its last 4 bytes are the checksum."""
+        check = partial(_is_block, place_crc(self.manifest, view_id, block))
+        name, size = block_name(view_id, block), self.block_bytes(block) + _CRC.size
+        return Part(name, 0, size, None, check)
+
+    def object_of(self, view_id: int, block: int, records: bytes | memoryview) -> bytes:
+        """The object that ``part`` reads."""
+        crc = _C.crc32c(records, place_crc(self.manifest, view_id, block))
+        return bytes(records) + _CRC.pack(crc)
+
+    def is_published(self, listing: Listing, view_id: int, block: int) -> bool:
+        """Whether a block is there, whole by its size."""
+        if view_id in listing.files:
+            return True
+        return listing.blocks.get(view_id, {}).get(block) == self.block_bytes(block) + _CRC.size
+
+    def complete_views(self, listing: Listing) -> list[int]:
+        """Ids of the views whose every block is there."""
+        whole = [
+            view_id
+            for view_id in listing.blocks.keys() | listing.files.keys()
+            if view_id < VIEW_LIMIT
+            and all(self.is_published(listing, view_id, block) for block in range(self.num_blocks))
+        ]
+        return sorted(whole)
+
+    def publish_block(self, view_id: int, block: int, records: bytes | memoryview) -> bool:
+        """Publish a block, unless it is there. The first one stays, also where this device computes
+        other last bits.
+
+        Returns:
+            Whether what is there has these bytes.
+
+        Raises:
+            StorageError: it cannot be published, or a damaged object has its name.
+        """
+        content, part = self.object_of(view_id, block, records), self.part(view_id, block)
+        found = [content]
+
+        def is_valid(there: bytes) -> bool:
+            found[0] = there
+            assert part.check is not None
+            return len(there) == part.stop and part.check(there)
+
+        self.objects.create(part.name, content, is_valid)
+        return found[0] == content
+
+
+def read_view_parts(
+    remote: RemoteCache, listing: Listing, view_id: int, blocks: Sequence[int]
+) -> tuple[list[Part], int]:
+    """What to read for blocks of a view, and how many bytes at the end of each are no records.
+
+    Raises:
+        CacheError: a block is not published; a whole view file is of another cache.
+    """
+    objects = remote.objects
+    stamp = listing.files.get(view_id)
+    if stamp is None:
+        published = listing.blocks.get(view_id, {})
+        for block in blocks:
+            if not remote.is_published(listing, view_id, block):
+                state = "damaged" if block in published else "not published yet"
+                raise CacheError(f"cache {objects}: view {view_id} block {block} is {state}")
+        return [remote.part(view_id, block) for block in blocks], _CRC.size
+    name = view_path(Path(), view_id).name
+    spec = view_specs(remote.manifest)(view_id=view_id)
+    if stamp.size != spec.file_bytes:
+        raise CacheError(
+            f"{objects.url_of(name)} has {stamp.size} bytes, expected {spec.file_bytes}"
+        )
+    table_end = _PAGE + spec.blocks * _ENTRY_BYTES
+    header, table = objects.read_many(name, [(0, _PAGE), (_PAGE, table_end)], stamp=stamp)
+    if header != spec.header:
+        raise CacheError(f"{objects.url_of(name)} is damaged or of another cache (its header)")
+    entries = np.frombuffer(table, "<u4").reshape(-1, 2)
+    parts = []
+    for block in blocks:
+        start = spec.data_offset + block * remote.block_bytes(0)
+        place = place_crc(remote.manifest, view_id, block)
+        check = partial(_has_crc, int(entries[block, 0]), place)
+        parts.append(Part(name, start, start + remote.block_bytes(block), stamp, check))
+    return parts, 0
+
+
+def _has_crc(expected: int, place: int, content: bytes) -> bool:
+    return _C.crc32c(content, place) == expected
+
+
+def _is_block(place: int, content: bytes) -> bool:
+    records = memoryview(content)[: -_CRC.size]
+    return _CRC.unpack(content[-_CRC.size :])[0] == _C.crc32c(records, place)
+
+
+def pull(objects: Objects, names: Iterable[str], folder: Path) -> list[str]:
+    """Copy small objects into a folder; returns the names of those that are there."""
+    found = []
+    for name in names:
+        try:
+            content = objects.read(name, check=_sealed_or_other(name))
+        except ObjectMissing:
+            continue
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+        found.append(name)
+    return found
+
+
+def pull_parts(objects: Objects, stamps: dict[str, Stamp], folder: Path) -> None:
+    """Copy several small objects into a folder at once, those that it lacks."""
+    names = [name for name in stamps if not (folder / name).exists()]
+    parts = [
+        Part(name, 0, stamps[name].size, stamps[name], _sealed_or_other(name)) for name in names
+    ]
+    for name, content in zip(names, objects.read_parts(parts), strict=True):
+        write_atomically(folder / name, content)
+
+
+def _sealed_or_other(name: str) -> Callable[[bytes], bool] | None:
+    """The check of a small file: JSON has a seal; statistics have one that their reader checks."""
+    return (lambda content: is_intact(content) is not False) if name.endswith(".json") else None
+
+
+def publish_small(objects: Objects, folder: Path, name: str) -> bool:
+    """Publish a small file of a folder, or take what is there in its place.
+
+    Returns:
+        Whether the object has the file's bytes. Where not, the file has become the object's.
+    """
+    content = (folder / name).read_bytes()
+    there = [content]
+
+    def take(found: bytes) -> bool:
+        there[0] = found
+        return True
+
+    objects.create(name, content, take)
+    if there[0] == content:
+        return True
+    write_atomically(folder / name, there[0])
+    return False
+
+
+class Publisher:
+    """Publishes what a writer commits in a folder; see ``LogitCacheWriter``.
+
+    Args:
+        remote: the cache that takes it.
+        folder: of the writer.
+    """
+
+    def __init__(self, remote: RemoteCache, folder: Path) -> None:
+        self._remote, self._folder = remote, folder
+        self._listings: dict[int, Listing] = {}
+        self._with_pixels: set[int] = set()
+        self.others = 0  # blocks that are there with other bytes
+
+    def is_there(self, view_id: int, block: int) -> bool:
+        """Whether the block is published; each view is listed once."""
+        if view_id not in self._listings:
+            prefix = f"view-{view_id:05d}"
+            self._listings[view_id] = Listing.of(self._remote.objects, prefix)
+        return self._remote.is_published(self._listings[view_id], view_id, block)
+
+    def publish(self, view_id: int, block: int, records: np.ndarray) -> None:
+        """The view's pixel digests, where this process has them, then the block."""
+        pixels = view_path(self._folder, view_id, ".pixels.json")
+        if view_id not in self._with_pixels and pixels.exists():
+            publish_small(self._remote.objects, self._folder, pixels.name)
+            self._with_pixels.add(view_id)
+        self.others += not self._remote.publish_block(view_id, block, records.tobytes())
+
+
+def publish_manifest(objects: Objects, folder: Path, manifest: dict[str, Any]) -> None:
+    """Publish the manifest that lies in a folder, or compare it with the one that is there.
+
+    Raises:
+        CacheMismatch: the URL has a cache made under other settings.
+    """
+    if not publish_small(objects, folder, FILE_NAME):
+        there, _ = read_manifest(objects)
+        require_equal(str(objects), there, {**manifest, "format": there["format"]}, only=False)
+
+
+def blocks_in(positions: np.ndarray, views: np.ndarray, per_block: int) -> dict[int, Sequence[int]]:
+    """The blocks of records, by view."""
+    found: dict[int, Sequence[int]] = {}
+    views = np.broadcast_to(views, positions.shape)
+    for view_id in np.unique(views).tolist():
+        found[view_id] = np.unique(positions[views == view_id] // per_block).tolist()
+    return found

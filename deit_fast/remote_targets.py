@@ -1,0 +1,99 @@
+"""The caches of a pass at a URL, and the folder of this process in which it works for them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from deit_fast.cache.format import FILE_NAME, publish_manifest
+from deit_fast.cache.remote import STATISTICS, Publisher, RemoteCache, publish_small, pull
+from deit_fast.cache.remote import publish_manifest as publish_object
+from deit_fast.runtime.files import cache_folder
+from deit_fast.storage.objects import Objects
+from deit_fast.storage.urls import join
+from deit_fast.target_caches import TargetCache, TargetCaches
+
+_LOCK = ".lock"
+
+
+class RemoteTargets:
+    """Caches at a URL: the logits' at the URL itself, each feature target's below it.
+
+    What decides about the work, manifests and statistics, is copied into a folder of this process
+    first. The process writes its blocks there, into view files that have holes, and publishes each
+    when it is complete. The folder is deleted at the end.
+
+    Args:
+        url: of the caches.
+        targets: names of the feature targets.
+
+    Attributes:
+        folder: of this process.
+        objects: below the URL.
+    """
+
+    def __init__(self, url: str, targets: list[str]) -> None:
+        self.objects = Objects(url)
+        self.folder = _new_folder()
+        self._close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        for name in ["", *targets]:
+            pull(self._below(name), [FILE_NAME, STATISTICS], self.folder / name)
+
+    def _below(self, name: str) -> Objects:
+        return Objects(join(self.objects.url, name)) if name else self.objects
+
+    def share_fit(self, path: Path) -> None:
+        """Publish a fit of statistics, or take the one that another process has published."""
+        folder = path.parent.relative_to(self.folder)
+        publish_small(self._below("" if folder == Path() else str(folder)), path.parent, path.name)
+
+    def publish(self, caches: TargetCaches) -> None:
+        """Publish manifests and statistics, or compare the manifests that are there.
+
+        Raises:
+            CacheMismatch: the URL has a cache made under other settings.
+        """
+        for cache in caches:
+            objects = self._objects_of(cache)
+            manifest = publish_manifest(cache.folder, cache.manifest)
+            publish_object(objects, cache.folder, manifest)
+            if cache.index is None:
+                continue
+            content = (cache.folder / STATISTICS).read_bytes()
+            if not publish_small(objects, cache.folder, STATISTICS):
+                objects.put(STATISTICS, content)  # of a job that ended before it had a manifest
+
+    def publisher(self, cache: TargetCache) -> Publisher:
+        """What publishes the blocks of a cache."""
+        return Publisher(RemoteCache(self._objects_of(cache), cache.manifest), cache.folder)
+
+    def _objects_of(self, cache: TargetCache) -> Objects:
+        return self._below("" if cache.index is None else cache.folder.name)
+
+    def forget_views(self) -> None:
+        """Delete what was written here, once it is published."""
+        for path in self.folder.rglob("view-*"):
+            path.unlink(missing_ok=True)
+
+
+def _new_folder() -> Path:
+    """A new folder with a lock that this process holds; deletes those of processes that ended."""
+    above = cache_folder() / "work"
+    above.mkdir(parents=True, exist_ok=True)
+    for path in above.iterdir():
+        with suppress(OSError):
+            descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    folder = above / os.urandom(8).hex()
+    folder.mkdir()
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # held until this process ends
+    return folder

@@ -1,0 +1,249 @@
+"""A cache in object storage: the same bytes from everywhere, and the same losses as from a disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deit_fast
+from deit_fast.cache import LogitCache
+from deit_fast.cache.local_copy import LIMIT_VARIABLE
+from deit_fast.cache.remote import Listing, block_name
+from deit_fast.cli import main
+from deit_fast.config import CodecConfig, RunConfig
+from deit_fast.errors import CacheError, CacheMismatch, InputError
+from deit_fast.precomputation import precompute
+from deit_fast.storage import clients
+from deit_fast.storage.objects import Objects, Patience
+from deit_fast.units import TRIES_FOLDER, Units
+from helpers import small_blocks
+from helpers.digits import write_few_digits
+from helpers.fault_proxy import fault_proxy
+from helpers.feature_runs import config_of, numbers
+from helpers.processes import start_forked
+from helpers.servers import KEY, SECRET, Server, variables
+from helpers.small_blocks import BLOCK
+from helpers.units import command, contents
+
+LOGITS = {"targets": ("logits",), "codec": {"name": "topk", "k": 4}}
+TOTAL = 6  # units of the logits alone: 70 images in blocks of 36, 3 views
+
+
+@pytest.fixture(autouse=True)
+def blocks_are_small(monkeypatch, tmp_path):
+    monkeypatch.setattr(CodecConfig, "block_records", BLOCK)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    quick = Patience(tries=6, request_seconds=5, seconds=60, pause=0.01)
+    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("remote")
+    write_few_digits(root / "data", train=7, val=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodecConfig, "block_records", BLOCK)
+        precompute(settings(root, str(root / "cache")))
+        precompute(settings(root, str(root / "logits"), **LOGITS))
+    return root
+
+
+def settings(root: Path, cache: str, **changes) -> RunConfig:
+    return config_of(root, cache=cache, data={"workers": 0}, num_views=3).replace(**changes)
+
+
+def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables(port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(clients, "_state", clients._State())
+
+
+@pytest.fixture
+def url(each_server: Server, monkeypatch) -> Iterator[str]:
+    use(each_server.port, monkeypatch)
+    yield f"s3://{each_server.new_bucket()}/teachers/cache"
+    monkeypatch.setattr(clients, "_state", clients._State())
+
+
+@pytest.fixture
+def logits_at(root, url) -> str:
+    Units(settings(root, url, **LOGITS)).compute(range(TOTAL))
+    return url
+
+
+def test_units_publish_the_caches_of_one_process(root, url, tmp_path):
+    worker = Units(settings(root, url))
+    assert worker.total == 3
+    for number in (2, 0, 2, 1):
+        found = worker.compute([number])
+    assert found["cache"] == url
+    assert main(["cache", "copy", url, str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(root / "cache")
+    again = deit_fast.precompute(settings(root, url)).details  # another process, all views
+    assert (again["images"], again["kept"]) == (0, again["kept"])
+    assert again["kept"] == found["kept"] * 3 or again["blocks"] == 0
+
+
+def test_a_folder_copied_to_a_url_and_back_is_the_same(root, url, tmp_path, capsys):
+    assert main(["cache", "copy", str(root / "cache"), url]) == 0
+    assert main(["cache", "copy", str(root / "cache"), url]) == 0  # nothing to do
+    assert main(["cache", "copy", url, str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(root / "cache")
+    assert main(["cache", "info", url]) == 0
+    assert "3 of 3 complete" in capsys.readouterr().out
+    assert main(["cache", "verify", url]) == 0
+    assert main(["cache", "copy", url, f"{url}/copy"]) == 2
+    assert "are both URLs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["blocks", "files"])
+def test_a_run_from_a_url_has_the_losses_of_a_local_one(root, url, tmp_path, form):
+    if form == "blocks":
+        Units(settings(root, url)).compute(range(3))
+    else:  # as the tools of a service copy a folder
+        for name, content in contents(root / "cache").items():
+            Objects(url).put(name, content)
+
+    def run(cache: str, name: str, **changes) -> list[dict]:
+        config = settings(root, cache, teacher=None, output=str(tmp_path / name),
+                          more_caches=(f"{cache}/patches",), **changes)  # fmt: skip
+        deit_fast.train(config)
+        return numbers(tmp_path / name)
+
+    local = run(str(root / "cache"), "local")
+    assert run(url, "remote") == local
+    assert len(run(url, "again", max_steps=2)) < len(local)
+    shutil.rmtree(tmp_path / "user")  # another machine resumes
+    assert run(url, "again") == local
+
+
+@pytest.mark.parametrize("fault", ["503", "cut", "reset", "short", "flip"])
+def test_faults_of_the_network_change_no_byte(root, url, moto_server, each_server, monkeypatch,
+                                              fault):  # fmt: skip
+    with fault_proxy(each_server.port) as proxy:
+        use(proxy.port, monkeypatch)
+        proxy.start(fault, share=0.2, method="PUT" if fault in ("503", "reset") else "GET")
+        Units(settings(root, url, **LOGITS)).compute(range(TOTAL))
+        proxy.start(fault, share=0.25)
+        remote, local = LogitCache.open(url), LogitCache.open(root / "logits")
+        samples = np.arange(70)
+        for view in range(3):
+            records = remote.gather_records(samples, view)
+            assert records.equal(local.gather_records(samples, view))
+        assert proxy.hits
+
+
+def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys):
+    objects = Objects(logits_at)
+    good = objects.read(block_name(1, 0))
+    objects.put(block_name(1, 0), good[:40] + b"\0" + good[41:])
+    cache = LogitCache.open(logits_at)
+    with pytest.raises(OSError, match=r"view-00001/0000000\.block: .* cannot be read"):
+        cache.gather_records(np.arange(3), 1)
+    cache.gather_records(np.arange(3), 2)  # the others are
+    assert main(["cache", "verify", logits_at]) == 1
+    assert "view 1 block 0" in capsys.readouterr().out
+    objects.put(block_name(1, 0), good[:-9])
+    with pytest.raises(CacheError, match=r"view 1 block 0 is damaged"):
+        LogitCache.open(logits_at).gather_records(np.arange(3), 1)
+    objects.delete(block_name(1, 0))
+    Units(settings(root, logits_at, **LOGITS)).compute(range(TOTAL))
+    assert objects.read(block_name(1, 0)) == good
+
+
+def test_a_block_of_another_place_is_refused(logits_at):
+    objects = Objects(logits_at)
+    objects.put(block_name(0, 0), objects.read(block_name(2, 0)))
+    with pytest.raises(OSError, match="cannot be read"):
+        LogitCache.open(logits_at).gather_records(np.arange(3), 0)
+
+
+def test_a_damaged_local_copy_is_fetched_again(root, logits_at, tmp_path, caplog):
+    local = LogitCache.open(root / "logits").gather_records(np.arange(70), 0)
+    LogitCache.open(logits_at).gather_records(np.arange(70), 0)
+    (path,) = (tmp_path / "user").rglob("view-00000.dlc")
+    with path.open("r+b") as file:
+        file.seek(-30, 2)
+        file.write(b"\xff" * 8)
+    assert LogitCache.open(logits_at).gather_records(np.arange(70), 0).equal(local)
+    assert "1 blocks of view 0 are damaged; they are fetched again" in caplog.text
+
+
+def test_local_copies_stay_below_their_bound(root, logits_at, monkeypatch, tmp_path):
+    def taken() -> int:
+        files = (tmp_path / "user").rglob("view-*.dlc")
+        return sum(file.stat().st_blocks * 512 for file in files)
+
+    local, cache = LogitCache.open(root / "logits"), LogitCache.open(logits_at)
+    cache.gather_records(np.arange(70), 0)
+    bound = taken() * 3 - 1  # two views, and one on the way
+    monkeypatch.setenv(LIMIT_VARIABLE, str(bound / 1e9))
+    for view in (1, 2, 0, 2, 1, 0, 1):
+        expected = local.gather_records(np.arange(70), view)
+        assert cache.gather_records(np.arange(70), view).equal(expected)
+        assert bound / 4 <= taken() <= bound
+    monkeypatch.setenv(LIMIT_VARIABLE, "1e-6")
+    with pytest.raises(CacheError, match=rf"{LIMIT_VARIABLE}=1e-06 allows less: raise it"):
+        cache.gather_records(np.arange(70), 2)
+    monkeypatch.setenv(LIMIT_VARIABLE, "much")
+    with pytest.raises(InputError, match="must be a number of GB above 0"):
+        cache.gather_records(np.arange(70), 2)
+
+
+def test_another_cache_at_the_url_is_refused_with_its_fields(root, logits_at, capsys, tmp_path):
+    other = settings(root, logits_at, **LOGITS, teacher_batch=7)
+    with pytest.raises(CacheMismatch, match=r"teacher\.batch is .*, expected 7"):
+        Units(other)
+    with pytest.raises(CacheError, match="is no cache: it has no manifest"):
+        LogitCache.open(f"{logits_at}/nothing")
+
+
+@pytest.mark.dist
+def test_machines_of_a_fleet_make_one_cache(root, url, tmp_path):
+    """Three processes with folders of their own; two share units, one of them is killed."""
+    config = settings(root, url, **LOGITS, output=str(tmp_path / "run"))
+    first = [
+        start_forked(small_blocks.run, command(config, blocks),
+                     XDG_CACHE_HOME=str(tmp_path / f"machine-{blocks[0]}"))
+        for blocks in ("0:5", "2:6", "1:4")
+    ]  # fmt: skip
+    first[1].join(1.0)
+    first[1].kill()
+    for process in first:
+        process.join(120)
+    assert [first[0].exitcode, first[2].exitcode] == [0, 0]
+    Units(config).compute(range(TOTAL))
+    assert main(["cache", "copy", url, str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(root / "logits")
+    assert not Objects(url).list(f"{TRIES_FOLDER}/")
+
+
+def test_a_unit_that_fails_is_in_quarantine_for_all_machines(root, url, monkeypatch, tmp_path):
+    config = settings(root, url, **LOGITS, teacher="helpers.fragile_teacher:fragile")
+    monkeypatch.setenv("FRAGILE", "always:0")
+    assert len(Units(config).compute([4])["quarantined"]) == 1
+    monkeypatch.delenv("FRAGILE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    found = Units(config).compute(range(TOTAL))["quarantined"]
+    assert [(row["unit"], row["why"]) for row in found] == [
+        (4, "ValueError: a teacher that failed")
+    ]
+    assert len(Listing.of(Objects(url)).blocks[2]) == 1
+
+
+def test_no_secret_is_written_or_said(root, logits_at, tmp_path, monkeypatch, caplog, capsys):
+    output = tmp_path / "run"
+    deit_fast.train(settings(root, logits_at, **LOGITS, teacher=None, output=str(output)))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(clients, "_state", clients._State())
+    assert main(["cache", "info", logits_at]) == 2
+    said = caplog.text + "".join(capsys.readouterr())
+    for folder in (tmp_path / "user", output):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                said += path.read_bytes().decode("latin1")
+    assert KEY not in said and SECRET not in said
