@@ -12,7 +12,7 @@ from pathlib import Path
 from deit_fast.cache.format import FILE_NAME, publish_manifest
 from deit_fast.cache.remote import STATISTICS, Publisher, RemoteCache, publish_small, pull
 from deit_fast.cache.remote import publish_manifest as publish_object
-from deit_fast.runtime.files import cache_folder
+from deit_fast.runtime.files import cache_folder, read_file
 from deit_fast.storage.objects import Objects
 from deit_fast.storage.urls import join
 from deit_fast.target_caches import TargetCache, TargetCaches
@@ -63,7 +63,7 @@ class RemoteTargets:
             publish_object(objects, cache.folder, manifest)
             if cache.index is None:
                 continue
-            content = (cache.folder / STATISTICS).read_bytes()
+            content = read_file(cache.folder / STATISTICS)
             if not publish_small(objects, cache.folder, STATISTICS):
                 objects.put(STATISTICS, content)  # of a job that ended before it had a manifest
 

@@ -74,7 +74,10 @@ def test_dry_run_of_the_command(root, capsys, tmp_path):
                          "--dry-run", "--views", "1:3")  # fmt: skip
     assert status == 0
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert rows["blocks"] == "6 to write, 0 there" and rows["images"] == "120"
+    assert (
+        rows["blocks"] == "6 to write, 0 there; all views are --blocks 0:9"
+        and rows["images"] == "120"
+    )
     assert re.match(r"batches of \d+ images through the whole job; ", rows["measured"])
     assert ", for a batch of 60: loading in one process " in rows["measured"]
     assert "img/s a process" in rows["time"]

@@ -346,7 +346,7 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("export runs/x", "export needs --format (timm, onnx, torch, hf); see"),
         (
             "pack",
-            "pack needs ROOT (folder of images or tar shards, with both splits) and OUT (fold",
+            "pack needs ROOT (folder of images, tar shards or Hugging Face files, with both",
         ),
         ("evaluate a b", "unexpected argument 'b'"),
         ("evaluate a --batch-size 0", "--batch-size must be a whole number in [1, 2147483647], "),

