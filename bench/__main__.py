@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()  # --seconds includes the time of the imports
 HERE = Path(__file__).parent
 HOST_BENCHES = ("cache", "loader")  # run last: the GPU is idle during most of them
+NOT_IN_ALL = ("startup",)  # makes a million files, and has nothing to do with the device
 PROGRAMS = {
     "plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu",
     "traffic": "traffic", "roofline": "roofline", "fashion": "fashion.run",
@@ -38,7 +39,7 @@ def select(what: str) -> list[str]:
     names = [path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")]
     names.sort(key=lambda name: (name in HOST_BENCHES, name))
     if what == "all":
-        return names
+        return [name for name in names if name not in NOT_IN_ALL]
     if what == "kernels":
         return [name for name in names if (HERE.parent / "kernels" / f"{name}.py").exists()]
     if what not in names:

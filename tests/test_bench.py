@@ -329,6 +329,7 @@ def test_benches_are_found_by_their_file_names() -> None:
     assert {"distillation_loss", "ingest"} <= set(select("kernels")) <= set(select("all"))
     assert select("all")[-2:] == ["cache", "loader"]  # the card must not wait for the host's
     assert select("ingest") == ["ingest"]
+    assert select("startup") == ["startup"] and "startup" not in select("all")
     with pytest.raises(SystemExit, match="unknown bench 'nothing': all, kernels or one of"):
         select("nothing")
 

@@ -50,7 +50,7 @@ log = logging.getLogger("deit_fast")
 FEWEST = 10_000  # images from which a split is indexed: fewer are listed in a fraction of a second
 _MAGIC, _VERSION = b"deit-fast-folder", 1
 _ALIGNMENT = 4096
-_TICK_NS = 2_000_000_000  # the coarsest clock of a file system
+TICK_NS = 2_000_000_000  # the coarsest clock of a file system
 _PARTS = ("names", "ends", "labels", "sizes", "stamps", "classes", "folders", "left_out")
 # magic, version, classes, images, folders, started, finished, key, digest; then the parts
 _HEADER = struct.Struct(f"<16sIIQQqq32s32s{'QI' * len(_PARTS)}")
@@ -138,7 +138,7 @@ def _why_not(index: _Index, folder: str, classes: list[str], verify: str, since:
     if index.finished_ns < since:
         if verify != "names":
             return f"data.verify={verify}"
-        if (listing.stamps[:, :2] > listing.started_ns - _TICK_NS).any():
+        if (listing.stamps[:, :2] > listing.started_ns - TICK_NS).any():
             return "a folder was changed shortly before it was indexed"
     if listing.classes != classes:
         return "its classes have changed since it was indexed"
