@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from deit_fast.data.sources import LeftOut
+import numpy as np
+
+from deit_fast.data.sources import LeftOut, Paths, packed_path
 from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list
 
 THREADS, LINES = 16, 1024
@@ -28,36 +31,40 @@ class TwoPasses:
         left_out = LeftOut()
         for name in sorted({*os.listdir(folder)} - {*classes}):
             left_out.add("files and hidden folders beside the classes", name)
-        self.labels: list[int] = []
-        self.names: list[bytes] = []
+        labels: list[int] = []
+        names: list[bytes] = []
         for label, name in enumerate(classes):
             files = image_files(folder, name, left_out)
-            self.names += files
-            self.labels += [label] * len(files)
+            names += files
+            labels += [label] * len(files)
         self.left_out = str(left_out)
+        self.labels = np.array(labels, np.int64)
+        buffer, ends = np.frombuffer(b"".join(names), np.uint8), np.cumsum(list(map(len, names)))
+        self.paths = Paths(len(names), partial(packed_path, folder, buffer, ends, 0))
 
     def sha256(self) -> str:
         """Over relative path, byte size and class of every file."""
-        digest = hashlib.sha256()
-        classes = [os.fsencode(name) for name in self.classes]
+        digest, start = hashlib.sha256(), len(self.folder) + 1
+        classes, labels = [os.fsencode(name) for name in self.classes], self.labels.tolist()
 
         def lines(first: int) -> bytes:
             part = slice(first, first + LINES)
             return b"".join(
-                b"%b\0%d\0%b\n" % (name, self.size(name), classes[label])
-                for name, label in zip(self.names[part], self.labels[part], strict=True)
+                b"%b\0%d\0%b\n" % (os.fsencode(path[start:]), size_of(path), classes[label])
+                for path, label in zip(self.paths[part], labels[part], strict=True)
             )
 
         with ThreadPoolExecutor(THREADS) as pool:
-            for text in pool.map(lines, range(0, len(self.labels), LINES)):
+            for text in pool.map(lines, range(0, len(labels), LINES)):
                 digest.update(text)
         return digest.hexdigest()
 
-    def size(self, name: bytes) -> int:
-        try:
-            return os.stat(os.path.join(self.folder, os.fsdecode(name))).st_size
-        except OSError:
-            return -1
+
+def size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def image_files(folder: str, name: str, left_out: LeftOut) -> list[bytes]:
