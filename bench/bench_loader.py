@@ -35,7 +35,7 @@ from PIL import Image
 
 from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import ImageFolder, ViewLoader, ingest_batch
-from deit_fast.data.jpeg_index import index_files
+from deit_fast.data.jpeg_index import FileIndex
 from deit_fast.data.packed_shards import PackedImages
 from deit_fast.data.sources import Source
 from deit_fast.errors import InputError
@@ -153,7 +153,7 @@ def build_dali(
     try:
         from deit_fast.data.dali import DaliLoader
 
-        index = index_files(source, 1, folder)
+        index = FileIndex(source, folder)
     except (ImportError, InputError) as error:
         return str(error)
     plan = ViewPlan(recipe, FILES)
@@ -197,7 +197,7 @@ def build_decoder(
     try:
         from deit_fast.data.dali import DaliLoader
 
-        index = index_files(source, 1, root)
+        index = FileIndex(source, root)
     except (ImportError, InputError) as error:
         return str(error)
 

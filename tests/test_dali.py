@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from deit_fast.cache import CacheMismatch
 from deit_fast.config import DataConfig, ViewConfig
-from deit_fast.data import ImageFolder, open_loader
+from deit_fast.data import ImageFolder, UnreadableImage, jpeg_index, open_loader
+from deit_fast.data import dali as dali_module
+from deit_fast.data.jpeg_index import FileIndex
 from deit_fast.errors import InputError
 from deit_fast.views.plan import ViewPlan
 from helpers.images import SEED, SIZE, encode, folder_of, odd_files, picture, write_split
@@ -98,65 +100,132 @@ def test_each_file_is_given_to_dali_once(source, monkeypatch):
     assert not any(given[1:])  # what follows the last batch
 
 
-def test_only_plain_jpegs_pass(tmp_path):
-    from deit_fast.data.jpeg_index import index_files
+def use(index: FileIndex, source: ImageFolder) -> list[str]:
+    """Read all files as the loader does; the names of those that DALI may decode."""
+    passed = []
+    for sample, path in enumerate(source.paths):
+        with contextlib.suppress(UnreadableImage):
+            if not index.is_left_to_pillow(sample) and index.passes(sample, source.read(sample)):
+                passed.append(os.path.basename(path))
+    return passed
 
+
+def test_only_plain_jpegs_pass(tmp_path):
     source = folder_of(
         tmp_path, odd_files() | {"broken.jpg": encode(picture(1, 99, 80), "JPEG")[:900]}
     )
-    index = index_files(source, 2)
-    passed = {
+    index = FileIndex(source)
+    plain = ["exif.jpg", "grey.jpg", "progressive.jpg"]
+    assert use(index, source) == plain
+    sizes = {
         os.path.basename(path): tuple(size.tolist())
         for path, size in zip(source.paths, index.sizes, strict=True)
         if size[0]
     }
-    assert passed == dict.fromkeys(("exif.jpg", "grey.jpg", "progressive.jpg"), (40, 30))
-    assert (index.lengths > 0).all()
+    assert sizes == dict.fromkeys(plain, (40, 30))
 
 
-class Reads:
-    """A source that notes which files are read."""
+class Starts:
+    """Starts of a run that use all files; ``decoded``: what the last one checked by decoding."""
 
-    def __init__(self, source: ImageFolder) -> None:
-        self.source, self.read_now = source, []
-        self.paths, self.labels, self.num_samples = source.paths, source.labels, source.num_samples
-        self.fingerprint, self.load = source.fingerprint, source.load
+    def __init__(self, source: ImageFolder, monkeypatch) -> None:
+        self.source, self.decoded = source, []
+        decodes = jpeg_index.decodes_like_pillow
 
-    def read(self, index: int) -> bytes:
-        self.read_now.append(index)
-        return self.source.read(index)
+        def noted(encoded: bytes, path: str) -> bool:
+            self.decoded.append(path)
+            return decodes(encoded, path)
+
+        monkeypatch.setattr(jpeg_index, "decodes_like_pillow", noted)
 
     def check(self) -> list[int]:
-        from deit_fast.data.jpeg_index import index_files
+        self.decoded.clear()
+        self.index = FileIndex(self.source)
+        assert not self.decoded  # a start checks nothing
+        for _ in range(2):
+            use(self.index, self.source)
+        self.index.close()
+        return [list(self.source.paths).index(path) for path in self.decoded]
 
-        self.read_now.clear()
-        self.index = index_files(self, 2)
-        return sorted(self.read_now)
+
+@pytest.fixture
+def starts(source, monkeypatch) -> Starts:
+    return Starts(source, monkeypatch)
 
 
-def test_files_are_checked_again_when_they_change(source, index_folder):
-    reads = Reads(source)
-    assert reads.check() == [*range(8)]
-    sizes = reads.index.sizes.copy()
+def test_files_are_checked_at_their_first_use_and_when_they_change(source, starts, index_folder):
+    assert starts.check() == [*range(8)]
+    sizes = starts.index.sizes.copy()
     assert (sizes > 0).all()
-    assert reads.check() == [] and (reads.index.sizes == sizes).all()
+    assert starts.check() == [] and (starts.index.sizes == sizes).all()
     os.utime(source.paths[3], (1, 1))
     picture(7, 33, 22).save(source.paths[5])
-    assert reads.check() == [3, 5]
-    assert reads.index.sizes[5].tolist() == [33, 22]
-    assert (np.delete(reads.index.sizes, 5, 0) == np.delete(sizes, 5, 0)).all()
+    assert starts.check() == [3, 5]
+    assert starts.index.sizes[5].tolist() == [33, 22]
+    assert (np.delete(starts.index.sizes, 5, 0) == np.delete(sizes, 5, 0)).all()
     Path(source.paths[6]).unlink()
-    assert reads.check() == [6] and reads.check() == [6]  # missing: checked every time
+    assert starts.check() == []
     picture(7, 33, 22).save(source.paths[6])
-    assert reads.check() == [6] and reads.check() == []
+    assert starts.check() == [6] and starts.check() == []
     assert not list(Path(source.folder).rglob("*.npz")) and list(index_folder.glob("*.npz"))
 
 
+def test_dali_decodes_no_file_before_its_check(source, monkeypatch):
+    """Whatever the order of use, and with results of a run that used some of the files."""
+    checked, given = set(), []
+    decodes, inputs = jpeg_index.decodes_like_pillow, dali_module.decoder_inputs
+
+    def noted(encoded: bytes, path: str) -> bool:
+        checked.add(bytes(encoded))
+        return decodes(encoded, path)
+
+    def watched(files: list[np.ndarray]) -> tuple:
+        given.extend(file.tobytes() for file in files if file.ndim == 1)
+        assert checked >= set(given)
+        return inputs(files)
+
+    monkeypatch.setattr(jpeg_index, "decodes_like_pillow", noted)
+    monkeypatch.setattr(dali_module, "decoder_inputs", watched)
+    batches = [([5, 2], [0, 0]), ([2, 7], [1, 0]), ([5], [1])]
+    assert len(list(loaded(source, batches))) == 3
+    assert len(checked) == 3 and len(given) == 5
+    list(loaded(source, [(np.arange(8), np.zeros(8, int))]))
+    assert len(checked) == 8 and len(given) == 13
+
+
+def test_a_file_that_was_replaced_is_not_stored_by_its_old_stamp(source, starts):
+    index = FileIndex(source)
+    use(index, source)
+    old = source.read(4)
+    assert not index.passes(4, old[:300])  # cut
+    index.save()
+    assert starts.check() == [4] and starts.index.sizes[4].all()
+
+
+def test_results_are_stored_while_the_run_lasts(source, starts, monkeypatch):
+    monkeypatch.setattr(jpeg_index, "_SECONDS_BETWEEN_SAVES", -1.0)
+    passed = iter(loaded(source, [([0, 1], [0, 0]), ([2, 3], [0, 0]), ([4], [0])]))
+    next(passed), next(passed), next(passed)
+    assert set(starts.check()) < {*range(2, 8)}  # those of the first step at least are known
+    del passed
+
+
+def test_two_processes_learn_from_each_other(source, starts):
+    one, two = FileIndex(source), FileIndex(source)
+    for sample in range(4):
+        assert not one.is_left_to_pillow(sample) and one.passes(sample, source.read(sample))
+    assert not two.is_left_to_pillow(7) and two.passes(7, source.read(7))
+    one.save()
+    two.save()
+    assert starts.check() == [4, 5, 6]
+    starts.decoded.clear()
+    assert len(use(two, source)) == 8 and len(starts.decoded) == 3  # without those of `one`
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "pickle", "scalar", "other"])
-def test_a_damaged_index_is_made_again(source, index_folder, damage, caplog, monkeypatch):
-    reads = Reads(source)
-    assert reads.check() == [*range(8)]
-    sizes = reads.index.sizes.copy()
+def test_a_damaged_index_is_made_again(source, starts, index_folder, damage, caplog, monkeypatch):
+    assert starts.check() == [*range(8)]
+    sizes = starts.index.sizes.copy()
     (file,) = index_folder.glob("*.npz")
     content = bytearray(file.read_bytes())
     if damage == "cut":
@@ -173,42 +242,28 @@ def test_a_damaged_index_is_made_again(source, index_folder, damage, caplog, mon
     if damage == "other":
         monkeypatch.setattr("PIL.__version__", "11.9")
     with caplog.at_level(logging.WARNING, "deit_fast"):
-        assert reads.check() == [*range(8)]
-    assert "checking the files again" in caplog.text and (reads.index.sizes == sizes).all()
-    assert reads.check() == []
+        assert starts.check() == [*range(8)]
+    assert "checking the files again" in caplog.text and (starts.index.sizes == sizes).all()
+    assert starts.check() == []
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_error(source, index_folder, caplog):
+def test_a_cache_folder_that_cannot_be_written_is_no_error(source, starts, index_folder, caplog):
     index_folder.parent.mkdir(parents=True)
     index_folder.write_text("a file where the folder should be")
-    reads = Reads(source)
-    assert reads.check() == [*range(8)] and (reads.index.sizes > 0).all()
-    assert "checked again next time" in caplog.text
+    assert starts.check() == [*range(8)] and (starts.index.sizes > 0).all()
+    assert caplog.text.count("checked again next time") == 1
 
 
-def test_a_fifo_in_place_of_the_index_or_its_lock_stops_nothing(source, index_folder):
-    reads = Reads(source)
-    assert reads.check() == [*range(8)]
+def test_a_fifo_in_place_of_the_index_or_its_lock_stops_nothing(source, starts, index_folder):
+    assert starts.check() == [*range(8)]
     (file,) = index_folder.glob("*.npz")
     for path in (file.with_suffix(".lock"), file):
         path.unlink()
         os.mkfifo(path)
         if path.suffix == ".lock":
-            assert reads.check() == []
+            assert starts.check() == []
     with pytest.raises(InputError, match="is a FIFO, not a file"):
-        reads.check()
-
-
-def test_two_processes_do_not_check_twice(source):
-    """As two ranks of a machine: here two threads, each with its own lock file handle."""
-    readers = [Reads(source), Reads(source)]
-    found: list[list[int]] = []
-    threads = [threading.Thread(target=lambda r=r: found.append(r.check())) for r in readers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == [[], [*range(8)]]
+        starts.check()
 
 
 def replace(path: str | Path, content: bytes) -> None:

@@ -531,15 +531,11 @@ def test_a_stuck_process_ends_the_pass_and_is_killed(monkeypatch):
 
 @pytest.mark.dali
 def test_a_stuck_thread_ends_the_pass(monkeypatch):
-    from deit_fast.data.jpeg_index import FileIndex
-
     monkeypatch.setattr(dali_module, "POLL_SECONDS", 0.1)
     source = Stuck()
-    sizes, lengths = np.full((2, 2), 32, np.int32), np.full(2, len(source.read(0)))
     passed = iter(
         dali_module.DaliLoader(
             source, ViewPlan(PLAIN, 2), [([1], [0])], DataConfig(loader="dali-cpu", workers=1),
-            index=FileIndex(sizes, lengths),
         )
     )  # fmt: skip
     with pytest.raises(ChildProcessError, match=r"thread \d+.* does not get past 1\.jpg"):

@@ -32,7 +32,6 @@ from deit_fast.data.jpeg_index import (
     FileIndex,
     decodes_like_pillow,
     header_size,
-    index_files,
     require_dali,
 )
 from deit_fast.data.loader import MixOperands, load_readable, steps_of
@@ -58,7 +57,7 @@ class DaliLoader:
             threads and of DALI's threads, at least 1.
         device: where `kernels.augment` and a GPU decoder run.
         depth: chunks that DALI works on; 1: nothing is made ahead, for timing.
-        index: which files DALI may decode; none: checks those that no earlier loader has checked.
+        index: what is known of the files; none: what earlier loaders have stored.
 
     Raises:
         InputError: DALI is not installed; view settings it does not support.
@@ -87,8 +86,7 @@ class DaliLoader:
             raise InputError(f"data.loader=dali-gpu needs a CUDA device, not {self.device}")
         augment_table(plan.view, plan.rows([], []), [], [])  # refuses unsupported settings
         self._threads = max(1, loading_processes(data.workers))
-        index = index_files(source, self._threads) if index is None else index
-        self._files = _Files(source, index)
+        self._files = _Files(source, FileIndex(source) if index is None else index)
         # Without a GPU this host's own functions make the kernel's bytes, and are faster.
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         self._on_host = self.device.type == "cpu" and not interpreted
@@ -108,6 +106,7 @@ class DaliLoader:
                 for pool in (feed.thread, readers):
                     pool.close()
                     pool.join()
+            self._files.index.close()
 
     def _run(self, feed: _Feed, readers: ThreadPool) -> Iterator[ViewBatch]:
         pipeline = self._build(feed)
@@ -179,6 +178,7 @@ class DaliLoader:
     # -- in the feeding thread -----------------------------------------------------------------
 
     def _prepare(self, readers: ThreadPool, step: int) -> _Job:
+        self._files.index.save_when_due()
         operands = MixOperands.of(self.plan, *self._batches[step])
         rows = operands.needed
         distinct, file_of = np.unique(rows["sample"], return_inverse=True)
@@ -324,13 +324,9 @@ class _Files:
         self.paths, self.labels = source.paths, source.labels
 
     def load(self, sample: int) -> np.ndarray:
-        if self.index.sizes[sample, 0]:
+        if not self.index.is_left_to_pillow(sample):
             encoded = self.source.read(sample)
-            # A crop of the old size could leave a replaced image, and a few bytes can claim more
-            # pixels than there is memory.
-            if not self.index.is_unchanged(sample, encoded):
-                self.index.check(sample, encoded, self.paths[sample])
-            if self.index.sizes[sample, 0]:
+            if self.index.passes(sample, encoded):
                 return np.frombuffer(encoded, np.uint8)
         return np.asarray(self.source.load(sample))
 

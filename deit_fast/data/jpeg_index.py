@@ -1,11 +1,14 @@
 """Which files DALI may decode: those whose pixels come out exactly as Pillow decodes them.
 
-One broken file ends a DALI pipeline for good, so both decoders decode each file once before the
-first pipeline is built. Plain JPEGs pass. All others (PNG, CMYK, 16 bits, animations, broken files,
-and files on which the two disagree) are left to Pillow, which can also say what is wrong with them.
+One broken file ends a DALI pipeline for good, so both decoders decode each file once before DALI is
+given it: at its first use, by the threads that read. Plain JPEGs pass. All others (PNG, CMYK, 16
+bits, animations, broken files, and files on which the two disagree) are left to Pillow, which can
+also say what is wrong with them.
 
-The results are stored by path, size and modification time in the user's cache folder, never beside
-the images: `$XDG_CACHE_HOME/deit-fast/files/`, by default below `~/.cache`.
+The check is of the very bytes that are then decoded. A start checks nothing, and a run checks those
+files alone that it uses; each process checks its own. The results are stored by path, size and
+modification time in the user's cache folder, never beside the images:
+`$XDG_CACHE_HOME/deit-fast/files/`, by default below `~/.cache`.
 """
 
 from __future__ import annotations
@@ -18,8 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,7 @@ from deit_fast.runtime.locks import one_at_a_time
 log = logging.getLogger("deit_fast")
 
 _FORMAT = 1
-_PART = 64  # files per task of a thread
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_SAVES = 300.0
 
 
 def require_dali() -> None:
@@ -54,28 +55,116 @@ def require_dali() -> None:
         raise InputError(f"NVIDIA DALI does not load: {error}") from None
 
 
-@dataclass(frozen=True)
+_UNKNOWN, _STORED, _NEW, _REPLACED = range(4)
+
+
 class FileIndex:
-    """What is known of each file of a data set.
+    """What is known of each file of a data set: by earlier runs, or since its first use in this.
+
+    Threads may share it.
+
+    Args:
+        folder: where results are stored; none: the user's cache folder.
 
     Attributes:
-        sizes: int32 [n, 2], width and height of the files that DALI may decode; 0 for the others.
-        lengths: int64 [n], bytes of every file when it was checked.
+        sizes: int32 [n, 2], width and height of the files that DALI may decode; 0 for those that it
+            may not decode and for those that were not used yet.
+
+    Raises:
+        InputError: the source has no encoded images; something else than a file is in the place
+            of the results.
+        OSError: the machine cannot read the images.
     """
 
-    sizes: np.ndarray
-    lengths: np.ndarray
+    def __init__(self, source: Source, folder: Path | None = None) -> None:
+        with suppress(UnreadableImage):
+            source.read(0)  # refuses a source of decoded pixels
+        count = source.num_samples
+        self.sizes = np.zeros((count, 2), np.int32)
+        self._source, self._lengths = source, np.zeros(count, np.int64)
+        self._stamps, self._states = np.zeros(count, np.uint64), np.full(count, _UNKNOWN, np.uint8)
+        self._path = (folder or cache_folder() / "files") / f"{_name(source)}.npz"
+        self._stored = _load(self._path) or _NOTHING
+        self._saved, self._process, self._can_save = time.monotonic(), os.getpid(), True
+        if len(self._stored["stamps"]) < count:
+            log.info(
+                "files that no run has used before are checked for DALI at their first use, which "
+                "takes two more decodes of each"
+            )
 
-    def check(self, sample: int, encoded: bytes, path: str) -> None:
-        """Decode a file by both decoders and store the result."""
-        passes = decodes_like_pillow(encoded, path)
-        self.sizes[sample] = header_size(encoded) if passes else 0
-        self.lengths[sample] = len(encoded)
+    def is_left_to_pillow(self, sample: int) -> bool:
+        """Whether it is known that DALI may not decode the file, without reading it."""
+        if self._states[sample] == _UNKNOWN:
+            self._recall(sample)
+        return bool(self._states[sample] != _UNKNOWN and self.sizes[sample, 0] == 0)
 
-    def is_unchanged(self, sample: int, encoded: bytes) -> bool:
-        """Whether length and header are those of the file that was checked."""
+    def passes(self, sample: int, encoded: bytes) -> bool:
+        """Whether DALI may decode these bytes of a file that is not left to Pillow.
+
+        Decodes them by both decoders if the file is used for the first time or was replaced: a crop
+        of the old size could leave a replaced image, and a few bytes can claim more pixels than
+        there is memory.
+        """
+        is_known = self._states[sample] != _UNKNOWN
         size = tuple(self.sizes[sample].tolist())
-        return len(encoded) == self.lengths[sample] and header_size(encoded) == size
+        if is_known and len(encoded) == self._lengths[sample] and header_size(encoded) == size:
+            return True
+        passes = decodes_like_pillow(encoded, self._source.paths[sample])
+        if is_known:
+            self._states[sample] = _REPLACED  # first: its stamp is of the old file
+        self.sizes[sample] = header_size(encoded) if passes else 0
+        self._lengths[sample] = len(encoded)
+        if not is_known:
+            self._states[sample] = _NEW
+        return passes
+
+    def save_when_due(self) -> None:
+        """Store new results, a few minutes after the last time."""
+        if time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Store new results beside those of other processes, and learn theirs."""
+        self._saved = time.monotonic()
+        new = np.flatnonzero(self._states == _NEW)
+        if not len(new) or not self._can_save or os.getpid() != self._process:
+            return
+        own: dict[str, np.ndarray] = {
+            "stamps": self._stamps[new], "sizes": self.sizes[new], "lengths": self._lengths[new]
+        }  # fmt: skip
+        is_same = self._states[new] == _NEW  # not replaced while it was copied
+        new, own = new[is_same], {name: values[is_same] for name, values in own.items()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(self._path.with_suffix(".lock"), f"stores {self._path}"):
+                self._stored = _merged(_load(self._path) or _NOTHING, own, self._source.num_samples)
+                digest = np.frombuffer(_sha256(*self._stored.values()), np.uint8)
+                write_arrays(self._path, self._stored | {"sha256": digest})
+        except (OSError, InputError) as error:
+            self._can_save = False
+            log.warning("%s: the files will be checked again next time", error)
+        self._states[new] = _STORED
+
+    def close(self) -> None:
+        """Store new results, and say how many files Pillow decodes."""
+        self.save()
+        used = self._states != _UNKNOWN
+        others = int((used & (self.sizes[:, 0] == 0)).sum())
+        if others:
+            log.info(
+                "%d of the %d files in use are not plain JPEGs: Pillow decodes them",
+                others, int(used.sum()),
+            )  # fmt: skip
+
+    def _recall(self, sample: int) -> None:
+        """Take over what an earlier run found. To be called before the file is read."""
+        stamp = self._stamps[sample] = _stamp(self._source, sample)
+        stored = self._stored
+        row = int(np.searchsorted(stored["stamps"], stamp))
+        if row < len(stored["stamps"]) and stored["stamps"][row] == stamp:
+            self.sizes[sample] = stored["sizes"][row]
+            self._lengths[sample] = stored["lengths"][row]
+            self._states[sample] = _STORED
 
 
 def decodes_like_pillow(encoded: bytes, path: str) -> bool:
@@ -138,88 +227,30 @@ def _thread_decoder() -> Callable[[bytes], np.ndarray | None]:
     return _thread.decode
 
 
-def index_files(source: Source, threads: int, folder: Path | None = None) -> FileIndex:
-    """Check the files that no earlier call has checked.
-
-    The first call costs about two decodes a file; under torchrun one process of a machine does it
-    and the others wait. Unreadable files are checked again by every call.
-
-    Args:
-        threads: files at once.
-        folder: where results are stored; none: the user's cache folder.
-    """
-    stamps = _stamps(source)
-    path = (folder or cache_folder() / "files") / f"{_name(source)}.npz"
-    with one_at_a_time(path.with_suffix(".lock"), "checks the same files"):
-        index, is_known = _look_up(path, stamps)
-        if not is_known.all():
-            try:
-                _check_files(source, index, is_known, threads)
-            finally:  # also after an interruption
-                _save(path, stamps[is_known], index.sizes[is_known], index.lengths[is_known])
-    others = int((index.sizes[:, 0] == 0).sum())
-    if others:
-        log.info("%d of %d files are not plain JPEGs: Pillow decodes them", others, len(stamps))
-    return index
-
-
-def _check_files(source: Source, index: FileIndex, is_known: np.ndarray, threads: int) -> None:
-    """Fill in the unknown files of the index."""
-
-    def check(part: np.ndarray) -> int:
-        for sample in part.tolist():
-            try:
-                encoded = source.read(sample)
-            except UnreadableImage:
-                continue
-            index.check(sample, encoded, source.paths[sample])
-            is_known[sample] = True
-        return len(part)
-
-    unknown = np.flatnonzero(~is_known)
-    if len(unknown) > _PART:
-        log.info("checking %d files for DALI, once for this data set", len(unknown))
-    parts = [unknown[first : first + _PART] for first in range(0, len(unknown), _PART)]
-    started = last_line = time.monotonic()
-    done = 0
-    pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="check-files")
-    try:
-        for count in pool.map(check, parts):
-            done += count
-            now = time.monotonic()
-            if now - last_line > _SECONDS_BETWEEN_LINES:
-                last_line, rate = now, done / (now - started)
-                log.info(
-                    "checked %d of %d files, %.0f files/s, %.0f s left",
-                    done, len(unknown), rate, (len(unknown) - done) / rate,
-                )  # fmt: skip
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # Results on disk
 # ---------------------------------------------------------------------------------------------
 
 
-def _stamps(source: Source) -> np.ndarray:
-    """uint64 [n], a digest of path, size and modification time of each file.
+_NOTHING: dict[str, np.ndarray] = {
+    "stamps": np.zeros(0, np.uint64), "sizes": np.zeros((0, 2), np.int32),
+    "lengths": np.zeros(0, np.int64),
+}  # fmt: skip
+
+
+def _stamp(source: Source, sample: int) -> np.uint64:
+    """A digest of path, size and modification time of a file.
 
     A member of an archive has no time, so the fingerprint of the data set takes its place.
     """
-    stamps = np.empty(source.num_samples, np.uint64)
-    whole: bytes | None = None
-    for index in range(source.num_samples):
-        path = source.paths[index]
-        try:
-            status = os.stat(path)
-            text = b"%d %d" % (status.st_size, status.st_mtime_ns)
-        except OSError:
-            whole = whole or repr(sorted(source.fingerprint().items())).encode()
-            text = whole
-        digest = hashlib.blake2b(os.fsencode(os.path.abspath(path)) + b"\0" + text, digest_size=8)
-        stamps[index] = int.from_bytes(digest.digest(), "little")
-    return stamps
+    path = source.paths[sample]
+    try:
+        status = os.stat(path)
+        text = b"%d %d" % (status.st_size, status.st_mtime_ns)
+    except OSError:
+        text = repr(sorted(source.fingerprint().items())).encode()
+    digest = hashlib.blake2b(os.fsencode(os.path.abspath(path)) + b"\0" + text, digest_size=8)
+    return np.uint64(int.from_bytes(digest.digest(), "little"))
 
 
 def _name(source: Source) -> str:
@@ -227,24 +258,19 @@ def _name(source: Source) -> str:
     return hashlib.blake2b(os.fsencode(os.path.commonpath(ends)), digest_size=16).hexdigest()
 
 
-def _look_up(path: Path, stamps: np.ndarray) -> tuple[FileIndex, np.ndarray]:
-    """The stored results, and for which files there are any, bool [n]."""
-    count = len(stamps)
-    index = FileIndex(np.zeros((count, 2), np.int32), np.zeros(count, np.int64))
-    stored = _load(path)
-    if stored is None:
-        return index, np.zeros(count, bool)
-    order = np.argsort(stored["stamps"])
-    rows = np.searchsorted(stored["stamps"], stamps, sorter=order)
-    rows = order[np.minimum(rows, len(order) - 1)]
-    is_known = stored["stamps"][rows] == stamps
-    index.sizes[is_known] = stored["sizes"][rows[is_known]]
-    index.lengths[is_known] = stored["lengths"][rows[is_known]]
-    return index, is_known
+def _merged(
+    stored: dict[str, np.ndarray], own: dict[str, np.ndarray], num_samples: int
+) -> dict[str, np.ndarray]:
+    """Results by ascending stamp, one a stamp; those of replaced files go when they are many."""
+    if len(stored["stamps"]) > 2 * num_samples:
+        stored = _NOTHING
+    both = {name: np.concatenate([own[name], stored[name]]) for name in _NOTHING}
+    _, rows = np.unique(both["stamps"], return_index=True)
+    return {name: values[rows] for name, values in both.items()}
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The stored results; None if they are missing, damaged or of other decoders."""
+    """Stored results by ascending stamp; None if missing, damaged or of other decoders."""
     dtypes = {"stamps": np.uint64, "sizes": np.int32, "lengths": np.int64, "sha256": np.uint8}
     try:
         stored = read_arrays(path, dtypes)
@@ -260,18 +286,10 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
         shapes = [array.shape for array in content]
         fits = count > 0 and shapes == [(count,), (count, 2), (count,)]
         if fits and stored["sha256"].tobytes() == _sha256(*content):
-            return stored
+            order = np.argsort(content[0])
+            return {name: stored[name][order] for name in _NOTHING}
     log.warning("%s is damaged or of other decoders: checking the files again", path)
     return None
-
-
-def _save(path: Path, stamps: np.ndarray, sizes: np.ndarray, lengths: np.ndarray) -> None:
-    digest = np.frombuffer(_sha256(stamps, sizes, lengths), np.uint8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, {"stamps": stamps, "sizes": sizes, "lengths": lengths, "sha256": digest})
-    except OSError as error:
-        log.warning("%s: %s: the files will be checked again next time", path, error.strerror)
 
 
 def _sha256(*arrays: np.ndarray) -> bytes:
