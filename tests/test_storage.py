@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pickle
@@ -18,6 +19,7 @@ import pytest
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import crc32c
 from deit_fast.storage import clients
+from deit_fast.storage.etags import vouches
 from deit_fast.storage.objects import (
     ObjectChanged,
     ObjectDamaged,
@@ -31,7 +33,7 @@ from deit_fast.storage.objects import (
 from deit_fast.storage.urls import is_url, join, require_plain, shown, without_secrets
 from helpers.fault_proxy import FAULTS, Proxy, fault_proxy
 from helpers.processes import forked
-from helpers.servers import HAS_NGINX, KEY, SECRET, Server, client, free_port, nginx, variables
+from helpers.servers import HAS_NGINX, KEY, SECRET, Server, client, free_port, nginx, use
 
 QUICK = Patience(tries=5, request_seconds=5, seconds=60, pause=0.01)
 ONCE = Patience(tries=1, request_seconds=5, seconds=60, pause=0.01)
@@ -39,13 +41,6 @@ ONCE = Patience(tries=1, request_seconds=5, seconds=60, pause=0.01)
 
 def random_bytes(length: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(length)
-
-
-def use(server_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process's clients, which are opened anew, ask the server of this port."""
-    for name, value in variables(server_port).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(clients, "_state", clients._State())
 
 
 @pytest.fixture
@@ -201,6 +196,41 @@ def test_one_bad_part_does_not_spoil_the_others(bucket):
     assert isinstance(damaged, ObjectDamaged) and isinstance(missing, ObjectMissing)
     with pytest.raises(ObjectDamaged, match=r"bytes 1000 to 1999 .* checksum of the bytes is wron"):
         bucket.read_parts(parts)
+
+
+@pytest.mark.parametrize("is_digest", [True, False])
+def test_small_object_is_read_until_something_vouches(bucket, proxy, monkeypatch, is_digest):
+    content = random_bytes(1000)
+    bucket.put("x", content)
+    get = clients.S3Client._get
+    if not is_digest:
+        monkeypatch.setattr("deit_fast.storage.objects.vouches", lambda *_: False)
+
+    async def flip(self, *arguments):
+        body = await get(self, *arguments)
+        return body._replace(content=bytes(500) + body.content[500:]) if flips.pop() else body
+
+    flips = [0, 0, 1]
+    monkeypatch.setattr(clients.S3Client, "_get", flip)
+    assert bucket.read_whole("x") == content
+    assert len(flips) == (1 if is_digest else 0)
+
+
+def test_digests_that_vouch():
+    content = np.random.default_rng(0).bytes(11 << 20)
+    halves = [hashlib.md5(content[i : i + (8 << 20)]).digest() for i in (0, 8 << 20)]
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content)
+    right = [
+        hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), git.hexdigest(),
+        hashlib.md5(b"".join(halves)).hexdigest() + "-2",
+    ]  # fmt: skip
+
+    def are_vouched(etags: list[str]) -> set[bool]:
+        return {vouches(etag, len(content), lambda a, n: content[a : a + n]) for etag in etags}
+
+    assert are_vouched(right) == {True}
+    assert are_vouched([("1" if e[0] == "0" else "0") + e[1:] for e in right]) == {False}
+    assert are_vouched(["", "67a-2b", right[3][:-1] + "3"]) == {False}
 
 
 # ---------------------------------------------------------------------------------------------

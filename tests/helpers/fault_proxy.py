@@ -21,8 +21,8 @@ class Proxy:
 
     503: the request is refused. cut: the connection ends in the middle of the content. reset: it
     ends before the reply. hang: no reply. slow: a late one. short: half the content, and a
-    Content-Length that fits it. flip: one bit differs. etag: the ETag differs. lost: the server
-    does what is asked, and its reply does not come.
+    Content-Length that fits it. flip: one bit, at random, differs. etag: the ETag differs. lost:
+    the server does what is asked, and its reply does not come.
 
     Attributes:
         port: to connect to.
@@ -93,8 +93,9 @@ class Proxy:
         if fault == "etag":
             head = head.replace(b'"', b'"0', 1)
         if fault == "flip" and content:
-            middle = len(content) // 2
-            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            changed = bytearray(content)
+            changed[self._random.randrange(len(content))] ^= 1 << self._random.randrange(8)
+            content = bytes(changed)
         if fault == "short":
             content = content[: len(content) // 2]
             head = _without(head, b"content-length")

@@ -18,6 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
+from deit_fast.storage import clients
+
 HAS_RADOSGW = all(map(shutil.which, ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph")))
 HAS_NGINX = shutil.which("nginx") is not None
 KEY, SECRET = "PLANTEDACCESSKEY0001", "planted+secret/0002"
@@ -38,6 +42,13 @@ def variables(port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process's clients, which are opened anew, ask the server of this port."""
+    for name, value in variables(port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(clients, "_state", clients._State())
+
+
 def client(port: int) -> Any:
     """boto3's client: tests look at a bucket with another library than the product's."""
     import boto3
@@ -46,6 +57,15 @@ def client(port: int) -> Any:
         "s3", endpoint_url=f"http://127.0.0.1:{port}", aws_access_key_id=KEY,
         aws_secret_access_key=SECRET, region_name="us-east-1",
     )  # fmt: skip
+
+
+def upload(port: int, folder: Path, bucket: str, prefix: str = "") -> None:
+    """All files below a folder but hidden ones, as objects of one part each."""
+    s3 = client(port)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            name = f"{prefix}{path.relative_to(folder)}"
+            s3.put_object(Bucket=bucket, Key=name, Body=path.read_bytes())
 
 
 def _wait(is_up: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
