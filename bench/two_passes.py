@@ -12,7 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from deit_fast.data.sources import LeftOut, Paths, packed_path
+from deit_fast.data.left_out import LeftOut
+from deit_fast.data.sources import Paths, packed_path
 from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list
 
 THREADS, LINES = 16, 1024

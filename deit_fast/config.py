@@ -281,7 +281,8 @@ class DataConfig:
     """Where images come from and what decodes them."""
 
     root: str | None = None
-    """Folder of images, `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`, or of shards."""
+    """Folder of images, `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`, or of shards.
+    Shards may also be at a URL, such as `s3://bucket/imagenet`."""
     source: Literal["folder", "tar", "packed", "hf", "synthetic"] = "folder"
     """`tar`: WebDataset shards, `root/train/*.tar`. `packed`: the output of `deit-fast pack`. `hf`:
     Parquet or Arrow files of a Hugging Face dataset.
@@ -297,6 +298,9 @@ class DataConfig:
     workers: Workers | None = None
     """Decoding processes per rank, or threads with DALI. 0: the main process decodes. none: one
     less than a rank has cores, between 1 and 4."""
+    local_copy_gb: Annotated[float, Within(0, 1e6)] = 50.0
+    """GB of samples from a URL that this machine keeps in the user's cache folder, for all
+    processes and later runs. 0: none."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
     verify: Literal["names", "sizes"] = "names"

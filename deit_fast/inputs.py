@@ -21,7 +21,7 @@ from deit_fast.runtime.weights_header import (
     require_weights,
     split_key,
 )
-from deit_fast.storage.urls import is_url
+from deit_fast.storage.urls import is_url, require_plain, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _TEXT_BYTES = frozenset(b"\t\n\r\f") | frozenset(range(32, 127))
@@ -167,6 +167,14 @@ def require_images(data: DataConfig, splits: Iterable[str]) -> None:
             "data.root is not set; expected a folder with train/<class>/<image> and "
             "val/<class>/<image>, or with shards (data.source)"
         )
+    if is_url(data.root):
+        require_plain(data.root)
+        if data.source not in ("tar", "packed"):
+            raise InputError(
+                f"data.root={shown(data.root)} is a URL, where data.source must be tar or packed, "
+                f"not {data.source}: a folder of images must be mounted"
+            )
+        return
     for split in splits:
         if data.source == "folder":
             names = require_image_folder(data.root, split)

@@ -553,6 +553,9 @@ class Counting:
         self.labels, self.paths, self.classes = source.labels, source.paths, source.classes
         self.num_samples = source.num_samples
 
+    def fetch(self, samples: list[int]) -> None:
+        self.source.fetch(samples)
+
     def load(self, index: int) -> Image.Image:
         self.loads.append(index)
         return self.source.load(index)

@@ -374,7 +374,7 @@ HARMLESS: dict[str, Any] = {
     "recipe": "other", "log_every": 1, "eval_every": 1, "save_every": 3, "save_steps": 1,
     "on_nonfinite": "rollback", "teacher_batch": 7, "teacher_floor": 0.01, "device": "cpu",
     "data.workers": 1, "profile_steps": 1, "track": ["tensorboard"], "compile": "none",
-    "keep_every": 1, "data.verify": "sizes",
+    "keep_every": 1, "data.verify": "sizes", "data.local_copy_gb": 1.0,
 }  # fmt: skip
 ROUNDING = {"accumulate": 2}
 GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "teacher_classes", "cache",

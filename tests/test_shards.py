@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from deit_fast.runtime.files import read_json, write_json
 from deit_fast.runtime.locks import owned_folder
 from deit_fast.tools.pack import pack
 from deit_fast.views.plan import ViewPlan
-from helpers.tars import add
+from helpers.tars import add, write_tars
 
 RECIPE = ViewConfig(seed=3, image_size=24, repeats=1)
 CLASSES = ("ant", "bee", "cat")
@@ -61,23 +60,6 @@ def folder(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(seed, *size_of(seed)))
     return root
-
-
-def write_tars(folder: Path, root: Path, per_shard: int = 4, label: str = "cls") -> None:
-    """The images of a folder as tar shards, in the folder's order."""
-    (root / "classes.txt").parent.mkdir(parents=True, exist_ok=True)
-    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    for split in ("train", "val"):
-        source = open_source(DataConfig(root=str(folder)), split, 24)
-        (root / split).mkdir()
-        for start in range(0, source.num_samples, per_shard):
-            path = root / split / f"{split}-{start // per_shard:06d}.tar"
-            with tarfile.open(path, "w") as archive:
-                for index in range(start, min(start + per_shard, source.num_samples)):
-                    value = int(source.labels[index])
-                    text = str(value) if label == "cls" else json.dumps({"label": value, "x": "y"})
-                    add(archive, f"{index:06d}.jpg", source.read(index))
-                    add(archive, f"{index:06d}.{label}", text.encode())
 
 
 def views(source, workers: int = 0) -> bytes:

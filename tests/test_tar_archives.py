@@ -18,10 +18,11 @@ import pytest
 
 from deit_fast.config import DataConfig
 from deit_fast.data import open_source
+from deit_fast.data.left_out import LeftOut
 from deit_fast.data.shard_files import stamps_of
-from deit_fast.data.sources import LeftOut
+from deit_fast.data.tar_index import samples_of
 from deit_fast.data.tar_members import members
-from deit_fast.data.tar_shards import TarShards, _load_index, _samples
+from deit_fast.data.tar_shards import TarShards, _load_index
 from deit_fast.errors import InputError
 from helpers.tars import tar_of
 
@@ -147,7 +148,8 @@ SWEPT = {
 def contents(path: Path) -> tuple[list[tuple[bytes, int, bytes]], str]:
     """Name, label and content of each sample of a shard, and what is left out."""
     left_out = LeftOut()
-    rows = _samples(str(path), path.name, left_out)
+    with path.open("rb") as file:
+        rows = samples_of(file, str(path), path.name, left_out)
     whole = path.read_bytes()
     found = [(m.name, label, whole[m.offset : m.offset + m.size]) for m, label in rows]
     return found, str(left_out)

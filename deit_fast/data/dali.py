@@ -183,6 +183,8 @@ class DaliLoader:
         rows = operands.needed
         distinct, file_of = np.unique(rows["sample"], return_inverse=True)
 
+        self._files.source.fetch(distinct.tolist())
+
         def read(sample: int) -> tuple[np.ndarray, int, list[str]]:
             substituted: list[str] = []
             try:

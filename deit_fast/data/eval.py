@@ -30,6 +30,9 @@ class Subset:
     def num_samples(self) -> int:
         return len(self.ids)
 
+    def fetch(self, samples: Sequence[int]) -> None:
+        self.source.fetch(self.ids[list(samples)].tolist())
+
     def load(self, index: int) -> Image.Image | np.ndarray:
         return self.source.load(int(self.ids[index]))
 
@@ -117,6 +120,7 @@ def _make_batch(
     pixels = np.empty((len(ids), image_size, image_size, 3), np.uint8)
     substituted: list[str] = []
     taken = []
+    source.fetch(ids.tolist())
     for row, sample in enumerate(ids.tolist()):
         image, found = load_readable(source.load, source.paths, sample, on_error, substituted)
         taken.append(found)

@@ -18,7 +18,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from deit_fast.data.sources import LeftOut
+from deit_fast.data.left_out import LeftOut
 from deit_fast.errors import InputError
 from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list
 from deit_fast.runtime.progress import Progress

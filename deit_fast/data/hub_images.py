@@ -9,10 +9,12 @@ from functools import partial
 
 import numpy as np
 
+from deit_fast.data.classes import class_names
 from deit_fast.data.hub_columns import join_labels
 from deit_fast.data.hub_rows import open_rows
-from deit_fast.data.sources import LeftOut, Paths, Source, UnreadableImage, equal_names
-from deit_fast.data.tar_shards import MAX_CLASSES, class_names
+from deit_fast.data.left_out import LeftOut
+from deit_fast.data.sources import Paths, Source, UnreadableImage, equal_names
+from deit_fast.data.tar_index import MAX_CLASSES
 from deit_fast.errors import InputError
 from deit_fast.hub_files import split_files
 from deit_fast.runtime.arrow import import_pyarrow

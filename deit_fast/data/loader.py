@@ -122,6 +122,7 @@ def make_batch(
     substituted: list[str] = []
 
     distinct, starts, counts = np.unique(needed["sample"], return_index=True, return_counts=True)
+    source.fetch(distinct.tolist())
     for first in range(0, len(distinct), _DECODED):
         group = slice(first, first + _DECODED)
         loaded = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,15 @@ from deit_fast.data.batch import ViewBatch
 from deit_fast.data.hub_images import HubImages
 from deit_fast.data.image_folder import ImageFolder
 from deit_fast.data.loader import ViewLoader
-from deit_fast.data.packed_shards import PackedImages, read_manifest
+from deit_fast.data.packed_shards import PackedImages, read_manifest_of
+from deit_fast.data.remote_tar import has_split
 from deit_fast.data.sources import Source, Synthetic
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.hub_files import find_split
 from deit_fast.inputs import class_folders, require_classes
 from deit_fast.runtime.pipeline_time import loading_processes
+from deit_fast.storage.urls import is_url
 from deit_fast.views.plan import ViewPlan
 
 log = logging.getLogger("deit_fast")
@@ -65,25 +66,29 @@ def _open_split(data: DataConfig, split: str, image_size: int) -> Source:
             "data.root is not set; expected a folder with train/<class>/<image> and "
             "val/<class>/<image>, or with shards (data.source)"
         )
+    copy_bytes = int(data.local_copy_gb * 1e9)
     if data.source == "packed":
-        return PackedImages(data.root, split)
+        return PackedImages(data.root, split, copy_bytes)
     if data.source == "hf":
         return HubImages(data.root, split, data.image_column, data.label_column)
     if data.source == "tar":
-        return TarShards(data.root, split)
+        return TarShards(data.root, split, copy_bytes)
     return ImageFolder(data.root, split, data.verify)
 
 
 def _training_classes(data: DataConfig) -> list[str] | None:
     """Names by label; None where there is no training split."""
-    train = os.path.join(data.root or "", "train")
+    if data.source == "synthetic":
+        return None
     if data.source == "hf":
         found = find_split(str(data.root), "train")
         return None if found is None else _open_split(data, "train", 1).classes
-    if data.source == "synthetic" or not os.path.isdir(train):
+    root = data.root or ""
+    train = os.path.join(root, "train")
+    if not (has_split(root, "train") if is_url(root) else os.path.isdir(train)):
         return None
     if data.source == "packed":
-        return read_manifest(Path(train))["classes"]
+        return read_manifest_of(root, "train")["classes"]
     if data.source == "tar":
         return TarShards(str(data.root), "train").classes
     return class_folders(train)

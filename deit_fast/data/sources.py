@@ -144,27 +144,6 @@ def out_of_memory(path: str, what: str) -> OSError:
     return OSError(errno.ENOMEM, text, path)
 
 
-class LeftOut:
-    """Counts what a split holds beside its samples, by kind, and names the first of each."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
-
-    def add(self, kind: str, name: str) -> None:
-        count, first = self._found.get(kind, (0, name))
-        self._found[kind] = count + 1, first
-
-    def first(self, kind: str) -> str:
-        """Name of the first of a kind; empty if there is none."""
-        return self._found.get(kind, (0, ""))[1]
-
-    def __str__(self) -> str:
-        """`3 links (first: 'a.tar/1.jpg'); ...`, empty if there is nothing."""
-        return "; ".join(
-            f"{count} {kind} (first: {first!r})" for kind, (count, first) in self._found.items()
-        )
-
-
 class Source(ABC):
     """The images of one split by sample id.
 
@@ -198,6 +177,9 @@ class Source(ABC):
             OSError: the machine cannot read it; names the file.
             InputError: the file that holds it was changed.
         """
+
+    def fetch(self, samples: Sequence[int]) -> None:  # noqa: B027
+        """Request these samples at once, before each is read: for sources on a network."""
 
     def load(self, index: int) -> Image.Image | np.ndarray:
         """The image in RGB, 8 bits a channel, at full size.

@@ -77,6 +77,23 @@ def _require_no_dangling_link(path: str | Path) -> None:
         raise InputError(f"{printable(path)} is a link to {target}, which does not exist")
 
 
+def open_shared(path: Path) -> int:
+    """A descriptor to read and write a regular file that processes share; it may be new.
+
+    Raises:
+        InputError: the path is something else.
+        OSError: names the path.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+    except InputError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def read_file(path: str | Path, limit: int = 1 << 30) -> bytes:
     """The content of a regular file.
 
@@ -319,11 +336,15 @@ def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
         InputError: the file is damaged, or holds something else; names it and the remedy.
         OSError: names the path.
     """
-    content = read_file(path, limit)
-    values = parse_object(content, str(path))
+    return parse_json(read_file(path, limit), str(path))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """As ``read_json`` of a file with this content; ``where`` starts the message."""
+    values = parse_object(content, where)
     if SEAL_KEY in values and not is_intact(content):
         raise InputError(
-            f"{printable(path)} is damaged or was edited: its checksum differs; to use it as it "
+            f"{printable(where)} is damaged or was edited: its checksum differs; to use it as it "
             f"is, remove its line crc32c"
         )
     values.pop(SEAL_KEY, None)
@@ -360,11 +381,16 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file atomically; the zip format has a checksum for each array."""
+    write_atomically(path, pack_arrays(arrays))
+
+
+def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The content of an .npz file; equal arrays give equal bytes."""
     import numpy as np
 
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, content.getbuffer())
+    return content.getvalue()
 
 
 def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np.ndarray]:
@@ -376,9 +402,15 @@ def read_arrays(path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> dict[str, np
         OSError: names the path.
         ValueError: it is damaged, or an array is missing or has another dtype.
     """
+    return parse_arrays(read_file(path, _MAX_ARRAYS_BYTES), str(path), dtypes)
+
+
+def parse_arrays(
+    content: bytes, path: str, dtypes: Mapping[str, npt.DTypeLike]
+) -> dict[str, np.ndarray]:
+    """As ``read_arrays`` of a file with this content; ``path`` starts the message."""
     import numpy as np
 
-    content = read_file(path, _MAX_ARRAYS_BYTES)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in dtypes}

@@ -50,7 +50,7 @@ _FREE_TO_CHANGE = {
     "log_every", "eval_every", "save_every", "save_steps", "keep_every", "on_nonfinite",
     "accumulate", "teacher", "teacher_batch", "teacher_classes", "teacher_floor", "teacher_mean",
     "teacher_std", "teacher_size", "cache", "more_caches", "data.root", "data.workers", "track",
-    "data.verify", "check_teacher_every", "profile_steps", "accept_change",
+    "data.verify", "data.local_copy_gb", "check_teacher_every", "profile_steps", "accept_change",
 } | WITHOUT_INFLUENCE  # fmt: skip
 
 _OF_A_BRANCH = {"epochs", "optim.decay_epochs", "resume_from"}  # may differ where it begins
