@@ -24,6 +24,7 @@ from deit_fast.inputs import (
     require_run,
     require_train_inputs,
     weights_path,
+    with_local_output,
 )
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import require_writable
@@ -166,6 +167,7 @@ def train_together(students: Sequence[RunConfig | PathLike], /) -> list[TrainRes
     ]
     if not configs:
         raise InputError("no students: give the settings of one or more")
+    configs = [*map(with_local_output, configs)]
     require_agreement(configs)
     group = read_process_group()
     if group.world_size == 1:  # others would wait for one that ends before it joins

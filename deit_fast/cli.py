@@ -51,6 +51,7 @@ from deit_fast.inputs import (
     require_run,
     require_teacher,
     why_download,
+    with_local_output,
 )
 from deit_fast.recipes import RECIPES, find_recipe
 from deit_fast.runtime.distributed import read_process_group
@@ -106,7 +107,8 @@ def demo(
 def train(args: list[str]) -> str:
     """Train a student against a teacher, or against its cached logits."""
     arguments, config = read_settings(TrainArguments, "train", args)
-    configs = read_students(config, arguments.students) or [config]
+    given = read_students(config, arguments.students) or [config]
+    configs = [*map(with_local_output, given)]
     require_agreement(configs)
     if arguments.print_config:
         found = [to_dict(config) for config in configs]

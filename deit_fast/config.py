@@ -631,7 +631,11 @@ class RunConfig:
     recipe: str = "custom"
     """Name of the recipe that this configuration started from."""
     output: str = "runs/train"
-    """Folder for checkpoints, metrics and results. A run whose folder has checkpoints resumes."""
+    """Folder for checkpoints, metrics and results. A run whose folder has checkpoints resumes. A
+    URL: a folder in the user's cache folder, with the URL as mirror."""
+    mirror: str | None = None
+    """URL to which checkpoints and results are copied too, such as s3://bucket/run. A run whose
+    folder lacks the newest checkpoint there resumes from it."""
     seed: Seed = 0
     """Seed of the initial weights, stochastic depth and patch dropout; views have view.seed."""
     epochs: Passes = 300

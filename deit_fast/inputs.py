@@ -4,6 +4,7 @@ wrong one takes no longer than help does; the engine checks the same where it op
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, printable
 from deit_fast.hub_files import find_split, split_files, tables
-from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.files import cache_folder, open_regular
 from deit_fast.runtime.weights_header import (
     MODEL_FILE,
     WEIGHTS_FILES,
@@ -58,6 +59,24 @@ def require_train_inputs(config: RunConfig, is_dry: bool = False) -> None:
             open_for_run(cache, config.loss.tau)
     if config.loss.kind != "none" or config.feature_targets:
         _require_teacher_files(config)
+
+
+def with_local_output(config: RunConfig) -> RunConfig:
+    """A run whose output is a URL gets a folder of the user's cache folder, and the URL as mirror.
+
+    Raises:
+        InputError: the URL is none that can be used, or another mirror is given too.
+    """
+    if config.mirror is not None:
+        require_plain(config.mirror)
+    if not is_url(config.output):
+        return config
+    url = require_plain(config.output)
+    if config.mirror not in (None, url):
+        raise InputError(f"output={url} is its own mirror: leave mirror={config.mirror} out")
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder = cache_folder() / "runs" / f"{url.rpartition('/')[2][:40]}-{digest}"
+    return config.replace(output=str(folder), mirror=url)
 
 
 def may_exist(path: str) -> bool:

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 # Settings of a student alone. All others decide views, batches, or what the teacher says of them.
 _OWN = {
-    "recipe", "output", "seed", "accumulate", "compile", "log_every", "track", "eval_every",
+    "recipe", "output", "mirror", "seed", "accumulate", "compile", "log_every", "track",
+    "eval_every",
     "save_every", "save_steps", "keep_every", "on_nonfinite", "resume_from", "resume",
     "accept_change", "features.weights", "features.losses", "features.normalise",
     "features.projectors", "features.hidden", "features.token", "features.student_block",
@@ -35,7 +36,7 @@ def read_students(shared: RunConfig, files: Sequence[str]) -> list[RunConfig]:
     """The settings of each student: those of its file, over the shared ones.
 
     A student whose file does not name its `output` gets a folder in that of the shared settings,
-    with the name of the file.
+    with the name of the file; likewise its `mirror`, if there is a shared one.
 
     Raises:
         InputError: a file is wrong, or names a recipe.
@@ -52,6 +53,8 @@ def _read_student(shared: RunConfig, file: str) -> RunConfig:
         )
     if "output" not in read_settings_file(file):
         shared = shared.replace(output=os.path.join(shared.output, Path(file).stem))
+    if shared.mirror is not None and "mirror" not in read_settings_file(file):
+        shared = shared.replace(mirror=os.path.join(shared.mirror, Path(file).stem))
     return load_config(file, shared)
 
 

@@ -27,6 +27,7 @@ ACCEPTED = {
     "loss.teachers": [None, (100.0,), (0.0, 1.0)],
     "batch_schedule": [(), ((1, 1),), ((1, 2**31 - 1), (10**6, 1))],
     "model.args": [(), ("depth=1",), ("depth=999999999", "class_token=0")],
+    "mirror": [None, "s3://bucket/run"],
     "data.image_column": [None],  # a name needs data.source=hf
     "data.label_column": [None],
     "model.head": ["standard"],  # the others need model.wide, which needs them

@@ -377,8 +377,8 @@ HARMLESS: dict[str, Any] = {
     "keep_every": 1, "data.verify": "sizes", "data.local_copy_gb": 1.0,
 }  # fmt: skip
 ROUNDING = {"accumulate": 2}
-GIVEN = {"output", "resume", "max_steps", "accept_change", "teacher", "teacher_classes", "cache",
-         "more_caches", "data.root", "model.weights"}  # fmt: skip
+GIVEN = {"output", "mirror", "resume", "max_steps", "accept_change", "teacher",
+         "teacher_classes", "cache", "more_caches", "data.root", "model.weights"}  # fmt: skip
 # Refused before the checkpoint is read: they need other settings, a GPU, or other initial weights.
 EARLIER = {
     "optim.schedule",

@@ -46,9 +46,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], stays: Stays
     folder.mkdir(exist_ok=True)  # without parents: the run's folder may have been moved
     path = folder / f"step-{step:09d}.pt"
     save_torch(path, {"format": FORMAT, **state})
-    up_to_here = [other for other in list_checkpoints(folder) if _step_of(other) <= step]
+    up_to_here = [other for other in list_checkpoints(folder) if step_of(other) <= step]
     for old in up_to_here[:-KEEP]:
-        if not stays(_step_of(old)):
+        if not stays(step_of(old)):
             old.unlink()
     return path
 
@@ -59,12 +59,18 @@ class CheckpointWriter:
     Args:
         require_owned: raises where the folder is no longer the run's; called before each write.
         stays: of ``save_checkpoint``.
+        written: called, on the thread, with step and file of each checkpoint.
     """
 
     def __init__(
-        self, folder: Path, require_owned: Callable[[], None], stays: Stays = never
+        self,
+        folder: Path,
+        require_owned: Callable[[], None],
+        stays: Stays = never,
+        written: Callable[[int, Path], None] | None = None,
     ) -> None:
         self.folder, self._require_owned, self._stays = folder, require_owned, stays
+        self._written = written
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Path] | None = None
 
@@ -85,7 +91,10 @@ class CheckpointWriter:
     def _write(self, step: int, state: dict[str, Any]) -> Path:
         self._require_owned()
         try:
-            return save_checkpoint(self.folder, step, state, self._stays)
+            path = save_checkpoint(self.folder, step, state, self._stays)
+            if self._written is not None:
+                self._written(step, path)
+            return path
         except OSError:
             self._require_owned()  # says where the folder was moved meanwhile
             raise
@@ -117,10 +126,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder, or a link to one that is not there: mount it")
     paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
-    return sorted(paths, key=_step_of)
+    return sorted(paths, key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
@@ -147,7 +156,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             log.warning("checkpoint %s is broken (%s); trying the one before", path, reason)
             continue
         _require_format(path, state)
-        if state.get("step") != _step_of(path):
+        if state.get("step") != step_of(path):
             step = printable(state.get("step"))
             log.warning("checkpoint %s is not used: it is of step %s", path, step)
             continue

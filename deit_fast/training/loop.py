@@ -139,6 +139,7 @@ class _Pass:
         # -- one owner, before anything in a folder is read --------------------------------------
         group.agree(lambda: self._each(lambda run: run.own_folder(resources)))
         # -- one start, before minutes of work on the data ---------------------------------------
+        group.agree(lambda: self._each(Run.offer_checkpoint))
         group.agree(lambda: self._each(Run.find_checkpoint))
         for run in self.runs:
             group.require_equal(run.start(), f"{run.output} must be the same folder on all nodes")
@@ -337,7 +338,9 @@ class _Pass:
         self._each(Run.save, self.active)
         self._each(Run.wait_for_checkpoint, self.active)
         signal = self.signals.received or "another rank was signalled"
-        where = ", ".join(f"step {run.state.step} in {run.checkpoints}" for run in self.active)
+        where = ", ".join(
+            f"step {run.state.step} in {run.checkpoints}{run.copied()}" for run in self.active
+        )
         raise Preempted(signal, f"saved {where}; the same command resumes the run")
 
     def _poll_stop_in_evaluation(self) -> None:

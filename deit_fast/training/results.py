@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deit_fast")
 
+FILES = (
+    "config.json", "metrics.jsonl", "samples.png", MODEL_FILE, EMA_FILE, BEST_FILE,
+    PREDICTIONS_FILE,
+)  # fmt: skip
+
 
 def finish(run: Run) -> dict[str, Any]:
     """Write the weights and result.json of an evaluated run; returns the latter's content.
@@ -80,6 +85,10 @@ def finish(run: Run) -> dict[str, Any]:
         predictions["weights_digest"] = result["weights"][MODEL_FILE]
         write_json(run.output / PREDICTIONS_FILE, predictions)
         write_json(run.output / "result.json", result)
+        if run.mirror is not None:
+            run.mirror.wait()
+            run.mirror.put_files([*FILES, "result.json"])
+            log.info("the run is copied to %s", run.mirror.objects)
     warn_of_substitutes(sorted(substituted))
     if run.metrics is not None:
         paths = ", ".join(str(run.output / name) for name in result["weights"])

@@ -42,6 +42,7 @@ from deit_fast.training.compiling import (
     resolve_compile,
 )
 from deit_fast.training.identity import in_short
+from deit_fast.training.mirror import GRACE_SECONDS, Mirror
 from deit_fast.training.optim import evaluated_average, learning_rate
 from deit_fast.training.remarks import say_last_size
 from deit_fast.training.state import (
@@ -112,6 +113,9 @@ class Run:
         self.evaluation: dict[str, Any] | None = None
         self.decisions: Decisions | None = None
         self._lock: Lock | None = None
+        self.mirror: Mirror | None = None
+        if config.mirror is not None:
+            self.mirror = Mirror(config.mirror, self.output, self._is_kept)
         self._checkpoint: Checkpoint | None = None
         self._not_finite: CheckResult | None = None
         self._rollbacks = 0
@@ -135,7 +139,15 @@ class Run:
         if self._lock is not None:
             self._lock.require_held()
 
+    def offer_checkpoint(self) -> None:
+        """Copy the folder's newest checkpoint to the mirror, in the first rank, so that the other
+        machines find it there."""
+        if self.mirror is not None and self.config.resume and self.group.is_first:
+            self.mirror.offer()
+
     def find_checkpoint(self) -> None:
+        if self.mirror is not None and self.config.resume:
+            self.mirror.fetch()
         self._checkpoint = find_checkpoint(self.config)
 
     def start(self) -> dict[str, Any]:
@@ -197,7 +209,12 @@ class Run:
 
     def open_output(self, resources: ExitStack) -> None:
         """Clean the folder up and write into it."""
-        self._writer = CheckpointWriter(self.checkpoints, self.require_owned, self._is_kept)
+        self._writer = CheckpointWriter(
+            self.checkpoints,
+            self.require_owned,
+            self._is_kept,
+            None if self.mirror is None else self.mirror.submit,
+        )
         resources.callback(self._close_writer)
         self.metrics = self.group.agree(lambda: self._open_metrics(resources))
         if self._is_changed:
@@ -353,6 +370,12 @@ class Run:
         """Return, on all ranks, when the newest checkpoint is on the disk."""
         self._writer.wait()
         self.group.barrier()
+
+    def copied(self) -> str:
+        """What the mirror has of the newest checkpoint, after a signal; empty without a mirror."""
+        if self.mirror is None or not self.group.is_first:
+            return ""
+        return f", {self.mirror.wait(GRACE_SECONDS)}"
 
     def recover(self) -> None:
         """After a step that was not finite: restore the newest checkpoint and leave the step out

@@ -46,7 +46,7 @@ log = logging.getLogger("deit_fast")
 # Settings that may differ between a checkpoint and the command that resumes from it: those that
 # change pixels, weights and learning rates by rounding at most.
 _FREE_TO_CHANGE = {
-    "recipe", "output", "resume", "max_steps", "device", "compile", "cuda_graphs",
+    "recipe", "output", "mirror", "resume", "max_steps", "device", "compile", "cuda_graphs",
     "log_every", "eval_every", "save_every", "save_steps", "keep_every", "on_nonfinite",
     "accumulate", "teacher", "teacher_batch", "teacher_classes", "teacher_floor", "teacher_mean",
     "teacher_std", "teacher_size", "cache", "more_caches", "data.root", "data.workers", "track",

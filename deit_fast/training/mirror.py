@@ -1,0 +1,260 @@
+"""A copy of a run in object storage, from which other machines resume.
+
+    URL/checkpoints/step-000000100-1a2b3c4d.pt    a checkpoint, its checksum in its name
+    URL/checkpoints/step-000000100.json           its manifest; without it a checkpoint is none
+    URL/config.json, metrics.jsonl, ...           the other files of the run's folder
+
+Checkpoints are written to the disk first, as without a copy. A thread then copies the newest; the
+run does not wait for it. A manifest is created after its checkpoint is verified, and never
+replaced: of two runs that write to one URL by mistake, neither destroys what the other wrote.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from deit_fast.errors import InputError
+from deit_fast.runtime.files import (
+    crc32c,
+    is_end_intact,
+    is_intact,
+    open_atomically,
+    open_regular,
+    parse_object,
+    sealed_json,
+)
+from deit_fast.runtime.locks import one_at_a_time
+from deit_fast.runtime.progress import Progress
+from deit_fast.storage.objects import ObjectExists, ObjectMissing, Objects, Part, StorageError
+from deit_fast.training.checkpoints import KEEP, Stays, list_checkpoints, never, step_of
+
+log = logging.getLogger("deit_fast")
+
+GRACE_SECONDS = 20.0  # after a signal: schedulers kill a process 30 s after it
+_FOLDER = "checkpoints"
+_MANIFEST = re.compile(r"checkpoints/step-(\d{9,})\.json")
+_CHUNK_BYTES = 8 << 20
+_TOGETHER = 8
+
+
+class Entry(NamedTuple):
+    """A checkpoint at the URL."""
+
+    step: int
+    file: str
+    size: int
+    crc: int
+
+
+class Mirror:
+    """The copy of one run.
+
+    Args:
+        url: of the copy.
+        output: the run's folder.
+        stays: of ``save_checkpoint``.
+    """
+
+    def __init__(self, url: str, output: Path, stays: Stays = never) -> None:
+        self.objects = Objects(url)
+        self._output, self._checkpoints, self._stays = output, output / "checkpoints", stays
+        self._lock = threading.Condition()
+        self._waiting: tuple[int, Path] | None = None
+        self._thread: threading.Thread | None = None
+        self._left = 0  # bytes of the upload that runs
+        self._error: StorageError | OSError | None = None
+
+    # -----------------------------------------------------------------------------------------
+    # Before the run
+    # -----------------------------------------------------------------------------------------
+
+    def offer(self) -> None:
+        """Copy the newest checkpoint of the folder, if it is newer than those at the URL."""
+        local = self._newest_local()
+        if local is None:
+            return
+        there = self._entries()
+        if not there or step_of(local) > max(there):
+            self._upload(step_of(local), local)
+
+    def fetch(self) -> None:
+        """Fetch the newest checkpoint at the URL, if it is newer than those in the folder; the
+        processes of a machine one after another.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        lock = self._output / ".lock-fetch"
+        with one_at_a_time(lock, f"fetches a checkpoint from {self.objects}"):
+            local = self._newest_local()
+            for step in sorted(self._entries(), reverse=True):
+                if local is not None and step <= step_of(local):
+                    return
+                entry = self._entry(step)
+                if entry is not None:
+                    self._download(entry)
+                    return
+
+    def _newest_local(self) -> Path | None:
+        for path in reversed(list_checkpoints(self._checkpoints)):
+            with suppress(OSError, InputError), open_regular(path) as file:
+                if is_end_intact(file) is not False:
+                    return path
+        return None
+
+    def _entries(self) -> dict[int, str]:
+        """Names of the manifests, by step."""
+        names = self.objects.list(f"{_FOLDER}/step-")
+        return {int(m[1]): name for name in names if (m := _MANIFEST.fullmatch(name))}
+
+    def _entry(self, step: int) -> Entry | None:
+        """What a manifest says; None where its checkpoint is not there, or other bytes."""
+        name = f"{_FOLDER}/step-{step:09d}.json"
+        try:
+            content = self.objects.read(name, check=lambda found: is_intact(found) is True)
+            found = parse_object(content, self.objects.url_of(name))
+            entry = Entry(step, f"{_FOLDER}/{found['file']}", found["size"], int(found["crc"], 16))
+            if self.objects.stat(entry.file).size == entry.size:
+                return entry
+        except (ObjectMissing, InputError, KeyError, TypeError, ValueError):
+            pass
+        log.warning("%s is not used: its checkpoint is not whole", self.objects.url_of(name))
+        return None
+
+    def _download(self, entry: Entry) -> None:
+        stamp = self.objects.stat(entry.file)
+        starts = range(0, entry.size, _CHUNK_BYTES)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        path, crc = self._checkpoints / f"step-{entry.step:09d}.pt", 0
+        with (
+            Progress(f"fetching step {entry.step}", len(starts), unit="part") as progress,
+            open_atomically(path) as file,
+        ):
+            for first in range(0, len(starts), _TOGETHER):
+                parts = [
+                    Part(entry.file, start, min(start + _CHUNK_BYTES, entry.size), stamp)
+                    for start in starts[first : first + _TOGETHER]
+                ]
+                for content in self.objects.read_parts(parts):
+                    crc = crc32c(content, crc)
+                    file.write(content)
+                    progress.advance()
+            if crc != entry.crc:
+                raise InputError(
+                    f"{self.objects.url_of(entry.file)} is damaged: delete it to resume from the "
+                    f"checkpoint before"
+                )
+        log.info("fetched step %d from %s", entry.step, self.objects)
+        metrics = self._output / "metrics.jsonl"
+        if not metrics.exists():
+            with suppress(ObjectMissing):
+                rows = self.objects.read("metrics.jsonl")
+                with open_atomically(metrics) as file:
+                    file.write(rows)
+
+    # -----------------------------------------------------------------------------------------
+    # During the run
+    # -----------------------------------------------------------------------------------------
+
+    def submit(self, step: int, path: Path) -> None:
+        """Copy a checkpoint that is on the disk, in the background. One that still waits is left
+        out for it."""
+        link = path.with_name(f".mirror-{path.name}")
+        link.unlink(missing_ok=True)
+        os.link(path, link)  # it stays while the file itself may be deleted
+        with self._lock:
+            if self._waiting is not None:
+                self._waiting[1].unlink(missing_ok=True)
+            self._waiting = step, link
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._waiting is None:
+                    self._thread = None
+                    self._lock.notify_all()
+                    return
+                (step, link), self._waiting = self._waiting, None
+            try:
+                self._left = link.stat().st_size
+                self._upload(step, link)
+                self._error = None
+            except OSError as error:
+                self._error = error
+                log.warning("step %d is not copied: %s", step, error)
+            finally:
+                self._left = 0
+                with suppress(OSError):
+                    link.unlink(missing_ok=True)
+
+    def _upload(self, step: int, path: Path) -> None:
+        crc = _crc_of(path)
+        name = f"step-{step:09d}-{crc:08x}.pt"
+        self.put_files(["config.json", "metrics.jsonl", "samples.png"])
+        stamp = self.objects.put(f"{_FOLDER}/{name}", path)
+        manifest = {"step": step, "file": name, "size": stamp.size, "crc": f"{crc:08x}"}
+        try:
+            self.objects.create(f"{_FOLDER}/step-{step:09d}.json", sealed_json(manifest))
+        except ObjectExists:
+            log.warning(
+                "%s has step %d of another run, which stays: give each run its own mirror",
+                self.objects, step,
+            )  # fmt: skip
+            self.objects.delete(f"{_FOLDER}/{name}")
+            return
+        self._rotate(step)
+
+    def _rotate(self, step: int) -> None:
+        """As ``save_checkpoint`` does on the disk; a manifest goes before its file."""
+        entries = self._entries()
+        up_to_here = sorted(other for other in entries if other <= step)
+        for old in up_to_here[:-KEEP]:
+            if not self._stays(old):
+                self.objects.delete(entries[old])
+        kept = {f"step-{other:09d}-" for other in self._entries()}
+        for name in self.objects.list(f"{_FOLDER}/step-"):
+            base = name.removeprefix(f"{_FOLDER}/")
+            if base.endswith(".pt") and not any(map(base.startswith, kept)):
+                self.objects.delete(name)
+
+    def put_files(self, names: list[str]) -> None:
+        """Copy files of the run's folder, those that are there."""
+        for name in names:
+            if (self._output / name).exists():
+                self.objects.put(name, self._output / name)
+
+    def wait(self, seconds: float | None = None) -> str:
+        """Wait for the copies; returns what became of them, for a line of the log.
+
+        Args:
+            seconds: at most so long; None: until they are there.
+
+        Raises:
+            StorageError: without ``seconds``: the newest could not be copied.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: self._thread is None, seconds)
+            if self._thread is not None:
+                left = self._left + (self._waiting[1].stat().st_size if self._waiting else 0)
+                return f"{left / 1e6:.0f} MB are not copied to {self.objects} yet"
+            error, self._error = self._error, None
+        if error is not None and seconds is None:
+            raise error
+        return f"not copied: {error}" if error is not None else f"copied to {self.objects}"
+
+
+def _crc_of(path: Path) -> int:
+    crc = 0
+    with open_regular(path) as file:
+        while content := file.read(_CHUNK_BYTES):
+            crc = crc32c(content, crc)
+    return crc

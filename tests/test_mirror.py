@@ -1,0 +1,178 @@
+"""A run that is copied to object storage resumes on another machine as on its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import deit_fast
+from deit_fast.cli import main
+from deit_fast.config import RunConfig
+from deit_fast.errors import InputError
+from deit_fast.runtime.signals import Preempted
+from deit_fast.storage import clients
+from deit_fast.storage.objects import Objects, Patience, StorageError
+from deit_fast.training.mirror import Mirror
+from helpers.digits import write_few_digits
+from helpers.fault_proxy import fault_proxy
+from helpers.feature_runs import numbers
+from helpers.runs import AtStep, run_config
+from helpers.servers import KEY, SECRET, Server, variables
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def another_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    quick = Patience(tries=4, request_seconds=5, seconds=60, pause=0.01)
+    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("mirror")
+    write_few_digits(root / "data", train=9, val=3)
+    deit_fast.train(settings(root, root / "whole"))
+    return root
+
+
+def settings(root: Path, output: Path | str, **changes) -> RunConfig:
+    config = run_config(root, output).replace(
+        epochs=9, max_steps=STEPS, save_steps=2, eval_every=50, save_every=50, teacher=None,
+        loss={"kind": "none"}, data={"workers": 0},
+    )  # fmt: skip
+    return config.replace(**changes)
+
+
+def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables(port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(clients, "_state", clients._State())
+
+
+@pytest.fixture
+def url(each_server: Server, monkeypatch) -> Iterator[str]:
+    use(each_server.port, monkeypatch)
+    yield f"s3://{each_server.new_bucket()}/runs/one"
+    monkeypatch.setattr(clients, "_state", clients._State())
+
+
+def steps_at(url: str) -> list[int]:
+    return sorted(Mirror(url, Path())._entries())
+
+
+def test_another_machine_resumes_from_the_url(root, url, tmp_path):
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=4))
+    assert steps_at(url) == [2, 4]
+    deit_fast.train(settings(root, tmp_path / "second", mirror=url))
+    assert numbers(tmp_path / "second") == numbers(root / "whole")
+    assert steps_at(url) == [4, 6]  # as many as on the disk
+    names = Objects(url).list()
+    assert len([name for name in names if name.endswith(".pt")]) == 2
+    for name in ("result.json", "model.safetensors", "metrics.jsonl", "config.json"):
+        assert Objects(url).read(name) == (tmp_path / "second" / name).read_bytes()
+
+
+def test_an_output_at_a_url_is_all_that_changes(root, url, tmp_path):
+    found = deit_fast.train(settings(root, url, max_steps=4))
+    assert found.path.is_relative_to(tmp_path / "user")
+    shutil.rmtree(tmp_path / "user")
+    found = deit_fast.train(settings(root, url))
+    assert numbers(found.path) == numbers(root / "whole")
+
+
+def test_the_newer_of_disk_and_url_counts(root, url, tmp_path):
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=2))
+    deit_fast.train(settings(root, tmp_path / "run", max_steps=4))  # not copied
+    deit_fast.train(settings(root, tmp_path / "other", mirror=url, max_steps=2))
+    assert steps_at(url) == [2]
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url))
+    assert steps_at(url) == [4, 6]
+    assert numbers(tmp_path / "run") == numbers(root / "whole")
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(root, url, tmp_path, caplog):
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url))
+    objects = Objects(url)
+    (newest,) = objects.list("checkpoints/step-000000006-")
+    content = objects.read(newest)
+    objects.put(newest, content[:-100])
+    deit_fast.train(settings(root, tmp_path / "second", mirror=url))
+    assert "its checkpoint is not whole" in caplog.text
+    assert numbers(tmp_path / "second") == numbers(root / "whole")
+    objects.put(newest, content[:50] + b"\0" + content[51:])
+    with pytest.raises(InputError, match=r"is damaged: delete it to resume from the checkpoint"):
+        deit_fast.train(settings(root, tmp_path / "third", mirror=url))
+
+
+def test_two_runs_at_one_url_destroy_nothing(root, url, tmp_path, caplog):
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=2))
+    objects = Objects(url)
+    before = objects.read("checkpoints/step-000000002.json")
+    other = settings(root, tmp_path / "other", mirror=url, max_steps=2, resume=False, seed=3)
+    deit_fast.train(other)
+    assert "has step 2 of another run, which stays" in caplog.text
+    assert objects.read("checkpoints/step-000000002.json") == before
+    assert Mirror(url, tmp_path)._entry(2) is not None
+
+
+def test_a_signal_waits_for_the_copy_and_says_so(root, url, tmp_path):
+    with (
+        AtStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(Preempted, match=rf"saved step \d in .*, copied to {url}; the same"),
+    ):
+        deit_fast.train(settings(root, tmp_path / "run", mirror=url))
+    assert steps_at(url)[-1] in (3, 4)
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut", "flip"])
+def test_faults_of_the_network_lose_no_step(root, url, each_server, monkeypatch, tmp_path, fault):
+    with fault_proxy(each_server.port) as proxy:
+        use(proxy.port, monkeypatch)
+        proxy.start(fault, share=0.2, method="PUT" if fault in ("503", "reset") else "GET")
+        deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=4))
+        deit_fast.train(settings(root, tmp_path / "second", mirror=url))
+    assert numbers(tmp_path / "second") == numbers(root / "whole")
+
+
+def test_without_the_service_the_run_is_finished_on_the_disk(root, url, monkeypatch, tmp_path):
+    quick = Patience(tries=1, request_seconds=1, seconds=2, pause=0.01)
+    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+    config = settings(root, tmp_path / "run", mirror=url)
+
+    def cut() -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        monkeypatch.setattr(clients, "_state", clients._State())
+
+    with AtStep(3, cut), pytest.raises(StorageError, match="cannot be"):
+        deit_fast.train(config)
+    assert numbers(tmp_path / "run") == numbers(root / "whole")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_wrong_urls_are_one_line(root, tmp_path, capsys):
+    for mirror, text in (
+        ("s3://KEY:SECRET@bucket/run", "credentials"),
+        ("ftp://host/run", "is not read"),
+        ("folder", "is no URL"),
+    ):
+        with pytest.raises(InputError, match=text):
+            deit_fast.train(settings(root, tmp_path / "run", mirror=mirror))
+    with pytest.raises(InputError, match=r"is its own mirror: leave mirror=s3://b/c out"):
+        deit_fast.train(settings(root, "s3://a/b", mirror="s3://b/c"))
+    assert main(["train", "--output", "s4://a/b"]) == 2
+    assert "s4:// is not read" in capsys.readouterr().err
+
+
+def test_no_secret_is_written(root, url, tmp_path, caplog):
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=2))
+    written = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    objects = Objects(url)
+    written += b"".join(objects.read(name) for name in objects.list()) + caplog.text.encode()
+    assert KEY.encode() not in written and SECRET.encode() not in written
