@@ -518,8 +518,13 @@ _KEPT = {  # what is on the disk when a verb is interrupted
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a verb; the exit status."""
+def main(argv: list[str] | None = None, run: Callable[[list[str]], str] | None = None) -> int:
+    """Run a verb; the exit status.
+
+    Args:
+        argv: its words; None: those of the process.
+        run: takes the words in place of a verb, and returns the text for stdout.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a locale lacks is escaped
@@ -527,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
     _log_to_stderr()
     try:
         try:
-            text, status = _dispatch(words), 0
+            text, status = (run or _dispatch)(words), 0
         except CheckFailed as failed:
             text, status = str(failed), 1
         except Quarantined as failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from deit_fast.arguments import PrecomputeArguments, read_settings
 from helpers.processes import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +151,53 @@ def test_slurm_script_requeues_after_status_75_alone(recipe, tmp_path):
     assert "is requeued" in done.stdout
     assert list((output / "checkpoints").iterdir()), "nothing was saved"
     assert not list(tmp_path.glob("*status-75")), "the marker would requeue the next failure too"
+
+
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, False), (75, True), (3, False), (1, False), ("term", True)]
+)
+def test_slurm_array_computes_its_units_and_requeues_after_status_75_alone(
+    status, requeued, tmp_path
+):
+    """With `python` played by a script that ends with a status, or with 75 at SIGTERM."""
+    tools, calls = tmp_path / "bin", tmp_path / "calls"
+    tools.mkdir()
+    body = f"exit {status}"
+    if status == "term":
+        body = "trap 'exit 75' TERM; kill -TERM $PPID; while true; do sleep 0.05; done"
+    for name, text in (("python", f'echo "$@" >> "$CALLS"; {body}'), ("scontrol", SCONTROL)):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    slurm = {"ARRAY_TASK_ID": "3", "ARRAY_JOB_ID": "70", "JOB_ID": "73", "ARRAY_TASK_COUNT": "2"}
+    done = subprocess.run(
+        ["bash", EXAMPLES / "slurm_array.sh", "--cache", "CACHE"],
+        env=os.environ
+        | {f"SLURM_{name}": value for name, value in slurm.items()}
+        | {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls), "UNITS": "100"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    asked = calls.read_text().splitlines()
+    assert asked[0] == "-m deit_fast precompute --cache CACHE --blocks 300:400"
+    assert ("requeue 70_3" in asked) == requeued, done.stderr
+    assert done.returncode == (0 if requeued else status)
+
+
+def test_kubernetes_units_fit_together():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    spec = yaml.safe_load((EXAMPLES / "kubernetes_units.yaml").read_text())["spec"]
+    container = spec["template"]["spec"]["containers"][0]
+    script = container["args"][0]
+    assert spec["completionMode"] == "Indexed" and "JOB_COMPLETION_INDEX" in script
+    assert script.count("631") == 2  # units a pod, at both ends of its range
+    rules = {rule["action"]: rule for rule in spec["podFailurePolicy"]["rules"]}
+    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    codes = rules["FailIndex"]["onExitCodes"]
+    assert (codes["containerName"], codes["values"]) == (container["name"], [2, 3])
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    text = script.partition("exec deit-fast ")[2].replace("$first:$((first + 631))", "0:631")
+    words = shlex.split(text)
+    found, config = read_settings(PrecomputeArguments, words[0], words[1:])
+    assert (config.cache, found.blocks) == ("s3://BUCKET/regnety", "0:631")
 
 
 def test_kubernetes_manifest_is_yaml_and_fits_together():

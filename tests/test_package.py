@@ -24,6 +24,7 @@ LATE = {
     "wandb",
     "apex",
     "pyarrow",
+    "ray",
     "onnx",
     "onnxscript",
     "onnxruntime",
@@ -84,6 +85,7 @@ LAYERS = [
         "deit_fast/dry_runs.py",
         "deit_fast/predict_verb.py",
         "deit_fast/__main__.py",
+        "deit_fast/integrations",
     },
 ]
 

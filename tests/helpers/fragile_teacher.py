@@ -1,13 +1,14 @@
 """A teacher that fails as the variable FRAGILE says: `KIND:NUMBER`.
 
-always: at each call. raise, memory, disk, cuda, term: at call NUMBER of the process. kill-rows: at
-each call of NUMBER images, with SIGKILL.
+slow: each call takes NUMBER ms. always: at each call. raise, memory, disk, cuda, term: at call
+NUMBER of the process. kill-rows: at each call of NUMBER images, with SIGKILL.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ class Fragile(Rows):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.calls == int(number) and kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if kind == "slow":
+            time.sleep(int(number) / 1000)
         if kind == "always" and len(images) > 4:
             raise _ERRORS["raise"]
         if self.calls == int(number) and kind in _ERRORS:

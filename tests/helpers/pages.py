@@ -57,6 +57,7 @@ NOT_RUN = {
     r"deit-fast demo": "minutes; tests/test_demo.py",
     r"hf download ": "needs a network",
     r"deit-fast .*s3://": "needs a bucket; tests/test_remote_shards.py has one",
+    r"python -m deit_fast\.integrations\.ray ": "needs a bucket; tests/test_ray.py has a cluster",
     r"sbatch ": "needs Slurm; tests/test_examples.py plays its commands",
     r"kubectl ": "needs a cluster; tests/test_examples.py reads the file",
     r"python -m bench (?!plot|summary|roofline)": "minutes; test_bench.py; names checked below",

@@ -15,5 +15,10 @@ def run(arguments: list[str]) -> None:
     sys.exit(main(arguments))
 
 
+def run_usual(arguments: list[str]) -> None:
+    """With blocks as they are."""
+    sys.exit(main(arguments))
+
+
 if __name__ == "__main__":
     run(sys.argv[1:])
