@@ -25,9 +25,9 @@ first=$((SLURM_ARRAY_TASK_ID * ${UNITS:?set UNITS, the units of a task}))
 export OMP_NUM_THREADS=1
 
 # The shell receives the signal and hands it on; the first `wait` then ends before the process.
+trap 'kill -TERM $!' TERM USR1
 python -m deit_fast precompute "$@" --blocks "$first:$((first + UNITS))" &
 process=$!
-trap 'kill -TERM $process' TERM USR1
 wait $process
 status=$?
 if [ $status -gt 128 ]; then
