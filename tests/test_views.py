@@ -22,6 +22,7 @@ from deit_fast.data import ImageFolder, ViewLoader
 from deit_fast.errors import InputError
 from deit_fast.views import order as order_module
 from deit_fast.views import plan as plan_module
+from deit_fast.views import rng as rng_module
 from deit_fast.views.order import EpochOrder, TrainBatches, pairing
 from deit_fast.views.plan import ViewPlan, fingerprint, lam_of
 from deit_fast.views.rng import (
@@ -365,6 +366,29 @@ def test_lam_of_weighs_the_own_sample():
 # ---------------------------------------------------------------------------------------------
 # A view depends on its key alone
 # ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 1000, 2**40], ids="{}-keys".format)
+def test_the_order_of_keys_is_that_of_a_stable_sort(kinds: int) -> None:
+    """Also where many keys are equal, in all bits or only in the upper ones."""
+    draw = np.random.default_rng(kinds)
+    for count in (0, 1, 2, 3, 1000, 1025):
+        for shift in (0, 9, 23, 50):
+            keys = draw.integers(0, kinds, count).astype(np.uint64) << np.uint64(shift)
+            order = rng_module.stable_order(keys)
+            assert order.dtype == np.int64
+            assert np.array_equal(order, np.argsort(keys, kind="stable"))
+
+
+def test_a_permutation_is_the_sort_of_one_word_for_each_sample(monkeypatch) -> None:
+    count, purpose = 1000, rng_module.Purpose.ORDER
+    low, high, _, _ = rng_module.philox(np.arange(count), 7, 0, purpose, rng_module.key(3))
+    keys = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
+    for part in (1000, 64, 7):
+        monkeypatch.setattr(rng_module, "_PART", part)
+        permutation = rng_module.permutation(3, count, 7, purpose)
+        assert np.array_equal(permutation, np.argsort(keys, kind="stable"))
+        assert not permutation.flags.writeable
 
 
 def test_rows_do_not_depend_on_the_batch(rows):

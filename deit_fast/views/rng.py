@@ -26,6 +26,7 @@ LEVEL_ONE = 1024  # an operation's level 1 in the plan's integers
 Array: TypeAlias = np.ndarray
 
 _MASK = np.uint64(0xFFFFFFFF)
+_PART = 1 << 16  # samples
 _SHIFT = np.uint64(32)
 _TABLE = 65536
 
@@ -89,9 +90,35 @@ def draw_words(
 
 def permutation(seed: int, count: int, index: int, purpose: Purpose) -> Array:
     """Permutation ``index`` of [0, count) for a purpose, int64 [count], read-only."""
-    low, high, _, _ = philox(np.arange(count), index, 0, purpose, key(seed))
-    keys = low | (high.astype(np.uint64) << _SHIFT)
-    return frozen(np.argsort(keys, kind="stable"))
+    keys = np.empty(count, np.uint64)
+    for start in range(0, count, _PART):  # its temporaries stay in a core's cache
+        part = slice(start, min(start + _PART, count))
+        low, high, _, _ = philox(np.arange(part.start, part.stop), index, 0, purpose, key(seed))
+        keys[part] = low | (high.astype(np.uint64) << _SHIFT)
+    return frozen(stable_order(keys))
+
+
+def stable_order(keys: Array) -> Array:
+    """`np.argsort(keys, kind="stable")`, int64, in a tenth of its time for large arrays.
+
+    Sorted are words of a key's upper bits and its position. The few keys that share their upper
+    bits are sorted among themselves afterwards.
+
+    Args:
+        keys: uint64 [n], random.
+    """
+    bits = np.uint64(max(len(keys) - 1, 1).bit_length())
+    below = (np.uint64(1) << bits) - np.uint64(1)
+    words = (keys & ~below) | np.arange(len(keys), dtype=np.uint64)
+    words.sort()
+    order = (words & below).astype(np.int64)
+    words >>= bits
+    equal = np.flatnonzero(words[1:] == words[:-1])
+    if len(equal):
+        spots = np.union1d(equal, equal + 1)
+        members = order[spots]
+        order[spots] = members[np.lexsort((members, keys[members]))]
+    return order
 
 
 def frozen(array: Array) -> Array:
