@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from deit_fast.config import DataConfig
-from deit_fast.data import open_source
+from deit_fast.data import open_source, tar_shards
 from deit_fast.data.left_out import LeftOut
 from deit_fast.data.shard_files import stamps_of
 from deit_fast.data.tar_index import samples_of
@@ -230,6 +231,24 @@ def test_members_of_a_key_need_not_be_neighbours(tmp_path: Path) -> None:
     members = [*pair("a", 1), *pair("b", 2)]
     source = opened(tmp_path, a=tar_of([members[i] for i in (3, 0, 2, 1)]))
     assert names(source) == ["a.tar/a.png", "a.tar/b.png"] and source.labels.tolist() == [1, 2]
+
+
+def test_the_fingerprint_is_that_of_paths_below_the_folder(tmp_path: Path, monkeypatch) -> None:
+    """As in all versions, also of names that are no normal paths; hashed in parts of any length."""
+    keys = ["0", "./1", "a//2", "a/../3", "a/./4", "é", "b.c/5", "b/.."]
+    source = opened(
+        tmp_path,
+        a=tar_of(m for i, key in enumerate(keys) for m in pair(f"{key}x", i)),
+        b=tar_of(pair("0", 3)),
+    )
+    source.classes = [f"class {label}" for label in range(len(source.classes))]
+    digest = hashlib.sha256()
+    for path, size, label in zip(source.paths, source._size, source.labels, strict=True):
+        name = os.path.relpath(path, source.folder)
+        digest.update(f"{name}\0{size}\0class {label}\n".encode())
+    for lines in (1, 3, 4096):
+        monkeypatch.setattr(tar_shards, "_LINES", lines)
+        assert source._sha256() == digest.hexdigest()
 
 
 def test_what_is_left_out_is_said_at_every_start(tmp_path: Path, caplog) -> None:

@@ -49,6 +49,7 @@ log = logging.getLogger("deit_fast")
 
 _FORMAT = 3
 _INDEX = ".deit-fast-index.npz"
+_LINES = 4096  # of the fingerprint, hashed at once
 
 
 class TarShards(Source):
@@ -71,6 +72,7 @@ class TarShards(Source):
         else:
             beside, index = self._open_local(root, split)
         self._shard, self._offset, self._size = index["shard"], index["offset"], index["size"]
+        self._names, self._name_end = index["names"], index["name_end"]
         self.labels = index["label"]
         within = index["left_out"].tobytes().decode(errors="replace")
         self.left_out = "; ".join(filter(None, [str(beside), within]))
@@ -139,11 +141,28 @@ class TarShards(Source):
     def _sha256(self) -> str:
         """Over shard, member, byte size and class of every image; reads no image."""
         digest = hashlib.sha256()
-        sizes, labels = self._size.tolist(), self.labels.tolist()
-        for path, size, label in zip(self.paths, sizes, labels, strict=True):
-            name = os.fsencode(os.path.relpath(path, self.folder))
-            digest.update(b"%b\0%d\0%b\n" % (name, size, os.fsencode(self.classes[label])))
+        names = self._names.tobytes()
+        classes = [os.fsencode(name) for name in self.classes]
+        shards = [os.fsencode(name) for name in self.shards]
+        for first in range(0, len(self.labels), _LINES):
+            part = slice(first, first + _LINES)
+            columns = (self._shard, self._name_end, self._size, self.labels)
+            rows = zip(*(column[part].tolist() for column in columns), strict=True)
+            start, lines = int(self._name_end[first - 1]) if first else 0, []
+            for shard, end, size, label in rows:
+                name = self._name_below(shards[shard], names[start:end])
+                lines.append(b"%b\0%d\0%b\n" % (name, size, classes[label]))
+                start = end
+            digest.update(b"".join(lines))
         return digest.hexdigest()
+
+    def _name_below(self, shard: bytes, member: bytes) -> bytes:
+        """`SHARD.tar/MEMBER` as a path below the folder, without `.`, `..` and empty parts."""
+        name = b"%b/%b" % (shard, member)
+        if b"//" in name or b"/." in name or name.endswith(b"/"):
+            folder = os.fsencode(self.folder)
+            return os.path.relpath(b"%b/%b" % (folder, name), folder)
+        return name
 
 
 def _member_path(folder: str, shards: list[str], index: dict[str, np.ndarray], number: int) -> str:
