@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STARTED = time.perf_counter()  # --seconds includes the time of the imports
 HERE = Path(__file__).parent
 HOST_BENCHES = ("cache", "loader")  # run last: the GPU is idle during most of them
-NOT_IN_ALL = ("startup",)  # makes a million files, and has nothing to do with the device
+NOT_IN_ALL = ("startup", "scale")  # millions of files or samples; nothing to do with the device
 PROGRAMS = {
     "plot": "plot", "summary": "summary", "gpu": "gpu", "gpu-profile": "gpu",
     "traffic": "traffic", "roofline": "roofline", "fashion": "fashion.run",
