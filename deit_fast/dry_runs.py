@@ -10,6 +10,7 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.inputs import require_precompute_inputs, require_train_inputs
 from deit_fast.runtime.files import require_writable
+from deit_fast.storage.urls import is_url
 
 
 def training(config: RunConfig) -> str:
@@ -64,7 +65,8 @@ def precomputing(config: RunConfig, views: range | None, budget: int | None) -> 
     Raises:
         As ``precompute``, before its first batch.
     """
-    if config.cache is not None:
+    is_remote = config.cache is not None and is_url(config.cache)
+    if config.cache is not None and not is_remote:
         require_writable("--cache", config.cache)
     require_precompute_inputs(config)
     from deit_fast.precomputation import estimate
@@ -80,8 +82,8 @@ def precomputing(config: RunConfig, views: range | None, budget: int | None) -> 
         ("blocks", f"{found['blocks']} to write, {found['kept']} there; all views are --blocks "
                    f"0:{found['units']}"),
         ("images", str(found["images"])),
-        ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new files, "
-                  f"{size_text(found['free'])} free"),
+        ("bytes", f"{found['bytes']} ({size_text(found['bytes'])}) of new "
+                  + ("objects" if is_remote else f"files, {size_text(found['free'])} free")),
         ("time", f"{duration(found['seconds'])} at {speed}"),
         ("measured", f"batches of {found['timed_batch']} images through the whole job; each part "
                      f"alone, for a batch of {found['batch']}: loading in one process "

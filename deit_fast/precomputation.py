@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from deit_fast.precompute_job import (
     summary_of,
     write_units,
 )
+from deit_fast.remote_targets import remote_targets
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.progress import Progress
 
@@ -134,11 +135,16 @@ def estimate(config: RunConfig, views: range | None = None) -> dict[str, Any]:
         As ``precompute``.
     """
     processes = read_process_group().world_size
+    remote = remote_targets(config)
+    if remote is not None:
+        config = config.replace(cache=str(remote.folder))
     job = Job(config)
     folder = Path(str(config.cache))
     requested = range(config.views_used) if views is None else views
-    caches = job.planned_caches()
-    blocks, kept, new_bytes, missing = caches.planned(requested)
+    with nullcontext() if remote is None else remote.named():
+        caches = job.planned_caches()
+        found = caches.planned(requested) if remote is None else remote.planned(caches, requested)
+    blocks, kept, new_bytes, missing = found
     count, size = job.source.num_samples, caches.unit
     images_of: Counter[int] = Counter()  # by the size of their views
     for view, unit in missing:

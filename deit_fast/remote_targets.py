@@ -6,15 +6,18 @@ import fcntl
 import os
 import shutil
 import weakref
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from deit_fast.cache.format import FILE_NAME, publish_manifest
+from deit_fast.cache.format import FILE_NAME, matching_manifest, publish_manifest
 from deit_fast.cache.remote import STATISTICS, Publisher, RemoteCache, publish_small, pull
 from deit_fast.cache.remote import publish_manifest as publish_object
+from deit_fast.config import RunConfig
+from deit_fast.errors import CacheError
 from deit_fast.runtime.files import cache_folder, read_file
 from deit_fast.storage.objects import Objects
-from deit_fast.storage.urls import join
+from deit_fast.storage.urls import is_url, join
 from deit_fast.target_caches import TargetCache, TargetCaches
 
 _LOCK = ".lock"
@@ -46,6 +49,14 @@ class RemoteTargets:
     def _below(self, name: str) -> Objects:
         return Objects(join(self.objects.url, name)) if name else self.objects
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Refusals name the URL in place of this process's folder."""
+        try:
+            yield
+        except CacheError as error:
+            raise type(error)(str(error).replace(str(self.folder), str(self.objects))) from None
+
     def share_fit(self, path: Path) -> None:
         """Publish a fit of statistics, or take the one that another process has published."""
         folder = path.parent.relative_to(self.folder)
@@ -71,6 +82,31 @@ class RemoteTargets:
         """What publishes the blocks of a cache."""
         return Publisher(RemoteCache(self._objects_of(cache), cache.manifest), cache.folder)
 
+    def planned(
+        self, caches: TargetCaches, views: Iterable[int]
+    ) -> tuple[int, int, int, list[tuple[int, int]]]:
+        """As ``TargetCaches.planned``: what is to be published at the URL.
+
+        Raises:
+            CacheMismatch: the URL has a cache made under other settings.
+        """
+        to_write = kept = new_bytes = 0
+        units: set[tuple[int, int]] = set()
+        for cache in caches:
+            if (cache.folder / FILE_NAME).exists():
+                matching_manifest(cache.folder, cache.manifest)
+            remote = RemoteCache(self._objects_of(cache), cache.manifest)
+            publisher = Publisher(remote, cache.folder)
+            for view_id in views:
+                for unit in range(caches.units_per_view):
+                    for block in caches.blocks(cache, unit):
+                        if publisher.is_there(view_id, block):
+                            kept += 1
+                            continue
+                        to_write, new_bytes = to_write + 1, new_bytes + remote.block_bytes(block)
+                        units.add((view_id, unit))
+        return to_write, kept, new_bytes, sorted(units)
+
     def _objects_of(self, cache: TargetCache) -> Objects:
         return self._below("" if cache.index is None else cache.folder.name)
 
@@ -78,6 +114,13 @@ class RemoteTargets:
         """Delete what was written here, once it is published."""
         for path in self.folder.rglob("view-*"):
             path.unlink(missing_ok=True)
+
+
+def remote_targets(config: RunConfig) -> RemoteTargets | None:
+    """The caches of a configuration whose cache is a URL; None for one in a folder."""
+    if config.cache is None or not is_url(config.cache):
+        return None
+    return RemoteTargets(config.cache, [name for name in config.targets if name != "logits"])
 
 
 def _new_folder() -> Path:

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,12 @@ from deit_fast.precompute_job import (
     summary_of,
     write_units,
 )
-from deit_fast.remote_targets import RemoteTargets
+from deit_fast.remote_targets import remote_targets
 from deit_fast.runtime.distributed import read_process_group
 from deit_fast.runtime.files import create_atomically, parse_object, read_json, sealed_json
 from deit_fast.runtime.progress import Progress
 from deit_fast.runtime.signals import Signals
 from deit_fast.storage.objects import Objects
-from deit_fast.storage.urls import is_url
 
 log = logging.getLogger("deit_fast")
 
@@ -61,22 +60,22 @@ class Units:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._remote: RemoteTargets | None = None
+        self._remote = remote_targets(config)
         notes: _FolderNotes | _ObjectNotes = _FolderNotes(Path(str(config.cache), TRIES_FOLDER))
         self.cache = str(config.cache)
-        if config.cache is not None and is_url(config.cache):
-            self._remote = RemoteTargets(config.cache, [t for t in config.targets if t != "logits"])
+        if self._remote is not None:
             notes = _ObjectNotes(self._remote.objects)
             self.cache = str(self._remote.objects)
             config = config.replace(cache=str(self._remote.folder))
         self._config = config
         self._job = job = Job(config)
-        with translate_errors(job.device, job.remedy):
+        named = nullcontext() if self._remote is None else self._remote.named()
+        with translate_errors(job.device, job.remedy), named:
             if not self._is_begun():
                 job.check_teacher(range(config.views_used))
             self._caches = job.open_caches(self._remote.share_fit if self._remote else None)
-        if self._remote is not None:
-            self._remote.publish(self._caches)
+            if self._remote is not None:
+                self._remote.publish(self._caches)
         self._tries = Tries(notes)
         say_unread_grid(config)
 

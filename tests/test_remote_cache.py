@@ -16,7 +16,7 @@ from deit_fast.cache.remote import Listing, block_name
 from deit_fast.cli import main
 from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.errors import CacheError, CacheMismatch, InputError
-from deit_fast.precomputation import precompute
+from deit_fast.precomputation import estimate, precompute
 from deit_fast.storage import clients
 from deit_fast.storage.objects import Objects, Patience
 from deit_fast.units import TRIES_FOLDER, Units
@@ -137,6 +137,17 @@ def test_faults_of_the_network_change_no_byte(root, url, moto_server, each_serve
         assert proxy.hits
 
 
+def test_a_dry_run_counts_what_is_published(root, url, monkeypatch):
+    config = settings(root, url, **LOGITS)
+    assert (estimate(config)["blocks"], estimate(config)["kept"]) == (TOTAL, 0)
+    assert not Objects(url).list()
+    Units(config).compute([0, 3])
+    found = estimate(config)
+    assert (found["blocks"], found["kept"], found["units"]) == (TOTAL - 2, 2, TOTAL)
+    with pytest.raises(CacheMismatch, match=rf"^cache {url} "):
+        estimate(config.replace(teacher_batch=7))
+
+
 def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys):
     objects = Objects(logits_at)
     good = objects.read(block_name(1, 0))
@@ -196,7 +207,7 @@ def test_local_copies_stay_below_their_bound(root, logits_at, monkeypatch, tmp_p
 
 def test_another_cache_at_the_url_is_refused_with_its_fields(root, logits_at, capsys, tmp_path):
     other = settings(root, logits_at, **LOGITS, teacher_batch=7)
-    with pytest.raises(CacheMismatch, match=r"teacher\.batch is .*, expected 7"):
+    with pytest.raises(CacheMismatch, match=rf"^cache {logits_at} .*teacher\.batch is .*, exp"):
         Units(other)
     with pytest.raises(CacheError, match="is no cache: it has no manifest"):
         LogitCache.open(f"{logits_at}/nothing")
