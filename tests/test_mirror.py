@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from helpers.digits import write_few_digits
 from helpers.fault_proxy import fault_proxy
 from helpers.feature_runs import numbers
 from helpers.runs import AtStep, run_config
-from helpers.servers import KEY, SECRET, Server, variables
+from helpers.servers import KEY, SECRET, Server, use
 
 STEPS = 6
 
@@ -50,17 +49,10 @@ def settings(root: Path, output: Path | str, **changes) -> RunConfig:
     return config.replace(**changes)
 
 
-def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables(port).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(clients, "_state", clients._State())
-
-
 @pytest.fixture
-def url(each_server: Server, monkeypatch) -> Iterator[str]:
+def url(each_server: Server, monkeypatch) -> str:
     use(each_server.port, monkeypatch)
-    yield f"s3://{each_server.new_bucket()}/runs/one"
-    monkeypatch.setattr(clients, "_state", clients._State())
+    return f"s3://{each_server.new_bucket()}/runs/one"
 
 
 def steps_at(url: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from helpers.digits import write_few_digits
 from helpers.fault_proxy import fault_proxy
 from helpers.feature_runs import config_of, numbers
 from helpers.processes import start_forked
-from helpers.servers import KEY, SECRET, Server, variables
+from helpers.servers import KEY, SECRET, Server, use
 from helpers.small_blocks import BLOCK
 from helpers.units import command, contents
 
@@ -56,17 +55,10 @@ def settings(root: Path, cache: str, **changes) -> RunConfig:
     return config_of(root, cache=cache, data={"workers": 0}, num_views=3).replace(**changes)
 
 
-def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables(port).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(clients, "_state", clients._State())
-
-
 @pytest.fixture
-def url(each_server: Server, monkeypatch) -> Iterator[str]:
+def url(each_server: Server, monkeypatch) -> str:
     use(each_server.port, monkeypatch)
-    yield f"s3://{each_server.new_bucket()}/teachers/cache"
-    monkeypatch.setattr(clients, "_state", clients._State())
+    return f"s3://{each_server.new_bucket()}/teachers/cache"
 
 
 @pytest.fixture
