@@ -100,7 +100,8 @@ class HubImages(Source):
         classes, labels = self._own
         digest = hashlib.sha256(json.dumps([self._names, classes]).encode())
         for values in (self._rows.starts, labels, *self._rows.sizes):
-            digest.update(b"%d\n" % len(values) + np.ascontiguousarray(values, "<i8").tobytes())
+            digest.update(b"%d\n" % len(values))
+            digest.update(np.ascontiguousarray(values, "<i8").data)
         return digest.hexdigest()
 
 
