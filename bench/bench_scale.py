@@ -343,7 +343,8 @@ def case(name: str, letter: str, size: int) -> Case:
         grown = private_growth(*prepared(name, size))
         return {"private_mb": round(grown / 1e6, 2)}
 
-    return Case(f"{name} {letter}={size}", build, on_host=True, facts=facts)
+    # Few rounds, which leave time for the facts.
+    return Case(f"{name} {letter}={size}", build, on_host=True, facts=facts, repeats=2)
 
 
 def steady(name: str, size: int) -> Case:
