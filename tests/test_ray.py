@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 
+from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.integrations import ray as ours
 from deit_fast.precomputation import precompute
+from deit_fast.storage.objects import Objects
 from deit_fast.units import TRIES_FOLDER, Units
 from helpers import small_blocks
 from helpers.digits import write_few_digits
 from helpers.feature_runs import config_of
 from helpers.processes import start_forked
+from helpers.servers import SECRET, Server, use
 from helpers.units import command, contents
 
 VIEWS = 12  # a unit each
@@ -32,13 +35,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[object]:
+def cluster(tmp_path_factory, moto_server: Server) -> Iterator[object]:
     pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
+        use(moto_server.port, patch)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("FRAGILE", "slow:300")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "planted+secret/0003")
         patch.setenv(
             "PYTHONPATH", os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
         )
@@ -107,10 +111,26 @@ def test_actors_that_are_killed_and_a_node_that_joins_make_one_cache(cluster, ro
     assert (again["computed"], again["kept"], again["images"]) == (0, VIEWS, 0)
 
 
-def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(cluster, root, tmp_path):
+@pytest.mark.parametrize(
+    "where",
+    [
+        "folder",
+        pytest.param(
+            "bucket",
+            marks=pytest.mark.skipif("DEIT_FAST_SWEEP" not in os.environ, reason="minutes"),
+        ),
+    ],
+)
+def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(
+    cluster, root, tmp_path, moto_server, where
+):
     """Ray's actors, tasks of an array and ranks of torchrun work on the same units at once; 20 of
     them are killed, and 5 tasks run twice."""
-    config = settings(root, tmp_path / "cache", output=str(tmp_path / "run"))
+    cache = tmp_path / "cache"
+    url = f"s3://{moto_server.new_bucket()}/cache"
+    config = settings(root, cache, output=str(tmp_path / "run"))
+    if where == "bucket":
+        config = config.replace(cache=url)
     choice, killed, done = random.Random(1), [], threading.Event()
     tasks: list[Any] = []
 
@@ -144,9 +164,14 @@ def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(cluster,
         task.join(120)
     assert len(killed) == 20
     # Machines that die as often as units end may bring a sound unit into quarantine.
-    shutil.rmtree(tmp_path / "cache" / TRIES_FOLDER, ignore_errors=True)
+    shutil.rmtree(cache / TRIES_FOLDER, ignore_errors=True)
+    if where == "bucket":
+        for name in Objects(url).list(f"{TRIES_FOLDER}/"):
+            Objects(url).delete(name)
     assert Units(config).compute(range(VIEWS))["quarantined"] == []
-    assert contents(tmp_path / "cache") == contents(root / "whole")
+    if where == "bucket":
+        assert main(["cache", "copy", url, str(cache)]) == 0
+    assert contents(cache) == contents(root / "whole")
 
 
 def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster, root, tmp_path):
@@ -175,7 +200,7 @@ def test_no_secret_is_in_the_logs_of_the_cluster(cluster):
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
     texts = [path.read_bytes() for path in folder.rglob("*.log") if path.is_file()]
-    assert texts and not any(b"planted+secret/0003" in text for text in texts)
+    assert texts and not any(SECRET.encode() in text for text in texts)
 
 
 def test_wrong_arguments_are_one_line(root, tmp_path, capsys):

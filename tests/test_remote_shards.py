@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from deit_fast.cli import main
 from deit_fast.config import DataConfig, RunConfig
@@ -472,6 +473,24 @@ def test_run_and_cache_are_those_of_the_local_disk(
     assert comparable_rows(tmp_path / "run") == comparable_rows(local)
     views = cache_files(local.with_name(f"{form}-cache"))
     assert views and cache_files(tmp_path / "cache") == views
+
+
+@pytest.mark.dali
+def test_dali_reads_jpeg_files_from_a_bucket(world, moto_server, bucket, tmp_path):
+    for path in sorted((world / "data").rglob("*.png")):
+        target = tmp_path / "data" / path.relative_to(world / "data").with_suffix(".jpg")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.convert("RGB").resize((40, 32)).save(target, quality=95)
+    write_tars(tmp_path / "data", tmp_path / "tars", per_shard=60)
+    upload(moto_server.port, tmp_path / "tars", bucket, "jpeg/")
+    runs = []
+    for root in (str(tmp_path / "tars"), f"s3://{bucket}/jpeg"):
+        data = {"root": root, "source": "tar", "loader": "dali-cpu", "workers": 1}
+        runs.append(tmp_path / f"run-{len(runs)}")
+        train(config_of(world, runs[-1], data))
+    assert weights_equal(*runs)
+    assert comparable_rows(runs[0]) == comparable_rows(runs[1])
 
 
 def test_cache_of_the_local_shards_serves_the_remote_ones(
