@@ -331,7 +331,7 @@ def cases(device: str) -> list[Case]:
     made += [steady(f"{kind} digest", size) for kind in ("tar", "packed", "arrow")
              for size in SAMPLES]  # fmt: skip
     made += [case(f"views {what}", "V", views) for what in ("open", "gather") for views in VIEWS]
-    return [*made, *[loader_case(size) for size in (10**4, 10**5)]]
+    return [*made, *[loader_case(size) for size in (10**4, 5 * 10**4)]]
 
 
 def case(name: str, letter: str, size: int) -> Case:
@@ -374,7 +374,7 @@ def loader_case(samples: int) -> Case:
     def build() -> dict[str, Callable[[], Any]]:
         return {"ours": lambda: found.append(loader_memory(samples))}
 
-    return Case(f"loader N={samples}", build, on_host=True, facts=facts)
+    return Case(f"loader N={samples}", build, on_host=True, facts=facts, repeats=2)
 
 
 # ---------------------------------------------------------------------------------------------
