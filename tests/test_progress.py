@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from deit_fast.runtime.progress import Progress
+
 ROOT = Path(__file__).parent.parent
 ROWS, SHORT, LONG = 24, "1931 img/s loss 1.465", "top-1 70.0 % lr 5.4e-04 wait 3 %"
 WORK = """
@@ -96,3 +98,22 @@ def test_a_pipe_gets_lines_alone(environment):
 def test_no_bar_without_a_cursor_or_in_another_rank(environment):
     text = on_a_terminal(80, **environment)
     assert "\x1b" not in text and "━" not in text
+
+
+def test_lines_of_slow_work_show_small_rates_and_figures(monkeypatch, caplog):
+    now = 0.0
+    monkeypatch.setattr("deit_fast.runtime.progress.time.perf_counter", lambda: now)
+    caplog.set_level("INFO", logger="deit_fast")
+    with Progress("units", 4, unit="unit") as progress:
+        for at, count, figures in (
+            (31.0, 0, {}),  # a unit that failed
+            (100.0, 1, {"found": "35 images/s"}),
+            (200.0, 3, {"found": "52 images/s"}),
+        ):
+            now = at
+            progress.advance(count, figures=figures)
+    assert [record.getMessage() for record in caplog.records] == [
+        "units: 0 of 4 units (0 %), 0 units/s, 31 s so far",
+        "units: 1 of 4 units (25 %), 0.01 units/s, 35 images/s, 5 min 0 s left",
+        "units: 4 of 4 units (100 %), 0.02 units/s, 52 images/s, 3 min 20 s in all",
+    ]

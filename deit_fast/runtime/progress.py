@@ -46,6 +46,7 @@ class Progress:
         self._label, self._total, self._units, self._paced = label, total, f"{unit}s", paced
         self._done = self._earlier = self._logged = done
         self._started = self._logged_at = time.perf_counter()
+        self._figures = ""
         self._bar = None
         if (console := _terminal()) is not None:
             self._bar = _create_bar(console)
@@ -71,16 +72,19 @@ class Progress:
 
         Args:
             line: logged where there is no bar.
-            figures: texts beside the bar, by the names of ``FIGURES``; others stay.
+            figures: texts beside the bar, or in the lines of a paced work, by the names of
+                ``FIGURES``; others stay.
         """
         self._done += count
+        if figures:
+            self._figures = "".join(f"{text}, " for text in figures.values())
         if self._bar is None:
             if line := self._due_text() if self._paced else line:
                 log.info("%s", line)
             return
         texts: dict[str, Any] = dict(figures)
         if self._paced:
-            texts["speed"] = f"{self._rate():.0f} {self._units}/s"
+            texts["speed"] = f"{_short_rate(self._rate())} {self._units}/s"
         self._bar.update(self._task, advance=count, **texts)
 
     def show(self, figures: Mapping[str, str]) -> None:
@@ -130,11 +134,19 @@ class Progress:
         rate = self._rate()
         text = (
             f"{self._label}: {self._done} of {self._total} {self._units} "
-            f"({100 * self._done / self._total:.0f} %), {rate:.0f} {self._units}/s, "
+            f"({100 * self._done / self._total:.0f} %), {_short_rate(rate)} {self._units}/s, "
+            f"{self._figures}"
         )
         if self._done == self._total:
             return f"{text}{duration(self._age())} in all"
+        if not rate:
+            return f"{text}{duration(self._age())} so far"
         return f"{text}{duration((self._total - self._done) / rate)} left"
+
+
+def _short_rate(rate: float) -> str:
+    """Whole from 10 on, below with two digits that count."""
+    return f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:
