@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +35,7 @@ from helpers.units import command, contents
 
 VIEWS = 12  # a unit each
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+sweep = pytest.mark.skipif("DEIT_FAST_SWEEP" not in os.environ, reason="minutes")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,8 @@ def actors() -> list[int]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_actors_that_are_killed_and_a_node_that_joins_make_one_cache(cluster, root, tmp_path):
     config = settings(root, tmp_path / "cache")
     choice, killed, done = random.Random(0), [], threading.Event()
@@ -111,14 +117,13 @@ def test_actors_that_are_killed_and_a_node_that_joins_make_one_cache(cluster, ro
     assert (again["computed"], again["kept"], again["images"]) == (0, VIEWS, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize(
     "where",
     [
         "folder",
-        pytest.param(
-            "bucket",
-            marks=pytest.mark.skipif("DEIT_FAST_SWEEP" not in os.environ, reason="minutes"),
-        ),
+        pytest.param("bucket", marks=sweep),
     ],
 )
 def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(
@@ -174,6 +179,8 @@ def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(
     assert contents(cache) == contents(root / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster, root, tmp_path):
     shutil.copytree(root / "data", tmp_path / "data")
     image = sorted((tmp_path / "data" / "train").rglob("*.png"))[40]
@@ -188,13 +195,18 @@ def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster,
     assert Units(config).total == VIEWS
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+@sweep
 def test_failures_of_the_machine_end_in_one_line(cluster, root, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     with pytest.raises((InputError, OSError)) as caught:
-        ours.precompute(settings(root, tmp_path / "cache"), workers=1, num_gpus=0)
+        ours.precompute(settings(root, tmp_path / "cache"), blocks=range(1), workers=1, num_gpus=0)
     assert "cache" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_no_secret_is_in_the_logs_of_the_cluster(cluster):
     import ray
 
@@ -217,3 +229,124 @@ def test_without_ray_the_error_names_the_extra(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'deit-fast\[ray\]'"):
         ours.precompute(settings(root, tmp_path), workers=1)
+
+
+def row_of(unit: int, error: str = "", worker: str = "one", images: int = 10) -> dict[str, Any]:
+    images = 0 if error else images
+    row = {"unit": unit, "images": images, "bytes": images, "quarantined": [], "error": error}
+    return row | {"worker": worker, "lifetime": 36.0}
+
+
+class Passes:
+    """Plays Ray: the rows of each pass, and which units were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *passes: list[dict]) -> None:
+        self.asked: list[list[int]] = []
+        self._passes = list(passes)
+
+        @contextmanager
+        def no_cluster(*_: object) -> Iterator[None]:
+            yield
+
+        def remote(**_: object) -> object:
+            return lambda function: SimpleNamespace(remote=lambda config: 4)
+
+        fake = SimpleNamespace(
+            remote=remote, get=lambda value: value, exceptions=SimpleNamespace(RayError=KeyError)
+        )
+        monkeypatch.setattr(ours, "_ray", lambda: fake)
+        monkeypatch.setattr(ours, "_cluster", no_cluster)
+        monkeypatch.setattr(ours, "_pass", self._pass)
+
+    def _pass(self, ray: object, config: object, units: list[int], *_: object) -> list[dict]:
+        self.asked.append(units)
+        return self._passes.pop(0)
+
+
+def test_units_that_a_machine_or_ray_left_are_sent_again(tmp_path, monkeypatch):
+    first = [row_of(0), row_of(1, "OSError: disk full", "two"), row_of(3)]  # none of unit 2
+    played = Passes(monkeypatch, first, [row_of(1)], [row_of(2, images=0)])
+    found = ours.precompute(
+        RunConfig(cache=str(tmp_path)), workers=2, num_gpus=0.5, price_per_hour=3
+    )
+    assert played.asked == [[0, 1, 2, 3], [1, 2], [2]]
+    assert (found["computed"], found["kept"], found["images"]) == (3, 1, 30)
+    # Both workers cost 36 s, also the one that only failed.
+    assert (found["worker_hours"], found["gpu_hours"], found["cost"]) == (0.02, 0.01, 0.06)
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        ([], r"1 units are left, such as 2: Ray gave no row of it after 3 passes over 4"),
+        ([row_of(2, "OSError: disk full")], r"such as 2: OSError: disk full after 3 passes"),
+    ],
+    ids=["lost", "failed"],
+)
+def test_units_that_stay_left_end_in_one_line(tmp_path, monkeypatch, last, text):
+    first = [row_of(unit) for unit in (0, 1, 3)]
+    Passes(monkeypatch, first, last, last)
+    with pytest.raises(ChildProcessError, match=text):
+        ours.precompute(RunConfig(cache=str(tmp_path)), workers=2)
+
+
+def test_machines_that_only_fail_end_the_work_before_all_units_are_tried(tmp_path, monkeypatch):
+    broken = [row_of(unit % 4, "OSError: disk full", "abc"[unit % 3]) for unit in range(90)]
+    Passes(monkeypatch, [row_of(0), *broken])  # four workers in all
+    with pytest.raises(ChildProcessError, match=r"the last 32 units failed, .*: disk full"):
+        ours.precompute(RunConfig(cache=str(tmp_path)), workers=9)
+
+
+def test_a_worker_pauses_longer_after_each_failure(monkeypatch):
+    paused: list[float] = []
+    monkeypatch.setattr(ours.time, "sleep", paused.append)
+    outcomes = [OSError("disk"), MemoryError("large"), None, *[OSError("disk")] * 6]
+
+    def compute(numbers: list[int]) -> dict[str, Any]:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+        return {"images": 1, "bytes": 1, "quarantined": []}
+
+    monkeypatch.setattr("deit_fast.units.Units", lambda config: SimpleNamespace(compute=compute))
+    worker = ours._Worker(RunConfig())
+    errors = [worker({"unit": unit})["error"] for unit in range(9)]
+    assert errors[:3] == ["OSError: disk", "MemoryError: large", ""]
+    assert paused == [2, 4, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_worker_without_room_is_refused_where_no_node_can_join(caplog):
+    there = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0})
+    with pytest.raises(InputError, match=r"needs 1 GPUs and 2 CPU cores, and Ray finds 0 and 4 on"):
+        ours._require_room(there, 1, 2, joins=False)
+    ours._require_room(there, 0, 4, joins=False)
+    assert not caplog.records
+    ours._require_room(there, 0, 4.5, joins=True)
+    assert "finds 0 and 4 in the cluster: the work waits until a node joins" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_command_on_a_cluster_of_its_own_stops_at_a_signal_and_resumes(root, tmp_path):
+    pytest.importorskip("ray")
+    config = settings(root, tmp_path / "cache", output=str(tmp_path / "run"))
+    words = [*command(config, "0:99")[1:], "--workers", "2"]
+    words += ["--gpus-per-worker", "0", "--price-per-hour", "2"]
+    python = [sys.executable, "-m", "deit_fast.integrations.ray", *words]
+    home = tmp_path / "home"
+    home.mkdir()
+    path = os.pathsep.join([str(Path("tests").resolve()), str(Path.cwd())])
+    env = os.environ | {"PYTHONPATH": path, "HOME": str(home)}
+    slow = env | {"FRAGILE": "slow:300"}
+    with subprocess.Popen(python, env=slow, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((tmp_path / "cache").glob("*.dlc")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == 75, said
+    assert "SIGTERM: published units stay" in said
+
+    done = subprocess.run(python, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(tmp_path / "cache") == contents(root / "whole")
+    assert re.search(r"^cost +0\.\d+$", done.stdout, re.M), done.stdout
+    assert not list(home.rglob("*token*"))

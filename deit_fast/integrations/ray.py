@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,10 +26,14 @@ from typing import Any
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError, first_line
 from deit_fast.runtime.progress import Progress, duration
+from deit_fast.runtime.signals import SIGNALS, Preempted
 
 log = logging.getLogger("deit_fast")
 
 PASSES = 3  # over the units that failures of machines have left
+_FAILURES = 8  # for each worker, without a unit that succeeds between them: all machines fail
+_KEPT = "published units stay, the same call computes the others"
+_LONGEST_PAUSE = 30.0  # seconds, of a worker whose machine fails
 _OBJECT_STORE_BYTES = 200 << 20  # rows are small
 
 
@@ -51,88 +58,137 @@ def precompute(
 
     Returns:
         `units`, `computed` and `kept` (counts), `images`, `bytes`, `seconds`, `images_per_s`,
-        `worker_hours` (of computing), `cost` (None without a price), `quarantined` (as
-        ``Units.compute``).
+        `worker_hours` (each from the start of its teacher's loading to its last unit), `gpu_hours`,
+        `cost` (of the worker hours; None without a price), `quarantined` (as ``Units.compute``).
 
     Raises:
-        InputError: wrong settings, a relative path, or Ray is not installed.
-        ChildProcessError: units are left after ``PASSES`` passes; names a reason.
+        InputError: wrong settings, a relative path, Ray is not installed, or the cluster of this
+            machine has no room for a worker.
+        ChildProcessError: units are left after ``PASSES`` passes, or machines only fail; names a
+            reason.
+        Preempted: SIGTERM, SIGUSR1 or Ctrl-C; published units stay.
     """
     if workers < 1:
         raise InputError(f"workers must be at least 1, not {workers}")
     _require_absolute_paths(config)
     ray = _ray()
     started = time.perf_counter()
-    rows: dict[int, dict[str, Any]] = {}
-    with _cluster(ray):
-        count = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_total)
-        with _one_line(ray):
-            total = ray.get(count.remote(config))
+    with _cluster(ray, num_gpus, num_cpus), _interruptible(), _one_line(ray):
+        total = ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_total).remote(config))
         chosen = range(total) if blocks is None else range(blocks.start, min(blocks.stop, total))
-        left = list(chosen)
-        with Progress("precompute", len(left), unit="unit") as progress:
+        found = _Results(list(chosen))
+        with Progress("precompute", len(chosen), unit="unit") as progress:
             for number in range(PASSES):
                 if number:
-                    reason = next(row["error"] for row in rows.values() if row["error"])
-                    log.warning("%d units are left (%s); they are sent again", len(left), reason)
-                with _one_line(ray):
-                    for row in _pass(ray, config, left, workers, num_gpus, num_cpus):
-                        progress.advance(not row["error"])
-                        rows[row["unit"]] = row
-                left = [unit for unit in chosen if unit not in rows or rows[unit]["error"]]
-                if not left:
+                    log.warning("%s; they are sent again", found.what_is_left())
+                for row in _pass(ray, config, found.left(), workers, num_gpus, num_cpus):
+                    found.add(row)
+                    rate = f"{found.images_per_second():.0f} images/s"
+                    progress.advance(not row["error"], figures={"found": rate})
+                if not found.left():
                     break
-    if left:
-        reason = rows[left[0]]["error"] if left[0] in rows else "its row was lost"
+    if found.left():
         raise ChildProcessError(
-            f"{len(left)} of {len(chosen)} units are left after {PASSES} passes, such as "
-            f"{left[0]}: {reason}; published units stay, the same call computes the others"
+            f"{found.what_is_left()} after {PASSES} passes over {len(chosen)}; {_KEPT}"
         )
-    return _summary(rows, time.perf_counter() - started, price_per_hour)
+    return found.summary(time.perf_counter() - started, num_gpus, price_per_hour)
 
 
-def _summary(
-    rows: dict[int, dict[str, Any]], seconds: float, price: float | None
-) -> dict[str, Any]:
-    images = sum(row["images"] for row in rows.values())
-    hours = sum(row["seconds"] for row in rows.values()) / 3600
-    return {
-        "units": len(rows),
-        "computed": sum(row["images"] > 0 for row in rows.values()),
-        "kept": sum(row["images"] == 0 and not row["quarantined"] for row in rows.values()),
-        "images": images,
-        "bytes": sum(row["bytes"] for row in rows.values()),
-        "seconds": round(seconds, 1),
-        "images_per_s": round(images / seconds, 2),
-        "worker_hours": round(hours, 4),
-        "cost": None if price is None else round(hours * price, 4),
-        "quarantined": [found for row in rows.values() for found in row["quarantined"]],
-    }
+class _Results:
+    """What the rows of workers say of the units asked for.
+
+    Args:
+        units: their numbers.
+    """
+
+    def __init__(self, units: list[int]) -> None:
+        self._units = units
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._lifetimes: dict[str, float] = {}  # by worker
+        self._failures = 0  # since a row without an error
+        self._images = 0
+        self._started = time.perf_counter()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """
+        Raises:
+            ChildProcessError: machines do nothing but fail.
+        """
+        self._rows[row["unit"]] = row
+        worker, lifetime = row["worker"], row["lifetime"]
+        self._lifetimes[worker] = max(lifetime, self._lifetimes.get(worker, 0.0))
+        self._images += row["images"]
+        self._failures = self._failures + 1 if row["error"] else 0
+        if self._failures >= _FAILURES * len(self._lifetimes):
+            raise ChildProcessError(
+                f"the last {self._failures} units failed, such as {row['unit']}: {row['error']}; "
+                f"{_KEPT}"
+            )
+
+    def left(self) -> list[int]:
+        """Units that failed on a machine, or that gave no row."""
+        rows = self._rows
+        return [unit for unit in self._units if unit not in rows or rows[unit]["error"]]
+
+    def what_is_left(self) -> str:
+        """How many units, and why one of them is."""
+        left = self.left()
+        failed = next((unit for unit in left if unit in self._rows), left[0])
+        reason = self._rows[failed]["error"] if failed in self._rows else "Ray gave no row of it"
+        return f"{len(left)} units are left, such as {failed}: {reason}"
+
+    def images_per_second(self) -> float:
+        return self._images / max(time.perf_counter() - self._started, 1e-9)
+
+    def summary(self, seconds: float, gpus: float, price: float | None) -> dict[str, Any]:
+        rows, hours = self._rows.values(), sum(self._lifetimes.values()) / 3600
+        return {
+            "units": len(rows),
+            "computed": sum(row["images"] > 0 for row in rows),
+            "kept": sum(row["images"] == 0 and not row["quarantined"] for row in rows),
+            "images": self._images,
+            "bytes": sum(row["bytes"] for row in rows),
+            "seconds": round(seconds, 1),
+            "images_per_s": round(self._images / seconds, 2),
+            "worker_hours": round(hours, 4),
+            "gpu_hours": round(hours * gpus, 4),
+            "cost": None if price is None else round(hours * price, 4),
+            "quarantined": [found for row in rows for found in row["quarantined"]],
+        }
 
 
 class _Worker:
     """An actor: the teacher on its device. A failure becomes a row; Ray retries none of them."""
 
     def __init__(self, config: RunConfig) -> None:
+        self._started = time.perf_counter()
+        self._name = uuid.uuid4().hex
+        self._failures = 0  # since the last unit that did not fail
         from deit_fast.units import Units
 
         self._units = Units(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit, started = int(row["unit"]), time.perf_counter()
+        unit = int(row["unit"])
         found: dict[str, Any] = {"images": 0, "bytes": 0, "quarantined": []}
         error = ""
         try:
             found = self._units.compute([unit])
+            self._failures = 0
         except Exception as failure:  # of this machine: disk, memory, network
             error = first_line(failure, 300, with_type=True)
+            self._failures += 1
+            # A failure takes less time than a unit: without a pause this machine would take
+            # most of the units from those that work.
+            time.sleep(min(2.0**self._failures, _LONGEST_PAUSE))
         return {
             "unit": unit,
             "images": found["images"],
             "bytes": found["bytes"],
-            "seconds": time.perf_counter() - started,
             "quarantined": found["quarantined"],
             "error": error,
+            "worker": self._name,
+            "lifetime": time.perf_counter() - self._started,
         }
 
 
@@ -140,7 +196,7 @@ def _pass(
     ray: Any, config: RunConfig, units: list[int], workers: int, gpus: float, cpus: float
 ) -> Iterator[dict[str, Any]]:
     """The rows of units, in the order in which they end. One row a block of Ray, so that an actor's
-    death costs one unit."""
+    death costs one unit. Ray Data starts actors again and retries their rows without a bound."""
     if not units:
         return
     data = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
@@ -150,8 +206,6 @@ def _pass(
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
         num_gpus=gpus,
         num_cpus=cpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     yield from rows.iter_rows()
 
@@ -204,25 +258,84 @@ def _one_line(ray: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _cluster(ray: Any) -> Iterator[None]:
-    """A cluster that is there, or one of this process."""
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 interrupt Ray as Ctrl-C does, the only signal that its calls pass on.
+
+    Raises:
+        Preempted: one of them came.
+    """
+    received = signal.SIGINT
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Preempted(SIGNALS[received], _KEPT) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _cluster(ray: Any, gpus: float, cpus: float) -> Iterator[None]:
+    """A cluster that is there, or one of this process.
+
+    Raises:
+        InputError: that of this process has no room for a worker, which would wait without an end.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     if ray.is_initialized():
+        _require_room(ray, gpus, cpus, joins=True)
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    if joins:
         ray.init(log_to_driver=False)
     else:  # sends no statistics, serves no page, and writes no token
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        log.info("Ray starts on this machine alone; RAY_ADDRESS names a cluster, auto one of here")
         ray.init(
-            include_dashboard=False, log_to_driver=False, object_store_memory=_OBJECT_STORE_BYTES
+            address="local",  # else Ray would join any cluster that it finds on this machine
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
         )
     try:
+        _require_room(ray, gpus, cpus, joins)
         yield
     finally:
         ray.shutdown()
+
+
+def _require_room(ray: Any, gpus: float, cpus: float, joins: bool) -> None:
+    """
+    Args:
+        joins: whether nodes may join, so that a worker without room may wait.
+    """
+    there = ray.cluster_resources()
+    found_gpus, found_cpus = there.get("GPU", 0), there.get("CPU", 0)
+    if found_gpus >= gpus and found_cpus >= cpus:
+        return
+    text = (
+        f"a worker needs {gpus:g} GPUs and {cpus:g} CPU cores, and Ray finds {found_gpus:g} and "
+        f"{found_cpus:g}"
+    )
+    if not joins:
+        raise InputError(
+            f"{text} on this machine: set RAY_ADDRESS to a cluster that has them, or "
+            f"--gpus-per-worker (num_gpus) to 0 for a teacher on the CPU"
+        )
+    log.warning("%s in the cluster: the work waits until a node joins", text)
 
 
 def command(words: list[str]) -> str:
