@@ -29,7 +29,7 @@ from deit_fast.units import TRIES_FOLDER, Units
 from helpers import small_blocks
 from helpers.digits import write_few_digits
 from helpers.feature_runs import config_of
-from helpers.processes import start_forked
+from helpers.processes import run_script, start_forked
 from helpers.servers import SECRET, Server, use
 from helpers.units import command, contents
 
@@ -215,6 +215,20 @@ def test_no_secret_is_in_the_logs_of_the_cluster(cluster):
     assert texts and not any(SECRET.encode() in text for text in texts)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_example_runs_on_the_cluster_of_ray_address(cluster, tmp_path):
+    script = Path("examples/precompute_ray.py")
+    variables = {"RAY_ADDRESS": cluster.address, "FRAGILE": "none:0"}
+    words = [str(tmp_path), "--gpus", "0", "--price", "1000"]
+    done = run_script(script, *words, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Connecting to existing Ray cluster" in done.stderr
+    assert "6 units computed, 0 were there\n864 images" in done.stdout
+    hours, cost = re.findall(r"\d+\.\d+", done.stdout.splitlines()[-1])
+    assert float(cost) == pytest.approx(1000 * float(hours), abs=0.06) and float(hours) > 0
+
+
 def test_wrong_arguments_are_one_line(root, tmp_path, capsys):
     with pytest.raises(InputError, match=r"cache: the path cache is relative"):
         ours.precompute(settings(root, Path("cache")), workers=1)
@@ -234,7 +248,7 @@ def test_without_ray_the_error_names_the_extra(root, tmp_path, monkeypatch):
 def row_of(unit: int, error: str = "", worker: str = "one", images: int = 10) -> dict[str, Any]:
     images = 0 if error else images
     row = {"unit": unit, "images": images, "bytes": images, "quarantined": [], "error": error}
-    return row | {"worker": worker, "lifetime": 36.0}
+    return row | {"is_input": False, "worker": worker, "lifetime": 36.0}
 
 
 class Passes:
@@ -297,10 +311,23 @@ def test_machines_that_only_fail_end_the_work_before_all_units_are_tried(tmp_pat
         ours.precompute(RunConfig(cache=str(tmp_path)), workers=9)
 
 
+def test_wrong_settings_that_a_worker_finds_end_the_work_at_once(tmp_path, monkeypatch):
+    played = Passes(monkeypatch, [row_of(0), row_of(1, "the cache differs") | {"is_input": True}])
+    with pytest.raises(InputError, match=r"^the cache differs$"):
+        ours.precompute(RunConfig(cache=str(tmp_path)), workers=1)
+    assert len(played.asked) == 1
+
+
 def test_a_worker_pauses_longer_after_each_failure(monkeypatch):
     paused: list[float] = []
     monkeypatch.setattr(ours.time, "sleep", paused.append)
-    outcomes = [OSError("disk"), MemoryError("large"), None, *[OSError("disk")] * 6]
+    outcomes = [
+        OSError("disk"),
+        MemoryError("large"),
+        None,
+        *[OSError("disk")] * 6,
+        InputError("wrong"),
+    ]
 
     def compute(numbers: list[int]) -> dict[str, Any]:
         if (error := outcomes.pop(0)) is not None:
@@ -309,8 +336,9 @@ def test_a_worker_pauses_longer_after_each_failure(monkeypatch):
 
     monkeypatch.setattr("deit_fast.units.Units", lambda config: SimpleNamespace(compute=compute))
     worker = ours._Worker(RunConfig())
-    errors = [worker({"unit": unit})["error"] for unit in range(9)]
-    assert errors[:3] == ["OSError: disk", "MemoryError: large", ""]
+    rows = [worker({"unit": unit}) for unit in range(10)]
+    assert [row["error"] for row in rows[:3]] == ["OSError: disk", "MemoryError: large", ""]
+    assert [row["is_input"] for row in rows] == [False] * 9 + [True]
     assert paused == [2, 4, 2, 4, 8, 16, 30, 30]
 
 

@@ -112,8 +112,11 @@ class _Results:
     def add(self, row: dict[str, Any]) -> None:
         """
         Raises:
+            InputError: that of a worker, which each of them would meet.
             ChildProcessError: machines do nothing but fail.
         """
+        if row["is_input"]:
+            raise InputError(row["error"])
         self._rows[row["unit"]] = row
         worker, lifetime = row["worker"], row["lifetime"]
         self._lifetimes[worker] = max(lifetime, self._lifetimes.get(worker, 0.0))
@@ -171,10 +174,12 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = int(row["unit"])
         found: dict[str, Any] = {"images": 0, "bytes": 0, "quarantined": []}
-        error = ""
+        error, is_input = "", False
         try:
             found = self._units.compute([unit])
             self._failures = 0
+        except InputError as failure:
+            error, is_input = str(failure), True
         except Exception as failure:  # of this machine: disk, memory, network
             error = first_line(failure, 300, with_type=True)
             self._failures += 1
@@ -187,6 +192,7 @@ class _Worker:
             "bytes": found["bytes"],
             "quarantined": found["quarantined"],
             "error": error,
+            "is_input": is_input,
             "worker": self._name,
             "lifetime": time.perf_counter() - self._started,
         }
