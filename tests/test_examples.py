@@ -192,7 +192,7 @@ def test_kubernetes_units_fit_together():
     rules = {rule["action"]: rule for rule in spec["podFailurePolicy"]["rules"]}
     assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget"}]
     codes = rules["FailIndex"]["onExitCodes"]
-    assert (codes["containerName"], codes["values"]) == (container["name"], [2, 3])
+    assert (codes["containerName"], codes["values"]) == (container["name"], [3])
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     text = script.partition("exec deit-fast ")[2].replace("$first:$((first + 631))", "0:631")
     words = shlex.split(text)
