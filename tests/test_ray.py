@@ -311,6 +311,12 @@ def test_machines_that_only_fail_end_the_work_before_all_units_are_tried(tmp_pat
         ours.precompute(RunConfig(cache=str(tmp_path)), workers=9)
 
 
+def test_failures_between_units_that_succeed_do_not_end_the_work(tmp_path, monkeypatch):
+    failed = [row_of(3, "OSError: slow disk")] * 7
+    Passes(monkeypatch, [*failed, row_of(0), *failed, row_of(1), *failed, row_of(2), row_of(3)])
+    assert ours.precompute(RunConfig(cache=str(tmp_path)), workers=1)["computed"] == 4
+
+
 def test_wrong_settings_that_a_worker_finds_end_the_work_at_once(tmp_path, monkeypatch):
     played = Passes(monkeypatch, [row_of(0), row_of(1, "the cache differs") | {"is_input": True}])
     with pytest.raises(InputError, match=r"^the cache differs$"):
