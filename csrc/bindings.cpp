@@ -163,6 +163,9 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("blocks", &ViewSpec::blocks)
       .def_property_readonly("file_bytes", &ViewSpec::file_bytes)
       .def_property_readonly("data_offset", &ViewSpec::data_offset)
+      .def("block_offset", &ViewSpec::block_offset)
+      .def("block_bytes", &ViewSpec::block_bytes)
+      .def("place_crc", &ViewSpec::place_crc)
       .def_property_readonly("header",
                              [](const ViewSpec& spec) { return py::bytes(spec.header()); });
 

@@ -232,7 +232,7 @@ def precompute(
         from deit_fast.units import Units
 
         units = Units(chosen)
-        details = units.compute(units.of_views(views) if blocks is None else blocks)
+        details = units.compute(units.of_views(views) if blocks is None else units.existing(blocks))
     else:
         from deit_fast.precomputation import precompute as run
 

@@ -208,12 +208,12 @@ def export(path: str, /, *, output: str, views: str | None = None) -> str:
     require_writable("--output", output, is_folder=False)
     from deit_fast.cache.foreign import open_foreign
 
-    wanted = number_range("--views", views)
+    requested = number_range("--views", views)
     if (foreign := open_foreign(path)) is None:
         from deit_fast.cache.export import export as run
 
-        result = run(path, output, wanted)
-    elif wanted is None:
+        result = run(path, output, requested)
+    elif requested is None:
         from deit_fast.cache.foreign.show import export as run_foreign
 
         result = run_foreign(foreign, output)

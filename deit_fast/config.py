@@ -300,7 +300,7 @@ class DataConfig:
     less than a rank has cores, between 1 and 4."""
     local_copy_gb: Annotated[float, Within(0, 1e6)] = 50.0
     """GB of samples from a URL that this machine keeps in the user's cache folder, for all
-    processes and later runs. 0: none."""
+    processes and later runs, and as many of caches at a URL. 0: no samples, and no such cache."""
     on_error: Literal["substitute", "fail"] = "substitute"
     """On an unreadable image: use the next readable one and count it, or stop."""
     verify: Literal["names", "sizes"] = "names"
@@ -314,6 +314,11 @@ class DataConfig:
 
     synthetic_classes: ClassVar[int] = 10
     dali_hw_decoder_load: ClassVar[float] = 0.0  # an image's bits must not depend on its batch
+
+    @property
+    def copy_bytes(self) -> int:
+        """``local_copy_gb`` in bytes."""
+        return int(self.local_copy_gb * 1e9)
 
     def __post_init__(self) -> None:
         check_all(self, "data.")

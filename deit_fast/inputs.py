@@ -54,9 +54,9 @@ def require_train_inputs(config: RunConfig, is_dry: bool = False) -> None:
         raise InputError(f"resume_from: checkpoint {config.resume_from} does not exist{near}")
     for cache in config.caches:
         if may_exist(cache) or not is_dry:
-            from deit_fast.cache.verify import open_for_run
+            from deit_fast.cache.verify import require_for_run
 
-            open_for_run(cache, config.loss.tau)
+            require_for_run(cache, config.loss.tau)
     if config.loss.kind != "none" or config.feature_targets:
         _require_teacher_files(config)
 

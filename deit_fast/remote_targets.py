@@ -97,14 +97,17 @@ class RemoteTargets:
                 matching_manifest(cache.folder, cache.manifest)
             remote = RemoteCache(self._objects_of(cache), cache.manifest)
             publisher = Publisher(remote, cache.folder)
-            for view_id in views:
-                for unit in range(caches.units_per_view):
-                    for block in caches.blocks(cache, unit):
-                        if publisher.is_there(view_id, block):
-                            kept += 1
-                            continue
-                        to_write, new_bytes = to_write + 1, new_bytes + remote.block_bytes(block)
-                        units.add((view_id, unit))
+            blocks = {
+                (view, block): unit
+                for view in views
+                for unit in range(caches.units_per_view)
+                for block in caches.blocks(cache, unit)
+            }
+            publisher.look_up(blocks)
+            missing = [key for key in blocks if not publisher.is_there(*key)]
+            to_write, kept = to_write + len(missing), kept + len(blocks) - len(missing)
+            new_bytes += sum(remote.block_bytes(block) for _, block in missing)
+            units |= {(key[0], blocks[key]) for key in missing}
         return to_write, kept, new_bytes, sorted(units)
 
     def _objects_of(self, cache: TargetCache) -> Objects:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Units:
             self._caches = job.open_caches(self._remote.share_fit if self._remote else None)
             if self._remote is not None:
                 self._remote.publish(self._caches)
+        self._publishers = [
+            None if self._remote is None else self._remote.publisher(cache)
+            for cache in self._caches
+        ]
         self._tries = Tries(notes)
         say_unread_grid(config)
 
@@ -97,9 +101,12 @@ class Units:
         per_view = self._caches.units_per_view
         return range(views.start * per_view, views.stop * per_view)
 
-    def compute(self, numbers: Iterable[int]) -> dict[str, Any]:
-        """Compute and publish units; those beyond ``total`` are none. Under torchrun each process
-        takes every n-th of them.
+    def existing(self, numbers: range) -> range:
+        """Those of a range that are below ``total``."""
+        return range(min(numbers.start, self.total), min(numbers.stop, self.total))
+
+    def compute(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Compute and publish units. Under torchrun each process takes every n-th of them.
 
         Returns:
             As ``precompute``, with `units`, `total`, and `quarantined` (one dict each: `unit`,
@@ -110,23 +117,25 @@ class Units:
             Preempted: SIGTERM, SIGUSR1 or Ctrl-C; published units stay.
         """
         group, per_view = read_process_group(), self._caches.units_per_view
-        chosen = [number for number in numbers if 0 <= number < self.total]
-        units = [divmod(number, per_view) for number in chosen[group.rank :: group.world_size]]
+        units = [divmod(number, per_view) for number in numbers[group.rank :: group.world_size]]
         started = time.perf_counter()
         written = Written(torch.zeros((), dtype=torch.int64, device=self._job.device))
         with Signals() as signals, signals.raising():
-            pending = self._pending(units)
-            log.info(
-                "precomputing %d of %d units: %d blocks to write, %d there",
-                len(units), self.total, pending.missing, pending.kept,
-            )  # fmt: skip
+            self._look_up(units)
             tries = self._tries.counts()
-            fresh = [unit for unit in pending.units if self._number(unit) not in tries]
-            with Progress("precompute", pending.images, unit="image") as progress:
-                suspects = [unit for unit in pending.units if unit not in fresh]
-                suspects += self._compute_together(fresh, written, progress)
-                for unit in suspects:
-                    self._compute_alone(unit, written, progress)
+            with ExitStack() as opened:
+                writers = self._writers(opened)
+                pending = PendingUnits(self._caches, writers, units)
+                log.info(
+                    "precomputing %d of %d units: %d blocks to write, %d there",
+                    len(units), self.total, pending.missing, pending.kept,
+                )  # fmt: skip
+                suspects = [unit for unit in pending.units if self._number(unit) in tries]
+                fresh = [unit for unit in pending.units if self._number(unit) not in tries]
+                with Progress("precompute", pending.images, unit="image") as progress:
+                    suspects += self._compute_together(fresh, writers, written, progress)
+                    for unit in suspects:
+                        self._compute_alone(unit, written, progress)
         if self._remote is not None:
             self._remote.forget_views()
         found = summary_of(self._job, self._caches, written, started)
@@ -137,65 +146,72 @@ class Units:
             "total": self.total,
             "blocks": pending.missing,
             "kept": pending.kept,
-            "quarantined": self._quarantined(units),
+            "quarantined": self._quarantined(suspects),
         }
+
+    def _look_up(self, units: Sequence[_Unit]) -> None:
+        """Ask which blocks of these units are published, where the cache is at a URL."""
+        for cache, publisher in zip(self._caches, self._publishers, strict=True):
+            if publisher is not None:
+                publisher.look_up(
+                    (view, block)
+                    for view, unit in units
+                    for block in self._caches.blocks(cache, unit)
+                )
 
     def _number(self, unit: _Unit) -> int:
         return unit[0] * self._caches.units_per_view + unit[1]
 
     def _writers(self, opened: ExitStack) -> list[LogitCacheWriter]:
-        remote = self._remote
         return [
             opened.enter_context(
                 LogitCacheWriter(
                     cache.folder,
                     cache.manifest,
                     locked=False,
-                    publisher=remote.publisher(cache) if remote else None,
-                    reserve=remote is None,
+                    publisher=publisher,
+                    reserve=publisher is None,
                 )
             )
-            for cache in self._caches
+            for cache, publisher in zip(self._caches, self._publishers, strict=True)
         ]
 
-    def _pending(self, units: Sequence[_Unit]) -> PendingUnits:
-        with ExitStack() as opened:
-            return PendingUnits(self._caches, self._writers(opened), units)
-
     def _compute_together(
-        self, units: Sequence[_Unit], written: Written, progress: Progress
+        self,
+        units: Sequence[_Unit],
+        writers: Sequence[LogitCacheWriter],
+        written: Written,
+        progress: Progress,
     ) -> list[_Unit]:
         """All units in one pass, in which loading, teacher and writing overlap; returns those that
         are left, where one has failed."""
-        finished: list[_Unit] = []
-        begun: list[_Unit] = []
+        done = begun = 0  # numbers of units, in their order
 
         def announce(index: int) -> None:
-            # The teacher may have begun on the unit after it too.
-            for unit in units[index : index + 2]:
-                if unit not in begun:
-                    begun.append(unit)
-                    self._tries.begin(self._number(unit))
+            nonlocal begun
+            stop = min(index + 2, len(units))  # the teacher may begin on the unit after it too
+            for unit in units[begun:stop]:
+                self._tries.begin(self._number(unit))
+            begun = stop
 
         def finish(index: int) -> None:
-            finished.append(units[index])
+            nonlocal done
+            done = index + 1
             self._tries.clear(self._number(units[index]))
 
         try:
-            with ExitStack() as opened:
-                write_units(
-                    self._job, self._caches, self._writers(opened), units, written,
-                    announce=announce, finished=finish, progress=progress,
-                )  # fmt: skip
+            write_units(
+                self._job, self._caches, writers, units, written,
+                announce=announce, finished=finish, progress=progress,
+            )  # fmt: skip
         except BaseException as error:
             if not _leaves_device_broken(error):
-                for unit in begun:  # which of them it was shows when each runs alone
-                    if unit not in finished:
-                        self._tries.clear(self._number(unit))
+                for unit in units[done:begun]:  # which of them it was shows when each runs alone
+                    self._tries.clear(self._number(unit))
             if not _is_of_the_unit(error):
                 raise
             log.warning("%s; the units that are left run alone", first_line(error, 300))
-        return [unit for unit in units if unit not in finished]
+        return list(units[done:])
 
     def _compute_alone(self, unit: _Unit, written: Written, progress: Progress) -> None:
         number = self._number(unit)
@@ -229,7 +245,9 @@ class Units:
         counts = self._tries.counts()
         held = [unit for unit in units if counts.get(self._number(unit), 0) >= TRIES]
         found = []
-        for view, unit in self._pending(held).units if held else ():
+        with ExitStack() as opened:
+            left = PendingUnits(self._caches, self._writers(opened), held).units if held else ()
+        for view, unit in left:
             number, size = self._number((view, unit)), self._caches.unit
             stop = min((unit + 1) * size, self._caches.num_samples)
             why = self._tries.why(number)

@@ -15,13 +15,13 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime.signals import Preempted
 from deit_fast.storage import clients
-from deit_fast.storage.objects import Objects, Patience, StorageError
+from deit_fast.storage.objects import Objects, StorageError
 from deit_fast.training.mirror import Mirror
 from helpers.digits import write_few_digits
 from helpers.fault_proxy import fault_proxy
 from helpers.feature_runs import numbers
 from helpers.runs import AtStep, run_config
-from helpers.servers import KEY, SECRET, Server, use
+from helpers.servers import KEY, SECRET, Server, be_quick, use
 
 STEPS = 6
 
@@ -29,8 +29,7 @@ STEPS = 6
 @pytest.fixture(autouse=True)
 def another_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    quick = Patience(tries=4, request_seconds=5, seconds=60, pause=0.01)
-    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+    be_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +133,7 @@ def test_faults_of_the_network_lose_no_step(root, url, each_server, monkeypatch,
 
 
 def test_without_the_service_the_run_is_finished_on_the_disk(root, url, monkeypatch, tmp_path):
-    quick = Patience(tries=1, request_seconds=1, seconds=2, pause=0.01)
-    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+    be_quick(monkeypatch, tries=1)
     config = settings(root, tmp_path / "run", mirror=url)
 
     def cut() -> None:

@@ -10,21 +10,20 @@ import pytest
 
 import deit_fast
 from deit_fast.cache import LogitCache
-from deit_fast.cache.local_copy import LIMIT_VARIABLE
 from deit_fast.cache.remote import Listing, block_name
 from deit_fast.cli import main
 from deit_fast.config import CodecConfig, RunConfig
-from deit_fast.errors import CacheError, CacheMismatch, InputError
+from deit_fast.errors import CacheError, CacheMismatch
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.storage import clients
-from deit_fast.storage.objects import Objects, Patience
+from deit_fast.storage.objects import Objects
 from deit_fast.units import TRIES_FOLDER, Units
 from helpers import small_blocks
 from helpers.digits import write_few_digits
 from helpers.fault_proxy import fault_proxy
 from helpers.feature_runs import config_of, numbers
 from helpers.processes import start_forked
-from helpers.servers import KEY, SECRET, Server, use
+from helpers.servers import KEY, SECRET, Server, be_quick, use
 from helpers.small_blocks import BLOCK
 from helpers.units import command, contents
 
@@ -36,8 +35,7 @@ TOTAL = 6  # units of the logits alone: 70 images in blocks of 36, 3 views
 def blocks_are_small(monkeypatch, tmp_path):
     monkeypatch.setattr(CodecConfig, "block_records", BLOCK)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    quick = Patience(tries=6, request_seconds=5, seconds=60, pause=0.01)
-    monkeypatch.setattr(Objects.__init__, "__defaults__", (quick,))
+    be_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +76,27 @@ def test_units_publish_the_caches_of_one_process(root, url, tmp_path):
     again = deit_fast.precompute(settings(root, url)).details  # another process, all views
     assert (again["images"], again["kept"]) == (0, again["kept"])
     assert again["kept"] == found["kept"] * 3 or again["blocks"] == 0
+
+
+def test_views_that_the_run_does_not_need_are_computed_too(root, url):
+    """As in a folder."""
+    found = deit_fast.precompute(settings(root, url, **LOGITS), views=range(4, 5)).details
+    assert (found["blocks"], found["images"]) == (2, 70)
+    assert sorted(Listing.of(Objects(url)).blocks) == [4]
+
+
+def test_a_unit_asks_for_its_own_blocks_alone(root, logits_at, each_server, monkeypatch):
+    """So that its cost does not grow with the view."""
+    with fault_proxy(each_server.port) as proxy:
+        use(proxy.port, monkeypatch)
+        worker = Units(settings(root, logits_at, **LOGITS))
+        proxy.heads.clear()
+        assert worker.compute([3])["kept"] == 1
+        asked = [head.split(b" HTTP")[0].decode() for head in proxy.heads]
+    lists = [line for line in asked if "list-type" in line]
+    assert all(f"{TRIES_FOLDER}%2F" in line for line in lists) and len(lists) <= 2
+    assert len([line for line in asked if "view-" in line]) == 2  # the block, a whole view file
+    assert len(asked) <= 4
 
 
 def test_a_folder_copied_to_a_url_and_back_is_the_same(root, url, tmp_path, capsys):
@@ -176,25 +195,23 @@ def test_a_damaged_local_copy_is_fetched_again(root, logits_at, tmp_path, caplog
     assert "1 blocks of view 0 are damaged; they are fetched again" in caplog.text
 
 
-def test_local_copies_stay_below_their_bound(root, logits_at, monkeypatch, tmp_path):
+def test_local_copies_stay_below_their_bound(root, logits_at, tmp_path):
     def taken() -> int:
         files = (tmp_path / "user").rglob("view-*.dlc")
         return sum(file.stat().st_blocks * 512 for file in files)
 
-    local, cache = LogitCache.open(root / "logits"), LogitCache.open(logits_at)
-    cache.gather_records(np.arange(70), 0)
+    local = LogitCache.open(root / "logits")
+    LogitCache.open(logits_at).gather_records(np.arange(70), 0)
     bound = taken() * 3 - 1  # two views, and one on the way
-    monkeypatch.setenv(LIMIT_VARIABLE, str(bound / 1e9))
+    cache = LogitCache.open(logits_at, bound)
     for view in (1, 2, 0, 2, 1, 0, 1):
         expected = local.gather_records(np.arange(70), view)
         assert cache.gather_records(np.arange(70), view).equal(expected)
-        assert bound / 4 <= taken() <= bound
-    monkeypatch.setenv(LIMIT_VARIABLE, "1e-6")
-    with pytest.raises(CacheError, match=rf"{LIMIT_VARIABLE}=1e-06 allows less: raise it"):
-        cache.gather_records(np.arange(70), 2)
-    monkeypatch.setenv(LIMIT_VARIABLE, "much")
-    with pytest.raises(InputError, match="must be a number of GB above 0"):
-        cache.gather_records(np.arange(70), 2)
+        assert bound / 5 <= taken() <= bound
+    small = settings(root, logits_at, **LOGITS, teacher=None, output=str(tmp_path / "run"),
+                     data={"workers": 0, "local_copy_gb": 1e-6})  # fmt: skip
+    with pytest.raises(CacheError, match=r"data\.local_copy_gb=1e-06 allows less: raise it"):
+        deit_fast.train(small)
 
 
 def test_another_cache_at_the_url_is_refused_with_its_fields(root, logits_at, capsys, tmp_path):

@@ -18,7 +18,7 @@ from deit_fast.cli import main
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.data import open_source
 from deit_fast.data import remote_tar as remote_tar_module
-from deit_fast.data.local_copy import LocalCopy
+from deit_fast.data.sample_copy import SampleCopy
 from deit_fast.data.sources import Source, UnreadableImage
 from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
@@ -35,6 +35,7 @@ from helpers.servers import (
     KEY,
     SECRET,
     Server,
+    be_quick,
     client,
     nginx,
     upload,
@@ -54,8 +55,7 @@ def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tries than faults, without their pauses."""
-    patience = Patience(tries=12, request_seconds=20, seconds=100, pause=0.005)
-    monkeypatch.setattr(Objects.__init__, "__defaults__", (patience,))
+    be_quick(monkeypatch, tries=12)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_damaged_copy_is_fetched_again(moto_server, bucket, shards, own_cache_fo
 
 
 def test_copy_is_bounded(tmp_path):
-    copy = LocalCopy("s3://a/b", "train", "0" * 16, limit=1 << 20)
+    copy = SampleCopy("s3://a/b", "train", "0" * 16, limit=1 << 20)
     content = np.random.default_rng(0).bytes(16384)
     for sample in range(100):
         copy.add(sample, sample * 16384, content)
@@ -316,7 +316,7 @@ def test_copies_of_others_make_room_the_oldest_first(own_cache_folder):
     content, limit = bytes(range(256)) * 64, 10 * 16384
     names = ["s3://a", "s3://b", "s3://c"]
     for age, root in enumerate(names):
-        copy = LocalCopy(root, "train", "0" * 16, limit)
+        copy = SampleCopy(root, "train", "0" * 16, limit)
         for sample in range(3):
             copy.add(sample, sample * 16384, content)
         os.utime(copy.folder / "present", (1000 + age, 1000 + age))
@@ -325,16 +325,16 @@ def test_copies_of_others_make_room_the_oldest_first(own_cache_folder):
             os.utime(copy.folder / "present", (1, 1))
         else:
             del copy
-    old = LocalCopy("s3://new", "train", "1" * 16, limit)  # of shards that were replaced
+    old = SampleCopy("s3://new", "train", "1" * 16, limit)  # of shards that were replaced
     old.add(0, 0, content)
     old_folder = old.folder
     del old
-    new = LocalCopy("s3://new", "train", "2" * 16, limit)
+    new = SampleCopy("s3://new", "train", "2" * 16, limit)
     for sample in range(3):
         new.add(sample, sample * 16384, content)
     assert old_folder.exists() and used.read(2, 2 * 16384, 16384) == content
     assert new.read(2, 2 * 16384, 16384) == content
-    assert LocalCopy("s3://a", "train", "0" * 16, limit).read(0, 0, 16384) is None
+    assert SampleCopy("s3://a", "train", "0" * 16, limit).read(0, 0, 16384) is None
     os.utime(old_folder / "present", (2, 2))
     for sample in range(3, 5):
         new.add(sample, sample * 16384, content)
@@ -343,19 +343,19 @@ def test_copies_of_others_make_room_the_oldest_first(own_cache_folder):
 
 def test_copy_of_one_split_is_not_deleted_for_the_other(own_cache_folder):
     limit = 4 * 16384
-    val = LocalCopy("s3://a", "val", "0" * 16, limit)
+    val = SampleCopy("s3://a", "val", "0" * 16, limit)
     val.add(0, 0, bytes(range(256)) * 64)
     del val
-    train_copy = LocalCopy("s3://a", "train", "1" * 16, limit)
+    train_copy = SampleCopy("s3://a", "train", "1" * 16, limit)
     for sample in range(8):
         train_copy.add(sample, sample * 16384, bytes(range(256)) * 64)
-    assert LocalCopy("s3://a", "val", "0" * 16, limit).read(0, 0, 16384)
+    assert SampleCopy("s3://a", "val", "0" * 16, limit).read(0, 0, 16384)
 
 
 def test_folder_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    copy = LocalCopy("s3://a", "val", "0" * 16, 1 << 20)
+    copy = SampleCopy("s3://a", "val", "0" * 16, 1 << 20)
     copy.add(0, 0, b"content")
     assert copy.read(0, 0, 7) is None
     assert caplog.text.count("samples are not kept on this machine") == 1

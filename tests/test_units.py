@@ -75,7 +75,7 @@ def test_units_of_features_too(root, tmp_path):
         for name in ("whole", "units")
     ]
     precompute(made[0])
-    for numbers in ([5, 3], [0, 1], [4, 3, 2]):
+    for numbers in ([2], [0, 1], [1, 2]):
         Units(made[1]).compute(numbers)  # 70 images are one unit of a view
     assert contents(tmp_path / "units") == contents(tmp_path / "whole")
 
@@ -83,7 +83,7 @@ def test_units_of_features_too(root, tmp_path):
 def test_units_beyond_the_last_are_none(root, reference, tmp_path):
     shutil.copytree(root / "reference", tmp_path / "cache")
     config = settings(root, tmp_path / "cache")
-    found = deit_fast.precompute(config, blocks=range(TOTAL, TOTAL + 1000)).details
+    found = deit_fast.precompute(config, blocks=range(TOTAL, 2**62)).details
     assert (found["units"], found["total"], found["images"]) == (0, TOTAL, 0)
     assert contents(tmp_path / "cache") == reference
 

@@ -18,7 +18,6 @@ from deit_fast.cache.format import (
     read_manifest,
     view_files,
     view_path,
-    view_specs,
 )
 from deit_fast.cache.remote import (
     STATISTICS,
@@ -82,12 +81,11 @@ def download(url: str, folder: Path, advance: Advance) -> int:
     if listing.has_statistics:
         small[STATISTICS] = objects.stat(STATISTICS)
     pull_parts(objects, small, folder)
-    specs = view_specs(manifest)
     count = 0
     for view_id in sorted(listing.blocks.keys() | listing.files.keys()):
         name = view_path(folder, view_id)
         with format_errors():
-            writer = _C.ViewWriter(str(name), str(temporary_path(name)), specs(view_id=view_id))
+            writer = _C.ViewWriter(str(name), str(temporary_path(name)), remote.spec(view_id))
         blocks = []
         for block in range(remote.num_blocks):
             if remote.is_published(listing, view_id, block):
@@ -121,7 +119,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
     """
     objects, manifest = Objects(url), read_manifest(folder)
     publish_object(objects, folder, manifest)
-    remote, specs = RemoteCache(objects, manifest), view_specs(manifest)
+    remote = RemoteCache(objects, manifest)
     if (folder / STATISTICS).exists():
         content = read_file(folder / STATISTICS)
         objects.create(STATISTICS, content)
@@ -132,7 +130,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
     for view_id in view_files(folder, ".dlc")[0]:
         name = view_path(folder, view_id)
         with format_errors():
-            spec = specs(view_id=view_id)
+            spec = remote.spec(view_id)
             file = _C.ViewFile(str(name), spec)
         with open_regular(name) as data:
             for block, state in enumerate(file.table_states()):
@@ -143,7 +141,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
                         found, why = file.check_block(block)
                     if found != _C.BlockState.complete:
                         raise CacheError(f"{why}; repair the cache first, with `precompute`")
-                    data.seek(spec.data_offset + block * remote.block_bytes(0))
+                    data.seek(spec.block_offset(block))
                     remote.publish_block(view_id, block, data.read(remote.block_bytes(block)))
                 count += 1
                 advance(1)

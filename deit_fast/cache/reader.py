@@ -24,8 +24,8 @@ from deit_fast.cache.format import (
     view_specs,
     views_on_disk,
 )
-from deit_fast.cache.local_copy import LocalCopy
 from deit_fast.cache.record_order import host_ids, record_order
+from deit_fast.cache.view_copy import COPY_BYTES, ViewCopy
 from deit_fast.errors import CacheError, InputError
 from deit_fast.storage.urls import is_url
 
@@ -62,7 +62,7 @@ class LogitCache:
         copy: where ``path`` is the local copy of a cache at a URL.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], copy: LocalCopy | None = None) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], copy: ViewCopy | None = None) -> None:
         self.path, self.manifest, self._copy = path, manifest, copy
         self.codec: Codec = codec_of(manifest, str(path))
         self.order = record_order(manifest, str(path))
@@ -78,16 +78,19 @@ class LogitCache:
         self._like: tuple[int, tuple[Tensor, ...]] = -1, ()
 
     @classmethod
-    def open(cls, path: str | Path) -> LogitCache:
+    def open(cls, path: str | Path, copy_bytes: int = COPY_BYTES) -> LogitCache:
         """Open the cache in a folder, or at a URL: blocks are then fetched when they are needed,
         and stay on this machine.
+
+        Args:
+            copy_bytes: bound of what stays of all caches at URLs.
 
         Raises:
             CacheError: no manifest there, or a damaged one.
             StorageError: the URL cannot be read.
         """
         if is_url(path):
-            copy = LocalCopy(str(path))
+            copy = ViewCopy(str(path), copy_bytes)
             return cls(copy.folder, copy.manifest, copy)
         manifest = read_manifest(Path(path))
         say_unproved(Path(path), manifest)
@@ -243,7 +246,7 @@ class LogitCache:
 
     def _gather_copied(
         self,
-        copy: LocalCopy,
+        copy: ViewCopy,
         positions: np.ndarray,
         views: np.ndarray,
         layout: _C.RecordLayout,
@@ -257,7 +260,7 @@ class LogitCache:
             self._open_views = self._new_views()
             self._open_views.gather(positions, views, layout, addresses)
 
-    def _require_copied(self, copy: LocalCopy, positions: np.ndarray, views: np.ndarray) -> None:
+    def _require_copied(self, copy: ViewCopy, positions: np.ndarray, views: np.ndarray) -> None:
         outside = positions[(positions < 0) | (positions >= self.manifest["num_samples"])]
         if len(outside):
             raise InputError(f"sample {outside[0]} is not in [0, {self.manifest['num_samples']})")

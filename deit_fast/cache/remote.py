@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from deit_fast.cache.format import (
     FILE_NAME,
     VIEW_LIMIT,
     check_manifest,
-    manifest_sha256,
     require_equal,
     view_path,
     view_specs,
@@ -37,6 +37,7 @@ from deit_fast.storage.objects import ObjectMissing, Objects, Part
 
 STATISTICS = "statistics.safetensors"
 _CRC = struct.Struct("<I")
+_ASKED_SINGLY = 8  # blocks of a view
 _PAGE, _ENTRY_BYTES = 4096, 8  # of a view file: its header, and an entry of the table after it
 _BLOCK = re.compile(r"view-(\d{5,})/(\d{7,})\.block")
 _FILE = re.compile(r"view-(\d{5,})\.dlc")
@@ -45,13 +46,6 @@ _PIXELS = re.compile(r"view-(\d{5,})\.pixels\.json")
 
 def block_name(view_id: int, block: int) -> str:
     return f"view-{view_id:05d}/{block:07d}.block"
-
-
-def place_crc(manifest: dict[str, Any], view_id: int, block: int) -> int:
-    """Where the checksum of a block starts; as `ViewSpec::place_crc` in csrc/."""
-    if manifest["format"] < 3:
-        return 0
-    return _C.crc32c(struct.pack("<QQ", view_id, block), _C.crc32c(manifest_sha256(manifest)))
 
 
 def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
@@ -95,16 +89,25 @@ class Listing:
 
     @classmethod
     def of(cls, objects: Objects, prefix: str = "") -> Listing:
+        """What is published under names that begin with ``prefix``."""
         found = cls()
         for name, stamp in objects.list(prefix).items():
-            if match := _BLOCK.fullmatch(name):
-                found.blocks.setdefault(int(match[1]), {})[int(match[2])] = stamp.size
-            elif match := _FILE.fullmatch(name):
-                found.files[int(match[1])] = stamp
-            elif match := _PIXELS.fullmatch(name):
-                found.pixels[int(match[1])] = stamp
-            found.has_statistics |= name == STATISTICS
+            found._take(name, stamp)
         return found
+
+    def add(self, objects: Objects, name: str) -> None:
+        """Look one object up."""
+        with suppress(ObjectMissing):
+            self._take(name, objects.stat(name))
+
+    def _take(self, name: str, stamp: Stamp) -> None:
+        if match := _BLOCK.fullmatch(name):
+            self.blocks.setdefault(int(match[1]), {})[int(match[2])] = stamp.size
+        elif match := _FILE.fullmatch(name):
+            self.files[int(match[1])] = stamp
+        elif match := _PIXELS.fullmatch(name):
+            self.pixels[int(match[1])] = stamp
+        self.has_statistics |= name == STATISTICS
 
 
 class RemoteCache:
@@ -117,24 +120,49 @@ class RemoteCache:
 
     def __init__(self, objects: Objects, manifest: dict[str, Any]) -> None:
         self.objects, self.manifest = objects, manifest
-        self._record_bytes: int = manifest["record_bytes"]
-        self._per_block: int = manifest["block_records"]
-        self._count: int = manifest["num_samples"]
-        self.num_blocks = -(-self._count // self._per_block)
+        self._spec_of = cache(view_specs(manifest))  # by `view_id`
+        self.num_blocks: int = self.spec(0).blocks
+        self._crcs: dict[int, np.ndarray] = {}  # by view, of whole view files
+
+    def spec(self, view_id: int) -> _C.ViewSpec:
+        """The layout of a view's file."""
+        return self._spec_of(view_id=view_id)
 
     def block_bytes(self, block: int) -> int:
-        start = block * self._per_block
-        return min(self._per_block, self._count - start) * self._record_bytes
+        """Of the records of a block."""
+        return self.spec(0).block_bytes(block)
 
     def part(self, view_id: int, block: int) -> Part:
         """What to read for a block that is an object; its last 4 bytes are the checksum."""
-        check = partial(_is_block, place_crc(self.manifest, view_id, block))
+        check = partial(_is_block, self.spec(view_id).place_crc(block))
         name, size = block_name(view_id, block), self.block_bytes(block) + _CRC.size
         return Part(name, 0, size, None, check)
 
+    def crcs(self, view_id: int, stamp: Stamp) -> np.ndarray:
+        """The checksums of the blocks of a whole view file, uint32 [blocks]; read once.
+
+        Raises:
+            CacheError: the file is of another cache, or damaged.
+        """
+        if view_id not in self._crcs:
+            name, spec = view_path(Path(), view_id).name, self.spec(view_id)
+            if stamp.size != spec.file_bytes:
+                raise CacheError(
+                    f"{self.objects.url_of(name)} has {stamp.size} bytes, expected "
+                    f"{spec.file_bytes}"
+                )
+            ranges = [(0, _PAGE), (_PAGE, _PAGE + spec.blocks * _ENTRY_BYTES)]
+            header, table = self.objects.read_many(name, ranges, stamp=stamp)
+            if header != spec.header:
+                raise CacheError(
+                    f"{self.objects.url_of(name)} is damaged or of another cache (its header)"
+                )
+            self._crcs[view_id] = np.frombuffer(table, "<u4")[::2]
+        return self._crcs[view_id]
+
     def object_of(self, view_id: int, block: int, records: bytes | memoryview) -> bytes:
         """The object that ``part`` reads."""
-        crc = _C.crc32c(records, place_crc(self.manifest, view_id, block))
+        crc = _C.crc32c(records, self.spec(view_id).place_crc(block))
         return bytes(records) + _CRC.pack(crc)
 
     def is_published(self, listing: Listing, view_id: int, block: int) -> bool:
@@ -192,23 +220,16 @@ def read_view_parts(
                 state = "damaged" if block in published else "not published yet"
                 raise CacheError(f"cache {objects}: view {view_id} block {block} is {state}")
         return [remote.part(view_id, block) for block in blocks], _CRC.size
-    name = view_path(Path(), view_id).name
-    spec = view_specs(remote.manifest)(view_id=view_id)
-    if stamp.size != spec.file_bytes:
-        raise CacheError(
-            f"{objects.url_of(name)} has {stamp.size} bytes, expected {spec.file_bytes}"
-        )
-    table_end = _PAGE + spec.blocks * _ENTRY_BYTES
-    header, table = objects.read_many(name, [(0, _PAGE), (_PAGE, table_end)], stamp=stamp)
-    if header != spec.header:
-        raise CacheError(f"{objects.url_of(name)} is damaged or of another cache (its header)")
-    entries = np.frombuffer(table, "<u4").reshape(-1, 2)
+    name, spec, crcs = (
+        view_path(Path(), view_id).name,
+        remote.spec(view_id),
+        remote.crcs(view_id, stamp),
+    )
     parts = []
     for block in blocks:
-        start = spec.data_offset + block * remote.block_bytes(0)
-        place = place_crc(remote.manifest, view_id, block)
-        check = partial(_has_crc, int(entries[block, 0]), place)
-        parts.append(Part(name, start, start + remote.block_bytes(block), stamp, check))
+        start = spec.block_offset(block)
+        check = partial(_has_crc, int(crcs[block]), spec.place_crc(block))
+        parts.append(Part(name, start, start + spec.block_bytes(block), stamp, check))
     return parts, 0
 
 
@@ -272,33 +293,57 @@ def publish_small(objects: Objects, folder: Path, name: str) -> bool:
 
 
 class Publisher:
-    """Publishes what a writer commits in a folder; see ``LogitCacheWriter``.
+    """Publishes what writers commit in a folder; see ``LogitCacheWriter``.
 
     Args:
         remote: the cache that takes it.
-        folder: of the writer.
+        folder: of the writers.
     """
 
     def __init__(self, remote: RemoteCache, folder: Path) -> None:
         self._remote, self._folder = remote, folder
-        self._listings: dict[int, Listing] = {}
+        self._there: set[tuple[int, int]] = set()
         self._with_pixels: set[int] = set()
-        self.others = 0  # blocks that are there with other bytes
+
+    def look_up(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Ask which of these (view, block) are published.
+
+        A few blocks of a view are asked for one by one, so that a unit costs the same in a view of
+        any size; of more, all of the view are listed.
+        """
+        asked: dict[int, list[int]] = {}
+        for view_id, block in blocks:
+            if (view_id, block) not in self._there:
+                asked.setdefault(view_id, []).append(block)
+        remote = self._remote
+        for view_id, requested in asked.items():
+            listing = Listing()
+            if len(requested) > _ASKED_SINGLY:
+                listing = Listing.of(remote.objects, f"view-{view_id:05d}")
+            else:
+                listing.add(remote.objects, view_path(Path(), view_id).name)
+                for block in requested:
+                    listing.add(remote.objects, block_name(view_id, block))
+            self._there |= {
+                (view_id, block)
+                for block in requested
+                if remote.is_published(listing, view_id, block)
+            }
 
     def is_there(self, view_id: int, block: int) -> bool:
-        """Whether the block is published; each view is listed once."""
-        if view_id not in self._listings:
-            prefix = f"view-{view_id:05d}"
-            self._listings[view_id] = Listing.of(self._remote.objects, prefix)
-        return self._remote.is_published(self._listings[view_id], view_id, block)
+        """Whether ``look_up`` has found the block."""
+        return (view_id, block) in self._there
 
-    def publish(self, view_id: int, block: int, records: np.ndarray) -> None:
-        """The view's pixel digests, where this process has them, then the block."""
+    def publish(self, view_id: int, block: int, records: np.ndarray) -> bool:
+        """Publish the view's pixel digests, where this process has them, then the block; as
+        ``RemoteCache.publish_block``."""
         pixels = view_path(self._folder, view_id, ".pixels.json")
         if view_id not in self._with_pixels and pixels.exists():
             publish_small(self._remote.objects, self._folder, pixels.name)
             self._with_pixels.add(view_id)
-        self.others += not self._remote.publish_block(view_id, block, records.tobytes())
+        is_same = self._remote.publish_block(view_id, block, records.tobytes())
+        self._there.add((view_id, block))
+        return is_same
 
 
 def publish_manifest(objects: Objects, folder: Path, manifest: dict[str, Any]) -> None:

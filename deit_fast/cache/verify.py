@@ -15,6 +15,7 @@ from deit_fast.cache.format import (
     FILE_NAME,
     VIEW_LIMIT,
     check_manifest,
+    codec_of,
     format_errors,
     manifest_sha256,
     matching_manifest,
@@ -27,10 +28,14 @@ from deit_fast.cache.format import (
 )
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.record_order import record_order
+from deit_fast.cache.remote import read_manifest as read_object
 from deit_fast.cache.sampled import ViewKeys, draw_errors
 from deit_fast.cache.sparse_codecs import SampledCodec
+from deit_fast.cache.view_copy import COPY_BYTES
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import read_json, write_json
+from deit_fast.storage.objects import Objects
+from deit_fast.storage.urls import is_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,27 +49,42 @@ _DIGEST_HEX = 32
 _MAX_FILE_BYTES = 1 << 20
 
 
-def open_for_run(path: str | Path, tau: float) -> LogitCache:
+def open_for_run(path: str | Path, tau: float, copy_bytes: int = COPY_BYTES) -> LogitCache:
     """The cache that a run of this temperature reads.
+
+    Args:
+        copy_bytes: as of ``LogitCache.open``.
 
     Raises:
         CacheError: it is damaged, or records nothing for the temperature.
+        StorageError: a URL cannot be read.
     """
-    cache = LogitCache.open(path)
-    require_tau(cache, tau)
+    cache = LogitCache.open(path, copy_bytes)
+    require_tau(cache.codec, tau, cache.where)
     return cache
 
 
-def require_tau(cache: LogitCache, tau: float) -> None:
+def require_for_run(path: str | Path, tau: float) -> None:
+    """As ``open_for_run``, from the manifest alone.
+
+    Raises:
+        CacheError, StorageError: as it.
+    """
+    where = str(path)
+    manifest = read_object(Objects(where))[0] if is_url(where) else read_manifest(Path(path))
+    require_tau(codec_of(manifest, where), tau, where)
+
+
+def require_tau(codec: Codec, tau: float, where: str) -> None:
     """
     Raises:
-        CacheError: the cache records nothing for the temperature.
+        CacheError: the cache at ``where`` records nothing for the temperature.
     """
     try:
-        cache.codec.layout(tau)
+        codec.layout(tau)
     except CacheError as error:
         remedy = "set loss.tau to one of these, or precompute a cache with codec.temperatures"
-        raise CacheError(f"cache {cache.where}: {error}; {remedy}") from None
+        raise CacheError(f"cache {where}: {error}; {remedy}") from None
 
 
 def info(path: str | Path) -> dict[str, Any]:

@@ -200,11 +200,10 @@ class LogitCacheWriter:
         self._closed = True
         if self.locks is not None:
             self.locks.close()
-        others = self._others + (0 if self._publisher is None else self._publisher.others)
-        if others:
+        if self._others:
             log.warning(
                 "%s: other writers had stored %d blocks meanwhile, with other last bits than this "
-                "device computes; theirs stay", self.path, others,
+                "device computes; theirs stay", self.path, self._others,
             )  # fmt: skip
         if self._buffers:
             log.info("%s: %d incomplete blocks dropped", self.path, len(self._buffers))
@@ -293,7 +292,7 @@ class LogitCacheWriter:
             found = self._open(view_id).commit(block, records.ctypes.data, records.nbytes)
         self._others += found == _C.Committed.kept_others
         if self._publisher is not None:
-            self._publisher.publish(view_id, block, records)
+            self._others += not self._publisher.publish(view_id, block, records)
         self._done.add(key)
         self._committed.add(key)
         if self.locks is not None:

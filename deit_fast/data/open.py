@@ -66,7 +66,7 @@ def _open_split(data: DataConfig, split: str, image_size: int) -> Source:
             "data.root is not set; expected a folder with train/<class>/<image> and "
             "val/<class>/<image>, or with shards (data.source)"
         )
-    copy_bytes = int(data.local_copy_gb * 1e9)
+    copy_bytes = data.copy_bytes
     if data.source == "packed":
         return PackedImages(data.root, split, copy_bytes)
     if data.source == "hf":

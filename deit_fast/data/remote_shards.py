@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deit_fast.data.local_copy import LocalCopy
+from deit_fast.data.sample_copy import SampleCopy
 from deit_fast.data.sources import UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import crc32c
@@ -44,7 +44,7 @@ class RemoteShards:
     """
 
     def __init__(
-        self, objects: Objects, stamps: dict[str, Stamp], extents: Extents, copy: LocalCopy | None
+        self, objects: Objects, stamps: dict[str, Stamp], extents: Extents, copy: SampleCopy | None
     ) -> None:
         self._objects, self._names, self._stamps = objects, [*stamps], [*stamps.values()]
         self._extents, self._copy = extents, copy
@@ -131,11 +131,11 @@ def _has_crc(crc: int, content: bytes) -> bool:
     return crc32c(content) == crc
 
 
-def open_copy(root: str, split: str, stamps: dict[str, Stamp], limit: int) -> LocalCopy | None:
+def open_copy(root: str, split: str, stamps: dict[str, Stamp], limit: int) -> SampleCopy | None:
     """The local copy of a split; None: nothing is kept, as without ETags it could be of others."""
     if limit == 0 or not all(stamp.etag for stamp in stamps.values()):
         return None
-    return LocalCopy(root, split, digest_stamps(stamps), limit)
+    return SampleCopy(root, split, digest_stamps(stamps), limit)
 
 
 def without_etags(objects: Objects) -> str:

@@ -161,7 +161,7 @@ class _Results:
 
 
 class _Worker:
-    """An actor: the teacher on its device. A failure becomes a row; Ray retries none of them."""
+    """An actor: the teacher on its device. A failure becomes a row, which Ray does not retry."""
 
     def __init__(self, config: RunConfig) -> None:
         self._started = time.perf_counter()
@@ -234,6 +234,7 @@ def _require_absolute_paths(config: RunConfig) -> None:
         ("cache", config.cache),
         ("data.root", config.data.root),
         ("teacher", weights),
+        ("teacher_classes", config.teacher_classes),
     ):
         if path and not is_url(path) and not os.path.isabs(path):
             raise InputError(

@@ -168,7 +168,7 @@ def owned_folder(folder: Path, name: str, what: str) -> Iterator[Lock]:
 
 
 @contextmanager
-def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+def one_at_a_time(path: Path, what: str = "") -> Iterator[None]:
     """Run the block in one process of a machine at a time; the others wait.
 
     For work that only saves time: where the lock file cannot be made or locked, for example in a
@@ -176,7 +176,8 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
 
     Args:
         path: of the lock file; its folder is created.
-        what: the block does, such as `lists DIR`; for the line of a process that waits.
+        what: the block does, such as `lists DIR`; for the line of a process that waits. Empty: a
+            process waits without a line.
     """
     with ExitStack() as stack:
         with suppress(OSError, InputError):
@@ -186,7 +187,8 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another process, which %s", what)
+                if what:
+                    log.info("waiting for another process, which %s", what)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,11 +52,11 @@ class Stamp(NamedTuple):
 
 
 class Body(NamedTuple):
-    """The answer to a request for a range.
+    """The reply to a request for a range.
 
     Attributes:
         content: as received.
-        etag: of the object, '' if the answer names none.
+        etag: of the object, '' if the reply names none.
     """
 
     content: bytes
@@ -74,31 +75,31 @@ class Refused(Exception):
     """The service does not do what is needed, and will not at the next try."""
 
 
-class Client:
+class Client(ABC):
     """One request each. Every method gives a future; what fails inside is its exception.
 
     Paths are URLs without credentials. ``seconds`` bounds a request where the library lets us.
     """
 
-    def stat(self, url: str, seconds: float) -> Future[Stamp]:
-        raise NotImplementedError
+    @abstractmethod
+    def stat(self, url: str, seconds: float) -> Future[Stamp]: ...
 
+    @abstractmethod
     def page(
         self, url: str, prefix: str, token: Any, seconds: float
     ) -> Future[tuple[dict[str, Stamp], Any]]:
         """Some objects below ``url``, by name, and what asks for the next ones, None at the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get(self, url: str, start: int, stop: int, etag: str, seconds: float) -> Future[Body]:
         """Bytes [start, stop), not empty; ``etag``: what the object must have, or ''."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
         """One request with the whole content; ``create``: only where there is no object."""
-        raise NotImplementedError
 
-    def delete(self, url: str, seconds: float) -> Future[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def delete(self, url: str, seconds: float) -> Future[None]: ...
 
 
 def client_of(url: str) -> Client:
@@ -139,7 +140,9 @@ class _State:
                     raise InputError(
                         f"{scheme}:// needs the package {package}: pip install {install}"
                     ) from None
-                kinds = {"s3": S3Client, "hf": HubClient, "http": WebClient, "https": WebClient}
+                kinds: dict[str, Callable[[], Client]] = {
+                    "s3": S3Client, "hf": HubClient, "http": WebClient, "https": WebClient
+                }  # fmt: skip
                 self._clients[scheme] = kinds.get(scheme, functools.partial(OtherClient, scheme))()
             return self._clients[scheme]
 
@@ -172,7 +175,7 @@ def _tag(value: object) -> str:
 
 
 def _only_part(asked: tuple[int, int], first: str, status: int, length: int | None) -> None:
-    """Refuse an answer to a request for a range before its content is read.
+    """Refuse a reply to a request for a range before its content is read.
 
     Args:
         first: the header Content-Range, or ''.

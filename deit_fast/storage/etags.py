@@ -23,7 +23,7 @@ def vouches(etag: str, size: int, read: Callable[[int, int], bytes | memoryview]
 
     Args:
         size: bytes.
-        read: so many bytes from a position; fewer only at the end.
+        read: called with a position and a number of bytes; returns fewer only at the end.
     """
 
     def digest(kind: str, start: int, length: int, before: bytes = b"") -> bytes:

@@ -423,7 +423,7 @@ class Objects:
 
         Args:
             what: "cannot ...", for the message.
-            ask: makes the request, in so many seconds.
+            ask: called with the seconds that the request may take; makes it.
             judge: what is wrong with the result, None where nothing is.
             size: bytes that are sent or read, which add to the time that a try may take.
         """

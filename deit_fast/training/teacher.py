@@ -128,7 +128,7 @@ class RunTeacher:
             network = self.network if config.feature_targets or caches else None
             return RunTeacher(config, self.device, network=network, caches=caches)
         for cache in self.logit_caches:
-            require_tau(cache, config.loss.tau)
+            require_tau(cache.codec, config.loss.tau, cache.where)
         return RunTeacher(config, self.device, network=self.network, caches=self.caches)
 
     @functools.cached_property
@@ -363,7 +363,8 @@ def open_caches(config: RunConfig, paths: Sequence[str] | None = None) -> list[L
         InputError: distillation of logits, and every cache is one of features; a cache twice.
     """
     chosen = config.caches if paths is None else paths
-    caches = [open_for_run(path, config.loss.tau) for path in chosen]
+    copy_bytes = config.data.copy_bytes
+    caches = [open_for_run(path, config.loss.tau, copy_bytes) for path in chosen]
     known: dict[bytes, LogitCache] = {}
     for cache in caches:
         same = known.setdefault(manifest_sha256(cache.manifest), cache)

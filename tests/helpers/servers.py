@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from deit_fast.storage import clients
+from deit_fast.storage.objects import Objects, Patience
 
 HAS_RADOSGW = all(map(shutil.which, ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph")))
 HAS_NGINX = shutil.which("nginx") is not None
@@ -47,6 +48,12 @@ def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables(port).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(clients, "_state", clients._State())
+
+
+def be_quick(monkeypatch: pytest.MonkeyPatch, tries: int = 6) -> None:
+    """Let objects of this process be asked again without a pause."""
+    patience = Patience(tries=tries, request_seconds=5, seconds=60, pause=0.01)
+    monkeypatch.setattr(Objects.__init__, "__defaults__", (patience,))
 
 
 def client(port: int) -> Any:
@@ -149,7 +156,7 @@ def radosgw(folder: Path) -> Iterator[int]:
     for name in ("mon", "osd", "rgw", "run"):
         (folder / name).mkdir()
     # cephx with a keyring: without authentication the gateway never starts. tcp_nodelay: else each
-    # small answer takes 45 ms.
+    # small reply takes 45 ms.
     conf.write_text(f"""
 [global]
 fsid = {cluster}

@@ -8,19 +8,16 @@ when it arrives, and again when it is first read from the file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from deit_fast import _C
-from deit_fast.cache.format import FILE_NAME, format_errors, view_path, view_specs
+from deit_fast.cache.format import FILE_NAME, format_errors, view_path
 from deit_fast.cache.remote import (
     STATISTICS,
     Listing,
@@ -30,42 +27,25 @@ from deit_fast.cache.remote import (
     read_manifest,
     read_view_parts,
 )
-from deit_fast.errors import CacheError, InputError
+from deit_fast.errors import CacheError
+from deit_fast.runtime.copies import allocated_bytes, delete_unused, hold, last_use
 from deit_fast.runtime.files import cache_folder, temporary_path, write_atomically
+from deit_fast.runtime.locks import one_at_a_time
 from deit_fast.storage.objects import Objects
 
 log = logging.getLogger("deit_fast")
 
-LIMIT_VARIABLE = "DEIT_FAST_LOCAL_GB"  # bound of all copies of a machine
-_DEFAULT_GB = 100.0
+COPY_BYTES = 50 * 10**9  # as `data.local_copy_gb` where nobody says otherwise
 _PAGES_BYTES = 4 << 12  # of a view file beside its records: header, table, pages begun
 _TOGETHER_BYTES = 64 << 20  # of blocks in memory at once
 
 
-def limit_bytes() -> int:
-    """Bound of the copies of all caches together, bytes.
-
-    Raises:
-        InputError: the variable is no number above 0.
-    """
-    text = os.environ.get(LIMIT_VARIABLE, "")
-    try:
-        value = float(text) if text else _DEFAULT_GB
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1e9:
-        raise InputError(
-            f"{LIMIT_VARIABLE} in the environment must be a number of GB above 0, not "
-            f"{text[:100]!r}"
-        )
-    return int(value * 1e9)
-
-
-class LocalCopy:
+class ViewCopy:
     """What is here of a cache at a URL. Safe to use from several threads.
 
     Args:
         url: of the cache.
+        limit: bytes of the copies of all caches of this user on this machine.
 
     Attributes:
         folder: of the copy.
@@ -76,7 +56,8 @@ class LocalCopy:
         StorageError: it cannot be read.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limit: int = COPY_BYTES) -> None:
+        self._limit = limit
         objects = Objects(url)
         self.url = str(objects)
         self.manifest, content = read_manifest(objects)
@@ -95,7 +76,6 @@ class LocalCopy:
         if self._listing.has_statistics:
             small[STATISTICS] = objects.stat(STATISTICS)
         pull_parts(objects, small, self.folder)
-        self._specs = view_specs(self.manifest)
         self._lock = threading.RLock()
         self._is_here: dict[int, np.ndarray] = {}  # bool [blocks], of the views held
         self._held: dict[int, int] = {}  # descriptor with a shared lock, by view; oldest use first
@@ -158,7 +138,7 @@ class LocalCopy:
     def _writer(self, view_id: int) -> _C.ViewWriter:
         name = view_path(self.folder, view_id)
         with format_errors():
-            spec = self._specs(view_id=view_id)
+            spec = self._remote.spec(view_id)
             return _C.ViewWriter(str(name), str(temporary_path(name)), spec, reserve=False)
 
     def _hold(self, view_id: int) -> np.ndarray:
@@ -168,23 +148,16 @@ class LocalCopy:
             return self._is_here[view_id]
         if view_id not in self._listing.blocks and view_id not in self._listing.files:
             raise CacheError(f"view {view_id} is not in the cache {self._remote.objects}")
-        name = view_path(self.folder, view_id)
-        while True:
-            writer = self._writer(view_id)
-            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-            with suppress(OSError):  # without locks nothing is deleted
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.fstat(descriptor).st_nlink:
-                break
-            os.close(descriptor)  # it was deleted just before
-        os.utime(name)  # the order of deletion
+        descriptor = hold(_use_file(view_path(self.folder, view_id)))
+        writer = self._writer(view_id)
         states = writer.table_states()
         self._is_here[view_id] = np.array([s == _C.BlockState.complete for s in states])
         self._held[view_id] = descriptor
         return self._is_here[view_id]
 
     def _fetch(self, view_id: int, blocks: list[int], is_repair: bool = False) -> None:
-        with self._one_fetches(view_id):
+        lock = self.folder / f".fetch-{view_id:05d}"
+        with one_at_a_time(lock):
             writer, here = self._writer(view_id), self._is_here[view_id]
             if not is_repair:
                 states = writer.table_states()
@@ -200,18 +173,6 @@ class LocalCopy:
                         writer.commit(block, records.ctypes.data, records.nbytes)
                     here[block] = True
 
-    @contextmanager
-    def _one_fetches(self, view_id: int) -> Iterator[None]:
-        """One process of the machine at a time fetches blocks of a view."""
-        path = self.folder / f".fetch-{view_id:05d}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            with suppress(OSError):  # without locks several fetch the same blocks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     # -----------------------------------------------------------------------------------------
     # The bound
     # -----------------------------------------------------------------------------------------
@@ -222,16 +183,18 @@ class LocalCopy:
         Raises:
             CacheError: what processes of this machine read at once does not fit.
         """
-        limit = limit_bytes()
         is_outdated = False
         for _ in range(2):
-            files = sorted(_copies().glob("*/view-*.dlc"), key=_used)
-            used = sum(map(_allocated, files))
-            for path in files:
-                if used + size <= limit:
+            files = sorted(
+                _copies().glob("*/view-*.dlc"), key=lambda path: last_use(_use_file(path))
+            )
+            sizes = [*map(allocated_bytes, files)]
+            used = sum(sizes)
+            for path, freed in zip(files, sizes, strict=True):
+                if used + size <= self._limit:
                     return is_outdated
-                used -= _delete_unused(path)
-            if used + size <= limit:
+                used -= freed * delete_unused(_use_file(path), path.unlink)
+            if used + size <= self._limit:
                 return is_outdated
             for view_id in [view for view in self._held if view not in needed]:
                 os.close(self._held.pop(view_id))
@@ -239,7 +202,7 @@ class LocalCopy:
                 is_outdated = True
         raise CacheError(
             f"the local copies of caches would take {(used + size) / 1e9:.3g} GB, and "
-            f"{LIMIT_VARIABLE}={limit / 1e9:g} allows less: raise it, or copy the cache "
+            f"data.local_copy_gb={self._limit / 1e9:g} allows less: raise it, or copy the cache "
             f"{self._remote.objects} to a disk (`deit-fast cache copy`)"
         )
 
@@ -248,30 +211,6 @@ def _copies() -> Path:
     return cache_folder() / "caches"
 
 
-def _used(path: Path) -> float:
-    with suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
-
-
-def _allocated(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_blocks * 512
-    return 0
-
-
-def _delete_unused(path: Path) -> int:
-    """Bytes that deleting a view's file freed; 0 where a process holds it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.fstat(descriptor).st_blocks * 512
-        path.unlink(missing_ok=True)
-        return size
-    except OSError:
-        return 0
-    finally:
-        os.close(descriptor)
+def _use_file(view: Path) -> Path:
+    """The file that users of a view's file hold."""
+    return view.with_name(f".use-{view.name}")

@@ -13,7 +13,6 @@ of shards that were replaced, are deleted, the one that was unused longest first
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from deit_fast.errors import InputError
-from deit_fast.runtime.files import NO_FLOCK, cache_folder, open_shared
+from deit_fast.runtime.copies import allocated_bytes, delete_unused, hold, last_use
+from deit_fast.runtime.files import cache_folder, open_shared
 
 log = logging.getLogger("deit_fast")
 
@@ -30,7 +30,7 @@ _SHARE_COUNTED = 64  # of the bound: how much a process adds before it counts ag
 _PRESENT, _CONTENT = "present", "content"
 
 
-class LocalCopy:
+class SampleCopy:
     """The bytes of one split's samples on the local disk, as far as they are there.
 
     Without a folder that can be written it stays empty. Threads and processes may share it.
@@ -88,14 +88,16 @@ class LocalCopy:
 
     def _room(self, length: int) -> int:
         """Bytes that may still be added, after other data sets had to make room."""
-        folders = {path.parent: _bytes_of(path) for path in self._base.glob(f"*/*/{_CONTENT}")}
+        folders = {
+            path.parent: allocated_bytes(path) for path in self._base.glob(f"*/*/{_CONTENT}")
+        }
         others = [
             path for path in folders
             if path.parent != self.folder.parent
             or (path != self.folder and path.name[:-16] == self.folder.name[:-16])
         ]  # fmt: skip
         free = self._limit - sum(folders.values())
-        for path in sorted(others, key=_last_use):
+        for path in sorted(others, key=lambda path: last_use(path / _PRESENT)):
             if free >= length:
                 break
             if _remove(path):
@@ -113,20 +115,14 @@ class LocalCopy:
         return self._files
 
     def _open(self) -> tuple[int, int]:
-        """Descriptors of both files; a lock on the first one says that they are in use."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / _PRESENT
-            present = open_shared(path)
-            try:
-                _lock(present, fcntl.LOCK_SH)
-                os.utime(present)
-                if _is_same(present, path):  # else it was deleted before it was locked
-                    return present, open_shared(self.folder / _CONTENT)
-            except BaseException:
-                os.close(present)
-                raise
+        """Descriptors of both files; the first one holds the copy."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        present = hold(self.folder / _PRESENT)
+        try:
+            return present, open_shared(self.folder / _CONTENT)
+        except BaseException:
             os.close(present)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": None}
@@ -136,51 +132,9 @@ class LocalCopy:
             os.close(descriptor)
 
 
-def _bytes_of(path: Path) -> int:
-    """That a sparse file takes on the disk."""
-    try:
-        return path.stat().st_blocks * 512
-    except OSError:
-        return 0
-
-
-def _last_use(folder: Path) -> int:
-    try:
-        return (folder / _PRESENT).stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 def _remove(folder: Path) -> bool:
     """Delete a copy that no process uses."""
-    try:
-        descriptor = open_shared(folder / _PRESENT)
-    except (OSError, InputError):
-        return False
-    try:
-        _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, how: int) -> None:
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno not in NO_FLOCK or how != fcntl.LOCK_SH:
-            raise
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        there = os.stat(path)
-    except OSError:
-        return False
-    mine = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+    is_deleted = delete_unused(folder / _PRESENT, lambda: shutil.rmtree(folder))
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # if it is empty
+    return is_deleted
