@@ -366,7 +366,7 @@ class _ObjectNotes:
         return [name.removeprefix(start) for name in self._objects.list(start + prefix)]
 
     def read(self, name: str) -> dict[str, Any]:
-        return parse_object(self._objects.read(f"{TRIES_FOLDER}/{name}"), name)
+        return parse_object(self._objects.read_whole(f"{TRIES_FOLDER}/{name}"), name)
 
     def delete(self, name: str) -> None:
         self._objects.delete(f"{TRIES_FOLDER}/{name}")

@@ -328,8 +328,8 @@ def test_progress_logs_its_pace_now_and_then(monkeypatch, caplog):
             before = done
     assert [record.getMessage() for record in caplog.records] == [
         "precompute: 120 of 1000 images (12 %), 60 images/s, 15 s left",
-        "precompute: 140 of 1000 images (14 %), 4 images/s, 4 min 6 s left",
-        "precompute: 200 of 1000 images (20 %), 5 images/s, 2 min 48 s left",
+        "precompute: 140 of 1000 images (14 %), 3.5 images/s, 4 min 6 s left",
+        "precompute: 200 of 1000 images (20 %), 4.8 images/s, 2 min 48 s left",
     ]
     caplog.clear()
     now[0] = 0.0

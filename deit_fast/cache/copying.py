@@ -24,7 +24,7 @@ from deit_fast.cache.remote import (
     Listing,
     RemoteCache,
     publish_small,
-    pull_parts,
+    pull_small,
     read_view_parts,
 )
 from deit_fast.cache.remote import publish_manifest as publish_object
@@ -74,13 +74,7 @@ def download(url: str, folder: Path, advance: Advance) -> int:
         write_atomically(folder / FILE_NAME, content)
     publish_manifest(folder, manifest)
     listing, remote = Listing.of(objects), RemoteCache(objects, manifest)
-    small = {
-        view_path(Path(), view_id, ".pixels.json").name: stamp
-        for view_id, stamp in listing.pixels.items()
-    }
-    if listing.has_statistics:
-        small[STATISTICS] = objects.stat(STATISTICS)
-    pull_parts(objects, small, folder)
+    pull_small(objects, listing, folder)
     count = 0
     for view_id in sorted(listing.blocks.keys() | listing.files.keys()):
         name = view_path(folder, view_id)

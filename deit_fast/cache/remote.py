@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -57,7 +57,7 @@ def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
     """
     where = objects.url_of(FILE_NAME)
     try:
-        content = objects.read(FILE_NAME, check=lambda found: is_intact(found) is not False)
+        content = objects.read(FILE_NAME, check=_is_sealed)
     except ObjectMissing:
         raise CacheError(
             f"{objects} is no cache: it has no {FILE_NAME}; check the URL, or make it by "
@@ -247,7 +247,7 @@ def pull(objects: Objects, names: Iterable[str], folder: Path) -> list[str]:
     found = []
     for name in names:
         try:
-            content = objects.read(name, check=_sealed_or_other(name))
+            content = objects.read_whole(name)
         except ObjectMissing:
             continue
         path = folder / name
@@ -257,19 +257,23 @@ def pull(objects: Objects, names: Iterable[str], folder: Path) -> list[str]:
     return found
 
 
-def pull_parts(objects: Objects, stamps: dict[str, Stamp], folder: Path) -> None:
-    """Copy several small objects into a folder at once, those that it lacks."""
+def pull_small(objects: Objects, listing: Listing, folder: Path) -> None:
+    """Copy what a cache has beside its views, pixel digests and statistics, into a folder that may
+    have some of it."""
+    stamps = {
+        view_path(Path(), view_id, ".pixels.json").name: stamp
+        for view_id, stamp in listing.pixels.items()
+    }
     names = [name for name in stamps if not (folder / name).exists()]
-    parts = [
-        Part(name, 0, stamps[name].size, stamps[name], _sealed_or_other(name)) for name in names
-    ]
+    parts = [Part(name, 0, stamps[name].size, stamps[name], _is_sealed) for name in names]
     for name, content in zip(names, objects.read_parts(parts), strict=True):
         write_atomically(folder / name, content)
+    if listing.has_statistics and not (folder / STATISTICS).exists():
+        pull(objects, [STATISTICS], folder)
 
 
-def _sealed_or_other(name: str) -> Callable[[bytes], bool] | None:
-    """The check of a small file: JSON has a seal; statistics have one that their reader checks."""
-    return (lambda content: is_intact(content) is not False) if name.endswith(".json") else None
+def _is_sealed(content: bytes) -> bool:
+    return is_intact(content) is not False
 
 
 def publish_small(objects: Objects, folder: Path, name: str) -> bool:

@@ -19,11 +19,10 @@ import numpy as np
 from deit_fast import _C
 from deit_fast.cache.format import FILE_NAME, format_errors, view_path
 from deit_fast.cache.remote import (
-    STATISTICS,
     Listing,
     RemoteCache,
     blocks_in,
-    pull_parts,
+    pull_small,
     read_manifest,
     read_view_parts,
 )
@@ -69,13 +68,7 @@ class ViewCopy:
             write_atomically(self.folder / FILE_NAME, content)
         self._remote = RemoteCache(objects, self.manifest)
         self._listing = Listing.of(objects)
-        small = {
-            view_path(Path(), view_id, ".pixels.json").name: stamp
-            for view_id, stamp in self._listing.pixels.items()
-        }
-        if self._listing.has_statistics:
-            small[STATISTICS] = objects.stat(STATISTICS)
-        pull_parts(objects, small, self.folder)
+        pull_small(objects, self._listing, self.folder)
         self._lock = threading.RLock()
         self._is_here: dict[int, np.ndarray] = {}  # bool [blocks], of the views held
         self._held: dict[int, int] = {}  # descriptor with a shared lock, by view; oldest use first

@@ -331,7 +331,7 @@ class Objects:
             self._repeat(name, "cannot be created", ask, size=len(content))
             return True
         except ObjectExists:
-            there = self.read(name)
+            there = self.read_whole(name)
         if not (there == content if same is None else same(there)):
             raise ObjectExists(errno.EEXIST, "is there with other content", self.url_of(name))
         return False

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,14 @@ from deit_fast.runtime.files import (
 )
 from deit_fast.runtime.locks import one_at_a_time
 from deit_fast.runtime.progress import Progress
-from deit_fast.storage.objects import ObjectExists, ObjectMissing, Objects, Part, StorageError
+from deit_fast.storage.objects import (
+    ObjectDamaged,
+    ObjectExists,
+    ObjectMissing,
+    Objects,
+    Part,
+    StorageError,
+)
 from deit_fast.training.checkpoints import KEEP, Stays, list_checkpoints, never, step_of
 
 log = logging.getLogger("deit_fast")
@@ -49,7 +57,7 @@ class Entry(NamedTuple):
     step: int
     file: str
     size: int
-    crc: int
+    crcs: list[int]  # of each _CHUNK_BYTES
 
 
 class Mirror:
@@ -119,8 +127,10 @@ class Mirror:
         try:
             content = self.objects.read(name, check=lambda found: is_intact(found) is True)
             found = parse_object(content, self.objects.url_of(name))
-            entry = Entry(step, f"{_FOLDER}/{found['file']}", found["size"], int(found["crc"], 16))
-            if self.objects.stat(entry.file).size == entry.size:
+            crcs = [int(crc, 16) for crc in found["parts_crc32c"]]
+            entry = Entry(step, f"{_FOLDER}/{found['file']}", found["size"], crcs)
+            is_whole = self.objects.stat(entry.file).size == entry.size
+            if is_whole and len(crcs) == -(-entry.size // _CHUNK_BYTES):
                 return entry
         except (ObjectMissing, InputError, KeyError, TypeError, ValueError):
             pass
@@ -131,30 +141,31 @@ class Mirror:
         stamp = self.objects.stat(entry.file)
         starts = range(0, entry.size, _CHUNK_BYTES)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        path, crc = self._checkpoints / f"step-{entry.step:09d}.pt", 0
+        path = self._checkpoints / f"step-{entry.step:09d}.pt"
+        parts = [
+            Part(entry.file, start, min(start + _CHUNK_BYTES, entry.size), stamp, _check_of(crc))
+            for start, crc in zip(starts, entry.crcs, strict=True)
+        ]
         with (
             Progress(f"fetching step {entry.step}", len(starts), unit="part") as progress,
             open_atomically(path) as file,
         ):
-            for first in range(0, len(starts), _TOGETHER):
-                parts = [
-                    Part(entry.file, start, min(start + _CHUNK_BYTES, entry.size), stamp)
-                    for start in starts[first : first + _TOGETHER]
-                ]
-                for content in self.objects.read_parts(parts):
-                    crc = crc32c(content, crc)
+            for first in range(0, len(parts), _TOGETHER):
+                try:
+                    contents = self.objects.read_parts(parts[first : first + _TOGETHER])
+                except ObjectDamaged:
+                    raise InputError(
+                        f"{self.objects.url_of(entry.file)} is damaged: delete it to resume from "
+                        f"the checkpoint before"
+                    ) from None
+                for content in contents:
                     file.write(content)
                     progress.advance()
-            if crc != entry.crc:
-                raise InputError(
-                    f"{self.objects.url_of(entry.file)} is damaged: delete it to resume from the "
-                    f"checkpoint before"
-                )
         log.info("fetched step %d from %s", entry.step, self.objects)
         metrics = self._output / "metrics.jsonl"
         if not metrics.exists():
             with suppress(ObjectMissing):
-                rows = self.objects.read("metrics.jsonl")
+                rows = self.objects.read_whole("metrics.jsonl")
                 with open_atomically(metrics) as file:
                     file.write(rows)
 
@@ -197,11 +208,12 @@ class Mirror:
                     link.unlink(missing_ok=True)
 
     def _upload(self, step: int, path: Path) -> None:
-        crc = _crc_of(path)
-        name = f"step-{step:09d}-{crc:08x}.pt"
+        whole, crcs = _crcs_of(path)
+        name = f"step-{step:09d}-{whole:08x}.pt"
         self.put_files(["config.json", "metrics.jsonl", "samples.png"])
         stamp = self.objects.put(f"{_FOLDER}/{name}", path)
-        manifest = {"step": step, "file": name, "size": stamp.size, "crc": f"{crc:08x}"}
+        texts = [f"{crc:08x}" for crc in crcs]
+        manifest = {"step": step, "file": name, "size": stamp.size, "parts_crc32c": texts}
         try:
             self.objects.create(f"{_FOLDER}/step-{step:09d}.json", sealed_json(manifest))
         except ObjectExists:
@@ -252,9 +264,15 @@ class Mirror:
         return f"not copied: {error}" if error is not None else f"copied to {self.objects}"
 
 
-def _crc_of(path: Path) -> int:
-    crc = 0
+def _crcs_of(path: Path) -> tuple[int, list[int]]:
+    """CRC32C of a file, and of each of its parts."""
+    whole, crcs = 0, []
     with open_regular(path) as file:
         while content := file.read(_CHUNK_BYTES):
-            crc = crc32c(content, crc)
-    return crc
+            whole = crc32c(content, whole)
+            crcs.append(crc32c(content))
+    return whole, crcs
+
+
+def _check_of(crc: int) -> Callable[[bytes], bool]:
+    return lambda content: crc32c(content) == crc
