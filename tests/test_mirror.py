@@ -14,7 +14,7 @@ from deit_fast.cli import main
 from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime.signals import Preempted
-from deit_fast.storage import clients
+from deit_fast.storage import services
 from deit_fast.storage.objects import Objects, StorageError
 from deit_fast.training.mirror import Mirror
 from helpers.digits import write_few_digits
@@ -138,7 +138,7 @@ def test_without_the_service_the_run_is_finished_on_the_disk(root, url, monkeypa
 
     def cut() -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-        monkeypatch.setattr(clients, "_state", clients._State())
+        monkeypatch.setattr(services, "_state", services._State())
 
     with AtStep(3, cut), pytest.raises(StorageError, match="cannot be"):
         deit_fast.train(config)

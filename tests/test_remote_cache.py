@@ -15,8 +15,8 @@ from deit_fast.cli import main
 from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.errors import CacheError, CacheMismatch
 from deit_fast.precomputation import estimate, precompute
-from deit_fast.storage import clients
-from deit_fast.storage.objects import Objects
+from deit_fast.storage import services
+from deit_fast.storage.objects import Objects, StorageError
 from deit_fast.units import TRIES_FOLDER, Units
 from helpers import small_blocks
 from helpers.digits import write_few_digits
@@ -97,6 +97,17 @@ def test_a_unit_asks_for_its_own_blocks_alone(root, logits_at, each_server, monk
     assert all(f"{TRIES_FOLDER}%2F" in line for line in lists) and len(lists) <= 2
     assert len([line for line in asked if "view-" in line]) == 2  # the block, a whole view file
     assert len(asked) <= 4
+
+
+def test_service_that_replaces_what_is_to_be_created_is_refused(root, moto_server, monkeypatch):
+    use(moto_server.port, monkeypatch)
+    url = f"s3://{moto_server.new_bucket()}/cache"
+    with fault_proxy(moto_server.port) as proxy:
+        use(proxy.port, monkeypatch)
+        proxy.start("always", method="PUT")
+        with pytest.raises(StorageError, match=r"manifest.json: was replaced by .* If-None-Match"):
+            Units(settings(root, url, **LOGITS)).compute([0])
+        assert [*Objects(url).list()] == ["manifest.json"]
 
 
 def test_a_folder_copied_to_a_url_and_back_is_the_same(root, url, tmp_path, capsys):
@@ -259,7 +270,7 @@ def test_no_secret_is_written_or_said(root, logits_at, tmp_path, monkeypatch, ca
     output = tmp_path / "run"
     deit_fast.train(settings(root, logits_at, **LOGITS, teacher=None, output=str(output)))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     assert main(["cache", "info", logits_at]) == 2
     said = caplog.text + "".join(capsys.readouterr())
     for folder in (tmp_path / "user", output):

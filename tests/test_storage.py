@@ -18,7 +18,7 @@ import pytest
 
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import crc32c
-from deit_fast.storage import clients
+from deit_fast.storage import services
 from deit_fast.storage.etags import vouches
 from deit_fast.storage.objects import (
     ObjectChanged,
@@ -30,6 +30,7 @@ from deit_fast.storage.objects import (
     Patience,
     StorageError,
 )
+from deit_fast.storage.s3 import S3Client
 from deit_fast.storage.urls import is_url, join, require_plain, shown, without_secrets
 from helpers.fault_proxy import FAULTS, Proxy, fault_proxy
 from helpers.processes import forked
@@ -102,7 +103,7 @@ def test_name_is_quoted_for_a_web_server_alone():
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(InputError, match=r"s3:// needs the package s3fs: pip install 'deit-fast"):
         Objects("s3://bucket").stat("x")
@@ -202,7 +203,7 @@ def test_one_bad_part_does_not_spoil_the_others(bucket):
 def test_small_object_is_read_until_something_vouches(bucket, proxy, monkeypatch, is_digest):
     content = random_bytes(1000)
     bucket.put("x", content)
-    get = clients.S3Client._get
+    get = S3Client._get
     if not is_digest:
         monkeypatch.setattr("deit_fast.storage.objects.vouches", lambda *_: False)
 
@@ -211,7 +212,7 @@ def test_small_object_is_read_until_something_vouches(bucket, proxy, monkeypatch
         return body._replace(content=bytes(500) + body.content[500:]) if flips.pop() else body
 
     flips = [0, 0, 1]
-    monkeypatch.setattr(clients.S3Client, "_get", flip)
+    monkeypatch.setattr(S3Client, "_get", flip)
     assert bucket.read_whole("x") == content
     assert len(flips) == (1 if is_digest else 0)
 
@@ -301,14 +302,14 @@ def test_errors_of_any_class_count_as_failed_tries(bucket, monkeypatch):
 
     bucket.put("x", b"right")
     errors = iter([TypeError("a 412 without a body"), PanicException("index out of range")])
-    get = clients.S3Client._get
+    get = S3Client._get
 
     async def fail_first(self, *arguments):
         for error in errors:
             raise error
         return await get(self, *arguments)
 
-    monkeypatch.setattr(clients.S3Client, "_get", fail_first)
+    monkeypatch.setattr(S3Client, "_get", fail_first)
     assert bucket.read("x", 0, 5) == b"right"
 
 
@@ -428,7 +429,7 @@ def test_wrong_and_missing_credentials_end_at_once(radosgw_or_skip, monkeypatch,
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     with pytest.raises(StorageError, match=r"no credentials were found: give them as"):
         objects.stat("x")
     (tmp_path / ".aws").mkdir()
@@ -436,7 +437,7 @@ def test_wrong_and_missing_credentials_end_at_once(radosgw_or_skip, monkeypatch,
         f"[mine]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n"
     )
     monkeypatch.setenv("AWS_PROFILE", "mine")
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     assert objects.create("x", b"")
 
 
@@ -458,7 +459,7 @@ needs_nginx = pytest.mark.skipif(not HAS_NGINX, reason="nginx is not installed")
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     folder = tmp_path / "site"
     folder.mkdir()
     return folder
@@ -511,7 +512,7 @@ def test_server_without_ranges_is_refused(site, tmp_path):
 
 
 def test_nobody_listens(monkeypatch):
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
     objects = Objects(f"http://127.0.0.1:{free_port()}", replace(QUICK, tries=2))
     with pytest.raises(StorageError, match=r"x: cannot be looked up, in 2 tries: Client") as caught:
         objects.stat("x")

@@ -355,8 +355,11 @@ def publish_manifest(objects: Objects, folder: Path, manifest: dict[str, Any]) -
 
     Raises:
         CacheMismatch: the URL has a cache made under other settings.
+        StorageError: among others, the service replaces objects that are to be created.
     """
-    if not publish_small(objects, folder, FILE_NAME):
+    is_same = publish_small(objects, folder, FILE_NAME)
+    objects.require_creation(FILE_NAME, read_file(folder / FILE_NAME))
+    if not is_same:
         there, _ = read_manifest(objects)
         require_equal(str(objects), there, {**manifest, "format": there["format"]}, only=False)
 

@@ -24,17 +24,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from deit_fast.errors import first_line, printable
 from deit_fast.runtime.files import crc32c, open_regular
-from deit_fast.storage.clients import (
-    Body,
-    Changed,
-    Exists,
-    Refused,
-    S3Client,
-    Stamp,
-    client_of,
-    pool,
-)
+from deit_fast.storage.clients import Body, Changed, Refused, Stamp, pool
 from deit_fast.storage.etags import vouches
+from deit_fast.storage.s3 import S3Client
+from deit_fast.storage.services import client_of
 from deit_fast.storage.urls import join, require_plain, shown, without_secrets
 
 log = logging.getLogger("deit_fast")
@@ -157,7 +150,7 @@ class Objects:
 
     def url_of(self, name: str) -> str:
         """For messages."""
-        return f"{shown(self.url)}/{printable(name)}"
+        return "/".join([shown(self.url), *([printable(name)] if name else [])])
 
     # -----------------------------------------------------------------------------------------
     # Reading
@@ -336,6 +329,29 @@ class Objects:
             raise ObjectExists(errno.EEXIST, "is there with other content", self.url_of(name))
         return False
 
+    def require_creation(self, name: str, content: bytes) -> None:
+        """Try to create an object that is there, since some services do not heed the condition.
+
+        Args:
+            content: of the object.
+
+        Raises:
+            StorageError: the service has replaced it.
+        """
+        url = join(self.url, name)
+        ask = partial(client_of(url).put, url, content, True)
+        try:
+            self._repeat(name, "cannot be created", ask, size=len(content))
+        except ObjectExists:
+            return
+        raise StorageError(
+            errno.ENOTSUP,
+            "was replaced by a request to create it only where there is none: the service ignores "
+            "If-None-Match, without which several processes cannot write to one URL; use another "
+            "service or a folder",
+            self.url_of(name),
+        )
+
     def put(self, name: str, content: bytes | Path) -> Stamp:
         """Publish an object, in place of one that is there, and verify what the service holds.
 
@@ -366,13 +382,11 @@ class Objects:
     def _put_in_parts(
         self, name: str, url: str, client: Any, path: Path
     ) -> tuple[str, tuple[int, int]]:
-        """The ETag that S3 gives it, and its size and CRC32C."""
+        """The ETag that S3 and Google Cloud Storage give it, and its size and CRC32C."""
         if not isinstance(client, S3Client):
-            crc = _crc_of(path)
-            self._repeat(
-                name, "cannot be written", partial(client.put_file, url, path), size=crc[0]
-            )
-            return "", crc
+            size, crc, md5 = _digests_of(path)
+            self._repeat(name, "cannot be written", partial(client.put_file, url, path), size=size)
+            return md5, (size, crc)
         what, digests, size, value = "cannot be written", [], 0, 0
         upload = self._repeat(name, what, partial(client.begin_parts, url))["UploadId"]
         try:
@@ -462,7 +476,7 @@ class Objects:
         if isinstance(error, Changed) or (status == 412 and what.startswith("bytes")):
             why = "was changed while it was in use: start the command again"
             return ObjectChanged(errno.ESTALE, why, url)
-        if isinstance(error, (Exists, FileExistsError)) or status == 412:
+        if isinstance(error, FileExistsError) or status == 412:
             return ObjectExists(errno.EEXIST, "exists", url)
         if isinstance(error, FileNotFoundError) or status == 404:
             return ObjectMissing(errno.ENOENT, "does not exist", url)
@@ -546,12 +560,14 @@ def _md5(content: bytes) -> Any:
     return hashlib.md5(content, usedforsecurity=False)
 
 
-def _crc_of(path: Path) -> tuple[int, int]:
-    size = crc = 0
+def _digests_of(path: Path) -> tuple[int, int, str]:
+    """Size, CRC32C, and MD5 in hex."""
+    size, crc, md5 = 0, 0, _md5(b"")
     with open_regular(path) as file:
         while content := file.read(MOST_BYTES):
             size, crc = size + len(content), crc32c(content, crc)
-    return size, crc
+            md5.update(content)
+    return size, crc, md5.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -576,8 +592,6 @@ def _status(error: BaseException) -> int | None:
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
             found = getattr(response, "status_code", None) or getattr(one, "status", None)
-            if type(one).__module__.startswith("gcsfs"):
-                found = getattr(one, "code", None)
         with suppress(TypeError, ValueError):
             return int(found)  # type: ignore[arg-type]
     return None

@@ -22,7 +22,8 @@ class Proxy:
     503: the request is refused. cut: the connection ends in the middle of the content. reset: it
     ends before the reply. hang: no reply. slow: a late one. short: half the content, and a
     Content-Length that fits it. flip: one bit, at random, differs. etag: the ETag differs. lost:
-    the server does what is asked, and its reply does not come.
+    the server does what is asked, and its reply does not come. always: a request with a
+    condition loses it.
 
     Attributes:
         port: to connect to.
@@ -85,6 +86,8 @@ class Proxy:
             await asyncio.sleep(3600)
         if fault == "reset":
             return False
+        if fault == "always":
+            head = _without(head, b"if-none-match")
         head, content = await self._ask(head, body)
         if fault == "lost":
             return False

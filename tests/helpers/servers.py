@@ -1,11 +1,14 @@
-"""Servers of objects on the loopback, as processes: moto and radosgw for S3, nginx for the web.
+"""Servers of objects on the loopback, as processes.
 
-radosgw (Debian's radosgw, ceph-mon and ceph-osd) is a second implementation of S3; tests that need
-it are skipped where it is not installed.
+moto and radosgw (Debian's radosgw, ceph-mon and ceph-osd) for S3, nginx for the web, Google's
+storage-testbench (its repository, by pip) and Microsoft's azurite (by npm) for their services.
+Tests that need any but moto are skipped where it is not installed.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 import socket
 import subprocess
@@ -15,17 +18,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 import pytest
 
-from deit_fast.storage import clients
+from deit_fast.storage import services
 from deit_fast.storage.objects import Objects, Patience
 
 HAS_RADOSGW = all(map(shutil.which, ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph")))
 HAS_NGINX = shutil.which("nginx") is not None
+OTHERS = {  # by scheme: the server's command, and the client's package
+    "gs": ("storage-testbench", "gcsfs"), "az": ("azurite-blob", "adlfs"),
+}  # fmt: skip
 KEY, SECRET = "PLANTEDACCESSKEY0001", "planted+secret/0002"
+AZ_KEY = base64.b64encode(SECRET.encode()).decode()
 
 
 def free_port() -> int:
@@ -47,7 +56,7 @@ def use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process's clients, which are opened anew, ask the server of this port."""
     for name, value in variables(port).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(clients, "_state", clients._State())
+    monkeypatch.setattr(services, "_state", services._State())
 
 
 def be_quick(monkeypatch: pytest.MonkeyPatch, tries: int = 6) -> None:
@@ -244,3 +253,65 @@ http {{
     with _running(["nginx", "-c", str(conf)], folder, f"nginx-{port}") as (process, log):
         _wait(lambda: _listens(port), process, log)
         yield port
+
+
+# ---------------------------------------------------------------------------------------------
+# Google's and Microsoft's
+# ---------------------------------------------------------------------------------------------
+
+
+def can_serve(scheme: str) -> bool:
+    """Whether the server of a scheme and its client are installed."""
+    command, package = OTHERS[scheme]
+    return shutil.which(command) is not None and find_spec(package) is not None
+
+
+def other_variables(scheme: str, port: int) -> dict[str, str]:
+    """As `variables`."""
+    if scheme == "gs":
+        return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
+    parts = ["DefaultEndpointsProtocol=http", f"AccountName={KEY.lower()}", f"AccountKey={AZ_KEY}",
+             f"BlobEndpoint=http://127.0.0.1:{port}/{KEY.lower()}"]  # fmt: skip
+    return {"AZURE_STORAGE_CONNECTION_STRING": ";".join(parts)}
+
+
+def use_other(scheme: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `use`."""
+    for name, value in other_variables(scheme, port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(services, "_state", services._State())
+
+
+def new_container(scheme: str, port: int) -> str:
+    """The name of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    if scheme == "gs":
+        url = f"http://127.0.0.1:{port}/storage/v1/b?project=tests"
+        about = json.dumps({"name": name}).encode()
+        request = Request(url, about, {"Content-Type": "application/json"})
+        urlopen(request, timeout=20).close()
+        return name
+    from azure.storage.blob import BlobServiceClient
+
+    (connection,) = other_variables(scheme, port).values()
+    BlobServiceClient.from_connection_string(connection).create_container(name)
+    return name
+
+
+@contextmanager
+def other_server(scheme: str) -> Iterator[int]:
+    """The port of a server that has no bucket."""
+    port = free_port()
+    command = {
+        "gs": ["storage-testbench", "--port", str(port)],
+        "az": ["azurite-blob", "--inMemoryPersistence", "--skipApiVersionCheck", "--silent",
+               "--blobPort", str(port)],
+    }[scheme]  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="objects-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AZURITE_ACCOUNTS", f"{KEY.lower()}:{AZ_KEY}")
+        with _running(command, Path(folder), scheme) as (process, log):
+            _wait(lambda: _listens(port), process, log)
+            yield port
