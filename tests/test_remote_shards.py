@@ -24,11 +24,12 @@ from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.precomputation import precompute
 from deit_fast.storage import etags
-from deit_fast.storage.objects import ObjectChanged, Objects, Patience
+from deit_fast.storage.objects import ObjectChanged, ObjectMissing, Objects, Patience
 from deit_fast.storage.s3 import S3Client
 from deit_fast.tools.pack import pack
 from deit_fast.training.loop import train
 from helpers.fault_proxy import Proxy, fault_proxy
+from helpers.hub_server import COMMIT, Hub, hub_server, use_hub
 from helpers.runs import comparable_rows, run_config, weights_equal
 from helpers.servers import (
     HAS_NGINX,
@@ -120,6 +121,41 @@ def test_samples_are_those_of_the_local_shards(moto_server, bucket, shards, form
         assert path == local.paths[0].removeprefix(str(shards[form]))
 
 
+@pytest.fixture
+def hub(shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_server(shards["tar"].parent) as hub:
+        use_hub(hub.server_port, monkeypatch)
+        yield hub
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_of_the_hub_are_those_of_the_local_shards(hub, shards, form):
+    remote = opened(f"hf://datasets/owner/shards/{form}", form, local_copy_gb=0)
+    assert_same(remote, opened(str(shards[form]), form))
+    files = [line for line in hub.asked if "/resolve/" in line]
+    assert files and all(f"/resolve/{COMMIT}/" in line for line in files)  # a branch may move
+
+
+@pytest.mark.parametrize("fault", ["cut", "short", "flip"])
+def test_faults_of_the_hub_change_no_byte(hub, shards, fault, monkeypatch):
+    (name,) = Objects("hf://datasets/owner/shards/packed/val").list("shard-00000.bin")
+    with fault_proxy(hub.server_port) as proxy:
+        use_hub(proxy.port, monkeypatch)
+        objects = Objects("hf://datasets/owner/shards/packed/val")
+        content = (shards["packed"] / "val" / name).read_bytes()
+        stamp = objects.stat(name)
+        proxy.start(fault, times=3)
+        read = objects.read(name, 100, 5000, stamp=stamp, check=content[100:5000].__eq__)
+        assert read == content[100:5000] and proxy.hits == 3
+
+
+def test_hub_is_read_only_and_says_what_is_missing(hub):
+    with pytest.raises(InputError, match=r"hf://datasets/owner/shards/x cannot be written: .* rea"):
+        Objects("hf://datasets/owner/shards").put("x", b"")
+    with pytest.raises(ObjectMissing, match=r"hf://datasets/owner/other: does not exist"):
+        Objects("hf://datasets/owner/other").list()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fault", ["503", "cut", "short", "flip"])
 def test_faults_change_no_sample(moto_server, bucket, shards, proxy, form, fault):
@@ -139,7 +175,7 @@ def test_source_of_another_kind_needs_a_mounted_folder(bucket, capsys):
 @pytest.mark.parametrize(
     ("root", "words"),
     [
-        ("s3://no-such-bucket-at-all/x", "s3://no-such-bucket-at-all/x/train/: does not exist"),
+        ("s3://no-such-bucket-at-all/x", "s3://no-such-bucket-at-all/x/train: does not exist"),
         ("s3://KEY:secret@bucket/x", "a user, a query or a # in a URL is not read"),
         ("ftp://host/x", "ftp:// is not read"),
     ],
