@@ -22,7 +22,7 @@ from deit_fast.runtime.weights_header import (
     require_weights,
     split_key,
 )
-from deit_fast.storage.urls import is_url, require_plain, shown
+from deit_fast.storage.urls import SCHEMES, is_url, require_plain, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _TEXT_BYTES = frozenset(b"\t\n\r\f") | frozenset(range(32, 127))
@@ -74,9 +74,13 @@ def with_local_output(config: RunConfig) -> RunConfig:
     url = require_plain(config.output)
     if config.mirror not in (None, url):
         raise InputError(f"output={url} is its own mirror: leave mirror={config.mirror} out")
+    return config.replace(output=str(_folder_of_run(url)), mirror=url)
+
+
+def _folder_of_run(url: str) -> Path:
+    """Where a run whose output is a URL works."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder = cache_folder() / "runs" / f"{url.rpartition('/')[2][:40]}-{digest}"
-    return config.replace(output=str(folder), mirror=url)
+    return cache_folder() / "runs" / f"{url.rpartition('/')[2][:40]}-{digest}"
 
 
 def may_exist(path: str) -> bool:
@@ -160,12 +164,26 @@ def require_run(path: str | Path) -> None:
     if not os.path.isdir(path):
         if os.path.exists(path):
             raise InputError(f"{path} is a file: name the folder of the run")
+        if (url := _as_url(path)) is not None:
+            here = _folder_of_run(url)
+            remedy = (
+                f"name {here}, where it was trained" if here.is_dir()
+                else f"copy it to a folder, such as by `aws s3 cp --recursive {url} DIR`"
+            )  # fmt: skip
+            raise InputError(f"run {url} is a URL, and here a folder is needed: {remedy}")
         raise InputError(f"run folder {path} does not exist{nearest_path(path)}")
     if os.path.lexists(Path(path, "config.json")):
         return
     runs = [name for name in _folders(path) if os.path.exists(Path(path, name, "config.json"))]
     hint = f"; it holds runs: name one of them, such as {Path(path, runs[0])}" if runs else ""
     raise InputError(f"{path} is not the folder of a run: {path}/config.json does not exist{hint}")
+
+
+def _as_url(path: str | Path) -> str | None:
+    """The URL that was given, which has lost a slash where it became a `Path`; None: it is none."""
+    scheme, mark, rest = str(path).partition(":/")
+    url = f"{scheme}://{rest.strip('/')}"
+    return require_plain(url) if mark and scheme in SCHEMES else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -481,6 +499,8 @@ def require_weights_file(path: str | Path) -> None:
             first = opened.read(512)
             is_archive = zipfile.is_zipfile(opened)
     except FileNotFoundError:
+        if (url := _as_url(file)) is not None:
+            raise InputError(f"weights {url} are at a URL: copy them to a file first") from None
         near = nearest_path(file)
         raise InputError(f"weights file {printable(path)} does not exist{near}") from None
     text = first.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

@@ -352,6 +352,18 @@ def test_a_switch_of_a_group_turns_off(capsys: pytest.CaptureFixture, switch: st
         ("evaluate a --batch-size 0", "--batch-size must be a whole number in [1, 2147483647], "),
         ("report", "report needs the folder of a run; see `deit-fast report --help`"),
         ("report nowhere also --output x --title y", "run folder nowhere does not exist"),
+        *(
+            (
+                f"{verb} s3://b/run {more}",
+                "run s3://b/run is a URL, and here a folder is needed: copy",
+            )
+            for verb, more in [
+                ("evaluate", ""),
+                ("report", ""),
+                ("analyze", ""),
+                ("export", "--format timm"),
+            ]
+        ),
         ("recipes show deit_smal", "unknown recipe 'deit_smal' (did you mean deit_small?)"),
         ("demo --seeds 1 x", "--seeds cannot be read from '1', 'x'"),
         ("doctor --workers -", "--workers needs a whole number, not '-'"),

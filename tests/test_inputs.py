@@ -39,6 +39,7 @@ WRONG = {
     "cache info empty --data-root nowhere": "image folder nowhere does not exist",
     # weights and teachers
     f"{TEACHER}gone.pth": "weights file gone.pth does not exist",
+    f"{TEACHER}s3://bucket/x.pth": "weights s3://bucket/x.pth are at a URL: copy them to a file",
     f"{TEACHER}page.pht": "weights file page.pht does not exist (did you mean page.pth?)",
     f"{TEACHER}page.pth": "weights file page.pth is a web page, not weights: download the file",
     f"{TEACHER}pointer.safetensors": "is a pointer of git-lfs, not the weights: run `git lfs pull`",
