@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deit_fast.runtime.files import open_regular
-from deit_fast.storage.clients import Body, Client, Stamp, require_part, submit
+from deit_fast.storage.clients import CONNECT_SECONDS, Body, Client, Stamp, require_part, submit
 
 _FIELDS = "name,size,md5Hash,generation"
 _MD5 = re.compile(r"md5=([A-Za-z0-9+/]{22}==)")
@@ -41,12 +42,15 @@ class GcsClient(Client):
         Args:
             kind: what its URL starts with: "", "download/" or "upload/".
         """
+        from aiohttp import ClientTimeout
+
         bucket, name = (quote(part, safe="") for part in where)
         url = f"{self._fs._location}/{kind}storage/v1/b/{bucket}/o{'/' if name else ''}{name}"
         session = await self._fs._set_session()
         async with session.request(
             method, url, params=self._fs._get_params(params),
-            headers=self._fs._get_headers(headers), **more,
+            headers=self._fs._get_headers(headers),
+            timeout=ClientTimeout(total=None, sock_connect=CONNECT_SECONDS), **more,
         ) as reply:  # fmt: skip
             reply.raise_for_status()
             yield reply
@@ -100,7 +104,7 @@ class GcsClient(Client):
         params = {"uploadType": "multipart"} | ({"ifGenerationMatch": "0"} if create else {})
         with MultipartWriter("related") as parts:
             parts.append_json({"name": name, "md5Hash": base64.b64encode(digest).decode()})
-            parts.append(content, {"Content-Type": "application/octet-stream"})  # type: ignore
+            parts.append(io.BytesIO(content))
         kind = {"Content-Type": parts.content_type}
         async with self._ask("POST", "upload/", (bucket, ""), params, kind, data=parts):
             pass
