@@ -553,7 +553,7 @@ def test_an_own_network_with_the_functions_of_timm():
     logits, vector, grid = teacher.model.net.parts(images)
     found = teacher.outputs(images)
     expected = [vector[:, None]] * 2 + [grid.mean((2, 3))[:, None], grid.flatten(2).mT]
-    assert torch.equal(found.logits, logits)
+    torch.testing.assert_close(found.logits, logits)
     for feature, value in zip(found.features, expected, strict=True):
         torch.testing.assert_close(feature, value)
     with pytest.raises(InputError, match=r"forward is not forward_head.forward_features") as error:
