@@ -151,12 +151,12 @@ COMMON = {
     "train": (
         "recipe", "config", "data.root", "teacher", "cache", "output", "model.name",
         "model.weights", "view.image_size", "epochs", "batch_size", "optim.lr", "data.workers",
-        "seed",
-        "dry_run",
+        "seed", "mirror", "dry_run",
     ),
     "precompute": (
         "recipe", "config", "data.root", "teacher", "teacher_classes", "cache", "view.image_size",
-        "epochs", "num_views", "targets", "codec.name", "teacher_batch", "data.workers", "dry_run",
+        "epochs", "num_views", "targets", "codec.name", "teacher_batch", "data.workers",
+        "blocks", "dry_run",
     ),
 }  # fmt: skip
 

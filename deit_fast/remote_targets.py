@@ -15,7 +15,7 @@ from deit_fast.cache.remote import STATISTICS, Publisher, RemoteCache, publish_s
 from deit_fast.cache.remote import publish_manifest as publish_object
 from deit_fast.config import RunConfig
 from deit_fast.errors import CacheError
-from deit_fast.runtime.files import cache_folder, read_file
+from deit_fast.runtime.files import cache_folder, read_file, require_writable
 from deit_fast.storage.objects import Objects
 from deit_fast.storage.urls import is_url, join
 from deit_fast.target_caches import TargetCache, TargetCaches
@@ -41,6 +41,7 @@ class RemoteTargets:
 
     def __init__(self, url: str, targets: list[str]) -> None:
         self.objects = Objects(url)
+        self.objects.require_writable()
         self.folder = _new_folder()
         self._close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         for name in ["", *targets]:
@@ -129,6 +130,7 @@ def remote_targets(config: RunConfig) -> RemoteTargets | None:
 def _new_folder() -> Path:
     """A new folder with a lock that this process holds; deletes those of processes that ended."""
     above = cache_folder() / "work"
+    require_writable("XDG_CACHE_HOME", above)
     above.mkdir(parents=True, exist_ok=True)
     for path in above.iterdir():
         with suppress(OSError):

@@ -77,6 +77,16 @@ class Client(ABC):
     def delete(self, url: str, seconds: float) -> Future[None]: ...
 
 
+class ReadOnlyClient(Client):
+    """`Objects` refuses to write before it calls these."""
+
+    def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
+        raise NotImplementedError
+
+    def delete(self, url: str, seconds: float) -> Future[None]:
+        raise NotImplementedError
+
+
 _pools: dict[str, ThreadPoolExecutor] = {}
 _inherited: list[object] = []  # of the parents
 

@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from deit_fast.errors import first_line, printable
+from deit_fast.errors import InputError, first_line, printable
 from deit_fast.runtime.files import crc32c, open_regular
-from deit_fast.storage.clients import Body, Changed, Refused, Stamp, pool
+from deit_fast.storage.clients import Body, Changed, Client, ReadOnlyClient, Refused, Stamp, pool
 from deit_fast.storage.etags import vouches
 from deit_fast.storage.s3 import S3Client
 from deit_fast.storage.services import client_of
@@ -303,6 +303,15 @@ class Objects:
     # Writing
     # -----------------------------------------------------------------------------------------
 
+    def require_writable(self) -> None:
+        """
+        Raises:
+            InputError: the service is read only.
+            ObjectMissing: there is no such bucket, as far as the service says so.
+        """
+        _writer(self.url)
+        self.list("manifest.json")  # of any name
+
     def create(
         self, name: str, content: bytes, same: Callable[[bytes], bool] | None = None
     ) -> bool:
@@ -320,7 +329,7 @@ class Objects:
         """
         url = join(self.url, name)
         try:
-            ask = partial(client_of(url).put, url, content, True)
+            ask = partial(_writer(url).put, url, content, True)
             self._repeat(name, "cannot be created", ask, size=len(content))
             return True
         except ObjectExists:
@@ -339,7 +348,7 @@ class Objects:
             StorageError: the service has replaced it.
         """
         url = join(self.url, name)
-        ask = partial(client_of(url).put, url, content, True)
+        ask = partial(_writer(url).put, url, content, True)
         try:
             self._repeat(name, "cannot be created", ask, size=len(content))
         except ObjectExists:
@@ -362,7 +371,7 @@ class Objects:
             ObjectDamaged: the object has other bytes; OSError: the file cannot be read.
         """
         url = join(self.url, name)
-        client = client_of(url)
+        client = _writer(url)
         if isinstance(content, Path) and content.stat().st_size > _PART_BYTES:
             etag, crc = self._put_in_parts(name, url, client, content)
         else:
@@ -416,7 +425,7 @@ class Objects:
         """Delete an object; one that is not there is no error."""
         url = join(self.url, name)
         with suppress(ObjectMissing):
-            self._repeat(name, "cannot be deleted", partial(client_of(url).delete, url))
+            self._repeat(name, "cannot be deleted", partial(_writer(url).delete, url))
 
     # -----------------------------------------------------------------------------------------
     # Tries
@@ -479,7 +488,9 @@ class Objects:
         if isinstance(error, FileExistsError) or status == 412:
             return ObjectExists(errno.EEXIST, "exists", url)
         if isinstance(error, FileNotFoundError) or status == 404:
-            return ObjectMissing(errno.ENOENT, "does not exist", url)
+            is_bucket = _code(error) == "NoSuchBucket"
+            why = "there is no such bucket" if is_bucket else "does not exist"
+            return ObjectMissing(errno.ENOENT, why, url)
         if names & _NO_CREDENTIALS:
             return StorageError(errno.EACCES, f"{what}: no credentials were found{_REMEDY}", url)
         if isinstance(error, PermissionError) or status in (401, 403):
@@ -510,6 +521,13 @@ class _Wrong(Exception):
 
     def __str__(self) -> str:
         return "the checksum of the bytes is wrong"
+
+
+def _writer(url: str) -> Client:
+    client = client_of(url)
+    if isinstance(client, ReadOnlyClient):
+        raise InputError(f"{shown(url)} cannot be written: {url.partition(':')[0]}:// is read only")
+    return client
 
 
 def _slice(content: bytes, start: int, length: int) -> memoryview:

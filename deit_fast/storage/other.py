@@ -6,9 +6,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from deit_fast.errors import InputError
-from deit_fast.storage.clients import Body, Client, Stamp, in_thread, plain_tag, require_part
-from deit_fast.storage.urls import shown
+from deit_fast.storage.clients import (
+    Body,
+    Client,
+    ReadOnlyClient,
+    Stamp,
+    in_thread,
+    plain_tag,
+    require_part,
+)
 
 
 class OtherClient(Client):
@@ -64,7 +70,7 @@ class OtherClient(Client):
         return in_thread(lambda: self._fs.rm_file(url))
 
 
-class HubClient(OtherClient):
+class HubClient(ReadOnlyClient, OtherClient):
     """The Hub, read only. A branch is looked up once in a process: its commit then
     is what is read."""
 
@@ -108,12 +114,6 @@ class HubClient(OtherClient):
         part, length = reply.headers.get("Content-Range", ""), len(reply.content)
         require_part((start, stop), part, reply.status_code, length)
         return Body(reply.content, etag)
-
-    def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
-        raise InputError(f"{shown(url)} cannot be written: hf:// is read only")
-
-    def delete(self, url: str, seconds: float) -> Future[None]:
-        raise InputError(f"{shown(url)} cannot be deleted: hf:// is read only")
 
 
 def _stamp_of(info: dict[str, Any], url: str) -> Stamp:

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line, printable
 from deit_fast.storage.clients import Client
 from deit_fast.storage.gcs import GcsClient
 from deit_fast.storage.other import HubClient, OtherClient
 from deit_fast.storage.s3 import S3Client
+from deit_fast.storage.urls import without_secrets
 from deit_fast.storage.web import WebClient
 
 _EXTRAS = {  # the package that must be there, and what installs it
@@ -60,8 +61,19 @@ class _State:
                     raise InputError(
                         f"{scheme}:// needs the package {package}: pip install {install}"
                     ) from None
-                self._clients[scheme] = _CLIENTS[scheme]()
+                self._clients[scheme] = _open(scheme)
             return self._clients[scheme]
+
+
+def _open(scheme: str) -> Client:
+    try:
+        return _CLIENTS[scheme]()
+    except Exception as error:
+        why = printable(without_secrets(first_line(error, 300, with_type=True)))
+        raise InputError(
+            f"{scheme}:// cannot be used: {why}; give account and credentials as the service's own "
+            f"tools expect them"
+        ) from None
 
 
 _state = _State()

@@ -9,6 +9,7 @@ from deit_fast.errors import InputError, did_you_mean, printable
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https")
 _FORM = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+_ONE_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/?([^/].*)", re.ASCII | re.IGNORECASE | re.DOTALL)
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", re.ASCII)
 
 
@@ -16,10 +17,13 @@ def is_url(text: object) -> bool:
     """Whether ``text`` is a URL, and no path.
 
     Raises:
-        InputError: a URL whose scheme is not one of `SCHEMES`; names it.
+        InputError: a URL whose scheme is not one of `SCHEMES`, or that lacks a slash; names it.
     """
     match = _FORM.match(str(text))
     if match is None:
+        if cut := _ONE_SLASH.fullmatch(str(text)):
+            url = shown(f"{cut[1]}://{cut[2]}")
+            raise InputError(f"{cut[1]}: needs two slashes, {url}; write ./{cut[1]}: for a folder")
         return False
     scheme = match[1].lower()
     if scheme not in SCHEMES:
@@ -50,6 +54,8 @@ def require_plain(url: str) -> str:
         )
     if not host or not printable(url) == url:
         raise InputError(f"{shown(url)} names no bucket or host, or has control characters")
+    if any(part in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        raise InputError(f"{shown(url)}: a part of the URL is empty, . or ..")
     return f"{scheme.lower()}://{rest.rstrip('/')}"
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
 
 from deit_fast.errors import InputError
-from deit_fast.storage.clients import Body, Client, Refused, Stamp, plain_tag, require_part, submit
+from deit_fast.storage.clients import (
+    Body,
+    ReadOnlyClient,
+    Refused,
+    Stamp,
+    plain_tag,
+    require_part,
+    submit,
+)
 from deit_fast.storage.urls import shown
 
 
-class WebClient(Client):
+class WebClient(ReadOnlyClient):
     """A web server, read only: names come from a list, since pages of links are no listing."""
 
     def __init__(self) -> None:
@@ -54,9 +61,3 @@ class WebClient(Client):
             part = said.headers.get("Content-Range", "")
             require_part((start, stop), part, said.status, int(length) if length else None)
             return Body(await said.read(), plain_tag(said.headers.get("ETag")))
-
-    def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
-        raise InputError(f"{shown(url)} cannot be written: {urlsplit(url).scheme}:// is read only")
-
-    def delete(self, url: str, seconds: float) -> Future[None]:
-        raise InputError(f"{shown(url)} cannot be deleted: {urlsplit(url).scheme}:// is read only")
