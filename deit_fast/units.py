@@ -23,7 +23,7 @@ import torch
 from deit_fast.cache import LogitCacheWriter
 from deit_fast.cache.format import FILE_NAME
 from deit_fast.config import RunConfig
-from deit_fast.errors import CacheMismatch, first_line, printable, translate_errors
+from deit_fast.errors import CacheError, InputError, first_line, printable, translate_errors
 from deit_fast.precompute_job import (
     Job,
     PendingUnits,
@@ -130,6 +130,9 @@ class Units:
                     "precomputing %d of %d units: %d blocks to write, %d there",
                     len(units), self.total, pending.missing, pending.kept,
                 )  # fmt: skip
+                for unit in set(units) - set(pending.units):
+                    if self._number(unit) in tries:  # its process died after it had published
+                        self._tries.clear(self._number(unit))
                 suspects = [unit for unit in pending.units if self._number(unit) in tries]
                 fresh = [unit for unit in pending.units if self._number(unit) not in tries]
                 with Progress("precompute", pending.images, unit="image") as progress:
@@ -141,12 +144,13 @@ class Units:
         found = summary_of(self._job, self._caches, written, started)
         if self._remote is not None:
             found |= {"cache": self.cache, "caches": [self.cache]}
+        quarantined, left = self._quarantined(suspects)
         return found | {
             "units": len(units),
             "total": self.total,
-            "blocks": pending.missing,
+            "blocks": pending.missing - left,
             "kept": pending.kept,
-            "quarantined": self._quarantined(suspects),
+            "quarantined": quarantined,
         }
 
     def _look_up(self, units: Sequence[_Unit]) -> None:
@@ -240,19 +244,22 @@ class Units:
             return
         self._tries.clear(number)
 
-    def _quarantined(self, units: Sequence[_Unit]) -> list[dict[str, Any]]:
-        """Those of ``units`` that are in quarantine and not there."""
+    def _quarantined(self, units: Sequence[_Unit]) -> tuple[list[dict[str, Any]], int]:
+        """Those of ``units`` that are in quarantine and not there, and the number of their blocks
+        that are missing."""
         counts = self._tries.counts()
         held = [unit for unit in units if counts.get(self._number(unit), 0) >= TRIES]
-        found = []
+        found: list[dict[str, Any]] = []
+        if not held:
+            return found, 0
         with ExitStack() as opened:
-            left = PendingUnits(self._caches, self._writers(opened), held).units if held else ()
-        for view, unit in left:
+            left = PendingUnits(self._caches, self._writers(opened), held)
+        for view, unit in left.units:
             number, size = self._number((view, unit)), self._caches.unit
             stop = min((unit + 1) * size, self._caches.num_samples)
             why = self._tries.why(number)
             found.append({"unit": number, "view": view, "samples": [unit * size, stop], "why": why})
-        return found
+        return found, left.missing
 
 
 def _is_of_the_unit(error: BaseException) -> bool:
@@ -260,7 +267,7 @@ def _is_of_the_unit(error: BaseException) -> bool:
     if isinstance(error, ChildProcessError):
         return True
     ours = isinstance(error, Exception)
-    machine = isinstance(error, (OSError, MemoryError, CacheMismatch))
+    machine = isinstance(error, (OSError, MemoryError, CacheError))
     return ours and not machine and not _leaves_device_broken(error)
 
 
@@ -277,7 +284,8 @@ def quarantine_text(quarantined: Sequence[dict[str, Any]], cache: str) -> str:
         for row in quarantined
     ]
     remedy = f"look at the images, then remove {cache}/{TRIES_FOLDER} and run the units again"
-    return "\n".join([f"{len(lines)} units are in quarantine: {remedy}", *lines])
+    count = "1 unit is" if len(lines) == 1 else f"{len(lines)} units are"
+    return "\n".join([f"{count} in quarantine: {remedy}", *lines])
 
 
 class Tries:
@@ -330,7 +338,10 @@ class _FolderNotes:
         self._folder = folder
 
     def create(self, name: str, content: dict[str, Any]) -> bool:
-        self._folder.mkdir(exist_ok=True)
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"{self._folder} is no folder: remove it") from None
         path = self._folder / name
         if path.exists():
             return False
@@ -338,7 +349,7 @@ class _FolderNotes:
         return True
 
     def names(self, prefix: str) -> list[str]:
-        return sorted(path.name for path in self._folder.glob(f"{prefix}*"))
+        return sorted(path.name for path in self._folder.glob(f"{prefix}*") if path.is_file())
 
     def read(self, name: str) -> dict[str, Any]:
         return read_json(self._folder / name)

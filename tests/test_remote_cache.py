@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 
 import deit_fast
 from deit_fast.cache import LogitCache
+from deit_fast.cache.copying import copy
 from deit_fast.cache.remote import Listing, block_name
 from deit_fast.cli import main
 from deit_fast.config import CodecConfig, RunConfig
-from deit_fast.errors import CacheError, CacheMismatch
+from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.storage import services
 from deit_fast.storage.objects import Objects, StorageError
@@ -122,6 +124,59 @@ def test_a_folder_copied_to_a_url_and_back_is_the_same(root, url, tmp_path, caps
     assert "are both URLs" in capsys.readouterr().err
 
 
+def test_a_view_file_that_is_not_complete_is_completed_by_blocks(root, url, tmp_path, capsys):
+    """Files of a cache in a folder, whose pass had not ended, as a service's tools copy them."""
+    Units(settings(root, str(tmp_path / "part"), **LOGITS)).compute([0, 3])
+    for name, content in contents(tmp_path / "part").items():
+        Objects(url).put(name, content)
+    assert main(["cache", "info", url]) == 0
+    assert "0 of 2 complete blocks 2 of 4 published" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(CacheError, match=r"view 1 block 0 is not published yet"):
+        LogitCache.open(url).gather_records(np.arange(3), 1)
+    found = Units(settings(root, url, **LOGITS)).compute(range(TOTAL))
+    assert (found["blocks"], found["kept"]) == (4, 2)
+    assert main(["cache", "verify", url]) == 0
+    copy(url, str(tmp_path / "copy"), lambda count: None)
+    assert contents(tmp_path / "copy") == contents(root / "logits")
+    cache, local = LogitCache.open(url), LogitCache.open(root / "logits")
+    for view in range(3):
+        ids = np.arange(70)
+        assert cache.gather_records(ids, view).equal(local.gather_records(ids, view))
+
+
+def test_a_missing_bucket_and_a_service_that_is_read_only_end_before_the_teacher_is_loaded(
+    root, each_server, monkeypatch, tmp_path
+):
+    use(each_server.port, monkeypatch)
+    monkeypatch.setattr("deit_fast.units.Job", None)
+    for url, words in [
+        ("s3://no-such-bucket-here/x", r"^s3://no-such-bucket-here/x\S*: there is no such bucket"),
+        ("http://127.0.0.1:9/x", r"^http://127.0.0.1:9/x cannot be written: http:// is read only"),
+        ("hf://datasets/owner/name", r"^hf://datasets/owner/name cannot be written: hf:// is read"),
+    ]:
+        with pytest.raises((InputError, StorageError), match=words):
+            Units(settings(root, url, **LOGITS))
+    with pytest.raises(InputError, match=r"is read only"):
+        copy(str(root / "logits"), "http://127.0.0.1:9/x", lambda count: None)
+
+
+def test_an_edited_manifest_is_named_as_in_a_folder(logits_at):
+    objects = Objects(logits_at)
+    content = objects.read("manifest.json")
+    objects.put("manifest.json", content.replace(b'"block_records": 36', b'"block_records": 35'))
+    with pytest.raises(CacheError, match=r"manifest.json is damaged or was edited: its checksum d"):
+        LogitCache.open(logits_at)
+
+
+def test_a_cache_folder_that_cannot_be_written_names_its_variable(root, logits_at, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
+    for action in (
+        lambda: Units(settings(root, logits_at, **LOGITS)), lambda: LogitCache.open(logits_at),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"^XDG_CACHE_HOME /dev/null/x/.* cannot be written"):
+            action()
+
+
 @pytest.mark.parametrize("form", ["blocks", "files"])
 def test_a_run_from_a_url_has_the_losses_of_a_local_one(root, url, tmp_path, form):
     if form == "blocks":
@@ -170,20 +225,33 @@ def test_a_dry_run_counts_what_is_published(root, url, monkeypatch):
         estimate(config.replace(teacher_batch=7))
 
 
-def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys):
+def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys, tmp_path):
     objects = Objects(logits_at)
     good = objects.read(block_name(1, 0))
     objects.put(block_name(1, 0), good[:40] + b"\0" + good[41:])
     cache = LogitCache.open(logits_at)
-    with pytest.raises(OSError, match=r"view-00001/0000000\.block: .* cannot be read"):
+    remedy = (
+        r"view-00001/0000000\.block is damaged: delete it; then `precompute` makes a block anew"
+    )
+    with pytest.raises(CacheError, match=remedy):
         cache.gather_records(np.arange(3), 1)
     cache.gather_records(np.arange(3), 2)  # the others are
+    objects.put(block_name(2, 1), b"cut off")
+    with pytest.raises(CacheError, match=remedy.replace("1/0000000", "2/0000001")):
+        LogitCache.open(logits_at).gather_records(np.arange(60), 2)
     assert main(["cache", "verify", logits_at]) == 1
-    assert "view 1 block 0" in capsys.readouterr().out
-    objects.put(block_name(1, 0), good[:-9])
-    with pytest.raises(CacheError, match=r"view 1 block 0 is damaged"):
-        LogitCache.open(logits_at).gather_records(np.arange(3), 1)
+    text = capsys.readouterr().out
+    assert "4 complete, 0 pending, 2 broken" in text
+    assert len(re.findall(remedy, text)) == 1 and text.count("is damaged: delete it") == 2
+    with pytest.raises(CacheError, match=remedy):
+        copy(logits_at, str(tmp_path / "copy"), lambda count: None)
+    config = settings(root, logits_at, **LOGITS)
+    with pytest.raises(CacheError, match=remedy.replace("1/0000000", "2/0000001")):
+        Units(config).compute(range(TOTAL))
     objects.delete(block_name(1, 0))
+    with pytest.raises(CacheError, match=remedy.replace("1/0000000", "2/0000001")):
+        copy(logits_at, str(tmp_path / "other"), lambda count: None)
+    objects.delete(block_name(2, 1))
     Units(settings(root, logits_at, **LOGITS)).compute(range(TOTAL))
     assert objects.read(block_name(1, 0)) == good
 
@@ -191,7 +259,7 @@ def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys):
 def test_a_block_of_another_place_is_refused(logits_at):
     objects = Objects(logits_at)
     objects.put(block_name(0, 0), objects.read(block_name(2, 0)))
-    with pytest.raises(OSError, match="cannot be read"):
+    with pytest.raises(CacheError, match="is damaged: delete it"):
         LogitCache.open(logits_at).gather_records(np.arange(3), 0)
 
 

@@ -141,7 +141,9 @@ def test_a_unit_that_fails_three_times_names_its_image_and_the_others_are_made(
     assert main(words) == 3
     text = capsys.readouterr().out
     assert "units are in quarantine: look at the images, then remove" in text
-    assert text.count(images[40].name) == text.count("failed 3 times") >= 3
+    failed = text.count("failed 3 times")
+    assert text.count(images[40].name) == failed >= 3
+    assert f"blocks {TOTAL - failed}" in " ".join(text.split())
     assert main(words) == 3  # it stays there, and is named again
     assert images[40].name in capsys.readouterr().out
     images[40].write_bytes(good)
@@ -149,6 +151,35 @@ def test_a_unit_that_fails_three_times_names_its_image_and_the_others_are_made(
     assert main(words) == 0
     precompute(config.replace(cache=str(tmp_path / "whole")))
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_try_whose_process_died_after_it_had_published_is_forgotten(root, reference, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(root / "reference", cache)
+    tries = units.Tries(units._FolderNotes(cache / units.TRIES_FOLDER))
+    tries.begin(1)
+    Units(settings(root, cache)).compute([0])  # its own units alone
+    assert tries.counts() == {1: 1}
+    Units(settings(root, cache)).compute([1, 2])
+    assert not (cache / units.TRIES_FOLDER).exists()
+
+
+def test_what_is_no_note_does_not_stop_a_unit(root, tmp_path):
+    folder = tmp_path / "cache" / units.TRIES_FOLDER
+    (folder / "unit-000000003-1.why.json").mkdir(parents=True)
+    (folder / "unit-abc.json").write_text("?")
+    Units(settings(root, tmp_path / "cache")).compute([3])
+    file = tmp_path / "other" / units.TRIES_FOLDER
+    file.parent.mkdir()
+    file.write_text("")
+    with pytest.raises(InputError, match=r"other/tries is no folder: remove it$"):
+        Units(settings(root, tmp_path / "other")).compute([3])
+
+
+def test_one_unit_is_named_in_the_singular():
+    row = {"unit": 1, "view": 0, "samples": [0, 36], "why": "?"}
+    assert units.quarantine_text([row], "c").startswith("1 unit is in quarantine: look at")
+    assert units.quarantine_text([row] * 2, "c").startswith("2 units are in quarantine: ")
 
 
 def test_a_failure_that_passes_leaves_no_trace(root, tmp_path, monkeypatch):

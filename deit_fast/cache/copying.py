@@ -23,9 +23,11 @@ from deit_fast.cache.remote import (
     STATISTICS,
     Listing,
     RemoteCache,
+    block_parts,
+    damage_errors,
+    damage_text,
     publish_small,
     pull_small,
-    read_view_parts,
 )
 from deit_fast.cache.remote import publish_manifest as publish_object
 from deit_fast.cache.remote import read_manifest as read_object
@@ -81,24 +83,26 @@ def download(url: str, folder: Path, advance: Advance) -> int:
         with format_errors():
             writer = _C.ViewWriter(str(name), str(temporary_path(name)), remote.spec(view_id))
         blocks = []
-        for block in range(remote.num_blocks):
-            if remote.is_published(listing, view_id, block):
-                with format_errors():
-                    is_here = writer.check_block(block)[0] == _C.BlockState.complete
-                if is_here:
-                    advance(1)
-                else:
-                    blocks.append(block)
-                count += 1
-        parts, tail = read_view_parts(remote, listing, view_id, blocks)
+        for block in remote.published_blocks(listing, view_id):
+            with format_errors():
+                is_here = writer.check_block(block)[0] == _C.BlockState.complete
+            if is_here:
+                advance(1)
+            else:
+                blocks.append(block)
+            count += 1
+        parts = block_parts(remote, listing, view_id, blocks)
         together = max(1, _TOGETHER_BYTES // remote.block_bytes(0))
         for first in range(0, len(parts), together):
-            contents = objects.read_parts(parts[first : first + together])
+            with damage_errors():
+                contents = objects.read_parts(parts[first : first + together])
             for block, content in zip(blocks[first:], contents, strict=False):
-                records = np.frombuffer(content, np.uint8, len(content) - tail)
+                records = np.frombuffer(content, np.uint8, remote.block_bytes(block))
                 with format_errors():
                     writer.commit(block, records.ctypes.data, records.nbytes)
                 advance(1)
+        for block in remote.cut_blocks(listing, view_id):
+            raise remote.damaged(view_id, block)
     return count
 
 
@@ -112,6 +116,7 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
         CacheError, StorageError, OSError: a block is damaged, or cannot be read or written.
     """
     objects, manifest = Objects(url), read_manifest(folder)
+    objects.require_writable()
     publish_object(objects, folder, manifest)
     remote = RemoteCache(objects, manifest)
     if (folder / STATISTICS).exists():
@@ -204,10 +209,7 @@ def describe(url: str) -> dict[str, Any]:
         "record_bytes": manifest["record_bytes"],
         "views": len(views),
         "complete_views": len(remote.complete_views(listing)),
-        "blocks": sum(
-            remote.num_blocks if view in listing.files else len(listing.blocks[view])
-            for view in views
-        ),
+        "blocks": sum(len(remote.published_blocks(listing, view)) for view in views),
         "expected": len(views) * remote.num_blocks,
         "bytes": sum(stamp.size for stamp in listing.files.values())
         + sum(sum(blocks.values()) for blocks in listing.blocks.values()),
@@ -227,9 +229,13 @@ def verify(url: str, advance: Advance) -> dict[str, Any]:
     complete = pending = 0
     views = sorted(listing.blocks.keys() | listing.files.keys())
     for view_id in views:
-        blocks = [b for b in range(remote.num_blocks) if remote.is_published(listing, view_id, b)]
-        pending += remote.num_blocks - len(blocks)
-        parts, _ = read_view_parts(remote, listing, view_id, blocks)
+        blocks = remote.published_blocks(listing, view_id)
+        cut = remote.cut_blocks(listing, view_id)
+        for block in cut:
+            why = str(remote.damaged(view_id, block))
+            broken.append({"file": f"view {view_id}", "view": view_id, "block": block, "why": why})
+        pending += remote.num_blocks - len(blocks) - len(cut)
+        parts = block_parts(remote, listing, view_id, blocks)
         together = max(1, _TOGETHER_BYTES // remote.block_bytes(0))
         for first in range(0, len(parts), together):
             contents = objects.try_parts(parts[first : first + together])
@@ -241,7 +247,7 @@ def verify(url: str, advance: Advance) -> dict[str, Any]:
                 if not isinstance(content, ObjectDamaged):
                     raise content
                 row = {"file": f"view {view_id}", "view": view_id, "block": block}
-                broken.append(row | {"why": str(content)})
+                broken.append(row | {"why": damage_text(content)})
     return {
         "path": str(objects),
         "ok": not broken and bool(views),

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -31,14 +31,19 @@ from deit_fast.cache.format import (
     view_specs,
 )
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import SEAL_KEY, is_intact, parse_object, read_file, write_atomically
+from deit_fast.runtime.files import is_intact, parse_json, read_file, write_atomically
 from deit_fast.storage.clients import Stamp
-from deit_fast.storage.objects import ObjectMissing, Objects, Part
+from deit_fast.storage.objects import ObjectDamaged, ObjectExists, ObjectMissing, Objects, Part
 
 STATISTICS = "statistics.safetensors"
 _CRC = struct.Struct("<I")
 _ASKED_SINGLY = 8  # blocks of a view
 _PAGE, _ENTRY_BYTES = 4096, 8  # of a view file: its header, and an entry of the table after it
+_COMPLETE = int.from_bytes(b"DONE", "little")  # the state of a block in an entry, after its CRC32C
+_DAMAGED = (
+    "is damaged: delete it; then `precompute` makes a block anew, and a view file has to be copied "
+    "there again"
+)
 _BLOCK = re.compile(r"view-(\d{5,})/(\d{7,})\.block")
 _FILE = re.compile(r"view-(\d{5,})\.dlc")
 _PIXELS = re.compile(r"view-(\d{5,})\.pixels\.json")
@@ -57,18 +62,16 @@ def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
     """
     where = objects.url_of(FILE_NAME)
     try:
-        content = objects.read(FILE_NAME, check=_is_sealed)
+        content = objects.read_whole(FILE_NAME)
     except ObjectMissing:
         raise CacheError(
             f"{objects} is no cache: it has no {FILE_NAME}; check the URL, or make it by "
             f"`precompute`"
         ) from None
     try:
-        values = parse_object(content, where)
+        return check_manifest(parse_json(content, where), where), content
     except InputError as error:
         raise CacheError(str(error)) from None
-    values.pop(SEAL_KEY, None)
-    return check_manifest(values, where), content
 
 
 @dataclass
@@ -122,7 +125,7 @@ class RemoteCache:
         self.objects, self.manifest = objects, manifest
         self._spec_of = cache(view_specs(manifest))  # by `view_id`
         self.num_blocks: int = self.spec(0).blocks
-        self._crcs: dict[int, np.ndarray] = {}  # by view, of whole view files
+        self._tables: dict[int, np.ndarray] = {}  # by view, of whole view files
 
     def spec(self, view_id: int) -> _C.ViewSpec:
         """The layout of a view's file."""
@@ -138,38 +141,58 @@ class RemoteCache:
         name, size = block_name(view_id, block), self.block_bytes(block) + _CRC.size
         return Part(name, 0, size, None, check)
 
-    def crcs(self, view_id: int, stamp: Stamp) -> np.ndarray:
-        """The checksums of the blocks of a whole view file, uint32 [blocks]; read once.
+    def table(self, view_id: int, stamp: Stamp) -> np.ndarray:
+        """CRC32C and state of each block of a whole view file, uint32 [blocks, 2]; read once.
 
         Raises:
             CacheError: the file is of another cache, or damaged.
         """
-        if view_id not in self._crcs:
+        if view_id not in self._tables:
             name, spec = view_path(Path(), view_id).name, self.spec(view_id)
             if stamp.size != spec.file_bytes:
                 raise CacheError(
                     f"{self.objects.url_of(name)} has {stamp.size} bytes, expected "
-                    f"{spec.file_bytes}"
+                    f"{spec.file_bytes}: delete it, or copy it there again"
                 )
             ranges = [(0, _PAGE), (_PAGE, _PAGE + spec.blocks * _ENTRY_BYTES)]
             header, table = self.objects.read_many(name, ranges, stamp=stamp)
             if header != spec.header:
                 raise CacheError(
-                    f"{self.objects.url_of(name)} is damaged or of another cache (its header)"
+                    f"{self.objects.url_of(name)} is damaged or of another cache (its header): "
+                    f"delete it, or copy it there again"
                 )
-            self._crcs[view_id] = np.frombuffer(table, "<u4")[::2]
-        return self._crcs[view_id]
+            self._tables[view_id] = np.frombuffer(table, "<u4").reshape(-1, 2)
+        return self._tables[view_id]
 
     def object_of(self, view_id: int, block: int, records: bytes | memoryview) -> bytes:
         """The object that ``part`` reads."""
         crc = _C.crc32c(records, self.spec(view_id).place_crc(block))
         return bytes(records) + _CRC.pack(crc)
 
+    def is_in_file(self, listing: Listing, view_id: int, block: int) -> bool:
+        """Whether a block is complete in a whole view file."""
+        stamp = listing.files.get(view_id)
+        return stamp is not None and self.table(view_id, stamp)[block, 1] == _COMPLETE
+
     def is_published(self, listing: Listing, view_id: int, block: int) -> bool:
         """Whether a block is there, whole by its size."""
-        if view_id in listing.files:
-            return True
-        return listing.blocks.get(view_id, {}).get(block) == self.block_bytes(block) + _CRC.size
+        size = listing.blocks.get(view_id, {}).get(block)
+        is_object = size == self.block_bytes(block) + _CRC.size
+        return is_object or self.is_in_file(listing, view_id, block)
+
+    def published_blocks(self, listing: Listing, view_id: int) -> list[int]:
+        """The blocks of a view that are there, whole by their sizes."""
+        return [b for b in range(self.num_blocks) if self.is_published(listing, view_id, b)]
+
+    def cut_blocks(self, listing: Listing, view_id: int) -> list[int]:
+        """The blocks of a view whose objects have a wrong length."""
+        there = listing.blocks.get(view_id, {})
+        return [block for block in there if not self.is_published(listing, view_id, block)]
+
+    def damaged(self, view_id: int, block: int) -> CacheError:
+        """A block that has to be made anew."""
+        name = block_name(view_id, block)
+        return CacheError(f"{self.objects.url_of(name)} {_DAMAGED}")
 
     def complete_views(self, listing: Listing) -> list[int]:
         """Ids of the views whose every block is there."""
@@ -177,7 +200,7 @@ class RemoteCache:
             view_id
             for view_id in listing.blocks.keys() | listing.files.keys()
             if view_id < VIEW_LIMIT
-            and all(self.is_published(listing, view_id, block) for block in range(self.num_blocks))
+            and len(self.published_blocks(listing, view_id)) == self.num_blocks
         ]
         return sorted(whole)
 
@@ -189,7 +212,8 @@ class RemoteCache:
             Whether what is there has these bytes.
 
         Raises:
-            StorageError: it cannot be published, or a damaged object has its name.
+            CacheError: a damaged object has its name.
+            StorageError: it cannot be published.
         """
         content, part = self.object_of(view_id, block, records), self.part(view_id, block)
         found = [content]
@@ -199,38 +223,56 @@ class RemoteCache:
             assert part.check is not None
             return len(there) == part.stop and part.check(there)
 
-        self.objects.create(part.name, content, is_valid)
+        try:
+            self.objects.create(part.name, content, is_valid)
+        except ObjectExists:
+            raise self.damaged(view_id, block) from None
         return found[0] == content
 
 
-def read_view_parts(
+def block_parts(
     remote: RemoteCache, listing: Listing, view_id: int, blocks: Sequence[int]
-) -> tuple[list[Part], int]:
-    """What to read for blocks of a view, and how many bytes at the end of each are no records.
+) -> list[Part]:
+    """What to read for blocks of a view; records first, and a block's object has more after them.
 
     Raises:
-        CacheError: a block is not published; a whole view file is of another cache.
+        CacheError: a block is not published, or cut off; a whole view file is of another cache.
     """
-    objects = remote.objects
-    stamp = listing.files.get(view_id)
-    if stamp is None:
-        published = listing.blocks.get(view_id, {})
-        for block in blocks:
-            if not remote.is_published(listing, view_id, block):
-                state = "damaged" if block in published else "not published yet"
-                raise CacheError(f"cache {objects}: view {view_id} block {block} is {state}")
-        return [remote.part(view_id, block) for block in blocks], _CRC.size
-    name, spec, crcs = (
-        view_path(Path(), view_id).name,
-        remote.spec(view_id),
-        remote.crcs(view_id, stamp),
-    )
+    name, spec = view_path(Path(), view_id).name, remote.spec(view_id)
     parts = []
     for block in blocks:
-        start = spec.block_offset(block)
-        check = partial(_has_crc, int(crcs[block]), spec.place_crc(block))
+        if not remote.is_published(listing, view_id, block):
+            if block in listing.blocks.get(view_id, {}):
+                raise remote.damaged(view_id, block)
+            raise CacheError(
+                f"cache {remote.objects}: view {view_id} block {block} is not published yet"
+            )
+        if not remote.is_in_file(listing, view_id, block):
+            parts.append(remote.part(view_id, block))
+            continue
+        stamp, start = listing.files[view_id], spec.block_offset(block)
+        crc = int(remote.table(view_id, stamp)[block, 0])
+        check = partial(_has_crc, crc, spec.place_crc(block))
         parts.append(Part(name, start, start + spec.block_bytes(block), stamp, check))
-    return parts, 0
+    return parts
+
+
+@contextmanager
+def damage_errors() -> Iterator[None]:
+    """A damaged object is named with the remedy.
+
+    Raises:
+        CacheError: in place of ObjectDamaged.
+    """
+    try:
+        yield
+    except ObjectDamaged as error:
+        raise CacheError(damage_text(error)) from None
+
+
+def damage_text(error: ObjectDamaged) -> str:
+    """Names the object and the remedy."""
+    return f"{error.filename} {_DAMAGED} ({error.strerror})"
 
 
 def _has_crc(expected: int, place: int, content: bytes) -> bool:

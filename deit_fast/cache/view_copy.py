@@ -21,14 +21,20 @@ from deit_fast.cache.format import FILE_NAME, format_errors, view_path
 from deit_fast.cache.remote import (
     Listing,
     RemoteCache,
+    block_parts,
     blocks_in,
+    damage_errors,
     pull_small,
     read_manifest,
-    read_view_parts,
 )
 from deit_fast.errors import CacheError
 from deit_fast.runtime.copies import allocated_bytes, delete_unused, hold, last_use
-from deit_fast.runtime.files import cache_folder, temporary_path, write_atomically
+from deit_fast.runtime.files import (
+    cache_folder,
+    require_writable,
+    temporary_path,
+    write_atomically,
+)
 from deit_fast.runtime.locks import one_at_a_time
 from deit_fast.storage.objects import Objects
 
@@ -63,6 +69,7 @@ class ViewCopy:
         digest = hashlib.sha256(objects.url.encode() + b"\0" + content).hexdigest()
         name = objects.url.rpartition("/")[2]
         self.folder = _copies() / f"{name[:40]}-{digest[:16]}"
+        require_writable("XDG_CACHE_HOME", self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / FILE_NAME).exists():
             write_atomically(self.folder / FILE_NAME, content)
@@ -85,8 +92,8 @@ class ViewCopy:
             Whether views were given up for them, so that open readers of views are outdated.
 
         Raises:
-            CacheError: a block is not published; or the copy would exceed the bound.
-            StorageError: a block cannot be read, or is damaged.
+            CacheError: a block is damaged or not published; or the copy would exceed the bound.
+            StorageError: a block cannot be read.
         """
         with self._lock:
             missing: dict[int, list[int]] = {}
@@ -156,12 +163,13 @@ class ViewCopy:
                 states = writer.table_states()
                 here[:] = [state == _C.BlockState.complete for state in states]
                 blocks = [block for block in blocks if not here[block]]
-            parts, tail = read_view_parts(self._remote, self._listing, view_id, blocks)
+            parts = block_parts(self._remote, self._listing, view_id, blocks)
             together = max(1, _TOGETHER_BYTES // self._remote.block_bytes(0))
             for first in range(0, len(parts), together):
-                contents = self._remote.objects.read_parts(parts[first : first + together])
+                with damage_errors():
+                    contents = self._remote.objects.read_parts(parts[first : first + together])
                 for block, content in zip(blocks[first:], contents, strict=False):
-                    records = np.frombuffer(content, np.uint8, len(content) - tail)
+                    records = np.frombuffer(content, np.uint8, self._remote.block_bytes(block))
                     with format_errors():
                         writer.commit(block, records.ctypes.data, records.nbytes)
                     here[block] = True
