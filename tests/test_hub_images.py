@@ -472,6 +472,30 @@ def test_damaged_bytes_are_one_line_or_an_image(tmp_path, form):
     assert refused > 10
 
 
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_a_flipped_bit_is_seen_by_page_checksums_alone(tmp_path, column, has_checksums):
+    """Without them another label is another cache, and another byte of an image passes."""
+    write_parquet(
+        table_of(JPEGS, LABELS), tmp_path / "train", "x", compression="none",
+        use_dictionary=False, write_page_checksum=has_checksums,
+    )  # fmt: skip
+    before = open_source(hub(tmp_path), "train", 24).fingerprint()["dataset.sha256"]
+    path = next(tmp_path.rglob("*.parquet"))
+    content = bytearray(path.read_bytes())
+    labels = content.find(np.array(LABELS, "<i8").tobytes())
+    content[content.find(JPEGS[3]) + 200 if column == "image" else labels + 8] ^= 1
+    path.write_bytes(content)
+    if has_checksums:
+        with pytest.raises(InputError, match=r"x-00000-of-00001\.parquet is damaged: .*checksum"):
+            read_all(open_source(hub(tmp_path), "train", 24))
+        return
+    source = open_source(hub(tmp_path), "train", 24)
+    changed = [old != new for old, new in zip(JPEGS, read_all(source), strict=True)]
+    assert changed == [column == "image" and row == 3 for row in range(7)]
+    assert (source.fingerprint()["dataset.sha256"] == before) == (column == "image")
+
+
 def test_compressed_arrow_is_refused(tmp_path):
     save_to_disk(table_of(JPEGS, LABELS), tmp_path / "train", compression="zstd")
     with pytest.raises(

@@ -319,7 +319,10 @@ def _index_parquet(path: str, image: str | None, label: str | None) -> FileIndex
         InputError: as `open_rows`.
     """
     _, pq = import_pyarrow()
-    with open_regular(path) as opened, pq.ParquetFile(opened) as file:
+    with (
+        open_regular(path) as opened,
+        pq.ParquetFile(opened, page_checksum_verification=True) as file,
+    ):
         columns = find_columns(file.schema_arrow, path, image, label)
         table = file.read(columns=[columns.label], use_threads=False)
         labels = label_values(table.column(0), path, columns.label)

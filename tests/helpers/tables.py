@@ -42,16 +42,19 @@ def featured(table: Any, **features: Any) -> Any:
     return table.replace_schema_metadata({"huggingface": text})
 
 
-def write_parquet(table: Any, folder: Path, split: str, shards: int = 1, rows: int = 100) -> None:
+def write_parquet(
+    table: Any, folder: Path, split: str, shards: int = 1, rows: int = 100, **options: Any
+) -> None:
     """`FOLDER/SPLIT-00000-of-00001.parquet`, as the Hub names them.
 
     Args:
         rows: of a row group.
+        options: of `pyarrow.parquet.write_table`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts(table, shards)):
         path = folder / f"{split}-{number:05d}-of-{shards:05d}.parquet"
-        pq.write_table(part, path, row_group_size=rows, write_page_index=True)
+        pq.write_table(part, path, row_group_size=rows, write_page_index=True, **options)
 
 
 def save_to_disk(
