@@ -327,7 +327,8 @@ def summary_of(job: Job, caches: TargetCaches, written: Written, started: float)
     say_warnings()
     if written.substituted:
         log.warning(
-            "%d unreadable images were substituted, the first is %s",
+            "%d unreadable images were substituted, the first is %s: the cache holds the targets "
+            "of their substitutes; once the images are mended, delete the cache and make it anew",
             len(written.substituted), min(written.substituted),
         )  # fmt: skip
     agreement = None

@@ -42,14 +42,16 @@ def hub(root: Path | str, **columns: str) -> DataConfig:
     return DataConfig(root=str(root), source="hf", workers=0, **columns)
 
 
-def convert(folder: Path, root: Path, form: str, shards: int = 3, rows: int = 3) -> None:
+def convert(
+    folder: Path, root: Path, form: str, shards: int = 3, rows: int = 3, **options: str
+) -> None:
     """The images of a folder as a data set of the Hub, in the folder's order."""
     for split, name in SPLITS.items():
         source = open_source(DataConfig(root=str(folder)), split, 24)
         images = [source.read(index) for index in range(source.num_samples)]
         table = table_of(images, source.labels.tolist(), source.classes)
         if form == "parquet":
-            write_parquet(table, root / "data", name, shards, rows)
+            write_parquet(table, root / "data", name, shards, rows, **options)
         elif form == "arrow":
             save_to_disk(table, root / name, shards, rows)
         else:
@@ -509,6 +511,33 @@ def test_the_other_form_of_arrow_files_is_read(tmp_path):
     with pa.ipc.new_file(str(tmp_path / "train/a.arrow"), table_of(JPEGS, LABELS).schema) as writer:
         writer.write_table(table_of(JPEGS, LABELS), 3)
     assert read_all(open_source(hub(tmp_path), "train", 24)) == JPEGS
+
+
+def test_precompute_says_that_a_cache_of_substitutes_outlives_their_mending(tmp_path, caplog):
+    """The fingerprint is the same before and after; `train` says nothing of making a cache."""
+    write_few_digits(tmp_path / "folder", train=3, val=2)
+    convert(tmp_path / "folder", tmp_path / "hub", "parquet", compression="none")
+    config = run_config(tmp_path, tmp_path / "run", batch_size=6, epochs=3, teacher_floor=0.0,
+                        teacher="deit_fast.models.convnet:small_convnet", num_views=3,
+                        cache=str(tmp_path / "cache"),
+                        data={"root": str(tmp_path / "hub"), "source": "hf"})  # fmt: skip
+    source = open_source(config.data, "train", 24)
+    path = tmp_path / "hub/data/train-00000-of-00003.parquet"
+    content, image = path.read_bytes(), source.read(4)
+    path.write_bytes(content.replace(image, b"\0" + image[1:], 1))  # later ones are statistics
+    assert len(precompute(config)["substituted"]) == 1
+    (line,) = [text for text in caplog.messages if "substituted" in text]
+    assert line == (
+        f"1 unreadable images were substituted, the first is {path}:4: the cache holds the targets "
+        f"of their substitutes; once the images are mended, delete the cache and make it anew"
+    )
+    caplog.clear()
+    train(config.replace(teacher=None))
+    (line,) = [text for text in caplog.messages if "substituted" in text]
+    assert line == f"1 unreadable images were substituted, the first is {path}:4"
+    damaged = open_source(config.data, "train", 24).fingerprint()
+    path.write_bytes(content)
+    assert open_source(config.data, "train", 24).fingerprint() == damaged == source.fingerprint()
 
 
 # ---------------------------------------------------------------------------------------------
