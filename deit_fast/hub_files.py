@@ -67,6 +67,16 @@ def holds_tables(root: str) -> bool:
     return find_split(root, "train") is not None or find_split(root, "val") is not None
 
 
+def expected_files(root: str, split: str) -> str:
+    """Part of a message: which files a split may have, and how to get those of the Hub."""
+    names = " or ".join(f"{name}-*.parquet" for name in _NAMES[split][:2])
+    return (
+        f"expected {names} in {root} or {os.path.join(root, 'data')}, or a folder of .parquet or "
+        f".arrow files of that name; a data set of the Hub is downloaded by `hf download NAME "
+        f"--repo-type dataset --local-dir DIR`"
+    )
+
+
 def _entries(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
@@ -105,9 +115,4 @@ def _instead(root: str, split: str) -> str:
     inner = [name for name in _entries(root)[:200] if find_split(os.path.join(root, name), split)]
     if inner:
         return f": its folder {inner[0]!r} has it; did you mean {os.path.join(root, inner[0])}?"
-    names = " or ".join(f"{name}-*.parquet" for name in _NAMES[split][:2])
-    return (
-        f": expected {names} in {root} or {os.path.join(root, 'data')}, or a folder of .parquet or "
-        f".arrow files of that name; a data set of the Hub is downloaded by `hf download NAME "
-        f"--repo-type dataset --local-dir DIR`"
-    )
+    return f": {expected_files(root, split)}"

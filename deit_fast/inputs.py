@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, printable
-from deit_fast.hub_files import find_split, split_files, tables
+from deit_fast.hub_files import expected_files, find_split, holds_tables, split_files, tables
 from deit_fast.runtime.files import cache_folder, open_regular
 from deit_fast.runtime.weights_header import (
     MODEL_FILE,
@@ -218,20 +218,40 @@ def require_images(data: DataConfig, splits: Iterable[str]) -> None:
             if split == "train":
                 require_classes(os.path.join(data.root, split), names)
         elif not os.path.isdir(data.root):
-            raise InputError(f"image folder {data.root} {_why_no_folder(data.root)}")
+            raise InputError(
+                f"folder {data.root} of data.source={data.source} {_why_no_folder(data.root)}; "
+                f"{_expected(data, split)}"
+            )
         elif data.source == "hf":
             split_files(data.root, split)
+
+
+def _expected(data: DataConfig, split: str) -> str:
+    """End of a message: what the folder of a split of shards or of the Hub's files holds."""
+    root = str(data.root)
+    if data.source == "hf":
+        return expected_files(root, split)
+    names = {"tar": "*.tar", "packed": "manifest.json"}
+    return f"expected {os.path.join(root, split, names[data.source])}"
 
 
 def require_data_root(root: str, split: str) -> None:
     """A folder in place of a run's: of images, or of shards where the split holds no folders.
 
     Raises:
-        InputError: as ``require_image_folder``.
+        InputError: it is no folder; as ``require_image_folder``; as ``split_files``, where it holds
+            files of the Hub.
     """
+    if not os.path.isdir(root):
+        raise InputError(
+            f"data_root: folder {root} {_why_no_folder(root)}; expected images, such as "
+            f"{os.path.join(root, split, '<class>', '<image>')}"
+        )
     names = [*_entries(os.path.join(root, split))]
     if find_split(root, split) is not None:
         return
+    if not names and holds_tables(root):
+        split_files(root, split)
     if not any(name.endswith(".tar") or name == "manifest.json" for name in names):
         require_image_folder(root, split)
 

@@ -709,7 +709,7 @@ def test_terminal_table_and_report_show_the_figures(
             "teacher timm:resnet18 names no weights file, so timm would download one: give "
             "--teacher timm:resnet18@FILE, or --download",
         ),
-        (["none", "--data-root", "nowhere"], "image folder nowhere does not exist"),
+        (["none", "--data-root", "nowhere"], "data_root: folder nowhere does not exist"),
         (["none", "nowhere"], "run folder nowhere does not exist"),
     ],
 )

@@ -30,13 +30,21 @@ WRONG = {
     "train --data.root only": "only/train has one class, 'cat': a classifier needs two or more",
     "train --data.root unheld": "has no split 'val': move some images of each class from train/",
     "train --data.root tars": "it holds tar shards, which --data.source tar reads",
-    "train --data.source tar --data.root nowhere": "image folder nowhere does not exist",
+    "train --data.source tar --data.root nowhere": "error: folder nowhere of data.source=tar does "
+    "not exist; expected nowhere/train/*.tar",
+    "train --data.source packed --data.root dat": "error: folder dat of data.source=packed does "
+    "not exist (did you mean data?); expected dat/train/manifest.json",
+    "train --data.source hf --data.root page.pth": "error: folder page.pth of data.source=hf is a "
+    "file, not a folder; expected train-*.parquet in page.pth or page.pth/data, or a folder of",
+    "pack nowhere out --source hf": "error: folder nowhere of data.source=hf does not exist",
     "precompute --teacher timm:resnet18 --cache new --data.root flat": "look like classes",
     "evaluate run --data-root data/val": "did you mean its parent, data?",
-    "analyze run --data-root nowhere": "image folder nowhere does not exist",
+    "analyze run --data-root nowhere": "error: data_root: folder nowhere does not exist; expected "
+    "images, such as nowhere/val/<class>/<image>",
+    "evaluate run --data-root hub": "hub has no split 'val': expected val-*.parquet or validation-",
     "pack data data/": "OUT data/ is ROOT itself: name a folder of its own for the shards",
     "pack data/train out": "did you mean its parent, data?",
-    "cache info empty --data-root nowhere": "image folder nowhere does not exist",
+    "cache info empty --data-root nowhere": "error: data_root: folder nowhere does not exist; exp",
     # weights and teachers
     f"{TEACHER}gone.pth": "weights file gone.pth does not exist",
     f"{TEACHER}s3://bucket/x.pth": "weights s3://bucket/x.pth are at a URL: copy them to a file",
@@ -83,9 +91,14 @@ def lines(tmp_path_factory) -> dict[str, str]:
         for label in ("cat", "dog"):
             (root / name / label).mkdir(parents=True)
             (root / name / label / "1.jpg").touch()
-    for name in ("only/train/cat", "shallow/train", "tars/train", "empty", "run", "runs/a"):
+    for name in ("only/train/cat", "shallow/train", "tars/train", "empty", "run", "runs/a", "hub"):
         (root / name).mkdir(parents=True)
-    for name in ("only/train/cat/1.jpg", "shallow/train/1.PNG", "tars/train/1.tar"):
+    for name in (
+        "only/train/cat/1.jpg",
+        "shallow/train/1.PNG",
+        "tars/train/1.tar",
+        "hub/train-00000-of-00001.parquet",
+    ):
         (root / name).touch()
     tensors = (2).to_bytes(8, "little") + b"{}"
     files = {
