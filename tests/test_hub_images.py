@@ -278,14 +278,25 @@ WRONG = {
     "no images": (pa.table({"label": pa.array([0, 1])}), {}, "has no column of encoded images"),
     "no labels": (table_of(JPEGS, LABELS).drop(["label"]), {}, "has no column of whole numbers"),
     "a missing label": (
-        table_of(JPEGS, [0, 1, None, 1, 0, 1, 0]), {}, "1 rows have no label in column 'label'",
+        table_of(JPEGS, [0, 1, None, 1, 0, 1, 0]), {},
+        "1 rows have no label in column 'label': a split without labels cannot be used; remove its",
     ),
     "labels of minus one": (
         table_of(JPEGS, [0, 1, 0, -1, 0, 1, 0], ["a", "b"]), {},
-        "data-00000-of-00001.arrow:3 has label -1, and there are 2 classes: is it a split without",
+        "data-00000-of-00001.arrow:3 has label -1, and classes count from 0: a split without "
+        "labels cannot be used; remove its files, or choose another column by data.label_column",
     ),
-    "a label too high": (table_of(JPEGS, [0, 1, 0, 1, 0, 1, 2], ["a", "b"]), {}, ":6 has label 2"),
-    "an id for a label": (table_of(JPEGS, [0, 1, 2**40, 1, 0, 1, 0]), {}, "has label 10995116277"),
+    "minus one without names": (
+        table_of(JPEGS, [0, 1, 0, -1, 0, 1, 0]), {}, ":3 has label -1, and classes count from 0: a",
+    ),
+    "a label too high": (
+        table_of(JPEGS, [0, 1, 0, 1, 0, 1, 2], ["a", "b"]), {},
+        ":6 has label 2, and its ClassLabel names 2 classes: correct either, or choose another col",
+    ),
+    "an id for a label": (
+        table_of(JPEGS, [0, 1, 2**40, 1, 0, 1, 0]), {},
+        ":2 has label 1099511627776, and a data set has at most 1048576 classes: choose another",
+    ),
     "equal names": (table_of(JPEGS, LABELS, ["a", "a"]), {}, "'label' are both named 'a'"),
     "one class": (table_of(JPEGS, [0] * 7, ["a"]), {}, "has one class, 'a'"),
     "no rows": (table_of([], [], ["a", "b"], pa.int64()), {}, "have no rows"),
@@ -299,6 +310,15 @@ def test_wrong_columns_and_labels_are_one_line(tmp_path, name):
     with pytest.raises(InputError) as caught:
         opened(tmp_path, table, **columns)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_label_without_a_line_of_classes_txt_names_that_file(tmp_path):
+    save_to_disk(table_of(JPEGS, LABELS), tmp_path / "train")
+    (tmp_path / "classes.txt").write_text("ant\n")
+    with pytest.raises(
+        InputError, match=r":1 has label 1, and .*/classes\.txt names 1 classes: co"
+    ):
+        open_source(hub(tmp_path), "train", 24)
 
 
 def test_files_of_other_classes_are_named(tmp_path):

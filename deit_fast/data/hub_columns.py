@@ -13,6 +13,11 @@ from deit_fast.errors import InputError, did_you_mean
 from deit_fast.runtime.arrow import import_pyarrow
 from deit_fast.runtime.files import parse_object
 
+NO_LABELS = (  # end of a message
+    "a split without labels cannot be used; remove its files, or choose another column by "
+    "data.label_column"
+)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -124,7 +129,9 @@ def label_values(column: Any, path: str, name: str) -> Labels:
     column.validate(full=True)  # positions of texts, which are read from the disk
     column = column.cast(_stored(column.type))
     if column.null_count:
-        raise InputError(f"{path}: {column.null_count} rows have no label in column {name!r}")
+        raise InputError(
+            f"{path}: {column.null_count} rows have no label in column {name!r}: {NO_LABELS}"
+        )
     if not _is_text(column.type):
         return Labels(np.array(column.cast(pa.int64())), None)
     encoded = column.dictionary_encode()

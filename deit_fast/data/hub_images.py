@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from deit_fast.data.classes import class_names
-from deit_fast.data.hub_columns import join_labels
+from deit_fast.data.hub_columns import NO_LABELS, join_labels
 from deit_fast.data.hub_rows import open_rows
 from deit_fast.data.left_out import LeftOut
 from deit_fast.data.sources import Paths, Source, UnreadableImage, equal_names
@@ -50,19 +50,27 @@ class HubImages(Source):
         self._names, starts = names, self._rows.starts
         self.paths = Paths(len(self.labels), partial(_row_path, self.folder, names, starts))
         lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0:
+            raise InputError(
+                f"{self.paths[int(self.labels.argmin())]} has {columns.label} {lowest}, and "
+                f"classes count from 0: {NO_LABELS}"
+            )
         self.classes = list(columns.names or texts or ())
-        if not self.classes and lowest >= 0 and highest < MAX_CLASSES:
+        if not self.classes and highest < MAX_CLASSES:
             self.classes = class_names(root, highest)
         if (twice := equal_names(self.classes)) is not None:
             raise InputError(
                 f"{files[0]}: classes {twice[1]} and {twice[2]} of {columns.label!r} are both "
                 f"named {twice[0]!r}"
             )
-        if lowest < 0 or highest >= len(self.classes):
-            index = int(self.labels.argmin() if lowest < 0 else self.labels.argmax())
+        if highest >= len(self.classes):
+            most = f"a data set has at most {MAX_CLASSES} classes: choose"
+            if self.classes:
+                where = "its ClassLabel" if columns.names else os.path.join(root, "classes.txt")
+                most = f"{where} names {len(self.classes)} classes: correct either, or choose"
             raise InputError(
-                f"{self.paths[index]} has {columns.label} {self.labels[index]}, and there are "
-                f"{len(self.classes)} classes: is it a split without labels?"
+                f"{self.paths[int(self.labels.argmax())]} has {columns.label} {highest}, and {most}"
+                f" another column by data.label_column"
             )
         self._own = self.classes, self.labels
         self._note_null_images()
