@@ -143,6 +143,31 @@ def test_a_run_and_its_cache_are_those_of_the_folder(tmp_path):
     assert results["folder"]["top1"] == results["hub"]["top1"]
 
 
+def test_columns_are_found_in_each_split_by_itself(tmp_path):
+    """A split may name its columns otherwise: the accuracy is that of equal names."""
+    write_few_digits(tmp_path / "folder", train=3, val=2)
+    convert(tmp_path / "folder", tmp_path / "same", "parquet")
+    convert(tmp_path / "folder", tmp_path / "other", "parquet")
+    source = open_source(DataConfig(root=str(tmp_path / "folder")), "val", 24)
+    table = table_of(read_all(source), source.labels.tolist())
+    table = featured(table.rename_columns(["img", "cls"]), img="Image", cls=source.classes)
+    write_parquet(table, tmp_path / "other/data", "test", 3)
+    results = {}
+    for name in ("other", "same"):
+        config = run_config(tmp_path, tmp_path / name / "run", max_steps=2, batch_size=6,
+                            cache=str(tmp_path / "cache"), teacher_floor=0.0, num_views=3,
+                            teacher="deit_fast.models.convnet:small_convnet",
+                            data={"root": str(tmp_path / name), "source": "hf"})  # fmt: skip
+        if name == "other":
+            precompute(config)  # the cache follows the training split alone
+        results[name] = train(config.replace(teacher=None))
+    assert results["same"]["top1"] == results["other"]["top1"]
+    assert results["same"]["loss"] == results["other"]["loss"]
+    named = {"root": str(tmp_path / "other"), "image_column": "image"}
+    with pytest.raises(InputError, match=r"test-\d.* has no column 'image' of encoded images"):
+        train(config.replace(teacher=None, output=str(tmp_path / "named"), data=named))
+
+
 def test_a_cache_of_the_folder_is_refused(tmp_path):
     write_few_digits(tmp_path / "folder", train=3, val=2)
     convert(tmp_path / "folder", tmp_path / "hub", "parquet")
