@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from deit_fast.arguments import columns, number_range, plain, size_text
 from deit_fast.config import Count, Deviation, Rate, Seed, Share, Within
 from deit_fast.errors import CacheError, CheckFailed, InputError
-from deit_fast.inputs import require_data_root, require_teacher
+from deit_fast.inputs import data_at, require_data_root, require_teacher
 from deit_fast.runtime.files import require_writable
 from deit_fast.storage.urls import is_url
 
@@ -173,13 +173,13 @@ def verify(
             found = cache.verify(folder, lambda done, total: bar.advance())
             ok = ok and found["ok"]
             rows += _verified_rows(found)
-    if ok and teacher is not None:
+    if ok and teacher is not None and data_root is not None:
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import verify_against_teacher
 
         again = verify_against_teacher(
-            path, teacher, DataConfig(root=data_root, workers=0), teacher_classes=teacher_classes,
-            teacher_mean=teacher_mean, teacher_std=teacher_std,
+            path, teacher, data_at(DataConfig(workers=0), data_root, "train"),
+            teacher_classes=teacher_classes, teacher_mean=teacher_mean, teacher_std=teacher_std,
             samples=samples, threshold=threshold, seed=seed, device=device,
         )  # fmt: skip
         worst = again["worst"]
@@ -407,7 +407,7 @@ def _draw_records(
         from deit_fast.config import DataConfig
         from deit_fast.tools.verify_against_teacher import leading_labels
 
-        data = DataConfig(root=data_root, workers=0)
+        data = data_at(DataConfig(workers=0), data_root, "train")
         labels = leading_labels(cache, data, drawn.samples, drawn.views)
         share = 100 * float((drawn.top1 == labels).mean())
         rows.append(("agreement", f"{share:.2f} % of top-1 classes are the label of larger weight"))

@@ -23,6 +23,7 @@ from deit_fast.data.open import open_source
 from deit_fast.data.sources import Source, digest_images, say_warnings
 from deit_fast.decisions import Decisions
 from deit_fast.errors import InputError, translate_errors
+from deit_fast.inputs import data_at
 from deit_fast.models.fuse import head_tokens
 from deit_fast.models.late_fusion import apply_late_fusion, fit_late_fusion
 from deit_fast.models.student import (
@@ -249,7 +250,7 @@ def load_run(
     config = read_run_config(run)
     require_no_code(config.model.name, models, str(Path(run) / "config.json"), "--model")
     if data_root is not None:
-        config = config.replace(data={"root": data_root})
+        config = config.replace(data=data_at(config.data, data_root, "val"))
     file = require_weights(run, weights)
     state = load_weights(file)
     _compare_result(file, state)

@@ -8,8 +8,10 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from deit_fast.config import DataConfig, RunConfig
 from deit_fast.errors import InputError, did_you_mean, printable
@@ -242,18 +244,45 @@ def require_data_root(root: str, split: str) -> None:
         InputError: it is no folder; as ``require_image_folder``; as ``split_files``, where it holds
             files of the Hub.
     """
+    if is_url(root):
+        require_plain(root)
+        return
     if not os.path.isdir(root):
         raise InputError(
             f"data_root: folder {root} {_why_no_folder(root)}; expected images, such as "
             f"{os.path.join(root, split, '<class>', '<image>')}"
         )
-    names = [*_entries(os.path.join(root, split))]
-    if find_split(root, split) is not None:
+    if _source_at(root, split) != "folder":
         return
-    if not names and holds_tables(root):
+    if holds_tables(root) and not [*_entries(os.path.join(root, split))]:
         split_files(root, split)
-    if not any(name.endswith(".tar") or name == "manifest.json" for name in names):
-        require_image_folder(root, split)
+    require_image_folder(root, split)
+
+
+def data_at(data: DataConfig, root: str, split: str) -> DataConfig:
+    """Settings of the images below another root, whatever form they have there.
+
+    Raises:
+        InputError: the root is a URL, and ``data`` does not say what shards are there.
+    """
+    if not is_url(root):
+        return replace(data, root=root, source=_source_at(root, split))
+    if data.source not in ("tar", "packed"):
+        raise InputError(
+            f"data_root {shown(root)} is a URL, and nothing says which shards are there: name a "
+            f"folder"
+        )
+    return replace(data, root=root)
+
+
+def _source_at(root: str, split: str) -> Literal["folder", "tar", "packed", "hf"]:
+    """`data.source` of what a folder holds."""
+    if find_split(root, split) is not None:
+        return "hf"
+    names = [*_entries(os.path.join(root, split))]
+    if "manifest.json" in names:
+        return "packed"
+    return "tar" if any(name.endswith(".tar") for name in names) else "folder"
 
 
 def require_image_folder(root: str, split: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import deit_fast
 from deit_fast.cli import main
 from deit_fast.config import DataConfig, ViewConfig
 from deit_fast.data import UnreadableImage, ViewLoader, hub_rows, open_loader, open_source
@@ -141,6 +143,12 @@ def test_a_run_and_its_cache_are_those_of_the_folder(tmp_path):
         results[name] = train(config.replace(teacher=None))
     assert weights_equal(tmp_path / "run-folder", tmp_path / "run-hub")
     assert results["folder"]["top1"] == results["hub"]["top1"]
+    for run, root in itertools.product(("folder", "hub"), repeat=2):  # whatever the run read
+        found = deit_fast.evaluate(tmp_path / f"run-{run}", data_root=tmp_path / root).details
+        assert found["top1"] == results["folder"]["top1"]
+    words = ["cache", "info", str(tmp_path / "cache-hub"), "--data-root"]
+    assert main([*words, str(tmp_path / "hub")]) == 0
+    assert main([*words, str(tmp_path / "folder")]) == 2  # other images
 
 
 def test_columns_are_found_in_each_split_by_itself(tmp_path):

@@ -42,6 +42,7 @@ WRONG = {
     "analyze run --data-root nowhere": "error: data_root: folder nowhere does not exist; expected "
     "images, such as nowhere/val/<class>/<image>",
     "evaluate run --data-root hub": "hub has no split 'val': expected val-*.parquet or validation-",
+    "cache info empty --data-root s3://b/x?y": "a user, a query or a # in a URL is not read",
     "pack data data/": "OUT data/ is ROOT itself: name a folder of its own for the shards",
     "pack data/train out": "did you mean its parent, data?",
     "cache info empty --data-root nowhere": "error: data_root: folder nowhere does not exist; exp",
