@@ -261,7 +261,7 @@ def evaluate(
 
     Args:
         run: the run's folder.
-        data_root: image folder to measure on; None: the run's.
+        data_root: images to measure on, a folder of them or shards; None: the run's.
         batch_size: images per step; None: the run's.
         device: auto, cpu or cuda.
         weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.

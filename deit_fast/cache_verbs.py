@@ -35,7 +35,7 @@ def info(
 
     Args:
         path: Folder of the cache, or folder or archive of another project.
-        data_root: Image folder that it was made from, to compare the logits with the labels.
+        data_root: The images, or shards, that it was made from, to compare the logits with the labels.
         html: HTML file to write as well, with a chart.
     """
     if is_url(path):
@@ -141,7 +141,7 @@ def verify(
         path: Folder of the cache.
         teacher: The teacher that wrote it, with its weights; needs --data-root.
         teacher_classes: File with a line for each output of the teacher, as for `precompute`.
-        data_root: Image folder that it was made from.
+        data_root: The images, or shards, that it was made from.
         teacher_mean: Channel means that the teacher expects, as for `precompute`.
         teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
         samples: Number of records to recompute.

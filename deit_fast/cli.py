@@ -162,7 +162,7 @@ def evaluate(
 
     Args:
         run: Folder of the run.
-        data_root: Image folder to measure on; none: the run's.
+        data_root: Images to measure on, a folder of them or shards; none: the run's.
         batch_size: Images per step; none: the run's.
         device: `auto`: CUDA where available.
         weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.
@@ -212,7 +212,7 @@ def analyze(
         teacher_mean: Channel means that the teacher expects, as for `precompute`.
         teacher_std: Channel standard deviations that the teacher expects, as for `precompute`.
         download: Let timm fetch the weights of a teacher `timm:NAME` without a file.
-        data_root: Image folder to measure on; none: the runs'.
+        data_root: Images to measure on, a folder of them or shards; none: the runs'.
         weights: `last`, their moving average `ema`, or `best`, those of the best evaluation.
         model: The runs' model, where it is `package.module:factory`: the file of a run does not
             decide which code is run.
