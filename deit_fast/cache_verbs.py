@@ -35,7 +35,7 @@ def info(
 
     Args:
         path: Folder of the cache, or folder or archive of another project.
-        data_root: The images, or shards, that it was made from, to compare the logits with the labels.
+        data_root: Images or shards that it was made from, to compare the logits with the labels.
         html: HTML file to write as well, with a chart.
     """
     if is_url(path):
