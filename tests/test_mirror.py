@@ -88,6 +88,16 @@ def test_the_newer_of_disk_and_url_counts(root, url, tmp_path):
     assert numbers(tmp_path / "run") == numbers(root / "whole")
 
 
+def test_a_newer_checkpoint_of_the_disk_joins_those_at_the_url(root, url, tmp_path):
+    """Which of them stay is known only when the run has its data."""
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=4))
+    deit_fast.train(settings(root, tmp_path / "run", max_steps=5))  # not copied
+    assert steps_at(url) == [2, 4]
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url))
+    assert steps_at(url) == [5, 6]
+    assert numbers(tmp_path / "run") == numbers(root / "whole")
+
+
 def test_a_checkpoint_that_is_not_whole_is_passed_over(root, url, tmp_path, caplog):
     deit_fast.train(settings(root, tmp_path / "run", mirror=url))
     objects = Objects(url)

@@ -89,7 +89,7 @@ class Mirror:
             return
         there = self._entries()
         if not there or step_of(local) > max(there):
-            self._upload(step_of(local), local)
+            self._upload(step_of(local), local)  # older ones stay until the run has its steps
 
     def fetch(self) -> None:
         """Fetch the newest checkpoint at the URL, if it is newer than those in the folder; the
@@ -197,7 +197,8 @@ class Mirror:
                 (step, link), self._waiting = self._waiting, None
             try:
                 self._left = link.stat().st_size
-                self._upload(step, link)
+                if self._upload(step, link):
+                    self._rotate(step)
                 self._error = None
             except OSError as error:
                 self._error = error
@@ -207,7 +208,8 @@ class Mirror:
                 with suppress(OSError):
                     link.unlink(missing_ok=True)
 
-    def _upload(self, step: int, path: Path) -> None:
+    def _upload(self, step: int, path: Path) -> bool:
+        """Copy a checkpoint; returns whether it is there."""
         whole, crcs = _crcs_of(path)
         name = f"step-{step:09d}-{whole:08x}.pt"
         self.put_files(["config.json", "metrics.jsonl", "samples.png"])
@@ -222,8 +224,8 @@ class Mirror:
                 self.objects, step,
             )  # fmt: skip
             self.objects.delete(f"{_FOLDER}/{name}")
-            return
-        self._rotate(step)
+            return False
+        return True
 
     def _rotate(self, step: int) -> None:
         """As ``save_checkpoint`` does on the disk; a manifest goes before its file."""
