@@ -107,20 +107,111 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(root, url, tmp_path, capl
     deit_fast.train(settings(root, tmp_path / "second", mirror=url))
     assert "its checkpoint is not whole" in caplog.text
     assert numbers(tmp_path / "second") == numbers(root / "whole")
-    objects.put(newest, content[:50] + b"\0" + content[51:])
+    entry = Mirror(url, tmp_path)._entry(6)  # copied again
+    assert entry is not None
+    content = objects.read(entry.file)
+    objects.put(entry.file, content[:50] + b"\0" + content[51:])
     with pytest.raises(InputError, match=r"is damaged: delete it to resume from the checkpoint"):
         deit_fast.train(settings(root, tmp_path / "third", mirror=url))
 
 
-def test_two_runs_at_one_url_destroy_nothing(root, url, tmp_path, caplog):
-    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=2))
+def contents_at(url: str) -> dict[str, bytes]:
     objects = Objects(url)
-    before = objects.read("checkpoints/step-000000002.json")
-    other = settings(root, tmp_path / "other", mirror=url, max_steps=2, resume=False, seed=3)
-    deit_fast.train(other)
-    assert "has step 2 of another run, which stays" in caplog.text
-    assert objects.read("checkpoints/step-000000002.json") == before
-    assert Mirror(url, tmp_path)._entry(2) is not None
+    return {name: objects.read(name) for name in objects.list()}
+
+
+def test_a_url_has_one_run(root, url, tmp_path):
+    """Another one is refused before it writes: other settings, a folder that has a run, a run that
+    is to begin anew."""
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=2))
+    deit_fast.train(settings(root, tmp_path / "own", max_steps=4))
+    before = contents_at(url)
+    for folder, changes, words in (
+        ("other", {"seed": 3}, r"has a run with other settings: give this one another URL"),
+        ("anew", {"resume": False}, r"has another run, and \S+ is not its folder: choose another"),
+        ("own", {}, r"has another run, and \S+own is not its folder: choose another URL"),
+    ):
+        with pytest.raises(InputError, match=words):
+            deit_fast.train(settings(root, tmp_path / folder, mirror=url, **changes))
+    assert contents_at(url) == before
+    # Before the first checkpoint too: the run that came first owns the URL.
+    for name in before:
+        if name.startswith("checkpoints/"):
+            Objects(url).delete(name)
+    with pytest.raises(InputError, match=r"has a run with other settings"):
+        deit_fast.train(settings(root, tmp_path / "late", mirror=url, seed=3))
+    deit_fast.train(settings(root, tmp_path / "again", mirror=url))
+    assert numbers(tmp_path / "again") == numbers(root / "whole")
+
+
+def test_two_processes_of_one_run_destroy_nothing(root, url, tmp_path):
+    """As when a scheduler starts a run again whose old process still lives."""
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=4))
+    mirrors = [Mirror(url, tmp_path / name) for name in ("first", "second")]
+    digest = Mirror(url, tmp_path)._owner()["settings"]
+    for mirror in mirrors:
+        mirror.claim(digest, resume=True)
+    mirrors[1].fetch()
+    path = tmp_path / "first" / "checkpoints" / "step-000000004.pt"
+    mirrors[0].objects.put("checkpoints/step-000000006-00000000.pt", path)  # not named yet
+    mirrors[1]._rotate(4)
+    assert "checkpoints/step-000000006-00000000.pt" in mirrors[0].objects.list()
+    mirrors[1].submit(4, tmp_path / "second" / "checkpoints" / path.name)
+    assert mirrors[1].wait().startswith("copied to")
+    assert steps_at(url) == [2, 4] and mirrors[0]._entry(4) is not None
+
+
+def test_rows_of_the_url_replace_older_ones(root, url, tmp_path):
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url, max_steps=2))
+    deit_fast.train(settings(root, tmp_path / "second", mirror=url))
+    deit_fast.train(settings(root, tmp_path / "first", mirror=url))  # its machine is back
+    assert numbers(tmp_path / "first") == numbers(root / "whole")
+    assert Objects(url).read("metrics.jsonl") == (tmp_path / "second/metrics.jsonl").read_bytes()
+
+
+def test_without_any_whole_checkpoint_the_user_decides(root, url, tmp_path, caplog):
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=4))
+    objects = Objects(url)
+    names = [f"checkpoints/step-00000000{step}.json" for step in (2, 4)]
+    two, four = (objects.read(name) for name in names)
+    objects.put(names[1], two)  # of another step
+    assert Mirror(url, tmp_path)._entry(4) is None
+    objects.put(names[1], four[:-20])
+    objects.put(names[0], two.replace(b'"step": 2', b'"step": 3'))  # another checksum
+    with pytest.raises(
+        InputError, match=r"no checkpoint at \S+ is whole: delete \S+/checkpoints t"
+    ):
+        deit_fast.train(settings(root, tmp_path / "second", mirror=url))
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url))  # repairs what it has
+    assert steps_at(url) == [4, 6] and Mirror(url, tmp_path)._entry(4) is not None
+    assert "another run" not in caplog.text
+
+
+def test_nothing_of_a_killed_process_stays(root, url, tmp_path):
+    stale = tmp_path / "run" / "checkpoints" / ".mirror-step-000000001.pt"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=2))
+    assert not list(stale.parent.glob(".mirror-*"))
+
+
+def test_a_file_system_without_links_will_do(root, url, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("deit_fast.training.mirror.os.link", refuse)
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url))
+    assert steps_at(url)[-1] == 6 and len(list((tmp_path / "run/checkpoints").glob("*.pt"))) == 2
+
+
+def test_any_failure_of_the_thread_ends_the_wait(root, url, tmp_path):
+    deit_fast.train(settings(root, tmp_path / "run", mirror=url, max_steps=2))
+    (tmp_path / "run" / "samples.png").unlink(missing_ok=True)
+    (tmp_path / "run" / "samples.png").mkdir()
+    mirror = Mirror(url, tmp_path / "run")
+    mirror.submit(2, tmp_path / "run" / "checkpoints" / "step-000000002.pt")
+    with pytest.raises(InputError, match=r"samples.png"):
+        mirror.wait()
 
 
 def test_a_signal_waits_for_the_copy_and_says_so(root, url, tmp_path):
@@ -150,7 +241,8 @@ def test_without_the_service_the_run_is_finished_on_the_disk(root, url, monkeypa
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         monkeypatch.setattr(services, "_state", services._State())
 
-    with AtStep(3, cut), pytest.raises(StorageError, match="cannot be"):
+    unsaved = rf"cannot be .*; the run is finished in {tmp_path / 'run'}; the same command copies"
+    with AtStep(3, cut), pytest.raises(StorageError, match=unsaved):
         deit_fast.train(config)
     assert numbers(tmp_path / "run") == numbers(root / "whole")
     assert (tmp_path / "run" / "result.json").exists()

@@ -139,7 +139,7 @@ class _Pass:
         # -- one owner, before anything in a folder is read --------------------------------------
         group.agree(lambda: self._each(lambda run: run.own_folder(resources)))
         # -- one start, before minutes of work on the data ---------------------------------------
-        group.agree(lambda: self._each(Run.offer_checkpoint))
+        group.agree(lambda: self._each(Run.claim_mirror))
         group.agree(lambda: self._each(Run.find_checkpoint))
         for run in self.runs:
             group.require_equal(run.start(), f"{run.output} must be the same folder on all nodes")

@@ -86,8 +86,7 @@ def finish(run: Run) -> dict[str, Any]:
         write_json(run.output / PREDICTIONS_FILE, predictions)
         write_json(run.output / "result.json", result)
         if run.mirror is not None:
-            run.mirror.wait()
-            run.mirror.put_files([*FILES, "result.json"])
+            run.mirror.finish([*FILES, "result.json"])
             log.info("the run is copied to %s", run.mirror.objects)
     warn_of_substitutes(sorted(substituted))
     if run.metrics is not None:

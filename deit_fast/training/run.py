@@ -48,6 +48,7 @@ from deit_fast.training.remarks import say_last_size
 from deit_fast.training.state import (
     Checkpoint,
     create_state,
+    digest_settings,
     find_checkpoint,
     resume,
     roll_back,
@@ -139,10 +140,13 @@ class Run:
         if self._lock is not None:
             self._lock.require_held()
 
-    def offer_checkpoint(self) -> None:
-        """Copy the folder's newest checkpoint to the mirror, in the first rank, so that the other
-        machines find it there."""
-        if self.mirror is not None and self.config.resume and self.group.is_first:
+    def claim_mirror(self) -> None:
+        """Make the mirror this run's, in the first rank, and copy the folder's newest checkpoint
+        there, so that the other machines find it."""
+        if self.mirror is None or not self.group.is_first:
+            return
+        self.mirror.claim(digest_settings(self.config), self.config.resume)
+        if self.config.resume:
             self.mirror.offer()
 
     def find_checkpoint(self) -> None:

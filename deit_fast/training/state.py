@@ -6,6 +6,7 @@ rolls back to it after a step that was not finite.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -406,6 +407,16 @@ def require_same_run(
         )  # fmt: skip
         return
     require_same(facts, own, config.accept_change, str(path))
+
+
+def digest_settings(config: RunConfig) -> str:
+    """A digest of the settings that a run keeps from its start, as far as they are no defaults."""
+    defaults, own = (
+        by_dotted_key(json.loads(json.dumps(to_dict(each)))) for each in (RunConfig(), config)
+    )
+    free = _FREE_TO_CHANGE | _OF_A_BRANCH
+    kept = {key: own[key] for key in sorted(own) if key not in free and own[key] != defaults[key]}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
 
 
 def _differences(saved: dict[str, Any], chosen: dict[str, Any]) -> dict[str, str]:
