@@ -45,7 +45,7 @@ class RemoteTargets:
         self.folder = _new_folder()
         self._close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         for name in ["", *targets]:
-            pull(self._below(name), [FILE_NAME, STATISTICS], self.folder / name)
+            pull(self._below(name), self.folder / name)
 
     def _below(self, name: str) -> Objects:
         return Objects(join(self.objects.url, name)) if name else self.objects

@@ -256,6 +256,92 @@ def test_a_damaged_object_is_one_line_and_never_read(root, logits_at, capsys, tm
     assert objects.read(block_name(1, 0)) == good
 
 
+STATISTICS, PIXELS = "cls/statistics.safetensors", "view-00001.pixels.json"
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit changed."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.fixture
+def features_at(root, url) -> str:
+    copy(str(root / "cache"), url, lambda count: None)
+    return url
+
+
+def test_verify_of_a_url_checks_statistics_and_pixel_digests_as_in_a_folder(
+    root, features_at, capsys, tmp_path
+):
+    local, objects = tmp_path / "local", Objects(features_at)
+    shutil.copytree(root / "cache", local)
+    for name in (STATISTICS, PIXELS):
+        content = flipped(objects.read(name))
+        (local / name).write_bytes(content)
+        objects.put(name, content)
+    for path in (local, local / "cls"):
+        assert main(["cache", "verify", str(path)]) == 1
+    capsys.readouterr()
+    assert main(["cache", "verify", features_at]) == 1
+    text = capsys.readouterr().out
+    for name in (STATISTICS, PIXELS):
+        row = rf"broken +{Path(name).name}: \S* ?{features_at}/{name} is damaged.*; .*`cache copy`"
+        assert len(re.findall(row, text)) == 1, text
+    assert text.count(" 1 broken") == 2
+    objects.put(PIXELS, (root / "cache" / PIXELS).read_bytes()[:90])  # cut off
+    objects.delete(STATISTICS)
+    assert main(["cache", "verify", features_at]) == 1
+    text = capsys.readouterr().out
+    assert f"{features_at}/{STATISTICS} is missing" in text and text.count(" 1 broken") == 2
+    copy(f"{features_at}/patches", str(tmp_path / "patches"), lambda count: None)
+    objects.delete(PIXELS)
+    copy(str(root / "cache"), features_at, lambda count: None)  # the remedy
+    assert main(["cache", "verify", features_at]) == 0
+
+
+def test_damaged_statistics_at_a_url_are_not_copied_and_repaired_ones_are(
+    root, features_at, tmp_path
+):
+    objects = Objects(features_at)
+    good = objects.read(STATISTICS)
+    objects.put(STATISTICS, flipped(good))
+    text = rf"{features_at}/{STATISTICS} is damaged: .*; delete it; then `cache copy` puts it there"
+    for action in (
+        lambda: LogitCache.open(f"{features_at}/cls"),
+        lambda: copy(features_at, str(tmp_path / "copy"), lambda count: None),
+        lambda: Units(settings(root, features_at)),
+    ):
+        with pytest.raises(CacheError, match=text):
+            action()
+    assert not [*tmp_path.rglob(Path(STATISTICS).name)]
+    objects.put(STATISTICS, good)
+    stored = LogitCache.open(f"{features_at}/cls").path
+    assert (stored / Path(STATISTICS).name).read_bytes() == good
+    assert Units(settings(root, features_at)).compute(range(3))["blocks"] == 0
+
+
+def test_damaged_pixel_digests_at_a_url_are_one_line(features_at, tmp_path):
+    objects = Objects(features_at)
+    objects.put(PIXELS, flipped(objects.read(PIXELS)))
+    with pytest.raises(CacheError, match=rf"{features_at}/{PIXELS} is damaged: delete it; then `c"):
+        LogitCache.open(features_at)
+    assert not [*tmp_path.rglob(PIXELS)]
+
+
+def test_damaged_copies_of_statistics_and_pixel_digests_are_fetched_again(
+    root, features_at, caplog
+):
+    for url, name in ((features_at, PIXELS), (f"{features_at}/cls", Path(STATISTICS).name)):
+        path = LogitCache.open(url).path / name
+        good = path.read_bytes()
+        for content in (flipped(good), good[:50], b""):
+            path.write_bytes(content)
+            LogitCache.open(url)
+            assert path.read_bytes() == good
+    assert "statistics.safetensors is damaged; it is fetched again" in caplog.text
+
+
 def test_a_block_of_another_place_is_refused(logits_at):
     objects = Objects(logits_at)
     objects.put(block_name(0, 0), objects.read(block_name(2, 0)))

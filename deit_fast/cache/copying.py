@@ -20,18 +20,22 @@ from deit_fast.cache.format import (
     view_path,
 )
 from deit_fast.cache.remote import (
+    COPY_AGAIN,
     STATISTICS,
     Listing,
     RemoteCache,
     block_parts,
+    check_statistics,
     damage_errors,
     damage_text,
+    has_statistics,
+    pixel_parts,
     publish_small,
     pull_small,
 )
 from deit_fast.cache.remote import publish_manifest as publish_object
 from deit_fast.cache.remote import read_manifest as read_object
-from deit_fast.cache.verify import info
+from deit_fast.cache.verify import info, parse_pixels
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import open_regular, read_file, temporary_path, write_atomically
 from deit_fast.storage.objects import ObjectDamaged, Objects
@@ -76,7 +80,7 @@ def download(url: str, folder: Path, advance: Advance) -> int:
         write_atomically(folder / FILE_NAME, content)
     publish_manifest(folder, manifest)
     listing, remote = Listing.of(objects), RemoteCache(objects, manifest)
-    pull_small(objects, listing, folder)
+    pull_small(objects, listing, manifest, folder)
     count = 0
     for view_id in sorted(listing.blocks.keys() | listing.files.keys()):
         name = view_path(folder, view_id)
@@ -217,7 +221,8 @@ def describe(url: str) -> dict[str, Any]:
 
 
 def verify(url: str, advance: Advance) -> dict[str, Any]:
-    """Read every published block at a URL and compare its checksum; nothing is stored.
+    """Read every published block at a URL and compare its checksum; check statistics and pixel
+    digests as in a folder. Nothing is stored.
 
     Returns:
         As ``cache.verify``.
@@ -225,7 +230,7 @@ def verify(url: str, advance: Advance) -> dict[str, Any]:
     objects = Objects(url)
     manifest, _ = read_object(objects)
     listing, remote = Listing.of(objects), RemoteCache(objects, manifest)
-    broken: list[dict[str, Any]] = []
+    broken = _faults_of_small(objects, listing, manifest)
     complete = pending = 0
     views = sorted(listing.blocks.keys() | listing.files.keys())
     for view_id in views:
@@ -257,3 +262,29 @@ def verify(url: str, advance: Advance) -> dict[str, Any]:
         "broken": broken,
         "unproved": "",
     }
+
+
+def _faults_of_small(
+    objects: Objects, listing: Listing, manifest: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of ``verify``: statistics that are damaged or missing, damaged pixel digests."""
+    found: list[tuple[str, int | None, str]] = []
+    if has_statistics(manifest):
+        try:
+            check_statistics(objects, manifest)
+        except CacheError as error:
+            found.append((STATISTICS, None, str(error)))
+    parts = pixel_parts(listing)
+    contents = objects.try_parts([*parts.values()])
+    for (view_id, part), content in zip(parts.items(), contents, strict=True):
+        if isinstance(content, ObjectDamaged):
+            found.append((part.name, view_id, damage_text(content)))
+            continue
+        if not isinstance(content, bytes):
+            raise content
+        where = objects.url_of(part.name)
+        try:
+            parse_pixels(content, where, manifest, view_id, COPY_AGAIN)
+        except CacheError as error:
+            found.append((part.name, view_id, str(error)))
+    return [{"file": name, "view": view, "block": None, "why": text} for name, view, text in found]

@@ -10,6 +10,7 @@ alone. Objects are created and never replaced: writers of one block do not need 
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,9 +32,11 @@ from deit_fast.cache.format import (
     view_specs,
 )
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import is_intact, parse_json, read_file, write_atomically
+from deit_fast.runtime.files import parse_json, read_file, write_atomically
 from deit_fast.storage.clients import Stamp
 from deit_fast.storage.objects import ObjectDamaged, ObjectExists, ObjectMissing, Objects, Part
+
+log = logging.getLogger("deit_fast")
 
 STATISTICS = "statistics.safetensors"
 _CRC = struct.Struct("<I")
@@ -43,6 +46,10 @@ _COMPLETE = int.from_bytes(b"DONE", "little")  # the state of a block in an entr
 _DAMAGED = (
     "is damaged: delete it; then `precompute` makes a block anew, and a view file has to be copied "
     "there again"
+)
+COPY_AGAIN = (
+    "delete it; then `cache copy` puts it there again from a folder that holds this cache, or "
+    "write the cache again"
 )
 _BLOCK = re.compile(r"view-(\d{5,})/(\d{7,})\.block")
 _FILE = re.compile(r"view-(\d{5,})\.dlc")
@@ -60,7 +67,6 @@ def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
         CacheError: there is none, or it is damaged.
         StorageError: it cannot be read.
     """
-    where = objects.url_of(FILE_NAME)
     try:
         content = objects.read_whole(FILE_NAME)
     except ObjectMissing:
@@ -68,8 +74,13 @@ def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
             f"{objects} is no cache: it has no {FILE_NAME}; check the URL, or make it by "
             f"`precompute`"
         ) from None
+    return _parse_manifest(objects, content), content
+
+
+def _parse_manifest(objects: Objects, content: bytes) -> dict[str, Any]:
+    where = objects.url_of(FILE_NAME)
     try:
-        return check_manifest(parse_json(content, where), where), content
+        return check_manifest(parse_json(content, where), where)
     except InputError as error:
         raise CacheError(str(error)) from None
 
@@ -272,7 +283,9 @@ def damage_errors() -> Iterator[None]:
 
 def damage_text(error: ObjectDamaged) -> str:
     """Names the object and the remedy."""
-    return f"{error.filename} {_DAMAGED} ({error.strerror})"
+    is_small = str(error.filename).endswith(".json")
+    remedy = f"is damaged: {COPY_AGAIN}" if is_small else _DAMAGED
+    return f"{error.filename} {remedy} ({error.strerror})"
 
 
 def _has_crc(expected: int, place: int, content: bytes) -> bool:
@@ -284,38 +297,107 @@ def _is_block(place: int, content: bytes) -> bool:
     return _CRC.unpack(content[-_CRC.size :])[0] == _C.crc32c(records, place)
 
 
-def pull(objects: Objects, names: Iterable[str], folder: Path) -> list[str]:
-    """Copy small objects into a folder; returns the names of those that are there."""
-    found = []
-    for name in names:
-        try:
-            content = objects.read_whole(name)
-        except ObjectMissing:
-            continue
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-        found.append(name)
-    return found
+def pull(objects: Objects, folder: Path) -> None:
+    """Copy manifest and statistics of a cache into a folder, as far as they are there.
+
+    Raises:
+        CacheError: one of them is damaged; it is not stored.
+    """
+    try:
+        content = objects.read_whole(FILE_NAME)
+    except ObjectMissing:
+        return  # statistics without a manifest are of a job that ended before it had one
+    manifest = _parse_manifest(objects, content)
+    statistics = None
+    if has_statistics(manifest):
+        with suppress(ObjectMissing):
+            statistics = _read_statistics(objects, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE_NAME, content)
+    if statistics is not None:
+        write_atomically(folder / STATISTICS, statistics)
 
 
-def pull_small(objects: Objects, listing: Listing, folder: Path) -> None:
+def pull_small(objects: Objects, listing: Listing, manifest: dict[str, Any], folder: Path) -> None:
     """Copy what a cache has beside its views, pixel digests and statistics, into a folder that may
-    have some of it."""
-    stamps = {
-        view_path(Path(), view_id, ".pixels.json").name: stamp
-        for view_id, stamp in listing.pixels.items()
+    have some of it; what is damaged there is copied again.
+
+    Raises:
+        CacheError: an object is damaged; it is not stored.
+    """
+    parts = [part for part in pixel_parts(listing).values() if not _is_here(folder / part.name)]
+    with damage_errors():
+        contents = objects.read_parts(parts)
+    for part, content in zip(parts, contents, strict=True):
+        write_atomically(folder / part.name, content)
+    if not has_statistics(manifest) or not listing.has_statistics:
+        return
+    from deit_fast.features.statistics import read_statistics  # needs torch
+
+    try:
+        read_statistics(folder, manifest)
+    except CacheError:
+        if (folder / STATISTICS).exists():
+            log.warning("%s is damaged; it is fetched again", folder / STATISTICS)
+        write_atomically(folder / STATISTICS, _read_statistics(objects, manifest))
+
+
+def pixel_parts(listing: Listing) -> dict[int, Part]:
+    """What to read for pixel digests, by view."""
+    name = partial(view_path, Path(), suffix=".pixels.json")
+    return {
+        view: Part(name(view).name, 0, stamp.size, stamp, _is_sealed)
+        for view, stamp in sorted(listing.pixels.items())
     }
-    names = [name for name in stamps if not (folder / name).exists()]
-    parts = [Part(name, 0, stamps[name].size, stamps[name], _is_sealed) for name in names]
-    for name, content in zip(names, objects.read_parts(parts), strict=True):
-        write_atomically(folder / name, content)
-    if listing.has_statistics and not (folder / STATISTICS).exists():
-        pull(objects, [STATISTICS], folder)
+
+
+def has_statistics(manifest: dict[str, Any]) -> bool:
+    """Whether a cache is one of features, which has statistics beside them."""
+    return "statistics.sha256" in manifest["fingerprint"]
+
+
+def check_statistics(objects: Objects, manifest: dict[str, Any]) -> None:
+    """
+    Raises:
+        CacheError: the statistics at a URL are missing, damaged or of another cache.
+    """
+    try:
+        _read_statistics(objects, manifest)
+    except ObjectMissing:
+        where = objects.url_of(STATISTICS)
+        raise CacheError(
+            f"{where} is missing: `cache copy` puts it there again from a folder that holds this "
+            f"cache, or write the cache again"
+        ) from None
+
+
+def _read_statistics(objects: Objects, manifest: dict[str, Any]) -> bytes:
+    """The statistics at a URL, checked as those in a folder.
+
+    Raises:
+        ObjectMissing, CacheError: they are damaged, or of another cache.
+    """
+    from deit_fast.features.statistics import check_statistics as check  # needs torch
+
+    content = objects.read_whole(STATISTICS)
+    check(content, objects.url_of(STATISTICS), manifest, COPY_AGAIN)
+    return content
+
+
+def _is_here(path: Path) -> bool:
+    """Whether sealed JSON is in a file, undamaged."""
+    try:
+        return _is_sealed(read_file(path))
+    except (FileNotFoundError, InputError):
+        return False
 
 
 def _is_sealed(content: bytes) -> bool:
-    return is_intact(content) is not False
+    try:
+        parse_json(content, "")
+    except InputError:
+        return False
+    return True
 
 
 def publish_small(objects: Objects, folder: Path, name: str) -> bool:

@@ -28,12 +28,13 @@ from deit_fast.cache.format import (
 )
 from deit_fast.cache.reader import LogitCache
 from deit_fast.cache.record_order import record_order
+from deit_fast.cache.remote import has_statistics
 from deit_fast.cache.remote import read_manifest as read_object
 from deit_fast.cache.sampled import ViewKeys, draw_errors
 from deit_fast.cache.sparse_codecs import SampledCodec
 from deit_fast.cache.view_copy import COPY_BYTES
 from deit_fast.errors import CacheError, InputError
-from deit_fast.runtime.files import read_json, write_json
+from deit_fast.runtime.files import parse_json, read_file, write_json
 from deit_fast.storage.objects import Objects
 from deit_fast.storage.urls import is_url
 
@@ -182,7 +183,7 @@ def _faults_of_files(
     found: list[tuple[str, int | None, str]] = [(name, None, why) for name in strays]
     if not ids:
         found.append(("view-*.dlc", None, "there is no view file"))
-    if "statistics.sha256" in manifest["fingerprint"]:
+    if has_statistics(manifest):
         from deit_fast.features.statistics import FILE, read_statistics  # needs torch
 
         try:
@@ -315,17 +316,32 @@ def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict
         CacheError: they are missing, damaged or of another cache.
     """
     path = pixels_path(folder, view_id)
+    remedy = "delete it and the view's .dlc file, and precompute again"
     try:
-        content = read_json(path, _MAX_FILE_BYTES)
+        content = read_file(path, _MAX_FILE_BYTES)
     except FileNotFoundError:
         raise CacheError(
             f"{path} is missing, so it is unknown whether view {view_id} can be made again: "
             f"delete its .dlc file and precompute it again"
         ) from None
     except InputError as error:
-        raise CacheError(
-            f"{error}; or delete it and the view's .dlc file, and precompute again"
-        ) from None
+        raise CacheError(f"{error}; {remedy}") from None
+    return parse_pixels(content, str(path), manifest, view_id, f"or {remedy}")
+
+
+def parse_pixels(
+    found: bytes, where: str, manifest: Mapping[str, Any], view_id: int, remedy: str
+) -> dict[int, str]:
+    """As ``read_pixels`` of a file with this content.
+
+    Args:
+        where: names it in messages.
+        remedy: at the end of those of damage.
+    """
+    try:
+        content = parse_json(found, where)
+    except InputError as error:
+        raise CacheError(f"{error}; {remedy}") from None
     samples: Any = content.get("samples")
     digests: Any = content.get("digests")
     right = (
@@ -336,9 +352,9 @@ def read_pixels(folder: Path, manifest: Mapping[str, Any], view_id: int) -> dict
         and all(isinstance(digest, str) and len(digest) == _DIGEST_HEX for digest in digests)
     )
     if not right:
-        raise CacheError(f"{path}: damaged: these are not the pixel digests of view {view_id}")
+        raise CacheError(f"{where}: damaged: these are not the pixel digests of view {view_id}")
     if content.get("manifest_sha256") != manifest_sha256(manifest).hex():
-        raise CacheError(f"{path}: was written under another manifest (SHA-256 differs)")
+        raise CacheError(f"{where}: was written under another manifest (SHA-256 differs)")
     return dict(zip(samples, digests, strict=True))
 
 

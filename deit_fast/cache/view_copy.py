@@ -75,7 +75,7 @@ class ViewCopy:
             write_atomically(self.folder / FILE_NAME, content)
         self._remote = RemoteCache(objects, self.manifest)
         self._listing = Listing.of(objects)
-        pull_small(objects, self._listing, self.folder)
+        pull_small(objects, self._listing, self.manifest, self.folder)
         self._lock = threading.RLock()
         self._is_here: dict[int, np.ndarray] = {}  # bool [blocks], of the views held
         self._held: dict[int, int] = {}  # descriptor with a shared lock, by view; oldest use first

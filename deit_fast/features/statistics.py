@@ -20,7 +20,8 @@ from torch import Tensor
 
 from deit_fast.errors import CacheError, InputError, RowError, printable
 from deit_fast.features.hadamard import hadamard, has_hadamard
-from deit_fast.runtime.tensor_files import digest_tensors, read_tensors, save_tensors
+from deit_fast.runtime.files import open_regular
+from deit_fast.runtime.tensor_files import digest_tensors, parse_tensors, save_tensors
 
 log = logging.getLogger("deit_fast")
 
@@ -138,19 +139,41 @@ class FeatureStatistics:
                 another fit.
         """
         try:
-            tensors = read_tensors(path, _NOUN)
+            with open_regular(path) as file:
+                content = file.read()
         except FileNotFoundError:
             raise CacheError(f"{_NOUN} {printable(path)} are missing: {_REMEDY}") from None
         except InputError as error:
             raise CacheError(f"{error}; {_REMEDY}") from None
+        return cls.parse(content, str(path), width, sha256)
+
+    @classmethod
+    def parse(
+        cls,
+        content: bytes,
+        where: str,
+        width: int,
+        sha256: str | None = None,
+        remedy: str = _REMEDY,
+    ) -> FeatureStatistics:
+        """As ``load`` of a file with this content.
+
+        Args:
+            where: names it in messages.
+            remedy: at their end.
+        """
+        try:
+            tensors = parse_tensors(content, where, _NOUN)
+        except InputError as error:
+            raise CacheError(f"{error}; {remedy}") from None
         try:
             found = cls._from_tensors(tensors, width)
         except ValueError as error:
-            raise CacheError(f"{_NOUN} {printable(path)}: {error}; {_REMEDY}") from None
+            raise CacheError(f"{_NOUN} {printable(where)}: {error}; {remedy}") from None
         if sha256 not in (None, found.sha256):
             raise CacheError(
-                f"{_NOUN} {printable(path)} are not those that the cache was written with (SHA-256 "
-                f"{found.sha256[:12]}, in its manifest {printable(sha256)[:12]}); {_REMEDY}"
+                f"{_NOUN} {printable(where)} are not those that the cache was written with "
+                f"(SHA-256 {found.sha256[:12]}, in its manifest {printable(sha256)[:12]}); {remedy}"
             )
         return found
 
@@ -216,8 +239,22 @@ def read_statistics(folder: Path, manifest: dict[str, Any]) -> FeatureStatistics
     Raises:
         CacheError: they are missing, damaged or of another cache.
     """
-    expected = manifest["fingerprint"].get("statistics.sha256")
-    return FeatureStatistics.load(folder / FILE, manifest["codec"]["width"], str(expected))
+    return FeatureStatistics.load(folder / FILE, *_expected(manifest))
+
+
+def check_statistics(content: bytes, where: str, manifest: dict[str, Any], remedy: str) -> None:
+    """Whether the content of a file is what ``read_statistics`` accepts.
+
+    Raises:
+        CacheError: it is not; names ``where``, and ends with ``remedy``.
+    """
+    FeatureStatistics.parse(content, where, *_expected(manifest), remedy)
+
+
+def _expected(manifest: dict[str, Any]) -> tuple[int, str]:
+    """Width and SHA-256 of the statistics of a cache."""
+    digest = manifest["fingerprint"].get("statistics.sha256")
+    return manifest["codec"]["width"], str(digest)
 
 
 class StatisticsFit:

@@ -58,13 +58,19 @@ def read_tensors(path: Path, noun: str) -> dict[str, Tensor]:
         InputError: the file is no safetensors file, or its checksum differs.
         OSError: names the path.
     """
+    return parse_tensors(_content_of(path), path, noun)
+
+
+def parse_tensors(content: bytes, where: Path | str, noun: str) -> dict[str, Tensor]:
+    """As ``read_tensors`` of a file with this content; messages name it by ``where``."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    _parse_header(content, where, noun)
     try:
-        return load(read_header(path, noun)[0])
+        return load(content)
     except SafetensorError as error:
-        raise _not_safetensors(path, noun, error) from None
+        raise _not_safetensors(where, noun, error) from None
 
 
 def read_header(path: Path, noun: str) -> tuple[bytes, dict[str, str]]:
@@ -73,17 +79,25 @@ def read_header(path: Path, noun: str) -> tuple[bytes, dict[str, str]]:
     Raises:
         As ``read_tensors``.
     """
+    content = _content_of(path)
+    return content, _parse_header(content, path, noun)
+
+
+def _content_of(path: Path) -> bytes:
     with open_regular(path) as file:
-        content = file.read()
+        return file.read()
+
+
+def _parse_header(content: bytes, where: Path | str, noun: str) -> dict[str, str]:
     end = _header_end(content)
     try:
         metadata = parse_object(content[8:end], "its header").get("__metadata__")
     except InputError as error:
-        raise _not_safetensors(path, noun, error) from None
+        raise _not_safetensors(where, noun, error) from None
     metadata = metadata if isinstance(metadata, dict) else {}
     if SEAL_KEY in metadata and not is_intact(content, end):
-        raise InputError(f"{noun} {printable(path)} is damaged: its checksum differs")
-    return content, {key: value for key, value in metadata.items() if key != SEAL_KEY}
+        raise InputError(f"{noun} {printable(where)} is damaged: its checksum differs")
+    return {key: value for key, value in metadata.items() if key != SEAL_KEY}
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -101,5 +115,5 @@ def _header_end(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def _not_safetensors(path: Path, noun: str, why: Exception) -> InputError:
-    return InputError(f"{noun} {printable(path)} is not a safetensors file: {why}")
+def _not_safetensors(where: Path | str, noun: str, why: Exception) -> InputError:
+    return InputError(f"{noun} {printable(where)} is not a safetensors file: {why}")
