@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -317,6 +317,16 @@ def say_unread_grid(config: RunConfig) -> None:
         )  # fmt: skip
 
 
+def say_substituted(paths: Collection[str]) -> None:
+    """Warn of the unreadable images of a pass."""
+    if paths:
+        log.warning(
+            "%d unreadable images were substituted, the first is %s: the cache holds the targets "
+            "of their substitutes; once the images are mended, delete the cache and make it anew",
+            len(paths), min(paths),
+        )  # fmt: skip
+
+
 def summary_of(job: Job, caches: TargetCaches, written: Written, started: float) -> dict[str, Any]:
     """What the results of all ways to precompute have in common; logs what is to be said.
 
@@ -325,12 +335,7 @@ def summary_of(job: Job, caches: TargetCaches, written: Written, started: float)
     """
     seconds = time.perf_counter() - started
     say_warnings()
-    if written.substituted:
-        log.warning(
-            "%d unreadable images were substituted, the first is %s: the cache holds the targets "
-            "of their substitutes; once the images are mended, delete the cache and make it anew",
-            len(written.substituted), min(written.substituted),
-        )  # fmt: skip
+    say_substituted(written.substituted)
     agreement = None
     if written.images and job.teacher.gives_logits:
         agreement = written.agreed.item() / written.images

@@ -197,6 +197,19 @@ def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster,
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_substituted_image_is_counted_once_and_named(cluster, root, tmp_path, caplog):
+    shutil.copytree(root / "data", tmp_path / "data")
+    image = sorted((tmp_path / "data" / "train").rglob("*.png"))[40]
+    image.write_bytes(b"?" * image.stat().st_size)
+    data = {"root": str(tmp_path / "data"), "on_error": "substitute", "workers": 0}
+    config = settings(root, tmp_path / "cache", data=data)
+    found = ours.precompute(config, blocks=range(2, 4), workers=2, num_gpus=0)
+    assert (found["quarantined"], found["substituted"]) == ([], [str(image)])
+    assert f"1 unreadable images were substituted, the first is {image}: the cache" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @sweep
 def test_failures_of_the_machine_end_in_one_line(cluster, root, tmp_path):
     (tmp_path / "cache").write_text("no folder")
@@ -248,7 +261,7 @@ def test_without_ray_the_error_names_the_extra(root, tmp_path, monkeypatch):
 def row_of(unit: int, error: str = "", worker: str = "one", images: int = 10) -> dict[str, Any]:
     images = 0 if error else images
     row = {"unit": unit, "images": images, "bytes": images, "quarantined": [], "error": error}
-    return row | {"is_input": False, "worker": worker, "lifetime": 36.0}
+    return row | {"substituted": [], "is_input": False, "worker": worker, "lifetime": 36.0}
 
 
 class Passes:
@@ -287,6 +300,17 @@ def test_units_that_a_machine_or_ray_left_are_sent_again(tmp_path, monkeypatch):
     assert (found["computed"], found["kept"], found["images"]) == (3, 1, 30)
     # Both workers cost 36 s, also the one that only failed.
     assert (found["worker_hours"], found["gpu_hours"], found["cost"]) == (0.02, 0.01, 0.06)
+
+
+def test_substituted_images_of_all_workers_are_in_the_summary_and_the_log(
+    tmp_path, monkeypatch, caplog, capsys
+):
+    rows = [row_of(unit) for unit in range(4)]
+    rows[1]["substituted"], rows[3]["substituted"] = ["b.png", "c.png"], ["a.png", "b.png"]
+    Passes(monkeypatch, rows)
+    words = ["--cache", str(tmp_path), "--gpus-per-worker", "0"]
+    assert re.search(r"^substituted +3$", ours.command(words), re.M)
+    assert "3 unreadable images were substituted, the first is a.png: the cache" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -338,13 +362,14 @@ def test_a_worker_pauses_longer_after_each_failure(monkeypatch):
     def compute(numbers: list[int]) -> dict[str, Any]:
         if (error := outcomes.pop(0)) is not None:
             raise error
-        return {"images": 1, "bytes": 1, "quarantined": []}
+        return {"images": 1, "bytes": 1, "quarantined": [], "substituted": ["bad.png"]}
 
     monkeypatch.setattr("deit_fast.units.Units", lambda config: SimpleNamespace(compute=compute))
     worker = ours._Worker(RunConfig())
     rows = [worker({"unit": unit}) for unit in range(10)]
     assert [row["error"] for row in rows[:3]] == ["OSError: disk", "MemoryError: large", ""]
     assert [row["is_input"] for row in rows] == [False] * 9 + [True]
+    assert [row["substituted"] for row in rows[:3]] == [[], [], ["bad.png"]]
     assert paused == [2, 4, 2, 4, 8, 16, 30, 30]
 
 

@@ -59,7 +59,8 @@ def precompute(
     Returns:
         `units`, `computed` and `kept` (counts), `images`, `bytes`, `seconds`, `images_per_s`,
         `worker_hours` (each from the start of its teacher's loading to its last unit), `gpu_hours`,
-        `cost` (of the worker hours; None without a price), `quarantined` (as ``Units.compute``).
+        `cost` (of the worker hours; None without a price), `quarantined` (as ``Units.compute``),
+        `substituted` (paths of unreadable images).
 
     Raises:
         InputError: wrong settings, a relative path, Ray is not installed, or the cluster of this
@@ -72,6 +73,8 @@ def precompute(
         raise InputError(f"workers must be at least 1, not {workers}")
     _require_absolute_paths(config)
     ray = _ray()
+    from deit_fast.precompute_job import say_substituted
+
     started = time.perf_counter()
     with _cluster(ray, num_gpus, num_cpus), _interruptible(), _one_line(ray):
         total = ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_total).remote(config))
@@ -91,7 +94,9 @@ def precompute(
         raise ChildProcessError(
             f"{found.what_is_left()} after {PASSES} passes over {len(chosen)}; {_KEPT}"
         )
-    return found.summary(time.perf_counter() - started, num_gpus, price_per_hour)
+    summary = found.summary(time.perf_counter() - started, num_gpus, price_per_hour)
+    say_substituted(summary["substituted"])
+    return summary
 
 
 class _Results:
@@ -107,6 +112,7 @@ class _Results:
         self._lifetimes: dict[str, float] = {}  # by worker
         self._failures = 0  # since a row without an error
         self._images = 0
+        self._substituted: set[str] = set()
         self._started = time.perf_counter()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -121,6 +127,7 @@ class _Results:
         worker, lifetime = row["worker"], row["lifetime"]
         self._lifetimes[worker] = max(lifetime, self._lifetimes.get(worker, 0.0))
         self._images += row["images"]
+        self._substituted.update(row["substituted"])
         self._failures = self._failures + 1 if row["error"] else 0
         if self._failures >= _FAILURES * len(self._lifetimes):
             raise ChildProcessError(
@@ -157,6 +164,7 @@ class _Results:
             "gpu_hours": round(hours * gpus, 4),
             "cost": None if price is None else round(hours * price, 4),
             "quarantined": [found for row in rows for found in row["quarantined"]],
+            "substituted": sorted(self._substituted),
         }
 
 
@@ -173,7 +181,7 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = int(row["unit"])
-        found: dict[str, Any] = {"images": 0, "bytes": 0, "quarantined": []}
+        found: dict[str, Any] = {"images": 0, "bytes": 0, "quarantined": [], "substituted": []}
         error, is_input = "", False
         try:
             found = self._units.compute([unit])
@@ -191,6 +199,7 @@ class _Worker:
             "images": found["images"],
             "bytes": found["bytes"],
             "quarantined": found["quarantined"],
+            "substituted": found["substituted"],
             "error": error,
             "is_input": is_input,
             "worker": self._name,
@@ -370,6 +379,7 @@ def command(words: list[str]) -> str:
         price_per_hour=numbers.get("--price-per-hour"),
     )
     quarantined = found.pop("quarantined")
+    found["substituted"] = len(found["substituted"])
     rows = [(name.replace("_", " "), str(value)) for name, value in found.items()]
     text = columns([*rows, ("time", duration(found["seconds"]))])
     if quarantined:
