@@ -160,6 +160,23 @@ def test_a_missing_bucket_and_a_service_that_is_read_only_end_before_the_teacher
         copy(str(root / "logits"), "http://127.0.0.1:9/x", lambda count: None)
 
 
+def test_a_cache_at_a_web_server_is_one_line_with_the_remedy(root, tmp_path, capsys):
+    url = "http://127.0.0.1:9/cache"
+    text = rf"^cache {url} cannot be listed: a web server .*; copy it to a folder or a bucket$"
+    for action in (
+        lambda: LogitCache.open(url),
+        lambda: copy(url, str(tmp_path / "copy"), lambda count: None),
+        lambda: deit_fast.train(
+            settings(root, url, **LOGITS, teacher=None, output=str(tmp_path / "run"))
+        ),
+    ):
+        with pytest.raises(InputError, match=text):
+            action()
+    for verb in ("info", "verify"):
+        assert main(["cache", verb, url]) == 2
+        assert "copy it to a folder or a bucket" in capsys.readouterr().err
+
+
 def test_an_edited_manifest_is_named_as_in_a_folder(logits_at):
     objects = Objects(logits_at)
     content = objects.read("manifest.json")

@@ -32,6 +32,7 @@ from deit_fast.cache.remote import (
     pixel_parts,
     publish_small,
     pull_small,
+    require_listed,
 )
 from deit_fast.cache.remote import publish_manifest as publish_object
 from deit_fast.cache.remote import read_manifest as read_object
@@ -52,8 +53,10 @@ def caches_at(url: str) -> list[str]:
 
     Raises:
         CacheError: there is none.
+        InputError: the URL is of a web server.
     """
     objects = Objects(url)
+    require_listed(objects)
     found = [
         name.removesuffix(FILE_NAME).rstrip("/")
         for name in objects.list()

@@ -60,13 +60,27 @@ def block_name(view_id: int, block: int) -> str:
     return f"view-{view_id:05d}/{block:07d}.block"
 
 
+def require_listed(objects: Objects) -> None:
+    """
+    Raises:
+        InputError: the URL is of a web server: a cache is read by the list of its objects.
+    """
+    if objects.url.startswith(("http://", "https://")):
+        raise InputError(
+            f"cache {objects} cannot be listed: a web server has no list of its files; copy it to "
+            f"a folder or a bucket"
+        )
+
+
 def read_manifest(objects: Objects) -> tuple[dict[str, Any], bytes]:
     """The manifest of the cache at a URL, and its bytes.
 
     Raises:
         CacheError: there is none, or it is damaged.
+        InputError: the URL is of a web server.
         StorageError: it cannot be read.
     """
+    require_listed(objects)
     try:
         content = objects.read_whole(FILE_NAME)
     except ObjectMissing:
