@@ -101,6 +101,16 @@ def test_a_unit_asks_for_its_own_blocks_alone(root, logits_at, each_server, monk
     assert len(asked) <= 4
 
 
+def test_a_copy_to_a_url_with_another_cache_changes_neither(root, url, tmp_path):
+    Units(settings(root, url, **LOGITS, teacher_batch=7)).compute([0])
+    shutil.copytree(root / "logits", tmp_path / "cache")
+    there = {name: Objects(url).read(name) for name in Objects(url).list()}
+    with pytest.raises(CacheMismatch, match=r"teacher.batch is 7"):
+        copy(str(tmp_path / "cache"), url, lambda count: None)
+    assert contents(tmp_path / "cache") == contents(root / "logits")
+    assert {name: Objects(url).read(name) for name in Objects(url).list()} == there
+
+
 def test_service_that_replaces_what_is_to_be_created_is_refused(root, moto_server, monkeypatch):
     use(moto_server.port, monkeypatch)
     url = f"s3://{moto_server.new_bucket()}/cache"

@@ -369,6 +369,20 @@ def test_object_is_created_once(bucket):
     assert bucket.create("empty", b"") is True and bucket.create("empty", b"") is False
 
 
+def test_object_that_is_deleted_while_it_is_compared_is_created(bucket, monkeypatch):
+    """As a note of a try, which another machine removes."""
+    bucket.create("x", b"theirs")
+    read_whole = Objects.read_whole
+
+    def delete_first(self: Objects, name: str) -> bytes:
+        self.delete(name)
+        return read_whole(self, name)
+
+    monkeypatch.setattr(Objects, "read_whole", delete_first)
+    assert bucket.create("x", b"ours") is True
+    assert bucket.read("x") == b"ours"
+
+
 def test_lost_reply_of_a_creation_is_success(bucket, proxy):
     proxy.start("lost", times=1, method="PUT")
     assert bucket.create("x", b"content") is False

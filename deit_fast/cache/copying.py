@@ -30,7 +30,6 @@ from deit_fast.cache.remote import (
     damage_text,
     has_statistics,
     pixel_parts,
-    publish_small,
     pull_small,
     require_listed,
 )
@@ -130,7 +129,8 @@ def upload(folder: Path, url: str, advance: Advance) -> int:
         content = read_file(folder / STATISTICS)
         objects.create(STATISTICS, content)
     for view_id in view_files(folder, ".pixels.json")[0]:
-        publish_small(objects, folder, view_path(folder, view_id, ".pixels.json").name)
+        path = view_path(folder, view_id, ".pixels.json")
+        objects.create(path.name, read_file(path), lambda there: True)
     listing = Listing.of(objects)
     count = 0
     for view_id in view_files(folder, ".dlc")[0]:

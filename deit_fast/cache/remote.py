@@ -495,11 +495,11 @@ def publish_manifest(objects: Objects, folder: Path, manifest: dict[str, Any]) -
         CacheMismatch: the URL has a cache made under other settings.
         StorageError: among others, the service replaces objects that are to be created.
     """
-    is_same = publish_small(objects, folder, FILE_NAME)
-    objects.require_creation(FILE_NAME, read_file(folder / FILE_NAME))
-    if not is_same:
-        there, _ = read_manifest(objects)
-        require_equal(str(objects), there, {**manifest, "format": there["format"]}, only=False)
+    if FILE_NAME not in objects.list(FILE_NAME):
+        objects.create(FILE_NAME, read_file(folder / FILE_NAME), lambda there: True)
+    there, content = read_manifest(objects)
+    require_equal(str(objects), there, {**manifest, "format": there["format"]}, only=False)
+    objects.require_creation(FILE_NAME, content)
 
 
 def blocks_in(positions: np.ndarray, views: np.ndarray, per_block: int) -> dict[int, Sequence[int]]:

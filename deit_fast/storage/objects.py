@@ -328,12 +328,17 @@ class Objects:
             ObjectExists: one with other content is there.
         """
         url = join(self.url, name)
-        try:
-            ask = partial(_writer(url).put, url, content, True)
-            self._repeat(name, "cannot be created", ask, size=len(content))
-            return True
-        except ObjectExists:
-            there = self.read_whole(name)
+        ask = partial(_writer(url).put, url, content, True)
+        for _ in range(self.patience.tries):
+            try:
+                self._repeat(name, "cannot be created", ask, size=len(content))
+                return True
+            except ObjectExists:
+                with suppress(ObjectMissing):  # deleted meanwhile: created again
+                    there = self.read_whole(name)
+                    break
+        else:
+            raise ObjectMissing(errno.ENOENT, "is created and deleted again", self.url_of(name))
         if not (there == content if same is None else same(there)):
             raise ObjectExists(errno.EEXIST, "is there with other content", self.url_of(name))
         return False
