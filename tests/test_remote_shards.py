@@ -175,7 +175,7 @@ def test_source_of_another_kind_needs_a_mounted_folder(bucket, capsys):
 @pytest.mark.parametrize(
     ("root", "words"),
     [
-        ("s3://no-such-bucket-at-all/x", "s3://no-such-bucket-at-all/x/train: does not exist"),
+        ("s3://no-such-bucket-at-all/x", "at-all/x/train: there is no such bucket"),
         ("s3://KEY:secret@bucket/x", "a user, a query or a # in a URL is not read"),
         ("ftp://host/x", "ftp:// is not read"),
     ],
