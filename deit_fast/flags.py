@@ -151,7 +151,7 @@ COMMON = {
     "train": (
         "recipe", "config", "data.root", "teacher", "cache", "output", "model.name",
         "model.weights", "view.image_size", "epochs", "batch_size", "optim.lr", "data.workers",
-        "seed", "mirror", "dry_run",
+        "seed", "dry_run",
     ),
     "precompute": (
         "recipe", "config", "data.root", "teacher", "teacher_classes", "cache", "view.image_size",
