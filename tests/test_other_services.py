@@ -54,7 +54,9 @@ class Service(NamedTuple):
     params=[
         pytest.param(
             scheme,
-            marks=pytest.mark.skipif(not can_serve(scheme), reason=" or ".join(needs)),
+            marks=pytest.mark.skipif(
+                not can_serve(scheme), reason=f"{' or '.join(needs)} is not installed"
+            ),
         )
         for scheme, needs in OTHERS.items()
     ],

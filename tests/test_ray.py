@@ -179,14 +179,19 @@ def test_a_fleet_of_every_kind_that_is_killed_at_random_makes_one_cache(
     assert contents(cache) == contents(root / "whole")
 
 
+def with_broken_image(root: Path, folder: Path, on_error: str) -> tuple[RunConfig, Path]:
+    """The settings of a data set of which one image cannot be read."""
+    shutil.copytree(root / "data", folder / "data")
+    image = sorted((folder / "data" / "train").rglob("*.png"))[40]
+    image.write_bytes(b"?" * image.stat().st_size)
+    data = {"root": str(folder / "data"), "on_error": on_error, "workers": 0}
+    return settings(root, folder / "cache", data=data), image
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster, root, tmp_path):
-    shutil.copytree(root / "data", tmp_path / "data")
-    image = sorted((tmp_path / "data" / "train").rglob("*.png"))[40]
-    image.write_bytes(b"?" * image.stat().st_size)
-    data = {"root": str(tmp_path / "data"), "on_error": "fail", "workers": 0}
-    config = settings(root, tmp_path / "cache", data=data)
+    config, image = with_broken_image(root, tmp_path, "fail")
     # Mixed views of other images need this one too, so that every unit of this small set fails.
     found = ours.precompute(config, blocks=range(2, 4), workers=2, num_gpus=0)
     assert [row["unit"] for row in found["quarantined"]] == [2, 3]
@@ -198,11 +203,7 @@ def test_a_unit_with_a_broken_image_is_reported_and_the_others_are_made(cluster,
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_substituted_image_is_counted_once_and_named(cluster, root, tmp_path, caplog):
-    shutil.copytree(root / "data", tmp_path / "data")
-    image = sorted((tmp_path / "data" / "train").rglob("*.png"))[40]
-    image.write_bytes(b"?" * image.stat().st_size)
-    data = {"root": str(tmp_path / "data"), "on_error": "substitute", "workers": 0}
-    config = settings(root, tmp_path / "cache", data=data)
+    config, image = with_broken_image(root, tmp_path, "substitute")
     found = ours.precompute(config, blocks=range(2, 4), workers=2, num_gpus=0)
     assert (found["quarantined"], found["substituted"]) == ([], [str(image)])
     assert f"1 unreadable images were substituted, the first is {image}: the cache" in caplog.text

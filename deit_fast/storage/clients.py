@@ -13,6 +13,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from deit_fast.errors import InputError
+from deit_fast.storage.urls import shown
+
 CONNECTIONS = 32  # of a process at once
 CONNECT_SECONDS = 10.0
 
@@ -78,13 +81,17 @@ class Client(ABC):
 
 
 class ReadOnlyClient(Client):
-    """`Objects` refuses to write before it calls these."""
+    """Refuses to write."""
+
+    def refusal(self, url: str) -> InputError:
+        scheme = url.partition(":")[0]
+        return InputError(f"{shown(url)} cannot be written: {scheme}:// is read only")
 
     def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
-        raise NotImplementedError
+        raise self.refusal(url)
 
     def delete(self, url: str, seconds: float) -> Future[None]:
-        raise NotImplementedError
+        raise self.refusal(url)
 
 
 _pools: dict[str, ThreadPoolExecutor] = {}

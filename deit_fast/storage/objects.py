@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from deit_fast.errors import InputError, first_line, printable
+from deit_fast.errors import first_line, printable
 from deit_fast.runtime.files import crc32c, open_regular
 from deit_fast.storage.clients import Body, Changed, Client, ReadOnlyClient, Refused, Stamp, pool
 from deit_fast.storage.etags import vouches
@@ -344,7 +344,7 @@ class Objects:
         return False
 
     def require_creation(self, name: str, content: bytes) -> None:
-        """Try to create an object that is there, since some services do not heed the condition.
+        """Try to create an object that is there, since some services ignore the condition.
 
         Args:
             content: of the object.
@@ -531,7 +531,7 @@ class _Wrong(Exception):
 def _writer(url: str) -> Client:
     client = client_of(url)
     if isinstance(client, ReadOnlyClient):
-        raise InputError(f"{shown(url)} cannot be written: {url.partition(':')[0]}:// is read only")
+        raise client.refusal(url)
     return client
 
 

@@ -98,7 +98,7 @@ class Mirror:
 
         Args:
             settings: a digest of what the run may not change.
-            resume: whether it goes on from a checkpoint at the URL.
+            resume: whether it resumes from a checkpoint at the URL.
 
         Raises:
             InputError: the URL has another run, or one that is not to be resumed.

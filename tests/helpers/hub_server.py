@@ -1,6 +1,6 @@
 """The part of the Hugging Face Hub's API by which its library reads a data set, on the loopback.
 
-There is no server of the Hub that a test could start: this one answers as the documents at
+There is no server of the Hub that a test could start: this one replies as the documents at
 https://huggingface.co/docs/hub/api say, so it shows that the library is asked rightly, and not how
 the service behaves.
 """
