@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from deit_fast.errors import InputError
-from deit_fast.storage.urls import shown
 
 CONNECTIONS = 32  # of a process at once
 CONNECT_SECONDS = 10.0
@@ -85,7 +84,7 @@ class ReadOnlyClient(Client):
 
     def refusal(self, url: str) -> InputError:
         scheme = url.partition(":")[0]
-        return InputError(f"{shown(url)} cannot be written: {scheme}:// is read only")
+        return InputError(f"{url} cannot be written: {scheme}:// is read only")
 
     def put(self, url: str, content: bytes, create: bool, seconds: float) -> Future[None]:
         raise self.refusal(url)
