@@ -1,5 +1,5 @@
-"""Builds `deit_fast._C`: the teacher-logit cache and the resize of the Pillow loader (C++17) and,
-where nvcc is found, the CUDA part of the cache.
+"""Builds `deit_fast._C`: the teacher-logit cache, the listing of image folders and the resize of
+the Pillow loader (C++17) and, where nvcc is found, the CUDA part of the cache.
 
 Everything else is in pyproject.toml. The build needs a C++ compiler, pybind11 and ninja, and no
 torch. DEIT_FAST_CUDA=0 leaves CUDA out, DEIT_FAST_CUDA=1 insists on it; CXX names the compiler.
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/crc32c.cpp",
+    "csrc/folder_list.cpp",
     "csrc/guarded_map.cpp",
     "csrc/logit_cache.cpp",
     "csrc/record_codec.cpp",

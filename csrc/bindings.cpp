@@ -8,6 +8,8 @@
 #include <cstring>
 
 #include "crc32c.h"
+#include "errors.h"
+#include "folder_list.h"
 #include "logit_cache.h"
 #include "record_codec.h"
 #include "resize.h"
@@ -115,6 +117,24 @@ TopKShape topk_shape(uint32_t num_classes, uint32_t k, uint32_t id_bytes,
           inverse_temperatures.data()};
 }
 
+// As os.fsdecode: a path may be no UTF-8.
+py::object file_name(const std::string& path) {
+  const auto size = static_cast<py::ssize_t>(path.size());
+  return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefaultAndSize(path.data(), size));
+}
+
+py::list file_names(const std::vector<std::string>& names) {
+  py::list list;
+  for (const std::string& name : names) list.append(file_name(name));
+  return list;
+}
+
+// Lets Ctrl-C end a call that has released the GIL.
+void check_signals() {
+  py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 }  // namespace
 
 // Names of arguments are in deit_fast/_C.pyi.
@@ -128,7 +148,8 @@ PYBIND11_MODULE(_C, module) {
     } catch (const IoError& error) {
       // OSError(errno, text, file name) becomes its subclass for errno, such as FileNotFoundError.
       const std::string text = std::string(std::strerror(error.code)) + " (" + error.note + ")";
-      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code, text, error.path).ptr());
+      const py::tuple arguments = py::make_tuple(error.code, text, file_name(error.path));
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
 
@@ -297,6 +318,30 @@ PYBIND11_MODULE(_C, module) {
                     out_width, out_height, at<uint8_t>(out));
       },
       Release());
+
+  py::class_<FolderList>(module, "FolderList")
+      .def_property_readonly("images", [](const FolderList& list) { return py::bytes(list.images); })
+      .def_property_readonly("sizes",
+                             [](const FolderList& list) {
+                               const auto count = static_cast<py::ssize_t>(list.sizes.size());
+                               return py::array_t<int64_t>(count, list.sizes.data());
+                             })
+      .def_property_readonly("folders",
+                             [](const FolderList& list) { return file_names(list.folders); })
+      .def_property_readonly("hidden_folders",
+                             [](const FolderList& list) { return file_names(list.hidden_folders); })
+      .def_property_readonly("hidden_files",
+                             [](const FolderList& list) { return file_names(list.hidden_files); })
+      .def_property_readonly("others",
+                             [](const FolderList& list) { return file_names(list.others); })
+      .def_readonly("entries", &FolderList::entries);
+  module.attr("GONE") = kGone;
+  module.def("list_folder", [](const py::bytes& path, const std::vector<std::string>& suffixes,
+                               int threads) {
+    const std::string folder = path;
+    py::gil_scoped_release release;
+    return list_folder(folder, suffixes, threads, &check_signals);
+  });
 
 #ifdef DEIT_FAST_WITH_CUDA
   module.attr("with_cuda") = true;

@@ -254,12 +254,6 @@ const std::string& create_or_keep(const std::string& path, const std::string& te
 
 }  // namespace
 
-IoError::IoError(int code, std::string path, std::string note)
-    : std::runtime_error(path + ": " + note + ": " + std::strerror(code)),
-      code(code),
-      path(std::move(path)),
-      note(std::move(note)) {}
-
 void ViewSpec::check() const {
   if (num_records == 0 || record_bytes == 0 || block_records == 0) {
     throw FormatError("a view needs at least one record of at least one byte in a block");

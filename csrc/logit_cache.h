@@ -8,27 +8,14 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "errors.h"
 #include "guarded_map.h"
 
 namespace deit_fast {
-
-// The bytes of a file are not what the format allows. The text names file and block.
-struct FormatError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// A system call failed. `note` names the operation.
-struct IoError : std::runtime_error {
-  IoError(int code, std::string path, std::string note);
-  int code;
-  std::string path;
-  std::string note;
-};
 
 // The layout of a view file, which its header repeats, and the valid class ids of its records.
 struct ViewSpec {

@@ -1,6 +1,6 @@
 """Types of the compiled extension; csrc/bindings.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import numpy as np
@@ -134,6 +134,26 @@ def crop_resize(
     out_height: int,
     out: int,
 ) -> None: ...
+
+GONE: int
+
+class FolderList:
+    @property
+    def images(self) -> bytes: ...
+    @property
+    def sizes(self) -> np.ndarray: ...
+    @property
+    def folders(self) -> list[str]: ...
+    @property
+    def hidden_folders(self) -> list[str]: ...
+    @property
+    def hidden_files(self) -> list[str]: ...
+    @property
+    def others(self) -> list[str]: ...
+    @property
+    def entries(self) -> int: ...
+
+def list_folder(path: bytes, suffixes: Sequence[str], threads: int) -> FolderList: ...
 def decode_records_cuda(
     layout: RecordLayout, records: int, count: int, outputs: list[int], device: int, stream: int
 ) -> None: ...

@@ -345,7 +345,7 @@ def class_folders(folder: str) -> list[str]:
 
 
 def cannot_list(error: OSError) -> InputError:
-    return InputError(f"cannot list {error.filename}: {error.strerror}")
+    return InputError(f"cannot list {error.filename}: {os.strerror(error.errno or 0)}")
 
 
 _HUB_FILES = ": it holds files of a Hugging Face dataset, which --data.source hf reads"

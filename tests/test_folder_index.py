@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bench.two_passes import TwoPasses, size_of
+from deit_fast import _C
 from deit_fast.data import folder_index, folder_listing
 from deit_fast.data.folder_listing import Listing, ListingPass
 from deit_fast.data.image_folder import ImageFolder
@@ -117,6 +118,45 @@ def test_one_pass_finds_what_two_passes_find(tmp_path, monkeypatch, slow_server)
     assert "a/link/inner" in listing.folders and "a/dir.jpg" in listing.folders
     entries = dict(zip(listing.folders, listing.stamps[:, -1].tolist(), strict=True))
     assert {name: entries[name] for name in ("", "a", "empty")} == {"": 6, "a": 8, "empty": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_of_any_bytes_are_ordered_as_text(tmp_path, seed):
+    """Bytes that are no text are surrogates in Python, which sort otherwise than the bytes."""
+    random, folder = np.random.default_rng(seed), os.fsencode(tmp_path / "train" / "a")
+    os.makedirs(folder)
+    letters = [b"a", b"B", b"\xff", b"\xc3\xa9", b"\xee\x80\x80", b"\xf0\x9f\x98\x80", b"\x80"]
+    for _ in range(300):
+        stem = b"".join(random.choice(letters, random.integers(1, 6)))
+        with open(os.path.join(folder, stem + random.choice([b".jpg", b".JPeG", b".txt"])), "wb"):
+            pass
+    split = str(tmp_path / "train")
+    listing, reference = open_listing(Path(split)), TwoPasses(split, class_folders(split))
+    assert [os.path.join(split, name) for name in names(listing)] == list(reference.paths)
+    assert listing.digest == reference.sha256() and listing.left_out == reference.left_out
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_ctrl_c_ends_the_listing_of_a_large_folder(tmp_path, threads):
+    """A handler that raises at its third call: without a look at signals, a listing has but one."""
+    (tmp_path / "0.jpg").touch()
+    for number in range(1, 60_000):
+        os.link(tmp_path / "0.jpg", tmp_path / f"{number}.jpg")
+    called = []
+
+    def handle(number: int, frame: object) -> None:
+        called.append(number)
+        if len(called) == 3:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGPROF, handle)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)  # of the processor's time
+        with pytest.raises(KeyboardInterrupt):
+            _C.list_folder(os.fsencode(tmp_path), (".jpg",), threads)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def test_the_digest_of_existing_caches_stays(tmp_path):

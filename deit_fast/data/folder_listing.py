@@ -11,21 +11,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
 
+from deit_fast import _C
 from deit_fast.data.left_out import LeftOut
 from deit_fast.errors import InputError
 from deit_fast.inputs import IMAGE_SUFFIXES, cannot_list
 from deit_fast.runtime.progress import Progress
 
-_USUAL = (".JPEG", ".jpg", ".png")  # found without a copy of the name in small letters
 _NO_IMAGE = "files that are no image"
-GONE = -1  # size of a link to nothing
+GONE = _C.GONE  # size of a link to nothing
 _SLOW_STAT = 200e-6  # seconds: above, it waits for a server, and threads wait at the same time
 _STAT_THREADS = 16
 _ENOUGH = 64  # images of a folder from which the time of a call is known
@@ -180,7 +179,7 @@ class ListingPass:
 
     def _list_class(self, name: str) -> None:
         """Add the images of a class, sorted by their folders' paths as text, then by name."""
-        found: list[tuple[str, str, dict[str, int]]] = []
+        found: list[tuple[str, str, bytes, np.ndarray]] = []
         waiting = [name]
         while waiting:
             relative = waiting.pop()
@@ -194,70 +193,49 @@ class ListingPass:
                     f"{path} and {other} are one folder, through a link, and its images would "
                     f"count twice; remove the link"
                 )
-            folders, sizes, count = self._list_folder(path, relative)
-            self._stamps[relative] = (*stamp[:-1], count)
-            found.append((path, relative, sizes))
-            waiting += [os.path.join(relative, folder) for folder in reversed(folders)]
-        for _, relative, sizes in sorted(found, key=itemgetter(0)):
-            self._add(name, relative, sizes)
+            listed = self._list_folder(path, relative)
+            self._stamps[relative] = (*stamp[:-1], listed.entries)
+            found.append((path, relative, listed.images, listed.sizes))
+            waiting += [os.path.join(relative, folder) for folder in reversed(listed.folders)]
+        for _, relative, images, sizes in sorted(found, key=itemgetter(0)):
+            self._add(name, relative, images, sizes)
 
-    def _list_folder(self, path: str, relative: str) -> tuple[list[str], dict[str, int], int]:
-        """Folders in the order of the system, images with their sizes, number of entries."""
-        folders: list[str] = []
-        sizes: dict[str, int] = {}
-        others: list[tuple[str, str]] = []
-        waiting: list[os.DirEntry[str]] | None = [] if self._slow_stat else None
-        started, count = time.perf_counter(), 0
+    def _list_folder(self, path: str, relative: str) -> _C.FolderList:
+        """The entries of a folder; what is no image is counted."""
+        started, threads = time.perf_counter(), _STAT_THREADS if self._slow_stat else 1
         try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = entry.name
-                    count += 1
-                    try:
-                        is_folder = entry.is_dir()
-                    except OSError:
-                        is_folder = False
-                    if is_folder:
-                        if name[0] == ".":
-                            self._left_out.add("hidden folders", os.path.join(relative, name))
-                        else:
-                            folders.append(name)
-                    elif name[0] == ".":
-                        others.append(("hidden files", name))
-                    elif not (name.endswith(_USUAL) or name.lower().endswith(IMAGE_SUFFIXES)):
-                        others.append((_NO_IMAGE, name))
-                    elif waiting is not None:
-                        waiting.append(entry)
-                    else:
-                        try:
-                            sizes[name] = entry.stat().st_size
-                        except OSError:
-                            sizes[name] = GONE
+            listed = _C.list_folder(os.fsencode(path), IMAGE_SUFFIXES, threads)
         except OSError as error:
             raise cannot_list(error) from None
-        if waiting is not None:
-            sizes = _sizes_in_threads(waiting)
-        elif len(sizes) >= _ENOUGH:
-            self._slow_stat = time.perf_counter() - started > _SLOW_STAT * count
-        for kind, name in others:
-            self._left_out.add(kind, os.path.join(relative, name))
-        self._report(len(sizes))
-        return folders, sizes, count
+        if len(listed.sizes) >= _ENOUGH and not self._slow_stat:
+            self._slow_stat = time.perf_counter() - started > _SLOW_STAT * listed.entries
+        for kind, names in (
+            ("hidden folders", listed.hidden_folders),
+            ("hidden files", listed.hidden_files),
+            (_NO_IMAGE, listed.others),
+        ):
+            for name in names:
+                self._left_out.add(kind, os.path.join(relative, name))
+        self._report(len(listed.sizes))
+        return listed
 
-    def _add(self, label: str, relative: str, sizes: dict[str, int]) -> None:
+    def _add(self, label: str, relative: str, images: bytes, sizes: np.ndarray) -> None:
         """Add the images of one folder, by name."""
-        if not sizes:
+        if not images:
             return
-        names = sorted(sizes)
+        names = images[:-1].decode(*_ENCODING).split("\0")
+        if not images.isascii():  # bytes that are no text sort otherwise as characters
+            order = sorted(range(len(names)), key=names.__getitem__)
+            names, sizes = [names[index] for index in order], sizes[order]
         prefix, line_end = f"{relative}/", f"\0{label}\n"
-        items = [f"{name}\0{sizes[name]}" for name in names]
+        items = [f"{name}\0{size}" for name, size in zip(names, sizes.tolist(), strict=True)]
         lines = f"{prefix}{(line_end + prefix).join(items)}{line_end}".encode(*_ENCODING)
         self._digest.update(lines)
         zeros = np.flatnonzero(np.frombuffer(lines, np.uint8) == 0)  # two a line
         gap = len(line_end.encode(*_ENCODING))
         lengths = zeros[::2] - np.concatenate([[0], zeros[1:-1:2] + gap])
         self._ends.append(np.cumsum(lengths) + len(self._names))
-        self._sizes.append(np.fromiter(map(sizes.__getitem__, names), np.int64, len(names)))
+        self._sizes.append(sizes)
         self._names += f"{prefix}{prefix.join(names)}".encode(*_ENCODING)
 
     def _report(self, images: int) -> None:
@@ -276,23 +254,3 @@ class ListingPass:
 def _identity(stamp: tuple[int, ...]) -> tuple[int, ...]:
     """Device and inode: of a folder, whatever links lead to it."""
     return stamp[2:4]
-
-
-def _sizes_in_threads(entries: list[os.DirEntry[str]]) -> dict[str, int]:
-    """Sizes by name, with several requests to a server at a time."""
-    step = max(1, -(-len(entries) // _STAT_THREADS))
-    parts = [entries[first : first + step] for first in range(0, len(entries), step)]
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        sizes = [size for part in pool.map(_sizes, parts) for size in part]
-    return dict(zip([entry.name for entry in entries], sizes, strict=True))
-
-
-def _sizes(entries: Sequence[os.DirEntry[str]]) -> list[int]:
-    return [_size(entry) for entry in entries]
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return GONE
