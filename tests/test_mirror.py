@@ -15,7 +15,8 @@ from deit_fast.config import RunConfig
 from deit_fast.errors import InputError
 from deit_fast.runtime.signals import Preempted
 from deit_fast.storage import services
-from deit_fast.storage.objects import Objects, StorageError
+from deit_fast.storage.failures import StorageError
+from deit_fast.storage.objects import Objects
 from deit_fast.training.mirror import Mirror
 from helpers.digits import write_few_digits
 from helpers.fault_proxy import fault_proxy

@@ -17,14 +17,8 @@ from deit_fast.cli import main
 from deit_fast.config import CodecConfig
 from deit_fast.precomputation import precompute
 from deit_fast.runtime.files import crc32c
-from deit_fast.storage.objects import (
-    ObjectChanged,
-    ObjectExists,
-    ObjectMissing,
-    Objects,
-    Patience,
-    StorageError,
-)
+from deit_fast.storage.failures import ObjectChanged, ObjectExists, ObjectMissing, StorageError
+from deit_fast.storage.objects import Objects, Patience
 from deit_fast.units import Units
 from helpers.digits import write_few_digits
 from helpers.fault_proxy import FAULTS, Proxy, fault_proxy

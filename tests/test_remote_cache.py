@@ -18,7 +18,8 @@ from deit_fast.config import CodecConfig, RunConfig
 from deit_fast.errors import CacheError, CacheMismatch, InputError
 from deit_fast.precomputation import estimate, precompute
 from deit_fast.storage import services
-from deit_fast.storage.objects import Objects, StorageError
+from deit_fast.storage.failures import StorageError
+from deit_fast.storage.objects import Objects
 from deit_fast.units import TRIES_FOLDER, Units
 from helpers import small_blocks
 from helpers.digits import write_few_digits

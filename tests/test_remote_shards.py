@@ -24,7 +24,8 @@ from deit_fast.data.tar_shards import TarShards
 from deit_fast.errors import InputError
 from deit_fast.precomputation import precompute
 from deit_fast.storage import etags
-from deit_fast.storage.objects import ObjectChanged, ObjectMissing, Objects, Patience
+from deit_fast.storage.failures import ObjectChanged, ObjectMissing
+from deit_fast.storage.objects import Objects, Patience
 from deit_fast.storage.s3 import S3Client
 from deit_fast.tools.pack import pack
 from deit_fast.training.loop import train

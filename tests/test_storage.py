@@ -21,16 +21,14 @@ from deit_fast.errors import InputError
 from deit_fast.runtime.files import crc32c
 from deit_fast.storage import services
 from deit_fast.storage.etags import vouches
-from deit_fast.storage.objects import (
+from deit_fast.storage.failures import (
     ObjectChanged,
     ObjectDamaged,
     ObjectExists,
     ObjectMissing,
-    Objects,
-    Part,
-    Patience,
     StorageError,
 )
+from deit_fast.storage.objects import Objects, Part, Patience
 from deit_fast.storage.s3 import S3Client
 from deit_fast.storage.urls import is_url, join, require_plain, shown, without_secrets
 from helpers.fault_proxy import FAULTS, Proxy, fault_proxy

@@ -38,7 +38,8 @@ from deit_fast.cache.remote import read_manifest as read_object
 from deit_fast.cache.verify import info, parse_pixels
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import open_regular, read_file, temporary_path, write_atomically
-from deit_fast.storage.objects import ObjectDamaged, Objects
+from deit_fast.storage.failures import ObjectDamaged
+from deit_fast.storage.objects import Objects
 from deit_fast.storage.urls import is_url, join
 
 _TOGETHER_BYTES = 64 << 20  # of blocks in memory at once

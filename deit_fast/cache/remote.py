@@ -34,7 +34,8 @@ from deit_fast.cache.format import (
 from deit_fast.errors import CacheError, InputError
 from deit_fast.runtime.files import parse_json, read_file, write_atomically
 from deit_fast.storage.clients import Stamp
-from deit_fast.storage.objects import ObjectDamaged, ObjectExists, ObjectMissing, Objects, Part
+from deit_fast.storage.failures import ObjectDamaged, ObjectExists, ObjectMissing
+from deit_fast.storage.objects import Objects, Part
 
 log = logging.getLogger("deit_fast")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from deit_fast.data.sources import equal_names
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import read_file
-from deit_fast.storage.objects import ObjectMissing, Objects
+from deit_fast.storage.failures import ObjectMissing
+from deit_fast.storage.objects import Objects
 from deit_fast.storage.urls import is_url, shown
 
 log = logging.getLogger("deit_fast")

@@ -47,7 +47,8 @@ from deit_fast.data.sources import (
 )
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import parse_arrays, parse_json, read_file
-from deit_fast.storage.objects import ObjectMissing, Objects, Part, Stamp, StorageError
+from deit_fast.storage.failures import ObjectMissing, StorageError
+from deit_fast.storage.objects import Objects, Part, Stamp
 from deit_fast.storage.urls import is_url, join
 
 FORMAT = {"format": "deit-fast-packed", "version": 1}

@@ -14,7 +14,8 @@ from deit_fast.data.sources import UnreadableImage
 from deit_fast.errors import InputError
 from deit_fast.runtime.files import crc32c
 from deit_fast.storage.clients import Stamp
-from deit_fast.storage.objects import ObjectDamaged, Objects, Part, StorageError, digest_stamps
+from deit_fast.storage.failures import ObjectDamaged, StorageError
+from deit_fast.storage.objects import Objects, Part, digest_stamps
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,8 @@ from deit_fast.runtime.files import (
 from deit_fast.runtime.locks import one_at_a_time
 from deit_fast.runtime.progress import Progress
 from deit_fast.storage.etags import vouches
-from deit_fast.storage.objects import (
-    ObjectExists,
-    ObjectMissing,
-    Objects,
-    Stamp,
-    StorageError,
-    digest_stamps,
-)
+from deit_fast.storage.failures import ObjectExists, ObjectMissing, StorageError
+from deit_fast.storage.objects import Objects, Stamp, digest_stamps
 from deit_fast.storage.urls import join
 
 log = logging.getLogger("deit_fast")

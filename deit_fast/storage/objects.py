@@ -22,13 +22,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from deit_fast.errors import first_line, printable
+from deit_fast.errors import printable
 from deit_fast.runtime.files import crc32c, open_regular
-from deit_fast.storage.clients import Body, Changed, Client, ReadOnlyClient, Refused, Stamp, pool
+from deit_fast.storage.clients import Body, Changed, Client, ReadOnlyClient, Stamp, pool
 from deit_fast.storage.etags import vouches
+from deit_fast.storage.failures import (
+    ObjectDamaged,
+    ObjectExists,
+    ObjectMissing,
+    StorageError,
+    WrongBytes,
+    cause,
+    permanent_error,
+)
 from deit_fast.storage.s3 import S3Client
 from deit_fast.storage.services import client_of
-from deit_fast.storage.urls import join, require_plain, shown, without_secrets
+from deit_fast.storage.urls import join, require_plain, shown
 
 log = logging.getLogger("deit_fast")
 T = TypeVar("T")
@@ -38,53 +47,6 @@ _GAP = 64 << 10  # bytes between two ranges that are cheaper to read than anothe
 _PART_BYTES = 64 << 20  # of a file that is sent in parts: 10,000 of them are allowed
 _LONGEST_PAUSE = 20.0
 _SLOWEST = 1e6  # bytes a second of a connection that is given time
-
-_PERMANENT = {301, 401, 403, 404, 405, 410, 412, 416, 501}
-# Codes of status 400 that may pass; without a code it is a library's name for a broken reply.
-_MAY_PASS = {
-    "",
-    "400",
-    "RequestTimeout",
-    "BadDigest",
-    "IncompleteBody",
-    "XAmzContentSHA256Mismatch",
-}
-_NO_CREDENTIALS = {
-    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError",
-    "LocalTokenNotFoundError",
-}  # fmt: skip
-
-
-class StorageError(OSError):
-    """An object cannot be read or written. One line: the URL without secrets, and the cause.
-
-    Args:
-        number: of `errno`.
-        why: the cause, and what was asked for.
-        url: as `shown` gives it.
-    """
-
-    def __init__(self, number: int, why: str, url: str) -> None:
-        super().__init__(number, why, url)
-
-    def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
-
-
-class ObjectMissing(StorageError, FileNotFoundError):
-    """There is no object of this name."""
-
-
-class ObjectChanged(StorageError):
-    """The object was replaced since its stamp was taken."""
-
-
-class ObjectExists(StorageError, FileExistsError):
-    """An object of this name is there, and has other content."""
-
-
-class ObjectDamaged(StorageError):
-    """The bytes that the service sends have a wrong checksum, at every try."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +183,7 @@ class Objects:
             if len(body.content) != length:
                 return EOFError(f"{len(body.content)} of {length} bytes came")
             if check is not None and not check(body.content):
-                return _Wrong()
+                return WrongBytes()
             return None
 
         what = f"bytes {start} to {stop - 1} cannot be read"
@@ -466,66 +428,28 @@ class Objects:
             if error is None and (error := judge(result) if judge else None) is None:
                 return result
             assert error is not None
-            final = self._permanent(name, what, error)
+            final = permanent_error(self.url_of(name), what, error)
             wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.5, 1)
             if final is None and (
                 tried == patience.tries or time.monotonic() + wait > end
             ):  # as many tries as there will be
-                kind = ObjectDamaged if isinstance(error, _Wrong) else StorageError
+                kind = ObjectDamaged if isinstance(error, WrongBytes) else StorageError
                 tries = f"{tried} {'try' if tried == 1 else 'tries'}"
-                why = f"{what}, in {tries}: {_cause(error, seconds)}"
+                why = f"{what}, in {tries}: {cause(error, seconds)}"
                 final = kind(errno.EIO, why, self.url_of(name))
             if final is not None:
                 break
-            log.debug("%s: %s: %s; again", self.url_of(name), what, _cause(error, seconds))
+            log.debug("%s: %s: %s; again", self.url_of(name), what, cause(error, seconds))
             time.sleep(wait)
             pause *= 2
         del error  # it may hold a signed URL, and would be the context of this one
         raise final
-
-    def _permanent(self, name: str, what: str, error: BaseException) -> StorageError | None:
-        """The error to raise where another try cannot help."""
-        url, status = self.url_of(name), _status(error)
-        names = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-        if isinstance(error, Changed) or (status == 412 and what.startswith("bytes")):
-            why = "was changed while it was in use: start the command again"
-            return ObjectChanged(errno.ESTALE, why, url)
-        if isinstance(error, FileExistsError) or status == 412:
-            return ObjectExists(errno.EEXIST, "exists", url)
-        if isinstance(error, FileNotFoundError) or status == 404:
-            is_bucket = _code(error) == "NoSuchBucket"
-            why = "there is no such bucket" if is_bucket else "does not exist"
-            return ObjectMissing(errno.ENOENT, why, url)
-        if names & _NO_CREDENTIALS:
-            return StorageError(errno.EACCES, f"{what}: no credentials were found{_REMEDY}", url)
-        if isinstance(error, PermissionError) or status in (401, 403):
-            why = f"{what}: access is refused, {_cause(error)}{_REMEDY}"
-            return StorageError(errno.EACCES, why, url)
-        if isinstance(error, Refused):
-            return StorageError(errno.ENOTSUP, f"{what}: {error}", url)
-        is_refused = status == 400 and _code(error) not in _MAY_PASS
-        if status in _PERMANENT or is_refused:
-            return StorageError(errno.EIO, f"{what}: {_cause(error)}", url)
-        return None
-
-
-_REMEDY = (
-    ": give them as the service's own tools expect them, for S3 as AWS_PROFILE or "
-    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (FSSPEC_S3_ANON=true for a public bucket)"
-)
 
 
 def digest_stamps(stamps: dict[str, Stamp]) -> str:
     """16 hex digits that differ for other shards: over names, sizes and ETags."""
     lines = (f"{name}\0{stamp.size}\0{stamp.etag}\n" for name, stamp in stamps.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-
-class _Wrong(Exception):
-    """The caller's check says that the bytes are not right."""
-
-    def __str__(self) -> str:
-        return "the checksum of the bytes is wrong"
 
 
 def _writer(url: str) -> Client:
@@ -591,53 +515,3 @@ def _digests_of(path: Path) -> tuple[int, int, str]:
             size, crc = size + len(content), crc32c(content, crc)
             md5.update(content)
     return size, crc, md5.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
-# Errors of the libraries
-# ---------------------------------------------------------------------------------------------
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    one: BaseException | None = error
-    for _ in range(5):
-        if one is None:
-            return
-        yield one
-        one = one.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status in the error of a library, or in what it was made from."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            found = getattr(response, "status_code", None) or getattr(one, "status", None)
-        with suppress(TypeError, ValueError):
-            return int(found)  # type: ignore[arg-type]
-    return None
-
-
-def _code(error: BaseException) -> str:
-    """S3's name of the error, or ''."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _cause(error: BaseException, seconds: float | None = None) -> str:
-    """What went wrong, in words that hold no secret: texts of libraries may hold signed URLs."""
-    status, code = _status(error), _code(error)
-    if status is not None:
-        return printable(
-            f"{code} (HTTP {status})" if code and code != str(status) else f"HTTP {status}"
-        )
-    if isinstance(error, _Wrong):
-        return str(error)
-    if type(error).__name__ in ("TimeoutError", "FSTimeoutError") and not str(error):
-        return "no reply in time" if seconds is None else f"no reply within {seconds:.3g} s"
-    return printable(without_secrets(first_line(error, 300, with_type=True)))

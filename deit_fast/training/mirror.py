@@ -40,14 +40,8 @@ from deit_fast.runtime.files import (
 from deit_fast.runtime.locks import one_at_a_time
 from deit_fast.runtime.metrics import METRICS
 from deit_fast.runtime.progress import Progress
-from deit_fast.storage.objects import (
-    ObjectDamaged,
-    ObjectExists,
-    ObjectMissing,
-    Objects,
-    Part,
-    StorageError,
-)
+from deit_fast.storage.failures import ObjectDamaged, ObjectExists, ObjectMissing, StorageError
+from deit_fast.storage.objects import Objects, Part
 from deit_fast.training.checkpoints import KEEP, Stays, list_checkpoints, never, step_of
 
 log = logging.getLogger("deit_fast")
