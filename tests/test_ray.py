@@ -41,7 +41,7 @@ sweep = pytest.mark.skipif("DEIT_FAST_SWEEP" not in os.environ, reason="minutes"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, moto_server: Server) -> Iterator[object]:
     pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ours.restored_handler():
         use(moto_server.port, patch)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -347,6 +347,24 @@ def test_wrong_settings_that_a_worker_finds_end_the_work_at_once(tmp_path, monke
     with pytest.raises(InputError, match=r"^the cache differs$"):
         ours.precompute(RunConfig(cache=str(tmp_path)), workers=1)
     assert len(played.asked) == 1
+
+
+def test_a_handler_of_sigterm_that_ray_leaves_is_taken_away(tmp_path, monkeypatch):
+    @contextmanager
+    def handling(*_: object) -> Iterator[None]:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        yield
+
+    before = signal.getsignal(signal.SIGTERM)
+    for rows in ([row_of(unit) for unit in range(4)], [row_of(0) | {"is_input": True}]):
+        Passes(monkeypatch, rows)
+        monkeypatch.setattr(ours, "_cluster", handling)
+        try:
+            with suppress(InputError):
+                ours.precompute(RunConfig(cache=str(tmp_path)), workers=1)
+            assert signal.getsignal(signal.SIGTERM) is before
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_a_worker_pauses_longer_after_each_failure(monkeypatch):

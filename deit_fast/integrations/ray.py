@@ -76,7 +76,12 @@ def precompute(
     from deit_fast.precompute_job import say_substituted
 
     started = time.perf_counter()
-    with _cluster(ray, num_gpus, num_cpus), _interruptible(), _one_line(ray):
+    with (
+        restored_handler(),
+        _cluster(ray, num_gpus, num_cpus),
+        _interruptible(),
+        _one_line(ray),
+    ):
         total = ray.get(ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_total).remote(config))
         chosen = range(total) if blocks is None else range(blocks.start, min(blocks.stop, total))
         found = _Results(list(chosen))
@@ -298,6 +303,19 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def restored_handler() -> Iterator[None]:
+    """`ray.init` replaces the handler of SIGTERM, and `ray.shutdown` does not give it back. Where
+    another block restores Ray's, a process that is forked later loses a SIGTERM that comes while it
+    begins: ending a `multiprocessing.Pool` may then wait for ever."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
