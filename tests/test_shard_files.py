@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,8 +82,14 @@ def test_threads_never_read_another_file(files: ShardFiles) -> None:
         assert sum(pool.map(read, range(8))) == 0
 
 
-def _wrong_reads(files: ShardFiles) -> int:
-    return sum(files.read(n, 0, BYTES) != bytes([n]) * BYTES for n in range(40))
+def _wrong_reads(files: ShardFiles, numbers: Iterable[int] = range(40)) -> int:
+    return sum(files.read(n, 0, BYTES) != bytes([n]) * BYTES for n in numbers)
+
+
+def _read_at_once(files: ShardFiles) -> None:
+    last = list(range(32, 40))  # those that the parent left open
+    assert _wrong_reads(files, last * 1000) == 0
+    assert _wrong_reads(files) == 0
 
 
 @pytest.mark.dist
@@ -92,8 +99,13 @@ def test_other_processes_read_too(files: ShardFiles, method: str) -> None:
     if method == "spawn":  # what it is sent
         assert _wrong_reads(pickle.loads(pickle.dumps(files))) == 0
         return
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(_wrong_reads, [files, files]) == [0, 0]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_read_at_once, args=(files,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
     assert _wrong_reads(files) == 0
 
 
