@@ -314,7 +314,8 @@ def restored_handler() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and before is not None:  # None: not installed by Python
             signal.signal(signal.SIGTERM, before)
 
 
