@@ -271,8 +271,8 @@ def _table(result: Result) -> str:
         cells = [
             row["case"],
             row["impl"],
-            f"{row['ms']:.4g}",
-            f"{row['ms_p20']:.4g} to {row['ms_p80']:.4g}",
+            _plain(row["ms"]),
+            f"{_plain(row['ms_p20'])} to {_plain(row['ms_p80'])}",
             *(_plain(row[key]) if key in row else "" for key in shown),
             f"{row['ratio']:.{2 if row['ratio'] >= 0.1 else 5}f}" if "ratio" in row else "",
             row.get("ratio_to", ""),
