@@ -18,6 +18,7 @@ from deit_fast.errors import InputError
 SUFFIXES = (".parquet", ".arrow")
 _NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)")
+_SELECTION = "indices.arrow"
 _CACHES = ("cache-", "tmp")  # `Dataset.map` leaves these beside the data
 
 
@@ -28,12 +29,19 @@ def split_files(root: str, split: str) -> tuple[str, list[str]]:
         split: "train" or "val".
 
     Raises:
-        InputError: there are none; files of both kinds; a numbered file is missing.
+        InputError: there are none; files of both kinds; a numbered file is missing; only some rows
+            of the files are meant.
     """
     found = find_split(root, split)
     if found is None:
         raise InputError(f"{root} has no split {split!r}{_instead(root, split)}")
     folder, names = found
+    if _SELECTION in names:
+        raise InputError(
+            f"{os.path.join(folder, _SELECTION)} selects rows of the files beside it, as early "
+            f"versions of the package datasets wrote: load the data set and write it again by "
+            f"`save_to_disk` of a current version, which stores those rows alone"
+        )
     if len({os.path.splitext(name)[1] for name in names}) > 1:
         raise InputError(
             f"{folder} holds .parquet and .arrow files of one split: its images would count twice; "

@@ -423,6 +423,9 @@ def test_a_split_that_is_missing_or_not_complete_is_one_line(tmp_path, capsys):
     touch(tmp_path / "both/train", "a.parquet", "a.arrow")
     with pytest.raises(InputError, match=r"holds \.parquet and \.arrow files of one split"):
         split_files(str(tmp_path / "both"), "train")
+    touch(tmp_path / "some/train", "dataset.arrow", "indices.arrow")
+    with pytest.raises(InputError, match=r"train/indices\.arrow selects rows .* `save_to_disk`"):
+        split_files(str(tmp_path / "some"), "train")
     touch(tmp_path / "config/plain_text", "train-00000-of-00001.parquet")
     with pytest.raises(
         InputError, match=r"its folder 'plain_text' has it; did you mean .*plain_te"
