@@ -96,18 +96,13 @@ def test_json_is_what_was_written_and_every_bit_of_it_counts(tmp_path):
     write_json(path, content)
     assert read_json(path) == content
     assert list(json.loads(path.read_text()))[-1] == "crc32c"
-    whole, harmless = path.read_bytes(), 0
+    whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
-        try:
-            found = read_json(path)
-        except InputError:
-            continue
-        assert content.items() <= found.items()  # the seal under a key that nothing reads
-        harmless += 1
-    assert harmless <= 8 * len("crc32c")
+        with pytest.raises(InputError):
+            read_json(path)
 
 
 def test_an_edited_json_file_says_how_to_use_it(tmp_path):
@@ -154,11 +149,13 @@ def test_weights_without_a_checksum_are_read_and_metadata_is_kept(tmp_path):
     save_weights(tmp_path / "own.safetensors", state, {"note": '"crc32c":"00000000"'})
     assert read_metadata(tmp_path / "own.safetensors") == {"note": '"crc32c":"00000000"'}
     assert torch.equal(load_weights(tmp_path / "own.safetensors")["crc32c"], state["crc32c"])
-    content = bytearray((tmp_path / "own.safetensors").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "own.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=r"own\.safetensors is damaged: its checksum differs"):
-        load_weights(tmp_path / "own.safetensors")
+    whole = (tmp_path / "own.safetensors").read_bytes()
+    for place in (len(whole) - 1, whole.index(b'"crc32c":"') + 3):
+        content = bytearray(whole)
+        content[place] ^= 1
+        (tmp_path / "own.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"own\.safetensors is damaged: its checksum differs"):
+            load_weights(tmp_path / "own.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +424,10 @@ def test_rows_of_earlier_versions_are_kept_and_a_torn_line_is_dropped(tmp_path, 
     assert path.read_text().count('"crc32c"') == 3
 
 
-@pytest.mark.parametrize("row", ["[1]", "7", '{"step": 1}', '{"step": [1], "kind": "eval"}'])
+@pytest.mark.parametrize("row", [
+    "[1]", "7", '{"step": 1}', '{"step": [1], "kind": "eval"}',
+    '{"step": 1, "kind": "eval", "crc32b": "00000000"}',
+])  # fmt: skip
 def test_a_row_that_is_none_is_named(tmp_path, caplog, row):
     write_rows(tmp_path, 1)
     path = tmp_path / "metrics.jsonl"

@@ -21,6 +21,7 @@ from deit_fast.errors import InputError, printable
 from deit_fast.runtime.files import (
     SEAL_KEY,
     SEAL_ZEROS,
+    has_seal,
     is_intact,
     open_regular,
     parse_object,
@@ -197,7 +198,7 @@ def read_metrics(path: Path, strict: bool = False) -> list[dict[str, Any]]:
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     row = parse_object(line, where)
-    if SEAL_KEY in row and not is_intact(line):
+    if has_seal(row) and not is_intact(line):
         raise InputError(f"{printable(where)} is damaged: its checksum differs")
     row.pop(SEAL_KEY, None)
     if type(row.get("step")) is not int or type(row.get("kind")) is not str:

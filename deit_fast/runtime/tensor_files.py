@@ -17,6 +17,7 @@ from deit_fast.runtime.files import (
     SEAL_KEY,
     SEAL_ZEROS,
     create_atomically,
+    has_seal,
     is_intact,
     open_atomically,
     open_regular,
@@ -95,7 +96,7 @@ def _parse_header(content: bytes, where: Path | str, noun: str) -> dict[str, str
     except InputError as error:
         raise _not_safetensors(where, noun, error) from None
     metadata = metadata if isinstance(metadata, dict) else {}
-    if SEAL_KEY in metadata and not is_intact(content, end):
+    if has_seal(metadata) and not is_intact(content, end):
         raise InputError(f"{noun} {printable(where)} is damaged: its checksum differs")
     return {key: value for key, value in metadata.items() if key != SEAL_KEY}
 
