@@ -139,6 +139,18 @@ def test_torch_loads_a_sealed_archive(tmp_path):
         assert load_torch(file)[1]
 
 
+def test_equal_weights_are_equal_files(tmp_path):
+    state = {name: torch.arange(7.0) for name in ("a", "é", "c")}
+    texts = {f"key {n}": f'{n} "é\x1b\n' for n in range(12)}
+    one, other = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    save_weights(one, state, texts)
+    save_weights(other, state, dict(reversed(texts.items())))
+    assert one.read_bytes() == other.read_bytes()
+    found = load_weights(one)
+    assert read_metadata(one) == texts
+    assert found.keys() == state.keys() and torch.equal(found["é"], state["é"])
+
+
 def test_weights_without_a_checksum_are_read_and_metadata_is_kept(tmp_path):
     from safetensors.torch import save_file
 

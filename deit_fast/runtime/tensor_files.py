@@ -6,6 +6,7 @@ The checksum is a text in `__metadata__`, so other programs read the files as an
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def save_tensors(
 ) -> None:
     """Write named tensors and texts about them, atomically and with a checksum.
 
+    The same tensors and texts give the same bytes.
+
     Args:
         is_new: write only if there is no file; of several processes, one writes.
 
@@ -40,7 +43,7 @@ def save_tensors(
     from safetensors.torch import save
 
     named = {name: value.contiguous() for name, value in tensors.items()}
-    content = save(named, {**metadata, SEAL_KEY: SEAL_ZEROS})
+    content = _in_order(save(named, {**metadata, SEAL_KEY: SEAL_ZEROS}))
     parts = seal(content, _header_end(content))
     if is_new:
         create_atomically(path, b"".join(parts))
@@ -109,6 +112,16 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _in_order(content: bytes) -> bytes:
+    """With the texts in the order of their keys: `safetensors` writes them in any order."""
+    end = _header_end(content)
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
 
 
 def _header_end(content: bytes) -> int:
