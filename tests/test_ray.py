@@ -34,6 +34,7 @@ from helpers.servers import SECRET, Server, use
 from helpers.units import command, contents
 
 VIEWS = 12  # a unit each
+NICENESS = "RAY_worker_niceness", "0"  # Ray's 15 starves its workers beside other tests
 
 sweep = pytest.mark.skipif("DEIT_FAST_SWEEP" not in os.environ, reason="minutes")
 
@@ -46,6 +47,7 @@ def cluster(tmp_path_factory, moto_server: Server) -> Iterator[object]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv(*NICENESS)
         patch.setenv("FRAGILE", "slow:300")
         patch.setenv(
             "PYTHONPATH", os.pathsep.join(["tests", ".", os.environ.get("PYTHONPATH", "")])
@@ -413,7 +415,7 @@ def test_the_command_on_a_cluster_of_its_own_stops_at_a_signal_and_resumes(root,
     home = tmp_path / "home"
     home.mkdir()
     path = os.pathsep.join([str(Path("tests").resolve()), str(Path.cwd())])
-    env = os.environ | {"PYTHONPATH": path, "HOME": str(home)}
+    env = os.environ | {"PYTHONPATH": path, "HOME": str(home)} | dict([NICENESS])
     slow = env | {"FRAGILE": "slow:300"}
     with subprocess.Popen(python, env=slow, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list((tmp_path / "cache").glob("*.dlc")):
