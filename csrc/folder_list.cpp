@@ -11,7 +11,6 @@
 #include <exception>
 #include <memory>
 #include <string_view>
-#include <system_error>
 #include <thread>
 
 #include "errors.h"
@@ -36,14 +35,6 @@ Folder open_folder(const std::string& path) {
   throw IoError(code, path, "opening");
 }
 
-// Whether it is a folder, or a link to one. A link that leads nowhere is none.
-bool is_folder(int folder, const dirent& entry) {
-  if (entry.d_type == DT_DIR) return true;
-  if (entry.d_type != DT_LNK && entry.d_type != DT_UNKNOWN) return false;
-  struct stat status;
-  return ::fstatat(folder, entry.d_name, &status, 0) == 0 && S_ISDIR(status.st_mode);
-}
-
 bool ends_with(std::string_view name, std::string_view suffix) {
   if (name.size() < suffix.size()) return false;
   const auto same = [](char small, char letter) {
@@ -52,72 +43,78 @@ bool ends_with(std::string_view name, std::string_view suffix) {
   return std::equal(suffix.begin(), suffix.end(), name.end() - suffix.size(), same);
 }
 
-// Reads the entries into `list`, but the images' names into `images`, a zero byte after each.
-void read_entries(DIR* folder, const std::string& path, const std::vector<std::string>& suffixes,
-                  const std::function<void()>& check, FolderList* list, std::string* images) {
+bool is_image_name(std::string_view name, const std::vector<std::string>& suffixes) {
+  const auto is_suffix = [&](const std::string& suffix) { return ends_with(name, suffix); };
+  return name[0] != '.' && std::any_of(suffixes.begin(), suffixes.end(), is_suffix);
+}
+
+struct Entry {
+  std::string_view name;  // a zero byte follows it
+  bool is_known;          // whether the system said if it is a folder, as it does not of links
+  bool is_folder;
+  int64_t size;
+};
+
+// All entries without sizes, in the order of the system. `names` holds their names.
+std::vector<Entry> read_entries(DIR* folder, const std::string& path,
+                                const std::function<void()>& check, std::string* names) {
+  std::vector<Entry> entries;
   while (true) {
     errno = 0;
-    const dirent* entry = ::readdir(folder);
-    if (entry == nullptr) break;
-    const std::string_view name = entry->d_name;
+    const dirent* found = ::readdir(folder);
+    if (found == nullptr) break;
+    const std::string_view name = found->d_name;
     if (name == "." || name == "..") continue;
-    if (++list->entries % kCheckEvery == 0) check();
-    const auto is_suffix = [&](const std::string& suffix) { return ends_with(name, suffix); };
-    if (is_folder(::dirfd(folder), *entry)) {
-      (name[0] == '.' ? list->hidden_folders : list->folders).emplace_back(name);
-    } else if (name[0] == '.') {
-      list->hidden_files.emplace_back(name);
-    } else if (std::none_of(suffixes.begin(), suffixes.end(), is_suffix)) {
-      list->others.emplace_back(name);
-    } else {
-      images->append(name).push_back('\0');
-    }
+    const bool is_known = found->d_type != DT_LNK && found->d_type != DT_UNKNOWN;
+    entries.push_back({{}, is_known, found->d_type == DT_DIR, kGone});
+    names->append(name).push_back('\0');
+    if (entries.size() % kCheckEvery == 0) check();
   }
   if (errno != 0) throw IoError(errno, path, "reading");
-}
-
-std::vector<std::string_view> sorted_names(const std::string& images) {
-  std::vector<std::string_view> names;
-  for (size_t start = 0; start < images.size(); start += names.back().size() + 1) {
-    names.emplace_back(images.data() + start);
+  const char* start = names->data();
+  for (Entry& entry : entries) {
+    entry.name = start;
+    start += entry.name.size() + 1;
   }
-  std::sort(names.begin(), names.end());
-  return names;
+  return entries;
 }
 
-int64_t size_of(int folder, const char* name) {
+// One request for what is a link, and for an image's size. What is gone keeps kGone.
+void look_up(int folder, Entry* entry) {
   struct stat status;
-  return ::fstatat(folder, name, &status, 0) == 0 ? int64_t{status.st_size} : kGone;
+  if (::fstatat(folder, entry->name.data(), &status, 0) != 0) return;
+  entry->is_folder = S_ISDIR(status.st_mode);
+  entry->size = status.st_size;
 }
 
-// A zero byte follows each name.
-std::vector<int64_t> sizes_of(int folder, const std::vector<std::string_view>& names, int threads,
-                              const std::function<void()>& check) {
-  std::vector<int64_t> sizes(names.size());
+void look_up_all(int folder, const std::vector<std::string>& suffixes, int threads,
+                 const std::function<void()>& check, std::vector<Entry>* entries) {
   std::atomic<size_t> next{0};
   const auto ask = [&](const std::function<void()>& now_and_then) {
     size_t asked = 0;
-    for (size_t i = next++; i < names.size(); i = next++) {
-      sizes[i] = size_of(folder, names[i].data());
+    for (size_t i = next++; i < entries->size(); i = next++) {
+      Entry* entry = &(*entries)[i];
+      const bool is_image = !entry->is_folder && is_image_name(entry->name, suffixes);
+      if (is_image || !entry->is_known) look_up(folder, entry);
       if (++asked % kCheckEvery == 0) now_and_then();
     }
   };
   std::vector<std::thread> others;
   std::exception_ptr failure;
+  const size_t most = std::min(static_cast<size_t>(std::max(threads, 1)), entries->size());
   try {
-    while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(ask, [] {});
-  } catch (const std::system_error&) {
+    while (others.size() + 1 < most) others.emplace_back(ask, [] {});
+  } catch (const std::exception&) {
     // The system allows no more threads: fewer ask.
   }
   try {
     ask(check);
   } catch (...) {
     failure = std::current_exception();
-    next = names.size();
+    next = entries->size();
   }
   for (std::thread& other : others) other.join();
   if (failure) std::rethrow_exception(failure);
-  return sizes;
 }
 
 }  // namespace
@@ -125,13 +122,30 @@ std::vector<int64_t> sizes_of(int folder, const std::vector<std::string_view>& n
 FolderList list_folder(const std::string& path, const std::vector<std::string>& suffixes,
                        int threads, const std::function<void()>& check) {
   const Folder folder = open_folder(path);
+  std::string names;
+  std::vector<Entry> entries = read_entries(folder.get(), path, check, &names);
+  look_up_all(::dirfd(folder.get()), suffixes, threads, check, &entries);
+
   FolderList list;
-  std::string images;
-  read_entries(folder.get(), path, suffixes, check, &list, &images);
-  const std::vector<std::string_view> names = sorted_names(images);
-  list.sizes = sizes_of(::dirfd(folder.get()), names, threads, check);
-  list.images.reserve(images.size());
-  for (const std::string_view name : names) list.images.append(name).push_back('\0');
+  list.entries = entries.size();
+  std::vector<Entry> images;
+  for (const Entry& entry : entries) {
+    const bool is_hidden = entry.name[0] == '.';
+    if (entry.is_folder) {
+      (is_hidden ? list.hidden_folders : list.folders).emplace_back(entry.name);
+    } else if (is_image_name(entry.name, suffixes)) {
+      images.push_back(entry);
+    } else {
+      (is_hidden ? list.hidden_files : list.others).emplace_back(entry.name);
+    }
+  }
+  const auto by_name = [](const Entry& a, const Entry& b) { return a.name < b.name; };
+  std::sort(images.begin(), images.end(), by_name);
+  list.sizes.reserve(images.size());
+  for (const Entry& image : images) {
+    list.images.append(image.name).push_back('\0');
+    list.sizes.push_back(image.size);
+  }
   return list;
 }
 

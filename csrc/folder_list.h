@@ -23,9 +23,9 @@ struct FolderList {
 };
 
 // Lists `path`. An image is a file whose name ends with one of `suffixes`, which are in small
-// letters, in small or capital ones. `threads` ask for the sizes: more than one where an answer
-// comes from a server. `check` is called now and then on the calling thread; what it throws ends the
-// call. Throws IoError where the folder cannot be listed.
+// letters, in small or capital ones. `threads` ask for sizes and for what links lead to: more than
+// one where an answer comes from a server. `check` is called now and then on the calling thread;
+// what it throws ends the call. Throws IoError where the folder cannot be listed.
 FolderList list_folder(const std::string& path, const std::vector<std::string>& suffixes,
                        int threads, const std::function<void()>& check);
 
