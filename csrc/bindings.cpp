@@ -129,7 +129,8 @@ py::list file_names(const std::vector<std::string>& names) {
   return list;
 }
 
-// Lets Ctrl-C end a call that has released the GIL.
+// Lets Ctrl-C end a call that has released the GIL. For the main thread alone: Python gives no other
+// one a signal, and ends a thread that asks for the GIL while the interpreter ends.
 void check_signals() {
   py::gil_scoped_acquire acquire;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -339,8 +340,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("list_folder", [](const py::bytes& path, const std::vector<std::string>& suffixes,
                                int threads) {
     const std::string folder = path;
+    const auto threading = py::module_::import("threading");
+    const bool is_main = threading.attr("current_thread")().is(threading.attr("main_thread")());
+    const std::function<void()> check = is_main ? &check_signals : [] {};
     py::gil_scoped_release release;
-    return list_folder(folder, suffixes, threads, &check_signals);
+    return list_folder(folder, suffixes, threads, check);
   });
 
 #ifdef DEIT_FAST_WITH_CUDA

@@ -6,8 +6,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <exception>
 #include <memory>
 #include <string_view>
@@ -18,7 +20,10 @@
 namespace deit_fast {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr uint64_t kCheckEvery = 256;  // entries
+constexpr auto kCheckAfter = std::chrono::milliseconds(50);
 
 struct CloseFolder {
   void operator()(DIR* folder) const { ::closedir(folder); }
@@ -53,6 +58,7 @@ struct Entry {
   bool is_known;          // whether the system said if it is a folder, as it does not of links
   bool is_folder;
   int64_t size;
+  int error;  // of the system, where neither is known
 };
 
 // All entries without sizes, in the order of the system. `names` holds their names.
@@ -66,7 +72,7 @@ std::vector<Entry> read_entries(DIR* folder, const std::string& path,
     const std::string_view name = found->d_name;
     if (name == "." || name == "..") continue;
     const bool is_known = found->d_type != DT_LNK && found->d_type != DT_UNKNOWN;
-    entries.push_back({{}, is_known, found->d_type == DT_DIR, kGone});
+    entries.push_back({{}, is_known, found->d_type == DT_DIR, kGone, 0});
     names->append(name).push_back('\0');
     if (entries.size() % kCheckEvery == 0) check();
   }
@@ -79,12 +85,17 @@ std::vector<Entry> read_entries(DIR* folder, const std::string& path,
   return entries;
 }
 
-// One request for what is a link, and for an image's size. What is gone keeps kGone.
+// One request for what is a link, and for an image's size. What is gone, or forbidden, keeps kGone;
+// any other error may pass, and is no answer.
 void look_up(int folder, Entry* entry) {
   struct stat status;
-  if (::fstatat(folder, entry->name.data(), &status, 0) != 0) return;
-  entry->is_folder = S_ISDIR(status.st_mode);
-  entry->size = status.st_size;
+  if (::fstatat(folder, entry->name.data(), &status, 0) == 0) {
+    entry->is_folder = S_ISDIR(status.st_mode);
+    entry->size = status.st_size;
+    return;
+  }
+  const std::array<int, 5> gone = {ENOENT, ENOTDIR, ELOOP, ENAMETOOLONG, EACCES};
+  if (std::find(gone.begin(), gone.end(), errno) == gone.end()) entry->error = errno;
 }
 
 void look_up_all(int folder, const std::vector<std::string>& suffixes, int threads,
@@ -92,11 +103,15 @@ void look_up_all(int folder, const std::vector<std::string>& suffixes, int threa
   std::atomic<size_t> next{0};
   const auto ask = [&](const std::function<void()>& now_and_then) {
     size_t asked = 0;
+    auto checked = Clock::now();
     for (size_t i = next++; i < entries->size(); i = next++) {
       Entry* entry = &(*entries)[i];
       const bool is_image = !entry->is_folder && is_image_name(entry->name, suffixes);
       if (is_image || !entry->is_known) look_up(folder, entry);
-      if (++asked % kCheckEvery == 0) now_and_then();
+      if (++asked % kCheckEvery == 0 || Clock::now() - checked > kCheckAfter) {
+        now_and_then();
+        checked = Clock::now();
+      }
     }
   };
   std::vector<std::thread> others;
@@ -130,6 +145,9 @@ FolderList list_folder(const std::string& path, const std::vector<std::string>& 
   list.entries = entries.size();
   std::vector<Entry> images;
   for (const Entry& entry : entries) {
+    if (entry.error != 0) {
+      throw IoError(entry.error, path + "/" + std::string(entry.name), "looking up");
+    }
     const bool is_hidden = entry.name[0] == '.';
     if (entry.is_folder) {
       (is_hidden ? list.hidden_folders : list.folders).emplace_back(entry.name);
