@@ -86,7 +86,7 @@ std::vector<Entry> read_entries(DIR* folder, const std::string& path,
 }
 
 // One request for what is a link, and for an image's size. What is gone, or forbidden, keeps kGone;
-// any other error may pass, and is no answer.
+// any other error may pass later, so it is kept.
 void look_up(int folder, Entry* entry) {
   struct stat status;
   if (::fstatat(folder, entry->name.data(), &status, 0) == 0) {

@@ -24,7 +24,7 @@ struct FolderList {
 
 // Lists `path`. An image is a file whose name ends with one of `suffixes`, which are in small
 // letters, in small or capital ones. `threads` ask for sizes and for what links lead to: more than
-// one where an answer comes from a server. `check` is called now and then on the calling thread;
+// one where a reply comes from a server. `check` is called now and then on the calling thread;
 // what it throws ends the call. Throws IoError where the folder or an entry cannot be read.
 FolderList list_folder(const std::string& path, const std::vector<std::string>& suffixes,
                        int threads, const std::function<void()>& check);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from deit_fast.errors import InputError, printable
 from deit_fast.models.weights import load_weights, read_metadata, save_weights
 from deit_fast.runtime import files
 from deit_fast.runtime.files import (
+    SEAL,
+    is_end_intact,
     open_regular,
     read_arrays,
     read_file,
@@ -137,6 +140,11 @@ def test_torch_loads_a_sealed_archive(tmp_path):
         assert archive.testzip() is None and archive.comment.startswith(b'"crc32c": "')
     with open_regular(path) as file:
         assert load_torch(file)[1]
+    whole = path.read_bytes()
+    for bit in range(8 * len(SEAL)):
+        changed = bytearray(whole)
+        changed[bit // 8 - len(SEAL)] ^= 1 << bit % 8
+        assert is_end_intact(io.BytesIO(changed)) is False
 
 
 def test_equal_weights_are_equal_files(tmp_path):

@@ -142,12 +142,19 @@ def test_names_of_any_bytes_are_ordered_as_text(tmp_path, seed):
     assert kinds(listing.left_out) == kinds(reference.left_out)
 
 
-@pytest.mark.parametrize("threads", [1, 16])
-def test_ctrl_c_ends_the_listing_of_a_large_folder(tmp_path, threads):
-    """A handler that raises at its third call: without a look at signals, a listing has but one."""
-    (tmp_path / "0.jpg").touch()
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory) -> str:
+    """60,000 images, a listing of which takes tens of milliseconds."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "0.jpg").touch()
     for number in range(1, 60_000):
-        os.link(tmp_path / "0.jpg", tmp_path / f"{number}.jpg")
+        os.link(folder / "0.jpg", folder / f"{number}.jpg")
+    return str(folder)
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_ctrl_c_ends_the_listing_of_a_large_folder(large_folder, threads):
+    """A handler that raises at its third call: without a look at signals, a listing has but one."""
     called = []
 
     def handle(number: int, frame: object) -> None:
@@ -159,7 +166,7 @@ def test_ctrl_c_ends_the_listing_of_a_large_folder(tmp_path, threads):
     try:
         signal.setitimer(signal.ITIMER_PROF, 0.002, 0.002)  # of the processor's time
         with pytest.raises(KeyboardInterrupt):
-            _C.list_folder(os.fsencode(tmp_path), (".jpg",), threads)
+            _C.list_folder(os.fsencode(large_folder), (".jpg",), threads)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
@@ -201,11 +208,8 @@ def test_a_passing_error_is_no_link_to_nothing(tmp_path, threads):
     assert last == f"OSError: [Errno 5] Input/output error (looking up): '{tmp_path}/a/broken.jpg'"
 
 
-def test_a_listing_in_a_thread_does_not_abort_a_process_that_ends(tmp_path):
+def test_a_listing_in_a_thread_does_not_abort_a_process_that_ends(large_folder):
     """A thread that asks for the GIL is ended while the interpreter ends."""
-    (tmp_path / "0.jpg").touch()
-    for number in range(1, 60_000):
-        os.link(tmp_path / "0.jpg", tmp_path / f"{number}.jpg")
     code = (
         "import sys, threading, time; from deit_fast import _C\n"
         "words = sys.argv[1].encode(), ['.none'] * 20_000, 1  # takes seconds\n"
@@ -213,7 +217,7 @@ def test_a_listing_in_a_thread_does_not_abort_a_process_that_ends(tmp_path):
         "time.sleep(0.2)"
     )
     for _ in range(3):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        subprocess.run([sys.executable, "-c", code, large_folder], check=True)
 
 
 def test_the_digest_of_existing_caches_stays(tmp_path):

@@ -1,7 +1,7 @@
 """Errors of object storage: what a failed request means, and whether another try may help.
 
-Each library has exceptions of its own. They are told apart by their class, the HTTP status and the
-service's code, and shown without their text where it may hold a signed URL.
+Each library has exceptions of its own. Their class, the HTTP status and the service's code
+distinguish them. URLs in their texts are shown without secrets.
 """
 
 from __future__ import annotations
