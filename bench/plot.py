@@ -244,18 +244,16 @@ def _predictions() -> str:
     from . import record
 
     known = record.predictions()
-    head = f"### Predicted for an {known['device']}, before any measurement\n"
-    lines = [
-        "<!-- computed: bench/predictions.json -->",
-        "| bench | case | implementation | predicted, ms | from |",
-        "|---|---|---|---|---|",
-    ]
+    devices = known["devices"]
+    source = "<!-- computed: bench/predictions.json -->"
+    head = ("bench", "case", "implementation", *(f"{device}, ms" for device in devices), "from")
+    lines = [source, f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in known["rows"]:
-        low, high = row["ms"]
-        cells = (row["bench"], row["case"], row["impl"], f"{low:g} to {high:g}", row["from"])
+        ranges = [f"{low:g} to {high:g}" for low, high in (row["ms"][name] for name in devices)]
+        cells = (row["bench"], row["case"], row["impl"], *ranges, row["from"])
         lines.append(f"| {' | '.join(cells)} |")
     rows = record.folded(f"All {len(known['rows'])} predictions", "\n".join(lines))
-    return f"{head}\n{rows}"
+    return f"### Predicted before any measurement\n\n{source}\n{known['note']}\n\n{rows}"
 
 
 def _from_root(path: Path) -> str:

@@ -182,18 +182,26 @@ def default_path(device: str, meta: Row, what: str = "all") -> Path:
 
 @cache
 def predictions() -> Content:
-    """{"device": "H100", "rows": [{"bench", "case", "impl", "ms": [low, high], "from": ...}]}"""
+    """{"devices": ["H100", ...], "note", "rows": [{"bench", "case", "impl", "ms", "from"}]}
+
+    ms: device -> [low, high].
+    """
     content: Content = json.loads(PREDICTIONS.read_text())
     return content
 
 
+def predicted_device(device: str) -> str | None:
+    """The device of the predictions that this name of a GPU stands for, if one does."""
+    return next((name for name in predictions()["devices"] if name in device.split()), None)
+
+
 def predicted(row: Row, device: str) -> list[float] | None:
     """The predicted range in ms; None where there is none for this row or this device."""
-    if predictions()["device"] not in device:
+    if (name := predicted_device(device)) is None:
         return None
     for entry in predictions()["rows"]:
         if key_of(entry) == key_of(row):
-            return list(entry["ms"])
+            return list(entry["ms"][name])
     return None
 
 

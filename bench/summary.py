@@ -107,13 +107,14 @@ def kernel_section(rows: Sequence[Row]) -> list[str]:
 
 def prediction_section(rows: Sequence[Row], device: str) -> list[str]:
     known = record.predictions()
-    if known["device"] not in device:
-        return [f"The predictions are for {known['device']}; this is {device}."]
+    name = record.predicted_device(device)
+    if name is None:
+        return [f"The predictions are for {' and '.join(known['devices'])}; this is {device}."]
     measured = {record.key_of(row): row for row in rows}
     lines = []
     for entry in known["rows"]:
         row = measured.get(record.key_of(entry), {})
-        text = expected(row | {"predicted": entry["ms"]})
+        text = expected(row | {"predicted": entry["ms"][name]})
         shown = number(row, "ms") or ("skipped" if "skipped" in row else "not measured")
         lines.append((f"{entry['bench']}: {entry['case']}", entry["impl"], shown, text))
     return table(("case", "implementation", "ms", "predicted, ms"), lines)

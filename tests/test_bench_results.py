@@ -35,9 +35,16 @@ def test_rows_carry_the_prediction_for_this_device(tmp_path: Path) -> None:
     ours, timm, other = record.read(file.path)["rows"]
     assert ours["predicted"][0] < ours["predicted"][1] and timm["predicted"] != ours["predicted"]
     assert "predicted" not in other
-    elsewhere = record.ResultFile.create(tmp_path / "a.json", META | {"device": "NVIDIA A100"})
-    elsewhere.put([row()])
-    assert "predicted" not in record.read(elsewhere.path)["rows"][0]
+    known = record.predictions()["rows"][0]["ms"]
+    for name, expected in {
+        "NVIDIA H200": known["H200"],
+        "NVIDIA A100": None,
+        "NVIDIA GH200 480GB": None,
+    }.items():
+        elsewhere = record.ResultFile.create(tmp_path / f"{name}.json", META | {"device": name})
+        elsewhere.put([row()])
+        assert record.read(elsewhere.path)["rows"][0].get("predicted") == expected
+    assert ours["predicted"] == known["H100"] != known["H200"]
 
 
 def test_a_file_has_one_line_for_each_row(tmp_path: Path) -> None:
@@ -78,8 +85,8 @@ def test_every_prediction_is_for_a_case_that_the_scripts_measure(tmp_path: Path)
     assert len(entries) > 20
     for entry in entries:
         assert (entry["bench"], entry["case"]) in measured, entry
-        low, high = entry["ms"]
-        assert 0 < low < high and entry["from"]
+        assert list(entry["ms"]) == record.predictions()["devices"] and entry["from"]
+        assert all(0 < low < high for low, high in entry["ms"].values())
     keys = [record.key_of(entry) for entry in entries]
     assert len(set(keys)) == len(keys)
 
