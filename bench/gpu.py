@@ -241,6 +241,10 @@ def main(arguments: Sequence[str]) -> None:
 
     out = options.out.resolve()
     prepare(out)
+    # For bench.install where pip cannot install, and for tests that run Python elsewhere.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(record.ROOT), os.environ.get("PYTHONPATH")))
+    )
 
     from .common import choose_device  # after the arguments: --help must not wait for torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, record
+from bench import gpu, install, record
 from bench.__main__ import choose
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,42 @@ def test_wrong_arguments_give_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=re.escape(words)):
             gpu.main(["gpu", *arguments])
     assert (tmp_path / "results.json" / "results.json").read_text() == "{}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The build
+# ---------------------------------------------------------------------------------------------
+
+
+def test_where_pip_cannot_install_the_folder_itself_is_used(tmp_path: Path) -> None:
+    """PIP_USER makes pip refuse in a virtual environment."""
+    tree = tmp_path / "tree"
+    leave_out = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for name in ("bench", "csrc", "deit_fast", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=leave_out, symlinks=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "deit_fast" / "kernels").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.install"],
+        cwd=tree, env=os.environ | {"PIP_USER": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("failed: ") == 2
+    paths = subprocess.check_output(
+        [sys.executable, "-c", install.CHECK],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tree)}, text=True,
+    ).split()  # fmt: skip
+    assert len(paths) == 2 and all(path.startswith(str(tree)) for path in paths)
+
+
+def test_pip_is_not_tried_where_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"DEIT_FAST_CUDA_ARCHITECTURES": "90"}
+    for writable, first in ((True, install.WITH_PIP), (False, install.IN_PLACE)):
+        monkeypatch.setattr(install, "can_write_packages", lambda writable=writable: writable)
+        attempts = install.attempts(chosen)
+        assert attempts[0] == (first, chosen)
+        assert attempts[-1] == (install.IN_PLACE, install.WITHOUT_CUDA)
 
 
 # ---------------------------------------------------------------------------------------------
