@@ -46,7 +46,7 @@ def cases(device: str) -> list[Case]:
     cases = [whole(device, (batch, tokens, 4 * width), width, compiled) for width in channels]
     if device == "cpu":
         return cases
-    compiled = torch.compile(plain_backward)
+    compiled = torch.compile(plain_backward, dynamic=False)
     return [backward(device, batch * tokens, width, compiled) for width in channels] + cases
 
 

@@ -349,7 +349,13 @@ def torch_decode(raw: torch.Tensor) -> TopK:
 
 
 def torch_encode(logits: torch.Tensor) -> torch.Tensor:
-    """Records like ours, but with float32 sums and with ties in any order."""
+    """Records like ours, but with float32 sums and with ties in any order.
+
+    Raises:
+        ValueError: a logit is not finite, which ours refuses too; the check waits for the device.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError("not finite")
     values, ids = logits.topk(K, 1)
     stored = (values - logits.logsumexp(1, keepdim=True)).half()
     scaled = logits / TAU

@@ -52,7 +52,9 @@ class Case:
     repeats: consecutive calls of one timing, by the host's clock from an idle device to an idle
         device; "ms" is the time of one call. For whole steps, where launch overhead counts.
     before: called with the implementation's name before each of its calls; not timed.
-    facts: takes an implementation's name and returns more fields of its row; called after timing.
+    quick_facts: takes an implementation's name and returns more fields of its row; called when the
+        case is timed, so it takes little time and leaves later timings as they are.
+    facts: the same; called when all cases are timed and only while time is left.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Case:
     on_host: bool = False
     repeats: int = 1
     before: Callable[[str], None] = lambda name: None
+    quick_facts: Callable[[str], Row] = lambda name: {}
     facts: Callable[[str], Row] = lambda name: {}
 
 
@@ -244,7 +247,8 @@ def _time_implementations(
         if not ready or (turn >= MIN_ROUNDS and timer.clock() - start > seconds):
             break
         problems += _round(bench, case, timer, ready, turn)
-    return measured_rows(bench, case, ready, timer) + problems
+    rows = measured_rows(bench, case, ready, timer)
+    return [part for row in rows for part in _with(case.quick_facts, row, "quick facts")] + problems
 
 
 def _warm_up(case: Case, name: str, function: Callable[[], Any], timer: Timer) -> _Timed:
@@ -277,14 +281,19 @@ def with_facts(case: Case, rows: list[Row], timer: Timer, until: float) -> list[
     """
     whole = []
     for row in rows:
-        whole.append(row)
         if "ms" not in row or timer.clock() > until:
+            whole.append(row)
             continue
-        try:
-            whole[-1] = row | case.facts(row["impl"])
-        except Exception as error:
-            whole.append(skipped(row["bench"], case.name, f"{row['impl']}, facts", error))
+        whole += _with(case.facts, row, "facts")
     return whole
+
+
+def _with(facts: Callable[[str], Row], row: Row, name: str) -> list[Row]:
+    """The row with more fields; where they fail, the row, and one of this name with the reason."""
+    try:
+        return [row | facts(row["impl"])]
+    except Exception as error:
+        return [row, skipped(row["bench"], row["case"], f"{row['impl']}, {name}", error)]
 
 
 def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer) -> list[Row]:
@@ -303,6 +312,7 @@ def measured_rows(bench: str, case: Case, ready: dict[str, _Timed], timer: Timer
             # a CPU's caches are warm: no roofline there
             if timer.cuda and timer.copy_gbps and not case.on_host:
                 row["roofline_pct"] = 100 * row["gbps"] / timer.copy_gbps
+                row["copy_gbps"] = timer.copy_gbps
         if case.items is not None:
             row["items_per_s"] = case.items / median
         if best is not None and name != best:

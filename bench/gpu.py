@@ -60,7 +60,7 @@ def bench(out: Path, device: str, *arguments: str, name: str = "") -> Command:
 def compile_ahead(device: str, *arguments: str, implementation: str = "") -> Command:
     """A process that fills the caches of Inductor and Triton and measures nothing."""
     command = (PYTHON, "-m", "bench", *arguments, "--device", device)
-    name = f"compile {arguments[0]}"
+    name = f"compile {arguments[0]} {implementation}".rstrip()
     threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return Command(name, (*command, f"--compile-only={implementation}"), threads)
 
@@ -73,12 +73,16 @@ def pytest(out: Path, *arguments: str, name: str = "tests", wrapper: Sequence[st
 
 
 def build(device: str, seconds: float) -> Stage:
-    """Install the project; the log also shows the card and its state."""
-    commands = [Command("build", (PYTHON, "-m", "bench.install", "--device", device))]
-    if device == "cuda" and (tool := find_tool("nvidia-smi")):
-        commands.append(Command("card", (tool,)))
+    """Install the project. The only command of its stage, so that it has all of its time."""
+    command = Command("build", (PYTHON, "-m", "bench.install", "--device", device))
     about = "install the project from this folder, offline"
-    return Stage("build", seconds, about, tuple(commands), is_required=True)
+    return Stage("build", seconds, about, (command,), is_required=True)
+
+
+def card() -> tuple[Command, ...]:
+    """Writes the card and its state to the log."""
+    tool = find_tool("nvidia-smi")
+    return (Command("card", (tool,)),) if tool else ()
 
 
 def gpu_test_files() -> tuple[str, ...]:
@@ -100,9 +104,6 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
     ahead = (
         compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="ours"),
         compile_ahead(device, "step", "--only", SMALL_STUDENT, implementation="timm, compiled"),
-        compile_ahead(
-            device, "step", "--only", SMALL_STUDENT, implementation="ours, bfloat16 stream"
-        ),
         compile_ahead(device, "step", "--only", "tiny student", implementation="ours"),
         compile_ahead(device, "step", "--only", "tiny student", implementation="timm, compiled"),
         compile_ahead(device, "step", "--only", teacher, implementation="ours, online teacher"),
@@ -111,7 +112,7 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
         compile_ahead(device, "bias_gelu", "bias_gelu_linear", "ingest", "--only", small),
         compile_ahead(device, "distillation_loss", "--only", loss),
     )
-    ready = (pytest(out, *FIRST_TESTS, name="first"), *(ahead if cuda else ()))
+    ready = (pytest(out, *FIRST_TESTS, name="first"), *((*card(), *ahead) if cuda else ()))
     kernels = ("attention", "add_layer_norm", "bias_gelu", "bias_gelu_linear", "ingest")
     return (
         build(device, 100),
@@ -122,10 +123,10 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
         Stage("teacher", 65, "the step with a cached and an online teacher",
               (bench(out, device, "step", "--only", teacher, name="teacher"),)),
         Stage("kernels", 50, "kernels at DeiT-S shapes beside cuDNN, Flash, Inductor, Liger",
-              tuple(bench(out, device, name, "--only", small) for name in kernels)),
+              (bench(out, device, *kernels, "--only", small, name="kernels"),)),
         Stage("loss", 25, "distillation loss at 1,000 and 21,841 classes",
               (bench(out, device, "distillation_loss", "--only", loss, name="loss"),)),
-        Stage("cache", 20, "encode, decode and gather of cached logits on the device",
+        Stage("cache", 20, "encode and decode of cached logits on the device",
               (bench(out, device, "cache", "--only", cache),)),
         Stage("tests", 40, "all tests that need a GPU, in the time that is left",
               (pytest(out, *workers, *gpu_test_files()),)),
@@ -151,16 +152,20 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
         )
         return Command(tool, command.arguments, without_cache)
 
-    ahead = tuple(
+    ways = ("ours", "timm, compiled", "ours, bfloat16 stream", "ours, CUDA graphs",
+            "ours, compile=model", "ours, bfloat16 stream, mlp_backward")  # fmt: skip
+    steps = [compile_ahead(device, "step", "--only", "small ways", implementation=name)
+             for name in ways]  # fmt: skip
+    steps += [compile_ahead(device, "step", "--only", "base student", implementation=name)
+              for name in ways[:2]]  # fmt: skip
+    blocks = [
         compile_ahead(device, "block", "--only", "small.*compiled", implementation=name)
         for name in ("timm", "ours, all kernels", "ours, no kernel", "ours, all but attention",
                      "ours, all but add_layer_norm", "ours, all but bias_gelu",
                      "ours, all but mlp_backward")
-    )  # fmt: skip
-    ahead += tuple(
-        compile_ahead(device, "step", "--only", "small ways", implementation=name)
-        for name in ("ours", "timm, compiled", "ours, CUDA graphs", "ours, compile=model")
-    )
+    ]  # fmt: skip
+    # In the order of the stages that need them: trace, choice, ways.
+    ahead = (*steps[:2], *blocks, *steps[2:])
     sanitizers = (sanitized("memcheck"), sanitized("racecheck")) if sanitizer else ()
     missing = "" if sanitizer else "; compute-sanitizer is not here"
     return (
@@ -178,7 +183,7 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
         Stage("tiles", 35, "attention's tiles and pipeline stages by measurement",
               (Command("tiles", (PYTHON, "-m", "deit_fast.kernels.attention", "--tune",
                                  "--out", str(out / "tiles.json"))),), skip=no_gpu),
-        Stage("ways", 50, "the step by CUDA graphs and compiled as a whole; DeiT-B",
+        Stage("ways", 50, "the step with options, by CUDA graphs, compiled as a whole; DeiT-B",
               (bench(out, device, "step", "--only", "small ways|base student", name="ways"),),
               skip=no_gpu),
         Stage("fed", 20, "a step fed by a loader beside the same step with a batch at hand",

@@ -19,6 +19,7 @@ KERNELS = (
     *("attention", "add_layer_norm", "bias_gelu", "bias_gelu_linear", "ingest"),
     *("distillation_loss", "cache", "block", "augment", "loader"),
 )
+SHOWN_IF_PASSED = ("memcheck", "racecheck")  # commands whose outcome is a result
 COUNTERS = ("us", "issue_active_pct", "dram_pct", "tensor_pct", "stall", "registers")
 
 
@@ -152,7 +153,7 @@ def outcome_section(content: dict[str, Any]) -> list[str]:
             f"    {command['command']}: {command['outcome']}"
             + (f", exit status {command['exit_status']}" if command.get("exit_status") else "")
             for command in stage.get("commands", [])
-            if command["outcome"] != "passed"
+            if command["outcome"] != "passed" or command["command"] in SHOWN_IF_PASSED
         ]
     if tests := content.get("tests"):
         counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped"))

@@ -507,18 +507,30 @@ def test_facts_of_measured_rows_are_collected_after_all_cases_are_timed(
             events.append(name)
             return {"ours": sleeper(1), "peer": sleeper(2), "late": "no time left"}
 
-        return common.Case(name, build, facts=facts)
+        def quick_facts(implementation: str) -> dict[str, Any]:
+            if implementation == "peer":
+                raise RuntimeError("no clock")
+            events.append(f"after {name}")
+            return {"host_ms": 0.5}
+
+        return common.Case(name, build, facts=facts, quick_facts=quick_facts)
 
     fake_benches(monkeypatch, a=[case("first"), case("second")])
     out = tmp_path / "x.json"
     program.main(["a", "--device", "cpu", "--commit", "1", "--seconds", "20", "--out", str(out)])
-    assert events == ["first", "second", *2 * ["facts of ours", "facts of peer"]]
+    cases = ["first", "after first", "second", "after second"]
+    assert events == [*cases, *2 * ["facts of ours", "facts of peer"]]
     by_name = {row["impl"]: row for row in record.read(out)["rows"] if row["case"] == "first"}
     assert by_name["ours"]["device_ms"] == 1.5 and "device_ms" not in by_name["peer"]
+    assert by_name["ours"]["host_ms"] == 0.5 and "host_ms" not in by_name["peer"]
     assert by_name["peer"]["ms"] > 0 and "provisional" not in by_name["peer"]
+    assert by_name["peer, quick facts"]["skipped"] == "RuntimeError: no clock"
     assert by_name["peer, facts"]["skipped"] == "RuntimeError: no profiler"
     row = {"bench": "a", "case": "c", "impl": "ours", "ms": 1.0}
     assert common.with_facts(case("c"), [row], timer, CLOCK() - 1) == [row]  # no time left
+    events.clear()
+    program.main(["a", "--device", "cpu", "--commit", "1", "--seconds", "0", "--out", str(out)])
+    assert events == ["first", "after first"]  # what was measured has its quick facts all the same
 
 
 def test_lazy_implementations_are_built_on_their_first_call() -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,77 @@ def test_every_bench_of_the_plans_finds_cases_and_every_implementation_its_name(
             assert choose(name, "cuda", only), (name, only.pattern)
     chosen = [case.name for case in choose("attention", "cuda", re.compile("H=6 N=198"))]
     assert len(chosen) == 2  # not all of B=256
+
+
+def steps_of(commands: Sequence[Any], option: str) -> dict[str, set[str]]:
+    """Case -> implementations of the commands with this option that run whole steps.
+
+    Without --compile-only=NAME a command runs all implementations of its cases.
+    """
+    found: dict[str, set[str]] = {}
+    for command in commands:
+        words = command.arguments[3:]
+        if words[:1] != ("step",) or not any(word.startswith(option) for word in words):
+            continue
+        only = re.compile(words[words.index("--only") + 1])
+        _, _, chosen = words[-1].partition("--compile-only=")
+        for case in choose("step", "cuda", only):
+            if "fed by" not in case.name:  # the models of the other cases, with a loader
+                found.setdefault(case.name, set()).update([chosen] if chosen else case.build())
+    return found
+
+
+@pytest.mark.parametrize("make", (gpu.plan, gpu.profile_plan))
+def test_every_model_of_a_measured_step_is_compiled_before_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]
+) -> None:
+    """A cold compilation of one implementation can cost the figures of all that follow."""
+    from bench import bench_step
+
+    monkeypatch.setattr(bench_step, "synthetic_batch", lambda config, device: None)
+    monkeypatch.setattr(bench_step, "random_logits", lambda size, device: torch.zeros(1, 1))
+    commands = [command for stage in make(tmp_path, "cuda") for command in stage.commands]
+    ahead, measured = steps_of(commands, "--compile-only"), steps_of(commands, "--seconds")
+    assert len(measured) >= 2
+    for case, implementations in measured.items():
+        # The code of these is that of others, or none.
+        needed = {name for name in implementations
+                  if not re.search("eager|cached|search", name)}  # fmt: skip
+        assert needed == ahead.get(case, set()), case
+    second = [command.name for command in commands if command.name.startswith("compile")]
+    if make is gpu.profile_plan:  # the next stage needs these two
+        assert second[:2] == ["compile step ours", "compile step timm, compiled"]
+
+
+@pytest.mark.parametrize("make", (gpu.plan, gpu.profile_plan))
+def test_commands_in_a_row_have_time_to_start_and_the_build_has_all_of_its_stage(
+    tmp_path: Path, make: Callable[..., Any]
+) -> None:
+    """Imports, the CUDA context and the copy bandwidth take about seven seconds of each."""
+    for stage in make(tmp_path, "cuda"):
+        assert stage.jobs > 1 or stage.seconds / len(stage.commands) >= 20, stage.name
+        assert not stage.is_required or len(stage.commands) == 1
+
+
+def test_cudnn_searches_the_convolutions_of_timms_step() -> None:
+    """As in timm's training script; ours leaves the choice to cuDNN."""
+    from bench import bench_step
+
+    seen: list[bool] = []
+
+    def step(*arguments: Any) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+
+    device = torch.device("cpu")
+    config = bench_step.settings(bench_step.TINY, 32, 2)
+    batch = bench_step.synthetic_batch(config, device)
+    at_hand = bench_step.TeacherAtHand(bench_step.random_logits(2, device))
+    theirs = bench_step.timms(config, batch, at_hand, device, compiled=False)
+    at_hand.register_forward_pre_hook(step)
+    theirs()
+    bench_step.searched(step)()
+    step()
+    assert seen == [True, True, False]
 
 
 def test_the_compiled_step_puts_its_peer_second() -> None:

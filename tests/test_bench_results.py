@@ -80,7 +80,8 @@ def test_every_prediction_is_for_a_case_that_the_scripts_measure(tmp_path: Path)
             words = command.arguments
             if words[1:3] == ("-m", "bench") and "--resume" in words:
                 only = re.compile(words[words.index("--only") + 1])
-                measured |= {(words[3], case.name) for case in choose(words[3], "cuda", only)}
+                for name in words[3 : words.index("--only")]:
+                    measured |= {(name, case.name) for case in choose(name, "cuda", only)}
     entries = record.predictions()["rows"]
     assert len(entries) > 20
     for entry in entries:
@@ -162,6 +163,10 @@ def test_the_summary_shows_all_sections(tmp_path: Path, capsys: Any) -> None:
     file.content["stages"] = [
         {"stage": "step", "outcome": "passed", "took_s": 60.0, "commands": []},
         {"stage": "ncu", "outcome": "skipped", "reason": "ncu is not on PATH"},
+        {"stage": "sanitizer", "outcome": "stopped", "took_s": 75.0,
+         "commands": [{"command": "memcheck", "outcome": "passed", "exit_status": 0},
+                      {"command": "compile block", "outcome": "stopped"},
+                      {"command": "compile step", "outcome": "passed", "exit_status": 0}]},
         {"stage": "loss", "outcome": "failed", "took_s": 3.0,
          "commands": [{"command": "loss", "outcome": "failed", "exit_status": 1}]},
     ]  # fmt: skip
@@ -186,12 +191,15 @@ def test_the_summary_shows_all_sections(tmp_path: Path, capsys: Any) -> None:
         "10400.0",
         "stage ncu: skipped: ncu is not on PATH",
         "loss: failed, exit status 1",
+        "    memcheck: passed",
+        "    compile block: stopped",
         "tests: 1 passed, 1 failed, 0 skipped, 1 not run",
         "FAILED tests/test_attention.py::x: wrong",
         "no figure: attention: B=256 H=6 N=198 D=64 bfloat16 forward, liger: not installed",
         "provisional: step: deit_small student 224px B=256, ours, cached",
     ):
         assert words in page, words
+    assert "compile step" not in page
     assert page.index("The training step") < page.index("Kernels") < page.index("Outcome")
     with pytest.raises(SystemExit, match=r"absent\.json: "):
         summary.main(["summary", str(tmp_path / "absent.json")])
