@@ -22,6 +22,7 @@ from helpers.caches import (
     true_log_probs,
     write_cache,
 )
+from helpers.like_cuda import CudaDivision
 
 EIGHT_BITS = ("dense-int8", "dense-fp8")
 EXACT = ("dense-fp16", "dense-bf16", "dense-fp32")  # torch's own conversion: test_cache.py
@@ -252,6 +253,14 @@ def test_records_that_end_with_the_true_class_are_still_read(tmp_path):
 # ---------------------------------------------------------------------------------------------
 # CUDA
 # ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(CODECS) - {SAMPLED}))
+def test_the_division_of_a_gpu_gives_the_same_bytes(name):
+    logits, codec = make_logits(2, 300), codec_of(name)
+    with CudaDivision():
+        records = codec.encode(logits)
+    assert torch.equal(records, codec.encode(logits))
 
 
 @pytest.mark.gpu

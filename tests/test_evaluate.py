@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deit_fast.data.eval import Normalise
 from deit_fast.errors import InputError
 from deit_fast.evaluation import Evaluated, evaluate_model, evaluate_models, evaluation_text
+from helpers.like_cuda import CudaDivision
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel", "fox"]
@@ -138,3 +140,13 @@ def test_batches_do_not_wait_for_the_device() -> None:
 def test_no_image_is_an_error() -> None:
     with pytest.raises(InputError, match="evaluation saw no images"):
         evaluate_model(PixelLogits(), [], CLASSES, CPU)
+
+
+def test_a_gpu_normalises_pixels_to_the_same_bits() -> None:
+    """As `Student` on a CPU does, although torch divides by 255 in another way there."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16).permute(1, 2, 0)[None]
+    normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "cpu")
+    with CudaDivision():
+        assert not torch.equal(torch.arange(256.0) / 255, torch.arange(256.0) / torch.tensor(255.0))
+        found = normalise(pixels)
+    assert torch.equal(found, normalise(pixels))

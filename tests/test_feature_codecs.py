@@ -13,6 +13,7 @@ from deit_fast.cache import FEATURE_CODECS, CacheError, feature_codec
 from deit_fast.cache.feature_codecs import feature_codec_from_manifest
 from deit_fast.config import FeatureConfig
 from deit_fast.errors import InputError, RowError
+from helpers.like_cuda import CudaDivision
 
 SCALED = ("fp8", "int8", "int8-standard")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -258,6 +259,16 @@ def test_a_manifest_that_describes_no_codec_is_refused(change):
 def test_the_extension_refuses_a_layout_that_would_read_beyond_a_record():
     with pytest.raises(ValueError, match="a scale of 4 bytes and a byte per channel"):
         _C.RecordLayout(_C.RecordKind.token_fp8, record_bytes=20, num_classes=17, tokens=2)
+
+
+@pytest.mark.parametrize("name", FEATURE_CODECS)
+def test_the_division_of_a_gpu_gives_the_same_bytes(name):
+    features = make_features(10, 33)
+    codec = feature_codec(name, TOKENS, WIDTH)
+    with CudaDivision():
+        assert not torch.equal(features / 127, features / features.new_full((), 127))
+        records = codec.encode(features)
+    assert torch.equal(records, codec.encode(features))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deit_fast import cache_verbs
 from deit_fast.cache import LogitCache
@@ -24,6 +25,7 @@ from deit_fast.training.loop import train, train_together
 from deit_fast.training.remarks import say_features
 from helpers.feature_runs import LOSSES, OTHER, ROWS, config_of, make_caches, trained
 from helpers.feature_teacher import WIDTH
+from helpers.like_cuda import WaitingCopies
 from helpers.runs import last_state
 
 WITHOUT_NUMBERS = "helpers.feature_teacher:rows_without_numbers"
@@ -214,6 +216,20 @@ def test_teachers_that_are_left_out_change_no_images_weight(made, drop):
     weightless = config.replace(features={"weights": (0.0, 1.0, 1.0)})
     terms = FeatureTerms(weightless, build_terms(weightless, given), torch.device("cpu"))
     assert terms(ours, theirs, batch, 0)[0].isfinite()
+
+
+def test_teachers_are_left_out_without_waiting_for_a_gpu(made):
+    """Their draws are copied in the middle of a step, behind all that is queued."""
+    config = config_of(made, features={"drop": "dune", **LOSSES})
+    given = [Given("cls", teacher, 1, 4, {}) for teacher in ("first", "second")]
+    ids, nothing = torch.arange(64), torch.zeros(64)
+    batch = ViewBatch(nothing, nothing, ids, ids.int(), ids, ids, nothing)
+    with FakeTensorMode(allow_non_fake_inputs=True), WaitingCopies() as copies:
+        here = torch.device("cuda", 0)
+        terms = FeatureTerms(config, build_terms(config, given), here)
+        features = [torch.empty(64, 1, 4, device=here)] * 2
+        total, _ = terms(features, features, batch, 0)
+    assert total.device == here and copies.count == 1 and copies.waiting == []
 
 
 def test_the_teacher_of_a_result_is_that_of_its_logits(made, tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deit_fast import _C
 from deit_fast.cache.codec_base import LogitCodec, bytes_of, finite_float32, refuse_rows
 from deit_fast.cache.sampled import ViewKeys
+from deit_fast.runtime.device import divided
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ class DenseInt8Codec(LogitCodec):
 
         z = finite_float32(logits, self.num_classes)
         low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
-        step = ((high.double() - low.double()) / 255).float()
+        step = divided(high.double() - low.double(), 255).float()
         codes = ((z.double() - low) / step).round().nan_to_num(0.0).clamp(0, 255)  # 0 / 0: step 0
         return torch.cat([bytes_of(low), bytes_of(step), codes.to(torch.uint8)], 1)
 
@@ -101,7 +102,7 @@ class DenseFp8Codec(LogitCodec):
 
         z = finite_float32(logits, self.num_classes)
         top, low = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
-        scale = ((top.double() - low.double()) / 448).float()
+        scale = divided(top.double() - low.double(), 448).float()
         below = ((z.double() - top) / scale).nan_to_num(0.0).clamp(-448, 0).float()
         codes = below.to(torch.float8_e4m3fn).view(torch.uint8)
         return torch.cat([bytes_of(top), bytes_of(scale), codes], 1)

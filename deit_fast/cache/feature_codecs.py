@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deit_fast import _C
 from deit_fast.cache.codec_base import Codec, bytes_of
 from deit_fast.errors import CacheError, InputError, RowError
+from deit_fast.runtime.device import divided
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +136,7 @@ class _ScaledFeatures(FeatureCodec):
         import torch
 
         amax = x.abs().amax(2, keepdim=True)
-        scale = (amax.clamp(max=_MOST_AMAX) / largest_code).clamp(min=_LEAST_SCALE)
+        scale = divided(amax.clamp(max=_MOST_AMAX), largest_code).clamp(min=_LEAST_SCALE)
         units = (x / scale).clamp(-largest_code, largest_code)
         return torch.where(amax > 0, scale, 0.0), units
 

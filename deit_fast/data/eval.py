@@ -16,6 +16,7 @@ from deit_fast.data.loader import Batches, load_readable
 from deit_fast.data.resize import resize_shorter_side
 from deit_fast.data.sources import Source, in_rgb
 from deit_fast.errors import InputError
+from deit_fast.runtime.device import divided
 
 
 class Subset:
@@ -145,7 +146,7 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         channels = pixels.permute(0, 3, 1, 2)
-        return ((channels.to(torch.float32) / 255 - self._mean) / self._std).contiguous()
+        return ((divided(channels.to(torch.float32), 255) - self._mean) / self._std).contiguous()
 
 
 @dataclass(frozen=True)

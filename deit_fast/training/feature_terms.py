@@ -20,6 +20,7 @@ from deit_fast.errors import InputError
 from deit_fast.features.dropping import draw_kept, keep_highest
 from deit_fast.features.losses import feature_loss
 from deit_fast.features.normalise import Normaliser
+from deit_fast.runtime.device import to_device
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,11 @@ class FeatureTerms:
     def _scale(self, losses: list[Tensor], batch: ViewBatch, step: int) -> Tensor:
         """Factor of each image's terms of each teacher, float32 [B, teachers]."""
         device = losses[0].device
-        kept = draw_kept(
+        drawn = draw_kept(
             self.seed, batch.sample_ids, batch.view_ids, step, self.num_teachers,
             at_least_one=self.drop == "random",
-        ).to(device)  # fmt: skip
+        )  # fmt: skip
+        kept = to_device(drawn, device)
         if self.drop == "dune":
             sums = torch.zeros(len(batch), self.num_teachers, device=device)
             for term, loss in zip(self.terms, losses, strict=True):

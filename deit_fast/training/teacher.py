@@ -27,6 +27,7 @@ from deit_fast.inputs import require_teacher_settings
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models.teacher import Teacher, load_class_matched_teacher
 from deit_fast.models.teacher_features import FeatureTarget, targets_of
+from deit_fast.runtime.device import to_device
 from deit_fast.runtime.distributed import has_bf16
 from deit_fast.training.compiling import resolve_compile
 from deit_fast.training.feature_terms import FeatureTerm, build_terms
@@ -167,7 +168,7 @@ class RunTeacher:
     def _stored(self, cache: LogitCache, batch: ViewBatch) -> Tensor | TopK:
         ids = batch.sample_ids, batch.view_ids
         if self.config.loss.kind == "hard" and isinstance(cache.codec, SampledCodec):
-            return cache.codec.decisions(cache.gather_records(*ids)).to(self.device)
+            return to_device(cache.codec.decisions(cache.gather_records(*ids)), self.device)
         return cache.gather(*ids, tau=self.config.loss.tau, device=self.device)
 
     # -- the network -----------------------------------------------------------------------------
