@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,8 @@ from deit_fast.evaluation import evaluation_text
 from deit_fast.kernels.distillation_loss import TopK
 from deit_fast.models import create_student
 from deit_fast.models.convnet import small_convnet
+from deit_fast.models.fuse import unfuse
+from deit_fast.models.student import build_model
 from deit_fast.precomputation import estimate as precompute_estimate
 from deit_fast.precomputation import precompute
 from deit_fast.runtime.distributed import ProcessGroup
@@ -120,6 +124,38 @@ def test_a_run_that_fails_at_its_start_closes_what_it_opened(world, tmp_path, mo
     with pytest.raises(RuntimeError, match="no step"):
         train(run_config(world, tmp_path))
     assert closed == ["MetricsFile", "RunTeacher"]
+
+
+class ReadsAValue(torch.nn.Module):
+    """A student whose forward depends on values, which the meta device does not have."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.num_classes = torch.nn.Linear(3, num_classes), num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.mean((2, 3))
+        return self.body(means / max(1.0, float(means.abs().max())))
+
+
+@pytest.mark.parametrize("countable", [True, False], ids=["counted", "not-counted"])
+def test_a_gpu_of_known_speed_adds_the_utilisation(world, tmp_path, monkeypatch, countable):
+    """A model whose operations cannot be counted is trained all the same."""
+    monkeypatch.setattr(run, "peak_flops", lambda device: 989e12)
+    config = run_config(world, tmp_path, max_steps=8)
+    if not countable:
+        monkeypatch.setitem(sys.modules, "own_students", types.ModuleType("own_students"))
+        monkeypatch.setattr(sys.modules["own_students"], "make", ReadsAValue, raising=False)
+        config = config.replace(model={"name": "own_students:make", "args": (), "drop_path": 0.0})
+    assert train(config)["steps"] == 8
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert any("images_per_s" in row for row in rows)
+    assert [row for row in rows if "images_per_s" in row and ("mfu" in row) != countable] == []
+    if countable:
+        *_, row = rows
+        side = config.view.image_size
+        count = training_flops(unfuse(build_model(config, 10)), side)
+        assert row["mfu"] == pytest.approx(row["images_per_s"] * count / 989e12, rel=0.01)
 
 
 def test_training_flops_agree_with_the_published_table():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -246,16 +246,17 @@ class Run:
         return metrics
 
     def _utilisation_by_size(self) -> dict[int, float]:
-        """Model FLOPs utilisation at one image a second, by the size of the images; empty on a CPU
-        or an unknown GPU."""
+        """Model FLOPs utilisation at one image a second, by the size of the images; empty on a CPU,
+        an unknown GPU, and for a model whose operations cannot be counted."""
         peak = peak_flops(self.device)
         if peak is None:
             return {}
-        plain = unfuse(copy.deepcopy(self.state.model))
-        return {
-            size: training_flops(plain, size) / (peak * self.group.world_size)
-            for size in self.config.view.sizes
-        }
+        found: dict[int, float] = {}
+        with suppress(Exception):  # code of others, which may not run on the meta device
+            plain = unfuse(copy.deepcopy(self.state.model))
+            for size in self.config.view.sizes:
+                found[size] = training_flops(plain, size) / (peak * self.group.world_size)
+        return found
 
     # -----------------------------------------------------------------------------------------
     # Steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -174,18 +174,51 @@ class StepGraph:
             # The loader's threads allocate and copy at the same time; a capture of all threads of
             # the process would fail because of them.
             with (
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+                pool_of_a_capture(self.device) as pool,
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
                 self.rates.in_use(),
             ):
                 output = self.work([part])
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if (cause := memory_error(error)) is not None:
+                raise cause from None
             raise InputError(
                 f"cuda_graphs: the step cannot be captured ({first_line(error)}); "
                 f"choose --no-cuda-graphs"
             ) from error
         self._graph, self._output = graph, output
+
+
+@contextmanager
+def pool_of_a_capture(device: torch.device) -> Iterator[Any]:
+    """A new memory pool for one capture. After a capture that fails the process goes on as before.
+
+    Where an operation has made the capture invalid, `torch.cuda.graph` ends without restoring the
+    current stream, the generator and the allocator (`CUDAGraph::capture_end` raises first).
+    """
+    current = torch.cuda.current_stream(device)
+    generator = torch.cuda.default_generators[current.device_index]
+    state, pool = generator.get_state(), torch.cuda.graph_pool_handle()
+    try:
+        yield pool
+    except BaseException:
+        torch.cuda.set_stream(current)
+        fresh = torch.Generator(device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh)
+        with suppress(RuntimeError):  # torch.cuda.graph did it
+            torch._C._cuda_endAllocateToPool(current.device_index, pool)
+        raise
+
+
+def memory_error(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory during which this error occurred: a capture that an error ends can raise
+    another one."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
 
 
 def require_capturable(
