@@ -40,6 +40,7 @@ JOBS = max(1, min(5, (os.cpu_count() or 1) // 3))  # processes that compile side
 # One small shape of each kernel, forward and backward: a broken kernel shows in the first minute.
 FIRST_TESTS = (
     "tests/test_attention.py::test_accuracy_on_a_gpu[198-64-bfloat16]",
+    "tests/test_attention.py::test_accuracy_on_a_gpu[198-32-bfloat16]",  # other descriptors
     "tests/test_add_layer_norm.py::test_accuracy_on_a_gpu[keep-float32,bfloat16,float32]",
     "tests/test_bias_gelu.py::test_accuracy_on_a_gpu[plain-bfloat16,float32]",
     "tests/test_bias_gelu_linear.py::test_accuracy_on_a_gpu[128x128-33-384-bfloat16]",
@@ -95,6 +96,7 @@ def gpu_test_files() -> tuple[str, ...]:
 def plan(out: Path, device: str) -> tuple[Stage, ...]:
     """The first script: the most important measurements first."""
     cuda = device == "cuda"
+    no_gpu = "" if cuda else "no CUDA device"
     small = r"H=6 N=198|,384\]|,1536\]|B=256 S=224" if cuda else r"H=3 N=198|,192\]|,768\]|B=32"
     loss = "C=1000 B=256 |C=21841 B=4096 " if cuda else "C=1000 B=64 "
     teacher = "small teacher" if cuda else "teacher"
@@ -112,12 +114,12 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
         compile_ahead(device, "bias_gelu", "bias_gelu_linear", "ingest", "--only", small),
         compile_ahead(device, "distillation_loss", "--only", loss),
     )
-    ready = (pytest(out, *FIRST_TESTS, name="first"), *((*card(), *ahead) if cuda else ()))
+    ready = (pytest(out, *FIRST_TESTS, name="first"), *card(), *ahead)
     kernels = ("attention", "add_layer_norm", "bias_gelu", "bias_gelu_linear", "ingest")
     return (
         build(device, 100),
         Stage("first", 95, "kernels at one small shape; meanwhile the steps compile", ready,
-              jobs=1 + JOBS),
+              jobs=1 + JOBS, skip=no_gpu),
         Stage("step", 100, "the compiled step, ours beside timm's, DeiT-S then DeiT-Ti",
               (bench(out, device, "step", "--only", students),)),
         Stage("teacher", 65, "the step with a cached and an online teacher",
@@ -129,7 +131,7 @@ def plan(out: Path, device: str) -> tuple[Stage, ...]:
         Stage("cache", 20, "encode and decode of cached logits on the device",
               (bench(out, device, "cache", "--only", cache),)),
         Stage("tests", 40, "all tests that need a GPU, in the time that is left",
-              (pytest(out, *workers, *gpu_test_files()),)),
+              (pytest(out, *workers, *gpu_test_files()),), skip=no_gpu),
     )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
     blocks = [
         compile_ahead(device, "block", "--only", "small.*compiled", implementation=name)
         for name in ("timm", "ours, all kernels", "ours, no kernel", "ours, all but attention",
-                     "ours, all but add_layer_norm", "ours, all but bias_gelu",
+                     "ours, all but add_layer_norm", "ours, all but bias_gelu and mlp_backward",
                      "ours, all but mlp_backward")
     ]  # fmt: skip
     # In the order of the stages that need them: trace, choice, ways.
@@ -179,7 +181,7 @@ def profile_plan(out: Path, device: str) -> tuple[Stage, ...]:
         Stage("choice", 55, "each kernel on and off in the compiled model",
               (bench(out, device, "block", "--only", "small.*compiled" if cuda else "block"),)),
         Stage("repeats", 35, "250 repeats bit-equal, no waiting for the device, graphs, NCCL",
-              (pytest(out, "-n", str(JOBS), "-k", REPEATED, *gpu_test_files()),)),
+              (pytest(out, "-n", str(JOBS), "-k", REPEATED, *gpu_test_files()),), skip=no_gpu),
         Stage("tiles", 35, "attention's tiles and pipeline stages by measurement",
               (Command("tiles", (PYTHON, "-m", "deit_fast.kernels.attention", "--tune",
                                  "--out", str(out / "tiles.json"))),), skip=no_gpu),
