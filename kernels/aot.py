@@ -16,6 +16,7 @@ Triton's own wheel. Exits with 1 and prints one line per broken rule where a ker
   shared memory than a block has;
 - has serialized wgmma instructions (sm_90): ptxas warns of it in its log (C7510, C7515 and other
   codes that begin with C75), or the machine code waits as often as it multiplies;
+- has instructions that interfere with a wgmma which still runs (`wgmma_hazards`);
 - fails what its case expects (see `EXPECTATIONS`);
 - is worse than tests/golden/aot-triton-<version>.json says (see `WORSE`): more registers, narrower
   loads, fewer resident blocks, more instructions in total or in a loop.
@@ -61,6 +62,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import TYPE_NAMES, Launch
 from .sass import blocks_per_sm, count_instructions, serialized_wgmma, tool
+from .wgmma_hazards import find_hazards
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -243,10 +245,10 @@ def compile_logged(case: Case, arch: str) -> tuple[Any, str]:
 def measure(
     case: Case, arch: str, known: Figures | None = None, same_source: bool = False
 ) -> tuple[Figures, list[str]]:
-    """Figures of one case, and warnings of ptxas.
+    """Figures of one case, and one line per rule that is broken but has no figure.
 
     If the source or the IR is that of the golden file, these are ``known``, its figures, and no
-    warning: no kernel in that file has one.
+    line: no kernel in that file breaks a rule.
     """
     if same_source and known is not None:
         return known, []
@@ -273,7 +275,8 @@ def measure(
         "i64_muls": len(re.findall(r"arith\.muli [^\n]*: (?:tensor<\w*x)?i64", ttir)),
         "ir": checksum,
     }
-    return figures, serialized_wgmma(log)
+    warnings = [f"ptxas log: {line}" for line in serialized_wgmma(log)]
+    return figures, warnings + find_hazards(sass, metadata.num_warps)
 
 
 def broken_rules(case: Case, arch: str, got: Figures) -> Iterator[str]:
@@ -372,9 +375,9 @@ def gate(
         context = multiprocessing.get_context("fork")
         with context.Pool(min(4, os.cpu_count() or 1), _inherited.extend, (jobs,)) as pool:
             measured = pool.map(_measure_inherited, range(len(jobs)), chunksize=1)
-    for (case, arch, *_), (got, warnings) in zip(jobs, measured, strict=True):
+    for (case, arch, *_), (got, others) in zip(jobs, measured, strict=True):
         table[case.name][arch] = got
-        lines = [*(f"ptxas log: {line}" for line in warnings), *broken_rules(case, arch, got)]
+        lines = [*others, *broken_rules(case, arch, got)]
         if golden is not None and arch in ARCHITECTURES:
             old = golden.get(case.name, {}).get(arch)
             lines += ["not in the golden file"] if old is None else regressions(got, old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +90,54 @@ def count_instructions(sass: str) -> dict[str, int]:
         ):
             counts["fp64"] += 1
     return counts
+
+
+class Instruction(NamedTuple):
+    address: str
+    guarded: bool  # by a predicate, so that it may do nothing
+    opcode: str  # with its suffixes
+    operands: list[str]
+    target: int | None  # of a branch or call: index of an instruction
+
+    def is_one_of(self, names: tuple[str, ...]) -> bool:
+        """Whether its opcode has one of these names, with any further suffixes."""
+        return f"{self.opcode}.".startswith(tuple(f"{name}." for name in names))
+
+    def __str__(self) -> str:
+        return f"{self.opcode} at 0x{self.address}"
+
+
+_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def parse_code(sass: str) -> list[Instruction]:
+    """The instructions in the output of nvdisasm, in their order."""
+    labels: dict[str, int] = {}
+    lines: list[re.Match[str]] = []
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif found := _LINE.match(line):
+            lines.append(found)
+    code = []
+    for address, guard, opcode, rest in (line.groups() for line in lines):
+        jump = re.search(r"\.L_?\w+", rest) if opcode.startswith(("BRA", "CALL")) else None
+        target = labels.get(jump[0]) if jump else None
+        operands = [operand.strip() for operand in rest.split(",")]
+        code.append(Instruction(address, guard is not None, opcode, operands, target))
+    return code
+
+
+def next_of(code: list[Instruction], at: int) -> Iterator[int]:
+    """Indices of the instructions that may run after this one."""
+    now = code[at]
+    if now.target is not None:
+        yield now.target
+    # "BRA P0, `(.L_x_1)" is conditional too.
+    jumps = now.is_one_of(("BRA",)) and len(now.operands) == 1
+    leaves = jumps or now.is_one_of(("EXIT", "RET"))
+    if (now.guarded or not leaves) and at + 1 < len(code):
+        yield at + 1
 
 
 class Multiprocessor(NamedTuple):
