@@ -599,7 +599,8 @@ def topk_decision(ids, log_probs, kept, IDS: tl.constexpr):
     k = tl.arange(0, IDS)
     log_q = tl.load(log_probs.pointer + log_probs.start + k, mask=k < kept, other=NEG_INF)
     log_q = log_q.to(tl.float32)
-    first = tl.min(tl.where((log_q == tl.max(log_q, 0)) & (k < kept), k, IDS - 1), 0)
+    # A row of NaN equals no maximum: its last id, and no place behind the row.
+    first = tl.min(tl.where((log_q == tl.max(log_q, 0)) & (k < kept), k, kept - 1), 0)
     return tl.load(ids.pointer + ids.start + first).to(tl.int32)
 
 
