@@ -6,7 +6,8 @@ the tests marked gpu run the compiled kernels.
 
 Accuracy: the error against the float64 reference is at most twice that of plain PyTorch code in the
 same dtype, plus two units of the result's last place and one rounding of the terms that a soft loss
-is the difference of. Grid: every teacher form x every dtype x every
+is the difference of; on a GPU five units and four roundings, as its exponentials and quotients have
+errors of two units each. Grid: every teacher form x every dtype x every
 shape of SHAPES; temperatures, memory layouts, target forms, base losses and reductions take turns.
 """
 
@@ -41,6 +42,7 @@ from helpers.distillation import (
     soft_distillation,
 )
 from helpers.kernels import (
+    APPROXIMATE,
     DEVICE,
     INTERPRETED,
     assert_250_repeats_are_equal,
@@ -53,6 +55,8 @@ from helpers.kernels import (
 )
 
 RUNS = INTERPRETED or DEVICE == "cuda"
+# Allowed beside twice PyTorch's error: units of the result, roundings of the terms.
+RESULT_ROUNDINGS, SUM_ROUNDINGS = (5, 4) if DEVICE == "cuda" or APPROXIMATE else (2, 1)
 
 SHAPES = ((0, 7), (1, 1), (3, 2), (17, 7), (1, 10), (3, 100), (2, 1000), (1, 1001), (1, 1024))
 LONG_SHAPES = ((1, 4097), (1, 21841))
@@ -199,8 +203,8 @@ def assert_no_worse(zc: Tensor, zd: Tensor, target: Any, teacher: Any, **options
         floor |= {"distill": terms, "total": options["alpha"] * terms}
         floor["distill gradient"] = options["alpha"] * pull
     for (name, least), mine, theirs, truth in zip(floor.items(), ours, other, true, strict=False):
-        allowed = 2 * (theirs.double() - truth).norm() + least
-        allowed += 2 * torch.finfo(mine.dtype).eps * truth.norm()
+        allowed = 2 * (theirs.double() - truth).norm() + SUM_ROUNDINGS * least
+        allowed += RESULT_ROUNDINGS * torch.finfo(mine.dtype).eps * truth.norm()
         if mine.dtype == torch.float16:  # a gradient below its range is lost in any code
             allowed += 6e-8 * mine.numel() ** 0.5
         mistake = (mine.double() - truth).norm()
@@ -360,6 +364,18 @@ def test_a_topk_teacher_is_never_made_dense(classes: int, tail: str) -> None:
     assert (reads == passes + member.numpy()).all() and (writes == 1 + member.numpy()).all()
     assert seen.outside(seen.reads, [zd, *topk[:3]]) == rows
     assert seen.outside(seen.writes, [gd]) <= 2 * rows + 4
+
+
+@interpreted
+def test_a_topk_row_of_nan_reads_nothing_behind_its_ids() -> None:
+    zd, topk = normal(2, 50), top_k(normal(2, 50), K, 2.0)
+    counts = []
+    for value in (topk.log_probs[1, 0].item(), math.nan):
+        topk.log_probs[1] = value
+        with recorded() as seen:
+            both(None, zd, None, topk, "hard", "")
+        counts.append(seen.outside(seen.reads, [zd, *topk[:3]]))
+    assert counts[0] == counts[1]  # of the row losses, for their sum
 
 
 @interpreted

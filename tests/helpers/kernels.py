@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+APPROXIMATE = os.environ.get("DEIT_FAST_TEST_APPROXIMATE") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
@@ -78,19 +79,66 @@ def share_attributes(kind: Any, key: Callable[..., Any], own: str = "") -> None:
     kind.__init__ = init
 
 
+def approximate_in_the_interpreter(seed: int) -> None:
+    """Give the interpreter's functions random errors as large as those of a GPU.
+
+    Largest relative errors: `ex2.approx.ftz.f32` 2^-22, `div.full.f32` two units in the last place
+    (PTX ISA), square roots and Triton's logarithms one. Powers of two divide exactly.
+    """
+    from triton.runtime import interpreter
+
+    builder, draw = interpreter.InterpreterBuilder, np.random.default_rng(seed)
+    least = np.finfo(np.float32).tiny
+
+    def rough(exact: Any, error: float) -> Any:
+        """Subnormal numbers become 0; 1 and what is not finite stay."""
+        if exact.data.dtype != np.float32:
+            return exact
+        with np.errstate(all="ignore"):
+            values = exact.data * (1 + draw.uniform(-error, error, exact.data.shape))
+            values = np.where(np.isfinite(exact.data) & (exact.data != 1), values, exact.data)
+            values = np.where(np.abs(exact.data) < least, 0, values).astype(np.float32)
+        return interpreter.TensorHandle(values, exact.dtype)
+
+    def function(name: str, error: float) -> None:
+        exact = getattr(builder, name)
+        setattr(builder, name, lambda self, x: rough(exact(self, x), error))
+
+    for name, error in (
+        ("create_exp2", 2**-22), ("create_sqrt", 2**-23),
+        ("create_log", 2**-23), ("create_log2", 2**-23),
+    ):  # fmt: skip
+        function(name, error)
+    divide = builder.create_fdiv
+
+    def division(self: Any, x: Any, y: Any) -> Any:
+        exact = divide(self, x, y)
+        error = np.where(np.abs(np.frexp(y.data)[0]) == 0.5, 0, 2**-22)
+        return rough(exact, np.broadcast_to(error, exact.data.shape))
+
+    builder.create_fdiv = division
+
+
 if INTERPRETED:
+    if APPROXIMATE:
+        approximate_in_the_interpreter(seed=0)
     speed_the_interpreter()
 
 
-def run_in_the_interpreter(*arguments: str) -> str:
+def run_in_the_interpreter(*arguments: str, approximate: bool = False) -> str:
     """pytest with these arguments, in a process where kernels are interpreted; what it printed.
 
     The interpreter has to be chosen before triton is imported.
+
+    Args:
+        approximate: see ``approximate_in_the_interpreter``.
     """
     options = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | {"DEIT_FAST_TEST_APPROXIMATE": str(int(approximate))},
         capture_output=True,
         text=True,
     )
