@@ -130,7 +130,8 @@ def _render(images_u8: Tensor, rows: Tensor, mean: Tensor, std: Tensor) -> Tenso
     flip = rows[:, 1].nonzero()[:, 0]
     chosen.index_copy_(0, flip, chosen.index_select(0, flip).flip(2))
     x = chosen.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    x.div_(255).sub_(mean).div_(std)
+    # By a tensor: on CUDA torch divides by a Python number with one more rounding.
+    x.div_(x.new_full((), 255)).sub_(mean).div_(std)
     _erase(x, rows)
     return x
 

@@ -15,6 +15,7 @@ from deit_fast.cache.codecs import codec_from_manifest
 from deit_fast.config import CodecConfig
 from deit_fast.errors import InputError
 from helpers.caches import (
+    CLASSES,
     codec_of,
     equal,
     make_logits,
@@ -22,7 +23,6 @@ from helpers.caches import (
     true_log_probs,
     write_cache,
 )
-from helpers.like_cuda import CudaDivision
 
 EIGHT_BITS = ("dense-int8", "dense-fp8")
 EXACT = ("dense-fp16", "dense-bf16", "dense-fp32")  # torch's own conversion: test_cache.py
@@ -255,12 +255,16 @@ def test_records_that_end_with_the_true_class_are_still_read(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(CODECS) - {SAMPLED}))
-def test_the_division_of_a_gpu_gives_the_same_bytes(name):
-    logits, codec = make_logits(2, 300), codec_of(name)
-    with CudaDivision():
-        records = codec.encode(logits)
-    assert torch.equal(records, codec.encode(logits))
+@pytest.mark.parametrize("name", ["dense-int8", "dense-fp8"])
+def test_the_order_of_zeros_of_both_signs_does_not_matter(name):
+    """A GPU reduces in another order than a CPU, and amin of -0 and +0 is either."""
+    rows = torch.stack([torch.full((CLASSES,), value) for value in (1.0, -1.0, 0.0)])
+    rows[:, :9] = 0.0
+    forms = [rows.clone() for _ in range(10)]
+    for at, form in enumerate(forms[1:]):
+        form[:, at] = -0.0
+    first, *others = (codec_of(name).encode(form) for form in forms)
+    assert all(torch.equal(first[:, :8], other[:, :8]) for other in others)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from deit_fast.kernels import ingest
 from deit_fast.kernels.ingest import LAYOUTS, normal_quantiles, normalised_values, reference
 from deit_fast.kernels.launching import recording
 from helpers.kernels import INTERPRETED, interpreted, outer_run, run_in_the_interpreter
+from helpers.like_cuda import CudaDivision
 from helpers.plans import COLUMNS, MEAN, SIZE, STD, photos, plan, random_rows, row
 
 # Triton's interpreter cuts the last bits of a bfloat16 off where a GPU rounds.
@@ -240,6 +241,17 @@ def test_operator_is_registered() -> None:
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     expected = ingest(images, rows, MEAN, STD, torch.bfloat16, layout="patches", patch=4)
     assert torch.equal(compiled(*arguments), expected)
+
+
+def test_a_gpu_without_the_kernel_gives_the_bits_of_the_cpu() -> None:
+    """PyTorch's operations run there, whose division by a number is another one."""
+    images, rows = photos(4, 60), random_rows(48, 4, scale=5)
+    expected = reference(images, rows, MEAN, STD, torch.float32, "nchw", 6)
+    with CudaDivision():
+        x = torch.arange(256.0)
+        assert not torch.equal(x.clone().div_(255), x.div_(torch.tensor(255.0)))
+        found = reference(images, rows, MEAN, STD, torch.float32, "nchw", 6)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

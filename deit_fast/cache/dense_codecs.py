@@ -75,7 +75,8 @@ class DenseInt8Codec(LogitCodec):
         import torch
 
         z = finite_float32(logits, self.num_classes)
-        low, high = z.amin(1, keepdim=True), z.amax(1, keepdim=True)
+        # + 0.0: of -0 and +0 the one that a reduction gives depends on its order.
+        low, high = z.amin(1, keepdim=True) + 0.0, z.amax(1, keepdim=True) + 0.0
         step = divided(high.double() - low.double(), 255).float()
         codes = ((z.double() - low) / step).round().nan_to_num(0.0).clamp(0, 255)  # 0 / 0: step 0
         return torch.cat([bytes_of(low), bytes_of(step), codes.to(torch.uint8)], 1)
@@ -101,7 +102,7 @@ class DenseFp8Codec(LogitCodec):
         import torch
 
         z = finite_float32(logits, self.num_classes)
-        top, low = z.amax(1, keepdim=True), z.amin(1, keepdim=True)
+        low, top = z.amin(1, keepdim=True) + 0.0, z.amax(1, keepdim=True) + 0.0  # as above
         scale = divided(top.double() - low.double(), 448).float()
         below = ((z.double() - top) / scale).nan_to_num(0.0).clamp(-448, 0).float()
         codes = below.to(torch.float8_e4m3fn).view(torch.uint8)

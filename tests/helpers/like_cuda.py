@@ -13,7 +13,8 @@ class CudaDivision(TorchDispatchMode):
         if function._schema.name in ("aten::div", "aten::div_") and len(args) == 2:
             x, number = args
             if not isinstance(number, torch.Tensor) and x.is_floating_point():
-                return x * torch.tensor(1.0 / number, dtype=x.dtype)
+                inverse = torch.tensor(1.0 / number, dtype=x.dtype)
+                return x.mul_(inverse) if function._schema.name == "aten::div_" else x * inverse
         return function(*args, **(kwargs or {}))
 
 
