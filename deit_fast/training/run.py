@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from deit_fast.config_file import to_dict
 from deit_fast.data.batch import ViewBatch
 from deit_fast.data.ingest import save_views
 from deit_fast.decisions import PREDICTIONS_FILE, Decisions
-from deit_fast.errors import InputError
+from deit_fast.errors import InputError, first_line
 from deit_fast.evaluation import Evaluated, evaluation_text
 from deit_fast.models.fuse import unfuse
 from deit_fast.models.normalisation import require_normalisation
@@ -252,10 +252,12 @@ class Run:
         if peak is None:
             return {}
         found: dict[int, float] = {}
-        with suppress(Exception):  # code of others, which may not run on the meta device
+        try:
             plain = unfuse(copy.deepcopy(self.state.model))
             for size in self.config.view.sizes:
                 found[size] = training_flops(plain, size) / (peak * self.group.world_size)
+        except Exception as error:  # code of others, which may not run on the meta device
+            log.info("no mfu: the model's operations cannot be counted (%s)", first_line(error))
         return found
 
     # -----------------------------------------------------------------------------------------

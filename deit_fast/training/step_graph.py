@@ -11,6 +11,7 @@ is a number on the host, and the copy of the check's flags.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -170,11 +171,12 @@ class StepGraph:
 
     def _capture(self, part: Part) -> None:
         graph = torch.cuda.CUDAGraph()
+        handled = sys.exc_info()[1]  # by the caller
         try:
             # The loader's threads allocate and copy at the same time; a capture of all threads of
             # the process would fail because of them.
             with (
-                pool_of_a_capture(self.device) as pool,
+                pool_of_a_capture(graph, self.device) as pool,
                 torch.cuda.graph(
                     graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
                 ),
@@ -182,7 +184,7 @@ class StepGraph:
             ):
                 output = self.work([part])
         except RuntimeError as error:
-            if (cause := memory_error(error)) is not None:
+            if (cause := memory_error(error, handled)) is not None:
                 raise cause from None
             raise InputError(
                 f"cuda_graphs: the step cannot be captured ({first_line(error)}); "
@@ -192,11 +194,12 @@ class StepGraph:
 
 
 @contextmanager
-def pool_of_a_capture(device: torch.device) -> Iterator[Any]:
+def pool_of_a_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Any]:
     """A new memory pool for one capture. After a capture that fails the process goes on as before.
 
     Where an operation has made the capture invalid, `torch.cuda.graph` ends without restoring the
-    current stream, the generator and the allocator (`CUDAGraph::capture_end` raises first).
+    current stream, the generator and the allocator (`CUDAGraph::capture_end` raises first). In
+    torch 2.11 the graph does not give back its pool then.
     """
     current = torch.cuda.current_stream(device)
     generator = torch.cuda.default_generators[current.device_index]
@@ -208,17 +211,28 @@ def pool_of_a_capture(device: torch.device) -> Iterator[Any]:
         fresh = torch.Generator(device)
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh)
-        with suppress(RuntimeError):  # torch.cuda.graph did it
+        with suppress(RuntimeError):
+            graph.reset()
+        with suppress(RuntimeError):  # the first raises where the graph has done both
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            torch._C._cuda_releasePool(current.device_index, pool)
         raise
 
 
-def memory_error(error: BaseException | None) -> torch.OutOfMemoryError | None:
+def memory_error(
+    error: BaseException | None, handled: BaseException | None
+) -> torch.OutOfMemoryError | None:
     """The lack of memory during which this error occurred: a capture that an error ends can raise
-    another one."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+    another one.
+
+    Args:
+        handled: was being handled when the capture began, so it is not of the capture.
+    """
+    while error is not None and error is not handled:
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
         error = error.__context__
-    return error
+    return None
 
 
 def require_capturable(
