@@ -48,11 +48,19 @@ def attempts(chosen: dict[str, str]) -> list[tuple[tuple[str, ...], dict[str, st
     return [(IN_PLACE, chosen), in_place]
 
 
-def link_kernels() -> None:
-    """The package deit_fast.kernels lies beside deit_fast; pip's installation knows that."""
+def link_kernels() -> bool:
+    """The package deit_fast.kernels lies beside deit_fast; pip's installation knows that.
+
+    Returns False, with a line that says so, where the folder cannot be written.
+    """
     link = ROOT / "deit_fast" / "kernels"
-    if not link.exists():
-        link.symlink_to("../kernels")
+    try:
+        if not link.exists():
+            link.symlink_to("../kernels")
+    except OSError as error:
+        print(f"{link} cannot be made: {error.strerror}", flush=True)
+        return False
+    return True
 
 
 def build(chosen: dict[str, str]) -> None:
@@ -64,8 +72,8 @@ def build(chosen: dict[str, str]) -> None:
         SystemExit: no attempt succeeds; the log has the messages of the compilers.
     """
     for command, variables in attempts(chosen):
-        if command == IN_PLACE:
-            link_kernels()
+        if command == IN_PLACE and not link_kernels():
+            continue
         if subprocess.run(command, cwd=ROOT, env=os.environ | variables).returncode == 0:
             return
         print(f"failed: {' '.join(command)}", flush=True)

@@ -192,7 +192,10 @@ def predictions() -> Content:
 
 def predicted_device(device: str) -> str | None:
     """The device of the predictions that this name of a GPU stands for, if one does."""
-    return next((name for name in predictions()["devices"] if name in device.split()), None)
+    words = device.split()
+    if "PCIe" in words or "NVL" in words:  # slower cards
+        return None
+    return next((name for name in predictions()["devices"] if name in words), None)
 
 
 def predicted(row: Row, device: str) -> list[float] | None:

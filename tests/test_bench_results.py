@@ -40,6 +40,7 @@ def test_rows_carry_the_prediction_for_this_device(tmp_path: Path) -> None:
         "NVIDIA H200": known["H200"],
         "NVIDIA A100": None,
         "NVIDIA GH200 480GB": None,
+        "NVIDIA H100 PCIe": None,
     }.items():
         elsewhere = record.ResultFile.create(tmp_path / f"{name}.json", META | {"device": name})
         elsewhere.put([row()])
