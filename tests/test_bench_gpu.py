@@ -57,7 +57,7 @@ def test_where_pip_cannot_install_the_folder_itself_is_used(tmp_path: Path) -> N
         shutil.copy(ROOT / name, tree)
     (tree / "deit_fast" / "kernels").unlink(missing_ok=True)
     (tree / "pip").mkdir()
-    (tree / "pip" / "__main__.py").write_text("raise SystemExit('no pip')")
+    (tree / "pip" / "__init__.py").write_text("raise SystemExit('no pip')")
     done = subprocess.run(
         [sys.executable, "-m", "bench.install"], cwd=tree, capture_output=True, text=True
     )
