@@ -23,75 +23,6 @@ def serialized_wgmma(log: str) -> list[str]:
     return [line.strip() for line in log.splitlines() if re.search(r"\bC75\d\d\b", line)]
 
 
-_LABEL = re.compile(r"\s*(\.L_?\w+):")
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
-
-
-def longest_loop(sass: str) -> int:
-    """Instructions of the longest loop without another inside: from a label to a branch back."""
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    count = 0
-    for line in sass.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = count
-        elif found := _OPCODE.search(line):
-            count += 1
-            target = re.search(r"(\.L_?\w+)", line) if found[1].startswith("BRA") else None
-            if target and target[1] in labels:
-                loops.append((labels[target[1]], count))
-    innermost = [
-        end - start
-        for start, end in loops
-        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
-    ]
-    return max((length for length in innermost if length > 1), default=0)  # 1: the end of the code
-
-
-def count_instructions(sass: str) -> dict[str, int]:
-    """Instructions in the output of nvdisasm, by kind.
-
-    Global accesses by width: wide 16 bytes or more (asynchronous and TMA copies too), half 1 or 2
-    bytes, scalar 4 bytes; those of 8 bytes (an int64 label) are not counted. ``tensor``: matrix
-    instructions; ``wgmma``: the asynchronous ones among them (Hopper); ``wgmma_waits``: waits for
-    groups of these. ``longest_loop``: instructions in the longest innermost loop, 0 without a loop.
-    """
-    widths = ("wide", "half", "scalar")
-    counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
-    counts |= {"spills": 0, "fp64": 0, "tensor": 0, "wgmma": 0, "wgmma_waits": 0}
-    counts |= {"instructions": 0, "longest_loop": longest_loop(sass)}
-    opcodes = _OPCODE.findall(sass)
-    if not opcodes:
-        raise RuntimeError(
-            "no instruction found in the output of nvdisasm; has its format changed?"
-        )
-    for opcode in opcodes:
-        name, *suffixes = opcode.split(".")
-        counts["instructions"] += name != "NOP"  # padding of the last cache line
-        if name in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG"):
-            if name.startswith("UTMA") or {"128", "256", "ENL2"} & set(suffixes):
-                width = "wide"
-            elif {"U16", "S16", "U8", "S8"} & set(suffixes):
-                width = "half"
-            elif "64" in suffixes:
-                continue
-            else:
-                width = "scalar"
-            counts[f"{width}_{'stores' if name in ('STG', 'UTMASTG') else 'loads'}"] += 1
-        elif name in ("LDL", "STL"):
-            counts["spills"] += 1
-        elif name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA"):
-            counts["tensor"] += 1
-            counts["wgmma"] += name in ("HGMMA", "QGMMA")
-        elif name == "WARPGROUP":
-            counts["wgmma_waits"] += "DEPBAR" in suffixes
-        elif name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA") or any(
-            "F64" in suffix or suffix.endswith("64H") for suffix in suffixes
-        ):
-            counts["fp64"] += 1
-    return counts
-
-
 class Instruction(NamedTuple):
     address: str
     guarded: bool  # by a predicate, so that it may do nothing
@@ -107,6 +38,7 @@ class Instruction(NamedTuple):
         return f"{self.opcode} at 0x{self.address}"
 
 
+_LABEL = re.compile(r"\s*(\.L_?\w+):")
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
 
@@ -138,6 +70,75 @@ def next_of(code: list[Instruction], at: int) -> Iterator[int]:
     leaves = jumps or now.is_one_of(("EXIT", "RET"))
     if (now.guarded or not leaves) and at + 1 < len(code):
         yield at + 1
+
+
+def loops_of(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Start and end of each loop: from the target of a branch back to behind the branch.
+
+    A branch to itself is none: it fills the end of a program.
+    """
+    return [
+        (one.target, at + 1)
+        for at, one in enumerate(code)
+        if one.is_one_of(("BRA",)) and one.target is not None and one.target < at
+    ]
+
+
+def longest_loop(code: list[Instruction]) -> int:
+    """Instructions of the longest loop without another inside, 0 without a loop."""
+    loops = loops_of(code)
+    return max(
+        (
+            end - start
+            for start, end in loops
+            if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+        ),
+        default=0,
+    )
+
+
+def count_instructions(sass: str) -> dict[str, int]:
+    """Instructions in the output of nvdisasm, by kind.
+
+    Global accesses by width: wide 16 bytes or more (asynchronous and TMA copies too), half 1 or 2
+    bytes, scalar 4 bytes; those of 8 bytes (an int64 label) are not counted. ``tensor``: matrix
+    instructions; ``wgmma``: the asynchronous ones among them (Hopper); ``wgmma_waits``: waits for
+    groups of these. ``longest_loop``: instructions in the longest innermost loop, 0 without a loop.
+    """
+    widths = ("wide", "half", "scalar")
+    counts = {f"{width}_{kind}": 0 for kind in ("loads", "stores") for width in widths}
+    counts |= {"spills": 0, "fp64": 0, "tensor": 0, "wgmma": 0, "wgmma_waits": 0}
+    code = parse_code(sass)
+    counts |= {"instructions": 0, "longest_loop": longest_loop(code)}
+    if not code:
+        raise RuntimeError(
+            "no instruction found in the output of nvdisasm; has its format changed?"
+        )
+    for one in code:
+        name, *suffixes = one.opcode.split(".")
+        counts["instructions"] += name != "NOP"  # padding of the last cache line
+        if name in ("LDG", "LDGSTS", "UTMALDG", "STG", "UTMASTG"):
+            if name.startswith("UTMA") or {"128", "256", "ENL2"} & set(suffixes):
+                width = "wide"
+            elif {"U16", "S16", "U8", "S8"} & set(suffixes):
+                width = "half"
+            elif "64" in suffixes:
+                continue
+            else:
+                width = "scalar"
+            counts[f"{width}_{'stores' if name in ('STG', 'UTMASTG') else 'loads'}"] += 1
+        elif name in ("LDL", "STL"):
+            counts["spills"] += 1
+        elif name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "UTCQMMA"):
+            counts["tensor"] += 1
+            counts["wgmma"] += name in ("HGMMA", "QGMMA")
+        elif name == "WARPGROUP":
+            counts["wgmma_waits"] += "DEPBAR" in suffixes
+        elif name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA") or any(
+            "F64" in suffix or suffix.endswith("64H") for suffix in suffixes
+        ):
+            counts["fp64"] += 1
+    return counts
 
 
 class Multiprocessor(NamedTuple):

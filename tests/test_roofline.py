@@ -16,6 +16,7 @@ import pytest
 from bench import cards, record, roofline, scaling, step_parts, traffic
 from bench.__main__ import main
 from bench.step_parts import GROUPS, Step
+from deit_fast.kernels import sass
 
 ROOT = Path(__file__).parent.parent
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6.0"  # `make test` puts it there
@@ -162,20 +163,11 @@ def test_parameters_are_those_of_the_model(model: str, millions: float) -> None:
     assert step_parts.parameters(name) == count == pytest.approx(millions * 1e6, rel=0.01)
 
 
-def instructions(sass: str) -> tuple[int, list[int]]:
-    """Instructions outside of loops, and of each loop; a branch to itself ends a program."""
-    labels: dict[str, int] = {}
-    loops, count = [], 0
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?);", line):
-            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
-            if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(count + 1 - labels[target[1]])
-            count += 1
-    loops = [loop for loop in loops if loop > 1]
-    return count - sum(loops), loops
+def instructions(listing: str) -> tuple[int, list[int]]:
+    """Instructions outside of loops, and of each loop."""
+    code = sass.parse_code(listing)
+    loops = [end - start for start, end in sass.loops_of(code)]
+    return len(code) - sum(loops), loops
 
 
 SASS = """
@@ -210,8 +202,8 @@ def test_instructions_are_those_of_the_machine_code(operator: str, kernel: str) 
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    warps, _, sass = done.stdout.partition("\n")
-    outside, loops = instructions(sass)
+    warps, _, listing = done.stdout.partition("\n")
+    outside, loops = instructions(listing)
     known = step_parts.INSTRUCTIONS[operator]
     assert int(warps) == known.warps
     assert outside == pytest.approx(known.outside, rel=0.02), outside

@@ -195,7 +195,7 @@ class StepGraph:
 
 @contextmanager
 def pool_of_a_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Any]:
-    """A new memory pool for one capture. After a capture that fails the process goes on as before.
+    """A new memory pool for one capture. After one that fails, the process continues as before.
 
     Where an operation has made the capture invalid, `torch.cuda.graph` ends without restoring the
     current stream, the generator and the allocator (`CUDAGraph::capture_end` raises first). In
